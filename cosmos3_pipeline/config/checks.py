@@ -1,0 +1,129 @@
+"""Checks of a composed config that need no arithmetic: keys, missing values, ranges, targets.
+
+Hydra checks names and types while it composes, but `+key=value` slips past a schema and ranges are not
+checked at all, so the tree is walked against the dataclasses once more. What needs geometry is in `plan/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cosmos3_pipeline.config.compose import schema_keys
+from cosmos3_pipeline.config.errors import Problem, did_you_mean, unknown_key
+from cosmos3_pipeline.config.plugins import Plugins, discover, settings_schema
+from cosmos3_pipeline.config.schema import Config, StagesConfig
+
+STAGE_PACKAGE = "cosmos3_pipeline.stages."
+
+
+def problems(cfg: DictConfig) -> list[Problem]:
+    """Every structural problem of `cfg`, in the order of its keys."""
+    return [*_walk(cfg, Config, ""), *_strategies(cfg, discover()), *_stages(cfg)]
+
+
+def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    hints = typing.get_type_hints(schema)
+    for name in node:
+        key = f"{prefix}{name}"
+        if name not in fields:
+            if not prefix and name == "hydra":
+                continue
+            yield unknown_key(key, schema_keys())
+            continue
+        if OmegaConf.is_missing(node, name):
+            yield _missing(key)
+        elif dataclasses.is_dataclass(hints[str(name)]):
+            yield from _walk(node[name], typing.cast(type, hints[str(name)]), f"{key}.")
+        else:
+            yield from _value(node, str(name), key, fields[str(name)].metadata)
+
+
+def _missing(key: str) -> Problem:
+    examples = {"task.image": "task.image=photo.jpg", "task.video": "task.video=clip.mp4"}
+    return Problem(
+        what=f"{key} is not set",
+        why="this option cannot run without it",
+        works=examples.get(key, f"{key}=..."),
+    )
+
+
+def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        value = node[name]
+    except OmegaConfBaseException as error:
+        yield Problem(
+            what=f"{key} cannot be resolved", why=str(error).splitlines()[0], works="see --cfg job --resolve"
+        )
+        return
+    if value is None or not limits:
+        return
+    if "one_of" in limits:
+        if value not in limits["one_of"]:
+            yield Problem(
+                what=f"{key}={value} does not exist",
+                why=f"the values of {key} are: {', '.join(limits['one_of'])}",
+                works=did_you_mean(str(value), limits["one_of"], otherwise=f"{key}={limits['one_of'][0]}"),
+            )
+        return
+    low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of", 1)
+    if (low is None or value >= low) and (high is None or value <= high) and value % step == 0:
+        return
+    bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+    bounds += [f"a multiple of {step}"] * (step != 1)
+    yield Problem(
+        what=f"{key}={value} is out of range",
+        why=f"it must be {' and '.join(bounds)}",
+        works=f"{key}={_nearest(value, low, high, step)}",
+    )
+
+
+def _nearest(value: float, low: float | None, high: float | None, step: int) -> float:
+    clipped = max(value, low) if low is not None else value
+    clipped = min(clipped, high) if high is not None else clipped
+    return clipped if step == 1 else max(round(clipped / step), 1) * step
+
+
+def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
+    """A strategy node may be built only from a target that an installed plugin owns, with its own settings."""
+    for direction in ("encode", "decode"):
+        if OmegaConf.is_missing(cfg.vae, direction):
+            yield _missing(f"vae.{direction}")
+            continue
+        node = cfg.vae[direction]
+        target = str(OmegaConf.select(node, "_target_")) if OmegaConf.is_dict(node) else str(node)
+        cls = plugins.by_target(target)
+        if cls is None:
+            broken = "; ".join(f"{name} is installed but broken: {why}" for name, why in plugins.broken.items())
+            yield Problem(
+                what=f"vae.{direction} is built from {target}",
+                why=f"no installed strategy plugin owns it{'; ' + broken if broken else ''}",
+                works=" or ".join(f"vae/{direction}={name}" for name in plugins.strategies),
+            )
+            continue
+        known = {f.name for f in dataclasses.fields(settings_schema(cls))}
+        for name in node:
+            if name not in known:
+                yield unknown_key(f"vae.{direction}.{name}", [f"vae.{direction}.{k}" for k in known])
+
+
+def _stages(cfg: DictConfig) -> Iterator[Problem]:
+    """A stage may be built only from this library: `_target_` in a config is code that runs."""
+    for field in dataclasses.fields(StagesConfig):
+        if OmegaConf.is_missing(cfg.stages, field.name):
+            yield _missing(f"stages.{field.name}")
+            continue
+        node = cfg.stages[field.name]
+        target = str(OmegaConf.select(node, "_target_")) if OmegaConf.is_dict(node) else str(node)
+        if not target.startswith(STAGE_PACKAGE):
+            yield Problem(
+                what=f"stages.{field.name} is built from {target}",
+                why="a stage is code that runs: only this library's stages are built from a config",
+                works=did_you_mean(target, [], otherwise=f"a class in {STAGE_PACKAGE}{field.name}"),
+            )

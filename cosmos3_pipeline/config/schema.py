@@ -1,0 +1,209 @@
+"""The whole configuration surface: one dataclass per node, the single source of names, types and ranges.
+
+Hydra merges every YAML file of `conf/` into these, so a misspelt key or a wrong type fails while composing.
+A range lives in the field's metadata (`at_least`, `at_most`, `multiple_of`) and is checked by `checks.py`,
+because OmegaConf checks types only. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def ranged(
+    default: Any = MISSING,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    multiple_of: int | None = None,
+) -> Any:
+    """A field whose value must lie in [at_least, at_most] and be a multiple of `multiple_of`."""
+    limits = {"at_least": at_least, "at_most": at_most, "multiple_of": multiple_of}
+    return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
+
+
+def one_of(*choices: str) -> Any:
+    """A string field with a closed list of values."""
+    return field(default=MISSING, metadata={"one_of": choices})
+
+
+class JobName(Enum):
+    generate = "generate"
+
+
+class TaskName(Enum):
+    t2v = "t2v"
+    i2v = "i2v"
+    v2v = "v2v"
+    t2i = "t2i"
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Keep(Enum):
+    first = "first"
+    last = "last"
+
+
+class Device(Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class HiddenAct(Enum):
+    silu = "silu"
+    relu2 = "relu2"
+
+
+@dataclass
+class JobConfig:
+    name: JobName = MISSING
+
+
+@dataclass
+class TransformerConfig:
+    """The dimensions of `diffusers.Cosmos3OmniTransformer` that cost, checks and the toy model need."""
+
+    hidden_size: int = ranged(at_least=1)
+    num_hidden_layers: int = ranged(at_least=1)
+    num_attention_heads: int = ranged(at_least=1)
+    num_key_value_heads: int = ranged(at_least=1)
+    head_dim: int = ranged(at_least=2, multiple_of=2)
+    intermediate_size: int = ranged(at_least=1)
+    vocab_size: int = ranged(at_least=1)
+    hidden_act: HiddenAct = MISSING
+    qk_norm_for_text: bool = MISSING
+    latent_patch_size: int = ranged(at_least=1)
+    rope_theta: float = ranged(at_least=1)
+
+
+@dataclass
+class VaeModelConfig:
+    """The values of `diffusers.AutoencoderKLWan` that decide its program, named as diffusers names them."""
+
+    base_dim: int = ranged(at_least=1)
+    decoder_base_dim: int = ranged(at_least=1)
+    z_dim: int = ranged(at_least=1)
+    dim_mult: list[int] = MISSING
+    num_res_blocks: int = ranged(at_least=1)
+    attn_scales: list[float] = MISSING
+    temperal_downsample: list[bool] = MISSING
+    is_residual: bool = MISSING
+    in_channels: int = ranged(at_least=1)
+    out_channels: int = ranged(at_least=1)
+    patch_size: int = ranged(at_least=1)
+    scale_factor_temporal: int = ranged(at_least=1)
+    scale_factor_spatial: int = ranged(at_least=1)
+
+
+@dataclass
+class Recommendation:
+    """What `task` and `sampler` take when the user says nothing, per modality."""
+
+    height: int = ranged(at_least=16)
+    width: int = ranged(at_least=16)
+    num_frames: int = ranged(at_least=1)
+    steps: int = ranged(at_least=1)
+    guidance_scale: float = ranged(at_least=0)
+    flow_shift: float = ranged(at_least=0)
+
+
+@dataclass
+class Recommended:
+    video: Recommendation = field(default_factory=Recommendation)
+    image: Recommendation = field(default_factory=Recommendation)
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    repo: str | None = MISSING
+    path: str | None = MISSING
+    dtype: Dtype = MISSING
+    vae_dtype: Dtype = MISSING
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    vae: VaeModelConfig = field(default_factory=VaeModelConfig)
+    recommended: Recommended = field(default_factory=Recommended)
+
+
+@dataclass
+class TaskConfig:
+    name: TaskName = MISSING
+    # a string, not an enum: `${model.recommended.${task.modality}...}` builds a key from it
+    modality: str = one_of("video", "image")
+    prompt: str = MISSING
+    negative_prompt: str = MISSING
+    system_prompt: bool | None = MISSING
+    image: str | None = MISSING
+    video: str | None = MISSING
+    condition_latent_frames: list[int] = MISSING
+    condition_keep: Keep = MISSING
+    height: int = ranged(at_least=16)
+    width: int = ranged(at_least=16)
+    num_frames: int = ranged(at_least=1)
+    fps: float = ranged(at_least=1, at_most=120)
+
+
+@dataclass
+class VaeConfig:
+    """`encode` and `decode` hold a strategy plugin's own settings: which keys they have, the plugin says."""
+
+    parallel_encode: bool = MISSING
+    parallel_decode: bool = MISSING
+    encode: Any = MISSING
+    decode: Any = MISSING
+
+
+@dataclass
+class TopologyConfig:
+    nodes: int = ranged(at_least=1, at_most=4096)
+    ranks_per_node: int = ranged(at_least=1, at_most=1024)
+    cfg: int = ranged(at_least=1, at_most=2)
+    ulysses: int = ranged(at_least=1)
+    threads_per_rank: int = ranged(at_least=1)
+    device: Device = MISSING
+
+
+@dataclass
+class SamplerConfig:
+    steps: int = ranged(at_least=1, at_most=1000)
+    guidance_scale: float = ranged(at_least=0, at_most=100)
+    flow_shift: float | None = ranged(at_least=0.01, at_most=1000)
+    seed: int = ranged(at_least=0, at_most=2**63 - 1)
+
+
+@dataclass
+class OutputConfig:
+    latents: bool = MISSING
+    crf: int = ranged(at_least=0, at_most=51)
+    preset: str = MISSING
+
+
+@dataclass
+class StagesConfig:
+    """The stages in the order in which the data moves; each node is a target that Hydra instantiates."""
+
+    text: Any = MISSING
+    encode: Any = MISSING
+    denoise: Any = MISSING
+    decode: Any = MISSING
+    export: Any = MISSING
+
+
+@dataclass
+class Config:
+    job: JobConfig = field(default_factory=JobConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)

@@ -1,0 +1,1 @@
+"""What a composition will do, from arithmetic alone. Imports no torch."""

@@ -1,0 +1,61 @@
+"""From pixels to latents to tokens: the sizes that everything else is computed from.
+
+Source: diffusers `Cosmos3OmniPipeline.prepare_latents` and `_prepare_vision_segment`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip in pixels and frames, and the compression and patch size that turn it into latents and tokens."""
+
+    height: int
+    width: int
+    num_frames: int
+    spatial: int
+    temporal: int
+    patch: int
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.num_frames - 1) // self.temporal + 1
+
+    @property
+    def latent_rows(self) -> int:
+        return self.height // self.spatial
+
+    @property
+    def latent_cols(self) -> int:
+        return self.width // self.spatial
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Vision tokens of one latent frame: patches, the last row and column padded where the size is odd."""
+        return math.ceil(self.latent_rows / self.patch) * math.ceil(self.latent_cols / self.patch)
+
+    @property
+    def vision_tokens(self) -> int:
+        return self.latent_frames * self.tokens_per_frame
+
+
+def clip_of(cfg: DictConfig) -> Clip:
+    """The clip that `cfg` asks for."""
+    return Clip(
+        height=cfg.task.height,
+        width=cfg.task.width,
+        num_frames=cfg.task.num_frames,
+        spatial=cfg.model.vae.scale_factor_spatial,
+        temporal=cfg.model.vae.scale_factor_temporal,
+        patch=cfg.model.transformer.latent_patch_size,
+    )
+
+
+def nearest_multiple(value: int, step: int) -> int:
+    """The multiple of `step` nearest to `value`, at least one `step`."""
+    return max(round(value / step), 1) * step

@@ -1,0 +1,15 @@
+"""Run Cosmos3 from a composed config: `python launch.py [group=option ...] [key=value ...]`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from cosmos3_pipeline.cli import launch, run
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    run(cfg)
+
+
+if __name__ == "__main__":
+    launch(main)

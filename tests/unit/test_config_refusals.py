@@ -1,0 +1,99 @@
+"""Every kind of wrong setting is refused before torch is imported, in three parts, with what would work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.errors import ConfigError
+from cosmos3_pipeline.plan.checks import check_start
+
+REFUSALS = [
+    pytest.param(["task.promt=x"], "unknown key task.promt", "did you mean task.prompt?", id="misspelt key"),
+    pytest.param(["sampler.prompt=x"], "sampler.prompt", "did you mean task.prompt?", id="key of another node"),
+    pytest.param(["vea=replicated"], "vea", "did you mean vae?", id="misspelt group"),
+    pytest.param(["task.height=tall"], "task.height", "type", id="wrong type"),
+    pytest.param(["vae.parallel_decode=maybe"], "vae.parallel_decode", "type", id="not a bool"),
+    pytest.param(["model.dtype=float17"], "model.dtype", "one of float32, bfloat16", id="unknown enum"),
+    pytest.param(["task.modality=smell"], "task.modality", "video", id="unknown choice"),
+    pytest.param(["model=suepr"], "model=suepr", "did you mean super?", id="unknown option"),
+    pytest.param(["vae/decode=layerpipeline"], "vae/decode", "layer_pipeline", id="unknown strategy"),
+    pytest.param(["experiment=none_such"], "experiment=none_such", "sglang_27037", id="unknown experiment"),
+    pytest.param(["+task.zoom=2"], "unknown key task.zoom", "task", id="added key"),
+    pytest.param(["++sampler.sed=2"], "unknown key sampler.sed", "did you mean sampler.seed?", id="forced key"),
+    pytest.param(["+extra.node=2"], "unknown key extra", "--cfg", id="added node"),
+    pytest.param(["+vae.decode.depth=2"], "unknown key vae.decode.depth", "", id="added strategy key"),
+    pytest.param(["vae=[replicated,parallel_decode]"], "2 options", "-m vae=", id="list of options"),
+    pytest.param(["vae=replicated", "vae=parallel_decode"], "chosen twice", "vae=replicated", id="option twice"),
+    pytest.param(["task.fps=1000"], "task.fps=1000", "task.fps=120", id="above the range"),
+    pytest.param(["sampler.steps=0"], "sampler.steps=0", "sampler.steps=1", id="below the range"),
+    pytest.param(["sampler.seed=-1"], "sampler.seed=-1", "sampler.seed=0", id="negative seed"),
+    pytest.param(["topology.cfg=3"], "topology.cfg=3", "topology.cfg=2", id="three guidance passes"),
+    pytest.param(["~task.fps"], "task.fps", "task.fps=", id="deleted key"),
+    pytest.param(["nonsense"], "nonsense", "key=value", id="not an override"),
+    pytest.param(["task.prompt=a, b"], "task.prompt", "quoted", id="comma in a text"),
+    pytest.param(["vae.decode._target_=os.system"], "os.system", "vae/decode=", id="foreign strategy target"),
+    pytest.param(["stages.text._target_=os.system"], "os.system", "stages.text", id="foreign stage target"),
+    pytest.param(["task.image=launch.py"], "task=t2v", "task=i2v", id="image that nothing reads"),
+    pytest.param(["task.prompt="], "task.prompt is empty", "task.prompt=", id="empty prompt"),
+    pytest.param(["task.height=100"], "task.height=100", "task.height=96", id="height off the grid"),
+    pytest.param(["task.width=1279"], "task.width=1279", "task.width=1280", id="width off the grid"),
+    pytest.param(["task.num_frames=18"], "4k + 1", "task.num_frames=17", id="frames off the grid"),
+    pytest.param(["task.num_frames=1"], "task.num_frames=1", "task=t2i", id="video of one frame"),
+    pytest.param(["task=t2i", "task.num_frames=5"], "task=t2i", "task.num_frames=1", id="image of five frames"),
+    pytest.param(["task.condition_latent_frames=[0]"], "condition_latent_frames", "[]", id="t2v conditioned"),
+    pytest.param(["topology.cfg=2"], "1 ranks", "topology.ranks_per_node=2", id="axes over too few ranks"),
+    pytest.param(["output.preset=slwo"], "output.preset=slwo", "did you mean slow?", id="unknown codec preset"),
+]
+
+
+REFUSED_AT_THE_START = [
+    pytest.param(["task=i2v"], "task.image is not set", "task.image=", id="i2v without image"),
+    pytest.param(["task=v2v"], "task.video is not set", "task.video=", id="v2v without video"),
+    pytest.param(["task=i2v", "task.image=no.jpg"], "no.jpg", "file", id="missing photograph"),
+    pytest.param(["task.prompt=@no.txt"], "no.txt", "file", id="missing prompt file"),
+    pytest.param(["topology.nodes=2"], "without torchrun", "torchrun --nnodes 2", id="two nodes from one machine"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "what", "works"), REFUSALS)
+def test_refused_in_three_parts(overrides: list[str], what: str, works: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    text = str(caught.value)
+    assert what in text
+    assert works in text
+    for problem in caught.value.problems:
+        assert problem.what and problem.why and problem.works
+
+
+@pytest.mark.parametrize(("overrides", "what", "works"), REFUSED_AT_THE_START)
+def test_a_plan_needs_no_inputs_but_a_run_does(overrides: list[str], what: str, works: str) -> None:
+    cfg = compose(overrides)
+    with pytest.raises(ConfigError) as caught:
+        check_start(cfg)
+    assert what in str(caught.value)
+    assert works in str(caught.value)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["task.height=100", "task.num_frames=18", "topology.cfg=2", "output.preset=slwo"])
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize("overrides", [[], ["vae=parallel_decode", "topology=cpu_x4"], ["task.height=100"]])
+def test_composing_and_refusing_import_no_torch(overrides: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from cosmos3_pipeline import compose\n"
+        f"try: compose({overrides!r})\n"
+        "except ValueError: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'av', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,49 @@
+"""The rooms of the library: a file imports only from its own room or from those before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).parents[2] / "cosmos3_pipeline"
+ROOMS = (
+    *("config", "distributed", "vae", "denoise", "plan", "models", "stages"),
+    *("jobs", "review", "plugin_kit"),
+)
+HEAVY = {"torch", "diffusers", "transformers", "safetensors", "av", "numpy"}
+FILES = sorted(p for p in LIBRARY.rglob("*.py") if p.parent != LIBRARY)
+
+
+def imported(file: Path, *, top_level: bool) -> set[str]:
+    """The modules that `file` imports: all of them, or those that importing the file imports."""
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.relative_to(LIBRARY).as_posix())
+def test_imports_point_to_earlier_rooms(file: Path) -> None:
+    room = file.relative_to(LIBRARY).parts[0]
+    assert room in ROOMS
+    for name in imported(file, top_level=False):
+        if name.startswith("cosmos3_pipeline."):
+            other = name.split(".")[1]
+            assert ROOMS.index(other) <= ROOMS.index(room), f"{room} imports {name}"
+        assert not name.startswith("cosmos3_plugins") or room == "plugin_kit", f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.relative_to(LIBRARY).as_posix())
+def test_what_the_command_line_needs_imports_nothing_heavy(file: Path) -> None:
+    relative = file.relative_to(LIBRARY).as_posix()
+    light = relative.startswith(("config/", "plan/")) or relative.endswith("__init__.py")
+    light |= relative in ("vae/program.py", "vae/strategy.py", "denoise/cost.py", "denoise/checks.py")
+    if light:
+        assert {name.split(".")[0] for name in imported(file, top_level=True)} & HEAVY == set()
