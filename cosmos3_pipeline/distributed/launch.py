@@ -1,0 +1,96 @@
+"""Starting ranks: real processes through torch's elastic launcher, or joining a world that exists already.
+
+A rank that raises brings the others down at once, and its own traceback is what the user sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.distributed.failure import RankFailed
+
+# The seconds that ranks of a broken world get to end by themselves before they are killed.
+SHUTDOWN_SECONDS = 5
+
+
+def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int) -> None:
+    """Run `entry(*payload)` in `ranks` new processes on this machine; both must pickle.
+
+    Raises RankFailed with the first failing rank's own traceback, after every process has ended.
+    """
+    # The launcher's own log repeats in its words what RankFailed says with the traceback.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with TemporaryDirectory(prefix="cosmos3_ranks_") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id="cosmos3",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            start_method="spawn",
+            monitor_interval=0.1,
+            max_restarts=0,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        _launch(config, entry, payload, ranks)
+
+
+def _launch(config: LaunchConfig, entry: Callable[..., None], payload: tuple[Any, ...], ranks: int) -> None:
+    try:
+        elastic_launch(config, _recorded)(entry, *payload)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RankFailed(rank, ranks, _words(failure)) from None
+
+
+@record  # writes the traceback of a rank that raises to where the launcher finds it
+def _recorded(entry: Callable[..., None], *payload: Any) -> None:
+    entry(*payload)
+
+
+def _words(failure: ProcessFailure) -> str:
+    """The traceback that `record` wrote (of a refusal its words), or how the process ended where it could not."""
+    written = failure.error_file_data.get("message")
+    if isinstance(written, dict) and "extraInfo" in written:
+        # A refusal is the user's to mend, and says how; where in the code it was raised would only hide that.
+        kind, _, text = str(written["message"]).partition(": ")
+        return text if kind == Refusal.__name__ else str(written["extraInfo"]["py_callstack"]).strip()
+    if failure.exitcode < 0:
+        return f"it was killed by signal {-failure.exitcode} ({failure.signal_name()})"
+    return f"it ended with exit code {failure.exitcode}"
+
+
+@contextmanager
+def joined_world(*, device: str, threads: int) -> Iterator[torch.device]:
+    """Join the world that RANK and WORLD_SIZE describe (gloo on cpu, nccl on cuda), and leave it at the end.
+
+    Without RANK in the environment this process is a world of one and no process group is made.
+    Yields the device of this rank.
+    """
+    torch.set_num_threads(threads)
+    local = torch.device("cpu")
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local)
+    if "RANK" not in os.environ:
+        yield local
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=local if device == "cuda" else None)
+    yield local
+    # Not in a `finally`: after an error the peers may be gone, and leaving would wait for them.
+    dist.destroy_process_group()

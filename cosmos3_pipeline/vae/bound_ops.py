@@ -1,0 +1,301 @@
+"""What each op of a program does, with its weights bound: one small class per op type.
+
+An op reads `flow.at`, the activation of the chunk, and replaces it. Layout: [B, T, H, W, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.vae import kernels, ops
+from cosmos3_pipeline.vae.frames import Frames, HaloExchange, with_room
+from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
+
+
+@dataclass
+class Flow:
+    """One chunk on its way through a slice: the activation, the open shortcuts, and where in the clip it is.
+
+    `cache` maps an op's name to the frames that it keeps for the next chunk; `room` is what the next op wants
+    around its input.
+    """
+
+    at: Frames
+    shortcuts: list[Tensor]
+    cache: dict[str, Tensor]
+    first: bool
+    last: bool
+    exchange: HaloExchange | None
+    room: Room
+
+
+OpT = TypeVar("OpT", bound=ops.Op)
+
+
+class BoundOp(Generic[OpT]):
+    """An op and its weights."""
+
+    def __init__(self, op: OpT, weights: Mapping[str, Tensor]) -> None:
+        self.op = op
+
+    def room(self, *, first: bool, exchange: HaloExchange | None) -> Room:
+        """The room that `run` wants around its input."""
+        if exchange is None:
+            return self.op.room(first=first)
+        return self.op.room(first=first, cut_rows=exchange.rows, cut_cols=exchange.cols)
+
+    def run(self, flow: Flow) -> None:
+        """Replace `flow.at` by the op's output."""
+        raise NotImplementedError
+
+    def _tensors(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        return [weights[w.name] for w in self.op.weights]
+
+
+def _take(flow: Flow, room: Room) -> Frames:
+    """The activation with `room` around it; copied only if whoever wrote it did not leave that room."""
+    if flow.at.room == room:
+        return flow.at
+    inner = flow.at.inner
+    frames = with_room(inner, tuple(inner.shape), room)
+    frames.inner.copy_(inner)
+    flow.at = frames
+    return frames
+
+
+def _cut_sides(margins: Margins, exchange: HaloExchange | None) -> Margins:
+    """The margins that lie on other ranks; the others are the picture's edge, which the convolution pads itself."""
+    if exchange is None:
+        return Margins()
+    top, bottom = (margins.top, margins.bottom) if exchange.rows else (0, 0)
+    left, right = (margins.left, margins.right) if exchange.cols else (0, 0)
+    return Margins(top, bottom, left, right)
+
+
+def _fill_margins(frames: Frames, margins: Margins, exchange: HaloExchange | None) -> None:
+    if exchange is not None and margins:
+        exchange.start(frames.chunk, margins)()
+
+
+def _recall(flow: Flow, name: str, frames: Frames) -> None:
+    """Put the frames kept from the chunk before in front of this one's (zeros when none were kept)."""
+    front = frames.buffer[:, : frames.room.front]
+    if name in flow.cache:
+        front.copy_(flow.cache[name])
+    else:
+        front.zero_()
+
+
+def _remember(flow: Flow, name: str, buffer: Tensor, count: int) -> None:
+    """Keep the last `count` frames of `buffer`, zeros before the first, for the next chunk."""
+    if flow.last:
+        flow.cache.pop(name, None)
+        return
+    if name not in flow.cache:
+        b, _, h, w, c = buffer.shape
+        flow.cache[name] = buffer.new_zeros(b, count, h, w, c)
+    have = min(count, buffer.shape[1])
+    flow.cache[name][:, count - have :].copy_(buffer[:, -have:])
+
+
+class Conv(BoundOp[ops.Conv]):
+    def __init__(self, op: ops.Conv, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        self._conv = kernels.Convolution(*self._tensors(weights))
+
+    def run(self, flow: Flow) -> None:
+        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
+        cut = frames.room.margins
+        _fill_margins(frames, cut, flow.exchange)
+        if frames.room.front:
+            _recall(flow, self.op.name, frames)
+        if self.op.cached_frames:
+            _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
+        own = self.op.margins
+        padding = (own.top - cut.top, own.left - cut.left)
+        kept = flow.shortcuts.pop() if self.op.adds_shortcut else None
+        flow.at = Frames(self._conv(frames.buffer, padding=padding, taps=1 if flow.first else 0, add=kept))
+
+
+class NormSilu(BoundOp[ops.NormSilu]):
+    def __init__(self, op: ops.NormSilu, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        (gamma,) = self._tensors(weights)
+        self._gamma = gamma.float().flatten()
+
+    def run(self, flow: Flow) -> None:
+        x = flow.at.inner
+        frames = with_room(x, tuple(x.shape), flow.room)
+        kernels.norm_silu(x, self._gamma, frames.inner)
+        flow.at = frames
+
+
+class Attention(BoundOp[ops.Attention]):
+    def __init__(self, op: ops.Attention, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        gamma, qkv, qkv_bias, proj, proj_bias = self._tensors(weights)
+        self._gamma = gamma.float().flatten()
+        self._qkv = (qkv.flatten(1), qkv_bias)
+        self._proj = (proj.flatten(1), proj_bias)
+
+    def run(self, flow: Flow) -> None:
+        x = flow.at.inner
+        normed = kernels.rms_norm(x, self._gamma).to(x.dtype)
+        if flow.exchange is None:
+            mixed = kernels.attention(normed, self._qkv, self._proj)
+        else:
+            # The normed frame is half of K and V, and attention is a thousandth of the arithmetic: every rank does
+            # the whole frame, so its rounding does not depend on the cut.
+            whole = flow.exchange.gather(normed)
+            mixed = flow.exchange.own(kernels.attention(whole, self._qkv, self._proj))
+        flow.at = Frames(x + mixed)
+
+
+class TimeUp(BoundOp[ops.TimeUp]):
+    def __init__(self, op: ops.TimeUp, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        self._conv = kernels.Convolution(*self._tensors(weights))
+
+    def run(self, flow: Flow) -> None:
+        if flow.first:
+            return  # passes unchanged, and is not remembered: the next chunk sees zeros
+        frames = _take(flow, self.room(first=False, exchange=flow.exchange))
+        _recall(flow, self.op.name, frames)
+        _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
+        pairs = self._conv(frames.buffer)
+        b, t, h, w, c = pairs.shape
+        pairs = pairs.view(b, t, h, w, 2, c // 2).permute(0, 1, 4, 2, 3, 5)
+        flow.at = Frames(pairs.reshape(b, 2 * t, h, w, c // 2))
+
+
+class TimeDown(BoundOp[ops.TimeDown]):
+    def __init__(self, op: ops.TimeDown, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        self._conv = kernels.Convolution(*self._tensors(weights))
+
+    def run(self, flow: Flow) -> None:
+        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
+        if not flow.first:
+            _recall(flow, self.op.name, frames)
+        _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
+        if not flow.first:
+            flow.at = Frames(self._conv(frames.buffer, stride=(2, 1, 1)))
+
+
+class SpatialUp(BoundOp[ops.SpatialUp]):
+    def __init__(self, op: ops.SpatialUp, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        weight, bias = self._tensors(weights)
+        self._convs = [kernels.Convolution(w, bias) for w in kernels.upsampling_weights(weight)]
+
+    def run(self, flow: Flow) -> None:
+        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
+        b, t, h, w, _ = frames.inner.shape
+        cut = frames.room.margins
+        _fill_margins(frames, cut, flow.exchange)
+        out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
+        for i, conv in enumerate(self._convs):
+            row, col = divmod(i, 2)
+            # One output more than needed on each axis: the kernel is even and the padding symmetric.
+            part = conv(frames.buffer, padding=(1 - cut.top, 1 - cut.left))
+            out[:, :, :, row, :, col].copy_(part[:, :, row : row + h, col : col + w])
+        flow.at = Frames(out.view(b, t, 2 * h, 2 * w, -1))
+
+
+class SpatialDown(BoundOp[ops.SpatialDown]):
+    def __init__(self, op: ops.SpatialDown, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        weight, bias = self._tensors(weights)
+        self._conv = kernels.Convolution(weight.unsqueeze(2), bias)
+
+    def run(self, flow: Flow) -> None:
+        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
+        _fill_margins(frames, _cut_sides(self.op.margins, flow.exchange), flow.exchange)
+        flow.at = Frames(self._conv(frames.buffer, stride=(1, 2, 2)))
+
+
+class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
+    def __init__(self, op: ops.ShortcutBegin, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(op, weights)
+        self._conv = kernels.Convolution(*self._tensors(weights)) if op.weights else None
+
+    def run(self, flow: Flow) -> None:
+        x = _take(flow, NO_ROOM).buffer
+        flow.shortcuts.append(x if self._conv is None else self._conv(x))
+
+
+class DuplicateUp(BoundOp[ops.DuplicateUp]):
+    def run(self, flow: Flow) -> None:
+        kept = flow.shortcuts.pop()
+        b, t, h, w, _ = kept.shape
+        out, ft, fs = flow.at.inner, self.op.factor_t, self.op.factor_s
+        dropped = ft - 1 if flow.first else 0
+        grid = out.view(b, t, ft - dropped, h, fs, w, fs, out.shape[-1])
+        for time in range(dropped, ft):
+            for row in range(fs):
+                for col in range(fs):
+                    grid[:, :, time - dropped, :, row, :, col].add_(self._copy(kept, time, row, col))
+
+    def _copy(self, kept: Tensor, time: int, row: int, col: int) -> Tensor:
+        """The kept channels that fall on the output channels at one offset of the upsampled grid."""
+        factor = self.op.factor_t * self.op.factor_s**2
+        offset = (time * self.op.factor_s + row) * self.op.factor_s + col
+        outputs = torch.arange(self.op.target.channels, device=kept.device)
+        return kept.index_select(-1, (outputs * factor + offset) // self.op.copies)
+
+
+class AverageDown(BoundOp[ops.AverageDown]):
+    def run(self, flow: Flow) -> None:
+        kept = flow.shortcuts.pop()
+        ft, fs = self.op.factor_t, self.op.factor_s
+        missing = -kept.shape[1] % ft
+        if missing:
+            b, _, h, w, c = kept.shape
+            kept = torch.cat((kept.new_zeros(b, missing, h, w, c), kept), dim=1)
+        b, t, h, w, c = kept.shape
+        cells = kept.view(b, t // ft, ft, h // fs, fs, w // fs, fs, c).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        out = flow.at.inner
+        out.add_(cells.reshape(*out.shape, -1).mean(dim=-1))
+
+
+class Patchify(BoundOp[ops.Patchify]):
+    def run(self, flow: Flow) -> None:
+        p = self.op.patch
+        b, c, t, h, w = flow.at.buffer.shape
+        cells = flow.at.buffer.view(b, c, t, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 6, 4)
+        flow.at = Frames(cells.reshape(b, t, h // p, w // p, c * p * p))
+
+
+class Unpatchify(BoundOp[ops.Unpatchify]):
+    def run(self, flow: Flow) -> None:
+        p = self.op.patch
+        x = flow.at.inner
+        b, t, h, w, c = x.shape
+        cells = x.reshape(b, t, h, w, c // p**2, p, p).permute(0, 4, 1, 2, 6, 3, 5)
+        flow.at = Frames(cells.reshape(b, c // p**2, t, h * p, w * p).clamp_(-1.0, 1.0))
+
+
+_BOUND: dict[type[ops.Op], type[BoundOp]] = {  # type: ignore[type-arg]
+    ops.Conv: Conv,
+    ops.NormSilu: NormSilu,
+    ops.Attention: Attention,
+    ops.TimeUp: TimeUp,
+    ops.TimeDown: TimeDown,
+    ops.SpatialUp: SpatialUp,
+    ops.SpatialDown: SpatialDown,
+    ops.ShortcutBegin: ShortcutBegin,
+    ops.DuplicateUp: DuplicateUp,
+    ops.AverageDown: AverageDown,
+    ops.Patchify: Patchify,
+    ops.Unpatchify: Unpatchify,
+}
+
+
+def bind(op: ops.Op, weights: Mapping[str, Tensor]) -> BoundOp[ops.Op]:
+    """The runnable form of `op`, holding its tensors out of `weights`."""
+    return _BOUND[type(op)](op, weights)

@@ -1,0 +1,164 @@
+"""How much memory a slice of the program needs beyond its weights, by walking through it as the executor does.
+
+Counts the tensors that are alive at once: the activation, the open shortcuts, the frames kept between chunks, and
+what each op allocates. Not counted: what a convolution library keeps for itself. No torch here.
+"""
+
+from __future__ import annotations
+
+from cosmos3_pipeline.vae.ops import (
+    NO_ROOM,
+    Attention,
+    AverageDown,
+    Conv,
+    DuplicateUp,
+    LatentShape,
+    NormSilu,
+    Op,
+    Patchify,
+    Room,
+    ShortcutBegin,
+    SpatialUp,
+    TensorSpec,
+    TimeDown,
+    TimeUp,
+    Unpatchify,
+)
+from cosmos3_pipeline.vae.program import Program
+
+# Float32 elements that the fused norm and activation works on at once: half a megabyte, so that its passes stay in
+# a core's second-level cache.
+NORM_BLOCK_ELEMENTS = 1 << 17
+
+
+def activation_bytes(
+    program: Program,
+    latent: LatentShape,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    cut_rows: bool = False,
+    cut_cols: bool = False,
+) -> int:
+    """Peak bytes beyond the weights while the ops [start, stop) run over a clip, chunk by chunk.
+
+    `latent` is the slab that is run: with `cut_rows` or `cut_cols` its ops also hold the neighbours' margins.
+    """
+    stop = len(program) if stop is None else stop
+    chunks = program.chunks(latent)
+    walk = _Walk(program, latent, start, stop, cut_rows=cut_rows, cut_cols=cut_cols)
+    peak = walk.chunk(first=True, last=chunks == 1)
+    if chunks > 1:
+        # The frames kept by the ops already run are replaced in place, so the third chunk is like the second.
+        peak = max(peak, walk.chunk(first=False, last=False))
+    return peak
+
+
+class _Walk:
+    """The state of a slice between chunks, in bytes."""
+
+    def __init__(
+        self, program: Program, latent: LatentShape, start: int, stop: int, *, cut_rows: bool, cut_cols: bool
+    ) -> None:
+        self._program = program
+        self._latent = latent
+        self._start = start
+        self._ops = program.ops[start:stop]
+        self._cuts = {"cut_rows": cut_rows, "cut_cols": cut_cols}
+        self._kept: dict[str, int] = {}
+
+    def chunk(self, *, first: bool, last: bool) -> int:
+        """Run one chunk; returns its peak in bytes."""
+        self._first, self._last = first, last
+        element = self._latent.element_bytes
+        # Tensors are told apart by identity, because an identity shortcut shares its tensor with the activation.
+        at = [self._size(self._program.carried(self._start)[0])]
+        room = NO_ROOM
+        shortcuts = [[self._size(spec)] for spec in self._program.carried(self._start)[1:]]
+        peak = 0
+        for op, following in zip(self._ops, [*self._ops[1:], None], strict=True):
+            alive = [at, *shortcuts]
+            wanted = self._room(op)
+            takes = op.weights and not isinstance(op, NormSilu | Attention) or isinstance(op, ShortcutBegin)
+            passes = first and isinstance(op, TimeUp | TimeDown)
+            if takes and room != wanted and not (passes and isinstance(op, TimeUp)):
+                at = [self._size(op.source, wanted)]
+                peak = max(peak, self._alive([*alive, at]))
+                room = wanted
+                alive = [at, *shortcuts]
+            self._remember(op, passes=passes)
+            room_after = NO_ROOM if following is None else self._room(following)
+            if op.closes:
+                shortcuts = shortcuts[:-1]
+            if passes:
+                room_after, out, scratch = room, at, 0
+            elif isinstance(op, NormSilu):
+                out, scratch = [self._size(op.target, room_after)], self._norm_scratch(op) // element
+            elif isinstance(op, ShortcutBegin):
+                kept = [self._size(op.kept)] if op.weights else at
+                shortcuts = [*shortcuts, kept]
+                room_after, out, scratch = NO_ROOM, at, 0
+                alive = [at, *shortcuts]
+            elif isinstance(op, DuplicateUp | AverageDown):
+                room_after, out, scratch = room, at, self._shortcut_scratch(op)
+            else:
+                room_after, out, scratch = NO_ROOM, [self._size(op.target)], self._scratch(op)
+            peak = max(peak, self._alive([*alive, out]) + scratch * element)
+            at, room = out, room_after
+        return peak
+
+    def _room(self, op: Op) -> Room:
+        return op.room(first=self._first, **self._cuts)
+
+    def _size(self, spec: TensorSpec, room: Room = NO_ROOM) -> int:
+        b, t, h, w, c = spec.shape(self._latent, first=self._first)
+        m = room.margins
+        return b * (room.front + t) * (m.top + h + m.bottom) * (m.left + w + m.right) * c
+
+    def _alive(self, tensors: list[list[int]]) -> int:
+        """Bytes of distinct tensors and of the frames kept."""
+        distinct = {id(t): t[0] for t in tensors}
+        return (sum(distinct.values()) + sum(self._kept.values())) * self._latent.element_bytes
+
+    def _remember(self, op: Op, *, passes: bool) -> None:
+        if not op.cached_frames or (passes and isinstance(op, TimeUp)):
+            return
+        if self._last:
+            self._kept.pop(op.name, None)
+            return
+        room = self._room(op)
+        b, _, h, w, c = op.source.shape(self._latent, first=True)
+        m = room.margins
+        self._kept[op.name] = b * op.cached_frames * (m.top + h + m.bottom) * (m.left + w + m.right) * c
+
+    def _norm_scratch(self, op: Op) -> int:
+        """Float32 bytes of one block of rows; twice where the input must be widened first."""
+        _, _, h, w, c = op.source.shape(self._latent, first=self._first)
+        rows = min(h, max(1, NORM_BLOCK_ELEMENTS // (w * c)))
+        return rows * w * c * 4 * (1 if self._latent.element_bytes == 4 else 2)
+
+    def _shortcut_scratch(self, op: DuplicateUp | AverageDown) -> int:
+        kept = self._size(op.kept)
+        if isinstance(op, DuplicateUp):
+            # One offset of the upsampled grid at a time: the kept grid with the output's channels.
+            return kept // op.kept.channels * op.target.channels
+        # The kept values padded in time, then their copy in groups; the unpadded ones are gone by then.
+        _, t, *_ = op.kept.shape(self._latent, first=self._first)
+        padded = kept // t * (t + -t % op.factor_t)
+        return 2 * padded - kept + self._size(op.target)
+
+    def _scratch(self, op: Op) -> int:
+        """Elements that an op allocates beside its input and output."""
+        target = self._size(op.target)
+        if isinstance(op, TimeUp):
+            return target  # the pairs of frames before they are interleaved
+        if isinstance(op, SpatialUp):
+            b, t, h, w, _ = op.source.shape(self._latent, first=self._first)
+            return b * t * (h + 1) * (w + 1) * op.target.channels
+        if isinstance(op, Attention):
+            # The normed input, then q, k, v; the mixed values and their projection replace the former.
+            return 5 * target
+        if isinstance(op, Unpatchify | Patchify):
+            return 0
+        assert isinstance(op, Conv | TimeDown) or op.weights
+        return 0

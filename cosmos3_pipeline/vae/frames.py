@@ -1,0 +1,78 @@
+"""Activations in buffers with room around them, and the seam through which a slab gets its neighbours' rows.
+
+A convolution reads frames before its chunk and, on a slab, rows beyond it. Its input is therefore written at once
+into a buffer that has room for both, instead of being copied into one later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
+
+
+class HaloExchange(Protocol):
+    """What a strategy that cuts the picture supplies: neighbours' rows, and whole frames for attention.
+
+    `rows` and `cols` say which sides of the picture are cut. Every rank of a group calls in the same order.
+    """
+
+    rows: bool
+    cols: bool
+
+    def start(self, padded: Tensor, margins: Margins) -> Callable[[], None]:
+        """Begin filling the margins of `padded` [B, T, top + H + bottom, left + W + right, C] in place.
+
+        The middle holds this rank's slab; the margins hold zeros, which is right at the edge of the picture.
+        `margins` is zero on sides that are not cut. The returned call waits until the margins are filled.
+        """
+        ...
+
+    def gather(self, slab: Tensor) -> Tensor:
+        """The whole frames [B, T, H, W, C] of which every rank holds a slab, on every rank."""
+        ...
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's slab of whole frames; the inverse of `gather`."""
+        ...
+
+
+@dataclass
+class Frames:
+    """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`."""
+
+    buffer: Tensor
+    room: Room = NO_ROOM
+
+    @property
+    def inner(self) -> Tensor:
+        b, t, h, w, _ = self.buffer.shape
+        m = self.room.margins
+        return self.buffer[:, self.room.front :, m.top : h - m.bottom, m.left : w - m.right]
+
+    @property
+    def chunk(self) -> Tensor:
+        """The frames of this chunk with their margins."""
+        return self.buffer[:, self.room.front :]
+
+
+def with_room(like: Tensor, shape: tuple[int, ...], room: Room) -> Frames:
+    """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, its margins zero, `like` in dtype."""
+    b, t, h, w, c = shape
+    m = room.margins
+    buffer = like.new_empty(b, room.front + t, m.top + h + m.bottom, m.left + w + m.right, c)
+    frames = Frames(buffer, room)
+    chunk = frames.chunk
+    if m.top:
+        chunk[:, :, : m.top].zero_()
+    if m.bottom:
+        chunk[:, :, m.top + h :].zero_()
+    if m.left:
+        chunk[:, :, :, : m.left].zero_()
+    if m.right:
+        chunk[:, :, :, m.left + w :].zero_()
+    return frames

@@ -1,0 +1,67 @@
+"""What a latent or a picture must be before the VAE takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.vae.pixels import picture_chunks
+from cosmos3_pipeline.vae.program import Program
+from cosmos3_pipeline.vae.strategy import LatentShape
+
+
+class VaeInputError(ValueError):
+    """A latent or picture that the VAE cannot take. Raised on every rank of the group."""
+
+
+def latent_shape(program: Program, tensor: Tensor) -> LatentShape:
+    """The latent's shape for the input of `program`: latents [B, C, T, h, w] or a picture [B, 3, F, H, W]."""
+    batch, _, frames, rows, cols = tensor.shape
+    if program.direction == "encode":
+        frames = 1 + (picture_chunks(frames) - 1) * program.latents_per_chunk
+        rows, cols = rows // program.spatial, cols // program.spatial
+    return LatentShape(batch, frames, rows, cols, tensor.element_size())
+
+
+def problem_of(
+    program: Program, tensor: Tensor, *, dtype: torch.dtype, device: torch.device, one_clip: bool
+) -> str | None:
+    """What is wrong with `tensor` as the input of `program`, why, and what would work; None when nothing is."""
+    decode = program.direction == "decode"
+    what = "latent" if decode else "picture"
+    channels = program.z_dim if decode else program.picture_channels
+    shape = list(tensor.shape)
+    if tensor.ndim != 5 or tensor.numel() == 0:
+        return (
+            f"the {what} has shape {shape}; the VAE takes [batch, channels, frames, rows, columns], none of them 0; "
+            f"give a tensor like [1, {channels}, 1, {64 if not decode else 4}, {64 if not decode else 4}]"
+        )
+    if shape[1] != channels:
+        return (
+            f"the {what} has {shape[1]} channels (shape {shape}); this VAE's {program.direction}r takes {channels}; "
+            f"give [batch, {channels}, frames, rows, columns]"
+        )
+    if one_clip and shape[0] != 1:
+        return (
+            f"the latent has batch {shape[0]}; decode_stream yields the frames of one clip; "
+            "decode the clips one after the other, or use decode"
+        )
+    if tensor.dtype != dtype or tensor.device != device:
+        return (
+            f"the {what} is {tensor.dtype} on {tensor.device}; the VAE's weights are {dtype} on {device}; "
+            f"convert it with .to({device.type!r}, {dtype})"
+        )
+    step = program.spatial
+    if not decode and (shape[3] % step or shape[4] % step):
+        rows, cols = (max(step, round(size / step) * step) for size in shape[3:])
+        return (
+            f"the picture is {shape[3]} x {shape[4]} pixels; one latent row or column is {step} pixels, so both must "
+            f"be multiples of {step}; resize it to {rows} x {cols}"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        return (
+            f"the {what} has {bad} of {tensor.numel()} values that are NaN or infinite; every pixel that they reach "
+            "would be lost; look at what made it: a finite latent decodes"
+        )
+    return None

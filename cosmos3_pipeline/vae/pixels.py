@@ -1,0 +1,40 @@
+"""Between the layouts of diffusers and of the executor: latents and pictures in chunks, and pictures as bytes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.vae.program import ENCODE_CHUNK
+
+
+def latent_chunk(z: Tensor, index: int) -> Tensor:
+    """Latent frame `index` of z [B, C, T, h, w], channels-last [B, 1, h, w, C]."""
+    return z[:, :, index : index + 1].permute(0, 2, 3, 4, 1).contiguous()
+
+
+def picture_chunks(frames: int) -> int:
+    """Chunks in which a picture of `frames` frames is encoded; as in diffusers, up to 3 frames left over are not."""
+    return 1 + (frames - 1) // ENCODE_CHUNK
+
+
+def picture_chunk(x: Tensor, index: int) -> Tensor:
+    """Chunk `index` of the picture x [B, 3, F, H, W]: the first frame, or the next four, contiguous."""
+    start = 1 + ENCODE_CHUNK * (index - 1) if index else 0
+    return x[:, :, start : start + (ENCODE_CHUNK if index else 1)].contiguous()
+
+
+def to_uint8(picture: Tensor) -> Tensor:
+    """[B, 3, F, H, W] in [-1, 1] to bytes [B, F, H, W, 3].
+
+    The arithmetic and dtypes of diffusers' `VideoProcessor.postprocess_video`, so the bytes equal its.
+    """
+    halved = (picture * 0.5 + 0.5).clamp_(0, 1).permute(0, 2, 3, 4, 1)
+    return halved.float().mul_(255).round_().to(torch.uint8).contiguous()
+
+
+def as_pixels(picture: Tensor, pixels: Literal["float", "uint8"]) -> Tensor:
+    """The picture [B, 3, F, H, W] as it is, or as bytes [B, F, H, W, 3]."""
+    return to_uint8(picture) if pixels == "uint8" else picture

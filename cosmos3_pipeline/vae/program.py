@@ -1,0 +1,383 @@
+"""The Wan VAE as a flat list of ops, built from a config alone: one program, many schedules.
+
+A strategy is a schedule of these ops over ranks: it cuts the list (each rank a run of ops), or the picture (each
+rank a slab of rows), or both. Shortcuts are opened and closed by ops, so a cut may fall inside a
+residual block; `Program.carried` says which tensors cross it.
+
+Follows `diffusers.AutoencoderKLWan` 0.42: Wan2.1 and the residual Wan2.2 layout. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from cosmos3_pipeline.vae.ops import (
+    Attention,
+    AverageDown,
+    Conv,
+    DuplicateUp,
+    LatentShape,
+    NormSilu,
+    Op,
+    Patchify,
+    Shape,
+    ShortcutBegin,
+    SpatialDown,
+    SpatialUp,
+    TensorSpec,
+    TimeDown,
+    TimeUp,
+    Unpatchify,
+    Weight,
+    conv_weights,
+)
+
+Direction = Literal["decode", "encode"]
+
+# Frames of a picture that diffusers gives the encoder at once, after the first frame.
+ENCODE_CHUNK = 4
+
+
+class ProgramError(ValueError):
+    """A VAE config that no program can be made of."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The ops of one direction, with what does not depend on the clip.
+
+    z_dim: latent channels; picture_channels: 3 for RGB; patch: pixels a side that patchify folds into channels;
+    spatial: pixels per latent row; temporal: picture frames per latent frame after the first;
+    latents_per_chunk: latent frames of a later chunk.
+    """
+
+    direction: Direction
+    ops: tuple[Op, ...]
+    z_dim: int
+    picture_channels: int
+    patch: int
+    spatial: int
+    temporal: int
+    latents_per_chunk: int
+
+    def __len__(self) -> int:
+        return len(self.ops)
+
+    def chunks(self, latent: LatentShape) -> int:
+        """Chunks in which a clip of `latent.frames` latent frames passes: one frame, then equal ones."""
+        later = latent.frames - 1
+        if later % self.latents_per_chunk:
+            raise ProgramError(
+                f"{latent.frames} latent frames are not 1 + k x {self.latents_per_chunk}; the encoder takes "
+                f"{ENCODE_CHUNK} picture frames at once, which are {self.latents_per_chunk} latent frames; "
+                f"give {latent.frames - later % self.latents_per_chunk} latent frames"
+            )
+        return 1 + later // self.latents_per_chunk
+
+    def picture_frames(self, latent_frames: int) -> int:
+        """Frames of the picture that `latent_frames` latent frames are."""
+        return 1 + (latent_frames - 1) * self.temporal
+
+    def flops(self, latent: LatentShape, start: int = 0, stop: int | None = None) -> int:
+        """FLOPs of the ops [start, stop) over the whole clip."""
+        later = self.chunks(latent) - 1
+        return sum(
+            op.flops(latent, first=True) + (later and later * op.flops(latent, first=False))
+            for op in self.ops[start:stop]
+        )
+
+    def weight_elements(self, start: int = 0, stop: int | None = None) -> int:
+        """Elements of the weights of the ops [start, stop)."""
+        return sum(op.weight_elements for op in self.ops[start:stop])
+
+    def weights(self, start: int = 0, stop: int | None = None) -> tuple[Weight, ...]:
+        """The weights of the ops [start, stop), in program order."""
+        return tuple(w for op in self.ops[start:stop] for w in op.weights)
+
+    @cached_property
+    def _carried(self) -> tuple[tuple[TensorSpec, ...], ...]:
+        at: list[tuple[TensorSpec, ...]] = []
+        open_shortcuts: list[TensorSpec] = []
+        for op in self.ops:
+            at.append((op.source, *open_shortcuts))
+            if op.opens is not None:
+                open_shortcuts.append(op.opens)
+            if op.closes:
+                open_shortcuts.pop()
+        at.append((self.ops[-1].target,))
+        return tuple(at)
+
+    def carried(self, cut: int) -> tuple[TensorSpec, ...]:
+        """The tensors that cross the cut before op `cut`: the activation, then the open shortcuts, oldest first."""
+        return self._carried[cut]
+
+    def carried_shapes(self, cut: int, latent: LatentShape, *, first: bool) -> tuple[Shape, ...]:
+        """[B, T, H, W, C] of each tensor that crosses the cut before op `cut`, for one chunk."""
+        return tuple(spec.shape(latent, first=first) for spec in self._carried[cut])
+
+    def carried_bytes(self, cut: int, latent: LatentShape) -> int:
+        """Bytes that cross the cut before op `cut` over the whole clip."""
+        later = self.chunks(latent) - 1
+        elements = sum(
+            spec.elements(latent, first=True) + (later and later * spec.elements(latent, first=False))
+            for spec in self._carried[cut]
+        )
+        return elements * latent.element_bytes
+
+
+def decoder_program(config: Mapping[str, Any]) -> Program:
+    """The decoder's ops: post_quant_conv, decoder, unpatchify and clamp.
+
+    `config` holds the values of `AutoencoderKLWan.config` by their names there. Raises ProgramError.
+    """
+    c = _Config(config)
+    build = _Builder(TensorSpec(c.z_dim, 1, 1))
+    build.conv("post_quant_conv", c.z_dim, (1, 1, 1))
+    widths = [c.decoder_base_dim * m for m in (c.dim_mult[-1], *reversed(c.dim_mult))]
+    build.conv("decoder.conv_in", widths[0], (3, 3, 3))
+    build.mid("decoder.mid_block")
+    doublings = c.temporal_steps("decode")
+    for i, width in enumerate(widths[1:]):
+        block = f"decoder.up_blocks.{i}"
+        up = i < len(doublings)
+        ft = 2 if up and doublings[i] else 1
+        shortcut = c.is_residual and up
+        if shortcut:
+            build.keep(f"{block}.avg_shortcut")
+        for j in range(c.num_res_blocks + 1):
+            build.residual(f"{block}.resnets.{j}", width)
+        if up:
+            resample = f"{block}.upsampler" if c.is_residual else f"{block}.upsamplers.0"
+            build.up(resample, width if c.is_residual else width // 2, doubles_time=ft == 2)
+        if shortcut:
+            build.duplicate_up(f"{block}.avg_shortcut", ft, 2)
+    build.norm("decoder.norm_out")
+    build.conv("decoder.conv_out", c.out_channels, (3, 3, 3))
+    build.unpatchify(c.patch)
+    return c.program("decode", build.ops, picture_channels=c.out_channels // c.patch**2)
+
+
+def encoder_program(config: Mapping[str, Any]) -> Program:
+    """The encoder's ops: patchify, encoder and quant_conv, which gives the moments (mean and log-variance).
+
+    `config` holds the values of `AutoencoderKLWan.config` by their names there. Raises ProgramError.
+    """
+    c = _Config(config)
+    steps = c.temporal_steps("encode")
+    halvings = sum(steps)
+    if ENCODE_CHUNK % 2**halvings:
+        raise ProgramError(
+            f"temperal_downsample={list(steps)} halves the frames {halvings} times; the encoder takes "
+            f"{ENCODE_CHUNK} frames at once, which do not divide by {2**halvings}; two halvings at most work"
+        )
+    build = _Builder(TensorSpec(c.in_channels // c.patch**2, c.spatial, ENCODE_CHUNK))
+    build.patchify(c.patch)
+    build.conv("encoder.conv_in", c.base_dim, (3, 3, 3))
+    block = 0
+    scale = 1.0
+    for i, mult in enumerate(c.dim_mult):
+        width = c.base_dim * mult
+        down = i < len(steps)
+        ft = 2 if down and steps[i] else 1
+        if c.is_residual:
+            name = f"encoder.down_blocks.{i}"
+            build.keep(f"{name}.avg_shortcut")
+            for j in range(c.num_res_blocks):
+                build.residual(f"{name}.resnets.{j}", width)
+            if down:
+                build.down(f"{name}.downsampler", halves_time=ft == 2)
+            build.average_down(f"{name}.avg_shortcut", ft, 2 if down else 1)
+            continue
+        for _ in range(c.num_res_blocks):
+            build.residual(f"encoder.down_blocks.{block}", width)
+            block += 1
+            if scale in c.attn_scales:
+                build.attention(f"encoder.down_blocks.{block}")
+                block += 1
+        if down:
+            build.down(f"encoder.down_blocks.{block}", halves_time=ft == 2)
+            block += 1
+            scale /= 2
+    build.mid("encoder.mid_block")
+    build.norm("encoder.norm_out")
+    build.conv("encoder.conv_out", 2 * c.z_dim, (3, 3, 3))
+    build.conv("quant_conv", 2 * c.z_dim, (1, 1, 1))
+    return c.program("encode", build.ops, picture_channels=c.in_channels // c.patch**2)
+
+
+def program_for(direction: Direction, config: Mapping[str, Any]) -> Program:
+    """`decoder_program` or `encoder_program`."""
+    return decoder_program(config) if direction == "decode" else encoder_program(config)
+
+
+class _Config:
+    """The values of a VAE config that decide the program, checked against each other."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.z_dim = int(config["z_dim"])
+        self.base_dim = int(config["base_dim"])
+        self.decoder_base_dim = int(config.get("decoder_base_dim") or self.base_dim)
+        self.dim_mult = tuple(int(m) for m in config["dim_mult"])
+        self.num_res_blocks = int(config["num_res_blocks"])
+        self.attn_scales: Sequence[float] = tuple(config.get("attn_scales") or ())
+        self.is_residual = bool(config.get("is_residual", False))
+        self.in_channels = int(config.get("in_channels", 3))
+        self.out_channels = int(config.get("out_channels", 3))
+        self.patch = int(config.get("patch_size") or 1)
+        steps = tuple(bool(t) for t in config["temperal_downsample"])
+        resamples = len(self.dim_mult) - 1
+        if len(steps) < resamples:
+            raise ProgramError(
+                f"temperal_downsample={list(steps)} for dim_mult={list(self.dim_mult)}; {len(self.dim_mult)} levels "
+                f"have {resamples} resamplings between them; give one entry for each"
+            )
+        # The encoder reads the list from its start and the decoder from its end, as diffusers does.
+        self._steps = {"encode": steps[:resamples], "decode": tuple(reversed(steps))[:resamples]}
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) % self.patch**2:
+                raise ProgramError(
+                    f"{name}={getattr(self, name)} with patch_size={self.patch}; a patch folds {self.patch}^2 pixels "
+                    f"into channels; give a multiple of {self.patch**2}"
+                )
+
+    def temporal_steps(self, direction: Direction) -> tuple[bool, ...]:
+        """For each resampling in the order of the ops: whether it also doubles or halves the frames."""
+        return self._steps[direction]
+
+    @property
+    def spatial(self) -> int:
+        return self.patch * 2 ** (len(self.dim_mult) - 1)
+
+    def program(self, direction: Direction, ops: Sequence[Op], *, picture_channels: int) -> Program:
+        temporal = 2 ** sum(self.temporal_steps(direction))
+        return Program(
+            direction=direction,
+            ops=tuple(ops),
+            z_dim=self.z_dim,
+            picture_channels=picture_channels,
+            patch=self.patch,
+            spatial=self.spatial,
+            temporal=temporal,
+            latents_per_chunk=1 if direction == "decode" else ENCODE_CHUNK // temporal,
+        )
+
+
+class _Builder:
+    """Appends ops while keeping track of the tensor between them (`at`) and of the open shortcuts."""
+
+    def __init__(self, source: TensorSpec) -> None:
+        self.at = source
+        self.ops: list[Op] = []
+        self._open: list[TensorSpec] = []
+
+    def _step(self, *, channels: int | None = None, scale: int | None = None, frames: int | None = None) -> TensorSpec:
+        at = self.at
+        return TensorSpec(channels or at.channels, scale or at.scale, frames or at.frames)
+
+    def _add(self, op: Op) -> None:
+        self.ops.append(op)
+        self.at = op.target
+
+    def conv(
+        self, name: str, channels: int, kernel: tuple[int, int, int], *, adds_shortcut: bool = False
+    ) -> None:
+        weights = conv_weights(name, channels, self.at.channels, kernel)
+        target = self._step(channels=channels)
+        if adds_shortcut:
+            self._open.pop()
+        self._add(
+            Conv(
+                name=name,
+                source=self.at,
+                target=target,
+                weights=weights,
+                kernel=kernel,
+                adds_shortcut=adds_shortcut,
+            )
+        )
+
+    def norm(self, name: str) -> None:
+        gamma = Weight(f"{name}.gamma", (self.at.channels, 1, 1, 1))
+        self._add(NormSilu(name=name, source=self.at, target=self.at, weights=(gamma,)))
+
+    def keep(self, name: str, *, channels: int | None = None) -> None:
+        """Open a shortcut that keeps the input, or a convolution of it to `channels`."""
+        kept = self._step(channels=channels)
+        weights = conv_weights(name, channels, self.at.channels, (1, 1, 1)) if channels else ()
+        self._open.append(kept)
+        self._add(ShortcutBegin(name=name, source=self.at, target=self.at, weights=weights, kept=kept))
+
+    def residual(self, name: str, channels: int) -> None:
+        """norm, SiLU, conv, norm, SiLU, conv, and the shortcut around them (`WanResidualBlock`)."""
+        self.keep(f"{name}.conv_shortcut", channels=channels if channels != self.at.channels else None)
+        self.norm(f"{name}.norm1")
+        self.conv(f"{name}.conv1", channels, (3, 3, 3))
+        self.norm(f"{name}.norm2")
+        self.conv(f"{name}.conv2", channels, (3, 3, 3), adds_shortcut=True)
+
+    def attention(self, name: str) -> None:
+        width = self.at.channels
+        weights = (
+            Weight(f"{name}.norm.gamma", (width, 1, 1)),
+            *conv_weights(f"{name}.to_qkv", 3 * width, width, (1, 1)),
+            *conv_weights(f"{name}.proj", width, width, (1, 1)),
+        )
+        self._add(Attention(name=name, source=self.at, target=self.at, weights=weights))
+
+    def mid(self, name: str) -> None:
+        self.residual(f"{name}.resnets.0", self.at.channels)
+        self.attention(f"{name}.attentions.0")
+        self.residual(f"{name}.resnets.1", self.at.channels)
+
+    def up(self, name: str, channels: int, *, doubles_time: bool) -> None:
+        width = self.at.channels
+        if doubles_time:
+            weights = conv_weights(f"{name}.time_conv", 2 * width, width, (3, 1, 1))
+            target = self._step(frames=2 * self.at.frames)
+            self._add(TimeUp(name=f"{name}.time_conv", source=self.at, target=target, weights=weights))
+        weights = conv_weights(f"{name}.resample.1", channels, width, (3, 3))
+        target = self._step(channels=channels, scale=2 * self.at.scale)
+        self._add(SpatialUp(name=f"{name}.resample", source=self.at, target=target, weights=weights))
+
+    def down(self, name: str, *, halves_time: bool) -> None:
+        width = self.at.channels
+        weights = conv_weights(f"{name}.resample.1", width, width, (3, 3))
+        target = self._step(scale=self.at.scale // 2)
+        self._add(SpatialDown(name=f"{name}.resample", source=self.at, target=target, weights=weights))
+        if halves_time:
+            weights = conv_weights(f"{name}.time_conv", width, width, (3, 1, 1))
+            target = self._step(frames=self.at.frames // 2)
+            self._add(TimeDown(name=f"{name}.time_conv", source=self.at, target=target, weights=weights))
+
+    def duplicate_up(self, name: str, factor_t: int, factor_s: int) -> None:
+        kept, at = self._open.pop(), self.at
+        if at.channels * factor_t * factor_s**2 % kept.channels:
+            raise ProgramError(
+                f"{name} goes from {kept.channels} to {at.channels} channels; it copies each channel "
+                f"{at.channels} x {factor_t * factor_s**2} / {kept.channels} times, which is not whole; "
+                "give base_dim and dim_mult whose widths divide"
+            )
+        self._add(DuplicateUp(name=name, source=at, target=at, kept=kept, factor_t=factor_t, factor_s=factor_s))
+
+    def average_down(self, name: str, factor_t: int, factor_s: int) -> None:
+        kept, at = self._open.pop(), self.at
+        if kept.channels * factor_t * factor_s**2 % at.channels:
+            raise ProgramError(
+                f"{name} goes from {kept.channels} to {at.channels} channels; it averages "
+                f"{kept.channels} x {factor_t * factor_s**2} / {at.channels} values, which is not whole; "
+                "give base_dim and dim_mult whose widths divide"
+            )
+        self._add(AverageDown(name=name, source=at, target=at, kept=kept, factor_t=factor_t, factor_s=factor_s))
+
+    def patchify(self, patch: int) -> None:
+        target = self._step(channels=self.at.channels * patch**2, scale=self.at.scale // patch)
+        self._add(Patchify(name="patchify", source=self.at, target=target, patch=patch))
+
+    def unpatchify(self, patch: int) -> None:
+        target = self._step(channels=self.at.channels // patch**2, scale=self.at.scale * patch)
+        self._add(Unpatchify(name="unpatchify", source=self.at, target=target, patch=patch))
+
+

@@ -1,0 +1,103 @@
+"""Where a slice gets its weights: from a model in memory, or from a checkpoint of which it reads only its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cosmos3_pipeline.vae.executor import Slice
+from cosmos3_pipeline.vae.program import Direction, Program, program_for
+
+
+class WeightSource(Protocol):
+    """Tensors by their names in `AutoencoderKLWan.state_dict()`."""
+
+    def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The named tensors, in `dtype` on `device`. Raises KeyError or ValueError for one that is not there."""
+        ...
+
+
+class ModuleWeights:
+    """The weights of an `AutoencoderKLWan`, not copied where dtype and device are as asked."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Raises ValueError for a weight that was not loaded (it is on the meta device)."""
+        state = self._module.state_dict()
+        tensors = {name: state[name] for name in names}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"the VAE's weight {name} is on the meta device; it was not loaded, or was released; "
+                    "load the half of the VAE that this call needs"
+                )
+        return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+
+
+class FolderWeights:
+    """The weights of a diffusers VAE folder (`config.json` and safetensors), each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "diffusion_pytorch_model.safetensors.index.json"
+        single = folder / "diffusion_pytorch_model.safetensors"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+            self._files: dict[str, Path] = {name: folder / file for name, file in files.items()}
+        elif single.is_file():
+            from safetensors import safe_open
+
+            with safe_open(single, framework="pt") as weights:
+                self._files = dict.fromkeys(weights.keys(), single)
+        else:
+            raise FileNotFoundError(
+                f"{folder} has no {single.name}; a diffusers VAE folder holds that file or its index; "
+                "give the `vae` folder of a diffusers checkpoint"
+            )
+
+    def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Raises KeyError for a tensor that the checkpoint does not have."""
+        from safetensors import safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        tensors = {}
+        for path, wanted in by_file.items():
+            with safe_open(path, framework="pt") as weights:
+                for name in wanted:
+                    tensors[name] = weights.get_tensor(name).to(device, dtype)
+        return tensors
+
+
+class BoundVae:
+    """A VAE as strategies see it: its programs, and slices of them with their weights.
+
+    `config` holds the values of `AutoencoderKLWan.config`.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], source: WeightSource, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._config = config
+        self._source = source
+
+    def program(self, direction: Direction) -> Program:
+        """The ops of `direction`."""
+        return program_for(direction, self._config)
+
+    def slice(self, direction: Direction, start: int = 0, stop: int | None = None) -> Slice:
+        """The ops [start, stop) of `direction`, holding their weights and no others."""
+        program = self.program(direction)
+        stop = len(program) if stop is None else stop
+        names = [w.name for w in program.weights(start, stop)]
+        weights = self._source.load(names, dtype=self.dtype, device=self.device)
+        return Slice(program, start, stop, weights)

@@ -1,0 +1,115 @@
+"""Each rank owns a contiguous run of ops, and the latent frames stream through the ranks.
+
+The decoder is causal, so frame after frame passes like workpieces on an assembly line: no halo, no gather of
+feature maps, and every op runs on the shape on which one rank alone would run it, so the result is equal bit for
+bit. With N ranks and T chunks the line is full for T of its T + N - 1 steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from cosmos3_pipeline.vae.footprint import activation_bytes
+from cosmos3_pipeline.vae.strategy import (
+    Direction,
+    Exactness,
+    LatentShape,
+    Program,
+    RankShare,
+    Runner,
+    Strategy,
+    StrategyError,
+    StrategyPlan,
+)
+from cosmos3_plugins.layer_pipeline.balance import balanced_runs, op_costs
+
+if TYPE_CHECKING:
+    from cosmos3_pipeline.distributed.comm import Comm
+    from cosmos3_pipeline.vae.weights import BoundVae
+
+__all__ = ["LayerPipeline"]
+
+
+@dataclass
+class LayerPipeline(Strategy):
+    """Runs of ops balanced by cost.
+
+    flops_per_element: the arithmetic that costs as much time as reading or writing one element; decides how much
+    norms and other memory-bound ops weigh when the runs are balanced.
+    """
+
+    flops_per_element: float = 40.0
+
+    name: ClassVar[str] = "layer_pipeline"
+    exactness: ClassVar[Exactness] = Exactness.BITWISE
+
+    def runs(self, program: Program, ranks: int) -> tuple[tuple[int, int], ...]:
+        """The run [start, stop) of each rank.
+
+        The root has the last ops, so that the finished picture need not be sent; the last rank has the first ones,
+        since every rank has the input. Raises StrategyError for more ranks than ops.
+        """
+        if self.flops_per_element < 0:
+            raise StrategyError(
+                f"layer_pipeline.flops_per_element={self.flops_per_element} is negative; it is what touching an "
+                "element costs beside its arithmetic; give 0 or more"
+            )
+        if ranks > len(program):
+            raise StrategyError(
+                f"layer_pipeline over {ranks} ranks; the {program.direction}r has {len(program)} ops and each rank "
+                f"needs one; use {len(program)} ranks or fewer"
+            )
+        return tuple(reversed(balanced_runs(program, ranks, self.flops_per_element)))
+
+    def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
+        """Who owns which ops. Raises StrategyError for more ranks than ops."""
+        runs = self.runs(program, ranks)
+        chunks = program.chunks(shape)
+        shares = tuple(self._share(program, shape, rank, runs[rank], ranks) for rank in range(ranks))
+        costs = op_costs(program, self.flops_per_element)
+        stage = [sum(costs[start:stop]) for start, stop in runs]
+        balance = sum(stage) / (ranks * max(stage))
+        speed_up = ranks * balance * chunks / (chunks + ranks - 1)
+        note = (
+            f"{chunks} chunks through {ranks} stages, balance {balance:.0%}: at best {speed_up:.2f} times one rank"
+        )
+        return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
+
+    def _share(
+        self, program: Program, shape: LatentShape, rank: int, run: tuple[int, int], ranks: int
+    ) -> RankShare:
+        start, stop = run
+        chunks = program.chunks(shape)
+        peak = activation_bytes(program, shape, start, stop)
+        if chunks > 1:
+            # The next chunk's input arrives, and the last chunk's output leaves, while this one is computed.
+            crossing = (start if start else None, stop if stop < len(program) else None)
+            peak += shape.element_bytes * sum(
+                spec.elements(shape, first=False) for cut in crossing if cut for spec in program.carried(cut)
+            )
+        if stop < len(program):
+            sent, messages = program.carried_bytes(stop, shape), chunks * len(program.carried(stop))
+        elif program.direction == "encode" and ranks > 1:
+            moments = 2 * program.z_dim * shape.batch * shape.frames * shape.rows * shape.cols
+            sent, messages = moments * shape.element_bytes, 1
+        else:
+            sent, messages = 0, 0
+        return RankShare(
+            rank=rank,
+            ops=run,
+            rows=(0, shape.rows),
+            cols=(0, shape.cols),
+            flops=program.flops(shape, start, stop),
+            weight_bytes=program.weight_elements(start, stop) * shape.element_bytes,
+            activation_bytes=peak,
+            sent_bytes=sent,
+            sent_messages=messages,
+        )
+
+    def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
+        """This rank's stage of the line."""
+        from cosmos3_plugins.layer_pipeline.runner import Stage
+
+        runs = self.runs(vae.program(direction), comm.size)
+        return Stage(vae, comm, direction, runs[comm.rank])

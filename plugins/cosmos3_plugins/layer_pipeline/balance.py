@@ -1,0 +1,78 @@
+"""Cutting a program into contiguous runs of nearly equal cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+
+from cosmos3_pipeline.vae.ops import LatentShape, NormSilu, Op
+from cosmos3_pipeline.vae.program import Program
+
+# Costs are proportional to the picture's size but for attention, a thousandth of them; so one grid serves all, and
+# which rank holds which weights does not depend on the clip.
+_GRID = LatentShape(batch=1, frames=2, rows=16, cols=16)
+# How far beyond the best slowest run a division may go if it then sends less.
+_SLACK = 1.01
+
+
+@cache
+def op_costs(program: Program, flops_per_element: float) -> tuple[float, ...]:
+    """Relative cost of each op on a later chunk, in FLOPs; an element read or written counts `flops_per_element`."""
+    return tuple(
+        op.flops(_GRID, first=False) + flops_per_element * _elements_touched(op) for op in program.ops
+    )
+
+
+def _elements_touched(op: Op) -> int:
+    passes = 3 if isinstance(op, NormSilu) else 1
+    return passes * (op.source.elements(_GRID, first=False) + op.target.elements(_GRID, first=False))
+
+
+@cache
+def balanced_runs(program: Program, ranks: int, flops_per_element: float) -> tuple[tuple[int, int], ...]:
+    """`ranks` runs [start, stop) that cover the program in order, the costliest as cheap as possible.
+
+    Among divisions within 1% of that, the one whose cuts are crossed by the least data. `ranks` <= ops.
+    """
+    costs = op_costs(program, flops_per_element)
+    crossing = [
+        sum(spec.elements(_GRID, first=False) for spec in program.carried(cut)) for cut in range(len(program))
+    ]
+    limit = _SLACK * _cheapest_maximum(costs, ranks)
+    cuts = _least_crossing(costs, crossing, ranks, limit)
+    return tuple(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def _cheapest_maximum(costs: Sequence[float], ranks: int) -> float:
+    """The smallest possible cost of the costliest of `ranks` runs."""
+    ends = [0.0, *accumulate(costs)]
+    count = len(costs)
+    best = [0.0] + [math.inf] * count
+    for _ in range(ranks):
+        best = [math.inf] + [
+            min(max(best[cut], ends[stop] - ends[cut]) for cut in range(stop)) for stop in range(1, count + 1)
+        ]
+    return best[count]
+
+
+def _least_crossing(costs: Sequence[float], crossing: Sequence[int], ranks: int, limit: float) -> list[int]:
+    """The cuts (first 0, last the end) of `ranks` runs, none above `limit`, over which the least data passes."""
+    ends = [0.0, *accumulate(costs)]
+    count = len(costs)
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(math.inf, ())] * count
+    for _ in range(ranks):
+        following: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
+        for stop in range(1, count + 1):
+            sent, cuts = min(
+                (
+                    (best[cut][0] + (crossing[cut] if cut else 0), best[cut][1])
+                    for cut in range(stop)
+                    if best[cut][1] and ends[stop] - ends[cut] <= limit
+                ),
+                default=(math.inf, ()),
+            )
+            following.append((sent, (*cuts, stop)) if cuts else (math.inf, ()))
+        best = following
+    return list(best[count][1])

@@ -1,0 +1,95 @@
+"""Runs a function in N real gloo processes and returns what each returned, or raises what the first to fail raised."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+# A process forked from this server has torch and diffusers imported already, and no threads yet.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "diffusers", "diffusers.models.autoencoders"])
+
+
+class RankError(AssertionError):
+    """A rank raised or died. Holds its traceback."""
+
+
+def run_on_ranks(
+    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0, may_die: tuple[int, ...] = ()
+) -> list[Any]:
+    """`[function(rank, *args) for each rank]`, in `ranks` processes that share a gloo process group.
+
+    `function` must be importable. Results must pickle; those of ranks in `may_die`, which may end without one, are
+    None. Raises RankError with the traceback of the rank that failed first, or when `timeout` seconds have passed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results = _CONTEXT.Queue()
+        store = str(Path(folder) / "store")
+        processes = [
+            _CONTEXT.Process(target=_rank, args=(function, rank, ranks, store, results, args), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect(processes, results, time.monotonic() + timeout, may_die)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, ranks: int, store: str, results: Any, args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        )
+        results.put((rank, function(rank, *args), None))
+        results.close()
+        results.join_thread()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        results.close()
+        results.join_thread()
+        os._exit(1)
+
+
+def _collect(processes: list[Any], results: Any, deadline: float, may_die: tuple[int, ...]) -> list[Any]:
+    found: dict[int, Any] = {rank: None for rank in may_die}
+    waiting = {p.sentinel: rank for rank, p in enumerate(processes)}
+    reported: set[int] = set()
+    while len(found) < len(processes) or not reported >= set(range(len(processes))) - set(may_die):
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(len(processes))) - reported - set(may_die))
+            raise RankError(f"ranks {missing} did not end in time")
+        try:
+            rank, value, error = results.get(timeout=0.05)
+        except queue.Empty:
+            for sentinel in wait(list(waiting), timeout=0):
+                rank = waiting.pop(sentinel)
+                if rank not in reported and rank not in may_die and processes[rank].exitcode and results.empty():
+                    raise RankError(f"rank {rank} ended with exit code {processes[rank].exitcode}") from None
+            continue
+        reported.add(rank)
+        if error is not None:
+            raise RankError(f"rank {rank} of {len(processes)} failed:\n{error}")
+        found[rank] = value
+    return [found[rank] for rank in range(len(processes))]

@@ -1,0 +1,176 @@
+"""Denoising over real gloo ranks: every layout gives the single rank's latents, and sends what the plan says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cosmos_models import denoise_with, tiny_pipeline
+
+from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.denoise import CfgLayoutError, ParallelLoopDenoiser, UlyssesLayoutError
+from cosmos3_pipeline.denoise.cost import Wire, denoise_costs
+from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
+from cosmos3_pipeline.distributed.ledger import Ledger
+from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.plan.transformer import TransformerSize
+
+# (prompt tokens, negative prompt tokens), (height, width, frames), clean latent frames: odd counts throughout
+CLIPS = {
+    "t2v": ((23, 11), (80, 48, 5), ()),
+    "i2v": ((14, 31), (48, 112, 9), (0,)),
+    "v2v": ((9, 10), (80, 80, 13), (0, 1)),
+    "t2i": ((17, 5), (112, 80, 1), ()),
+    "fewer tokens than ranks": ((2, 3), (16, 32, 1), ()),
+}
+STEPS = 4
+MODELS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "relu2, no text norm": {"hidden_act": "relu2", "qk_norm_for_text": False},
+    "vision's own text norm": {"qk_norm_for_text": False, "use_und_k_norm_for_gen": True},
+    "one key/value head": {"num_attention_heads": 4, "num_key_value_heads": 1},
+}
+
+
+def latents(
+    denoiser: Any, model: dict[str, Any], clip: str, *, seed: int, guidance_scale: float = 6.0
+) -> torch.Tensor:
+    words, (height, width, num_frames), clean = CLIPS[clip]
+    generator = torch.Generator("cpu").manual_seed(seed + 100)
+    prompt, negative = (torch.randint(0, 250, (n,), generator=generator).tolist() for n in words)
+    latent = (1, 48, (num_frames - 1) // 4 + 1, height // 16, width // 16)
+    return denoise_with(
+        denoiser,
+        tiny_pipeline(seed=seed, **model),
+        prompt_ids=(prompt, negative),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        steps=STEPS,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        conditioning=torch.randn(latent, generator=generator) if clean else None,
+        condition_frames=clean,
+    )
+
+
+def compare(mesh: RankMesh, model: str, clip: str, *, seed: int) -> None:
+    """The same latents as diffusers', and the same bits on every rank of the replica."""
+    seed += mesh.rank("dp")
+    own = latents(ParallelLoopDenoiser(mesh), MODELS[model], clip, seed=seed)
+    replica = mesh.group(REPLICA)
+    roots = own.clone()
+    dist.broadcast(roots, group_src=0, group=replica)
+    assert torch.equal(own, roots), f"rank {dist.get_rank()} differs from its root: {model}, {clip}"
+    if mesh.rank(REPLICA) == 0:
+        expected = latents(None, MODELS[model], clip, seed=seed)
+        difference = (own - expected).abs().max().item()
+        assert expected.std() > 0.5, f"flat: {model}, {clip}"
+        assert difference < 1e-5, f"{difference}: {model}, {clip}"
+
+
+def sent(ledger: Ledger, before: Ledger) -> Wire:
+    counted = ledger.since(before)
+    return Wire(counted.sent_bytes, counted.sent_messages)
+
+
+def check_wire(mesh: RankMesh, model: str, clip: str) -> None:
+    """What goes over both axes in a run is, byte for byte, what the plan says."""
+    words, (height, width, num_frames), clean = CLIPS[clip]
+    config = tiny_pipeline(**MODELS[model]).transformer.config
+    costs = denoise_costs(
+        TransformerSize.of(config, latent_channels=48),
+        text_tokens=words,
+        latent_frames=(num_frames - 1) // 4 + 1,
+        tokens_per_frame=-(-height // 32) * -(-width // 32),
+        clean_frames=clean,
+        cfg=mesh.cfg,
+        ulysses=mesh.ulysses,
+        guidance_scale=6.0,
+        element_bytes=4,
+    )
+    cost = costs[mesh.rank("cfg") * mesh.ulysses + mesh.rank("ulysses")]
+    assert (cost.cfg_rank, cost.ulysses_rank) == (mesh.rank("cfg"), mesh.rank("ulysses"))
+    guidance, sequence = mesh.comm("cfg").ledger, mesh.comm("ulysses").ledger
+    before = guidance.snapshot(), sequence.snapshot()
+    latents(ParallelLoopDenoiser(mesh), MODELS[model], clip, seed=1)
+    assert sent(guidance, before[0]) == cost.step_cfg * STEPS
+    assert sent(sequence, before[1]) == cost.text_ulysses + cost.step_ulysses * STEPS
+    assert (mesh.cfg > 1) == (cost.step_cfg.bytes > 0) or clip == "fewer tokens than ranks"
+
+
+def in_layout(dp: int, cfg: int, ulysses: int) -> None:
+    with joined_world(device="cpu", threads=1):
+        mesh = RankMesh.build(dp=dp, cfg=cfg, ulysses=ulysses)
+        for number, model in enumerate(MODELS):
+            compare(mesh, model, list(CLIPS)[number % len(CLIPS)], seed=number)
+        for number, clip in enumerate(CLIPS):
+            compare(mesh, "grouped", clip, seed=10 + number)
+            check_wire(mesh, "one key/value head", clip)
+
+
+def in_thin_layout(dp: int, cfg: int, ulysses: int) -> None:
+    with joined_world(device="cpu", threads=1):
+        mesh = RankMesh.build(dp=dp, cfg=cfg, ulysses=ulysses)
+        assert mesh.size(REPLICA) * dp == dist.get_world_size()
+        compare(mesh, "grouped", "v2v", seed=1)
+        check_wire(mesh, "relu2, no text norm", "t2i")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dp", "cfg", "ulysses"),
+    [
+        pytest.param(2, 1, 2, 1, id="2 ranks, cfg"),
+        pytest.param(2, 1, 1, 2, id="2 ranks, ulysses"),
+        pytest.param(4, 1, 2, 2, id="4 ranks, cfg x ulysses"),
+        pytest.param(4, 1, 1, 4, id="4 ranks, ulysses"),
+    ],
+)
+def test_every_layout_gives_the_single_rank_latents(ranks: int, dp: int, cfg: int, ulysses: int) -> None:
+    run_ranks(in_layout, dp, cfg, ulysses, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dp", "cfg", "ulysses"),
+    [
+        pytest.param(3, 3, 1, 1, id="3 ranks, dp"),
+        pytest.param(3, 1, 1, 1, id="3 ranks, two of them spare"),
+        pytest.param(4, 2, 2, 1, id="4 ranks, dp x cfg"),
+    ],
+)
+def test_replicas_and_spare_ranks_give_the_single_rank_latents(
+    ranks: int, dp: int, cfg: int, ulysses: int
+) -> None:
+    run_ranks(in_thin_layout, dp, cfg, ulysses, ranks=ranks)
+
+
+def uneven_heads() -> None:
+    """Three ranks over six heads in two groups: the middle rank's heads belong to both."""
+    with joined_world(device="cpu", threads=1):
+        mesh = RankMesh.build(ulysses=3)
+        MODELS["cut groups"] = {"num_attention_heads": 6, "num_key_value_heads": 2}
+        MODELS["odd groups"] = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 12}
+        for number, model in enumerate(("cut groups", "odd groups")):
+            compare(mesh, model, "i2v", seed=number)
+            check_wire(mesh, model, "v2v")
+
+
+def test_heads_that_cut_through_key_value_groups() -> None:
+    run_ranks(uneven_heads, ranks=3)
+
+
+def refused_layouts() -> None:
+    with joined_world(device="cpu", threads=1):
+        with pytest.raises(CfgLayoutError, match=r"guidance_scale=1\.0"):
+            latents(ParallelLoopDenoiser(RankMesh.build(cfg=2)), {}, "t2v", seed=0, guidance_scale=1.0)
+        with pytest.raises(UlyssesLayoutError, match="ulysses=2 with 3 attention heads"):
+            heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+            latents(ParallelLoopDenoiser(RankMesh.build(ulysses=2)), heads, "t2v", seed=0)
+        with pytest.raises(Refusal, match=r"(?s)dp=3 x cfg=1 x ulysses=1 on 2 ranks.*3 ranks"):
+            RankMesh.build(dp=3)
+
+
+def test_what_cannot_be_split_is_refused_on_every_rank() -> None:
+    run_ranks(refused_layouts, ranks=2)

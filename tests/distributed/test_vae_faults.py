@@ -1,0 +1,163 @@
+"""Whatever goes wrong, every rank hears of it soon, and nobody waits for a rank that will not answer."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.replicated import Replicated
+from ranks import run_on_ranks
+from vae_models import WAN22, make_vae, vae_config
+
+from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
+from cosmos3_pipeline.vae import ParallelVAE
+from cosmos3_pipeline.vae.executor import Slice
+
+CONFIG = vae_config(WAN22)
+# Without the board a rank would wait for the process group's own timeout of 60 s.
+SOON = 15.0
+
+
+def _vae() -> ParallelVAE:
+    return ParallelVAE(make_vae(CONFIG), LayerPipeline(), LayerPipeline())
+
+
+def _latent(frames: int = 6) -> torch.Tensor:
+    return torch.randn(1, CONFIG["z_dim"], frames, 3, 2, generator=torch.Generator().manual_seed(0))
+
+
+def _outcome(call: Any) -> tuple[str, str, float]:
+    start = time.monotonic()
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - start
+    return "", "", time.monotonic() - start
+
+
+def _refused(rank: int, kind: str) -> tuple[str, str, float]:
+    vae, z = _vae(), _latent()
+    if kind == "channels":
+        return _outcome(lambda: vae.decode(z[:, :-1]))
+    if kind == "dimensions":
+        return _outcome(lambda: list(vae.decode_stream(z[0])))
+    if kind == "nan on one rank":
+        if rank == 1:
+            z[0, 0, 2, 1, 1] = float("nan")
+        return _outcome(lambda: vae.decode(z))
+    if kind == "other shape on one rank":
+        return _outcome(lambda: list(vae.decode_stream(z[:, :, : 5 if rank == 1 else 6])))
+    if kind == "other dtype on one rank":
+        return _outcome(lambda: vae.decode(z.bfloat16() if rank == 1 else z))
+    if kind == "encode of 20 pixels":
+        return _outcome(lambda: vae.encode(torch.zeros(1, 3, 1, 20, 32)))
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "says"),
+    [
+        ("channels", "VaeInputError", "5 channels"),
+        ("dimensions", "VaeInputError", "[batch, channels, frames, rows, columns]"),
+        ("nan on one rank", "VaeInputError", "rank 1: the latent has 1 of 216 values that are NaN"),
+        ("other shape on one rank", "VaeInputError", "work on one clip"),
+        ("other dtype on one rank", "VaeInputError", "rank 1: the latent is torch.bfloat16"),
+        ("encode of 20 pixels", "VaeInputError", "multiples of 16; resize it to 16 x 32"),
+    ],
+)
+def test_bad_input_is_refused_on_every_rank(kind: str, error: str, says: str) -> None:
+    outcomes = run_on_ranks(_refused, 2, kind)
+    for name, message, seconds in outcomes:
+        assert name == error
+        assert says in message
+        assert seconds < SOON
+    assert outcomes[0][1] == outcomes[1][1]
+
+
+def _break(at: int, how: Any) -> None:
+    """Make the next slice that runs chunk `at` end in `how` instead."""
+    run = Slice.run
+
+    def broken(self: Slice, tensors: Any, state: Any, exchange: Any = None) -> Any:
+        if state.done == at:
+            how()
+        return run(self, tensors, state, exchange)
+
+    Slice.run = broken  # type: ignore[method-assign]
+
+
+def _raise() -> None:
+    raise MemoryError("no memory for chunk")
+
+
+def _mid_stream(rank: int, broken: int, way: str) -> tuple[Any, Any]:
+    vae = _vae()
+    run = Slice.run
+    if rank == broken:
+        _break(2, _raise)
+    calls = {
+        "stream": lambda: list(vae.decode_stream(_latent())),
+        "decode": lambda: vae.decode(_latent()),
+        "encode": lambda: vae.encode(torch.zeros(1, 3, 17, 48, 32)),
+    }
+    failed = _outcome(calls[way])
+    Slice.run = run  # type: ignore[method-assign]
+    again = vae.decode(_latent()).sample  # the group can be used again
+    return failed, again
+
+
+@pytest.mark.parametrize("way", ["stream", "decode", "encode"])
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_rank_that_raises_in_mid_stream_stops_all(broken: int, way: str) -> None:
+    outcomes = run_on_ranks(_mid_stream, 3, broken, way)
+    expected = ParallelVAE(make_vae(CONFIG), Replicated(), Replicated()).decode(_latent()).sample
+    for rank, ((name, message, seconds), again) in enumerate(outcomes):
+        if rank == broken:
+            assert (name, message) == ("MemoryError", "no memory for chunk")
+        else:
+            assert name == "PeerFailed"
+            assert f"rank {broken} of the group failed (MemoryError: no memory for chunk)" in message
+        assert seconds < SOON
+        assert torch.equal(again, expected)
+
+
+def _killed(rank: int, dead: int) -> tuple[str, str, float]:
+    vae = _vae()
+    if rank == dead:
+        _break(2, lambda: os._exit(9))
+    return _outcome(lambda: list(vae.decode_stream(_latent())))
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_killed_rank_is_reported_by_all_others(dead: int) -> None:
+    outcomes = run_on_ranks(_killed, 3, dead, may_die=(dead,))
+    for rank, outcome in enumerate(outcomes):
+        if rank == dead:
+            continue
+        name, message, seconds = outcome
+        assert name in (PeerFailed.__name__, PeerLost.__name__)
+        assert "lost the connection to another rank" in message
+        assert seconds < SOON
+
+
+def _abandoned(rank: int) -> tuple[int, Any]:
+    vae = _vae()
+    seen = 0
+    stream = vae.decode_stream(_latent(12))
+    for _ in stream:
+        seen += 1
+        if seen == 2:
+            break
+    stream.close()  # type: ignore[attr-defined]
+    return seen, vae.decode(_latent()).sample
+
+
+def test_closing_the_stream_early_ends_it_on_every_rank() -> None:
+    outcomes = run_on_ranks(_abandoned, 3)
+    assert [seen for seen, _ in outcomes] == [2, 0, 0]
+    for _, picture in outcomes:
+        assert torch.equal(picture, outcomes[0][1])

@@ -1,0 +1,188 @@
+"""`layer_pipeline` against `replicated` in real ranks: equal bit for bit, with the bytes and memory that it planned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.replicated import Replicated
+from live_bytes import LiveBytes
+from ranks import run_on_ranks
+from vae_models import WAN21, WAN22, make_vae, vae_config
+
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.vae import ParallelVAE
+from cosmos3_pipeline.vae.strategy import LatentShape
+
+# name, config, dtype, latent frames, latent rows and columns, batch
+CASES = [
+    ("wan22", vae_config(WAN22), torch.float32, 5, (5, 3), 1),
+    ("wan22 bf16", vae_config(WAN22), torch.bfloat16, 3, (3, 4), 1),
+    ("wan22 image", vae_config(WAN22), torch.float32, 1, (7, 5), 1),
+    ("wan21 batch", vae_config(WAN21), torch.float32, 4, (2, 5), 2),
+    ("wan21 bf16", vae_config(WAN21), torch.bfloat16, 2, (3, 3), 1),
+    ("one halving", vae_config(WAN22, temperal_downsample=[False, True, False]), torch.float32, 5, (2, 3), 1),
+]
+
+
+def _both_ways(rank: int, ranks: int) -> list[dict[str, Any]]:
+    seen = []
+    for seed, (name, config, dtype, frames, (rows, cols), batch) in enumerate(CASES):
+        model = make_vae(config, seed=seed, dtype=dtype)
+        # The reference runs in every rank alone.
+        alone = ParallelVAE(model, Replicated(), Replicated())
+        piped = ParallelVAE(model, LayerPipeline(), LayerPipeline())
+        torch.manual_seed(seed)
+        z = torch.randn(batch, config["z_dim"], frames, rows, cols).to(dtype)
+        size = piped._bound().program("encode").spatial
+        pictures = 1 + (frames - 1) * (4 // piped._bound().program("encode").latents_per_chunk)
+        x = (torch.rand(batch, 3, pictures, rows * size, cols * size) * 2 - 1).to(dtype)
+        shape = LatentShape(batch, frames, rows, cols, dtype.itemsize)
+
+        picture = alone.decode(z).sample
+        assert picture.std() > 0.05
+        assert torch.equal(piped.decode(z).sample, picture), name
+        moments = alone.encode(x).latent_dist.parameters
+        before = piped.ledger.snapshot()
+        assert torch.equal(piped.encode(x).latent_dist.parameters, moments), name
+        encoded = piped.ledger.since(before)
+        decoded = None
+        if batch == 1:
+            before = piped.ledger.snapshot()
+            frames_seen = list(piped.decode_stream(z))
+            decoded = piped.ledger.since(before)
+            if rank == 0:
+                assert torch.equal(torch.cat(frames_seen), torch.cat(list(alone.decode_stream(z)))), name
+            else:
+                assert frames_seen == []
+                list(alone.decode_stream(z))
+        plans = {d: piped.plan(d, shape).shares[rank] for d in ("encode", "decode")}
+        for ledger, share in ((encoded, plans["encode"]), (decoded, plans["decode"])):
+            if ledger is not None:
+                assert (ledger.sent_bytes, ledger.sent_messages) == (share.sent_bytes, share.sent_messages), name
+        seen.append({"received": decoded.counts["recv"].bytes if decoded and "recv" in decoded.counts else 0})
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_equal_to_replicated_and_to_the_plan(ranks: int) -> None:
+    run_on_ranks(_both_ways, ranks, ranks, timeout=90)
+
+
+def _stream_memory(rank: int) -> tuple[list[int], int]:
+    config = vae_config(WAN22, base_dim=16, decoder_base_dim=16)
+    model = make_vae(config)
+    vae = ParallelVAE(model, LayerPipeline(), LayerPipeline())
+    peaks = []
+    for frames in (8, 8, 64):
+        z = torch.randn(1, config["z_dim"], frames, 6, 6)
+        with LiveBytes([*model.state_dict().values(), z]) as live:
+            for _ in vae.decode_stream(z):
+                pass
+        peaks.append(live.peak)
+    planned = vae.plan("decode", LatentShape(1, 8, 6, 6)).shares[rank].activation_bytes
+    return peaks[1:], planned  # the first call binds and reorders weights
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_stream_memory_is_as_planned_and_does_not_grow(ranks: int) -> None:
+    for (few, many), planned in run_on_ranks(_stream_memory, ranks, timeout=90):
+        assert many <= 1.01 * few
+        assert abs(planned / few - 1) <= 0.15
+
+
+def _held_weights(rank: int) -> tuple[int, int, bool]:
+    config = vae_config(WAN22)
+    model = make_vae(config)
+    vae = ParallelVAE(model, LayerPipeline(), LayerPipeline())
+    z = torch.randn(1, config["z_dim"], 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    before = vae.decode(z).sample
+    vae.release("decode")
+    left = sum(p.numel() for p in model.parameters() if not p.is_meta)
+    same = torch.equal(vae.decode(z).sample, before)
+    return vae._runners["decode"]._slice.weight_bytes, left, same  # type: ignore[attr-defined]
+
+
+def test_release_leaves_each_rank_its_own_weights() -> None:
+    config = vae_config(WAN22)
+    model = make_vae(config)
+    alone = ParallelVAE(model, Replicated(), Replicated())
+    program = alone._bound().program("decode")
+    shares = LayerPipeline().plan(program, LatentShape(1, 2, 3, 2), 3).shares
+    for share, (held, left, same) in zip(shares, run_on_ranks(_held_weights, 3), strict=True):
+        assert held == share.weight_bytes
+        assert left == 0
+        assert same
+    total = sum(p.numel() for part in (model.decoder, model.post_quant_conv) for p in part.parameters())
+    assert sum(share.weight_bytes for share in shares) == 4 * total
+
+
+def _read_weights(rank: int, folder: str) -> tuple[set[str], torch.Tensor]:
+    from cosmos3_pipeline.vae.weights import FolderWeights
+
+    names: set[str] = set()
+    load = FolderWeights.load
+
+    def recorded(self: Any, wanted: Any, **kwargs: Any) -> Any:
+        names.update(wanted)
+        return load(self, wanted, **kwargs)
+
+    FolderWeights.load = recorded  # type: ignore[method-assign]
+    vae = ParallelVAE.from_folder(folder, LayerPipeline(), LayerPipeline())
+    z = torch.randn(1, vae.config.z_dim, 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    return names, vae.decode(z).sample
+
+
+def test_from_a_folder_each_rank_reads_only_its_own(tmp_path: Any) -> None:
+    model = make_vae(vae_config(WAN22))
+    model.save_pretrained(tmp_path)
+    outcomes = run_on_ranks(_read_weights, 2, str(tmp_path))
+    decoder = {n for n in model.state_dict() if n.startswith(("decoder", "post_quant"))}
+    assert outcomes[0][0].isdisjoint(outcomes[1][0])
+    assert outcomes[0][0] | outcomes[1][0] == decoder
+    z = torch.randn(1, model.config.z_dim, 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    expected = ParallelVAE(model, Replicated(), Replicated()).decode(z).sample
+    for _, picture in outcomes:
+        assert torch.equal(picture, expected)
+
+
+def _subgroups(rank: int) -> torch.Tensor:
+    import torch.distributed as dist
+
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    config = vae_config(WAN22)
+    z = torch.randn(1, config["z_dim"], 2, 3, 2, generator=torch.Generator().manual_seed(rank // 2))
+    vae = ParallelVAE(make_vae(config), LayerPipeline(), LayerPipeline(), group=pairs[rank // 2])
+    return vae.decode(z).sample
+
+
+def test_two_groups_decode_their_own_clips() -> None:
+    pictures = run_on_ranks(_subgroups, 4)
+    alone = ParallelVAE(make_vae(vae_config(WAN22)), Replicated(), Replicated())
+    for rank, picture in enumerate(pictures):
+        z = torch.randn(1, WAN22["z_dim"], 2, 3, 2, generator=torch.Generator().manual_seed(rank // 2))
+        assert torch.equal(picture, alone.decode(z).sample)
+
+
+def _comm(rank: int) -> None:
+    comm = Comm()
+    assert (comm.rank, comm.size, comm.is_root) == (rank, 3, rank == 0)
+    with comm.run():
+        assert comm.agree(rank * 10) == [0, 10, 20]
+        mine = torch.full((2, 3), float(rank))
+        assert [int(t[0, 0]) for t in comm.all_gather(mine)] == [0, 1, 2]
+        received = torch.empty(2, 3)
+        comm.exchange([(mine, (rank + 1) % 3)], [(received, (rank - 1) % 3)]).wait()
+        assert int(received[0, 0]) == (rank - 1) % 3
+        comm.broadcast(mine, source=2)
+        assert int(mine[0, 0]) == 2
+    counts = comm.ledger.as_dict()
+    assert counts["send"] == counts["recv"] == counts["all_gather"] == {"calls": 1, "bytes": 24}
+    assert ("broadcast" in counts) == (rank == 2)
+    assert comm.ledger.sent_bytes == (72 if rank == 2 else 48)
+
+
+def test_comm_moves_and_counts() -> None:
+    run_on_ranks(_comm, 3)
