@@ -1,0 +1,49 @@
+"""Which layouts of the denoising ranks can be honoured, from numbers alone. Imports no torch."""
+
+from __future__ import annotations
+
+from cosmos3_pipeline.config.errors import Refusal
+
+
+class CfgLayoutError(Refusal):
+    """The `cfg` axis asks for more guidance passes than there are."""
+
+
+class UlyssesLayoutError(Refusal):
+    """The attention heads do not divide over the `ulysses` axis."""
+
+
+def check_layout(
+    *, num_attention_heads: int, num_key_value_heads: int, cfg: int, ulysses: int, guidance_scale: float
+) -> None:
+    """Refuse a layout that the model or the guidance cannot be split into; return when it can.
+
+    Any number of tokens splits (unevenly), and key/value heads are sent to every rank that needs them, so
+    only the query heads and the number of guidance passes limit the layout.
+
+    Raises:
+        CfgLayoutError: more than two ranks on `cfg`, or two without guidance.
+        UlyssesLayoutError: `num_attention_heads` does not divide by `ulysses`.
+    """
+    if cfg > 2:
+        raise CfgLayoutError(
+            what=f"cfg={cfg} ranks for guidance",
+            why="guidance has two passes, one with the prompt and one with the negative prompt",
+            works=f"cfg=2 and ulysses={ulysses * cfg // 2}" if cfg % 2 == 0 else "cfg=2",
+        )
+    if cfg == 2 and guidance_scale == 1.0:
+        raise CfgLayoutError(
+            what=f"cfg=2 with guidance_scale={guidance_scale}",
+            why="at guidance scale 1.0 there is one pass only, so the second rank would have nothing to do",
+            works="cfg=1, or any other guidance scale",
+        )
+    if num_attention_heads % ulysses:
+        divisors = [n for n in range(1, num_attention_heads + 1) if num_attention_heads % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: (abs(n - ulysses), n))[:2])
+        raise UlyssesLayoutError(
+            what=f"ulysses={ulysses} with {num_attention_heads} attention heads "
+            f"({num_key_value_heads} key/value heads)",
+            why=f"each rank attends with its own heads, and {num_attention_heads} / {ulysses} is "
+            f"{num_attention_heads / ulysses:.2f}",
+            works=" or ".join(f"ulysses={n}" for n in near),
+        )

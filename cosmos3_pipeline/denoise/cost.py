@@ -1,0 +1,193 @@
+"""What parallel denoising costs each rank: arithmetic, text cache, bytes on the wire. Imports no torch.
+
+Exact: tests hold it against counted operations and against the ledgers of real ranks. FLOPs are those of the
+matrix products, a multiplication and an addition each counted; attention counts whole, as `FlopCounterMode`
+counts it, also where it is causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, HeadShare, even_rows, head_shares, start_of
+
+TIMESTEP_CHANNELS = 256  # of the sinusoidal embedding that enters the model's `time_embedder`
+COMBINED_BYTES = 4  # the guided velocity is combined in fp32 before the sequence is gathered
+
+
+class Dimensions(Protocol):
+    """The dimensions of a `Cosmos3OmniTransformer` that decide its work."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate (`silu`), or two matrices only (`relu2`)."""
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of a vision token: latent channels times the patch area."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Payload that a rank sends to others."""
+
+    bytes: int = 0
+    messages: int = 0
+
+    def __add__(self, other: Wire) -> Wire:
+        return Wire(self.bytes + other.bytes, self.messages + other.messages)
+
+    def __mul__(self, times: int) -> Wire:
+        return Wire(self.bytes * times, self.messages * times)
+
+
+@dataclass(frozen=True)
+class DenoiseCost:
+    """One rank's share, by its place on the two axes. `text_*` is once per prompt, `step_*` once per step."""
+
+    cfg_rank: int
+    ulysses_rank: int
+    text_flops: int
+    step_flops: int
+    text_cache_bytes: int
+    text_ulysses: Wire
+    step_ulysses: Wire
+    step_cfg: Wire
+
+
+def denoise_costs(
+    model: Dimensions,
+    *,
+    text_tokens: tuple[int, int],
+    latent_frames: int,
+    tokens_per_frame: int,
+    clean_frames: Iterable[int] = (),
+    cfg: int = 1,
+    ulysses: int = 1,
+    guidance_scale: float,
+    element_bytes: int,
+) -> tuple[DenoiseCost, ...]:
+    """The cost of each rank of a replica, `ulysses` varying fastest; ranks to spare repeat one of these.
+
+    `text_tokens` are those of the prompt and of the negative prompt, `clean_frames` the latent frames that
+    condition the others, `element_bytes` those of the transformer's dtype. The layout must pass
+    `check_layout`.
+    """
+    clean = set(clean_frames)
+    noisy = [frame not in clean for frame in range(latent_frames) for _ in range(tokens_per_frame)]
+    passes = text_tokens if guidance_scale != 1.0 else text_tokens[:1]
+    shares = head_shares(model.num_attention_heads, model.num_key_value_heads, ulysses)
+    costs = []
+    for cfg_rank, rank in product(range(cfg), range(ulysses)):
+        own_passes = passes if cfg == 1 else passes[cfg_rank : cfg_rank + 1]
+        part = _Part(model, even_rows(len(noisy), ulysses), rank, shares, element_bytes)
+        start = start_of(part.rows, rank)
+        own_noisy = sum(noisy[start : start + part.own])
+        prediction = own_noisy * model.patch_channels
+        text = [_Part(model, even_rows(tokens, ulysses), rank, shares, element_bytes) for tokens in own_passes]
+        once = model.num_hidden_layers - 1  # the last layer's text is read by nothing: keys and values suffice
+        step_flops = _embed_flops(model, part.own, sum(noisy))
+        text_flops = cache = 0
+        text_wire = step_wire = Wire()
+        for prompt in text:
+            text_flops += 3 * model.head_dim * (prompt.total + part.total)  # angles of the rotary embedding
+            text_flops += prompt.project_flops + once * (prompt.finish_flops + prompt.attend_flops(prompt.total))
+            text_flops += once * prompt.project_flops
+            text_wire += prompt.to_heads * model.num_hidden_layers + prompt.to_rows * once
+            cache += model.num_hidden_layers * 2 * prompt.total * shares[rank].num_keys * model.head_dim
+            layer = part.project_flops + part.finish_flops + part.attend_flops(prompt.total + part.total)
+            step_flops += model.num_hidden_layers * layer + 2 * part.own * model.hidden_size * model.patch_channels
+            step_wire += (part.to_heads + part.to_rows) * model.num_hidden_layers
+        costs.append(
+            DenoiseCost(
+                cfg_rank=cfg_rank,
+                ulysses_rank=rank,
+                text_flops=text_flops,
+                step_flops=step_flops,
+                text_cache_bytes=cache * element_bytes,
+                text_ulysses=text_wire,
+                step_ulysses=step_wire + _to_each(prediction * COMBINED_BYTES, ulysses - 1),
+                step_cfg=_to_each(prediction * element_bytes, cfg - 1),
+            )
+        )
+    return tuple(costs)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One rank's part of a sequence in one layer of its pathway."""
+
+    model: Dimensions
+    rows: tuple[int, ...]
+    rank: int
+    shares: Sequence[HeadShare]
+    element_bytes: int
+
+    @property
+    def own(self) -> int:
+        return self.rows[self.rank]
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def project_flops(self) -> int:
+        heads = self.model.num_attention_heads + 2 * self.model.num_key_value_heads
+        return 2 * self.own * self.model.hidden_size * heads * self.model.head_dim
+
+    @property
+    def finish_flops(self) -> int:
+        attention = self.model.num_attention_heads * self.model.head_dim
+        mlp = (3 if self.model.gated else 2) * self.model.intermediate_size
+        return 2 * self.own * self.model.hidden_size * (attention + mlp)
+
+    def attend_flops(self, keys: int) -> int:
+        return 4 * self.shares[self.rank].num_queries * self.model.head_dim * self.total * keys
+
+    @property
+    def to_heads(self) -> Wire:
+        width = self.own * self.model.head_dim * self.element_bytes
+        return _sum(_to_each(width * self.shares[peer].sent_heads, 1) for peer in self._peers)
+
+    @property
+    def to_rows(self) -> Wire:
+        width = self.shares[self.rank].num_queries * self.model.head_dim * self.element_bytes
+        return _sum(_to_each(width * self.rows[peer], 1) for peer in self._peers)
+
+    @property
+    def _peers(self) -> list[int]:
+        return [peer for peer in range(len(self.rows)) if peer != self.rank]
+
+
+def _embed_flops(model: Dimensions, rows: int, noisy: int) -> int:
+    """Projecting own patches, and the step's timestep embedding, which is one small matrix for all tokens."""
+    timestep_rows = min(max(noisy, 1), BLOCK_ROWS)
+    timestep = timestep_rows * (TIMESTEP_CHANNELS + model.hidden_size)
+    return 2 * model.hidden_size * (rows * model.patch_channels + timestep)
+
+
+def _to_each(nbytes: int, peers: int) -> Wire:
+    return Wire(nbytes * peers, peers if nbytes else 0)
+
+
+def _sum(wires: Iterable[Wire]) -> Wire:
+    total = Wire()
+    for wire in wires:
+        total += wire
+    return total

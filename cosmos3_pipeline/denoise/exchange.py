@@ -1,0 +1,71 @@
+"""What the ranks of one axis send each other while they denoise: rows for heads, heads for rows, predictions.
+
+Everything is one collective, an all-to-all with uneven parts, so any token count travels unpadded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.denoise.shards import HeadShare
+from cosmos3_pipeline.distributed.comm import Comm
+
+
+class Exchange:
+    """The ranks of one axis of the mesh, talking through `comm`; alone on it, a rank sends and copies nothing."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self.ranks = comm.size
+        self.rank = comm.rank
+
+    def all_to_all(self, parts: Sequence[Tensor], received: Sequence[int]) -> Tensor:
+        """Send `parts[r]` (any shape) to rank r; returns the elements from all ranks, in rank order, flat.
+
+        `received[r]` is the number of elements that rank r sends here: every rank can compute it.
+        """
+        out = parts[self.rank].new_empty(sum(received))
+        slots = out.split(list(received))
+        peers = [rank for rank in range(self.ranks) if rank != self.rank]
+        pending = self._comm.exchange(
+            sends=[(parts[peer].contiguous(), peer) for peer in peers if parts[peer].numel()],
+            receives=[(slots[peer], peer) for peer in peers if received[peer]],
+        )
+        slots[self.rank].copy_(parts[self.rank].reshape(-1))
+        pending.wait()
+        return out
+
+    def gather_rows(self, own: Tensor, rows: Sequence[int]) -> Tensor:
+        """The rows [n, ...] of every rank, in rank order, on every rank; rank r holds `rows[r]` of them."""
+        if self.ranks == 1:
+            return own
+        width = own.shape[1:].numel()
+        flat = self.all_to_all([own] * self.ranks, [n * width for n in rows])
+        return flat.view(sum(rows), *own.shape[1:])
+
+    def heads_for_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[int], shares: Sequence[HeadShare]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From all heads of own rows [n, heads, D] to own heads of all rows [sum(rows), own heads, D]."""
+        if self.ranks == 1:
+            return query, key, value
+        parts = [
+            torch.cat([query[:, share.queries], key[:, share.keys], value[:, share.keys]], dim=1)
+            for share in shares
+        ]
+        own, head_dim = shares[self.rank], query.shape[-1]
+        flat = self.all_to_all(parts, [n * own.sent_heads * head_dim for n in rows])
+        heads = flat.view(sum(rows), own.sent_heads, head_dim)
+        queries, keys, values = heads.split([own.num_queries, own.num_keys, own.num_keys], dim=1)
+        return queries, keys, values
+
+    def rows_for_heads(self, attended: Tensor, rows: Sequence[int]) -> Tensor:
+        """From own heads of all rows [sum(rows), own heads, D] back to all heads of own rows [n, heads, D]."""
+        if self.ranks == 1:
+            return attended
+        n, (heads, head_dim) = rows[self.rank], attended.shape[1:]
+        flat = self.all_to_all(attended.split(list(rows)), [n * heads * head_dim] * self.ranks)
+        return flat.view(self.ranks, n, heads, head_dim).transpose(0, 1).reshape(n, self.ranks * heads, head_dim)

@@ -1,0 +1,102 @@
+"""One pathway (understanding or generation) through one decoder layer of a diffusers `Cosmos3OmniTransformer`.
+
+The layer's own modules do the work; the attention between `project` and `finish` is the caller's.
+Source: `Cosmos3VLTextMoTDecoderLayer.forward` in diffusers `models/transformers/transformer_cosmos3.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos3_pipeline.denoise.shards import even_rows
+
+# On a CPU, an MLP intermediate of several MB is mapped, zeroed and unmapped by the allocator in every call,
+# which costs up to a sixth of the MLP. Parts of about this size stay in the heap and the cache; parts of fewer
+# rows would pay as much again for packing the weights.
+MLP_PART_BYTES = 2**20
+MLP_PART_ROWS = 128
+
+
+def normalise(norm: Any, x: Tensor) -> Tensor:
+    """RMS norm over the last dim, in one pass where that has the module's bits.
+
+    In fp32 the fused kernel computes what diffusers' modules do in six passes. In half precision they round
+    in between, so there the module runs. A norm that is switched off is an `nn.Identity`.
+    """
+    if isinstance(norm, nn.Identity):
+        return x
+    if x.dtype == norm.weight.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    normed = norm(x)
+    assert isinstance(normed, Tensor)
+    return normed
+
+
+@dataclass(frozen=True)
+class Pathway:
+    """The modules of one pathway through one decoder layer."""
+
+    input_norm: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    query_norm: nn.Module
+    key_norm: nn.Module
+    output: nn.Module
+    mlp_norm: nn.Module
+    mlp: Any  # its linear layers are read, not only called
+
+    @classmethod
+    def understanding(cls, layer: Any) -> Self:
+        attn = layer.self_attn
+        return cls(
+            input_norm=layer.input_layernorm,
+            query=attn.to_q,
+            key=attn.to_k,
+            value=attn.to_v,
+            query_norm=attn.norm_q,
+            key_norm=attn.norm_k,
+            output=attn.to_out,
+            mlp_norm=layer.post_attention_layernorm,
+            mlp=layer.mlp,
+        )
+
+    @classmethod
+    def generation(cls, layer: Any) -> Self:
+        attn = layer.self_attn
+        return cls(
+            input_norm=layer.input_layernorm_moe_gen,
+            query=attn.add_q_proj,
+            key=attn.add_k_proj,
+            value=attn.add_v_proj,
+            query_norm=attn.norm_added_q,
+            key_norm=attn.norm_added_k,
+            output=attn.to_add_out,
+            mlp_norm=layer.post_attention_layernorm_moe_gen,
+            mlp=layer.mlp_moe_gen,
+        )
+
+    def project(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values [n, heads, D] of `hidden` [n, hidden], before their norms."""
+        normed = normalise(self.input_norm, hidden)
+        query, key, value = (p(normed).unflatten(-1, (-1, head_dim)) for p in (self.query, self.key, self.value))
+        return query, key, value
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """`hidden` after the output projection of `attended` [n, heads, D] and the MLP, each with its residual."""
+        hidden = hidden + self.output(attended.flatten(-2))
+        normed = normalise(self.mlp_norm, hidden)
+        parts = 1
+        if hidden.device.type == "cpu":
+            intermediate = hidden.shape[0] * self.mlp.up_proj.out_features * hidden.element_size()
+            parts = max(min(intermediate // MLP_PART_BYTES, hidden.shape[0] // MLP_PART_ROWS), 1)
+        rows = list(even_rows(hidden.shape[0], parts))
+        # Row by row the MLP is one function, so its parts can be added where they belong.
+        for residual, part in zip(hidden.split(rows), normed.split(rows), strict=True):
+            residual += self.mlp(part)
+        return hidden

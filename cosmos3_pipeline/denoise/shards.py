@@ -1,0 +1,78 @@
+"""Who holds what: tokens over the ranks of the `ulysses` axis outside attention, heads inside it. No torch.
+
+DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509), with uneven tokens and grouped key/value heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Rows that stay together. On a CPU a BLAS multiplies fewer rows by another kernel, which sums in another order,
+# and an activation over fewer elements falls out of the vector loop: with whole blocks, a token has the same
+# bits in a shard as among all tokens.
+BLOCK_ROWS = 4
+
+
+def even_rows(rows: int, ranks: int) -> tuple[int, ...]:
+    """Rows per rank, contiguous and in order: whole blocks, as even as they go, the last share the odd rows.
+
+    No share is smaller than a block: with fewer blocks than ranks, the last ranks hold none.
+    """
+    blocks = max(rows // BLOCK_ROWS, 1)
+    shares = [BLOCK_ROWS * (blocks // ranks + (rank < blocks % ranks)) for rank in range(ranks)]
+    shares[min(blocks, ranks) - 1] += rows - BLOCK_ROWS * blocks
+    return tuple(shares)
+
+
+def start_of(rows: tuple[int, ...], rank: int) -> int:
+    """The first row of `rank`."""
+    return sum(rows[:rank])
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads with which one rank attends: its query heads and the key/value heads that those need.
+
+    Query heads divide evenly. A key/value head goes to every rank with a query head of its group, so with
+    fewer key/value heads than ranks several ranks get the same one.
+    """
+
+    queries: slice
+    keys: slice
+    key_of_query: tuple[int, ...]  # for each own query head, its key/value head counted within `keys`
+
+    @property
+    def num_queries(self) -> int:
+        return int(self.queries.stop - self.queries.start)
+
+    @property
+    def num_keys(self) -> int:
+        return int(self.keys.stop - self.keys.start)
+
+    @property
+    def sent_heads(self) -> int:
+        """Heads in the message that brings this share: queries, keys, values."""
+        return self.num_queries + 2 * self.num_keys
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the query heads fall into equal consecutive groups, one per key/value head."""
+        per_key, rest = divmod(self.num_queries, self.num_keys)
+        return rest == 0 and self.key_of_query == tuple(i // per_key for i in range(self.num_queries))
+
+
+def head_shares(num_attention_heads: int, num_key_value_heads: int, ranks: int) -> tuple[HeadShare, ...]:
+    """The share of each rank; `num_attention_heads` must divide by `ranks` and by `num_key_value_heads`."""
+    each, group = num_attention_heads // ranks, num_attention_heads // num_key_value_heads
+    shares = []
+    for rank in range(ranks):
+        queries = range(rank * each, (rank + 1) * each)
+        first, last = queries[0] // group, queries[-1] // group
+        shares.append(
+            HeadShare(
+                queries=slice(queries.start, queries.stop),
+                keys=slice(first, last + 1),
+                key_of_query=tuple(head // group - first for head in queries),
+            )
+        )
+    return tuple(shares)

@@ -1,0 +1,162 @@
+"""Random Cosmos3 models of any small size: the classes of a real checkpoint, with weights that make text matter.
+
+Everything is made in memory from a seed. `tiny_pipeline` is a complete `Cosmos3OmniPipeline`; its modular twin
+is made from the same components by `modular_twin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    Cosmos3OmniPipeline,
+    Cosmos3OmniTransformer,
+    UniPCMultistepScheduler,
+)
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionCoreDenoiseStep
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>")
+VOCABULARY = 256 + len(SPECIAL_TOKENS)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def randomise(module: nn.Module, *, seed: int, gain: float = 1.0) -> None:
+    """Normal weights of variance gain²/fan-in, norms around one, small biases: no activation dies or blows up."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2 and not name.startswith("embed_tokens"):
+                parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)
+            elif "norm" in name or name.endswith("gamma"):
+                parameter.copy_(1.0 + 0.2 * noise)
+            else:
+                parameter.copy_(noise if parameter.ndim >= 2 else 0.1 * noise)
+
+
+def tiny_transformer(*, seed: int = 0, **config: Any) -> Cosmos3OmniTransformer:
+    """A random `Cosmos3OmniTransformer` in fp32; `config` overrides its dimensions."""
+    head_dim = config.get("head_dim", 16)
+    width = head_dim // 2 // 3  # of the height and width axes of the rotary embedding; time takes the rest
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "intermediate_size": 80,
+        "vocab_size": VOCABULARY,
+        "rope_axes_dim": [head_dim // 2 - 2 * width, width, width],
+    }
+    model = Cosmos3OmniTransformer(**{**sizes, **config})
+    randomise(model, seed=seed)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_vae(*, seed: int = 0, base_dim: int = 8, decoder_base_dim: int = 8) -> AutoencoderKLWan:
+    """A random Wan2.2 VAE (residual, patch size 2, 4x16x16) of small width."""
+    vae = AutoencoderKLWan(
+        base_dim=base_dim,
+        decoder_base_dim=decoder_base_dim,
+        z_dim=48,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=16,
+        latents_mean=[0.01 * (i % 7 - 3) for i in range(48)],
+        latents_std=[0.5 + 0.02 * (i % 11) for i in range(48)],
+    )
+    randomise(vae, seed=seed, gain=0.7)
+    return vae.eval().requires_grad_(False)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges (one token per byte) and Qwen's chat markers."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_scheduler(*, flow_shift: float = 3.0) -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=flow_shift, use_karras_sigmas=False
+    )
+
+
+def tiny_pipeline(*, seed: int = 0, flow_shift: float = 3.0, **config: Any) -> Cosmos3OmniPipeline:
+    """A complete random `Cosmos3OmniPipeline` without safety checker; `config` goes to `tiny_transformer`."""
+    pipeline = Cosmos3OmniPipeline(
+        transformer=tiny_transformer(seed=seed, **config),
+        text_tokenizer=tiny_tokenizer(),
+        vae=tiny_vae(seed=seed + 1),
+        scheduler=tiny_scheduler(flow_shift=flow_shift),
+        enable_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def denoise_with(
+    denoiser: Any,
+    pipeline: Cosmos3OmniPipeline,
+    *,
+    prompt_ids: tuple[list[int], list[int]],
+    height: int,
+    width: int,
+    num_frames: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    fps: float = 24.0,
+    conditioning: torch.Tensor | None = None,
+    condition_frames: Iterable[int] = (),
+) -> torch.Tensor:
+    """The final latents [1, C, T, h, w] of diffusers' modular denoise workflow with its denoiser block replaced.
+
+    `denoiser` None keeps diffusers' own block. `conditioning` [1, C, T, h, w] are clean latents, used on the
+    latent frames `condition_frames`.
+    """
+    workflow = Cosmos3VisionCoreDenoiseStep()
+    if denoiser is not None:
+        workflow.sub_blocks["denoise"].sub_blocks["denoiser"] = denoiser
+    modular = workflow.init_pipeline()
+    modular.update_components(transformer=pipeline.transformer, scheduler=pipeline.scheduler)
+    workflow.sub_blocks["denoise"].set_progress_bar_config(disable=True)
+    state = modular(
+        cond_input_ids=prompt_ids[0],
+        uncond_input_ids=prompt_ids[1],
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        x0_tokens_vision=conditioning,
+        vision_condition_frames=list(condition_frames),
+        generator=torch.Generator("cpu").manual_seed(seed),
+    )
+    latents = state.get("latents")
+    assert isinstance(latents, torch.Tensor)
+    return latents

@@ -1,0 +1,92 @@
+"""The plan's numbers for denoising are those that the transformer really runs and keeps, on one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cosmos_models import denoise_with, tiny_pipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from cosmos3_pipeline.denoise import ParallelLoopDenoiser, ParallelTransformer
+from cosmos3_pipeline.denoise.cost import Wire, denoise_costs
+from cosmos3_pipeline.denoise.transformer import PreparedPass
+from cosmos3_pipeline.plan.transformer import TransformerSize
+
+
+def attention_flops(query: torch.Size, key: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    batch, heads, rows, head_dim = query
+    return 4 * batch * heads * rows * key[2] * head_dim
+
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+MODELS: dict[str, dict[str, Any]] = {
+    "silu": {},
+    "relu2": {"hidden_act": "relu2", "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 24},
+    "one layer": {"num_hidden_layers": 1, "hidden_size": 64},
+}
+
+
+class Counted(ParallelLoopDenoiser):
+    """Counts the FLOPs of every step, the solver's left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: list[int] = []
+
+    def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            out = super().__call__(components, block_state, i, t)
+        self.flops.append(counter.get_total_flops())
+        return out
+
+
+@pytest.mark.parametrize("guidance_scale", [6.0, 1.0])
+@pytest.mark.parametrize("clean", [(), (0, 2)])
+@pytest.mark.parametrize("model", MODELS)
+def test_flops_and_cache_are_exact(
+    model: str, clean: tuple[int, ...], guidance_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny_pipeline(seed=0, **MODELS[model])
+    kept: list[PreparedPass] = []
+    prepare = ParallelTransformer.prepare
+
+    def remember(self: ParallelTransformer, **arguments: Any) -> PreparedPass:
+        kept.append(prepare(self, **arguments))
+        return kept[-1]
+
+    (cost,) = denoise_costs(
+        TransformerSize.of(pipeline.transformer.config, latent_channels=48),
+        text_tokens=(19, 7),
+        latent_frames=3,
+        tokens_per_frame=3 * 4,
+        clean_frames=clean,
+        guidance_scale=guidance_scale,
+        element_bytes=4,
+    )
+    monkeypatch.setattr(ParallelTransformer, "prepare", remember)
+    denoiser = Counted()
+    denoise_with(
+        denoiser,
+        pipeline,
+        prompt_ids=([5] * 19, [7] * 7),
+        height=80,
+        width=112,
+        num_frames=9,
+        steps=3,
+        guidance_scale=guidance_scale,
+        seed=1,
+        conditioning=torch.randn(1, 48, 3, 5, 7),
+        condition_frames=clean,
+    )
+    assert denoiser.flops == [cost.text_flops + cost.step_flops, cost.step_flops, cost.step_flops]
+    assert sum(prepared.text_bytes for prepared in kept) == cost.text_cache_bytes
+    stored = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for prepared in kept
+        for layer in prepared.text
+        for tensor in layer
+    }
+    assert sum(stored.values()) == cost.text_cache_bytes
+    assert cost.step_ulysses == cost.step_cfg == cost.text_ulysses == Wire()
