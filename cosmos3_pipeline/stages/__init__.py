@@ -1,0 +1,1 @@
+"""The stages of a run, in the order in which the data moves: text to export. Imports no torch."""

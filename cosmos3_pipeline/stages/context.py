@@ -1,0 +1,67 @@
+"""What flows from stage to stage, and what every stage may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from torch import Tensor
+
+from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.models.loading import Components
+from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.stages.progress import Reporter, Silent
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a run has made: its file, and the SHA-256 of the uint8 RGB frames before any compression."""
+
+    path: Path
+    num_frames: int
+    frames_sha256: str
+
+
+def _not_measured(stage: str) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@dataclass
+class RunContext:
+    """One run on one rank. The stages are called with it one after the other, on every rank of the replica.
+
+    `components`, `clip` and `fps` (frames per second) say what to make; `mesh` says where this rank stands and
+    `directory` where the root writes. `measure(stage)` is entered for the time a stage works: decode and export
+    take turns, so each is entered once per chunk of frames.
+    """
+
+    components: Components
+    clip: Clip
+    fps: float
+    directory: Path
+    mesh: RankMesh = field(default_factory=RankMesh)
+    reporter: Reporter = field(default_factory=Silent)
+    measure: Callable[[str], AbstractContextManager[object]] = _not_measured
+
+    # What diffusers' blocks leave for each other: the prompts' tokens, the clean latents of the condition, then
+    # `latents`, the denoised latents [1, C, T, h, w].
+    state: PipelineState = field(default_factory=PipelineState)
+    # uint8 chunks [frames, H, W, 3] in order, on the root; other ranks take part and get none. Set by decode.
+    frames: Iterator[Tensor] | None = None
+    # Set by export, on the root.
+    picture: Picture | None = None
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank writes the files of its replica."""
+        return self.mesh.rank(REPLICA) == 0
+
+
+class Stage(Protocol):
+    """One step of a run; built from the config, then called once per run."""
+
+    def __call__(self, context: RunContext) -> None: ...

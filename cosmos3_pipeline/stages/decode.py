@@ -1,0 +1,44 @@
+"""Latents to frames, chunk by chunk: frames leave as they are decoded and no rank holds the whole video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.stages.context import RunContext
+
+_END = object()
+
+
+class DecodeStage:
+    """Leaves `context.frames`, an iterator of uint8 chunks [frames, H, W, 3]; decoding happens as it is read.
+
+    Every rank must read its own to the end: those that are not the root take part and get nothing.
+    """
+
+    def __call__(self, context: RunContext) -> None:
+        context.frames = self._decode(context)
+
+    def _decode(self, context: RunContext) -> Iterator[Tensor]:
+        with context.measure("decode"):
+            vae = context.components.vae(encoder=False)
+            chunks = iter(vae.decode_stream(self._denormalise(context)))
+        with context.reporter.track("decoded frames", context.clip.num_frames) as advance:
+            while True:
+                with context.measure("decode"), torch.no_grad():
+                    chunk = next(chunks, _END)
+                if not isinstance(chunk, Tensor):
+                    return
+                advance(len(chunk))
+                yield chunk
+
+    def _denormalise(self, context: RunContext) -> Tensor:
+        """The latents [1, C, T, h, w] as the VAE has them, in its dtype: what diffusers' decode block computes."""
+        pipeline = context.components.pipeline
+        latents, dtype = context.state.get("latents"), pipeline.vae.dtype
+        mean = pipeline._vae_latents_mean.to(device=latents.device, dtype=dtype)
+        inv_std = pipeline._vae_latents_inv_std.to(device=latents.device, dtype=dtype)
+        z: Tensor = latents.to(dtype) / inv_std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
+        return z

@@ -1,0 +1,68 @@
+"""Noise to latents: the sampler's steps, each a guided velocity from the transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionCoreDenoiseStep
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+
+from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
+from cosmos3_pipeline.distributed.mesh import RankMesh
+from cosmos3_pipeline.stages.context import RunContext
+from cosmos3_pipeline.stages.progress import Advance
+
+
+class DenoiseStage:
+    """Leaves `latents`, the denoised latents [1, C, T, h, w] in fp32, in the state.
+
+    `guidance_scale` 1.0 runs the prompt alone, without guidance. The noise is drawn from `seed` on the CPU, in
+    fp32 and whole, so it is the same on every rank, device and layout.
+
+    Packing, schedule and solver are diffusers' workflow; its denoiser block is replaced by one that computes
+    the text once and splits guidance and sequence over the mesh.
+    """
+
+    def __init__(self, *, steps: int, guidance_scale: float, seed: int) -> None:
+        self._steps = steps
+        self._guidance_scale = guidance_scale
+        self._seed = seed
+
+    def __call__(self, context: RunContext) -> None:
+        with context.measure("denoise"):
+            context.components.scheduler()
+            context.components.transformer()
+            state = context.state
+            state.set("num_inference_steps", self._steps)
+            state.set("guidance_scale", self._guidance_scale)
+            state.set("generator", torch.Generator("cpu").manual_seed(self._seed))
+            with context.reporter.track("denoising steps", self._steps) as advance:
+                self.workflow(context.mesh, advance)(context.components.pipeline, state)
+
+    def workflow(self, mesh: RankMesh, advance: Advance) -> Cosmos3VisionCoreDenoiseStep:
+        """diffusers' denoising workflow with this run's denoiser, which calls `advance` after every step."""
+        workflow = Cosmos3VisionCoreDenoiseStep()
+        loop = workflow.sub_blocks["denoise"]
+        loop.set_progress_bar_config(disable=True)
+        loop.sub_blocks["denoiser"] = self.denoiser(mesh)
+        loop.sub_blocks["report"] = _ReportStep(advance)
+        return workflow
+
+    def denoiser(self, mesh: RankMesh) -> ModularPipelineBlocks:
+        """The block that predicts the velocity of one step."""
+        return ParallelLoopDenoiser(mesh)
+
+
+class _ReportStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped
+    """The last block of the loop: says that a step is done."""
+
+    model_name = "cosmos3-omni"
+
+    def __init__(self, advance: Advance) -> None:
+        super().__init__()
+        self._advance = advance
+
+    def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
+        self._advance()
+        return components, block_state

@@ -1,0 +1,64 @@
+"""Words to tokens: the prompts, with the sentences on size and duration that Cosmos3 was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
+
+from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.stages.context import RunContext
+
+
+class TextStage:
+    """Leaves `cond_input_ids` and `uncond_input_ids` in the state.
+
+    `prompt` and `negative_prompt` are the words themselves, or `@` and the path of a file that holds them (a
+    long caption, also NVIDIA's structured JSON ones). `use_system_prompt` None takes the checkpoint's default.
+    """
+
+    def __init__(self, *, prompt: str, negative_prompt: str, use_system_prompt: bool | None) -> None:
+        self._prompt = prompt
+        self._negative_prompt = negative_prompt
+        self._use_system_prompt = use_system_prompt
+
+    def __call__(self, context: RunContext) -> None:
+        with context.measure("text"):
+            prompt = read_words(self._prompt)
+            if not prompt.strip():
+                raise Refusal(
+                    what=f"the prompt is empty{f' ({self._prompt[1:]})' if self._prompt else ''}",
+                    why="the model is told what to show by words only",
+                    works="task.prompt='a red kite', or task.prompt=@FILE with words in the file",
+                )
+            context.components.tokenizer()
+            state = context.state
+            state.set("prompt", prompt)
+            state.set("negative_prompt", read_words(self._negative_prompt))
+            state.set("use_system_prompt", self._use_system_prompt)
+            state.set("num_frames", context.clip.num_frames)
+            state.set("height", context.clip.height)
+            state.set("width", context.clip.width)
+            state.set("fps", context.fps)
+            state.set("add_resolution_template", True)
+            state.set("add_duration_template", True)
+            Cosmos3TextEncoderStep()(context.components.pipeline, state)
+
+
+def read_words(words: str) -> str:
+    """`words`, or what is in the file of `@file`, without the white space around it.
+
+    Raises:
+        Refusal: the file is not there or is no UTF-8 text.
+    """
+    if not words.startswith("@"):
+        return words
+    file = Path(words[1:]).expanduser()
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(
+            what=f"{words} is not a file of words",
+            why=str(error),
+            works="@ and the path of a UTF-8 text or JSON file, or the words themselves without @ in front",
+        ) from error

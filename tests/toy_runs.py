@@ -1,0 +1,78 @@
+"""The toy checkpoint of conf/model/toy.yaml, and runs of the stages on it without a config or a launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, UniPCMultistepScheduler
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from cosmos3_pipeline.models.checkpoint import CheckpointInfo
+from cosmos3_pipeline.models.loading import Components
+from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.stages.context import RunContext
+
+CONF = Path(__file__).parents[1] / "conf"
+PROMPT = "A red kite turns in the wind above a rocky coast."
+
+
+def toy_dimensions() -> dict[str, dict[str, Any]]:
+    """`transformer` and `vae` of model=toy."""
+    files = [OmegaConf.load(CONF / "model" / f"{name}.yaml") for name in ("nano", "toy")]
+    model = OmegaConf.to_container(OmegaConf.merge(*files))
+    assert isinstance(model, dict)
+    return {"transformer": model["transformer"], "vae": model["vae"]}
+
+
+class StreamingVae(nn.Module):
+    """diffusers' VAE with the one method that the decode stage calls, one chunk per latent frame."""
+
+    def __init__(self, autoencoder: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.encoded_frames: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "autoencoder" else getattr(self.autoencoder, name)
+
+    def encode(self, x: Tensor) -> Any:
+        self.encoded_frames.append(x.shape[2])
+        return self.autoencoder.encode(x)
+
+    def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
+        pixels = self.autoencoder.decode(z).sample
+        frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)[0].permute(1, 2, 3, 0)
+        yield from frames.split([1] + [4] * (z.shape[2] - 1))
+
+
+def components(checkpoint: CheckpointInfo, **changes: Any) -> Components:
+    settings: dict[str, Any] = {
+        "dtype": torch.float32,
+        "vae_dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "flow_shift": 10.0,
+        "wrap_vae": StreamingVae,
+    }
+    return Components(checkpoint, **{**settings, **changes})
+
+
+def clip_of(height: int, width: int, num_frames: int) -> Clip:
+    return Clip(height=height, width=width, num_frames=num_frames, spatial=16, temporal=4, patch=2)
+
+
+def context_of(parts: Components, clip: Clip, directory: Path, **settings: Any) -> RunContext:
+    return RunContext(components=parts, clip=clip, fps=24.0, directory=directory, **settings)
+
+
+def reference_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Cosmos3OmniPipeline:
+    """diffusers' own pipeline on the same folder, with the sampler of the recommended call."""
+    pipeline = Cosmos3OmniPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(
+        pipeline.scheduler.config, flow_shift=10.0, use_karras_sigmas=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
