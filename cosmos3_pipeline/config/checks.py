@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.compose import schema_keys
 from cosmos3_pipeline.config.errors import Problem, did_you_mean, unknown_key
-from cosmos3_pipeline.config.plugins import Plugins, discover, settings_schema
+from cosmos3_pipeline.config.plugins import Plugins, discover, settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config, StagesConfig
 
 STAGE_PACKAGE = "cosmos3_pipeline.stages."
@@ -31,7 +31,7 @@ def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
     fields = {f.name: f for f in dataclasses.fields(schema)}
     hints = typing.get_type_hints(schema)
     for name in node:
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name!s}"
         if name not in fields:
             if not prefix and name == "hydra":
                 continue
@@ -72,11 +72,11 @@ def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, An
                 works=did_you_mean(str(value), limits["one_of"], otherwise=f"{key}={limits['one_of'][0]}"),
             )
         return
-    low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of", 1)
-    if (low is None or value >= low) and (high is None or value <= high) and value % step == 0:
+    low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of")
+    if (low is None or value >= low) and (high is None or value <= high) and (step is None or value % step == 0):
         return
     bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-    bounds += [f"a multiple of {step}"] * (step != 1)
+    bounds += [f"a multiple of {step}"] * (step is not None)
     yield Problem(
         what=f"{key}={value} is out of range",
         why=f"it must be {' and '.join(bounds)}",
@@ -84,10 +84,10 @@ def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, An
     )
 
 
-def _nearest(value: float, low: float | None, high: float | None, step: int) -> float:
+def _nearest(value: float, low: float | None, high: float | None, step: int | None) -> float:
     clipped = max(value, low) if low is not None else value
     clipped = min(clipped, high) if high is not None else clipped
-    return clipped if step == 1 else max(round(clipped / step), 1) * step
+    return clipped if step is None else max(round(clipped / step), 1) * step
 
 
 def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
@@ -100,12 +100,7 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
         target = str(OmegaConf.select(node, "_target_")) if OmegaConf.is_dict(node) else str(node)
         cls = plugins.by_target(target)
         if cls is None:
-            broken = "; ".join(f"{name} is installed but broken: {why}" for name, why in plugins.broken.items())
-            yield Problem(
-                what=f"vae.{direction} is built from {target}",
-                why=f"no installed strategy plugin owns it{'; ' + broken if broken else ''}",
-                works=" or ".join(f"vae/{direction}={name}" for name in plugins.strategies),
-            )
+            yield unowned(target, f"vae.{direction}")
             continue
         known = {f.name for f in dataclasses.fields(settings_schema(cls))}
         for name in node:

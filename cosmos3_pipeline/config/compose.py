@@ -14,6 +14,7 @@ from yaml import YAMLError
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.errors import ConfigError, Problem, explain
 from cosmos3_pipeline.config.plugins import register
+from cosmos3_pipeline.config.provenance import beside_a_running_hydra
 from cosmos3_pipeline.config.schema import Config
 
 VERSION_BASE = "1.3"
@@ -28,7 +29,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     register()
     try:
         refuse_doubled_choices(overrides)
-        with hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+        with beside_a_running_hydra(), hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
             return hydra.compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise as_config_error(error, overrides) from error
@@ -50,7 +51,7 @@ def schema_keys() -> list[str]:
 def _keys(node: DictConfig, prefix: str) -> list[str]:
     found = []
     for key in node:
-        dotted = f"{prefix}{key}"
+        dotted = f"{prefix}{key!s}"
         found.append(dotted)
         if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             found.extend(_keys(node[key], f"{dotted}."))

@@ -17,14 +17,19 @@ from yaml import YAMLError
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a composition: `what` (with the values in it), `why`, and `works` (what would)."""
+    """One thing wrong with a composition: `what` (with keys and values in it), `why`, and `works` (what would).
+
+    `set_by` says for each key in `what` which file or override set it, as far as that is known.
+    """
 
     what: str
     why: str
     works: str
+    set_by: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.what}\n  why:   {self.why}\n  works: {self.works}"
+        set_by = f"\n  set:   {'; '.join(self.set_by)}" if self.set_by else ""
+        return f"{self.what}{set_by}\n  why:   {self.why}\n  works: {self.works}"
 
 
 class Refusal(ValueError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from hydra.core.config_store import ConfigStore
 
 from cosmos3_pipeline.config import config_dir
+from cosmos3_pipeline.config.errors import ConfigError, Problem
 from cosmos3_pipeline.config.schema import Config
 
 ENTRY_POINT_GROUP = "cosmos3_pipeline.plugins"
@@ -81,6 +83,30 @@ def register() -> Plugins:
                 continue  # that file extends the schema; a second option of its name would shadow it
             store.store(group=f"vae/{direction}", name=name, node=node)
     return plugins
+
+
+def build_strategy(node: Mapping[str, Any]) -> Any:
+    """The strategy of a config node: its `_target_`, which an installed plugin must own, with its settings.
+
+    Raises ConfigError when no installed plugin owns the target, and what the strategy raises for its settings.
+    """
+    settings = dict(node)
+    target = str(settings.pop("_target_"))
+    cls = discover().by_target(target)
+    if cls is None:
+        raise ConfigError([unowned(target, "a strategy")])
+    return cls(**settings)
+
+
+def unowned(target: str, key: str) -> Problem:
+    """Why `key` may not be built from `target`."""
+    plugins = discover()
+    broken = "; ".join(f"{name} is installed but broken: {why}" for name, why in plugins.broken.items())
+    return Problem(
+        what=f"{key} is built from {target}",
+        why=f"no installed strategy plugin owns it{'; ' + broken if broken else ''}",
+        works=" or ".join(f"{name} ({plugins.target(name)})" for name in plugins.strategies),
+    )
 
 
 def settings_schema(cls: type) -> type:

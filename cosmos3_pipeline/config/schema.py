@@ -33,6 +33,7 @@ def one_of(*choices: str) -> Any:
 
 class JobName(Enum):
     generate = "generate"
+    plan = "plan"
 
 
 class TaskName(Enum):
@@ -122,6 +123,24 @@ class Recommended:
 
 
 @dataclass
+class Tier:
+    """Sizes of one resolution, as 1280x720, and how many frames a clip of it may have."""
+
+    sizes: list[str] = MISSING
+    min_frames: int = MISSING
+    max_frames: int = MISSING
+
+
+@dataclass
+class TrainedConfig:
+    """What the model was trained for, and what happens outside of it."""
+
+    when_outside: str = one_of("warn", "refuse", "ignore")
+    fps: list[float] = MISSING
+    tiers: list[Tier] = MISSING
+
+
+@dataclass
 class ModelConfig:
     name: str = MISSING
     repo: str | None = MISSING
@@ -131,6 +150,7 @@ class ModelConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VaeModelConfig = field(default_factory=VaeModelConfig)
     recommended: Recommended = field(default_factory=Recommended)
+    trained: TrainedConfig = field(default_factory=TrainedConfig)
 
 
 @dataclass
@@ -157,8 +177,26 @@ class VaeConfig:
 
     parallel_encode: bool = MISSING
     parallel_decode: bool = MISSING
+    required_exactness: str = one_of("bitwise", "rounding", "approximate")
     encode: Any = MISSING
     decode: Any = MISSING
+
+
+@dataclass
+class AcceleratorConfig:
+    """What the plan knows of the device that one rank has; on cpu the ranks of a node share it."""
+
+    name: str = MISSING
+    memory_gb: float = ranged(at_least=0.001)
+    bf16_tflops: float = ranged(at_least=0.000001)
+    fp32_tflops: float = ranged(at_least=0.000001)
+    memory_gb_per_s: float = ranged(at_least=0.001)
+    link_gb_per_s: float = ranged(at_least=0.001)
+    network_gb_per_s: float = ranged(at_least=0.001)
+    latency_us: float = ranged(at_least=0)
+    overhead_s: float = ranged(at_least=0)
+    transformer_efficiency: float = ranged(at_least=0.001, at_most=1)
+    vae_efficiency: float = ranged(at_least=0.001, at_most=1)
 
 
 @dataclass
@@ -169,6 +207,12 @@ class TopologyConfig:
     ulysses: int = ranged(at_least=1)
     threads_per_rank: int = ranged(at_least=1)
     device: Device = MISSING
+    accelerator: AcceleratorConfig = field(default_factory=AcceleratorConfig)
+
+
+@dataclass
+class PlanConfig:
+    search: bool = MISSING
 
 
 @dataclass
@@ -206,4 +250,5 @@ class Config:
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)

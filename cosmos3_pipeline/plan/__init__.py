@@ -1,1 +1,19 @@
 """What a composition will do, from arithmetic alone. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+__all__ = ["plan_of"]
+
+
+def plan_of(cfg: DictConfig) -> dict[str, Any]:
+    """The plan of a checked config as plain values, as in plan.json. Other revisions' reviews call it too.
+
+    Raises StrategyError or Refusal for a strategy that cannot be honoured.
+    """
+    from cosmos3_pipeline.plan.plan import as_dict, make_plan
+
+    return as_dict(make_plan(cfg))

@@ -5,16 +5,23 @@ All problems are collected, so a user mends them in one go.
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 from omegaconf import DictConfig
 
 from cosmos3_pipeline.config import checks as structure
+from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.config.provenance import Provenance, trace
+from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple
+from cosmos3_pipeline.plan.trained import outside
+from cosmos3_pipeline.plan.vae import directions, plain, vae_stage
+from cosmos3_pipeline.vae.strategy import Exactness
 
 X264_PRESETS = (
     *("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
@@ -25,29 +32,37 @@ X264_PRESETS = (
 def compose_checked(overrides: Sequence[str]) -> DictConfig:
     """Compose `overrides` and check the result; raises ConfigError with every problem found."""
     cfg = compose(overrides)
-    check(cfg)
+    check(cfg, overrides)
     return cfg
 
 
-def check(cfg: DictConfig) -> None:
-    """Raise ConfigError with every problem of `cfg`; return when there is none."""
+def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+    """Raise ConfigError with every problem of `cfg`; return when there is none.
+
+    With the `overrides` that it was composed from, each problem says which file or override set its keys.
+    """
     found = structure.problems(cfg)
     if not found:  # the arithmetic needs every value to be there and in range
         clip = clip_of(cfg)
-        for one in (_task, _clip, _ranks, _output):
+        for one in (_task, _clip, _ranks, _layout, _vae, _output, _job):
             found.extend(one(cfg, clip))
+        if cfg.model.trained.when_outside == "refuse":
+            found.extend(outside(cfg))
     if found:
-        raise ConfigError(found)
+        raise ConfigError(found if overrides is None else located(found, overrides))
 
 
-def check_start(cfg: DictConfig) -> None:
-    """Raise ConfigError with everything that keeps a checked `cfg` from running here and now.
+def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Problem]:
+    """`problems` with the file or override that set each key named in them."""
+    traced = trace(overrides, config_dir())
+    return [replace(problem, set_by=tuple(_origins(problem.what, traced))) for problem in problems]
 
-    A plan needs no photograph, no weights and no torchrun; a run does.
-    """
-    found = [*_inputs(cfg), *_world(cfg)]
-    if found:
-        raise ConfigError(found)
+
+def _origins(words: str, traced: Provenance) -> Iterator[str]:
+    for key in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", words)):
+        if chain := traced.chain(key):
+            through = f" ({chain[-1].key})" if len(chain) > 1 else ""
+            yield f"{key} by {chain[-1].winner.place}{through}"
 
 
 def _task(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
@@ -132,56 +147,65 @@ def _ranks(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
         )
 
 
+def _layout(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+    """What the transformer's heads and the guidance allow, with the keys' full names."""
+    model, topology = cfg.model.transformer, cfg.topology
+    for problem in refused(
+        lambda: check_layout(
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            cfg=topology.cfg,
+            ulysses=topology.ulysses,
+            guidance_scale=cfg.sampler.guidance_scale,
+        )
+    ):
+        named = re.sub(r"(?<![.\w])(cfg|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
+        what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
+        yield Problem(what=what, why=problem.why, works=works)
+
+
+def _vae(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+    """What the strategies that are switched on refuse, or promise too little for."""
+    vae_config = plain(cfg.model.vae)
+    required = Exactness(cfg.vae.required_exactness)
+    for direction in directions(cfg, clip):
+        if not cfg.vae[f"parallel_{direction}"]:
+            continue
+        named = f"vae.{direction}={cfg.vae[direction]['_target_'].rpartition('.')[2]}"
+        try:
+            stage = vae_stage(cfg, direction, clip, vae_config, 4)
+        except Refusal as refusal:
+            yield replace(refusal.problem, what=f"{named}: {refusal.problem.what}")
+            continue
+        except ValueError as error:  # StrategyError and ProgramError say their three parts in one line
+            what, why, works = (*str(error).split("; ", 2), "", "")[:3]
+            works = works or f"another option of vae/{direction}"
+            yield Problem(what=f"{named}: {what}", why=why or what, works=works)
+            continue
+        if not stage.plan.exactness.satisfies(required):
+            yield Problem(
+                what=f"{named} is {stage.plan.exactness} with vae.required_exactness={required}",
+                why=f"its output is not {required} equal to that of one rank",
+                works=f"vae/{direction}=layer_pipeline, which is bitwise, or "
+                f"vae.required_exactness={stage.plan.exactness}",
+            )
+
+
+def _job(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+    if cfg.plan.search and cfg.job.name != JobName.plan:
+        yield Problem(
+            what=f"plan.search=true with job={cfg.job.name.value}",
+            why="only job=plan searches; a run has the layout that it was given",
+            works="job=plan, or plan.search=false",
+        )
+
+
 def _output(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
     if cfg.output.preset not in X264_PRESETS:
         yield Problem(
             what=f"output.preset={cfg.output.preset} does not exist",
             why=f"the H.264 encoder's presets are: {', '.join(X264_PRESETS)}",
             works=did_you_mean(cfg.output.preset, X264_PRESETS, otherwise="output.preset=medium"),
-        )
-
-
-def _inputs(cfg: DictConfig) -> Iterator[Problem]:
-    task, name = cfg.task, cfg.task.name.value
-    for key, wanted_by in (("image", "i2v"), ("video", "v2v")):
-        if name == wanted_by and task[key] is None:
-            yield Problem(
-                what=f"task.{key} is not set",
-                why=f"task={name} goes on from {'a photograph' if key == 'image' else 'a clip'}",
-                works=f"task.{key}={'photo.jpg' if key == 'image' else 'clip.mp4'}",
-            )
-    files = {f"task.{key}": cfg.task[key] for key in ("image", "video") if cfg.task[key] is not None}
-    for key in ("prompt", "negative_prompt"):
-        if cfg.task[key].startswith("@"):
-            files[f"task.{key}"] = cfg.task[key][1:]
-    for key, name in files.items():
-        path = Path(name).expanduser()
-        if not path.is_file():
-            there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            yield Problem(
-                what=f"{key}={cfg.task[key.removeprefix('task.')]} is not a file",
-                why=f"{path.absolute()} does not exist" if not path.exists() else f"{path} is a folder",
-                works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
-            )
-
-
-def _world(cfg: DictConfig) -> Iterator[Problem]:
-    topology = cfg.topology
-    ranks = topology.nodes * topology.ranks_per_node
-    world = os.environ.get("WORLD_SIZE")
-    if "RANK" in os.environ and world is not None and int(world) != ranks:
-        yield Problem(
-            what=f"torchrun started {world} ranks, the topology has {ranks}",
-            why=f"topology.nodes={topology.nodes} x topology.ranks_per_node={topology.ranks_per_node} = {ranks}",
-            works=f"topology.ranks_per_node={int(world) // topology.nodes}, or torchrun --nproc-per-node "
-            f"{topology.ranks_per_node}",
-        )
-    if topology.nodes > 1 and "RANK" not in os.environ:
-        yield Problem(
-            what=f"topology.nodes={topology.nodes} without torchrun",
-            why="one machine cannot start processes on another",
-            works=f"on each node: torchrun --nnodes {topology.nodes} --nproc-per-node {topology.ranks_per_node} "
-            "--rdzv-backend c10d --rdzv-endpoint HOST:29500 launch.py ...",
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config.errors import ConfigError
-from cosmos3_pipeline.plan.checks import check_start
+from cosmos3_pipeline.jobs.start import check_start
 
 REFUSALS = [
     pytest.param(["task.promt=x"], "unknown key task.promt", "did you mean task.prompt?", id="misspelt key"),
@@ -35,7 +35,7 @@ REFUSALS = [
     pytest.param(["~task.fps"], "task.fps", "task.fps=", id="deleted key"),
     pytest.param(["nonsense"], "nonsense", "key=value", id="not an override"),
     pytest.param(["task.prompt=a, b"], "task.prompt", "quoted", id="comma in a text"),
-    pytest.param(["vae.decode._target_=os.system"], "os.system", "vae/decode=", id="foreign strategy target"),
+    pytest.param(["vae.decode._target_=os.system"], "os.system", "layer_pipeline", id="foreign strategy target"),
     pytest.param(["stages.text._target_=os.system"], "os.system", "stages.text", id="foreign stage target"),
     pytest.param(["task.image=launch.py"], "task=t2v", "task=i2v", id="image that nothing reads"),
     pytest.param(["task.prompt="], "task.prompt is empty", "task.prompt=", id="empty prompt"),
@@ -51,6 +51,11 @@ REFUSALS = [
 
 
 REFUSED_AT_THE_START = [
+    pytest.param(["model=nano"], "model.path is not set", "nvidia/Cosmos3-Nano", id="no weights"),
+    pytest.param(
+        ["model=nano", "model.path=no/such/one"], "no/such/one", "model.path=", id="missing folder"
+    ),
+    pytest.param(["model.path=conf"], "model_index.json", "model_index.json", id="not a checkpoint"),
     pytest.param(["task=i2v"], "task.image is not set", "task.image=", id="i2v without image"),
     pytest.param(["task=v2v"], "task.video is not set", "task.video=", id="v2v without video"),
     pytest.param(["task=i2v", "task.image=no.jpg"], "no.jpg", "file", id="missing photograph"),
@@ -77,6 +82,10 @@ def test_a_plan_needs_no_inputs_but_a_run_does(overrides: list[str], what: str, 
         check_start(cfg)
     assert what in str(caught.value)
     assert works in str(caught.value)
+
+
+def test_a_fraction_is_in_range() -> None:
+    assert compose(["sampler.guidance_scale=6.5", "task.fps=23.976"]).sampler.guidance_scale == 6.5
 
 
 def test_every_problem_is_told_at_once() -> None:

@@ -1,0 +1,106 @@
+"""Denoising against diffusers: 35 steps of text-to-video, one thread per rank, runs interleaved, medians.
+
+    python benchmarks/denoise.py [--model small|medium|wide] [--repeats 5] [--steps 35]
+
+Measures `Cosmos3OmniPipeline` on one rank, ours on one rank, and ours on two ranks (cfg 2), all on random
+weights in fp32. Prints seconds, the ratio to diffusers with its spread over the rounds, and the difference
+of the latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cosmos3_pipeline.denoise import ParallelLoopDenoiser
+from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
+from cosmos3_pipeline.distributed.mesh import RankMesh
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cosmos_models import denoise_with, tiny_pipeline
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
+    "medium": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+    "wide": {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+}
+# height, width (pixels), frames; vision tokens are 75, 490 and 960
+CLIPS = {75: (96, 160, 17), 490: (320, 448, 13), 960: (320, 512, 21)}
+PROMPT = "A red kite rises over a wide green valley while the camera follows it slowly. " * 3
+NEGATIVE = {"empty": "", "long": "Blurry, shaking, grey, distorted, overexposed, with text and borders. " * 4}
+WAYS = ("diffusers", "ours, 1 rank", "ours, 2 ranks")
+
+
+def one_run(way: str, pipeline: Any, negative: str, clip: int, steps: int, mesh: RankMesh) -> torch.Tensor:
+    """The final latents by one of the three ways, from the prompt on."""
+    height, width, num_frames = CLIPS[clip]
+    words = {"prompt": PROMPT, "negative_prompt": NEGATIVE[negative], "use_system_prompt": False}
+    size = {"height": height, "width": width, "num_frames": num_frames}
+    if way == "diffusers":
+        generator = torch.Generator("cpu").manual_seed(0)
+        made = pipeline(**words, **size, num_inference_steps=steps, output_type="latent", generator=generator)
+        assert isinstance(made.video, torch.Tensor)
+        return made.video
+    denoiser = ParallelLoopDenoiser(mesh if way == "ours, 2 ranks" else None)
+    ids = pipeline.tokenize_prompt(**words, **size)
+    return denoise_with(denoiser, pipeline, prompt_ids=ids, **size, steps=steps, guidance_scale=6.0, seed=0)
+
+
+def measure(model: str, repeats: int, steps: int) -> None:
+    """On two ranks: every round runs each way once; the second rank waits where it is not needed."""
+    with joined_world(device="cpu", threads=1):
+        mesh = RankMesh.build(cfg=2)
+        size = MODELS[model]
+        pipeline = tiny_pipeline(num_hidden_layers=4, intermediate_size=3 * size["hidden_size"], **size)
+        for clip in CLIPS:
+            for negative in NEGATIVE:
+                seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+                made: dict[str, torch.Tensor] = {}
+                for repeat in range(repeats + 1):
+                    for way in WAYS:
+                        dist.barrier()
+                        started = time.perf_counter()
+                        if way == "ours, 2 ranks" or dist.get_rank() == 0:
+                            # the first round warms up, with two steps
+                            made[way] = one_run(way, pipeline, negative, clip, steps if repeat else 2, mesh)
+                        dist.barrier()
+                        if repeat:
+                            seconds[way].append(time.perf_counter() - started)
+                if dist.get_rank() == 0:
+                    report(model, clip, negative, pipeline, seconds, made)
+
+
+def report(
+    model: str,
+    clip: int,
+    negative: str,
+    pipeline: Any,
+    seconds: dict[str, list[float]],
+    made: dict[str, torch.Tensor],
+) -> None:
+    ids = pipeline.tokenize_prompt(PROMPT, NEGATIVE[negative], *reversed(CLIPS[clip]), use_system_prompt=False)
+    print(f"{model}: {clip} vision tokens, {len(ids[0])} + {len(ids[1])} text tokens")
+    for way in WAYS:
+        ratios = [theirs / ours for theirs, ours in zip(seconds["diffusers"], seconds[way], strict=True)]
+        difference = (made[way] - made["diffusers"]).abs().max().item()
+        print(
+            f"  {way:14} {statistics.median(seconds[way]):7.3f} s   {statistics.median(ratios):5.2f}x"
+            f"  ({min(ratios):.2f} to {max(ratios):.2f})   latents differ by {difference:.1e}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="medium")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=35)
+    given = parser.parse_args()
+    run_ranks(measure, given.model, given.repeats, given.steps, ranks=2)

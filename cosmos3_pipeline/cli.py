@@ -1,0 +1,106 @@
+"""The way in from a shell: what `launch.py` and the `cosmos3` command share. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cosmos3_pipeline.config import config_dir
+from cosmos3_pipeline.config.compose import VERSION_BASE, as_config_error, refuse_doubled_choices
+from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal
+from cosmos3_pipeline.config.help import help_text
+from cosmos3_pipeline.config.plugins import register
+from cosmos3_pipeline.distributed.failure import RankFailed
+from cosmos3_pipeline.jobs import follow, run, sweep
+from cosmos3_pipeline.jobs.start import check_start
+from cosmos3_pipeline.plan.checks import compose_checked
+
+__all__ = ["launch", "main", "run"]
+
+REFUSED = 2  # exit code of a composition that is refused before any work starts
+FAILED = 1
+
+
+def main() -> None:
+    """The `cosmos3` command: `launch.py` with the installed configs, runnable from any directory."""
+    launch(hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(run))
+
+
+def launch(hydra_main: Callable[[], None]) -> None:
+    """Run a `@hydra.main` function with errors a person can act on, alone or as one rank of torchrun's world.
+
+    Exits with 2 when the composition is refused, with 1 when a run or a job of a sweep failed.
+    """
+    args = get_args_parser().parse_args()
+    plugins = register()
+    if args.help:
+        print(help_text("cosmos3" if Path(sys.argv[0]).stem == "cosmos3" else "python launch.py", plugins))
+        return
+    # Hydra prints its own errors and exits unless asked for the full error; then it raises, and we explain.
+    asked_for_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    code = 0
+    try:
+        _launch(hydra_main, args)
+    except ConfigError as error:
+        code = _refused(error)
+    except Refusal as refusal:
+        code = _refused(ConfigError([refusal.problem]))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        if asked_for_traceback:
+            raise
+        code = _refused(as_config_error(error, args.overrides))
+    except RankFailed as error:
+        print(error, file=sys.stderr)
+        code = FAILED
+    if sweep.current is not None:
+        failures = sweep.current.report()
+        code = FAILED if failures else code
+    if code:
+        sys.exit(code)
+
+
+def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
+    rank = os.environ.get("RANK")
+    if rank is not None and args.multirun:
+        raise ConfigError(
+            [
+                Problem(
+                    what="-m under torchrun",
+                    why="a sweep starts the ranks of each job anew, but torchrun has started them already",
+                    works="python launch.py -m ... without torchrun, or torchrun without -m",
+                )
+            ]
+        )
+    if rank not in (None, "0"):
+        # Only the root may make an output directory, so the other ranks compose without Hydra's run.
+        follow(compose_checked(args.overrides))
+        return
+    refuse_doubled_choices(args.overrides)
+    other_configs = args.config_dir or args.config_name or args.config_path
+    if not (args.multirun or args.hydra_help or args.info or args.shell_completion or other_configs):
+        # Before Hydra makes an output directory for a run that would be refused.
+        cfg = compose_checked(args.overrides)
+        if args.cfg is None:
+            check_start(cfg)
+    hydra_main()
+
+
+def _refused(error: ConfigError) -> int:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        print(f"rank {rank}: refused, as rank 0 says", file=sys.stderr)
+        return REFUSED
+    count = len(error.problems)
+    print(f"refused: {count} problem{'s' * (count > 1)} in the configuration\n", file=sys.stderr)
+    print(error, file=sys.stderr)
+    return REFUSED

@@ -1,0 +1,183 @@
+"""Which file or override set a value, and what was offered before it. Imports no torch.
+
+Hydra merges the files of the defaults list in order, then the overrides; the last one to offer a key wins.
+The same list is walked here with the pieces kept apart. Nothing is taken from the rest of the library, so a
+review can trace the configs of another revision with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.defaults_list import DefaultsList
+from hydra.core.default_element import ResultDefault
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+NESTED = re.compile(r"\$\{([^${}]+)\}")
+
+
+@contextmanager
+def beside_a_running_hydra() -> Iterator[None]:
+    """Composing inside a job that Hydra itself runs: its one global instance steps aside meanwhile."""
+    instance = GlobalHydra.instance()
+    running, instance.hydra = instance.hydra, None
+    try:
+        yield
+    finally:
+        instance.hydra = running
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One value that a key was given: by a file (`line` from 1, 0 where unknown), an override, or the schema.
+
+    `because` is what brought the file in: the override or the file whose defaults list names it.
+    """
+
+    value: Any
+    source: str
+    line: int = 0
+    because: str = ""
+
+    @property
+    def place(self) -> str:
+        """`conf/model/toy.yaml:27`, or the override as it was written."""
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step of how a value came about: a key, its offers in the order in which they were merged."""
+
+    key: str
+    offers: tuple[Offer, ...]
+
+    @property
+    def winner(self) -> Offer:
+        return self.offers[-1]
+
+
+class Provenance:
+    """Every offer of a composition, by dotted key."""
+
+    def __init__(self, offers: dict[str, list[Offer]], cfg: DictConfig) -> None:
+        self._offers = offers
+        self._cfg = cfg
+
+    def offers(self, key: str) -> tuple[Offer, ...]:
+        """What was offered for `key`, the winner last; empty for a key that nothing set."""
+        return tuple(self._offers.get(key, ()))
+
+    def chain(self, key: str) -> list[Link]:
+        """`key`, then what its value refers to, step by step: `sampler.steps`, `model.recommended.video.steps`."""
+        links: list[Link] = []
+        while (offers := self.offers(key)) and all(link.key != key for link in links):
+            links.append(Link(key, offers))
+            target = self._reference(offers[-1].value)
+            if target is None:
+                break
+            key = target
+        return links
+
+    def source(self, key: str) -> str:
+        """Where the value of `key` was written, references followed; empty for a key that nothing set."""
+        chain = self.chain(key)
+        return chain[-1].winner.place if chain else ""
+
+    def keys(self) -> list[str]:
+        """The keys that something set, sorted."""
+        return sorted(self._offers)
+
+    def _reference(self, value: Any) -> str | None:
+        """The key that a value such as `${model.recommended.${task.modality}.steps}` refers to, or None."""
+        if not isinstance(value, str):
+            return None
+        while match := NESTED.search(value):
+            if match.span() == (0, len(value)):
+                break
+            value = value.replace(match.group(0), str(OmegaConf.select(self._cfg, match.group(1))))
+        found = REFERENCE.fullmatch(value)
+        return found.group(1) if found else None
+
+
+def trace(overrides: Sequence[str], conf: Path, *, config_name: str = "config") -> Provenance:
+    """Compose `overrides` over the folder `conf` once more, remembering where each value came from.
+
+    The composition must be one that Hydra accepts: its errors are raised as they are.
+    """
+    offers: dict[str, list[Offer]] = {}
+    with beside_a_running_hydra(), hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = hydra.compose(config_name, overrides=list(overrides))
+        loader = GlobalHydra.instance().config_loader()
+        assert isinstance(loader, ConfigLoaderImpl)
+        defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN)
+        repository = CachingConfigRepository(loader.repository)
+        for default in defaults.defaults:
+            if default.config_path is None or default.config_path.startswith("hydra/"):
+                continue
+            loaded = loader._load_single_config(default, repository)
+            source, lines = _origin(default.config_path, default.package or "", conf)
+            because = _because(default, defaults, conf)
+            for key, value in _leaves(OmegaConf.to_container(loaded.config, enum_to_str=True), ""):
+                if not key.startswith("hydra."):
+                    offers.setdefault(key, []).append(Offer(value, source, lines.get(key, 0), because))
+    for override in defaults.config_overrides:
+        if override.is_hydra_override() or override.is_delete():
+            continue
+        assert override.input_line is not None
+        for key, value in _leaves(override.value(), override.key_or_group):
+            offers.setdefault(key, []).append(Offer(value, override.input_line))
+    return Provenance(offers, cfg)
+
+
+def _origin(config_path: str, package: str, conf: Path) -> tuple[str, dict[str, int]]:
+    """How to name the config at `config_path`, and the line of each of its keys where it is a file."""
+    file = conf / f"{config_path}.yaml"
+    if not file.is_file():
+        return f"the schema ({config_path})", {}
+    prefix = "" if package in ("", "_global_") else f"{package}."
+    root = yaml.compose(file.read_text(encoding="utf-8"))
+    lines = dict(_lines(root, prefix)) if root is not None else {}
+    return f"{conf.name}/{config_path}.yaml", lines
+
+
+def _because(default: ResultDefault, defaults: DefaultsList, conf: Path) -> str:
+    """The override that chose the config of `default`, or else the file whose defaults list names it."""
+    for group, option in defaults.overrides.override_choices.items():
+        if default.config_path != f"{group.split('@')[0]}/{option}":
+            continue
+        chosen = defaults.overrides.override_metadata[group]
+        if chosen.external_override:
+            return f"{group}={option}"
+        return f"{conf.name}/{chosen.containing_config_path}.yaml"
+    return "" if default.parent in (None, "<root>") else f"{conf.name}/{default.parent}.yaml"
+
+
+def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        yield f"{prefix}{key.value}", key.start_mark.line + 1
+        yield from _lines(value, f"{prefix}{key.value}.")
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and raw values of plain containers: lists whole, `???` and defaults lists left out."""
+    if isinstance(node, dict):
+        for name, inner in node.items():
+            if key or name != "defaults":
+                yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif node != MISSING:
+        yield key, node

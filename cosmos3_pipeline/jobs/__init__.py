@@ -1,0 +1,36 @@
+"""What a composition is run for. Importing a job imports no torch; its ranks do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.jobs import generate, plan
+from cosmos3_pipeline.jobs.start import check_start
+from cosmos3_pipeline.plan.checks import check
+
+
+def run(cfg: DictConfig) -> None:
+    """Check `cfg`, then do its job in Hydra's output directory. Called by `@hydra.main`.
+
+    Raises ConfigError before any work starts, RankFailed when a rank of the run failed.
+    """
+    hydra_cfg = HydraConfig.get()
+    check(cfg, hydra_cfg.overrides.task)
+    check_start(cfg)
+    output = Path(hydra_cfg.runtime.output_dir)
+    if cfg.job.name == JobName.plan:
+        plan.plan_job(cfg, output)
+        return
+    plan.head(cfg, output)
+    generate.generate(cfg, output, own_process=hydra_cfg.mode == RunMode.MULTIRUN)
+
+
+def follow(cfg: DictConfig) -> None:
+    """Take part in the job of a checked `cfg` as a rank that is not the root: nothing is written here."""
+    check_start(cfg)
+    generate.join(cfg)

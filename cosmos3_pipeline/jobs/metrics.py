@@ -1,0 +1,106 @@
+"""What a run measured: seconds and peak bytes per stage and rank, bytes on the wire, versions; metrics.json."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosmos3_pipeline.distributed.ledger import Ledger
+
+SCHEMA_VERSION = 1
+PACKAGES = ("cosmos3-pipeline", "torch", "diffusers", "transformers", "hydra-core", "av")
+
+
+@dataclass
+class StageMeasure:
+    """One stage on one rank.
+
+    `peak_bytes` is the process's resident memory on cpu, allocated memory on cuda. `wire` counts calls and bytes
+    by kind, as the ledger names them.
+    """
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    wire: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class Meter:
+    """Measures the stages of this rank, one after the other."""
+
+    def __init__(self, device: torch.device, stages: Sequence[str]) -> None:
+        self.device = device
+        self.stages = {name: StageMeasure() for name in stages}
+        self._ledgers: list[Ledger] = []
+
+    def watch(self, ledger: Ledger) -> None:
+        """Count what `ledger` records from now on as the bytes of the stage in which it happens."""
+        self._ledgers.append(ledger)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageMeasure]:
+        """Time the block, and take its own peak: what an earlier stage needed does not count."""
+        measure = self.stages[name]
+        before = {id(ledger): ledger.snapshot() for ledger in self._ledgers}
+        reset_peak(self.device)
+        started = time.perf_counter()
+        yield measure
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        measure.seconds += time.perf_counter() - started
+        measure.peak_bytes = max(measure.peak_bytes, peak_bytes(self.device))
+        for ledger in self._ledgers:
+            for kind, count in ledger.since(before.get(id(ledger), Ledger())).counts.items():
+                total = measure.wire.setdefault(kind, {"calls": 0, "bytes": 0})
+                total["calls"] += count.calls
+                total["bytes"] += count.bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, to gather over the ranks and write as JSON."""
+        return {name: asdict(stage) for name, stage in self.stages.items()}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far. On Linux the kernel resets VmHWM on request; elsewhere the peak is the process's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    request = Path("/proc/self/clear_refs")
+    if request.exists():
+        request.write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes held since the last `reset_peak`."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        high_water = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(high_water.split()[1]) * 1024
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
+
+
+def combine(per_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per stage: the slowest rank's seconds, and every rank's own measures in the order of the ranks."""
+    return {
+        name: {
+            "seconds": max(rank[name]["seconds"] for rank in per_rank),
+            "ranks": [{"rank": i, **rank[name]} for i, rank in enumerate(per_rank)],
+        }
+        for name in per_rank[0]
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a number depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

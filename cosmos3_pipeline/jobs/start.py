@@ -1,0 +1,111 @@
+"""What keeps a checked composition from running here and now: inputs, weights, ranks. Imports no torch.
+
+A plan needs no photograph, no weights and no torchrun; a run does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.config.schema import Device, JobName
+from cosmos3_pipeline.models.checkpoint import inspect_checkpoint, is_hub_id
+from cosmos3_pipeline.plan.plan import make_plan
+from cosmos3_pipeline.plan.units import quantity
+
+
+def check_start(cfg: DictConfig) -> None:
+    """Raise ConfigError with everything that keeps the checked `cfg` from running on this machine."""
+    if cfg.job.name == JobName.plan:
+        return
+    found = [*_inputs(cfg), *_checkpoint(cfg), *_world(cfg), *_memory(cfg)]
+    if found:
+        raise ConfigError(found)
+
+
+def _checkpoint(cfg: DictConfig) -> Iterator[Problem]:
+    model = cfg.model
+    if model.path is None:
+        if model.repo is not None:  # the toy model has none: it is made on the spot
+            yield Problem(
+                what=f"model.path is not set with model={model.name}",
+                why=f"{model.name} is a real checkpoint, and its weights have to be somewhere",
+                works=f"model.path=FOLDER with a diffusers folder, model.path={model.repo} with internet, "
+                "or model=toy",
+            )
+        return
+    if is_hub_id(model.path):
+        return  # whether it can be had shows when it is fetched, before anything is loaded
+    try:
+        inspect_checkpoint(model.path)
+    except Refusal as refusal:
+        yield refusal.problem
+
+
+def _memory(cfg: DictConfig) -> Iterator[Problem]:
+    """Weights and activations that the accelerator, or the memory of this machine, cannot hold."""
+    plan = make_plan(cfg)
+    limit, owner = plan.accelerator.memory_bytes, f"one {plan.accelerator.name} has"
+    if cfg.topology.device == Device.cpu:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / cfg.topology.ranks_per_node
+        owner = "this machine has for each rank"
+    if plan.peak_bytes <= limit:
+        return
+    weights = max(sum(rank.weight_bytes.values()) for rank in plan.ranks)
+    needed = quantity("bytes", plan.peak_bytes)
+    yield Problem(
+        what=f"model={cfg.model.name} needs {needed} on a rank of topology.nodes={cfg.topology.nodes} x "
+        f"topology.ranks_per_node={cfg.topology.ranks_per_node}",
+        why=f"{owner} {quantity('bytes', limit)}; the weights alone are {quantity('bytes', weights)}",
+        works="a smaller clip, or more ranks on topology.ulysses"
+        if weights < limit
+        else "a smaller model, or a device with more memory: every rank holds the whole transformer",
+    )
+
+
+def _inputs(cfg: DictConfig) -> Iterator[Problem]:
+    task, name = cfg.task, cfg.task.name.value
+    for key, wanted_by in (("image", "i2v"), ("video", "v2v")):
+        if name == wanted_by and task[key] is None:
+            yield Problem(
+                what=f"task.{key} is not set",
+                why=f"task={name} goes on from {'a photograph' if key == 'image' else 'a clip'}",
+                works=f"task.{key}={'photo.jpg' if key == 'image' else 'clip.mp4'}",
+            )
+    files = {f"task.{key}": cfg.task[key] for key in ("image", "video") if cfg.task[key] is not None}
+    for key in ("prompt", "negative_prompt"):
+        if cfg.task[key].startswith("@"):
+            files[f"task.{key}"] = cfg.task[key][1:]
+    for key, name in files.items():
+        path = Path(name).expanduser()
+        if not path.is_file():
+            there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            yield Problem(
+                what=f"{key}={cfg.task[key.removeprefix('task.')]} is not a file",
+                why=f"{path.absolute()} does not exist" if not path.exists() else f"{path} is a folder",
+                works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
+            )
+
+
+def _world(cfg: DictConfig) -> Iterator[Problem]:
+    topology = cfg.topology
+    ranks = topology.nodes * topology.ranks_per_node
+    world = os.environ.get("WORLD_SIZE")
+    if "RANK" in os.environ and world is not None and int(world) != ranks:
+        yield Problem(
+            what=f"torchrun started {world} ranks, the topology has {ranks}",
+            why=f"topology.nodes={topology.nodes} x topology.ranks_per_node={topology.ranks_per_node} = {ranks}",
+            works=f"topology.ranks_per_node={int(world) // topology.nodes}, or torchrun --nproc-per-node "
+            f"{topology.ranks_per_node}",
+        )
+    if topology.nodes > 1 and "RANK" not in os.environ:
+        yield Problem(
+            what=f"topology.nodes={topology.nodes} without torchrun",
+            why="one machine cannot start processes on another",
+            works=f"on each node: torchrun --nnodes {topology.nodes} --nproc-per-node {topology.ranks_per_node} "
+            "--rdzv-backend c10d --rdzv-endpoint HOST:29500 launch.py ...",
+        )

@@ -1,0 +1,25 @@
+"""The closing table of a run: seconds and peak memory per stage, and where the picture is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(output: Path) -> None:
+    """Print the summary of the run that left its metrics.json in `output`."""
+    metrics = json.loads((output / "metrics.json").read_text())
+    ranks = metrics["topology"]["ranks"]
+    table = Table(title=f"{metrics['task']} with {metrics['model']} on {ranks} rank{'s' * (ranks > 1)}")
+    for column in ("stage", "seconds", "peak MB per rank"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, stage in metrics["stages"].items():
+        peaks = ", ".join(f"{r['peak_bytes'] / 1e6:.0f}" for r in stage["ranks"])
+        table.add_row(name, f"{stage['seconds']:.2f}", peaks)
+    table.add_row("total", f"{metrics['seconds']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}", style="bold")
+    console = Console()
+    console.print(table)
+    console.print(f"{output / metrics['picture']}", soft_wrap=True, highlight=False)

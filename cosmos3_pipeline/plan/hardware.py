@@ -1,0 +1,61 @@
+"""What one rank can do in a second: the numbers of `topology.accelerator`, in plain units."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from cosmos3_pipeline.config.schema import Device, Dtype
+
+GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """The device of one rank: bytes, FLOP/s, bytes/s, seconds.
+
+    `overhead_s` is what a run takes around its stages; `efficiency` is the share of the peak that a kind of
+    model (`transformer`, `vae`) reaches.
+    """
+
+    name: str
+    memory_bytes: float
+    flops_per_s: dict[Dtype, float]
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+    latency_s: float
+    overhead_s: float
+    efficiency: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "flops_per_s": {dtype.value: rate for dtype, rate in self.flops_per_s.items()}}
+
+    def wire_seconds(self, sent_bytes: float, messages: float, *, crosses_nodes: bool) -> float:
+        """Seconds in which one rank sends `sent_bytes` in `messages`, nothing else happening meanwhile."""
+        rate = self.network_bytes_per_s if crosses_nodes else self.link_bytes_per_s
+        return sent_bytes / rate + messages * self.latency_s
+
+
+def accelerator_of(cfg: DictConfig) -> Accelerator:
+    """The accelerator of one rank of `cfg`. On cpu the ranks of a node share its memory and bandwidth."""
+    node, on_cpu = cfg.topology.accelerator, cfg.topology.device == Device.cpu
+    sharing = cfg.topology.ranks_per_node if on_cpu else 1
+    threads = cfg.topology.threads_per_rank if on_cpu else 1
+    return Accelerator(
+        name=node.name,
+        memory_bytes=node.memory_gb * GIGA / sharing,
+        flops_per_s={
+            Dtype.bfloat16: node.bf16_tflops * TERA * threads,
+            Dtype.float32: node.fp32_tflops * TERA * threads,
+        },
+        memory_bytes_per_s=node.memory_gb_per_s * GIGA / sharing,
+        link_bytes_per_s=node.link_gb_per_s * GIGA,
+        network_bytes_per_s=node.network_gb_per_s * GIGA,
+        overhead_s=node.overhead_s,
+        latency_s=node.latency_us * MICRO,
+        efficiency={"transformer": node.transformer_efficiency, "vae": node.vae_efficiency},
+    )

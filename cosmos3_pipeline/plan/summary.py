@@ -1,0 +1,58 @@
+"""A plan in few numbers: what is compared between revisions, kept in golden files and printed by every run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cosmos3_pipeline.plan.units import quantity, significant
+
+if TYPE_CHECKING:
+    from cosmos3_pipeline.plan.plan import Plan
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Flat names to plain values; the end of a name is its unit. Estimated values are rounded."""
+    topology = plan.topology
+    found: dict[str, Any] = {
+        "ranks": len(plan.ranks),
+        "layout": f"cfg {topology['cfg']} x ulysses {topology['ulysses']}",
+        "vision_tokens": plan.clip.vision_tokens,
+        "fits": plan.fits,
+        "memory.peak_bytes": significant(plan.peak_bytes),
+        "memory.weight_bytes": max(sum(rank.weight_bytes.values()) for rank in plan.ranks),
+        "seconds.total": significant(sum(plan.seconds.values())),
+    }
+    for name in plan.ranks[0].stages:
+        slowest = plan.slowest(name)
+        found |= {
+            f"exactness.{name}": plan.exactness[name],
+            f"memory.{name}_bytes": significant(max(rank.stages[name].peak_bytes for rank in plan.ranks)),
+            f"flops.{name}": sum(rank.stages[name].flops for rank in plan.ranks),
+            f"wire.{name}_bytes": plan.sent(name).bytes,
+            f"wire.{name}_messages": plan.sent(name).messages,
+            f"seconds.{name}": significant(plan.seconds[name]),
+            f"bound.{name}": slowest.bound,
+        }
+        if name in plan.strategies:
+            found[f"strategy.{name}"] = plan.strategies[name]
+    return found
+
+
+def summary_lines(plan: Plan) -> list[str]:
+    """The plan in a few lines, for the head of a run's log."""
+    clip, numbers = plan.clip, summary(plan)
+    free = plan.accelerator.memory_bytes - plan.peak_bytes
+    lines = [
+        f"plan: {plan.model} {plan.task}, {clip.width}x{clip.height}, {clip.num_frames} frames "
+        f"({clip.vision_tokens:,} vision tokens), {plan.steps} steps",
+        f"  {numbers['ranks']} x {plan.accelerator.name}, {numbers['layout']}; up to "
+        f"{quantity('bytes', plan.peak_bytes)} per rank, {quantity('bytes', abs(free))} "
+        f"{'free' if free >= 0 else 'TOO MUCH'}",
+    ]
+    for name in plan.ranks[0].stages:
+        how = f"{plan.strategies[name]}, " if name in plan.strategies else ""
+        lines.append(
+            f"  {name}: {how}{plan.exactness[name]}, {quantity('bytes', plan.sent(name).bytes)} sent, about "
+            f"{quantity('seconds', plan.seconds[name])} ({plan.slowest(name).bound} bound)"
+        )
+    return lines

@@ -1,0 +1,37 @@
+"""How many tokens the prompts will be. Only the tokenizer knows; this estimates.
+
+Source: diffusers `Cosmos3OmniPipeline.tokenize_prompt`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+# English in a vocabulary of 150,000 is about four bytes per token.
+BYTES_PER_TOKEN = 4
+# The sentences on duration and size that the pipeline adds, and its system prompt.
+DURATION = "The video is not 7.9 seconds long and is not of 24 FPS. "
+RESOLUTION = "This video is not of 720x1280 resolution."
+SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
+MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and the two that begin the picture
+
+
+def text_tokens_of(cfg: DictConfig) -> tuple[int, int]:
+    """About how many tokens the prompt and the negative prompt of `cfg` become."""
+    task = cfg.task
+    around = len(RESOLUTION) + (len(DURATION) if task.num_frames > 1 else 0)
+    around += 0 if task.system_prompt is False else len(SYSTEM)
+    lengths = (len(_words(words).encode()) for words in (task.prompt, task.negative_prompt))
+    prompt, negative = (MARKERS + math.ceil((around + length) / BYTES_PER_TOKEN) for length in lengths)
+    return prompt, negative
+
+
+def _words(words: str) -> str:
+    """The words themselves; those of an `@file` where it can be read."""
+    file = Path(words[1:]).expanduser()
+    if not words.startswith("@") or not file.is_file():
+        return words
+    return file.read_text(encoding="utf-8", errors="replace")

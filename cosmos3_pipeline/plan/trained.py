@@ -1,0 +1,52 @@
+"""Sizes, lengths and frame rates that a model was not trained for: told or refused, as `model.trained` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from cosmos3_pipeline.config.errors import Problem
+
+
+def outside(cfg: DictConfig) -> Iterator[Problem]:
+    """What of the clip the model was not trained for; nothing where the model has no list of tiers."""
+    task, trained = cfg.task, cfg.model.trained
+    tiers = [(tier, [_size(s) for s in tier.sizes]) for tier in trained.tiers]
+    if trained.when_outside == "ignore" or not tiers:
+        return
+    here = (task.width, task.height)
+    tier = next((tier for tier, sizes in tiers if here in sizes), None)
+    if tier is None:
+        near = min((s for _, sizes in tiers for s in sizes), key=lambda s: _distance(s, here))
+        yield Problem(
+            what=f"task.width={task.width} x task.height={task.height} with model={cfg.model.name}",
+            why=f"the model was not trained for this size; the nearest that it was is {near[0]}x{near[1]}",
+            works=f"task.width={near[0]} task.height={near[1]}",
+        )
+    elif task.num_frames != 1 and not tier.min_frames <= task.num_frames <= tier.max_frames:
+        nearest = min(max(task.num_frames, tier.min_frames), tier.max_frames)
+        step = cfg.model.vae.scale_factor_temporal
+        rounded = (nearest - 1) // step * step + 1
+        yield Problem(
+            what=f"task.num_frames={task.num_frames} with model={cfg.model.name}",
+            why=f"at {here[0]}x{here[1]} the model was trained for {tier.min_frames} to {tier.max_frames} frames",
+            works=f"task.num_frames={rounded if rounded >= tier.min_frames else rounded + step}",
+        )
+    if task.num_frames != 1 and task.fps not in trained.fps:
+        near_fps = min(trained.fps, key=lambda fps: abs(fps - task.fps))
+        yield Problem(
+            what=f"task.fps={task.fps:g} with model={cfg.model.name}",
+            why=f"the model was trained for {', '.join(f'{fps:g}' for fps in trained.fps)} frames per second",
+            works=f"task.fps={near_fps:g}",
+        )
+
+
+def _size(words: str) -> tuple[int, int]:
+    """Width and height of `1280x720`."""
+    width, _, height = words.partition("x")
+    return int(width), int(height)
+
+
+def _distance(size: tuple[int, int], here: tuple[int, int]) -> float:
+    return abs(size[0] - here[0]) + abs(size[1] - here[1])

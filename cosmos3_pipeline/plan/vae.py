@@ -1,0 +1,107 @@
+"""The encoding and decoding stages of a plan: what a strategy says that each rank does, and its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.denoise.cost import Wire
+from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.plan.hardware import accelerator_of
+from cosmos3_pipeline.plan.stage import RankStage
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Direction, Program, program_for
+from cosmos3_pipeline.vae.strategy import Strategy, StrategyPlan
+
+REFERENCE = "replicated"  # what runs where a direction's flag is off
+
+
+@dataclass(frozen=True)
+class VaeStage:
+    """One direction of the VAE over the ranks of a clip."""
+
+    program: Program
+    shape: LatentShape
+    plan: StrategyPlan
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Bytes that the ops of the whole clip read and write: every op's input and output once."""
+        first = sum(op.source.elements(self.shape, first=True) for op in self.program.ops)
+        first += sum(op.target.elements(self.shape, first=True) for op in self.program.ops)
+        later = self.program.chunks(self.shape) - 1
+        if later:
+            rest = sum(op.source.elements(self.shape, first=False) for op in self.program.ops)
+            first += later * (rest + sum(op.target.elements(self.shape, first=False) for op in self.program.ops))
+        return first * self.shape.element_bytes
+
+    @property
+    def fill(self) -> float:
+        """Time over the slowest rank's busy time: where ranks own runs of ops, the last waits for the first."""
+        runs = len({share.ops for share in self.plan.shares})
+        chunks = self.program.chunks(self.shape)
+        return (chunks + runs - 1) / chunks
+
+    def stage(self, cfg: DictConfig, rank: int, held: int) -> RankStage:
+        """The stage on `rank`, which holds `held` bytes of weights besides."""
+        share, accelerator = self.plan.shares[rank], accelerator_of(cfg)
+        rate = accelerator.flops_per_s[cfg.model.vae_dtype] * accelerator.efficiency["vae"]
+        part = share.flops / self.program.flops(self.shape)
+        link = accelerator.wire_seconds(
+            share.sent_bytes, share.sent_messages, crosses_nodes=cfg.topology.nodes > 1
+        )
+        return RankStage(
+            flops=share.flops,
+            activation_bytes=share.activation_bytes,
+            peak_bytes=held + share.activation_bytes,
+            sent=Wire(share.sent_bytes, share.sent_messages),
+            seconds={
+                "compute": self.fill * share.flops / rate,
+                "memory": self.fill * self.traffic_bytes * part / accelerator.memory_bytes_per_s,
+                "link": link,
+            },
+            share={"ops": list(share.ops), "rows": list(share.rows), "cols": list(share.cols)},
+        )
+
+
+def directions(cfg: DictConfig, clip: Clip) -> list[Direction]:
+    """Encode where there is something to condition on (and its frames exist), and decode."""
+    frames = list(cfg.task.condition_latent_frames)
+    encodes = bool(frames) and min(frames) >= 0 and max(frames) < clip.latent_frames
+    return ["encode", "decode"] if encodes else ["decode"]
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A node as plain values."""
+    values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def strategy_of(cfg: DictConfig, direction: Direction) -> Strategy:
+    """The strategy that `cfg` runs `direction` with: its own where the flag is on, else the reference."""
+    if cfg.vae[f"parallel_{direction}"]:
+        strategy = build_strategy(plain(cfg.vae[direction]))
+    else:
+        strategy = discover().strategies[REFERENCE]()
+    assert isinstance(strategy, Strategy)
+    return strategy
+
+
+def vae_stage(
+    cfg: DictConfig, direction: Direction, clip: Clip, vae_config: dict[str, Any], element_bytes: int
+) -> VaeStage:
+    """The plan of one direction. Encoding goes as far as the last conditioned latent frame.
+
+    Raises StrategyError or Refusal for what the strategy cannot honour, ProgramError for an impossible VAE.
+    """
+    frames = clip.latent_frames
+    if direction == "encode":
+        frames = max(cfg.task.condition_latent_frames) + 1
+    program = program_for(direction, vae_config)
+    shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, element_bytes)
+    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
+    return VaeStage(program, shape, strategy_of(cfg, direction).plan(program, shape, ranks))

@@ -1,0 +1,1 @@
+"""What a change of the configuration does: between revisions, files or override lists. Imports no torch."""

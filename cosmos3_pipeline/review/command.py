@@ -1,0 +1,106 @@
+"""`cosmos3 diff`: two revisions, two saved configs, or two lists of overrides."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from cosmos3_pipeline.review import render
+from cosmos3_pipeline.review.compare import Side, compare
+from cosmos3_pipeline.review.report import Report
+from cosmos3_pipeline.review.revisions import ReviewError, checked_out
+from cosmos3_pipeline.review.runs import side_of_file, side_of_overrides
+
+USAGE = 3  # exit code of a comparison that could not be made
+FORMATS = {"text": render.as_text, "markdown": render.as_markdown, "json": render.as_json}
+
+DESCRIPTION = """\
+What a change of the configuration does to every run: layout, memory, speed, bytes sent, exactness, pixels.
+
+  cosmos3 diff                                     the last commit and the working tree
+  cosmos3 diff main                                main and the working tree
+  cosmos3 diff main my-branch                      two revisions (also main..my-branch)
+  cosmos3 diff runs/a/config.yaml runs/b/config.yaml           two runs' saved configs
+  cosmos3 diff -- vae=replicated -- vae=parallel_decode        two lists of overrides
+
+Exit code: 0 same, 1 differs, 2 a case stopped composing or planning, 3 the comparison could not be made.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `cosmos3 diff` with `arguments`, print the report and return the exit code."""
+    options, *lists = _split(arguments)
+    parser = argparse.ArgumentParser(
+        "cosmos3 diff", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", nargs="?", help="a revision or a saved config.yaml (default: HEAD)")
+    parser.add_argument("head", nargs="?", help="the other one (default: the working tree)")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument(
+        "--fail-on",
+        choices=("plan", "invalid", "exactness"),
+        help="exit with 1 only when a plan changes, never, or when a stage becomes less exact; 2 stays",
+    )
+    try:
+        asked = parser.parse_args(options)
+    except SystemExit as exit_:  # argparse ends with 2, which means something else here
+        return USAGE if exit_.code else 0
+    try:
+        report = _report(asked.base, asked.head, lists)
+    except ReviewError as error:
+        print(f"cosmos3 diff: {error}", file=sys.stderr)
+        return USAGE
+    print(FORMATS[asked.format](report), end="" if asked.format == "markdown" else "\n")
+    return report.exit_code(asked.fail_on)
+
+
+def _split(arguments: Sequence[str]) -> list[list[str]]:
+    """The arguments before the first `--`, and the lists that each `--` begins."""
+    parts: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == "--":
+            parts.append([])
+        else:
+            parts[-1].append(argument)
+    return parts
+
+
+def _report(base: str | None, head: str | None, lists: list[list[str]]) -> Report:
+    if lists:
+        if len(lists) != 2 or base is not None:
+            raise ReviewError("two lists of overrides are compared: cosmos3 diff -- OVERRIDES -- OVERRIDES")
+        return compare(*(side_of_overrides(overrides) for overrides in lists))
+    files = [Path(p) for p in (base, head) if p is not None and p.endswith((".yaml", ".yml"))]
+    if files:
+        if len(files) != 2:
+            raise ReviewError("a saved config is compared with another one: cosmos3 diff A.yaml B.yaml")
+        return compare(*(side_of_file(file) for file in files))
+    return diff_revisions(base, head, Path.cwd())
+
+
+def diff_revisions(base: str | None, head: str | None, repository: Path) -> Report:
+    """Compare two revisions of the project around `repository`; `head` None is the working tree.
+
+    `base` may be a range, `A..B`, or `A...B` from where B left A. Raises ReviewError.
+    """
+    if base is not None and head is None and ".." in base:
+        base, head = _range(base, repository)
+    with ExitStack() as stack:
+        trees = [stack.enter_context(checked_out(r, repository)) for r in (base or "HEAD", head)]
+        with ThreadPoolExecutor(len(trees)) as pool:  # each waits for a process of its own
+            surveys = list(pool.map(lambda tree: tree.survey(), trees))
+        return compare(*(Side(t.label, s, t.trace) for t, s in zip(trees, surveys, strict=True)))
+
+
+def _range(words: str, repository: Path) -> tuple[str, str]:
+    from cosmos3_pipeline.review.revisions import git
+
+    base, _, head = words.partition("..")
+    if not head.startswith("."):
+        return base or "HEAD", head or "HEAD"
+    head = head[1:] or "HEAD"
+    return git(repository, "merge-base", base or "HEAD", head).decode().strip(), head

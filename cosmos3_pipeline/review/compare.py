@@ -1,0 +1,217 @@
+"""Two surveys of cases in, a report out: what changed, told once, and what it does to each case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cosmos3_pipeline.review.renames import renamed_keys, renamed_options
+from cosmos3_pipeline.review.report import ABSENT, Broken, Change, Effect, Report
+
+Survey = Mapping[str, Mapping[str, Any]]
+# For each (overrides, keys): key -> (where its value was written, the key that was written there).
+Trace = Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], list[dict[str, tuple[str, str]]]]
+
+# What the frames are made from. model.recommended acts only through task and sampler.
+PICTURE = ("model.", "task.", "sampler.")
+NOT_PICTURE = ("model.recommended.", "model.name", "task.name", "task.modality")
+FILE_ONLY = ("output.crf", "output.preset")
+
+
+@dataclass
+class _Pair:
+    """One case on both sides. `moved` maps a key (named as in head) to (old, new)."""
+
+    name: str
+    old: Mapping[str, Any]
+    new: Mapping[str, Any]
+    moved: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> str:
+        return repr(sorted(self.moved.items(), key=lambda item: item[0]))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: how it is called, its survey, and how to ask where a value came from."""
+
+    label: str
+    survey: Survey
+    trace: Trace
+
+
+def compare(base: Side, head: Side) -> Report:
+    """What differs from `base` to `head`."""
+    options = renamed_options(base.survey, head.survey)
+    pairs, broken = _match(base.survey, head.survey, options)
+    names = renamed_keys([(p.old["config"], p.new["config"]) for p in pairs])
+    for pair in pairs:
+        pair.moved = _moved(pair, names)
+    changes, numbers = _changes(pairs, names, base.trace, head.trace)
+    valid = [n for n, case in head.survey.items() if "config" in case]
+    return Report(
+        base=base.label,
+        head=head.label,
+        compared=len(pairs),
+        broken=tuple(broken),
+        mended=tuple(n for n in valid if "problems" in base.survey.get(n, {})),
+        refused_in_both=tuple(
+            n for n, c in head.survey.items() if "problems" in c and "config" not in base.survey.get(n, {})
+        ),
+        added=tuple(n for n in valid if n not in base.survey and n not in options.values()),
+        removed=tuple(n for n in base.survey if n not in head.survey and not _is_option(n)),
+        changes=changes,
+        effects=_effects(pairs, numbers),
+        notes=_notes(pairs),
+    )
+
+
+def _match(base: Survey, head: Survey, options: Mapping[str, str]) -> tuple[list[_Pair], list[Broken]]:
+    pairs, broken = [], []
+    for name, old in base.items():
+        if "config" not in old:
+            continue
+        new, now_called = head.get(name), options.get(name, "")
+        if new is None and _is_option(name):
+            group, _, option = name.partition("=")
+            gone = {"what": f"{name} does not exist any more", "why": f"{group} has no option {option}"}
+            gone["works"] = now_called or "another option"
+            broken.append(Broken(name, (gone,), now_called))
+        elif new is not None and "problems" in new:
+            broken.append(Broken(name, tuple(new["problems"])))
+        elif new is not None:
+            pairs.append(_Pair(name, old, new))
+        if new is None and now_called:
+            pairs.append(_Pair(f"{now_called} (was {name})", old, head[now_called]))
+    return pairs, broken
+
+
+def _is_option(name: str) -> bool:
+    return "=" in name
+
+
+def _moved(pair: _Pair, names: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value differs, by their name in head; a renamed key is compared with what it was."""
+    old = {names.get(key, key): value for key, value in pair.old["config"].items()}
+    new = pair.new["config"]
+    keys = [*new, *(key for key in old if key not in new)]
+    found = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys}
+    return {key: values for key, values in found.items() if values[0] != values[1]}
+
+
+def _changes(
+    pairs: list[_Pair], names: Mapping[str, str], base: Trace, head: Trace
+) -> tuple[tuple[Change, ...], dict[str, tuple[int, ...]]]:
+    """All changes, and for each case (by its name) the numbers of those that touch it."""
+    was = {new: old for old, new in names.items()}
+    one_of_each = {p.signature: p for p in pairs if p.moved}
+    asked_old, asked_new = [], []
+    for pair in one_of_each.values():
+        asked_old.append(
+            (pair.old["overrides"], [was.get(k, k) for k, (old, _) in pair.moved.items() if old is not ABSENT])
+        )
+        asked_new.append((pair.new["overrides"], [k for k, (_, new) in pair.moved.items() if new is not ABSENT]))
+    traces = dict(zip(one_of_each, zip(base(asked_old), head(asked_new), strict=True), strict=True))
+
+    told: dict[tuple[str, str], _Told] = {}
+    touching: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        if not pair.moved:
+            continue
+        old_places, new_places = traces[pair.signature]
+        for key, (old, new) in pair.moved.items():
+            root = new_places.get(key, ("", key))[1]
+            if root != key and pair.moved.get(root) == (old, new):
+                leader = (root, repr((old, new)))
+                told.setdefault(leader, _Told(root, old, new)).follows.add(key)
+                continue
+            name = (key, repr((old, new)))
+            entry = told.setdefault(name, _Told(key, old, new))
+            entry.places[0].add(old_places.get(was.get(key, key), ("", ""))[0])
+            entry.places[1].add(new_places.get(key, ("", ""))[0])
+            entry.cases.append(pair.name)
+            touching.setdefault(pair.name, []).append(name)
+    renames = [_Told(new, ABSENT, ABSENT) for new, old in was.items() if not any(k == new for k, _ in told)]
+    ordered = sorted(told.values(), key=lambda t: (-len(t.cases), t.key, repr((t.old, t.new))))
+    numbers = {(t.key, repr((t.old, t.new))): i for i, t in enumerate(ordered, 1)}
+    changes = tuple(t.change(i, was.get(t.key, "")) for i, t in enumerate([*ordered, *renames], 1))
+    return changes, {case: tuple(sorted(numbers[n] for n in touched)) for case, touched in touching.items()}
+
+
+@dataclass
+class _Told:
+    """A change while it is being collected."""
+
+    key: str
+    old: Any
+    new: Any
+    places: tuple[set[str], set[str]] = field(default_factory=lambda: (set(), set()))
+    follows: set[str] = field(default_factory=set)
+    cases: list[str] = field(default_factory=list)
+
+    def change(self, number: int, was: str) -> Change:
+        places = tuple(tuple(sorted(p for p in side if p)) for side in self.places)
+        return Change(
+            number=number,
+            key=self.key,
+            was=was,
+            old=self.old,
+            new=self.new,
+            places=(places[0], places[1]),
+            follows=tuple(sorted(self.follows)),
+            cases=tuple(self.cases),
+        )
+
+
+def _effects(pairs: Iterable[_Pair], numbers: Mapping[str, tuple[int, ...]]) -> tuple[Effect, ...]:
+    grouped: dict[str, tuple[list[str], tuple[int, ...], dict[str, tuple[Any, Any]], str]] = {}
+    for pair in pairs:
+        old, new = pair.old["plan"] or {}, pair.new["plan"] or {}
+        both = [name for name in new if name in old] if old and new else []
+        fields = {name: (old[name], new[name]) for name in both if old[name] != new[name]}
+        if not pair.moved and not fields:
+            continue
+        pixels = picture(pair.moved, new, fields)
+        if not fields and pixels == SAME:
+            continue
+        touched = numbers.get(pair.name, ())
+        key = repr((touched, sorted(fields.items()), pixels))
+        grouped.setdefault(key, ([], touched, fields, pixels))[0].append(pair.name)
+    effects = [
+        Effect(tuple(cases), touched, fields, pixels) for cases, touched, fields, pixels in grouped.values()
+    ]
+    return tuple(sorted(effects, key=Effect.badness))
+
+
+SAME = "same pixels"
+
+
+def picture(
+    moved: Mapping[str, tuple[Any, Any]], plan: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]
+) -> str:
+    """What happens to the picture when the keys `moved`, given the new `plan` and its changed `fields`."""
+    causes = sorted(k for k in moved if k.startswith(PICTURE) and not k.startswith(NOT_PICTURE))
+    causes += sorted(k for k in moved if k.startswith("stages.") and k.endswith("._target_"))
+    if causes:
+        return f"another picture ({', '.join(causes[:3])}{', ...' if len(causes) > 3 else ''})"
+    stages = {name.rpartition(".")[2]: exact for name, exact in plan.items() if name.startswith("exactness.")}
+    touched = {name.rpartition(".")[2] for name in fields if name.startswith("exactness.")}
+    touched |= {stage for stage in ("encode", "decode") if any(k.startswith(f"vae.{stage}.") for k in moved)}
+    loose = [
+        f"{stage} is {stages[stage]}" for stage in sorted(touched) if stages.get(stage, "bitwise") != "bitwise"
+    ]
+    if any("approximate" in words for words in loose):
+        return f"another picture, close to the eye ({'; '.join(loose)})"
+    if loose:
+        return f"equal up to rounding ({'; '.join(loose)})"
+    if any(k in FILE_ONLY for k in moved):
+        return "same frames, compressed differently"
+    return SAME
+
+
+def _notes(pairs: Iterable[_Pair]) -> tuple[str, ...]:
+    unplanned = {side for p in pairs for side in ("old", "new") if getattr(p, side)["plan"] is None}
+    words = {"old": "the base's code", "new": "the head's code"}
+    return tuple(f"{words[side]} makes no plan, so consequences cannot be compared" for side in sorted(unplanned))

@@ -1,0 +1,137 @@
+"""What a comparison found: the changes that were made, and what each case gets from them. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+STRENGTH = ("bitwise", "rounding", "approximate")  # of a stage's exactness, strongest first
+
+
+class Absent:
+    """Stands for the value of a key that is not there."""
+
+    def __repr__(self) -> str:
+        return "not there"
+
+
+ABSENT = Absent()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key that has another value, told once for all `cases`.
+
+    `was` is the key's name before where it was renamed (its value may be the same then), `places` the files or
+    overrides that provide the old and the new value, `follows` the keys that refer to this one and moved along.
+    """
+
+    number: int
+    key: str
+    was: str
+    old: Any
+    new: Any
+    places: tuple[tuple[str, ...], tuple[str, ...]]
+    follows: tuple[str, ...]
+    cases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What the plan of all `cases` says became different: `fields` maps a name to (old, new).
+
+    `pixels` says in words what happens to the picture, `changes` the numbers of the changes behind it; none
+    means that the code plans differently.
+    """
+
+    cases: tuple[str, ...]
+    changes: tuple[int, ...]
+    fields: dict[str, tuple[Any, Any]]
+    pixels: str
+
+    @property
+    def exactness_weaker(self) -> bool:
+        """Whether a stage promises less than before."""
+        pairs = [pair for name, pair in self.fields.items() if name.startswith("exactness.")]
+        return any(_strength(new) > _strength(old) for old, new in pairs)
+
+    @property
+    def stops_fitting(self) -> bool:
+        return self.fields.get("fits", (None, None)) == (True, False)
+
+    def badness(self) -> tuple[Any, ...]:
+        """Sorts the worst first: exactness, memory that no longer fits, another picture, memory, seconds."""
+        return (
+            not self.exactness_weaker,
+            not self.stops_fitting,
+            not self.pixels.startswith("another picture"),
+            -_growth(self.fields.get("memory.peak_bytes")),
+            -_growth(self.fields.get("seconds.total")),
+            self.cases,
+        )
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A case that composed before and is refused now. `now_called` is the option that took its place, if any."""
+
+    case: str
+    problems: tuple[dict[str, str], ...]
+    now_called: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that differs between `base` and `head`, two labels."""
+
+    base: str
+    head: str
+    compared: int
+    broken: tuple[Broken, ...] = ()
+    mended: tuple[str, ...] = ()
+    refused_in_both: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def differs(self) -> bool:
+        return any((self.broken, self.mended, self.added, self.removed, self.changes, self.effects))
+
+    def exit_code(self, fail_on: str | None) -> int:
+        """0 same, 1 differs, 2 a case stopped composing or planning.
+
+        With `fail_on` 1 is given only for: `plan` an effect that the plan sees, `exactness` a weaker promise,
+        `invalid` never.
+        """
+        if self.broken:
+            return 2
+        if fail_on is None:
+            return int(self.differs)
+        if fail_on == "plan":
+            return int(any(effect.fields for effect in self.effects))
+        return int(fail_on == "exactness" and any(effect.exactness_weaker for effect in self.effects))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; a value that is not there is left out."""
+        plain = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for change in plain["changes"]:
+            for side in ("old", "new"):
+                if isinstance(change[side], Absent):
+                    del change[side]
+        return plain
+
+
+def _strength(exactness: Any) -> int:
+    return STRENGTH.index(exactness) if exactness in STRENGTH else 0
+
+
+def _growth(pair: tuple[Any, Any] | None) -> float:
+    """How much larger the new value is, as a share of the old one."""
+    if pair is None or not all(isinstance(v, int | float) for v in pair):
+        return 0.0
+    old, new = pair
+    return float((new - old) / old) if old else 0.0

@@ -1,0 +1,83 @@
+"""Running launch.py as a user does, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+# Small enough to end in seconds, odd in latent rows (5), with more than one latent frame.
+SMALL = ("task.height=80", "task.width=96", "task.num_frames=9", "sampler.steps=2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One toy model for the whole session, apart from the user's own cache."""
+    os.environ["COSMOS3_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def launch(*args: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python launch.py *args` from the checkout."""
+    return subprocess.run(
+        [sys.executable, "launch.py", *args],
+        cwd=REPOSITORY,
+        env={**os.environ, "COLUMNS": "200", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def generate(tmp_path: Path) -> Callable[..., Path]:
+    """Run launch.py with a small clip and return the output directory; the run must succeed."""
+    count = iter(range(100))
+
+    def run(*args: str) -> Path:
+        output = tmp_path / f"run{next(count)}"
+        done = launch(*SMALL, *args, f"hydra.run.dir={output}")
+        assert done.returncode == 0, done.stderr + done.stdout
+        return output
+
+    return run
+
+
+def metrics(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def frames_of(path: Path) -> np.ndarray:
+    """The frames of a video file, uint8 [frames, H, W, 3]."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def make_photo(path: Path, width: int = 173, height: int = 131) -> Path:
+    """A picture with structure at several scales, of a size that nothing divides."""
+    rows, cols = np.mgrid[0:height, 0:width]
+    channels = [np.sin(rows / 9) + np.cos(cols / 13), np.sin((rows + cols) / 7), np.cos(rows * cols / 900)]
+    Image.fromarray(((np.stack(channels, -1) + 2) * 63).astype(np.uint8)).save(path)
+    return path
+
+
+def make_clip(path: Path, frames: int = 12, width: int = 162, height: int = 122) -> Path:
+    """A moving clip in a lossy file, of a size that 16 does not divide."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        rows, cols = np.mgrid[0:height, 0:width]
+        for i in range(frames):
+            picture = np.stack([np.sin((rows + 5 * i) / 11), np.cos((cols - 3 * i) / 8), np.sin(i + rows / 5)], -1)
+            frame = av.VideoFrame.from_ndarray(((picture + 1) * 127).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

@@ -1,0 +1,155 @@
+"""From a command line to a picture on disk, for every task, on one rank and on several."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPOSITORY, SMALL, frames_of, launch, make_clip, make_photo, metrics
+from PIL import Image
+from safetensors.numpy import load_file
+
+
+def test_a_video_of_the_frames_and_size_asked_for(generate: Callable[..., Path]) -> None:
+    output = generate("output.latents=true", "task.fps=16")
+    frames = frames_of(output / "video.mp4")
+    assert frames.shape == (9, 80, 96, 3)
+    assert frames.std() > 15
+    assert load_file(output / "latents.safetensors")["latents"].shape == (1, 48, 3, 5, 6)
+    report = metrics(output)
+    assert report["schema_version"] == 1
+    assert list(report["stages"]) == ["text", "encode", "denoise", "decode", "export"]
+    assert report["seconds"] > 0 and report["peak_bytes"] > 10**7
+    assert report["seed"] == 0
+    saved = yaml.safe_load((output / "config.yaml").read_text())
+    assert saved["task"]["fps"] == 16 and saved["sampler"]["steps"] == 2
+    assert not list(output.glob("*.partial*"))
+
+
+def test_an_image(generate: Callable[..., Path]) -> None:
+    output = generate("task=t2i", "task.num_frames=1")
+    assert Image.open(output / "image.png").size == (96, 80)
+    assert not (output / "video.mp4").exists()
+
+
+def test_a_photograph_and_a_clip_change_the_video(generate: Callable[..., Path], tmp_path: Path) -> None:
+    photo, clip = make_photo(tmp_path / "photo.jpg"), make_clip(tmp_path / "clip.mp4")
+    hashes = {
+        metrics(generate())["frames_sha256"],
+        metrics(generate("task=i2v", f"task.image={photo}"))["frames_sha256"],
+        metrics(generate("task=v2v", f"task.video={clip}"))["frames_sha256"],
+    }
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], ranks: int) -> None:
+    replicated = generate("vae=replicated")
+    parallel = generate("vae=parallel_decode", f"topology.ranks_per_node={ranks}", "topology.threads_per_rank=1")
+    reports = [metrics(replicated), metrics(parallel)]
+    assert reports[0]["frames_sha256"] == reports[1]["frames_sha256"]
+    assert reports[1]["topology"]["ranks"] == ranks
+    assert len(reports[1]["stages"]["decode"]["ranks"]) == ranks
+    assert reports[1]["vae"]["decode"]["strategy"] == "layer_pipeline"
+    assert reports[0]["vae"]["decode"]["strategy"] == "replicated"
+
+
+def test_torchrun_joins_its_ranks_and_writes_one_folder(tmp_path: Path) -> None:
+    output = tmp_path / "joined"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch.py"]
+        + [*SMALL, "topology=cpu_x2", f"hydra.run.dir={output}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert metrics(output)["topology"]["ranks"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["joined"]
+    assert done.stdout.count("video.mp4") == 1
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    run = subprocess.Popen(
+        [sys.executable, "launch.py", *SMALL, "sampler.steps=500", "topology=cpu_x2", f"hydra.run.dir={output}"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ranks = wait_for_ranks(run.pid, 2)
+    os.kill(ranks[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert run.returncode == 1
+    assert "signal 9" in errors
+    assert not [p for p in output.iterdir() if p.suffix in (".mp4", ".png") or ".partial" in p.name]
+    assert not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks)
+
+
+def wait_for_ranks(parent: int, count: int) -> list[int]:
+    """The processes that `parent` spawned as ranks, once `count` of them exist and have imported torch."""
+    for _ in range(600):
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        ranks = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        if len(ranks) >= count and all("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks):
+            time.sleep(2)
+            return ranks
+        time.sleep(0.1)
+    raise AssertionError("the ranks did not start")
+
+
+@pytest.mark.parametrize("topology", ["cpu_x1", "cpu_x2"])
+def test_an_input_that_is_no_picture_is_refused_in_three_parts(tmp_path: Path, topology: str) -> None:
+    broken = tmp_path / "not_a_photo.jpg"
+    broken.write_bytes(b"this is no picture")
+    done = launch(
+        *SMALL, "task=i2v", f"task.image={broken}", f"topology={topology}", f"hydra.run.dir={tmp_path / 'o'}"
+    )
+    assert done.returncode != 0
+    assert "not_a_photo.jpg" in done.stderr and "works:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    done = launch("task.promt=x", f"hydra.run.dir={tmp_path / 'refused'}")
+    assert done.returncode == 2
+    assert "did you mean task.prompt?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--help"]])
+def test_showing_the_config_or_the_help_is_quick(flags: list[str]) -> None:
+    launch(*flags)
+    started = time.monotonic()
+    done = launch(*flags)
+    assert done.returncode == 0 and "parallel_decode" in done.stdout
+    # Far below what importing torch takes; the bound leaves room for a busy machine.
+    assert time.monotonic() - started < 3
+
+
+def test_a_sweep_tells_every_job_and_survives_a_failing_one(tmp_path: Path) -> None:
+    done = launch(
+        "-m", *SMALL, "vae=replicated,parallel_decode", "topology=cpu_x1,cpu_x2", f"hydra.sweep.dir={tmp_path / 's'}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("identical") >= 2
+    assert [(tmp_path / "s" / str(i) / "metrics.json").is_file() for i in range(4)] == [True] * 4
+
+    done = launch("-m", *SMALL, "task.num_frames=8,5", f"hydra.sweep.dir={tmp_path / 'f'}")
+    assert done.returncode == 1
+    assert "task.num_frames=9" in done.stdout + done.stderr
+    assert (tmp_path / "f" / "1" / "video.mp4").is_file()
+    assert not np.any([(tmp_path / "f" / "0" / name).exists() for name in ("video.mp4", "metrics.json")])

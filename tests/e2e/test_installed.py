@@ -1,0 +1,64 @@
+"""The wheel, not the checkout: the `cosmos3` command with its configs and plugins, from an empty directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, SMALL, metrics
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the library installed from a wheel; its dependencies are this environment's."""
+    target = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+        + ["--target", str(target), str(REPOSITORY)],
+        check=True,
+        timeout=120,
+    )
+    return target
+
+
+def cosmos3(installed: Path, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = installed / "bin" / "cosmos3"
+    return subprocess.run(
+        [sys.executable, str(command), *args],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_command_runs_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
+    done = cosmos3(installed, tmp_path, *SMALL, "topology=cpu_x2", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "out")["vae"]["decode"]["strategy"] == "layer_pipeline"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_configs_and_plugins_come_from_the_installation(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "from cosmos3_pipeline.config import config_dir\n"
+        "from cosmos3_pipeline.config.plugins import discover\n"
+        "import cosmos3_plugins.layer_pipeline as plugin\n"
+        "print(config_dir(), plugin.__file__, sorted(discover().strategies))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(installed)) == 2
+    assert "layer_pipeline" in done.stdout and "replicated" in done.stdout
+
+
+def test_a_wrong_flag_is_refused_by_the_command_too(installed: Path, tmp_path: Path) -> None:
+    done = cosmos3(installed, tmp_path, "task.promt=x")
+    assert done.returncode == 2
+    assert "did you mean task.prompt?" in done.stderr
+    assert not list(tmp_path.iterdir())
