@@ -85,7 +85,9 @@ def report(
     seconds: dict[str, list[float]],
     made: dict[str, torch.Tensor],
 ) -> None:
-    ids = pipeline.tokenize_prompt(PROMPT, NEGATIVE[negative], *reversed(CLIPS[clip]), use_system_prompt=False)
+    height, width, num_frames = CLIPS[clip]
+    words = {"prompt": PROMPT, "negative_prompt": NEGATIVE[negative], "use_system_prompt": False}
+    ids = pipeline.tokenize_prompt(**words, height=height, width=width, num_frames=num_frames)
     print(f"{model}: {clip} vision tokens, {len(ids[0])} + {len(ids[1])} text tokens")
     for way in WAYS:
         ratios = [theirs / ours for theirs, ours in zip(seconds["diffusers"], seconds[way], strict=True)]

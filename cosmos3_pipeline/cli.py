@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import hydra
@@ -21,6 +23,7 @@ from cosmos3_pipeline.config.help import help_text
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.jobs import follow, run, sweep
+from cosmos3_pipeline.jobs.prompts import PromptsFailed
 from cosmos3_pipeline.jobs.start import check_start
 from cosmos3_pipeline.plan.checks import compose_checked
 
@@ -28,10 +31,18 @@ __all__ = ["launch", "main", "run"]
 
 REFUSED = 2  # exit code of a composition that is refused before any work starts
 FAILED = 1
+INTERRUPTED = 128 + signal.SIGINT
+COMMANDS = {"diff": "command", "blame": "blame", "sweep-plan": "sweep_plan"}
 
 
 def main() -> None:
-    """The `cosmos3` command: `launch.py` with the installed configs, runnable from any directory."""
+    """The `cosmos3` command: `launch.py` with the installed configs, runnable from any directory.
+
+    `cosmos3 diff`, `blame` and `sweep-plan` are commands of their own, with arguments that are not Hydra's.
+    """
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        module = import_module(f"cosmos3_pipeline.review.{COMMANDS[sys.argv[1]]}")
+        sys.exit(module.main(sys.argv[2:]))
     launch(hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(run))
 
 
@@ -59,9 +70,12 @@ def launch(hydra_main: Callable[[], None]) -> None:
         if asked_for_traceback:
             raise
         code = _refused(as_config_error(error, args.overrides))
-    except RankFailed as error:
+    except (RankFailed, PromptsFailed) as error:
         print(error, file=sys.stderr)
         code = FAILED
+    except KeyboardInterrupt:
+        print("\nstopped; nothing half-written is left", file=sys.stderr)
+        code = INTERRUPTED
     if sweep.current is not None:
         failures = sweep.current.report()
         code = FAILED if failures else code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 WAN22: dict[str, Any] = {
     "base_dim": 8,
@@ -75,3 +75,41 @@ def _unclamped(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
         frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0))
     vae.clear_cache()
     return torch.cat(frames, dim=2)
+
+
+def wan_video(vae: Any) -> torch.Tensor:
+    """The video [1, F, 3, H, W] in [0, 1] of a tiny random `WanPipeline` with `vae`; the same for the same VAE."""
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    words = torch.randn(1, 4, 8)
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+    ).to("cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=words,
+        negative_prompt_embeds=-words,
+        height=48,
+        width=32,
+        num_frames=9,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames

@@ -96,6 +96,7 @@ class Provenance:
         chain = self.chain(key)
         return chain[-1].winner.place if chain else ""
 
+    @property
     def keys(self) -> list[str]:
         """The keys that something set, sorted."""
         return sorted(self._offers)

@@ -159,6 +159,7 @@ class TaskConfig:
     # a string, not an enum: `${model.recommended.${task.modality}...}` builds a key from it
     modality: str = one_of("video", "image")
     prompt: str = MISSING
+    prompt_file: str | None = MISSING
     negative_prompt: str = MISSING
     system_prompt: bool | None = MISSING
     image: str | None = MISSING
@@ -203,6 +204,7 @@ class AcceleratorConfig:
 class TopologyConfig:
     nodes: int = ranged(at_least=1, at_most=4096)
     ranks_per_node: int = ranged(at_least=1, at_most=1024)
+    dp: int = ranged(at_least=1)
     cfg: int = ranged(at_least=1, at_most=2)
     ulysses: int = ranged(at_least=1)
     threads_per_rank: int = ranged(at_least=1)

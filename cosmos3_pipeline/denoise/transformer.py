@@ -25,7 +25,7 @@ from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, head_shares, start_of
-from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.distributed.mesh import RankMesh
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ParallelTransformer:
     def __init__(self, transformer: Cosmos3OmniTransformer, *, ulysses: Exchange | None = None) -> None:
         config = transformer.config
         self._model = transformer
-        self._exchange = Exchange(Comm()) if ulysses is None else ulysses
+        self._exchange = Exchange(RankMesh().comm("ulysses")) if ulysses is None else ulysses
         ranks = self._exchange.ranks
         check_layout(
             num_attention_heads=config.num_attention_heads,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ class PeerFailed(RuntimeError):
     def __init__(self, rank: int, reason: str) -> None:
         self.rank = rank
         super().__init__(
-            f"rank {rank} of the group failed ({reason}); its part of the work is missing, so this rank stopped too; "
-            f"see rank {rank}'s own error"
+            f"rank {rank} of the group failed ({reason}); its part of the work is missing, so this rank stopped "
+            f"too; see rank {rank}'s own error"
         )
 
 
@@ -69,8 +69,8 @@ class Board:
             rank, reason = json.loads(self._store.get(self._key(run)))
         except RuntimeError as error:
             raise PeerLost(
-                f"the store that the ranks share does not answer ({error}); the process that held it has died, so no "
-                "rank can learn of the others; see the first error of the run"
+                f"the store that the ranks share does not answer ({error}); the process that held it has died, so "
+                "no rank can learn of the others; see the first error of the run"
             ) from error
         if reason is None:
             raise RunStopped(f"rank {rank} ended the run")

@@ -20,7 +20,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroup
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
 
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped, Waiter
@@ -198,7 +199,7 @@ class Comm:
                 self._board.raise_if_over(self._run)
                 time.sleep(POLL_SECONDS / 4)
             raise PeerLost(
-                f"rank {self.rank} of {self.size} lost the connection to another rank ({error}); that process has died "
-                "or the network is down, so the run cannot go on; look for the first rank that ended, or for memory "
-                "that ran out"
+                f"rank {self.rank} of {self.size} lost the connection to another rank ({error}); that process has "
+                "died or the network is down, so the run cannot go on; look for the first rank that ended, or for "
+                "memory that ran out"
             ) from error

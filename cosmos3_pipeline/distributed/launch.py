@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -30,9 +32,11 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int) -> None:
 
     Raises RankFailed with the first failing rank's own traceback, after every process has ended.
     """
-    # The launcher's own log repeats in its words what RankFailed says with the traceback.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # The launcher's own log repeats in its words what RankFailed says with the traceback. Its loggers have
+    # levels of their own, so each has to be told.
+    for name in logging.root.manager.loggerDict:
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with TemporaryDirectory(prefix="cosmos3_ranks_") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -53,6 +57,11 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int) -> None:
 def _launch(config: LaunchConfig, entry: Callable[..., None], payload: tuple[Any, ...], ranks: int) -> None:
     try:
         elastic_launch(config, _recorded)(entry, *payload)
+    except SignalException as stop:
+        # The launcher has ended the ranks; from here on it is as if a person had stopped this process alone.
+        if stop.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + stop.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RankFailed(rank, ranks, _words(failure)) from None

@@ -74,9 +74,16 @@ class RankMesh:
         return None if mesh is None else mesh.get_group(None if axis == REPLICA else axis)
 
     def comm(self, axis: str) -> Comm:
-        """The counted messages between the ranks of `group(axis)`: one Comm per axis, however often asked for."""
+        """The counted messages between the ranks of `group(axis)`: one Comm per axis, however often asked for.
+
+        The first time is collective over the group.
+        """
         if axis not in self._comms:
-            self._comms[axis] = Comm(self.group(axis))
+            group = self.group(axis)
+            if group is None and dist.is_initialized():
+                # A mesh of this rank alone inside a larger world, which would be everybody's for Comm.
+                group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            self._comms[axis] = Comm(group)
         return self._comms[axis]
 
     def _mesh(self, axis: str) -> DeviceMesh | None:

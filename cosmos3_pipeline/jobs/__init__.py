@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs import generate, plan
 from cosmos3_pipeline.jobs.start import check_start
+from cosmos3_pipeline.plan.checkpoint import adopt_dimensions
 from cosmos3_pipeline.plan.checks import check
 
 
@@ -20,6 +21,8 @@ def run(cfg: DictConfig) -> None:
     Raises ConfigError before any work starts, RankFailed when a rank of the run failed.
     """
     hydra_cfg = HydraConfig.get()
+    if changed := adopt_dimensions(cfg):
+        print(f"{cfg.model.path} is no {cfg.model.name}; its own dimensions are used: {'; '.join(changed)}")
     check(cfg, hydra_cfg.overrides.task)
     check_start(cfg)
     output = Path(hydra_cfg.runtime.output_dir)

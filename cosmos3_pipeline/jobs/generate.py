@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cosmos3_pipeline.jobs import summary
+from cosmos3_pipeline.jobs import prompts, summary
 from cosmos3_pipeline.stages.files import remove_partial, write_whole
 
 
@@ -33,8 +33,12 @@ def generate(cfg: DictConfig, output: Path, *, own_process: bool) -> None:
         try:
             run_ranks(run_rank, plain, str(output), ranks=ranks)
         finally:
-            remove_partial(output)
-    summary.show(output)
+            for folder in (output, *output.glob("line_*")):
+                remove_partial(folder)
+    if cfg.task.prompt_file is None:
+        summary.show(output)
+    else:
+        prompts.show(output)
 
 
 def join(cfg: DictConfig) -> None:

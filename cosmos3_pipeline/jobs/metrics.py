@@ -36,14 +36,10 @@ class StageMeasure:
 class Meter:
     """Measures the stages of this rank, one after the other."""
 
-    def __init__(self, device: torch.device, stages: Sequence[str]) -> None:
+    def __init__(self, device: torch.device, stages: Sequence[str], ledgers: Sequence[Ledger]) -> None:
         self.device = device
         self.stages = {name: StageMeasure() for name in stages}
-        self._ledgers: list[Ledger] = []
-
-    def watch(self, ledger: Ledger) -> None:
-        """Count what `ledger` records from now on as the bytes of the stage in which it happens."""
-        self._ledgers.append(ledger)
+        self._ledgers = ledgers  # may grow while a stage runs: the VAE brings its own
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageMeasure]:

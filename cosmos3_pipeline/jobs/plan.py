@@ -7,17 +7,23 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.table import Table
 
 from cosmos3_pipeline.config.errors import ConfigError, Refusal
-from cosmos3_pipeline.models.checkpoint import inspect_checkpoint, is_hub_id
 from cosmos3_pipeline.plan import tables
+from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint, is_hub_id
 from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan
-from cosmos3_pipeline.plan.summary import summary_lines
+from cosmos3_pipeline.plan.search import Candidate, search
+from cosmos3_pipeline.plan.summary import summary, summary_lines
+from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.stages.files import write_whole
 
 
 def plan_job(cfg: DictConfig, output: Path) -> None:
-    """Print the plan of a checked config and leave plan.json and plan.md in `output`."""
+    """Print the plan of a checked config and leave plan.json and plan.md in `output`; or search its layouts."""
+    if cfg.plan.search:
+        search_job(cfg, output)
+        return
     plan = as_dict(plan_with_checkpoint(cfg))
     write_plan(plan, output)
     write_whole(output / "plan.md", tables.as_markdown(plan))
@@ -53,3 +59,41 @@ def plan_with_checkpoint(cfg: DictConfig) -> Plan:
 def write_plan(plan: dict[str, object], output: Path) -> None:
     """Write plan.json."""
     write_whole(output / "plan.json", json.dumps(plan, indent=2))
+
+
+def search_job(cfg: DictConfig, output: Path) -> None:
+    """Print the layouts of the topology, best first, and leave search.json in `output`."""
+    found = search(cfg)
+    rows = [
+        {
+            "overrides": list(candidate.overrides),
+            "refused": candidate.refused or None,
+            "plan": None if candidate.plan is None else summary(candidate.plan),
+        }
+        for candidate in found
+    ]
+    write_whole(output / "search.json", json.dumps({"schema_version": 1, "layouts": rows}, indent=2))
+    table = Table(title=f"{len(found)} layouts of the ranks, best first", title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("overrides", overflow="fold")
+    for column in ("about", "denoise", "decode", "memory per rank", "exactness"):
+        table.add_column(column, justify="right")
+    for place, candidate in enumerate(found, 1):
+        table.add_row(str(place), " ".join(candidate.overrides), *_search_cells(candidate))
+    console = Console()
+    console.print(table)
+    console.print(f"{output / 'search.json'}", soft_wrap=True, highlight=False)
+
+
+def _search_cells(candidate: Candidate) -> list[str]:
+    plan = candidate.plan
+    if plan is None:
+        return ["", "", "", f"[red]refused: {candidate.refused}[/red]", ""]
+    memory = quantity("bytes", plan.peak_bytes)
+    return [
+        quantity("seconds", candidate.seconds),
+        quantity("seconds", plan.seconds["denoise"]),
+        quantity("seconds", plan.seconds["decode"]),
+        memory if plan.fits else f"[red]{memory}, too much[/red]",
+        ", ".join(dict.fromkeys(plan.exactness.values())),
+    ]

@@ -1,10 +1,11 @@
-"""One rank of `job=generate`: join the world, run the stages, and let the root write what was measured."""
+"""One rank of `job=generate`: join the world, load the model once, and make the clips of this rank's replica."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +19,108 @@ from rich.console import Console
 
 from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.distributed.launch import joined_world
+from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, versions
+from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import Components, open_checkpoint
-from cosmos3_pipeline.plan.geometry import Clip, clip_of
+from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.files import write_whole
 from cosmos3_pipeline.stages.progress import Bars, Silent
+from cosmos3_pipeline.stages.text import read_lines
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.strategy import Strategy
 
 STAGES = ("text", "encode", "denoise", "decode", "export")
 
 
+@dataclass
+class Worker:
+    """What a rank keeps from clip to clip: its place in the world, the loaded components, its ledgers."""
+
+    device: torch.device
+    mesh: RankMesh
+    components: Components
+    ledgers: list[Ledger] = field(default_factory=list)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the files of its replica."""
+        return self.mesh.rank(REPLICA) == 0
+
+    @property
+    def shows(self) -> bool:
+        """Whether this rank's progress is what a person sees."""
+        return self.writes and self.mesh.rank("dp") == 0
+
+
 def run_rank(plain: dict[str, Any], output: str | None) -> None:
     """Run the resolved config `plain` as the rank that the environment says; all ranks call it together.
 
-    `output` is where the root writes; ranks that compose for themselves under torchrun pass None.
+    `output` is where the run writes; ranks that compose for themselves under torchrun pass None and learn it
+    from rank 0.
     """
     diffusers_logging.set_verbosity_error()
     topology = plain["topology"]
     with joined_world(device=topology["device"], threads=topology["threads_per_rank"]) as device:
-        started = time.perf_counter()
-        refuse_other_configs(plain)
-        mesh = RankMesh.build(cfg=topology["cfg"], ulysses=topology["ulysses"], device_type=device.type)
-        meter = Meter(device, STAGES)
-        for axis in ("cfg", "ulysses"):
-            meter.watch(mesh.comm(axis).ledger)
-        root = mesh.rank(REPLICA) == 0
-        context = RunContext(
-            components=components(plain, device, mesh, meter),
-            clip=clip(plain),
-            fps=plain["task"]["fps"],
-            directory=Path(output or "."),
-            mesh=mesh,
-            reporter=Bars(Console(stderr=True)) if root else Silent(),
-            measure=meter.stage,
-        )
-        for name in STAGES:
-            instantiate(plain["stages"][name])(context)
-        measured = gather(meter.as_dict())
-        if root:
-            assert context.picture is not None
-            seconds = time.perf_counter() - started
-            report = metrics(plain, context, combine(measured), seconds)
-            write_whole(context.directory / "metrics.json", json.dumps(report, indent=2))
+        agreed = everyones((output, digest_of(plain)))
+        refuse_other_configs([digest for _, digest in agreed])
+        directory = Path(str(agreed[0][0]))
+        axes = {axis: topology[axis] for axis in ("dp", "cfg", "ulysses")}
+        mesh = RankMesh.build(**axes, device_type=device.type)
+        ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses")]
+        worker = Worker(device, mesh, components(plain, device, mesh, ledgers), ledgers)
+        if plain["task"]["prompt_file"] is None:
+            make_clip(plain, worker, directory)
+        else:
+            make_clips(plain, worker, directory)
 
 
-def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, meter: Meter) -> Components:
+def make_clips(plain: dict[str, Any], worker: Worker, directory: Path) -> None:
+    """One clip per line of the prompt file, dealt to the replicas in turn; a line that fails stops no other."""
+    lines = read_lines(plain["task"]["prompt_file"])
+    done: list[Line] = []
+    for index in range(worker.mesh.rank("dp"), len(lines), worker.mesh.size("dp")):
+        folder = line_folder(directory, index)
+        text = {**plain["stages"]["text"], "prompt": lines[index]}
+        failed = None
+        try:
+            make_clip({**plain, "stages": {**plain["stages"], "text": text}}, worker, folder)
+        # What is wrong with one line (its words, its latents) is told beside it; a lost rank still ends the run.
+        except ValueError as error:
+            failed = str(error)
+        done.append(Line(index + 1, lines[index], folder.name, failed))
+    everything = everyones(done)
+    if worker.shows:
+        write_index(directory, {line.number: line for part in everything for line in part})
+
+
+def make_clip(plain: dict[str, Any], worker: Worker, directory: Path) -> None:
+    """Run the stages once, on all ranks of the replica; its root writes the picture and metrics.json."""
+    started = time.perf_counter()
+    meter = Meter(worker.device, STAGES, worker.ledgers)
+    if worker.writes:
+        directory.mkdir(parents=True, exist_ok=True)
+    context = RunContext(
+        components=worker.components,
+        clip=clip_of(OmegaConf.create(plain)),
+        fps=plain["task"]["fps"],
+        directory=directory,
+        mesh=worker.mesh,
+        reporter=Bars(Console(stderr=True)) if worker.shows else Silent(),
+        measure=meter.stage,
+    )
+    for name in STAGES:
+        instantiate(plain["stages"][name])(context)
+    measured = everyones(meter.as_dict(), worker.mesh.group(REPLICA))
+    if worker.writes:
+        seconds = time.perf_counter() - started
+        report = metrics(plain, context, combine(measured), seconds)
+        write_whole(directory / "metrics.json", json.dumps(report, indent=2))
+
+
+def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledgers: list[Ledger]) -> Components:
     """The model that `plain` names, its VAE spread over the ranks of the clip as `plain` says."""
     model, vae = plain["model"], plain["vae"]
     checkpoint = open_checkpoint(model["path"], transformer=model["transformer"], vae=model["vae"])
@@ -77,7 +132,7 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, mete
             decode=strategy(vae, "decode"),
             group=mesh.group(REPLICA),
         )
-        meter.watch(parallel.ledger)
+        ledgers.append(parallel.ledger)
         return parallel
 
     return Components(
@@ -88,11 +143,6 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, mete
         flow_shift=plain["sampler"]["flow_shift"],
         wrap_vae=wrap,
     )
-
-
-def clip(plain: dict[str, Any]) -> Clip:
-    """The clip that `plain` asks for."""
-    return clip_of(OmegaConf.create(plain))
 
 
 def strategy(vae: dict[str, Any], direction: str) -> Strategy:
@@ -119,7 +169,8 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
         "peak_bytes": max(rank["peak_bytes"] for stage in stages.values() for rank in stage["ranks"]),
         "topology": {
             "ranks": topology["nodes"] * topology["ranks_per_node"],
-            **{key: topology[key] for key in ("nodes", "ranks_per_node", "cfg", "ulysses", "device")},
+            "replica_ranks": replica_ranks(OmegaConf.create(topology)),
+            **{key: topology[key] for key in ("nodes", "ranks_per_node", "dp", "cfg", "ulysses", "device")},
         },
         "vae": {
             direction: {"strategy": used.name, "exactness": used.exactness.value}
@@ -131,13 +182,13 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
     }
 
 
-def refuse_other_configs(plain: dict[str, Any]) -> None:
+def digest_of(plain: dict[str, Any]) -> str:
+    """What is the same for two ranks that composed the same configuration."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other_configs(digests: list[str]) -> None:
     """Stop when a rank composed another config: under torchrun each rank composes its own command line."""
-    if not dist.is_initialized():
-        return
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
     others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if others:
         raise ValueError(
@@ -146,10 +197,10 @@ def refuse_other_configs(plain: dict[str, Any]) -> None:
         )
 
 
-def gather(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every rank measured, in the order of the ranks, on every rank."""
+def everyones(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The `value` of every rank of `group` (of the world), in the order of the ranks, on every rank."""
     if not dist.is_initialized():
-        return [measured]
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, measured)
-    return everything
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

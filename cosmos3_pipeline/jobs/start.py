@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.config.schema import Device, JobName
-from cosmos3_pipeline.models.checkpoint import inspect_checkpoint, is_hub_id
+from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint, is_hub_id
 from cosmos3_pipeline.plan.plan import make_plan
 from cosmos3_pipeline.plan.units import quantity
 
@@ -77,6 +77,8 @@ def _inputs(cfg: DictConfig) -> Iterator[Problem]:
                 works=f"task.{key}={'photo.jpg' if key == 'image' else 'clip.mp4'}",
             )
     files = {f"task.{key}": cfg.task[key] for key in ("image", "video") if cfg.task[key] is not None}
+    if task.prompt_file is not None:
+        files["task.prompt_file"] = task.prompt_file
     for key in ("prompt", "negative_prompt"):
         if cfg.task[key].startswith("@"):
             files[f"task.{key}"] = cfg.task[key][1:]

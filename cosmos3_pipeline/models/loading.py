@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from cosmos3_pipeline.models.checkpoint import CheckpointInfo, fetch_checkpoint, inspect_checkpoint, is_hub_id
+from cosmos3_pipeline.plan.checkpoint import CheckpointInfo, fetch_checkpoint, inspect_checkpoint, is_hub_id
 
 ENCODER_HALF = ("encoder", "quant_conv")
 PIPELINE_SETTINGS = ("default_use_system_prompt", "use_native_flow_schedule")

@@ -18,6 +18,7 @@ from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_yo
 from cosmos3_pipeline.config.provenance import Provenance, trace
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.denoise.checks import check_layout
+from cosmos3_pipeline.plan.checkpoint import adopt_dimensions
 from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple
 from cosmos3_pipeline.plan.trained import outside
 from cosmos3_pipeline.plan.vae import directions, plain, vae_stage
@@ -39,10 +40,12 @@ def compose_checked(overrides: Sequence[str]) -> DictConfig:
 def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
     """Raise ConfigError with every problem of `cfg`; return when there is none.
 
+    Where `model.path` is a folder here, the dimensions in `cfg` become the checkpoint's own.
     With the `overrides` that it was composed from, each problem says which file or override set its keys.
     """
     found = structure.problems(cfg)
     if not found:  # the arithmetic needs every value to be there and in range
+        adopt_dimensions(cfg)
         clip = clip_of(cfg)
         for one in (_task, _clip, _ranks, _layout, _vae, _output, _job):
             found.extend(one(cfg, clip))
@@ -136,14 +139,22 @@ def _clip(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
 def _ranks(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
     topology = cfg.topology
     ranks = topology.nodes * topology.ranks_per_node
-    split = topology.cfg * topology.ulysses
+    split = topology.dp * topology.cfg * topology.ulysses
     if ranks % split:
+        axes = f"topology.cfg={topology.cfg} x topology.ulysses={topology.ulysses}"
+        axes = axes if topology.dp == 1 else f"topology.dp={topology.dp} x {axes}"
         yield Problem(
-            what=f"topology.cfg={topology.cfg} x topology.ulysses={topology.ulysses} on {ranks} ranks",
-            why=f"{ranks} ranks do not divide by {topology.cfg} x {topology.ulysses} = {split}",
+            what=f"{axes} on {ranks} ranks",
+            why=f"{ranks} ranks do not divide by {split}",
             works=f"topology.ranks_per_node={nearest_multiple(ranks, split)}"
             if topology.nodes == 1
             else "axes whose product divides the ranks",
+        )
+    if topology.dp > 1 and cfg.task.prompt_file is None:
+        yield Problem(
+            what=f"topology.dp={topology.dp} with one prompt",
+            why="a replica makes clips of its own, and one prompt is one clip",
+            works="task.prompt_file=prompts.txt with a prompt per line, or topology.dp=1",
         )
 
 

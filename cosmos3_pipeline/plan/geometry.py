@@ -59,3 +59,8 @@ def clip_of(cfg: DictConfig) -> Clip:
 def nearest_multiple(value: int, step: int) -> int:
     """The multiple of `step` nearest to `value`, at least one `step`."""
     return max(round(value / step), 1) * step
+
+
+def replica_ranks(topology: DictConfig) -> int:
+    """The ranks that work on one clip together: all of them, divided over the replicas of `topology.dp`."""
+    return int(topology.nodes * topology.ranks_per_node // topology.dp)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.plan.denoising import Denoising
-from cosmos3_pipeline.plan.geometry import Clip, clip_of
+from cosmos3_pipeline.plan.geometry import Clip, clip_of, replica_ranks
 from cosmos3_pipeline.plan.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.plan.stage import RankStage
 from cosmos3_pipeline.plan.text import text_tokens_of
@@ -34,6 +34,7 @@ class RankPlan:
 
     rank: int
     node: int
+    dp: int
     spare: int
     cfg: int
     ulysses: int
@@ -126,7 +127,7 @@ def make_plan(
         clip=clip,
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
-        topology={axis: cfg.topology[axis] for axis in ("nodes", "ranks_per_node", "cfg", "ulysses")},
+        topology={axis: cfg.topology[axis] for axis in ("nodes", "ranks_per_node", "dp", "cfg", "ulysses")},
         accelerator=accelerator_of(cfg),
         exactness={name: exactness[name] for name in STAGES if name in exactness},
         strategies={name: stage.plan.strategy for name, stage in stages.items()},
@@ -138,10 +139,11 @@ def make_plan(
 
 def _rank(cfg: DictConfig, rank: int, denoising: Denoising, stages: Mapping[str, VaeStage]) -> RankPlan:
     topology = cfg.topology
-    spare, place = divmod(rank, topology.cfg * topology.ulysses)
+    dp, in_replica = divmod(rank, replica_ranks(topology))
+    spare, place = divmod(in_replica, topology.cfg * topology.ulysses)
     cfg_rank, ulysses_rank = divmod(place, topology.ulysses)
     transformer = denoising.size.weight_bytes(denoising.element_bytes)
-    shares = {name: stage.plan.shares[rank] for name, stage in stages.items()}
+    shares = {name: stage.plan.shares[in_replica] for name, stage in stages.items()}
     vae = {name: share.weight_bytes for name, share in shares.items()}
     text = denoising.costs[place].text_cache_bytes
     # What is loaded stays: the encoder from its stage on, the transformer while the decoder works.
@@ -152,10 +154,11 @@ def _rank(cfg: DictConfig, rank: int, denoising: Denoising, stages: Mapping[str,
         if name == "denoise":
             planned[name] = denoising.stage(cfg, place, held[name])
         elif name in stages:
-            planned[name] = stages[name].stage(cfg, rank, held[name])
+            planned[name] = stages[name].stage(cfg, in_replica, held[name])
     return RankPlan(
         rank=rank,
         node=rank // topology.ranks_per_node,
+        dp=dp,
         spare=spare,
         cfg=cfg_rank,
         ulysses=ulysses_rank,
@@ -249,9 +252,10 @@ def _rank_dict(rank: RankPlan) -> dict[str, Any]:
 
 def groups(plan: Plan) -> dict[str, list[list[int]]]:
     """The ranks of every group of each axis that has more than one rank, and the VAE's group."""
-    found = {"vae": [[rank.rank for rank in plan.ranks]]}
+    replicas = sorted({rank.dp for rank in plan.ranks})
+    found = {"vae": [[rank.rank for rank in plan.ranks if rank.dp == dp] for dp in replicas]}
     for axis in ("cfg", "ulysses"):
-        others = [a for a in ("spare", "cfg", "ulysses") if a != axis]
+        others = [a for a in ("dp", "spare", "cfg", "ulysses") if a != axis]
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in plan.ranks:
             members.setdefault(tuple(getattr(rank, other) for other in others), []).append(rank.rank)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.denoise.cost import Wire
-from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.plan.geometry import Clip, replica_ranks
 from cosmos3_pipeline.plan.hardware import accelerator_of
 from cosmos3_pipeline.plan.stage import RankStage
 from cosmos3_pipeline.vae.ops import LatentShape
@@ -103,5 +103,5 @@ def vae_stage(
         frames = max(cfg.task.condition_latent_frames) + 1
     program = program_for(direction, vae_config)
     shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, element_bytes)
-    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
+    ranks = replica_ranks(cfg.topology)
     return VaeStage(program, shape, strategy_of(cfg, direction).plan(program, shape, ranks))

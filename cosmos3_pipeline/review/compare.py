@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cosmos3_pipeline.review.renames import renamed_keys, renamed_options
-from cosmos3_pipeline.review.report import ABSENT, Broken, Change, Effect, Report
+from cosmos3_pipeline.review.report import ABSENT, Broken, Change, Effect, Report, growth, strength
 
 Survey = Mapping[str, Mapping[str, Any]]
 # For each (overrides, keys): key -> (where its value was written, the key that was written there).
@@ -54,7 +54,7 @@ def compare(base: Side, head: Side) -> Report:
     return Report(
         base=base.label,
         head=head.label,
-        compared=len(pairs),
+        compared=len(pairs) + len(broken),
         broken=tuple(broken),
         mended=tuple(n for n in valid if "problems" in base.survey.get(n, {})),
         refused_in_both=tuple(
@@ -166,23 +166,24 @@ class _Told:
 
 
 def _effects(pairs: Iterable[_Pair], numbers: Mapping[str, tuple[int, ...]]) -> tuple[Effect, ...]:
-    grouped: dict[str, tuple[list[str], tuple[int, ...], dict[str, tuple[Any, Any]], str]] = {}
+    grouped: dict[str, Effect] = {}
     for pair in pairs:
         old, new = pair.old["plan"] or {}, pair.new["plan"] or {}
-        both = [name for name in new if name in old] if old and new else []
-        fields = {name: (old[name], new[name]) for name in both if old[name] != new[name]}
-        if not pair.moved and not fields:
-            continue
-        pixels = picture(pair.moved, new, fields)
+        names = [*new, *(name for name in old if name not in new)] if old and new else []
+        fields = {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+        pixels = picture(pair.moved, new, fields) if pair.moved or fields else SAME
         if not fields and pixels == SAME:
             continue
         touched = numbers.get(pair.name, ())
-        key = repr((touched, sorted(fields.items()), pixels))
-        grouped.setdefault(key, ([], touched, fields, pixels))[0].append(pair.name)
-    effects = [
-        Effect(tuple(cases), touched, fields, pixels) for cases, touched, fields, pixels in grouped.values()
-    ]
-    return tuple(sorted(effects, key=Effect.badness))
+        key = repr((touched, pixels, [(name, _kind(values)) for name, values in fields.items()]))
+        grouped.setdefault(key, Effect(touched, pixels, {})).cases[pair.name] = fields
+    return tuple(sorted(grouped.values(), key=Effect.badness))
+
+
+def _kind(pair: tuple[Any, Any]) -> Any:
+    """What cases must share to be told together: the direction of a number, and any other value itself."""
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
+    return growth(pair) > 0 if numbers else pair
 
 
 SAME = "same pixels"
@@ -196,12 +197,15 @@ def picture(
     causes += sorted(k for k in moved if k.startswith("stages.") and k.endswith("._target_"))
     if causes:
         return f"another picture ({', '.join(causes[:3])}{', ...' if len(causes) > 3 else ''})"
-    stages = {name.rpartition(".")[2]: exact for name, exact in plan.items() if name.startswith("exactness.")}
-    touched = {name.rpartition(".")[2] for name in fields if name.startswith("exactness.")}
-    touched |= {stage for stage in ("encode", "decode") if any(k.startswith(f"vae.{stage}.") for k in moved)}
-    loose = [
-        f"{stage} is {stages[stage]}" for stage in sorted(touched) if stages.get(stage, "bitwise") != "bitwise"
-    ]
+    touched = {stage for stage in ("encode", "decode") if any(k.startswith(f"vae.{stage}.") for k in moved)}
+    exact = {name.rpartition(".")[2]: (value, value) for name, value in plan.items() if _is_exactness(name)}
+    exact |= {name.rpartition(".")[2]: pair for name, pair in fields.items() if _is_exactness(name)}
+    everywhere = bool({"layout", "ranks"} & set(fields))  # another split sums in another order
+    loose = []
+    for stage, pair in exact.items():
+        weaker = max(pair, key=strength)
+        if weaker != "bitwise" and (everywhere or stage in touched or pair[0] != pair[1]):
+            loose.append(f"{stage} {f'is {weaker}' if pair[1] == weaker else f'was {weaker}'}")
     if any("approximate" in words for words in loose):
         return f"another picture, close to the eye ({'; '.join(loose)})"
     if loose:
@@ -209,6 +213,10 @@ def picture(
     if any(k in FILE_ONLY for k in moved):
         return "same frames, compressed differently"
     return SAME
+
+
+def _is_exactness(field: str) -> bool:
+    return field.startswith("exactness.")
 
 
 def _notes(pairs: Iterable[_Pair]) -> tuple[str, ...]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.review.report import Broken, Change, Effect, Report
+from cosmos3_pipeline.review.report import Broken, Change, Effect, Report, growth
 
 SHOWN_CASES = 4  # of a list of case names, before "and N more"
 OPEN_ROWS = 8  # of a table in markdown, before the rest is folded
 # The plan's fields that get a column of their own; all others are told one by one.
 COLUMNS = {"memory per rank": "memory.peak_bytes", "seconds": "seconds.total"}
+TOTALS = set(COLUMNS.values())
 
 
 def as_json(report: Report) -> str:
@@ -29,11 +30,7 @@ def headline(report: Report) -> str:
         return sum(len(effect.cases) for effect in effects if wanted(effect))
 
     def grows(field: str, sign: int) -> Callable[[Effect], bool]:
-        def test(effect: Effect) -> bool:
-            old, new = effect.fields.get(field, (0, 0))
-            return bool((new - old) * sign > 0)
-
-        return test
+        return lambda effect: effect.growth(field) * sign > 0
 
     counts = [
         (len(report.broken), "stopped composing"),
@@ -59,8 +56,10 @@ def as_text(report: Report) -> str:
     for broken in report.broken:
         lines += ["", f"STOPPED COMPOSING  {broken.case}", *(f"  {line}" for line in _problem_lines(broken))]
     for effect in report.effects:
-        lines += ["", _names(effect.cases, every=True), f"  pixels: {effect.pixels}"]
-        lines += [f"  {name}: {_pair(name, pair)}" for name, pair in effect.fields.items()]
+        lines += ["", _names(list(effect.cases), every=True), f"  pixels: {effect.pixels}"]
+        lines += [f"  {name}: {_range(name, effect)}" for name in effect.fields]
+        if len(effect.cases) > 1 and TOTALS & set(effect.fields):
+            lines += [f"    {case}: {_totals(fields)}" for case, fields in effect.cases.items()]
         lines.append(f"  because of {_because(effect)}")
     if report.changes:
         lines += ["", "changes"]
@@ -93,7 +92,8 @@ def as_markdown(report: Report) -> str:
     if report.effects:
         head = ["| cases | pixels | memory per rank | seconds | also | because |", "|---|---|---|---|---|---|"]
         lines += ["#### Consequences, worst first", ""]
-        lines += _folded(head, [_row(e) for e in report.effects], "more cases")
+        lines += _folded(head, [_row(e) for e in report.effects], "more consequences")
+        lines += _each_case(report)
     if report.changes:
         head = ["| | key | from | to | in | cases |", "|---|---|---|---|---|---|"]
         lines += ["#### Changes", ""]
@@ -121,18 +121,21 @@ def _folded(head: list[str], rows: list[str], what: str) -> list[str]:
 
 
 def _row(effect: Effect) -> str:
-    columns = [_pair(name, effect.fields[name]) if name in effect.fields else "same" for name in COLUMNS.values()]
-    if not effect.fields:
-        columns = ["same", "same"]
-    others = [f"{n}: {_pair(n, p)}" for n, p in effect.fields.items() if n not in COLUMNS.values()]
-    cells = [
-        _names(effect.cases, code=True),
-        effect.pixels,
-        *columns,
-        "<br>".join(others) or "-",
-        _because(effect),
-    ]
+    columns = [_range(name, effect) if name in effect.fields else "same" for name in COLUMNS.values()]
+    others = [f"{name}: {_range(name, effect)}" for name in effect.fields if name not in COLUMNS.values()]
+    names = _names(list(effect.cases), code=True)
+    cells = [names, effect.pixels, *columns, "<br>".join(others) or "-", _because(effect)]
     return f"| {' | '.join(_cell(c) for c in cells)} |"
+
+
+def _each_case(report: Report) -> list[str]:
+    """The numbers of each case, folded, where a consequence above speaks of several."""
+    told = [(case, fields) for e in report.effects if len(e.cases) > 1 for case, fields in e.cases.items()]
+    rows = [f"| `{case}` | {_totals(fields)} |" for case, fields in told if TOTALS & set(fields)]
+    if not rows:
+        return []
+    lines = ["<details><summary>memory and seconds of each case</summary>", "", "| case | |", "|---|---|"]
+    return [*lines, *rows, "", "</details>", ""]
 
 
 def _change_row(change: Change) -> str:
@@ -177,12 +180,22 @@ def _problem_lines(broken: Broken) -> list[str]:
 
 
 def _pair(name: str, pair: tuple[Any, Any]) -> str:
-    old, new = pair
-    words = f"{quantity(name, old)} -> {quantity(name, new)}"
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
-    if numbers and old and name.rpartition(".")[2] != "ranks":
-        words += f" ({(new - old) / old:+.1%})"
-    return words
+    words = f"{quantity(name, pair[0])} -> {quantity(name, pair[1])}"
+    return f"{words} ({growth(pair):+.1%})" if pair[0] and growth(pair) else words
+
+
+def _range(name: str, effect: Effect) -> str:
+    """A field's old and new value, or by how much it moves where that differs from case to case."""
+    pairs = effect.pairs(name)
+    if all(pair == pairs[0] for pair in pairs):
+        return _pair(name, pairs[0])
+    moves = sorted(growth(pair) for pair in pairs)
+    low, high = f"{moves[0]:+.1%}", f"{moves[-1]:+.1%}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _totals(fields: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{words} {_pair(name, fields[name])}" for words, name in COLUMNS.items() if name in fields)
 
 
 def _value(value: Any) -> str:

@@ -39,26 +39,38 @@ class Change:
 
 @dataclass(frozen=True)
 class Effect:
-    """What the plan of all `cases` says became different: `fields` maps a name to (old, new).
+    """What became different for some cases in the same way: `cases` maps each to its plan's fields, (old, new).
 
     `pixels` says in words what happens to the picture, `changes` the numbers of the changes behind it; none
     means that the code plans differently.
     """
 
-    cases: tuple[str, ...]
     changes: tuple[int, ...]
-    fields: dict[str, tuple[Any, Any]]
     pixels: str
+    cases: dict[str, dict[str, tuple[Any, Any]]]
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that differ, the same ones in every case."""
+        return list(next(iter(self.cases.values())))
+
+    def pairs(self, field: str) -> list[tuple[Any, Any]]:
+        """(old, new) of a field in every case."""
+        return [fields[field] for fields in self.cases.values() if field in fields]
 
     @property
     def exactness_weaker(self) -> bool:
         """Whether a stage promises less than before."""
-        pairs = [pair for name, pair in self.fields.items() if name.startswith("exactness.")]
-        return any(_strength(new) > _strength(old) for old, new in pairs)
+        pairs = [pair for name in self.fields if name.startswith("exactness.") for pair in self.pairs(name)]
+        return any(strength(new) > strength(old) for old, new in pairs)
 
     @property
     def stops_fitting(self) -> bool:
-        return self.fields.get("fits", (None, None)) == (True, False)
+        return (True, False) in self.pairs("fits")
+
+    def growth(self, field: str) -> float:
+        """The most by which a field became larger, as a share of what it was; negative where all shrank."""
+        return max((growth(pair) for pair in self.pairs(field)), default=0.0)
 
     def badness(self) -> tuple[Any, ...]:
         """Sorts the worst first: exactness, memory that no longer fits, another picture, memory, seconds."""
@@ -66,9 +78,9 @@ class Effect:
             not self.exactness_weaker,
             not self.stops_fitting,
             not self.pixels.startswith("another picture"),
-            -_growth(self.fields.get("memory.peak_bytes")),
-            -_growth(self.fields.get("seconds.total")),
-            self.cases,
+            -self.growth("memory.peak_bytes"),
+            -self.growth("seconds.total"),
+            list(self.cases),
         )
 
 
@@ -125,13 +137,14 @@ class Report:
         return plain
 
 
-def _strength(exactness: Any) -> int:
+def strength(exactness: Any) -> int:
+    """Sorts the strongest promise first."""
     return STRENGTH.index(exactness) if exactness in STRENGTH else 0
 
 
-def _growth(pair: tuple[Any, Any] | None) -> float:
-    """How much larger the new value is, as a share of the old one."""
-    if pair is None or not all(isinstance(v, int | float) for v in pair):
+def growth(pair: tuple[Any, Any]) -> float:
+    """How much larger the new value is, as a share of the old one; 0 for what is not a number."""
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in pair):
         return 0.0
     old, new = pair
-    return float((new - old) / old) if old else 0.0
+    return float((new - old) / old) if old else float(new > 0)

@@ -62,3 +62,19 @@ def read_words(words: str) -> str:
             why=str(error),
             works="@ and the path of a UTF-8 text or JSON file, or the words themselves without @ in front",
         ) from error
+
+
+def read_lines(file: str) -> list[str]:
+    """The prompts of a prompt file, one per line; blank lines at its end are none.
+
+    Raises:
+        Refusal: the file is not there, is no UTF-8 text, or has no line.
+    """
+    lines = [line.strip() for line in read_words(f"@{file}").split("\n")]
+    if not any(lines):
+        raise Refusal(
+            what=f"task.prompt_file={file} has no words",
+            why="each line is the prompt of one clip",
+            works="a text file with one prompt per line",
+        )
+    return lines

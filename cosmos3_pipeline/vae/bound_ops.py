@@ -69,7 +69,7 @@ def _take(flow: Flow, room: Room) -> Frames:
 
 
 def _cut_sides(margins: Margins, exchange: HaloExchange | None) -> Margins:
-    """The margins that lie on other ranks; the others are the picture's edge, which the convolution pads itself."""
+    """The margins that lie on other ranks; the others are the picture's edge, padded by the convolution."""
     if exchange is None:
         return Margins()
     top, bottom = (margins.top, margins.bottom) if exchange.rows else (0, 0)
@@ -236,6 +236,9 @@ class DuplicateUp(BoundOp[ops.DuplicateUp]):
         out, ft, fs = flow.at.inner, self.op.factor_t, self.op.factor_s
         dropped = ft - 1 if flow.first else 0
         grid = out.view(b, t, ft - dropped, h, fs, w, fs, out.shape[-1])
+        if self.op.copies == self.op.factor:  # channel for channel, so the copies are all alike
+            grid.add_(kept[:, :, None, :, None, :, None])
+            return
         for time in range(dropped, ft):
             for row in range(fs):
                 for col in range(fs):
@@ -243,10 +246,12 @@ class DuplicateUp(BoundOp[ops.DuplicateUp]):
 
     def _copy(self, kept: Tensor, time: int, row: int, col: int) -> Tensor:
         """The kept channels that fall on the output channels at one offset of the upsampled grid."""
-        factor = self.op.factor_t * self.op.factor_s**2
+        factor, copies = self.op.factor, self.op.copies
         offset = (time * self.op.factor_s + row) * self.op.factor_s + col
+        if factor % copies == 0:
+            return kept[..., offset // copies :: factor // copies]
         outputs = torch.arange(self.op.target.channels, device=kept.device)
-        return kept.index_select(-1, (outputs * factor + offset) // self.op.copies)
+        return kept.index_select(-1, (outputs * factor + offset) // copies)
 
 
 class AverageDown(BoundOp[ops.AverageDown]):

@@ -79,7 +79,7 @@ class _Walk:
         for op, following in zip(self._ops, [*self._ops[1:], None], strict=True):
             alive = [at, *shortcuts]
             wanted = self._room(op)
-            takes = op.weights and not isinstance(op, NormSilu | Attention) or isinstance(op, ShortcutBegin)
+            takes = (op.weights and not isinstance(op, NormSilu | Attention)) or isinstance(op, ShortcutBegin)
             passes = first and isinstance(op, TimeUp | TimeDown)
             if takes and room != wanted and not (passes and isinstance(op, TimeUp)):
                 at = [self._size(op.source, wanted)]
@@ -140,6 +140,8 @@ class _Walk:
     def _shortcut_scratch(self, op: DuplicateUp | AverageDown) -> int:
         kept = self._size(op.kept)
         if isinstance(op, DuplicateUp):
+            if op.factor % op.copies == 0:
+                return 0  # added from views
             # One offset of the upsampled grid at a time: the kept grid with the output's channels.
             return kept // op.kept.channels * op.target.channels
         # The kept values padded in time, then their copy in groups; the unpadded ones are gone by then.

@@ -50,7 +50,7 @@ class Frames:
 
     @property
     def inner(self) -> Tensor:
-        b, t, h, w, _ = self.buffer.shape
+        h, w = self.buffer.shape[2:4]
         m = self.room.margins
         return self.buffer[:, self.room.front :, m.top : h - m.bottom, m.left : w - m.right]
 

@@ -33,13 +33,13 @@ def problem_of(
     shape = list(tensor.shape)
     if tensor.ndim != 5 or tensor.numel() == 0:
         return (
-            f"the {what} has shape {shape}; the VAE takes [batch, channels, frames, rows, columns], none of them 0; "
-            f"give a tensor like [1, {channels}, 1, {64 if not decode else 4}, {64 if not decode else 4}]"
+            f"the {what} has shape {shape}; the VAE takes [batch, channels, frames, rows, columns], none of them "
+            f"0; give a tensor like [1, {channels}, 1, {64 if not decode else 4}, {64 if not decode else 4}]"
         )
     if shape[1] != channels:
         return (
-            f"the {what} has {shape[1]} channels (shape {shape}); this VAE's {program.direction}r takes {channels}; "
-            f"give [batch, {channels}, frames, rows, columns]"
+            f"the {what} has {shape[1]} channels (shape {shape}); this VAE's {program.direction}r takes {channels}"
+            f"; give [batch, {channels}, frames, rows, columns]"
         )
     if one_clip and shape[0] != 1:
         return (
@@ -55,13 +55,13 @@ def problem_of(
     if not decode and (shape[3] % step or shape[4] % step):
         rows, cols = (max(step, round(size / step) * step) for size in shape[3:])
         return (
-            f"the picture is {shape[3]} x {shape[4]} pixels; one latent row or column is {step} pixels, so both must "
-            f"be multiples of {step}; resize it to {rows} x {cols}"
+            f"the picture is {shape[3]} x {shape[4]} pixels; one latent row or column is {step} pixels, so both "
+            f"must be multiples of {step}; resize it to {rows} x {cols}"
         )
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         return (
-            f"the {what} has {bad} of {tensor.numel()} values that are NaN or infinite; every pixel that they reach "
-            "would be lost; look at what made it: a finite latent decodes"
+            f"the {what} has {bad} of {tensor.numel()} values that are NaN or infinite; every pixel that they "
+            "reach would be lost; look at what made it: a finite latent decodes"
         )
     return None

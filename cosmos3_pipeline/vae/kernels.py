@@ -9,6 +9,8 @@ slow kernel for small inputs, and reorders the weights at every call.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,18 +56,21 @@ class Convolution:
                 out = torch.ops.mkldnn._convolution_pointwise.binary(
                     frames, kept, packed, self.bias, *geometry, "add", 1.0, None, [], None
                 )
-            return out.permute(0, 2, 3, 4, 1).contiguous()
+            return _channels_last(out)
         out = F.conv3d(frames, self.weight[:, :, -taps:], self.bias, stride=stride, padding=pad)
-        out = out.permute(0, 2, 3, 4, 1).contiguous()
+        out = _channels_last(out)
         return out if add is None else out.add_(add)
 
     def _pack(self, taps: int, frames: Tensor, pad: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         if taps not in self._packed:
             weight = self.weight[:, :, -taps:].contiguous().to_mkldnn()
-            self._packed[taps] = torch._C._nn.mkldnn_reorder_conv3d_weight(
-                weight, pad, stride, (1, 1, 1), 1, list(frames.shape)
-            )
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv3d_weight
+            self._packed[taps] = reorder(weight, pad, stride, (1, 1, 1), 1, list(frames.shape))
         return self._packed[taps]
+
+
+def _channels_last(out: Tensor) -> Tensor:
+    return out.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def _onednn(x: Tensor) -> bool:
@@ -89,7 +94,9 @@ def upsampling_weights(weight: Tensor) -> list[Tensor]:
 
     full = weight.float()
     return [
-        fold(fold(full, 2, row), 3, col).to(weight.dtype).unsqueeze(2).contiguous() for row in (0, 1) for col in (0, 1)
+        fold(fold(full, 2, row), 3, col).to(weight.dtype).unsqueeze(2).contiguous()
+        for row in (0, 1)
+        for col in (0, 1)
     ]
 
 
@@ -114,10 +121,6 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     for frame, target in zip(x.reshape(b * t, h, w, c).unbind(0), _frames(out), strict=True):
         for top in range(0, h, rows):
             target[top : top + rows].copy_(F.silu(rms_norm(frame[top : top + rows], gamma), inplace=True))
-
-
-
-
 
 
 def _frames(x: Tensor) -> list[Tensor]:

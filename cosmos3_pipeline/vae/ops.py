@@ -98,9 +98,13 @@ class TensorSpec:
         return math.prod(self.shape(latent, first=first))
 
 
-def conv_weights(prefix: str, out_channels: int, in_channels: int, kernel: tuple[int, ...]) -> tuple[Weight, Weight]:
+def conv_weights(
+    prefix: str, out_channels: int, in_channels: int, kernel: tuple[int, ...]
+) -> tuple[Weight, Weight]:
     """Weight and bias of a convolution."""
-    return Weight(f"{prefix}.weight", (out_channels, in_channels, *kernel)), Weight(f"{prefix}.bias", (out_channels,))
+    return Weight(f"{prefix}.weight", (out_channels, in_channels, *kernel)), Weight(
+        f"{prefix}.bias", (out_channels,)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,9 +312,14 @@ class DuplicateUp(Op):
         return True
 
     @property
+    def factor(self) -> int:
+        """Outputs of one channel that fall on one place of the kept grid."""
+        return self.factor_t * self.factor_s**2
+
+    @property
     def copies(self) -> int:
         """Consecutive entries of (channel, time, row, column) that one kept channel fills."""
-        return self.target.channels * self.factor_t * self.factor_s**2 // self.kept.channels
+        return self.target.channels * self.factor // self.kept.channels
 
 
 @dataclass(frozen=True, kw_only=True)

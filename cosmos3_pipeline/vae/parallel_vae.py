@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -46,9 +45,9 @@ class _Refusal:
 class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Encodes and decodes with the ranks of `group`, each by its strategy; a drop-in for `AutoencoderKLWan`.
 
-    autoencoder: the model whose weights are used; its tensors are shared, not copied, and may be on the meta device
-    in the half that is never called. encode, decode: strategies. group: the ranks that work together; None means
-    all ranks of an initialised `torch.distributed`, else this process alone. Its rank 0 is the root.
+    autoencoder: the model whose weights are used; its tensors are shared, not copied, and may be on the meta
+    device in the half that is never called. encode, decode: strategies. group: the ranks that work together;
+    None means all ranks of an initialised `torch.distributed`, else this process alone. Its rank 0 is the root.
     weights: where to take the weights from, if not from `autoencoder`.
 
     Every rank of the group makes one and calls the same methods with the same tensors. Bad input raises a
@@ -80,8 +79,8 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for direction, strategy in self._strategies.items():
             if direction not in strategy.directions:
                 raise StrategyError(
-                    f"strategy {strategy.name} for {direction}; it can {' and '.join(sorted(strategy.directions))} "
-                    f"only; choose another strategy for {direction}"
+                    f"strategy {strategy.name} for {direction}; it can {' and '.join(sorted(strategy.directions))}"
+                    f" only; choose another strategy for {direction}"
                 )
         loaded = next((p for p in autoencoder.parameters() if not p.is_meta), None)
         self._dtype: torch.dtype = dtype or (autoencoder.dtype if loaded is None else loaded.dtype)
@@ -103,13 +102,11 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> ParallelVAE:
-        """From a diffusers VAE folder. Each rank reads only the weights that its part needs, when it needs them."""
+        """From a diffusers VAE folder. Each rank reads the weights that its part needs, when it needs them."""
         with torch.device("meta"):
             autoencoder = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
         weights = FolderWeights(Path(folder))
-        return cls(
-            autoencoder, encode, decode, group, weights=weights, dtype=dtype, device=torch.device(device)
-        )
+        return cls(autoencoder, encode, decode, group, weights=weights, dtype=dtype, device=torch.device(device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,9 +164,9 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
         """Latents [1, z_dim, T, h, w] -> bytes [frames, H, W, 3], chunk by chunk as they are ready, on the root.
 
-        A generator. The other ranks take part by iterating theirs, which yields nothing, to its end. Nothing happens
-        before the first `next`. Closing the root's generator early ends the others' too; leaving it neither
-        exhausted nor closed makes them wait. Memory does not grow with the number of frames.
+        A generator. The other ranks take part by iterating theirs, which yields nothing, to its end. Nothing
+        happens before the first `next`. Closing the root's generator early ends the others' too; leaving it
+        neither exhausted nor closed makes them wait. Memory does not grow with the number of frames.
         """
         self._agree("decode", z, one_clip=True)
         try:
@@ -180,7 +177,9 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         except RunStopped:
             return
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Picture [B, 3, F, H, W] in [-1, 1] -> distribution of latents [B, z_dim, T, h, w], on every rank.
 
         As in diffusers, frames beyond the last whole chunk (1 + 4k frames) are not encoded.
@@ -212,8 +211,8 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if (moved.dtype, moved.device) != (self._dtype, self._device):
             if self._released:
                 raise RuntimeError(
-                    f"the VAE was released as {self._dtype} on {self._device}; the weights from which {moved.dtype} "
-                    f"on {moved.device} could be made are gone; move it before release()"
+                    f"the VAE was released as {self._dtype} on {self._device}; the weights from which "
+                    f"{moved.dtype} on {moved.device} could be made are gone; move it before release()"
                 )
             self._dtype, self._device = moved.dtype, moved.device
             self._runners.clear()

@@ -16,7 +16,7 @@ def latent_chunk(z: Tensor, index: int) -> Tensor:
 
 
 def picture_chunks(frames: int) -> int:
-    """Chunks in which a picture of `frames` frames is encoded; as in diffusers, up to 3 frames left over are not."""
+    """Chunks in which a picture of `frames` frames is encoded; as in diffusers, frames left over are not."""
     return 1 + (frames - 1) // ENCODE_CHUNK
 
 

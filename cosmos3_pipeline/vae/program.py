@@ -111,7 +111,7 @@ class Program:
         return tuple(at)
 
     def carried(self, cut: int) -> tuple[TensorSpec, ...]:
-        """The tensors that cross the cut before op `cut`: the activation, then the open shortcuts, oldest first."""
+        """What crosses the cut before op `cut`: the activation, then the open shortcuts, oldest first."""
         return self._carried[cut]
 
     def carried_shapes(self, cut: int, latent: LatentShape, *, first: bool) -> tuple[Shape, ...]:
@@ -231,16 +231,16 @@ class _Config:
         resamples = len(self.dim_mult) - 1
         if len(steps) < resamples:
             raise ProgramError(
-                f"temperal_downsample={list(steps)} for dim_mult={list(self.dim_mult)}; {len(self.dim_mult)} levels "
-                f"have {resamples} resamplings between them; give one entry for each"
+                f"temperal_downsample={list(steps)} for dim_mult={list(self.dim_mult)}; {len(self.dim_mult)} "
+                f"levels have {resamples} resamplings between them; give one entry for each"
             )
         # The encoder reads the list from its start and the decoder from its end, as diffusers does.
         self._steps = {"encode": steps[:resamples], "decode": tuple(reversed(steps))[:resamples]}
         for name in ("in_channels", "out_channels"):
             if getattr(self, name) % self.patch**2:
                 raise ProgramError(
-                    f"{name}={getattr(self, name)} with patch_size={self.patch}; a patch folds {self.patch}^2 pixels "
-                    f"into channels; give a multiple of {self.patch**2}"
+                    f"{name}={getattr(self, name)} with patch_size={self.patch}; a patch folds {self.patch}^2 "
+                    f"pixels into channels; give a multiple of {self.patch**2}"
                 )
 
     def temporal_steps(self, direction: Direction) -> tuple[bool, ...]:
@@ -249,7 +249,7 @@ class _Config:
 
     @property
     def spatial(self) -> int:
-        return self.patch * 2 ** (len(self.dim_mult) - 1)
+        return self.patch << (len(self.dim_mult) - 1)
 
     def program(self, direction: Direction, ops: Sequence[Op], *, picture_channels: int) -> Program:
         temporal = 2 ** sum(self.temporal_steps(direction))
@@ -273,7 +273,9 @@ class _Builder:
         self.ops: list[Op] = []
         self._open: list[TensorSpec] = []
 
-    def _step(self, *, channels: int | None = None, scale: int | None = None, frames: int | None = None) -> TensorSpec:
+    def _step(
+        self, *, channels: int | None = None, scale: int | None = None, frames: int | None = None
+    ) -> TensorSpec:
         at = self.at
         return TensorSpec(channels or at.channels, scale or at.scale, frames or at.frames)
 
@@ -281,9 +283,7 @@ class _Builder:
         self.ops.append(op)
         self.at = op.target
 
-    def conv(
-        self, name: str, channels: int, kernel: tuple[int, int, int], *, adds_shortcut: bool = False
-    ) -> None:
+    def conv(self, name: str, channels: int, kernel: tuple[int, int, int], *, adds_shortcut: bool = False) -> None:
         weights = conv_weights(name, channels, self.at.channels, kernel)
         target = self._step(channels=channels)
         if adds_shortcut:
@@ -379,5 +379,3 @@ class _Builder:
     def unpatchify(self, patch: int) -> None:
         target = self._step(channels=self.at.channels // patch**2, scale=self.at.scale * patch)
         self._add(Unpatchify(name="unpatchify", source=self.at, target=target, patch=patch))
-
-

@@ -62,7 +62,7 @@ Pixels = Literal["float", "uint8"]
 class Exactness(StrEnum):
     """How a strategy's output relates to that of one rank, strongest first.
 
-    bitwise: equal in every bit. rounding: the same arithmetic up to the order of sums (at least 100 dB in float32).
+    bitwise: equal in every bit. rounding: the same up to the order of sums (at least 100 dB in float32).
     approximate: another picture, close to the eye.
     """
 

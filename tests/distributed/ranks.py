@@ -1,4 +1,4 @@
-"""Runs a function in N real gloo processes and returns what each returned, or raises what the first to fail raised."""
+"""Runs a function in N real gloo processes; returns what each returned, or raises the first failure."""
 
 from __future__ import annotations
 

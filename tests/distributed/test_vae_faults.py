@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.replicated import Replicated
 from ranks import run_on_ranks
 from vae_models import WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.executor import Slice
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.replicated import Replicated
 
 CONFIG = vae_config(WAN22)
 # Without the board a rank would wait for the process group's own timeout of 60 s.

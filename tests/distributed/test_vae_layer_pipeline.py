@@ -1,4 +1,4 @@
-"""`layer_pipeline` against `replicated` in real ranks: equal bit for bit, with the bytes and memory that it planned."""
+"""`layer_pipeline` against `replicated` in real ranks: equal bits, and the bytes and memory that it planned."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.replicated import Replicated
 from live_bytes import LiveBytes
 from ranks import run_on_ranks
-from vae_models import WAN21, WAN22, make_vae, vae_config
+from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.strategy import LatentShape
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.replicated import Replicated
 
 # name, config, dtype, latent frames, latent rows and columns, batch
 CASES = [
@@ -164,6 +164,18 @@ def test_two_groups_decode_their_own_clips() -> None:
     for rank, picture in enumerate(pictures):
         z = torch.randn(1, WAN22["z_dim"], 2, 3, 2, generator=torch.Generator().manual_seed(rank // 2))
         assert torch.equal(picture, alone.decode(z).sample)
+
+
+def _pipeline(rank: int) -> torch.Tensor:
+    model = make_vae(vae_config(WAN21, z_dim=16))
+    return wan_video(ParallelVAE(model, LayerPipeline(), LayerPipeline()))
+
+
+def test_wan_pipeline_gives_the_same_video_on_two_ranks() -> None:
+    model = make_vae(vae_config(WAN21, z_dim=16))
+    alone = wan_video(ParallelVAE(model, Replicated(), Replicated()))
+    for video in run_on_ranks(_pipeline, 2):
+        assert torch.equal(video, alone)
 
 
 def _comm(rank: int) -> None:

@@ -98,6 +98,24 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path:
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks)
 
 
+def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "launch.py", *SMALL, "sampler.steps=900", "topology=cpu_x2", f"hydra.run.dir={tmp_path}"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    ranks = wait_for_ranks(run.pid, 2)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "stopped; nothing half-written is left" in errors
+    assert not list(tmp_path.glob("*.mp4*"))
+    assert not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks)
+
+
 def wait_for_ranks(parent: int, count: int) -> list[int]:
     """The processes that `parent` spawned as ranks, once `count` of them exist and have imported torch."""
     for _ in range(600):
@@ -142,7 +160,11 @@ def test_showing_the_config_or_the_help_is_quick(flags: list[str]) -> None:
 
 def test_a_sweep_tells_every_job_and_survives_a_failing_one(tmp_path: Path) -> None:
     done = launch(
-        "-m", *SMALL, "vae=replicated,parallel_decode", "topology=cpu_x1,cpu_x2", f"hydra.sweep.dir={tmp_path / 's'}"
+        "-m",
+        *SMALL,
+        "vae=replicated,parallel_decode",
+        "topology=cpu_x1,cpu_x2",
+        f"hydra.sweep.dir={tmp_path / 's'}",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("identical") >= 2

@@ -1,4 +1,4 @@
-"""The program against the real modules: for random configs, every op's shape, weights and FLOPs are the module's."""
+"""The program against the real modules: for random configs, each op's shape, weights and FLOPs are its."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def configs(draw: Any, *, halvings: int = 3) -> dict[str, Any]:
     # A residual shortcut averages or copies whole channels, so widths divide, and the last two are equal.
     mult = sorted(draw(st.lists(st.sampled_from([1, 2, 4]), min_size=levels - 1, max_size=levels - 1)))
     mult = [1, *mult[:-1], (mult[-2] if levels > 2 else 1)] if residual and levels > 1 else [1, 2, 4, 4][:levels]
-    steps = draw(st.lists(st.booleans(), min_size=levels - 1, max_size=levels - 1).filter(lambda s: sum(s) <= halvings))
+    steps = draw(
+        st.lists(st.booleans(), min_size=levels - 1, max_size=levels - 1).filter(lambda s: sum(s) <= halvings)
+    )
     patch = draw(st.sampled_from([None, 1, 2, 4] if residual else [None, 2]))
     width = draw(st.sampled_from([4, 8]))
     return vae_config(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos3_plugins.replicated import Replicated
 from test_program import attention_in_encoder
 from torch import Tensor
 from vae_models import WAN21, WAN22, make_vae, vae_config
@@ -18,6 +17,7 @@ from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
+from cosmos3_plugins.replicated import Replicated
 
 CONFIGS = {
     "wan22": vae_config(WAN22),
@@ -38,7 +38,9 @@ def spatial(vae: Any) -> int:
     return decoder_program(vae.config).spatial
 
 
-def picture_of(vae: Any, *, frames: int = 9, rows: int = 3, cols: int = 2, batch: int = 1, seed: int = 0) -> Tensor:
+def picture_of(
+    vae: Any, *, frames: int = 9, rows: int = 3, cols: int = 2, batch: int = 1, seed: int = 0
+) -> Tensor:
     scale = spatial(vae)
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, 3, frames, rows * scale, cols * scale, generator=generator) * 2 - 1
@@ -119,7 +121,9 @@ def test_any_cut_gives_the_same_bits(name: str, make_program: Callable[..., Prog
             shape = crossing[0].shape
             scale = program.carried(cut)[0].scale
             latent = LatentShape(1, 3, shape[2] // scale, shape[3] // scale)
-            assert [tuple(t.shape) for t in crossing] == list(program.carried_shapes(cut, latent, first=i == 0)), cut
+            assert [tuple(t.shape) for t in crossing] == list(program.carried_shapes(cut, latent, first=i == 0)), (
+                cut
+            )
             (result,) = parts[1].run([t.clone() for t in crossing], states[1])
             assert torch.equal(result, expected[i]), (cut, i)
 
@@ -206,7 +210,8 @@ def test_slabs_make_the_same_picture(
         own = part.state(3)
         low, high = edges[index] * scale, edges[index + 1] * scale
         results[index] = [
-            part.run([chunk.narrow(dim, low, high - low).contiguous()], own, slabs.side(index))[0] for chunk in chunks
+            part.run([chunk.narrow(dim, low, high - low).contiguous()], own, slabs.side(index))[0]
+            for chunk in chunks
         ]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(slabs.count)]

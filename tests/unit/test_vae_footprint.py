@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos3_plugins.replicated import Replicated
 from live_bytes import LiveBytes
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
@@ -16,6 +15,7 @@ from cosmos3_pipeline.vae.footprint import activation_bytes
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import decoder_program, encoder_program
+from cosmos3_plugins.replicated import Replicated
 
 
 def measured(part: Slice, chunks: list[list[torch.Tensor]], weights: dict[str, torch.Tensor]) -> int:

@@ -57,8 +57,8 @@ class LayerPipeline(Strategy):
             )
         if ranks > len(program):
             raise StrategyError(
-                f"layer_pipeline over {ranks} ranks; the {program.direction}r has {len(program)} ops and each rank "
-                f"needs one; use {len(program)} ranks or fewer"
+                f"layer_pipeline over {ranks} ranks; the {program.direction}r has {len(program)} ops and each "
+                f"rank needs one; use {len(program)} ranks or fewer"
             )
         return tuple(reversed(balanced_runs(program, ranks, self.flops_per_element)))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
-from cosmos3_pipeline.vae.ops import LatentShape, NormSilu, Op
+from cosmos3_pipeline.vae.ops import AverageDown, DuplicateUp, LatentShape, NormSilu, Op
 from cosmos3_pipeline.vae.program import Program
 
 # Costs are proportional to the picture's size but for attention, a thousandth of them; so one grid serves all, and
@@ -19,14 +19,12 @@ _SLACK = 1.01
 
 @cache
 def op_costs(program: Program, flops_per_element: float) -> tuple[float, ...]:
-    """Relative cost of each op on a later chunk, in FLOPs; an element read or written counts `flops_per_element`."""
-    return tuple(
-        op.flops(_GRID, first=False) + flops_per_element * _elements_touched(op) for op in program.ops
-    )
+    """Cost of each op on a later chunk, in FLOPs; touching an element counts `flops_per_element`."""
+    return tuple(op.flops(_GRID, first=False) + flops_per_element * _elements_touched(op) for op in program.ops)
 
 
 def _elements_touched(op: Op) -> int:
-    passes = 3 if isinstance(op, NormSilu) else 1
+    passes = 3 if isinstance(op, NormSilu | DuplicateUp | AverageDown) else 1
     return passes * (op.source.elements(_GRID, first=False) + op.target.elements(_GRID, first=False))
 
 
@@ -42,7 +40,7 @@ def balanced_runs(program: Program, ranks: int, flops_per_element: float) -> tup
     ]
     limit = _SLACK * _cheapest_maximum(costs, ranks)
     cuts = _least_crossing(costs, crossing, ranks, limit)
-    return tuple(zip(cuts[:-1], cuts[1:], strict=True))
+    return tuple(pairwise(cuts))
 
 
 def _cheapest_maximum(costs: Sequence[float], ranks: int) -> float:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from cosmos3_pipeline.config.errors import Refusal
 
 INDEX = "model_index.json"
@@ -91,26 +93,31 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     )
 
 
-def check_dimensions(info: CheckpointInfo, *, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Hold the checkpoint's own dimensions against those of the config, which checks and plans were made with.
+def adopt_dimensions(cfg: DictConfig) -> list[str]:
+    """Put the dimensions of the checkpoint folder `cfg.model.path` in the place of the model option's.
 
-    A key that the checkpoint's config does not have is not compared.
-
-    Raises:
-        Refusal: at least one differs.
+    Checks, plans and the saved config are then about the model that runs. Returns one line per dimension that
+    was another one. Without a folder here (no path, a hub id, nothing there) nothing changes: `check_start`
+    says so before a run.
     """
-    differing = [
-        f"{node}.{key}={wanted} but the checkpoint has {found[key]}"
-        for node, expected, found in (("transformer", transformer, info.transformer), ("vae", vae, info.vae))
-        for key, wanted in expected.items()
-        if key in found and found[key] != wanted
-    ]
-    if differing:
-        raise Refusal(
-            what=f"{info.folder} is another model than the config describes: {'; '.join(differing)}",
-            why="sizes, memory and rank layouts were computed for the config's dimensions",
-            works="the model= option of this checkpoint, or these keys set to what the checkpoint has",
-        )
+    path = cfg.model.path
+    if path is None or not (Path(path).expanduser() / INDEX).is_file():
+        return []
+    try:
+        info = inspect_checkpoint(path)
+    except Refusal:
+        return []
+    changed = []
+    for name, found in (("transformer", info.transformer), ("vae", info.vae)):
+        node = cfg.model[name]
+        for key in node:
+            if found.get(key) is None:
+                continue
+            option = node[key]
+            node[key] = found[key]
+            if node[key] != option:
+                changed.append(f"model.{name}.{key}={found[key]}, not {option}")
+    return changed
 
 
 def fetch_checkpoint(repo: str) -> Path:

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 from toy_runs import toy_dimensions
 
-from cosmos3_pipeline.config.errors import Refusal
-from cosmos3_pipeline.models.checkpoint import (
-    check_dimensions,
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.errors import ConfigError, Refusal
+from cosmos3_pipeline.models.loading import Components, load_scheduler, load_vae, open_checkpoint
+from cosmos3_pipeline.models.toy import write_toy
+from cosmos3_pipeline.plan.checkpoint import (
+    adopt_dimensions,
     fetch_checkpoint,
     inspect_checkpoint,
     is_hub_id,
 )
-from cosmos3_pipeline.models.loading import Components, load_scheduler, load_vae, open_checkpoint
-from cosmos3_pipeline.models.toy import write_toy
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_a_whole_folder_is_told_by_its_numbers(folder: Path) -> None:
 
 def test_looking_at_it_imports_no_torch(folder: Path) -> None:
     program = (
-        "import sys; from cosmos3_pipeline.models.checkpoint import inspect_checkpoint; "
+        "import sys; from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint; "
         f"inspect_checkpoint({str(folder)!r}); "
         "print({'torch', 'diffusers', 'transformers', 'safetensors', 'huggingface_hub'} & set(sys.modules))"
     )
@@ -115,14 +117,25 @@ def test_looking_at_it_imports_no_torch(folder: Path) -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_dimensions_are_held_against_the_config(whole: Path) -> None:
-    info = inspect_checkpoint(whole)
-    wanted = toy_dimensions()
-    check_dimensions(info, **wanted)
-    wanted["transformer"]["hidden_size"] = 4096
-    wanted["vae"]["base_dim"] = 160
-    with pytest.raises(Refusal, match=r"hidden_size=4096 but the checkpoint has 64; vae.base_dim=160 but .* 16"):
-        check_dimensions(info, **wanted)
+def test_the_checkpoints_own_dimensions_take_the_options_place(whole: Path) -> None:
+    cfg = compose(["model=nano", f"model.path={whole}"])
+    assert cfg.model.transformer.hidden_size == 64
+    assert cfg.model.vae.base_dim == 16
+    assert "model.transformer.num_hidden_layers=4, not 36" in adopt_dimensions(compose_option("nano", whole))
+
+
+def compose_option(model: str, folder: Path) -> DictConfig:
+    cfg = compose([f"model={model}"])
+    cfg.model.path = str(folder)
+    return cfg
+
+
+def test_checks_are_about_the_checkpoint_not_the_option(whole: Path, folder: Path) -> None:
+    layout = ["topology=cpu_x4", "topology.cfg=1", "topology.ulysses=4"]
+    compose([*layout, f"model.path={whole}"])
+    edit(folder / "transformer" / "config.json", num_attention_heads=6)
+    with pytest.raises(ConfigError, match="6 attention heads"):
+        compose([*layout, f"model.path={folder}"])
 
 
 def test_what_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,64 @@
+"""Several prompts in one run: one folder per line of the prompt file, and an index of how each went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cosmos3_pipeline.stages.files import write_whole
+
+INDEX_FILE = "prompts.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the prompt file, counted from 1. `failed` says why it has no picture."""
+
+    number: int
+    prompt: str
+    folder: str
+    failed: str | None
+
+
+class PromptsFailed(RuntimeError):
+    """Some lines of a prompt file have no picture; the others do."""
+
+
+def line_folder(directory: Path, index: int) -> Path:
+    """Where the clip of line `index` (from 0) goes: line_0001 and so on."""
+    return directory / f"line_{index + 1:04d}"
+
+
+def write_index(directory: Path, lines: Mapping[int, Line]) -> None:
+    """Write prompts.json: every line in order, with its folder and, where it failed, why."""
+    listed = [asdict(lines[number]) for number in sorted(lines)]
+    write_whole(directory / INDEX_FILE, json.dumps({"schema_version": SCHEMA_VERSION, "lines": listed}, indent=2))
+
+
+def show(output: Path) -> None:
+    """Print how each line went; raises PromptsFailed when one has no picture."""
+    lines = json.loads((output / INDEX_FILE).read_text())["lines"]
+    table = Table(title=f"{len(lines)} prompts")
+    table.add_column("line", justify="right")
+    table.add_column("prompt", overflow="ellipsis", max_width=60)
+    table.add_column("seconds", justify="right")
+    table.add_column("picture")
+    for line in lines:
+        if line["failed"] is not None:
+            table.add_row(str(line["number"]), line["prompt"], "", f"[red]{line['failed'].splitlines()[0]}[/red]")
+            continue
+        metrics = json.loads((output / line["folder"] / "metrics.json").read_text())
+        picture = f"{line['folder']}/{metrics['picture']}"
+        table.add_row(str(line["number"]), line["prompt"], f"{metrics['seconds']:.2f}", picture)
+    console = Console()
+    console.print(table)
+    console.print(f"{output}", soft_wrap=True, highlight=False)
+    failed = [line["number"] for line in lines if line["failed"] is not None]
+    if failed:
+        raise PromptsFailed(f"lines {failed} of {len(lines)} have no picture, see {output / INDEX_FILE}")

@@ -1,0 +1,82 @@
+"""Ranking the layouts of a topology for a task: guidance x sequence x VAE strategy, by estimated time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import cast
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from cosmos3_pipeline.config.errors import ConfigError
+from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.plan.checks import check
+from cosmos3_pipeline.plan.plan import Plan, make_plan
+from cosmos3_pipeline.plan.vae import REFERENCE
+from cosmos3_pipeline.vae.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout: the overrides that choose it and its plan, or the reason why it cannot be."""
+
+    overrides: tuple[str, ...]
+    plan: Plan | None
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float:
+        assert self.plan is not None
+        return sum(self.plan.seconds.values())
+
+    @property
+    def usable(self) -> bool:
+        return self.plan is not None and self.plan.fits
+
+
+def search(cfg: DictConfig) -> list[Candidate]:
+    """Every layout of the ranks of `cfg`: those that fit, fastest first, then those that do not, then the refused.
+
+    Equal times are told apart by memory, then by what is sent.
+    """
+    found = [_candidate(cfg, *choice) for choice in _choices(cfg)]
+    return sorted(found, key=_order)
+
+
+def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str, ...]]:
+    plan = candidate.plan
+    if plan is None:
+        return True, True, 0.0, 0, 0, candidate.overrides
+    sent = sum(plan.sent(stage).bytes for stage in plan.ranks[0].stages)
+    return False, not plan.fits, candidate.seconds, plan.peak_bytes, sent, candidate.overrides
+
+
+def _choices(cfg: DictConfig) -> Iterator[tuple[int, int, str]]:
+    """(cfg, ulysses, decode strategy or "" for none) of every way to use all ranks."""
+    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
+    guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
+    layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
+    usable = (n for n, cls in discover().strategies.items() if "decode" in cast(type[Strategy], cls).directions)
+    strategies = ["", *(name for name in usable if name != REFERENCE)]
+    for (g, u), strategy in product(layouts, strategies if ranks > 1 else [""]):
+        yield g, u, strategy
+
+
+def _candidate(cfg: DictConfig, guidance: int, ulysses: int, strategy: str) -> Candidate:
+    overrides = [f"topology.cfg={guidance}", f"topology.ulysses={ulysses}"]
+    overrides += (
+        ["vae.parallel_decode=true", f"vae/decode={strategy}"] if strategy else ["vae.parallel_decode=false"]
+    )
+    tried = OmegaConf.create(cfg)  # a copy: the plan of the run itself stays as it is
+    assert isinstance(tried, DictConfig)
+    with open_dict(tried):
+        tried.topology.cfg, tried.topology.ulysses = guidance, ulysses
+        tried.vae.parallel_decode = bool(strategy)
+        if strategy:
+            tried.vae.decode = {"_target_": discover().target(strategy)}
+    try:
+        check(tried)
+        return Candidate(tuple(overrides), make_plan(tried))
+    except ConfigError as error:
+        return Candidate(tuple(overrides), None, error.problems[0].what)

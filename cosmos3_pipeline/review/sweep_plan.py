@@ -1,0 +1,108 @@
+"""`cosmos3 sweep-plan`: the jobs that a sweep would run, each with its plan, before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from rich.console import Console
+from rich.table import Table
+
+from cosmos3_pipeline.config.compose import as_config_error
+from cosmos3_pipeline.config.errors import ConfigError
+from cosmos3_pipeline.plan import plan_of
+from cosmos3_pipeline.plan.checks import compose_checked
+from cosmos3_pipeline.plan.units import quantity
+
+INVALID = 2  # exit code when a job of the sweep would be refused
+USAGE = 3
+
+DESCRIPTION = """\
+The jobs of `launch.py -m OVERRIDES`, each with its plan, and which of them would be refused.
+
+  cosmos3 sweep-plan -- model=nano topology=h200_x4,h200_x8 vae=replicated,parallel_decode
+
+Exit code: 0 all can run, 2 at least one would be refused, 3 the sweep cannot be read.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `cosmos3 sweep-plan` with `arguments` and return the exit code."""
+    parser = argparse.ArgumentParser(
+        "cosmos3 sweep-plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="as for a run with -m, after --")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    try:
+        asked = parser.parse_args(arguments)
+    except SystemExit as exit_:  # argparse ends with 2, which means a refused job here
+        return USAGE if exit_.code else 0
+    overrides = [o for o in asked.overrides if o not in ("-m", "--multirun")]
+    try:
+        jobs = [plan_job(job) for job in expand(overrides)]
+    except HydraException as error:
+        print(as_config_error(error, overrides), file=sys.stderr)
+        return USAGE
+    if asked.format == "json":
+        print(json.dumps({"schema_version": 1, "jobs": jobs}, indent=2))
+    else:
+        _show(jobs)
+    return INVALID if any(job["problems"] for job in jobs) else 0
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job, in the order in which Hydra's sweeper runs them."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [list(job) for batch in batches for job in batch]
+
+
+def plan_job(overrides: list[str]) -> dict[str, Any]:
+    """One job: its overrides, and its plan's summary or the problems that refuse it."""
+    try:
+        return {"overrides": overrides, "problems": [], "plan": plan_of(compose_checked(overrides))["summary"]}
+    except ConfigError as error:
+        problems = [{"what": p.what, "why": p.why, "works": p.works} for p in error.problems]
+        return {"overrides": overrides, "problems": problems, "plan": None}
+
+
+def _show(jobs: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=f"{len(jobs)} jobs", title_justify="left")
+    table.add_column("job", justify="right")
+    table.add_column("overrides", overflow="fold")
+    for column in ("ranks", "layout", "memory per rank", "fits", "sent", "decode", "exactness", "about"):
+        table.add_column(column, justify="right")
+    refused: dict[tuple[str, ...], list[str]] = {}  # the same problem is told once
+    for number, job in enumerate(jobs):
+        plan, head = job["plan"], (str(number), " ".join(job["overrides"]))
+        if plan is None:
+            table.add_row(*head, *[""] * 7, "[red]refused[/red]")
+            for problem in job["problems"]:
+                refused.setdefault(tuple(problem.values()), []).append(str(number))
+            continue
+        exactness = [value for name, value in plan.items() if name.startswith("exactness.")]
+        sent = sum(value for name, value in plan.items() if name.startswith("wire.") and name.endswith("_bytes"))
+        table.add_row(
+            *head,
+            str(plan["ranks"]),
+            plan["layout"],
+            quantity("bytes", plan["memory.peak_bytes"]),
+            "yes" if plan["fits"] else "[red]no[/red]",
+            quantity("bytes", sent),
+            plan["strategy.decode"],
+            next((v for v in ("approximate", "rounding") if v in exactness), "bitwise"),
+            quantity("seconds", plan["seconds.total"]),
+        )
+    console = Console()
+    console.print(table)
+    for (what, why, works), numbers in refused.items():
+        jobs_named = f"job{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+        console.print(
+            f"refused {jobs_named}: {what}\n  why:   {why}\n  works: {works}", highlight=False, markup=False
+        )

@@ -1,0 +1,65 @@
+"""One rank's slab of every chunk, through the whole program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, picture_chunks
+from cosmos3_pipeline.vae.strategy import Direction, Pixels
+from cosmos3_pipeline.vae.weights import BoundVae
+from cosmos3_plugins.spatial_shard.exchange import Collector, SlabExchange, slab_of
+from cosmos3_plugins.spatial_shard.slabs import Grid
+
+# Where the rows are, with the columns next to them.
+PICTURE_ROWS = 3  # of a latent or a float picture [B, C, T, H, W]
+PIXEL_ROWS = 2  # of bytes and of the executor's activations [B, T, H, W, C]
+
+
+class ShardRunner:
+    """All ops on one slab. `grid_of` gives the cuts for latent rows and columns."""
+
+    def __init__(self, vae: BoundVae, comm: Comm, direction: Direction, grid_of: Callable[[int, int], Grid]) -> None:
+        self._comm = comm
+        self._grid_of = grid_of
+        self._slice = vae.slice(direction)
+
+    def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
+        """Yields each chunk of the picture on the root; the other ranks send theirs and yield nothing."""
+        grid = self._grid_of(z.shape[3], z.shape[4])
+        z = slab_of(z, grid.slab(self._comm.rank), 1, PICTURE_ROWS)
+        collector = Collector(self._comm, grid)
+        for picture in self._outputs(grid, z.shape[2], lambda index: latent_chunk(z, index)):
+            whole = collector.collect(
+                as_pixels(picture, pixels), dim=PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
+            )
+            if whole is not None:
+                yield whole
+        collector.flush()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], put together on the root and broadcast."""
+        program = self._slice.program
+        scale, chunks = program.spatial, picture_chunks(x.shape[2])
+        rows, cols = x.shape[3] // scale, x.shape[4] // scale
+        grid = self._grid_of(rows, cols)
+        own = slab_of(x, grid.slab(self._comm.rank), scale, PICTURE_ROWS)
+        parts = list(self._outputs(grid, chunks, lambda index: picture_chunk(own, index)))
+        collector = Collector(self._comm, grid)
+        whole = collector.collect(torch.cat(parts, dim=1), dim=PIXEL_ROWS)
+        collector.flush()
+        if whole is None:
+            frames = 1 + (chunks - 1) * program.latents_per_chunk
+            whole = x.new_empty(x.shape[0], frames, rows, cols, 2 * program.z_dim)
+        self._comm.broadcast(whole)
+        return whole.permute(0, 4, 1, 2, 3).contiguous()
+
+    def _outputs(self, grid: Grid, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        state = self._slice.state(chunks)
+        exchange = SlabExchange(self._comm, grid) if len(grid) > 1 else None
+        for index in range(chunks):
+            (result,) = self._slice.run([source(index)], state, exchange)
+            yield result

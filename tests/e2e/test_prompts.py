@@ -1,0 +1,50 @@
+"""Several prompts in one run: a clip per line, dealt to replicas, and a failing line stops no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, launch, metrics
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red kite\n\na blue boat\na green hill\n")
+    return path
+
+
+@pytest.mark.parametrize("axes", [["topology=cpu_x1"], ["topology.ranks_per_node=3", "topology.dp=3"]], ids=str)
+def test_a_clip_per_line_and_a_failed_line_stops_no_other(axes: list[str], prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = launch(*SMALL, *axes, f"task.prompt_file={prompts}", f"hydra.run.dir={output}")
+    assert done.returncode == 1
+    assert "lines [2] of 4" in done.stderr
+    lines = json.loads((output / "prompts.json").read_text())["lines"]
+    assert [line["number"] for line in lines] == [1, 2, 3, 4]
+    assert [line["failed"] is None for line in lines] == [True, False, True, True]
+    assert "empty" in lines[1]["failed"]
+    hashes = {metrics(output / f"line_{n:04d}")["frames_sha256"] for n in (1, 3, 4)}
+    assert len(hashes) == 3
+    assert not (output / "line_0002" / "video.mp4").exists()
+
+
+def test_a_line_gives_the_clip_that_its_prompt_alone_gives(prompts: Path, tmp_path: Path) -> None:
+    launch(
+        *SMALL,
+        "topology.ranks_per_node=2",
+        "topology.dp=2",
+        f"task.prompt_file={prompts}",
+        f"hydra.run.dir={tmp_path / 'many'}",
+    )
+    launch(*SMALL, "task.prompt='a blue boat'", f"hydra.run.dir={tmp_path / 'one'}")
+    hashes = [metrics(tmp_path / folder)["frames_sha256"] for folder in ("many/line_0003", "one")]
+    assert hashes[0] == hashes[1]
+
+
+def test_replicas_without_prompts_are_refused() -> None:
+    done = launch("topology.ranks_per_node=2", "topology.dp=2")
+    assert done.returncode == 2
+    assert "task.prompt_file" in done.stderr
