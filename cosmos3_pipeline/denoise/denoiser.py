@@ -26,14 +26,13 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
 
     With two ranks on `cfg`, the first runs the conditional pass and the second the unconditional one; they
     swap velocities and each combines both, in diffusers' arithmetic and order. The prompt's keys and values
-    live as long as one run of the loop.
+    live as long as one run of the loop. Without a mesh this rank does everything alone.
     """
 
     def __init__(self, mesh: RankMesh | None = None) -> None:
         super().__init__()
-        mesh = RankMesh() if mesh is None else mesh
-        self._guidance = Exchange(mesh.comm("cfg"))
-        self._sequence = Exchange(mesh.comm("ulysses"))
+        self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
+        self._sequence = Exchange(None if mesh is None else mesh.comm("ulysses"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelLoopDenoiser:
         """The block itself: diffusers copies a workflow's blocks, and process groups cannot be copied."""

@@ -15,18 +15,19 @@ from cosmos3_pipeline.distributed.comm import Comm
 
 
 class Exchange:
-    """The ranks of one axis of the mesh, talking through `comm`; alone on it, a rank sends and copies nothing."""
+    """The ranks of one axis of the mesh, talking through `comm`; alone (None), a rank sends and copies nothing."""
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(self, comm: Comm | None = None) -> None:
         self._comm = comm
-        self.ranks = comm.size
-        self.rank = comm.rank
+        self.ranks = 1 if comm is None else comm.size
+        self.rank = 0 if comm is None else comm.rank
 
     def all_to_all(self, parts: Sequence[Tensor], received: Sequence[int]) -> Tensor:
         """Send `parts[r]` (any shape) to rank r; returns the elements from all ranks, in rank order, flat.
 
         `received[r]` is the number of elements that rank r sends here: every rank can compute it.
         """
+        assert self._comm is not None
         out = parts[self.rank].new_empty(sum(received))
         slots = out.split(list(received))
         peers = [rank for rank in range(self.ranks) if rank != self.rank]

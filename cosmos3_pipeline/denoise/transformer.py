@@ -25,7 +25,6 @@ from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, head_shares, start_of
-from cosmos3_pipeline.distributed.mesh import RankMesh
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class ParallelTransformer:
     def __init__(self, transformer: Cosmos3OmniTransformer, *, ulysses: Exchange | None = None) -> None:
         config = transformer.config
         self._model = transformer
-        self._exchange = Exchange(RankMesh().comm("ulysses")) if ulysses is None else ulysses
+        self._exchange = Exchange() if ulysses is None else ulysses
         ranks = self._exchange.ranks
         check_layout(
             num_attention_heads=config.num_attention_heads,
@@ -124,7 +123,7 @@ class ParallelTransformer:
         """Own vision tokens [n, hidden] of the latents `vision_tokens` ([1, C, T, h, w] each), and their shapes.
 
         Latents and noise level are the same for every guidance pass, so one call serves all of a step.
-        `timestep` [1] is embedded once (as a matrix, for its bits): all noisy tokens of a step share it.
+        `timestep` [1] is the same for all noisy tokens of a step.
         """
         model = self._model
         packed, latent_shapes = model._patchify_and_pack_latents(vision_tokens)
@@ -132,8 +131,12 @@ class ParallelTransformer:
         hidden = model.proj_in(packed[start : start + prepared.rows[self._exchange.rank]])
         embedder_dtype = next(model.time_embedder.parameters()).dtype
         frequencies = model.time_proj(timestep * model.config.timestep_scale).to(embedder_dtype)
-        rows = min(max(sum(prepared.noisy_rows), 1), BLOCK_ROWS)
-        embedded = model.time_embedder(frequencies.expand(rows, -1))[:1].to(hidden.dtype)
+        # One row would do. But a CPU's matrix kernels round the last rows of a product differently when threads share
+        # it, and diffusers embeds every noisy token: with as many rows the bits are the same, for 1% of a layer.
+        own = prepared.noisy_rows[self._exchange.rank]
+        rows = own if self._exchange.ranks == 1 and hidden.device.type == "cpu" else min(own, BLOCK_ROWS)
+        embedded = model.time_embedder(frequencies.expand(max(rows, 1), -1)).to(hidden.dtype)
+        embedded = embedded if rows == own else embedded[:1]
         if prepared.own_noisy is None:
             hidden += embedded
         else:
