@@ -12,6 +12,7 @@ NVIDIA Cosmos3 video generation on many devices, from configuration.
   {command} task=t2i task.prompt='a red kite'    one image
   {command} model=nano model.path=DIR topology=h200_x4
   {command} -m vae=replicated,parallel_decode topology=cpu_x1,cpu_x2    a sweep, with a table at the end
+  {command} job=plan model=nano topology=h200_x4    what that run would do; plan.search=true ranks layouts
   torchrun --nproc-per-node 2 launch.py topology=cpu_x2    join ranks that exist already
 
 group=option chooses one of:
@@ -26,6 +27,8 @@ key=value sets anything else; see all keys and what they are now with --cfg job:
   --cfg job     print the composed configuration and stop (--resolve: with the references followed)
   -m            run every combination of comma-separated values
   --hydra-help  Hydra's own flags
+
+  cosmos3 diff, blame, sweep-plan: what a change does, who set a value, what a sweep would run (see their --help)
 """
 
 

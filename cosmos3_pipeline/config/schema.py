@@ -228,6 +228,7 @@ class SamplerConfig:
 @dataclass
 class OutputConfig:
     latents: bool = MISSING
+    against_replicated: bool = MISSING
     crf: int = ranged(at_least=0, at_most=51)
     preset: str = MISSING
 

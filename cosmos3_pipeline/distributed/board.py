@@ -1,21 +1,15 @@
-"""Where the ranks of a group tell each other that a run is over, while they wait for each other's messages.
+"""Where the ranks of a group tell each other why a run is over.
 
-A rank that fails stops sending, and its peers would wait for it until a timeout of many minutes. So it writes
-why to the store that all ranks share, and every waiting rank reads there a few times a second.
+A rank that fails writes the reason to the store that all ranks share and closes its connections. Its peers, whose
+messages then fail, read the reason there instead of reporting a broken connection.
 """
 
 from __future__ import annotations
 
 import json
-import queue
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
 from torch._C._distributed_c10d import Store
-
-T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
@@ -46,11 +40,10 @@ class Notice:
 
 
 class Board:
-    """The notice of each run of a group, in a store."""
+    """The notice of each run, in a store that is the group's own."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._name = name
 
     def post(self, run: int, notice: Notice) -> None:
         """Put up `notice`, unless another rank was first."""
@@ -76,48 +69,6 @@ class Board:
             raise RunStopped(f"rank {rank} ended the run")
         raise PeerFailed(rank, reason)
 
-    def _key(self, run: int) -> str:
-        return f"{self._name}/run{run}"
-
-
-class Outcome(Generic[T]):
-    """What a call in the waiter's thread gave, once `done`."""
-
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._result: list[T] = []
-        self._error: BaseException | None = None
-        self.done = threading.Event()
-
-    def run(self) -> None:
-        try:
-            self._result.append(self._call())
-        # Whatever the call raises belongs to the thread that asked for it.
-        except BaseException as error:
-            self._error = error
-        self.done.set()
-
-    def get(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._result[0]
-
-
-class Waiter:
-    """One thread that makes blocking calls, so that the thread that asked can look at the board meanwhile.
-
-    A daemon: when a peer has died its call may never return, and must not keep the process alive.
-    """
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Outcome[Any]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="cosmos3-waiter", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            self._calls.get().run()
-
-    def submit(self, call: Callable[[], T]) -> Outcome[T]:
-        outcome = Outcome(call)
-        self._calls.put(outcome)
-        return outcome
+    @staticmethod
+    def _key(run: int) -> str:
+        return f"over/{run}"

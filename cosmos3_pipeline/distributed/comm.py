@@ -1,7 +1,8 @@
 """The one place that sends tensors between ranks: point-to-point, broadcast, gather; counted, and never hanging.
 
-A `Comm` belongs to a group of ranks; ranks are numbered within it and rank 0 is the root. Backend-neutral: tensors
-stay on their device (gloo on CPU, NCCL on CUDA), and agreement between ranks goes over gloo.
+A `Comm` belongs to a group of ranks; ranks are numbered within it and rank 0 is the root. Tensors stay on their
+device: those on CPU, and the agreement between ranks, go over gloo connections of its own, those on an accelerator
+through the process group that it was given.
 
     with comm.run():            # on every rank of the group; ends together or fails together
         comm.agree(...)
@@ -12,25 +13,26 @@ stay on their device (gloo on CPU, NCCL on CUDA), and agreement between ranks go
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import ProcessGroup
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 
-from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped, Waiter
+from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.ledger import Ledger
 
 T = TypeVar("T")
 
-# Seconds between looks at the board while waiting for a message.
-POLL_SECONDS = 0.1
 # Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
 LAST_WORDS_SECONDS = 1.0
 
@@ -45,54 +47,59 @@ class Pending:
 
     def wait(self) -> None:
         """Return when all have arrived. Raises PeerFailed, PeerLost or RunStopped when they never will."""
-        works, self._works = self._works, []
-        on_cpu = all(t.device.type == "cpu" for t in self._tensors)
-        for work in works:
-            # On CUDA waiting only orders this thread's stream after the message, and must happen in this thread.
-            if on_cpu:
-                self._comm._blocking(work.wait)
-            else:
-                work.wait()
-        self._tensors = []
+        while self._works:
+            self._comm._translated(self._works.pop(0).wait)
+        self._tensors.clear()
+
+    def drop(self) -> None:
+        """Forget the messages: nobody will wait for them, and they no longer hold the connections open."""
+        self._works.clear()
+        self._tensors.clear()
 
 
 class Comm:
-    """Messages within a group (None: all ranks of an initialised `torch.distributed`, else one).
+    """Messages within a group (None: all ranks of an initialised `torch.distributed`, else this process alone).
 
-    Making one is collective over the group. With one rank nothing is sent. `ledger` counts this rank's messages.
+    Making one, and the first run after one that broke off, is collective over the group. With one rank nothing is
+    sent. `ledger` counts this rank's messages.
     """
 
     def __init__(self, group: ProcessGroup | None = None, ledger: Ledger | None = None) -> None:
         self.ledger = Ledger() if ledger is None else ledger
         self.rank, self.size = 0, 1
-        self._group: ProcessGroup | None = None
         self._board: Board | None = None
+        self._under_way: WeakSet[Pending] = WeakSet()
         self._run = 0
         self._broken = False
         self._lost: PeerLost | None = None
         if dist.is_available() and dist.is_initialized():
-            self._ranks = dist.get_process_group_ranks(group)
-            self._backend = str(dist.get_backend_config(group))
-            if "gloo" not in self._backend:
-                self._backend = f"cpu:gloo,cuda:{dist.get_backend(group)}"
-            if len(self._ranks) > 1:
+            self._group = group or dist.group.WORLD
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+            if self.size > 1:
                 self._connect()
 
     def _connect(self) -> None:
-        """Make a process group of its own.
+        """Make gloo connections of its own.
 
-        Of its own, so that messages of a run that broke off in the middle are never received by a later one.
+        Of its own, so that messages of a run that broke off in the middle are never received by a later one, and
+        made directly: `new_group` names a group after all those that each process has made before, and processes
+        that made different ones would wait for each other for ever.
         """
         if self._lost is not None:
             raise self._lost
-        # The old group, if there is one, is left as it is: destroying it would wait for its stray messages.
-        own = dist.new_group(self._ranks, backend=self._backend, use_local_synchronization=True)
-        self._group = own
-        self.rank, self.size = own.rank(), own.size()
-        self._board = Board(PrefixStore("cosmos3", _get_default_store()), own.group_name)
-        self._waiter = Waiter()
+        name = _unique_name(dist.get_process_group_ranks(self._group))
+        store = PrefixStore(name, _get_default_store())
+        # Any: PyTorch's stubs leave out the methods that every backend has.
+        self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=default_pg_timeout)
+        self._board = Board(store)
         self._run = 0
         self._broken = False
+
+    def _close(self) -> None:
+        """Close the connections, which ends the waiting of every rank that waits for this one."""
+        for pending in self._under_way:
+            pending.drop()
+        self._gloo = None
 
     @property
     def is_root(self) -> bool:
@@ -106,9 +113,8 @@ class Comm:
     def run(self) -> Iterator[None]:
         """A stretch of messages that every rank of the group ends together.
 
-        When the body raises on any rank, every rank raises: that one its own error, the others PeerFailed, within
-        about a second of their next message. When the body is closed early (GeneratorExit) the others get
-        RunStopped.
+        When the body raises on any rank, every rank raises: that one its own error, the others PeerFailed at
+        their next message. When the body is closed early (GeneratorExit) the others get RunStopped.
         """
         if self._board is None:
             yield
@@ -119,13 +125,13 @@ class Comm:
         try:
             yield
             self._gather_objects(None)
-        except (PeerFailed, RunStopped):
-            raise
         except BaseException as error:
             if isinstance(error, PeerLost):
                 self._lost = error
-            reason = None if isinstance(error, GeneratorExit) else f"{type(error).__name__}: {error}"
-            self._board.post(self._run, Notice(self.rank, reason))
+            if not isinstance(error, PeerFailed | RunStopped):
+                reason = None if isinstance(error, GeneratorExit) else f"{type(error).__name__}: {error}"
+                self._board.post(self._run, Notice(self.rank, reason))
+            self._close()
             raise
         self._broken = False
 
@@ -138,9 +144,21 @@ class Comm:
 
     def _gather_objects(self, value: T) -> list[T]:
         self.ledger.record("control", 0)
-        values: list[T | None] = [None] * self.size
-        self._blocking(lambda: dist.all_gather_object(values, value, group=self._group))
-        return values  # type: ignore[return-value]
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+        def gather(tensor: Tensor) -> list[Tensor]:
+            parts = [torch.empty_like(tensor) for _ in range(self.size)]
+            self._gloo.allgather([parts], [tensor]).wait()
+            return parts
+
+        def gathered() -> list[T]:
+            sizes = [int(size) for size in gather(torch.tensor([len(mine)]))]
+            padded = torch.zeros(max(sizes), dtype=torch.uint8)
+            padded[: len(mine)] = mine
+            parts = zip(gather(padded), sizes, strict=True)
+            return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
+
+        return self._translated(gathered)
 
     def exchange(
         self, sends: Sequence[tuple[Tensor, int]] = (), receives: Sequence[tuple[Tensor, int]] = ()
@@ -149,44 +167,60 @@ class Comm:
 
         Tensors must be contiguous. Between two ranks messages arrive in the order in which they are sent.
         """
-        if self._board is not None:
-            self._board.raise_if_over(self._run)
-        operations = []
-        for kind, call, messages in (("recv", dist.irecv, receives), ("send", dist.isend, sends)):
-            for tensor, peer in messages:
+        tensors = [tensor for tensor, _ in (*receives, *sends)]
+        if not tensors:
+            return Pending(self, [], [])
+        assert self._board is not None, "a Comm of one rank has nobody to exchange with"
+        self._board.raise_if_over(self._run)
+        for kind, messages in (("recv", receives), ("send", sends)):
+            for tensor, _ in messages:
                 self.ledger.record(kind, tensor.nbytes)
-                operations.append(dist.P2POp(call, tensor, group=self._group, group_peer=peer))
-        works = self._translated(lambda: dist.batch_isend_irecv(operations)) if operations else []
-        return Pending(self, works, [tensor for tensor, _ in (*sends, *receives)])
+        works = self._translated(lambda: self._start(sends, receives))
+        return self._pending(works, tensors)
+
+    def _start(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
+    ) -> list[dist.Work]:
+        if all(_on_cpu(tensor) for tensor, _ in (*sends, *receives)):
+            works = [self._gloo.recv([tensor], peer, 0) for tensor, peer in receives]
+            return works + [self._gloo.send([tensor], peer, 0) for tensor, peer in sends]
+        operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in receives]
+        operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in sends]
+        return dist.batch_isend_irecv(operations)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere."""
-        if self._group is None:
+        if self._board is None:
             return
         if self.rank == source:
             self.ledger.record("broadcast", tensor.nbytes)
-        work = self._translated(lambda: dist.broadcast(tensor, group=self._group, group_src=source, async_op=True))
-        assert work is not None
-        Pending(self, [work], [tensor]).wait()
+
+        def start() -> Any:
+            if _on_cpu(tensor):
+                return self._gloo.broadcast(tensor, source)
+            return dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
+
+        self._pending([self._translated(start)], [tensor]).wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, by rank; same shape and dtype everywhere."""
-        if self._group is None:
+        if self._board is None:
             return [tensor]
         self.ledger.record("all_gather", tensor.nbytes)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        work = self._translated(lambda: dist.all_gather(parts, tensor, group=self._group, async_op=True))
-        assert work is not None
-        Pending(self, [work], [*parts, tensor]).wait()
+
+        def start() -> Any:
+            if _on_cpu(tensor):
+                return self._gloo.allgather([parts], [tensor])
+            return dist.all_gather(parts, tensor, group=self._group, async_op=True)
+
+        self._pending([self._translated(start)], [*parts, tensor]).wait()
         return parts
 
-    def _blocking(self, call: Callable[[], T]) -> T:
-        """Make a call that waits for other ranks, and look at the board while it does."""
-        assert self._board is not None
-        outcome = self._waiter.submit(call)
-        while not outcome.done.wait(POLL_SECONDS):
-            self._board.raise_if_over(self._run)
-        return self._translated(outcome.get)
+    def _pending(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> Pending:
+        pending = Pending(self, works, tensors)
+        self._under_way.add(pending)
+        return pending
 
     def _translated(self, call: Callable[[], T]) -> T:
         """The result of `call`; a connection error becomes the reason that the peer left, or PeerLost."""
@@ -197,9 +231,23 @@ class Comm:
             deadline = time.monotonic() + LAST_WORDS_SECONDS
             while time.monotonic() < deadline:
                 self._board.raise_if_over(self._run)
-                time.sleep(POLL_SECONDS / 4)
+                time.sleep(LAST_WORDS_SECONDS / 20)
             raise PeerLost(
                 f"rank {self.rank} of {self.size} lost the connection to another rank ({error}); that process has "
                 "died or the network is down, so the run cannot go on; look for the first rank that ended, or for "
                 "memory that ran out"
             ) from error
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+_made: dict[tuple[int, ...], int] = {}
+
+
+def _unique_name(ranks: Sequence[int]) -> str:
+    """A name for connections between `ranks`, the same on all of them, and never given before."""
+    key = tuple(ranks)
+    _made[key] = _made.get(key, 0) + 1
+    return f"cosmos3/{'-'.join(map(str, key))}/{_made[key]}"

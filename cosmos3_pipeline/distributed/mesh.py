@@ -79,11 +79,9 @@ class RankMesh:
         The first time is collective over the group.
         """
         if axis not in self._comms:
-            group = self.group(axis)
-            if group is None and dist.is_initialized():
-                # A mesh of this rank alone inside a larger world, which would be everybody's for Comm.
-                group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-            self._comms[axis] = Comm(group)
+            # For Comm no group is everybody; a mesh without one has this rank alone.
+            assert self.device_mesh is not None or not dist.is_initialized(), "the world's mesh is RankMesh.build()"
+            self._comms[axis] = Comm(self.group(axis))
         return self._comms[axis]
 
     def _mesh(self, axis: str) -> DeviceMesh | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch import Tensor
 
 from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.distributed.launch import joined_world
@@ -26,7 +28,9 @@ from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import Components, open_checkpoint
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.stages.context import RunContext
+from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
+from cosmos3_pipeline.stages.likeness import likeness
 from cosmos3_pipeline.stages.progress import Bars, Silent
 from cosmos3_pipeline.stages.text import read_lines
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
@@ -111,13 +115,41 @@ def make_clip(plain: dict[str, Any], worker: Worker, directory: Path) -> None:
         reporter=Bars(Console(stderr=True)) if worker.shows else Silent(),
         measure=meter.stage,
     )
+    compares = plain["output"]["against_replicated"]
+    kept: list[Tensor] = []
     for name in STAGES:
         instantiate(plain["stages"][name])(context)
+        if name == "decode" and compares:
+            assert context.frames is not None
+            context.frames = keep(context.frames, kept)
     measured = everyones(meter.as_dict(), worker.mesh.group(REPLICA))
+    seconds = time.perf_counter() - started
+    against = against_replicated(context, kept) if compares else None
     if worker.writes:
-        seconds = time.perf_counter() - started
-        report = metrics(plain, context, combine(measured), seconds)
+        report = {**metrics(plain, context, combine(measured), seconds), "against_replicated": against}
         write_whole(directory / "metrics.json", json.dumps(report, indent=2))
+
+
+def keep(chunks: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
+    """The chunks as they come, each also put into `kept`."""
+    for chunk in chunks:
+        kept.append(chunk.cpu())
+        yield chunk
+
+
+def against_replicated(context: RunContext, kept: list[Tensor]) -> dict[str, Any] | None:
+    """How the run's frames compare with those of a decode that shares nothing out; on the root, else None.
+
+    Decodes the same latents once more, outside the measured stages. All ranks of the replica call it together.
+    """
+    vae = context.components.pipeline.vae
+    replicated = build_strategy({"_target_": discover().target("replicated")})
+    group = context.mesh.group(REPLICA)
+    reference = ParallelVAE(vae.autoencoder, encode=replicated, decode=replicated, group=group)
+    frames = [frame for chunk in reference.decode_stream(vae_latents(context)) for frame in chunk.cpu().numpy()]
+    if not context.is_root:
+        return None
+    return asdict(likeness(frames, (frame for chunk in kept for frame in chunk.numpy())))
 
 
 def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledgers: list[Ledger]) -> Components:
@@ -133,6 +165,9 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledg
             group=mesh.group(REPLICA),
         )
         ledgers.append(parallel.ledger)
+        if not plain["output"]["against_replicated"]:
+            # From here on this rank holds only the weights of its own share.
+            parallel.release("decode", *(() if autoencoder.encoder is None else ("encode",)))
         return parallel
 
     return Components(

@@ -24,7 +24,7 @@ class DecodeStage:
     def _decode(self, context: RunContext) -> Iterator[Tensor]:
         with context.measure("decode"):
             vae = context.components.vae(encoder=False)
-            chunks = iter(vae.decode_stream(self._denormalise(context)))
+            chunks = iter(vae.decode_stream(vae_latents(context)))
         with context.reporter.track("decoded frames", context.clip.num_frames) as advance:
             while True:
                 with context.measure("decode"), torch.no_grad():
@@ -34,11 +34,12 @@ class DecodeStage:
                 advance(len(chunk))
                 yield chunk
 
-    def _denormalise(self, context: RunContext) -> Tensor:
-        """The latents [1, C, T, h, w] as the VAE has them, in its dtype: what diffusers' decode block computes."""
-        pipeline = context.components.pipeline
-        latents, dtype = context.state.get("latents"), pipeline.vae.dtype
-        mean = pipeline._vae_latents_mean.to(device=latents.device, dtype=dtype)
-        inv_std = pipeline._vae_latents_inv_std.to(device=latents.device, dtype=dtype)
-        z: Tensor = latents.to(dtype) / inv_std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
-        return z
+
+def vae_latents(context: RunContext) -> Tensor:
+    """The latents [1, C, T, h, w] as the VAE has them, in its dtype: what diffusers' decode block computes."""
+    pipeline = context.components.pipeline
+    latents, dtype = context.state.get("latents"), pipeline.vae.dtype
+    mean = pipeline._vae_latents_mean.to(device=latents.device, dtype=dtype)
+    inv_std = pipeline._vae_latents_inv_std.to(device=latents.device, dtype=dtype)
+    z: Tensor = latents.to(dtype) / inv_std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
+    return z

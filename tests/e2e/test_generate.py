@@ -175,3 +175,17 @@ def test_a_sweep_tells_every_job_and_survives_a_failing_one(tmp_path: Path) -> N
     assert "task.num_frames=9" in done.stdout + done.stderr
     assert (tmp_path / "f" / "1" / "video.mp4").is_file()
     assert not np.any([(tmp_path / "f" / "0" / name).exists() for name in ("video.mp4", "metrics.json")])
+
+
+def test_the_sglang_experiment_runs_in_miniature_and_reports_what_that_pull_request_does(
+    generate: Callable[..., Path],
+) -> None:
+    report = metrics(generate("experiment=sglang_27037", "model=toy", "topology=cpu_x4"))
+    assert (report["topology"]["cfg"], report["topology"]["ulysses"]) == (2, 2)
+    assert report["vae"]["decode"] == {"strategy": "layer_pipeline", "exactness": "bitwise"}
+    assert report["seconds"] > 0 and report["peak_bytes"] > 0
+    assert report["stages"]["denoise"]["seconds"] > 0 and report["stages"]["decode"]["seconds"] > 0
+    assert report["against_replicated"]["identical"] is True
+    assert report["against_replicated"]["ssim"] == pytest.approx(1.0)
+    sent = [rank["wire"]["send"]["bytes"] for rank in report["stages"]["denoise"]["ranks"]]
+    assert min(sent) > 0

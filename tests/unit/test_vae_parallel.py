@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from cosmos_models import tiny_pipeline
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 
 from cosmos3_pipeline.vae import ParallelVAE
@@ -180,3 +182,28 @@ def test_exactness_is_ordered() -> None:
 def test_wan_pipeline_runs_unchanged() -> None:
     model = make_vae(vae_config(WAN21, z_dim=16))
     assert (wan_video(alone(model)) - wan_video(model)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["t2v", "i2v"])
+def test_cosmos3_pipeline_runs_unchanged(image: bool) -> None:
+    pipe = tiny_pipeline()
+    model = pipe.vae
+    photo = Image.effect_noise((40, 48), 60).convert("RGB") if image else None
+
+    def video() -> torch.Tensor:
+        return pipe(
+            "a red kite",
+            image=photo,
+            height=48,
+            width=32,
+            num_frames=9,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).video
+
+    expected = video()
+    pipe.register_modules(vae=alone(model))
+    assert isinstance(pipe.vae, ParallelVAE)
+    assert expected.std() > 0.01
+    assert (video() - expected).abs().max() <= 1e-4

@@ -1,0 +1,65 @@
+"""How alike two pictures are: PSNR and SSIM of 8-bit frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PEAK = 255.0
+WINDOW = 7  # pixels a side of SSIM's uniform window, as scikit-image has it
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Of one clip against a reference. `psnr_db` is None where every pixel is equal: it would be infinite."""
+
+    identical: bool
+    psnr_db: float | None
+    ssim: float
+    max_levels: int  # the largest difference of one value, of 255
+
+
+def likeness(reference: Iterable[NDArray[np.uint8]], other: Iterable[NDArray[np.uint8]]) -> Likeness:
+    """Compare frames [H, W, 3] one by one; both clips must have the same frames of the same size."""
+    squares, count, largest, similarities = 0.0, 0, 0, []
+    for theirs, ours in zip(reference, other, strict=True):
+        difference = theirs.astype(np.int16) - ours
+        largest = max(largest, int(np.abs(difference).max()))
+        squares += float(np.square(difference, dtype=np.float64).sum())
+        count += difference.size
+        similarities.append(ssim(theirs, ours))
+    psnr = None if squares == 0 else float(10 * np.log10(PEAK**2 * count / squares))
+    return Likeness(largest == 0, psnr, float(np.mean(similarities)), largest)
+
+
+def ssim(reference: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Structural similarity of two frames [H, W, 3], 1.0 for equal ones.
+
+    Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004), per channel,
+    with a uniform window and sample covariance.
+    """
+    x, y = reference.astype(np.float64), other.astype(np.float64)
+    sample = WINDOW**2 / (WINDOW**2 - 1)
+    mean_x, mean_y = _means(x), _means(y)
+    var_x = sample * (_means(x * x) - mean_x**2)
+    var_y = sample * (_means(y * y) - mean_y**2)
+    covariance = sample * (_means(x * y) - mean_x * mean_y)
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return float((luminance * structure).mean())
+
+
+def _means(frame: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of every window that lies inside the frame, from running sums."""
+    for axis in (0, 1):
+        sums = np.cumsum(frame, axis=axis)
+        zero = np.zeros_like(np.take(sums, [0], axis=axis))
+        padded = np.concatenate([zero, sums], axis=axis)
+        size = padded.shape[axis]
+        upper = np.take(padded, range(WINDOW, size), axis=axis)
+        frame = (upper - np.take(padded, range(size - WINDOW), axis=axis)) / WINDOW
+    return frame
