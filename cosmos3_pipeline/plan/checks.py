@@ -63,7 +63,8 @@ def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Probl
 
 def _origins(words: str, traced: Provenance) -> Iterator[str]:
     for key in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", words)):
-        if chain := traced.chain(key):
+        # A strategy's node was set by whoever chose what it is built from.
+        if chain := traced.chain(key) or traced.chain(f"{key}._target_"):
             through = f" ({chain[-1].key})" if len(chain) > 1 else ""
             yield f"{key} by {chain[-1].winner.place}{through}"
 

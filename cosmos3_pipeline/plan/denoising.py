@@ -27,10 +27,12 @@ MLP_PART_BYTES = 2**20
 class Denoising:
     """Denoising over `cfg` x `ulysses` ranks; `costs` is in the order of the ranks, `ulysses` varying fastest.
 
-    `text_tokens` holds the length of each guidance pass, `vision_rows` the vision tokens of each ulysses rank.
+    `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
+    `vision_rows` the vision tokens of each ulysses rank.
     """
 
     size: TransformerSize
+    latent_elements: int
     text_tokens: tuple[int, ...]
     vision_rows: tuple[int, ...]
     costs: tuple[DenoiseCost, ...]
@@ -56,6 +58,7 @@ class Denoising:
         )
         return cls(
             size=size,
+            latent_elements=clip.latent_frames * clip.latent_rows * clip.latent_cols * cfg.model.vae.z_dim,
             text_tokens=text_tokens if guidance != 1.0 else text_tokens[:1],
             vision_rows=even_rows(clip.vision_tokens, cfg.topology.ulysses),
             costs=costs,
@@ -100,7 +103,7 @@ class Denoising:
         """
         size, rank = self.size, self.costs[place].ulysses_rank
         share = head_shares(size.num_attention_heads, size.num_key_value_heads, len(self.vision_rows))[rank]
-        latents = sum(self.vision_rows) * size.patch_channels * FP32_BYTES
+        latents = self.latent_elements * FP32_BYTES
         text = max(self.text_tokens)
         rows = even_rows(text, len(self.vision_rows))
         prompt = self._layer_bytes(rows, rank, share, before=0, on_cpu=on_cpu)
@@ -111,7 +114,7 @@ class Denoising:
         """The most that a layer holds for `rows` tokens per rank that also attend to `before` tokens of text."""
         size, n, everyone = self.size, rows[rank], sum(rows)
         queries, keys = share.num_queries * size.head_dim, share.num_keys * size.head_dim
-        passes = len(self.text_tokens) // self.cfg
+        passes = len(self.text_tokens) // self.cfg if before else 1  # the longest prompt runs before the other
         # The embedded tokens that every pass begins with, the residual, and the projections of the layer.
         held = n * (2 * size.hidden_size + size.projection_width)
         held += passes * 2 * (max(self.text_tokens) + sum(self.vision_rows)) * size.head_dim  # rotary angles

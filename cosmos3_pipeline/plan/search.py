@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from cosmos3_pipeline.config.errors import ConfigError
 from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.plan.checks import check
+from cosmos3_pipeline.plan.geometry import replica_ranks
 from cosmos3_pipeline.plan.plan import Plan, make_plan
 from cosmos3_pipeline.plan.vae import REFERENCE
 from cosmos3_pipeline.vae.strategy import Strategy
@@ -53,8 +54,8 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
 
 
 def _choices(cfg: DictConfig) -> Iterator[tuple[int, int, str]]:
-    """(cfg, ulysses, decode strategy or "" for none) of every way to use all ranks."""
-    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
+    """(cfg, ulysses, decode strategy or "" for none) of every way to use all ranks of a clip."""
+    ranks = replica_ranks(cfg.topology)
     guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
     layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
     usable = (n for n, cls in discover().strategies.items() if "decode" in cast(type[Strategy], cls).directions)

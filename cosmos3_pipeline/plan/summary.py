@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cosmos3_pipeline.plan.units import quantity, significant
@@ -12,10 +13,9 @@ if TYPE_CHECKING:
 
 def summary(plan: Plan) -> dict[str, Any]:
     """Flat names to plain values; the end of a name is its unit. Estimated values are rounded."""
-    topology = plan.topology
     found: dict[str, Any] = {
         "ranks": len(plan.ranks),
-        "layout": f"cfg {topology['cfg']} x ulysses {topology['ulysses']}",
+        "layout": layout(plan.topology),
         "vision_tokens": plan.clip.vision_tokens,
         "fits": plan.fits,
         "memory.peak_bytes": significant(plan.peak_bytes),
@@ -36,6 +36,12 @@ def summary(plan: Plan) -> dict[str, Any]:
         if name in plan.strategies:
             found[f"strategy.{name}"] = plan.strategies[name]
     return found
+
+
+def layout(topology: Mapping[str, Any]) -> str:
+    """The mesh axes that have a meaning here: `cfg 2 x ulysses 4`, with replicas `dp 2 x cfg 1 x ulysses 1`."""
+    axes = ["dp"] * (topology["dp"] > 1) + ["cfg", "ulysses"]
+    return " x ".join(f"{axis} {topology[axis]}" for axis in axes)
 
 
 def summary_lines(plan: Plan) -> list[str]:

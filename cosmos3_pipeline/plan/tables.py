@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cosmos3_pipeline.plan.summary import layout
 from cosmos3_pipeline.plan.units import quantity
 
 SHOWN_RANKS = 16  # of a larger world only the ranks that differ from the one before are shown
@@ -30,26 +31,26 @@ def sheets(plan: Mapping[str, Any]) -> list[Sheet]:
 
 def headline(plan: Mapping[str, Any]) -> str:
     """What is made, on what, and whether it fits."""
-    clip, topology, memory = plan["clip"], plan["topology"], plan["memory"]
+    clip, memory = plan["clip"], plan["memory"]
     free = quantity("bytes", abs(memory["limit_bytes"] - memory["peak_bytes"]))
     fits = f"fits with {free} free" if memory["fits"] else f"DOES NOT FIT by {free}"
     return (
         f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames, "
         f"{clip['vision_tokens']:,} vision tokens, {plan['steps']} steps, on {len(plan['ranks'])} x "
-        f"{plan['accelerator']['name']} (cfg {topology['cfg']} x ulysses {topology['ulysses']}): about "
+        f"{plan['accelerator']['name']} ({layout(plan['topology'])}): about "
         f"{quantity('seconds', plan['seconds']['total'])}, {fits}"
     )
 
 
 def _stages(plan: Mapping[str, Any]) -> Sheet:
     rows = []
-    layout = f"cfg {plan['topology']['cfg']} x ulysses {plan['topology']['ulysses']}"
+    how = layout(plan["topology"])
     for name, stage in plan["stages"].items():
         slowest = max(plan["ranks"], key=lambda rank: sum(rank["stages"][name]["seconds"].values()))
         rows.append(
             (
                 name,
-                plan["strategies"].get(name, layout),
+                plan["strategies"].get(name, how),
                 plan["exactness"][name],
                 quantity("flops", stage["flops"]),
                 quantity("bytes", stage["sent_bytes"]),

@@ -51,7 +51,9 @@ class VaeStage:
         rate = accelerator.flops_per_s[cfg.model.vae_dtype] * accelerator.efficiency["vae"]
         part = share.flops / self.program.flops(self.shape)
         link = accelerator.wire_seconds(
-            share.sent_bytes, share.sent_messages, crosses_nodes=cfg.topology.nodes > 1
+            share.sent_bytes,
+            share.sent_messages,
+            crosses_nodes=len(self.plan.shares) > cfg.topology.ranks_per_node,
         )
         return RankStage(
             flops=share.flops,

@@ -15,7 +15,7 @@ def renamed_keys(pairs: Sequence[tuple[Config, Config]]) -> dict[str, str]:
     """Old name -> new name of keys that have another name on the other side, from the configs of many cases.
 
     A key that is gone goes with one that is new when the names are alike (the same last part; or the only two of
-    their node, spelt alike), or when they are of one node and have the same value in most cases.
+    their node, spelt alike), or when they are of one node and have the same value in half of the cases or more.
     """
     before = {key for old, _ in pairs for key in old}
     after = {key for _, new in pairs for key in new}
@@ -26,7 +26,7 @@ def renamed_keys(pairs: Sequence[tuple[Config, Config]]) -> dict[str, str]:
         for new_key in came:
             agree = sum(new.get(new_key, ABSENT) == value for value, new in having) / len(having)
             related = _related(old_key, new_key, gone, came)
-            if related >= 1 or (agree > 0.5 and related > 0):
+            if related >= 1 or (agree >= 0.5 and related > 0):
                 candidates.append((agree + related, old_key, new_key))
     found: dict[str, str] = {}
     for _, old_key, new_key in sorted(candidates, key=lambda c: (-c[0], c[1], c[2])):

@@ -10,6 +10,7 @@ from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.review.report import Broken, Change, Effect, Report, growth
 
 SHOWN_CASES = 4  # of a list of case names, before "and N more"
+UNMOVED = 0.001  # share of a value below which the first sentence does not speak of it
 OPEN_ROWS = 8  # of a table in markdown, before the rest is folded
 # The plan's fields that get a column of their own; all others are told one by one.
 COLUMNS = {"memory per rank": "memory.peak_bytes", "seconds": "seconds.total"}
@@ -30,7 +31,7 @@ def headline(report: Report) -> str:
         return sum(len(effect.cases) for effect in effects if wanted(effect))
 
     def grows(field: str, sign: int) -> Callable[[Effect], bool]:
-        return lambda effect: effect.growth(field) * sign > 0
+        return lambda effect: effect.growth(field) * sign > UNMOVED
 
     counts = [
         (len(report.broken), "stopped composing"),

@@ -1,0 +1,133 @@
+"""Faults are told all at once, each with its key, its value, who set it and what would work."""
+
+from __future__ import annotations
+
+import pytest
+
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.errors import ConfigError, Problem
+from cosmos3_pipeline.jobs.start import check_start
+from cosmos3_pipeline.plan.plan import make_plan
+from cosmos3_pipeline.vae.strategy import Exactness
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+
+
+def refused(*overrides: str) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    return caught.value.problems
+
+
+def test_several_faults_at_once_each_with_who_set_it() -> None:
+    problems = refused(
+        "model=nano",
+        "topology=h200_x4",
+        "task.height=700",
+        "task.num_frames=18",
+        "topology.ulysses=3",
+        "topology.ranks_per_node=90",
+        "output.preset=slwo",
+    )
+    names = ("height", "num_frames", "heads", "preset")
+    by_key = {key: p for p in problems for key in names if key in p.what}
+    assert set(by_key) == set(names)
+    assert any("vae.decode=" in p.what for p in problems)
+    assert by_key["height"].set_by == ("task.height by task.height=700",)
+    assert by_key["height"].works == "task.height=704"
+    assert by_key["preset"].set_by == ("output.preset by output.preset=slwo",)
+    for problem in problems:
+        assert problem.what and problem.why and problem.works
+        assert problem.set_by, problem
+
+
+def test_a_fault_in_a_file_names_the_file() -> None:
+    (problem,) = refused("topology.cfg=2")
+    assert "topology.cfg by topology.cfg=2" in problem.set_by
+    assert any(origin.startswith("topology.ulysses by conf/topology/cpu_x1.yaml:") for origin in problem.set_by)
+    (problem,) = refused("model.recommended.video.height=90")
+    assert problem.set_by == ("task.height by model.recommended.video.height=90 (model.recommended.video.height)",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what", "works"),
+    [
+        pytest.param(
+            ["topology=cpu_x2", "sampler.guidance_scale=1.0"],
+            "topology.cfg=2 with sampler.guidance_scale=1.0",
+            "topology.cfg=1",
+            id="guidance parallel without guidance",
+        ),
+        pytest.param(
+            ["topology.ranks_per_node=3", "topology.ulysses=3"],
+            "topology.ulysses=3 with 8 attention heads",
+            "topology.ulysses=2 or topology.ulysses=4",
+            id="heads do not divide",
+        ),
+        pytest.param(
+            ["topology=cpu_x4", "topology.ranks_per_node=100"],
+            "vae.decode=LayerPipeline",
+            "87 ranks or fewer",
+            id="more ranks than the strategy can use",
+        ),
+        pytest.param(["plan.search=true"], "plan.search=true with job=generate", "job=plan", id="search in a run"),
+        pytest.param(
+            ["model=nano", "model.trained.when_outside=refuse", "task.height=704"],
+            "task.width=1280 x task.height=704 with model=nano",
+            "task.width=1280 task.height=720",
+            id="untrained size",
+        ),
+        pytest.param(
+            ["model=nano", "model.trained.when_outside=refuse", "task.num_frames=401"],
+            "task.num_frames=401",
+            "task.num_frames=197",
+            id="untrained length",
+        ),
+        pytest.param(
+            ["model=nano", "model.trained.when_outside=refuse", "task.fps=25"],
+            "task.fps=25",
+            "task.fps=24",
+            id="untrained rate",
+        ),
+    ],
+)
+def test_refused_with_what_works(overrides: list[str], what: str, works: str) -> None:
+    problems = refused(*overrides)
+    assert any(what in p.what and works in p.works for p in problems), problems
+
+
+def test_what_works_does_work() -> None:
+    for overrides in (
+        ["topology=cpu_x2", "sampler.guidance_scale=1.0", "topology.cfg=1"],
+        ["topology.ranks_per_node=4", "topology.ulysses=4"],
+        ["model=nano", "model.trained.when_outside=refuse", "task.num_frames=197"],
+    ):
+        compose(overrides)
+
+
+def test_a_strategy_that_promises_too_little_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerPipeline, "exactness", Exactness.ROUNDING)
+    (problem,) = refused("topology=cpu_x2", "vae.required_exactness=bitwise")
+    assert problem.what == "vae.decode=LayerPipeline is rounding with vae.required_exactness=bitwise"
+    assert any(origin.startswith("vae.decode by conf/vae") or "_strategy" in origin for origin in problem.set_by)
+    assert "vae.required_exactness=rounding" in problem.works
+    compose(["topology=cpu_x2", "vae.required_exactness=rounding"])
+    compose(["vae.required_exactness=bitwise"])  # what is switched off promises nothing and needs not
+
+
+def test_untrained_sizes_warn_unless_told_otherwise() -> None:
+    told = [note for note in make_plan(compose(["model=nano", "task.height=704"])).notes if "not trained" in note]
+    assert told and "1280x720" in told[0]
+    quiet = make_plan(compose(["model=nano", "task.height=704", "model.trained.when_outside=ignore"]))
+    assert not any("not trained" in note for note in quiet.notes)
+
+
+def test_memory_that_cannot_fit_stops_a_run_but_not_a_plan() -> None:
+    overrides = ["model=super", "topology=h100_x1", "model.path=nvidia/Cosmos3-Super"]
+    cfg = compose(overrides)
+    assert not make_plan(cfg).fits
+    with pytest.raises(ConfigError) as caught:
+        check_start(cfg)
+    (problem,) = [p for p in caught.value.problems if "needs" in p.what]
+    assert "80 GB" in problem.why
+    check_start(compose([*overrides, "job=plan"]))
+    check_start(compose(["model=nano", "topology=h100_x1", "model.path=nvidia/Cosmos3-Nano"]))

@@ -1,0 +1,221 @@
+"""Comparing surveys: one change told once, renames told from removals, pixels judged, worst first, exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from cosmos3_pipeline.review import render
+from cosmos3_pipeline.review.compare import Side, compare
+from cosmos3_pipeline.review.report import Report
+
+CONFIG: dict[str, Any] = {
+    "model.name": "nano",
+    "output.crf": 17,
+    "sampler.seed": 0,
+    "stages.denoise.steps": 35,
+    "sampler.steps": 35,
+    "topology.cfg": 2,
+    "topology.ulysses": 2,
+    "vae.parallel_decode": True,
+}
+PLAN: dict[str, Any] = {
+    "layout": "cfg 2 x ulysses 2",
+    "fits": True,
+    "memory.peak_bytes": 30_000_000_000,
+    "seconds.total": 60.0,
+    "exactness.denoise": "bitwise",
+    "exactness.decode": "bitwise",
+}
+# Which key a value is written under, where it is not its own.
+ROOTS = {"stages.denoise.steps": "sampler.steps"}
+
+
+def case(config: dict[str, Any] | None = None, plan: dict[str, Any] | None = None, **drop: Any) -> dict[str, Any]:
+    values = {**CONFIG, **(config or {})}
+    return {"overrides": [], "config": {k: v for k, v in values.items() if k not in drop.get("without", ())},
+            "plan": {**PLAN, **(plan or {})}}  # fmt: skip
+
+
+def refused(what: str) -> dict[str, Any]:
+    return {"overrides": [], "problems": [{"what": what, "why": "because", "works": "this"}]}
+
+
+def trace(wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, tuple[str, str]]]:
+    return [{key: ("conf/a.yaml", ROOTS.get(key, key)) for key in keys} for _, keys in wanted]
+
+
+def compared(base: dict[str, Any], head: dict[str, Any]) -> Report:
+    return compare(Side("base", base, trace), Side("head", head, trace))
+
+
+def test_equal_surveys_say_so() -> None:
+    report = compared({"a": case(), "b": case()}, {"a": case(), "b": case()})
+    assert not report.differs
+    assert report.exit_code(None) == 0
+    assert render.as_text(report).splitlines()[1] == "Nothing changes in 2 cases."
+
+
+def test_the_same_change_in_many_cases_is_told_once_with_what_follows_it() -> None:
+    moved = {"sampler.steps": 40, "stages.denoise.steps": 40}
+    base = {name: case() for name in "abc"}
+    head = {name: case(moved, {"seconds.total": 60.0 + i}) for i, name in enumerate("abc", 1)}
+    report = compared(base, head)
+    (change,) = report.changes
+    assert (change.key, change.old, change.new) == ("sampler.steps", 35, 40)
+    assert change.follows == ("stages.denoise.steps",)
+    assert change.cases == ("a", "b", "c")
+    assert change.places == (("conf/a.yaml",), ("conf/a.yaml",))
+    (effect,) = report.effects
+    assert list(effect.cases) == ["a", "b", "c"]
+    assert effect.pixels == "another picture (sampler.steps)"
+    for words in ("+1.7% to +5.0%", "sampler.steps", "conf/a.yaml", "60 s -> 63 s (+5.0%)"):
+        assert words in render.as_text(report)
+        assert words in render.as_markdown(report)
+
+
+def test_what_stopped_composing_comes_first() -> None:
+    report = compared({"a": case(), "b": case()}, {"a": case({"output.crf": 20}), "b": refused("height=100")})
+    assert report.exit_code(None) == report.exit_code("invalid") == 2
+    (broken,) = report.broken
+    assert broken.case == "b" and broken.problems[0]["what"] == "height=100"
+    for text in (render.as_text(report), render.as_markdown(report)):
+        assert text.index("height=100") < text.index("output.crf")
+    mended = compared({"b": refused("x")}, {"b": case()})
+    assert mended.mended == ("b",) and mended.exit_code(None) == 1
+    both = compared({"b": refused("x"), "a": case()}, {"b": refused("y"), "a": case()})
+    assert both.refused_in_both == ("b",) and both.exit_code(None) == 0
+
+
+def test_a_renamed_key_is_no_difference_and_an_edit_on_top_of_it_is_one() -> None:
+    renamed = case({"topology.sequence": 2}, without=("topology.ulysses",))
+    report = compared({"a": case()}, {"a": renamed})
+    (change,) = report.changes
+    assert (change.key, change.was, change.cases) == ("topology.sequence", "topology.ulysses", ())
+    assert not report.effects
+    edited = case({"topology.sequence": 4}, {"layout": "cfg 2 x ulysses 4"}, without=("topology.ulysses",))
+    report = compared({"a": case(), "b": case()}, {"a": renamed, "b": edited})
+    (change,) = report.changes
+    assert (change.key, change.was, change.old, change.new) == ("topology.sequence", "topology.ulysses", 2, 4)
+    assert change.cases == ("b",)
+
+
+def test_a_renamed_node_keeps_its_keys() -> None:
+    head = case({"solver.steps": 40, "solver.seed": 0}, without=("sampler.steps", "sampler.seed"))
+    report = compared({"a": case()}, {"a": head})
+    told = {(c.key, c.was): (c.old, c.new) for c in report.changes if c.cases}
+    assert told == {("solver.steps", "sampler.steps"): (35, 40)}
+    assert {c.was for c in report.changes} == {"sampler.steps", "sampler.seed"}
+
+
+def test_unrelated_keys_are_a_removal_and_an_addition() -> None:
+    head = case({"task.fps": 24}, without=("output.crf",))
+    told = {c.key: (str(c.old), str(c.new)) for c in compared({"a": case()}, {"a": head}).changes}
+    assert told == {"task.fps": ("not there", "24"), "output.crf": ("17", "not there")}
+
+
+def test_a_renamed_option_is_compared_under_its_new_name_and_its_old_one_is_gone() -> None:
+    own = {"topology.cfg": 1, "topology.ulysses": 8}
+    base = {"default": case(), "topology=h200_x4": case(own)}
+    head = {"default": case(), "topology=h200x4": case({**own, "vae.parallel_decode": False})}
+    report = compared(base, head)
+    (broken,) = report.broken
+    assert (broken.case, broken.now_called) == ("topology=h200_x4", "topology=h200x4")
+    (change,) = report.changes
+    assert change.key == "vae.parallel_decode"
+    assert change.cases == ("topology=h200x4 (was topology=h200_x4)",)
+    assert not report.added
+    assert compared({"default": case()}, {"default": case(), "topology=new": case(own)}).added == ("topology=new",)
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "says"),
+    [
+        pytest.param({"topology.cfg": 1}, {"layout": "cfg 1 x ulysses 2"}, "same pixels", id="bitwise layouts"),
+        pytest.param({"sampler.seed": 1}, {}, "another picture (sampler.seed)", id="seed"),
+        pytest.param({"output.crf": 20}, {}, "same frames, compressed differently", id="codec"),
+        pytest.param(
+            {"topology.ulysses": 4},
+            {"layout": "cfg 2 x ulysses 4", "exactness.denoise": "rounding"},
+            "equal up to rounding (denoise is rounding)",
+            id="rounding",
+        ),
+        pytest.param(
+            {"vae.decode._target_": "tiled"},
+            {"exactness.decode": "approximate"},
+            "another picture, close to the eye (decode is approximate)",
+            id="approximate",
+        ),
+    ],
+)
+def test_pixels_are_judged(config: dict[str, Any], plan: dict[str, Any], says: str) -> None:
+    report = compared({"a": case()}, {"a": case(config, plan)})
+    told = report.effects[0].pixels if report.effects else "same pixels"
+    assert told == says
+
+
+def test_going_back_from_approximate_is_another_picture_too() -> None:
+    loose = {"exactness.decode": "approximate"}
+    report = compared({"a": case({"vae.parallel_decode": False}, loose)}, {"a": case()})
+    assert "was approximate" in report.effects[0].pixels
+    rounding = {"exactness.denoise": "rounding", "layout": "cfg 2 x ulysses 2"}
+    other = {"exactness.denoise": "rounding", "layout": "cfg 2 x ulysses 4"}
+    report = compared({"a": case({}, rounding)}, {"a": case({"topology.ulysses": 4}, other)})
+    assert report.effects[0].pixels == "equal up to rounding (denoise is rounding)"
+
+
+def test_the_worst_consequence_comes_first() -> None:
+    base = {name: case() for name in ("slow", "big", "full", "loose")}
+    head = {
+        "slow": case({"topology.cfg": 1}, {"seconds.total": 80.0}),
+        "big": case({"vae.parallel_decode": False}, {"memory.peak_bytes": 60_000_000_000}),
+        "full": case({"model.name": "super"}, {"fits": False, "memory.peak_bytes": 90_000_000_000}),
+        "loose": case({"vae.decode._target_": "tiled"}, {"exactness.decode": "approximate"}),
+    }
+    report = compared(base, head)
+    assert [next(iter(e.cases)) for e in report.effects] == ["loose", "full", "big", "slow"]
+    assert "1 less exact, 1 no longer fit" in render.headline(report)
+
+
+@pytest.mark.parametrize(
+    ("plan", "fail_on", "code"),
+    [
+        ({}, None, 1),
+        ({}, "plan", 0),
+        ({"seconds.total": 61.0}, "plan", 1),
+        ({"seconds.total": 61.0}, "exactness", 0),
+        ({"exactness.decode": "rounding"}, "exactness", 1),
+        ({"exactness.decode": "rounding"}, "invalid", 0),
+    ],
+)
+def test_exit_codes(plan: dict[str, Any], fail_on: str | None, code: int) -> None:
+    assert compared({"a": case()}, {"a": case({"output.crf": 20}, plan)}).exit_code(fail_on) == code
+
+
+def test_a_change_of_the_code_alone_is_told_as_such() -> None:
+    report = compared({"a": case()}, {"a": case({}, {"seconds.total": 50.0})})
+    assert not report.changes
+    assert "the code plans differently" in render.as_text(report)
+
+
+def test_json_is_stable_and_says_what_is_not_there() -> None:
+    head = case({"task.fps": 24}, without=("output.crf",))
+    report = compared({"a": case()}, {"a": head})
+    plain = json.loads(render.as_json(report))
+    assert plain["schema_version"] == 1
+    assert {c["key"]: sorted(set(c) & {"old", "new"}) for c in plain["changes"]} == {
+        "task.fps": ["new"],
+        "output.crf": ["old"],
+    }
+    assert render.as_json(report) == render.as_json(compared({"a": case()}, {"a": head}))
+
+
+def test_markdown_folds_what_is_long_and_escapes_what_would_break_the_table() -> None:
+    base = {f"case{i}": case() for i in range(20)}
+    head = {f"case{i}": case({"model.name": f"a|b{i}"}, {"seconds.total": 70.0 + i}) for i in range(20)}
+    page = render.as_markdown(compared(base, head))
+    assert page.count("<details>") == page.count("</details>") >= 2
+    assert "a\\|b3" in page and "a|b3" not in page.replace("a\\|b3", "")
