@@ -41,6 +41,7 @@ def main() -> None:
     `cosmos3 diff`, `blame` and `sweep-plan` are commands of their own, with arguments that are not Hydra's.
     """
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        _widen_tables()
         module = import_module(f"cosmos3_pipeline.review.{COMMANDS[sys.argv[1]]}")
         sys.exit(module.main(sys.argv[2:]))
     launch(hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(run))
@@ -53,6 +54,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
     """
     args = get_args_parser().parse_args()
     plugins = register()
+    _widen_tables()
     if args.help:
         print(help_text("cosmos3" if Path(sys.argv[0]).stem == "cosmos3" else "python launch.py", plugins))
         return
@@ -107,6 +109,12 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         if args.cfg is None:
             check_start(cfg)
     hydra_main()
+
+
+def _widen_tables() -> None:
+    """Give tables that go to a file or a pipe more than a small window's width."""
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "160")
 
 
 def _refused(error: ConfigError) -> int:
