@@ -2,7 +2,8 @@
 
 Exact: tests hold it against counted operations and against the ledgers of real ranks. FLOPs are those of the
 matrix products, a multiplication and an addition each counted; attention counts whole, as `FlopCounterMode`
-counts it, also where it is causal.
+counts it, also where it is causal. Not counted: one rank alone on a CPU with several threads embeds the timestep
+for every noisy token instead of once (see `ParallelTransformer.embed`).
 """
 
 from __future__ import annotations

@@ -131,12 +131,13 @@ class ParallelTransformer:
         hidden = model.proj_in(packed[start : start + prepared.rows[self._exchange.rank]])
         embedder_dtype = next(model.time_embedder.parameters()).dtype
         frequencies = model.time_proj(timestep * model.config.timestep_scale).to(embedder_dtype)
-        # One row would do. But a CPU's matrix kernels round the last rows of a product differently when threads share
-        # it, and diffusers embeds every noisy token: with as many rows the bits are the same, for 1% of a layer.
-        own = prepared.noisy_rows[self._exchange.rank]
-        rows = own if self._exchange.ranks == 1 and hidden.device.type == "cpu" else min(own, BLOCK_ROWS)
-        embedded = model.time_embedder(frequencies.expand(max(rows, 1), -1)).to(hidden.dtype)
-        embedded = embedded if rows == own else embedded[:1]
+        # One row would do, but diffusers embeds every noisy token: a block of rows has the same bits. Where
+        # threads share a product on a CPU they round its last rows differently: there it takes as many rows.
+        noisy = sum(prepared.noisy_rows)
+        threaded = self._exchange.ranks == 1 and hidden.device.type == "cpu" and torch.get_num_threads() > 1
+        rows = max(noisy if threaded else min(noisy, BLOCK_ROWS), 1)
+        embedded = model.time_embedder(frequencies.expand(rows, -1)).to(hidden.dtype)
+        embedded = embedded if threaded and noisy else embedded[:1]
         if prepared.own_noisy is None:
             hidden += embedded
         else:

@@ -80,7 +80,7 @@ class RankMesh:
         """
         if axis not in self._comms:
             # For Comm no group is everybody; a mesh without one has this rank alone.
-            assert self.device_mesh is not None or not dist.is_initialized(), "the world's mesh is RankMesh.build()"
+            assert self.device_mesh is not None or not dist.is_initialized(), "use RankMesh.build()"
             self._comms[axis] = Comm(self.group(axis))
         return self._comms[axis]
 

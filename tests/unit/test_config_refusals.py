@@ -52,9 +52,7 @@ REFUSALS = [
 
 REFUSED_AT_THE_START = [
     pytest.param(["model=nano"], "model.path is not set", "nvidia/Cosmos3-Nano", id="no weights"),
-    pytest.param(
-        ["model=nano", "model.path=no/such/one"], "no/such/one", "model.path=", id="missing folder"
-    ),
+    pytest.param(["model=nano", "model.path=no/such/one"], "no/such/one", "model.path=", id="missing folder"),
     pytest.param(["model.path=conf"], "model_index.json", "model_index.json", id="not a checkpoint"),
     pytest.param(["task=i2v"], "task.image is not set", "task.image=", id="i2v without image"),
     pytest.param(["task=v2v"], "task.video is not set", "task.video=", id="v2v without video"),

@@ -48,6 +48,7 @@ class Counted(ParallelLoopDenoiser):
 def test_flops_and_cache_are_exact(
     model: str, clean: tuple[int, ...], guidance_scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.set_num_threads(1)
     pipeline = tiny_pipeline(seed=0, **MODELS[model])
     kept: list[PreparedPass] = []
     prepare = ParallelTransformer.prepare

@@ -1,10 +1,10 @@
 """Each rank owns a slab of latent rows (or columns, or both) and runs every op on it.
 
 Convolutions read a few rows beyond the slab, which neighbours send, and attention reads whole frames, which all
-send to all; nothing else travels but the finished bytes, to the root. Weights are on every rank. One clip of one
-chunk is as parallel as a long one, so this is the choice for images. The method is that of DistVAE
-(https://github.com/xdit-project/DistVAE), but frames cached for the next chunk keep their halos, and shard sizes are
-computed, not gathered.
+send to all; nothing else travels but the finished bytes, to the root. Weights are on every rank. A single chunk is
+as parallel as a long clip, so this is the choice for images. The method is that of DistVAE
+(https://github.com/xdit-project/DistVAE), but frames cached for the next chunk keep their halos, and shard sizes
+are computed, not gathered.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ __all__ = ["SpatialShard"]
 class SpatialShard(Strategy):
     """Slabs of latent rows, columns, or both.
 
-    axis: height (bands of rows), width (bands of columns), or grid: bands both ways, as nearly equal in size as the
-    number of ranks allows. Bands have the fewest messages, a grid of many ranks the fewest bytes.
+    axis: height (bands of rows), width (bands of columns), or grid: bands both ways, as nearly equal in size as
+    the number of ranks allows. Bands have the fewest messages, a grid of many ranks the fewest bytes.
     """
 
     axis: Literal["height", "width", "grid"] = "height"
@@ -56,7 +56,7 @@ class SpatialShard(Strategy):
     exactness: ClassVar[Exactness] = Exactness.ROUNDING
 
     def grid(self, rows: int, cols: int, ranks: int) -> Grid:
-        """The slabs of `ranks` ranks on a latent of `rows` x `cols`. Raises StrategyError when there are too few."""
+        """One slab per rank on a latent of `rows` x `cols`. Raises StrategyError when one would be empty."""
         if self.axis not in ("height", "width", "grid"):
             raise StrategyError(
                 f"spatial_shard.axis={self.axis}; a picture is cut into rows, columns, or both; "
@@ -81,8 +81,8 @@ class SpatialShard(Strategy):
         what = f"spatial_shard.axis={self.axis} over {ranks} ranks on a latent of {rows} rows and {cols} columns"
         if self.axis == "grid":
             return (
-                f"{what}; no two numbers whose product is {ranks} fit into {rows} x {cols}, and each slab needs one "
-                f"row and one column; use {self._most(rows, cols, ranks)} ranks, or a larger picture"
+                f"{what}; no two numbers whose product is {ranks} fit into {rows} x {cols}, and each slab needs "
+                f"one row and one column; use {self._most(rows, cols, ranks)} ranks, or a larger picture"
             )
         size, line = (rows, "row") if self.axis == "height" else (cols, "column")
         other, lines = ("width", cols) if self.axis == "height" else ("height", rows)
@@ -101,10 +101,11 @@ class SpatialShard(Strategy):
         grid = self.grid(shape.rows, shape.cols, ranks)
         shares = tuple(self._share(program, shape, grid, rank) for rank in range(ranks))
         slowest = max(share.flops for share in shares)
+        largest = grid.slab(ranks - 1)
         note = (
-            f"{len(grid.rows)} x {len(grid.cols)} slabs, the largest "
-            f"{max(b - a for a, b in grid.rows)} x {max(b - a for a, b in grid.cols)} of {shape.rows} x {shape.cols} "
-            f"latent rows and columns: at best {program.flops(shape) / slowest:.2f} times one rank"
+            f"{len(grid.rows)} x {len(grid.cols)} slabs, the largest {largest.height} x {largest.width} of "
+            f"{shape.rows} x {shape.cols} latent rows and columns: "
+            f"at best {program.flops(shape) / slowest:.2f} times one rank"
         )
         return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
 

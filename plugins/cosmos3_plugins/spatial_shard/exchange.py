@@ -20,7 +20,10 @@ def transfer(comm: Comm, sends: Sequence[Region], receives: Sequence[Region]) ->
     Regions must not be written (sends) or read (receives) before that.
     """
     landings = [
-        (region if region.is_contiguous() else torch.empty_like(region, memory_format=torch.contiguous_format), peer)
+        (
+            region if region.is_contiguous() else torch.empty_like(region, memory_format=torch.contiguous_format),
+            peer,
+        )
         for region, peer in receives
     ]
     pending = comm.exchange([(region.contiguous(), peer) for region, peer in sends], landings)
@@ -35,7 +38,7 @@ def transfer(comm: Comm, sends: Sequence[Region], receives: Sequence[Region]) ->
 
 
 def slab_of(whole: Tensor, slab: Slab, scale: int, dim: int) -> Tensor:
-    """The part of `whole` that lies on `slab`: `scale` rows per latent row, rows in `dim`, columns in `dim` + 1."""
+    """The part of `whole` on `slab`: `scale` rows per latent row, rows in `dim`, columns in `dim` + 1."""
     rows = whole.narrow(dim, slab.rows[0] * scale, slab.height * scale)
     return rows.narrow(dim + 1, slab.cols[0] * scale, slab.width * scale)
 

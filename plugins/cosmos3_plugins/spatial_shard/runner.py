@@ -22,7 +22,9 @@ PIXEL_ROWS = 2  # of bytes and of the executor's activations [B, T, H, W, C]
 class ShardRunner:
     """All ops on one slab. `grid_of` gives the cuts for latent rows and columns."""
 
-    def __init__(self, vae: BoundVae, comm: Comm, direction: Direction, grid_of: Callable[[int, int], Grid]) -> None:
+    def __init__(
+        self, vae: BoundVae, comm: Comm, direction: Direction, grid_of: Callable[[int, int], Grid]
+    ) -> None:
         self._comm = comm
         self._grid_of = grid_of
         self._slice = vae.slice(direction)

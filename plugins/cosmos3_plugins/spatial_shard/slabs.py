@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from cosmos3_pipeline.vae.ops import Attention, LatentShape, Margins, Op
 from cosmos3_pipeline.vae.program import Program
@@ -82,7 +83,7 @@ class Grid:
 def _spans(size: int, parts: int) -> tuple[Span, ...]:
     # Rounding down puts the longer spans last, since the root, which is first, also writes the picture.
     edges = [size * i // parts for i in range(parts + 1)]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(pairwise(edges))
 
 
 def inner_edge(start: int, size: int, before: int, after: int, step: int) -> Span:
@@ -147,9 +148,11 @@ def slab_flops(program: Program, whole: LatentShape, slab: Slab, start: int, sto
 
 
 def attention_bytes(program: Program, whole: LatentShape, start: int, stop: int) -> int:
-    """Bytes alive during the costliest attention of ops [start, stop): the whole frames, q, k, v and what follows."""
+    """Bytes alive during the costliest attention of ops [start, stop): whole frames, q, k, v and what follows."""
     first = program.chunks(whole) == 1
-    frames = [op.source.elements(whole, first=first) for op in program.ops[start:stop] if isinstance(op, Attention)]
+    frames = [
+        op.source.elements(whole, first=first) for op in program.ops[start:stop] if isinstance(op, Attention)
+    ]
     return 6 * max(frames, default=0) * whole.element_bytes
 
 

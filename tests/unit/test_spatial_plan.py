@@ -1,0 +1,118 @@
+"""The arithmetic of `spatial_shard`: cuts, refusals, and what a plan counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vae_models import WAN21, WAN22, vae_config
+
+from cosmos3_pipeline.vae.ops import Attention, LatentShape, Margins
+from cosmos3_pipeline.vae.program import decoder_program, encoder_program
+from cosmos3_pipeline.vae.strategy import StrategyError
+from cosmos3_plugins.spatial_shard import SpatialShard
+from cosmos3_plugins.spatial_shard.slabs import Grid, inner_edge
+
+DECODER = decoder_program(vae_config(WAN22))
+
+
+@given(rows=st.integers(1, 60), cols=st.integers(1, 60), down=st.integers(1, 9), across=st.integers(1, 9))
+def test_slabs_cover_the_latent_once_and_evenly(rows: int, cols: int, down: int, across: int) -> None:
+    down, across = min(down, rows), min(across, cols)
+    grid = Grid.of(rows, cols, down, across)
+    slabs = [grid.slab(i) for i in range(len(grid))]
+    covered = [(r, c) for s in slabs for r in range(*s.rows) for c in range(*s.cols)]
+    assert sorted(covered) == [(r, c) for r in range(rows) for c in range(cols)]
+    heights = {s.height for s in slabs}
+    assert max(heights) - min(heights) <= 1 and min(heights) >= 1
+    assert slabs[0].height == min(heights)  # the root, which also writes the picture, has the smallest
+
+
+@given(down=st.integers(1, 5), across=st.integers(1, 5), data=st.data())
+def test_what_a_slab_sends_is_what_its_neighbour_takes(down: int, across: int, data: st.DataObject) -> None:
+    grid = Grid.of(11, 13, down, across)
+    index = data.draw(st.integers(0, len(grid) - 1))
+    margins = data.draw(st.sampled_from([Margins(1, 1, 1, 1), Margins(0, 1, 0, 1), Margins(2, 1, 1, 2)]))
+    for step_down, step_right, other in grid.neighbours(index):
+        assert (-step_down, -step_right, index) in list(grid.neighbours(other))
+        rows = inner_edge(0, 7, margins.top, margins.bottom, step_down)
+        # The neighbour below reads `top` rows above itself, the one above reads `bottom` rows.
+        assert rows[1] - rows[0] == {-1: margins.bottom, 0: 7, 1: margins.top}[step_down]
+
+
+@pytest.mark.parametrize(
+    ("axis", "rows", "cols", "ranks", "expected"),
+    [
+        ("height", 45, 80, 4, (4, 1)),
+        ("width", 45, 80, 4, (1, 4)),
+        ("grid", 45, 80, 4, (1, 4)),  # 45 x 20 = 900 latents; 4 x 1 has 12 x 80, 2 x 2 has 23 x 40
+        ("grid", 44, 44, 4, (2, 2)),  # all have 484 latents; 2 x 2 has the shortest cuts
+        ("grid", 3, 5, 15, (3, 5)),
+        ("grid", 2, 7, 7, (1, 7)),
+    ],
+)
+def test_the_grid_has_the_smallest_largest_slab(
+    axis: Any, rows: int, cols: int, ranks: int, expected: tuple[int, int]
+) -> None:
+    grid = SpatialShard(axis).grid(rows, cols, ranks)
+    assert (len(grid.rows), len(grid.cols)) == expected
+
+
+@pytest.mark.parametrize(
+    ("axis", "ranks", "says"),
+    [
+        ("height", 4, "each rank needs one row and there are 3; use 3 ranks or fewer, or axis=width"),
+        ("width", 6, "each rank needs one column and there are 5; use 5 ranks or fewer"),
+        ("grid", 7, "no two numbers whose product is 7 fit into 3 x 5"),
+        ("grid", 16, "use 15 ranks"),
+        ("diagonal", 2, "give height, width or grid"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_the_numbers(axis: Any, ranks: int, says: str) -> None:
+    with pytest.raises(StrategyError) as refusal:
+        SpatialShard(axis).plan(DECODER, LatentShape(1, 2, 3, 5), ranks)
+    assert says in str(refusal.value)
+    assert str(refusal.value).count("; ") == 2
+
+
+def test_halos_of_720p_over_two_ranks_are_one_row_per_convolution_and_frame() -> None:
+    """By hand: frames cached from the chunk before are not sent again, so no message is longer than its chunk."""
+    shape = LatentShape(1, 3, 45, 80)
+    shares = SpatialShard().plan(DECODER, shape, 2).shares
+    rows = messages = 0
+    for op in DECODER.ops:
+        elements = 80 * op.source.scale * op.source.channels
+        if op.margins:
+            rows += elements * (1 + 2 * op.source.frames)  # one frame, then two chunks
+            messages += 3
+        if isinstance(op, Attention):
+            rows += 22 * elements * 3
+            messages += 3
+    assert (shares[0].sent_bytes, shares[0].sent_messages) == (4 * rows, messages)
+    assert [share.rows for share in shares] == [(0, 22), (22, 45)]
+    # The other rank sends a row more of each attention frame, and its part of the picture.
+    attention = next(op for op in DECODER.ops if isinstance(op, Attention))
+    picture = 9 * (23 * 16) * (80 * 16) * 3
+    assert shares[1].sent_bytes == 4 * rows + 4 * 3 * 80 * attention.source.channels + picture
+    assert shares[1].sent_messages == messages + 3
+
+
+@pytest.mark.parametrize("base", [WAN22, WAN21], ids=["wan22", "wan21"])
+@pytest.mark.parametrize("make_program", [decoder_program, encoder_program])
+def test_shares_add_up(base: dict[str, Any], make_program: Any) -> None:
+    program = make_program(vae_config(base))
+    shape = LatentShape(2, 3, 7, 9)
+    attention = sum(
+        op.flops(shape, first=first) * chunks
+        for op in program.ops
+        if isinstance(op, Attention)
+        for first, chunks in ((True, 1), (False, program.chunks(shape) - 1))
+    )
+    for axis, ranks in (("height", 1), ("height", 3), ("width", 4), ("grid", 6)):
+        shares = SpatialShard(axis).plan(program, shape, ranks).shares
+        # Every rank does all of the attention.
+        assert sum(s.flops for s in shares) == program.flops(shape) + (ranks - 1) * attention
+        assert {s.weight_bytes for s in shares} == {4 * program.weight_elements()}
+    assert SpatialShard().plan(program, shape, 1).shares[0].sent_bytes == 0
