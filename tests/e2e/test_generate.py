@@ -65,8 +65,10 @@ def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], ra
 def test_torchrun_joins_its_ranks_and_writes_one_folder(tmp_path: Path) -> None:
     output = tmp_path / "joined"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch.py"]
-        + [*SMALL, "topology=cpu_x2", f"hydra.run.dir={output}"],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch.py"),
+            *(*SMALL, "topology=cpu_x2", f"hydra.run.dir={output}"),
+        ],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

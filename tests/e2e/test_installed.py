@@ -16,8 +16,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the library installed from a wheel; its dependencies are this environment's."""
     target = tmp_path_factory.mktemp("site")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--target", str(target), str(REPOSITORY)],
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
+            *("--target", str(target), str(REPOSITORY)),
+        ],
         check=True,
         timeout=120,
     )

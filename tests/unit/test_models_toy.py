@@ -17,8 +17,8 @@ from toy_runs import PROMPT, clip_of, components, context_of, toy_dimensions
 
 from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.models import toy
-from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint
 from cosmos3_pipeline.models.toy_tokenizer import SMALLEST_VOCABULARY, make_tokenizer
+from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint
 from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.text import TextStage

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, toy_dimensions
 
 from cosmos3_pipeline.config.errors import Refusal
-from cosmos3_pipeline.plan.checkpoint import CheckpointInfo
 from cosmos3_pipeline.models.loading import open_checkpoint
+from cosmos3_pipeline.plan.checkpoint import CheckpointInfo
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
