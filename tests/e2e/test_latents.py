@@ -1,4 +1,4 @@
-"""The whole way from the command line gives the latents of diffusers' own pipeline, for a checkpoint of any size."""
+"""The command line gives the latents of diffusers' own pipeline, for a checkpoint of any size."""
 
 from __future__ import annotations
 
