@@ -1,5 +1,7 @@
-"""One thread here as in the ranks: a reference is made in this process, and a kernel that several threads share may
-sum in another order."""
+"""One thread here as in the ranks.
+
+A reference is made in this process, and a kernel that several threads share may sum in another order.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,139 @@
+"""Groups of ranks own runs of ops, as in `layer_pipeline`; in a group each rank owns rows, as in `spatial_shard`.
+
+For more ranks than either can use well: a line of many stages fills slowly and balances badly, and a picture has
+only so many rows. Every group cuts the picture alike, so a rank hands its slab to one rank of the next group, and
+nothing is put together before the root does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from cosmos3_pipeline.vae.footprint import activation_bytes
+from cosmos3_pipeline.vae.strategy import (
+    Direction,
+    Exactness,
+    LatentShape,
+    Program,
+    RankShare,
+    Runner,
+    Strategy,
+    StrategyError,
+    StrategyPlan,
+)
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.spatial_shard.slabs import (
+    Grid,
+    Traffic,
+    attention_bytes,
+    moments_bytes,
+    picture_bytes,
+    slab_flops,
+    slab_traffic,
+)
+
+if TYPE_CHECKING:
+    from cosmos3_pipeline.distributed.comm import Comm
+    from cosmos3_pipeline.vae.weights import BoundVae
+
+__all__ = ["PipelineOfShards"]
+
+
+@dataclass
+class PipelineOfShards(Strategy):
+    """`groups` runs of ops, each on ranks / `groups` bands of latent rows.
+
+    Group 0, with the root, has the last ops.
+    """
+
+    groups: int = 2
+
+    name: ClassVar[str] = "pipeline_of_shards"
+    exactness: ClassVar[Exactness] = Exactness.ROUNDING
+
+    def shards(self, ranks: int) -> int:
+        """Ranks of each group. Raises StrategyError when they do not divide."""
+        if self.groups < 1 or ranks % self.groups:
+            fitting = [count for count in range(1, ranks + 1) if ranks % count == 0]
+            raise StrategyError(
+                f"pipeline_of_shards.groups={self.groups} over {ranks} ranks; every group has the same number of "
+                f"ranks; use groups={min(fitting, key=lambda count: abs(count - self.groups))}, or a number of "
+                f"ranks that divides by {max(1, self.groups)}"
+            )
+        return ranks // self.groups
+
+    def runs(self, program: Program) -> tuple[tuple[int, int], ...]:
+        """The run [start, stop) of each group. Raises StrategyError for more groups than ops."""
+        if self.groups > len(program):
+            raise StrategyError(
+                f"pipeline_of_shards.groups={self.groups}; the {program.direction}r has {len(program)} ops and "
+                f"each group needs one; use {len(program)} groups or fewer"
+            )
+        return LayerPipeline().runs(program, self.groups)
+
+    def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
+        """Who owns which ops and rows. Raises StrategyError for groups or rows that do not suffice."""
+        shards = self.shards(ranks)
+        runs = self.runs(program)
+        if shards > shape.rows:
+            raise StrategyError(
+                f"pipeline_of_shards.groups={self.groups} over {ranks} ranks on a latent of {shape.rows} rows; "
+                f"the {shards} ranks of a group need a row each; use {self.groups * shape.rows} ranks or fewer, "
+                "or more groups"
+            )
+        grid = Grid.of(shape.rows, shape.cols, shards, 1)
+        shares = tuple(self._share(program, shape, grid, runs, rank) for rank in range(ranks))
+        chunks = program.chunks(shape)
+        bound = program.flops(shape) / max(share.flops for share in shares) * chunks / (chunks + self.groups - 1)
+        largest = grid.slab(shards - 1).height
+        note = (
+            f"{chunks} chunks through {self.groups} stages of {shards} bands, the largest {largest} of "
+            f"{shape.rows} latent rows: at best {bound:.2f} times one rank"
+        )
+        return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
+
+    def _share(
+        self, program: Program, shape: LatentShape, grid: Grid, runs: tuple[tuple[int, int], ...], rank: int
+    ) -> RankShare:
+        group, index = divmod(rank, len(grid))
+        start, stop = runs[group]
+        slab = grid.slab(index)
+        part = slab.latent(shape)
+        chunks = program.chunks(shape)
+        peak = max(
+            activation_bytes(program, part, start, stop, cut_rows=grid.cuts_rows),
+            attention_bytes(program, shape, start, stop),
+        )
+        if chunks > 1:
+            # The next chunk's input arrives, and the last chunk's output leaves, while this one is computed.
+            crossing = (start if start else None, stop if stop < len(program) else None)
+            peak += part.element_bytes * sum(
+                spec.elements(part, first=False) for cut in crossing if cut for spec in program.carried(cut)
+            )
+        sent = slab_traffic(program, shape, grid, index, start, stop)
+        if stop < len(program):
+            sent += Traffic(program.carried_bytes(stop, part), chunks * len(program.carried(stop)))
+        elif program.direction == "decode":
+            if index:
+                sent += Traffic(picture_bytes(program, part), chunks)
+        elif len(runs) * len(grid) > 1:
+            sent += Traffic(moments_bytes(program, part if index else shape), 1)
+        return RankShare(
+            rank=rank,
+            ops=(start, stop),
+            rows=slab.rows,
+            cols=slab.cols,
+            flops=slab_flops(program, shape, slab, start, stop),
+            weight_bytes=program.weight_elements(start, stop) * shape.element_bytes,
+            activation_bytes=peak,
+            sent_bytes=sent.bytes,
+            sent_messages=sent.messages,
+        )
+
+    def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
+        """This rank's stage and band."""
+        from cosmos3_plugins.pipeline_of_shards.runner import ShardStage
+
+        group = comm.rank // self.shards(comm.size)
+        return ShardStage(vae, comm, direction, self.runs(vae.program(direction))[group], groups=self.groups)

@@ -1,0 +1,105 @@
+"""One rank's band of rows in one stage of the line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.distributed.comm import Comm, Pending
+from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, picture_chunks
+from cosmos3_pipeline.vae.strategy import Direction, LatentShape, Pixels
+from cosmos3_pipeline.vae.weights import BoundVae
+from cosmos3_plugins.spatial_shard.exchange import Collector, SlabExchange, slab_of
+from cosmos3_plugins.spatial_shard.runner import PICTURE_ROWS, PIXEL_ROWS
+from cosmos3_plugins.spatial_shard.slabs import Grid
+
+
+class ShardStage:
+    """The ops of one group on one band. Bands come from the rank above and go to the rank below.
+
+    Rank = group x shards + band; group 0 has the last ops, so its ranks have the result.
+    """
+
+    def __init__(
+        self, vae: BoundVae, comm: Comm, direction: Direction, run: tuple[int, int], *, groups: int
+    ) -> None:
+        self._comm = comm
+        self._vae = vae
+        self._program = vae.program(direction)
+        self._slice = vae.slice(direction, *run)
+        self._shards = comm.size // groups
+        self._group, self._band = divmod(comm.rank, self._shards)
+        self._above = comm.rank + self._shards if self._group + 1 < groups else None
+        self._below = comm.rank - self._shards if self._group else None
+
+    def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
+        """Yields the picture on the root; the other ranks send what they compute and yield nothing."""
+        latent = LatentShape(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
+        grid = self._grid(latent)
+        own = slab_of(z, grid.slab(self._band), 1, PICTURE_ROWS)
+        collector = Collector(self._comm, grid)
+        dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
+        for picture in self._outputs(grid, latent, z.shape[2], lambda index: latent_chunk(own, index)):
+            whole = collector.collect(as_pixels(picture, pixels), dim=dim)
+            if whole is not None:
+                yield whole
+        collector.flush()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], put together on the root and broadcast."""
+        chunks, scale = picture_chunks(x.shape[2]), self._program.spatial
+        frames = 1 + (chunks - 1) * self._program.latents_per_chunk
+        latent = LatentShape(x.shape[0], frames, x.shape[3] // scale, x.shape[4] // scale)
+        grid = self._grid(latent)
+        own = slab_of(x, grid.slab(self._band), scale, PICTURE_ROWS)
+        parts = list(self._outputs(grid, latent, chunks, lambda index: picture_chunk(own, index)))
+        whole = None
+        if parts:
+            collector = Collector(self._comm, grid)
+            whole = collector.collect(torch.cat(parts, dim=1), dim=PIXEL_ROWS)
+            collector.flush()
+        if whole is None:
+            whole = x.new_empty(latent.batch, frames, latent.rows, latent.cols, 2 * self._program.z_dim)
+        self._comm.broadcast(whole)
+        return whole.permute(0, 4, 1, 2, 3).contiguous()
+
+    def _grid(self, latent: LatentShape) -> Grid:
+        return Grid.of(latent.rows, latent.cols, self._shards, 1)
+
+    def _outputs(
+        self, grid: Grid, latent: LatentShape, chunks: int, source: Callable[[int], Tensor]
+    ) -> Iterator[Tensor]:
+        """Passes this rank's band of every chunk through its stage; yields the results in the last group."""
+        part = grid.slab(self._band).latent(latent)
+        exchange = SlabExchange(self._comm, grid, base=self._group * self._shards) if self._shards > 1 else None
+        state = self._slice.state(chunks)
+        arriving = self._receive(part, 0)
+        leaving: Pending | None = None
+        for index in range(chunks):
+            if arriving is None:
+                tensors = [source(index)]
+            else:
+                tensors, pending = arriving
+                pending.wait()
+                arriving = self._receive(part, index + 1) if index + 1 < chunks else None
+            results = self._slice.run(tensors, state, exchange)
+            if self._below is None:
+                yield results[0]
+                continue
+            # One chunk may be under way while the next is computed; more would pile up in memory.
+            if leaving is not None:
+                leaving.wait()
+            leaving = self._comm.exchange(sends=[(tensor, self._below) for tensor in results])
+        if leaving is not None:
+            leaving.wait()
+
+    def _receive(self, part: LatentShape, index: int) -> tuple[list[Tensor], Pending] | None:
+        """Buffers into which chunk `index` is arriving; None in the first group, which has the input."""
+        if self._above is None:
+            return None
+        shapes = self._program.carried_shapes(self._slice.start, part, first=index == 0)
+        buffers = [torch.empty(shape, dtype=self._vae.dtype, device=self._vae.device) for shape in shapes]
+        above = self._above
+        return buffers, self._comm.exchange(receives=[(buffer, above) for buffer in buffers])
