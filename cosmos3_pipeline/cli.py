@@ -22,9 +22,8 @@ from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.config.help import help_text
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.distributed.failure import RankFailed
-from cosmos3_pipeline.jobs import follow, run, sweep
+from cosmos3_pipeline.jobs import check_job, follow, run, sweep
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
-from cosmos3_pipeline.jobs.start import check_start
 from cosmos3_pipeline.plan.checks import compose_checked
 
 __all__ = ["launch", "main", "run"]
@@ -107,7 +106,7 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         # Before Hydra makes an output directory for a run that would be refused.
         cfg = compose_checked(args.overrides)
         if args.cfg is None:
-            check_start(cfg)
+            check_job(cfg)
     hydra_main()
 
 

@@ -34,6 +34,7 @@ def one_of(*choices: str) -> Any:
 class JobName(Enum):
     generate = "generate"
     plan = "plan"
+    verify = "verify"
 
 
 class TaskName(Enum):
@@ -218,6 +219,14 @@ class PlanConfig:
 
 
 @dataclass
+class VerifyConfig:
+    """Read by job=verify. `strategies` None: those that the VAE flags switch on; `latents` None: denoise first."""
+
+    strategies: list[str] | None = None
+    latents: str | None = None
+
+
+@dataclass
 class SamplerConfig:
     steps: int = ranged(at_least=1, at_most=1000)
     guidance_scale: float = ranged(at_least=0, at_most=100)
@@ -254,4 +263,5 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)

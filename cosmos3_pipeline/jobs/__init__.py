@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cosmos3_pipeline.config.schema import JobName
-from cosmos3_pipeline.jobs import generate, plan
+from cosmos3_pipeline.jobs import generate, plan, verify
 from cosmos3_pipeline.jobs.start import check_start
 from cosmos3_pipeline.plan.checkpoint import adopt_dimensions
 from cosmos3_pipeline.plan.checks import check
@@ -18,22 +18,36 @@ from cosmos3_pipeline.plan.checks import check
 def run(cfg: DictConfig) -> None:
     """Check `cfg`, then do its job in Hydra's output directory. Called by `@hydra.main`.
 
-    Raises ConfigError before any work starts, RankFailed when a rank of the run failed.
+    Raises ConfigError before any work starts, RankFailed when a rank of the run failed, VerifyFailed (exit code 1)
+    when a strategy is not as exact as it declares.
     """
     hydra_cfg = HydraConfig.get()
     if changed := adopt_dimensions(cfg):
         print(f"{cfg.model.path} is no {cfg.model.name}; its own dimensions are used: {'; '.join(changed)}")
     check(cfg, hydra_cfg.overrides.task)
-    check_start(cfg)
+    check_job(cfg)
     output = Path(hydra_cfg.runtime.output_dir)
     if cfg.job.name == JobName.plan:
         plan.plan_job(cfg, output)
         return
+    multirun = hydra_cfg.mode == RunMode.MULTIRUN
+    if cfg.job.name == JobName.verify:
+        verify.verify(cfg, output, multirun=multirun)
+        return
     plan.head(cfg, output)
-    generate.generate(cfg, output, own_process=hydra_cfg.mode == RunMode.MULTIRUN)
+    generate.generate(cfg, output, own_process=multirun)
+
+
+def check_job(cfg: DictConfig) -> None:
+    """Raise ConfigError with everything that keeps the checked `cfg` from being run here and now."""
+    check_start(cfg)
+    verify.check_verify(cfg)
 
 
 def follow(cfg: DictConfig) -> None:
     """Take part in the job of a checked `cfg` as a rank that is not the root: nothing is written here."""
-    check_start(cfg)
+    check_job(cfg)
+    if cfg.job.name == JobName.verify:
+        verify.join(cfg)
+        return
     generate.join(cfg)

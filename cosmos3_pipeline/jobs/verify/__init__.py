@@ -1,0 +1,265 @@
+"""`job=verify`: strategies on the same latents, and whether each is as exact as it says. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.jobs.generate import resolved
+from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
+from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
+from cosmos3_pipeline.plan.units import quantity
+from cosmos3_pipeline.plan.vae import directions, plain
+from cosmos3_pipeline.stages.files import remove_partial, write_whole
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Direction, program_for
+from cosmos3_pipeline.vae.strategy import Strategy
+
+REPORT_FILE = "verify.json"
+PICTURE_FILE = "verify.png"
+EXAMPLE = "verify.strategies=[layer_pipeline]"
+
+
+class VerifyFailed(SystemExit):
+    """A strategy is not as exact as it declares. Uncaught, it ends the process with its words and exit code 1."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A strategy to verify in one direction: its config node, `_target_` and settings."""
+
+    direction: Direction
+    node: dict[str, Any]
+
+    def build(self) -> Strategy:
+        built = build_strategy(self.node)
+        assert isinstance(built, Strategy)
+        return built
+
+
+def chosen(cfg: DictConfig) -> list[Chosen]:
+    """What `cfg` asks to verify: `verify.strategies` in every direction that the task has, or what the flags use.
+
+    A strategy that is the configured one keeps its settings from there, another has its defaults.
+    """
+    needed, plugins = directions(cfg, clip_of(cfg)), discover()
+    if cfg.verify.strategies is None:
+        return [Chosen(d, plain(cfg.vae[d])) for d in needed if cfg.vae[f"parallel_{d}"]]
+    found = []
+    for name in cfg.verify.strategies:
+        target = plugins.target(name)
+        for direction in needed:
+            configured = plain(cfg.vae[direction])
+            node = configured if configured["_target_"] == target else {"_target_": target}
+            if direction in plugins.strategies[name].directions:  # type: ignore[attr-defined]
+                found.append(Chosen(direction, node))
+    return found
+
+
+def check_verify(cfg: DictConfig) -> None:
+    """Raise ConfigError with everything that keeps `verify` of a checked `cfg` from being done, or being read."""
+    found = list(problems(cfg))
+    if found:
+        raise ConfigError(found)
+
+
+def problems(cfg: DictConfig) -> Iterator[Problem]:
+    """As `check_verify` finds them."""
+    if cfg.job.name != JobName.verify:
+        for key in ("strategies", "latents"):
+            if cfg.verify[key] is not None:
+                yield Problem(
+                    what=f"verify.{key}={cfg.verify[key]} with job={cfg.job.name.value}",
+                    why="only job=verify reads it, so it would be ignored",
+                    works=f"job=verify, or no verify.{key}",
+                )
+        return
+    if cfg.task.prompt_file is not None:
+        yield Problem(
+            what=f"task.prompt_file={cfg.task.prompt_file} with job=verify",
+            why="strategies are compared on one clip",
+            works="task.prompt='a red kite'",
+        )
+    unknown = list(_unknown_names(cfg.verify.strategies or []))
+    yield from unknown
+    if not unknown:
+        yield from _strategies(cfg)
+    if cfg.verify.latents is not None:
+        yield from _latents(cfg)
+
+
+def _unknown_names(names: Sequence[str]) -> Iterator[Problem]:
+    known = discover().strategies
+    for name in names:
+        if name not in known:
+            why = discover().broken.get(name)
+            yield Problem(
+                what=f"verify.strategies has {name}",
+                why=f"it is installed but broken: {why}" if why else f"the strategies are: {', '.join(known)}",
+                works=did_you_mean(name, known, otherwise=EXAMPLE),
+            )
+
+
+def _strategies(cfg: DictConfig) -> Iterator[Problem]:
+    picked = chosen(cfg)
+    if not picked:
+        asked = cfg.verify.strategies
+        flags = "vae.parallel_encode and vae.parallel_decode are off for what task={} does"
+        yield Problem(
+            what="job=verify with nothing to verify",
+            why=f"verify.strategies={asked} does none of: {', '.join(directions(cfg, clip_of(cfg)))}"
+            if asked is not None
+            else flags.format(cfg.task.name.value) + ", so only the reference would run",
+            works=f"vae=parallel_decode, topology=cpu_x2, or {EXAMPLE}",
+        )
+    clip, config, ranks = clip_of(cfg), plain(cfg.model.vae), replica_ranks(cfg.topology)
+    for one in picked:
+        encoded = one.direction == "encode"
+        frames = max(cfg.task.condition_latent_frames) + 1 if encoded else clip.latent_frames
+        shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype])
+        try:
+            one.build().plan(program_for(one.direction, config), shape, ranks)
+        except Refusal as refusal:
+            yield refusal.problem
+        except ValueError as error:  # StrategyError and ProgramError say their three parts in one line
+            what, why, works = (*str(error).split("; ", 2), "", "")[:3]
+            yield Problem(what=f"{one.direction}: {what}", why=why or what, works=works or EXAMPLE)
+
+
+def _latents(cfg: DictConfig) -> Iterator[Problem]:
+    """What is wrong with the file of latents; looks at its values too, since the ranks would all stop at a NaN."""
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    named, clip = f"verify.latents={cfg.verify.latents}", clip_of(cfg)
+    file = Path(cfg.verify.latents).expanduser()
+    works = "latents.safetensors of a run with output.latents=true"
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            if "latents" not in tensors.keys():  # noqa: SIM118 # no dict
+                why = f"its tensors are: {', '.join(sorted(tensors.keys()))}"
+                yield Problem(what=f"{named} has no tensor `latents`", why=why, works=works)
+                return
+            part = tensors.get_slice("latents")
+            dtype, shape = part.get_dtype(), part.get_shape()
+            if dtype != "F32":
+                why = "the sampler works in float32, and so does the file that a run leaves"
+                yield Problem(what=f"{named} holds {dtype}", why=why, works=works)
+                return
+            wanted = [1, cfg.model.vae.z_dim, clip.latent_frames, clip.latent_rows, clip.latent_cols]
+            if shape != wanted:
+                yield Problem(
+                    what=f"{named} holds {shape}",
+                    why=f"{clip.width}x{clip.height} and {clip.num_frames} frames are {wanted}",
+                    works=_size_of(shape, cfg) if len(shape) == 5 else works,
+                )
+            elif not np.isfinite(tensors.get_tensor("latents")).all():
+                yield Problem(
+                    what=f"{named} has values that are NaN or infinite",
+                    why="every pixel that they reach is lost, whatever the strategy",
+                    works=works,
+                )
+    except (OSError, SafetensorError) as error:
+        yield Problem(what=f"{named} cannot be read", why=str(error), works=works)
+
+
+def _size_of(shape: Sequence[int], cfg: DictConfig) -> str:
+    """The overrides that ask for a clip of these latents."""
+    clip = clip_of(cfg)
+    _, _, frames, rows, cols = shape
+    num_frames = (frames - 1) * clip.temporal + 1
+    return f"task.height={rows * clip.spatial} task.width={cols * clip.spatial} task.num_frames={num_frames}"
+
+
+def verify(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
+    """Verify what `cfg` chooses; leaves verify.json and verify.png in `output` and prints the table.
+
+    Raises VerifyFailed when a strategy misses its declaration, RankFailed when a rank failed.
+    """
+    from cosmos3_pipeline.jobs.verify.rank import verify_rank
+
+    if multirun:
+        problem = Problem(
+            what="job=verify with -m",
+            why="a sweep compares the pictures that its jobs leave, and verify leaves none",
+            works="one run with several strategies: verify.strategies=[layer_pipeline,spatial_shard]",
+        )
+        raise ConfigError([problem])
+    settings = resolved(cfg)
+    write_whole(output / "config.yaml", OmegaConf.to_yaml(settings))
+    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
+    if "RANK" in os.environ or ranks == 1:
+        verify_rank(settings, str(output))
+    else:
+        from cosmos3_pipeline.distributed.launch import run_ranks
+
+        try:
+            run_ranks(verify_rank, settings, str(output), ranks=ranks)
+        finally:
+            remove_partial(output)
+    show(output)
+
+
+def join(cfg: DictConfig) -> None:
+    """Be a rank other than the root in the world that RANK and WORLD_SIZE describe."""
+    from cosmos3_pipeline.jobs.verify.rank import verify_rank
+
+    verify_rank(resolved(cfg), None)
+
+
+def show(output: Path) -> None:
+    """Print the report in `output`; raises VerifyFailed when it says that a strategy missed its declaration."""
+    report = json.loads((output / REPORT_FILE).read_text())
+    ranks = report["topology"]["replica_ranks"]
+    table = Table(title=f"{report['task']} with {report['model']} on {ranks} rank{'s' * (ranks > 1)}")
+    for column in ("", "strategy", "declared", "measured"):
+        table.add_column(column)
+    for column in ("max", "mean", "PSNR dB", "SSIM", "seconds", "peak MB per rank", "sent"):
+        table.add_column(column, justify="right")
+    for direction, reference in report["reference"].items():
+        blank = [""] * 4
+        table.add_row(direction, "replicated", "", "the reference", *blank, *_cost_cells(reference), style="dim")
+        for check in report["checks"]:
+            if check["direction"] == direction:
+                table.add_row(*_cells(check), *_cost_cells(check))
+    console = Console()
+    console.print(table)
+    console.print("max and mean difference: of 255 levels for decode, in the latents' own scale for encode")
+    files = [REPORT_FILE] + [PICTURE_FILE] * (output / PICTURE_FILE).is_file()
+    console.print(" ".join(str(output / name) for name in files), soft_wrap=True, highlight=False)
+    missed = [check for check in report["checks"] if not check["passed"]]
+    if missed:
+        lines = [f"{check['direction']} with {check['strategy']}: {check['missed']}" for check in missed]
+        raise VerifyFailed("\n".join([*lines, f"see {output / REPORT_FILE}"]))
+
+
+def _cells(check: dict[str, Any]) -> list[str]:
+    found = check["levels"] if check["direction"] == "decode" else check["values"]
+    verdict = check["reached"] or "another picture"
+    colour = "green" if check["passed"] else "red"
+    return [
+        check["direction"],
+        check["strategy"],
+        check["declared"],
+        f"[{colour}]{verdict}[/{colour}]",
+        *("NaN" if found[key] is None else f"{found[key]:.3g}" for key in ("max", "mean")),
+        "equal" if found["max"] == 0 else "NaN" if found["psnr_db"] is None else f"{found['psnr_db']:.1f}",
+        "" if check["ssim"] is None else f"{check['ssim']:.5f}",
+    ]
+
+
+def _cost_cells(measured: dict[str, Any]) -> list[str]:
+    peaks = ", ".join(f"{rank['peak_bytes'] / 1e6:.0f}" for rank in measured["ranks"])
+    sent = sum(rank["sent_bytes"] for rank in measured["ranks"])
+    return [f"{measured['seconds']:.2f}", peaks, quantity("bytes", sent) if sent else "0"]

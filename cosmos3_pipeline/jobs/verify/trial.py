@@ -1,0 +1,196 @@
+"""One input of the VAE through one strategy after the other: what it costs, and its distance from `replicated`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.jobs.metrics import peak_bytes, reset_peak
+from cosmos3_pipeline.jobs.verify import Chosen
+from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exactness_of
+from cosmos3_pipeline.jobs.verify.picture import Row
+from cosmos3_pipeline.stages.likeness import ssim
+from cosmos3_pipeline.vae.inputs import latent_shape
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Exactness, Pixels, Runner, Strategy
+from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
+
+LEVELS = 255.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a strategy made, in CPU memory, and what it cost.
+
+    values: on the root the float frames [B, 3, H, W] of a picture; on every rank the moments of an encode, as one
+    tensor. frames: on the root the bytes [H, W, 3] of a run's stream. cost: the slowest rank's seconds and every
+    rank's own measures.
+    """
+
+    values: list[Tensor]
+    frames: list[Tensor]
+    cost: dict[str, Any]
+
+
+class Trial:
+    """Strategies on `given`, latents [1, z_dim, T, h, w] or a picture [1, 3, F, H, W]. All ranks call it together.
+
+    `reference` is the result of `replicated`.
+    """
+
+    def __init__(self, direction: Direction, given: Tensor, autoencoder: AutoencoderKLWan, comm: Comm) -> None:
+        self._direction: Direction = direction
+        self._given = given
+        self._autoencoder = autoencoder
+        self._comm = comm
+        self._float32: list[Tensor] | None = None
+        self.reference = self._run(replicated())
+
+    def check(self, one: Chosen) -> tuple[dict[str, Any], Row | None]:
+        """What the report says of a strategy, and its row of the picture; both are the root's to use."""
+        strategy = one.build()
+        result = self._run(strategy)
+        # What other ranks have must be the same: encode gives every rank the latents.
+        digests = self._comm.agree(_digest(result.values) if self._direction == "encode" else "")
+        if strategy.exactness == Exactness.ROUNDING and self._given.dtype != torch.float32:
+            self._make_float32()
+        if not self._comm.is_root:
+            return {}, None
+        found = distance(self.reference.values, result.values, self._range)
+        reached = self._reached(found, result)
+        missed = None
+        if len(set(digests)) > 1:
+            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            reached, missed = None, f"ranks {others} have other latents than rank 0"
+        elif reached is None or not reached.satisfies(strategy.exactness):
+            missed = (
+                f"it declares {strategy.exactness} and is {reached or 'another picture'}: "
+                f"{found.psnr:.1f} dB, at most {found.max_abs:.3g} off on a range of {found.value_range:.3g}"
+            )
+        decodes = self._direction == "decode"
+        levels = distance(self.reference.frames, result.frames, LEVELS) if decodes else None
+        pairs = list(zip(self.reference.frames, result.frames, strict=True))
+        check = {
+            "direction": self._direction,
+            "strategy": strategy.name,
+            "settings": {key: value for key, value in one.node.items() if key != "_target_"},
+            "declared": strategy.exactness.value,
+            "reached": None if reached is None else reached.value,
+            "passed": missed is None,
+            "missed": missed,
+            "values": _numbers(found),
+            "levels": None if levels is None else _numbers(levels),
+            "ssim": sum(ssim(a.numpy(), b.numpy()) for a, b in pairs) / len(pairs) if pairs else None,
+            **result.cost,
+        }
+        return check, Row.worst(strategy.name, pairs) if pairs else None
+
+    @property
+    def _range(self) -> float:
+        if self._direction == "decode":
+            return PICTURE_RANGE
+        (moments,) = self.reference.values
+        return float(moments.max() - moments.min())
+
+    def _reached(self, found: Distance, result: Result) -> Exactness | None:
+        if self._float32 is None:
+            return exactness_of(found)
+        return exactness_of(
+            found,
+            float32=distance(self._float32, result.values, self._range),
+            reference_float32=distance(self._float32, self.reference.values, self._range),
+        )
+
+    def _make_float32(self) -> None:
+        """The reference in float32, once, on the root: it is what rounding in a narrower dtype is measured by."""
+        if self._comm.is_root and self._float32 is None:
+            bound = self._bound(torch.float32)
+            self._float32 = self._values(replicated().runner(bound, self._comm, self._direction), torch.float32)
+        self._comm.agree(None)
+
+    def _bound(self, dtype: torch.dtype) -> BoundVae:
+        weights = ModuleWeights(self._autoencoder)
+        return BoundVae(self._autoencoder.config, weights, dtype=dtype, device=self._given.device)
+
+    def _run(self, strategy: Strategy) -> Result:
+        """Twice: for every digit, which also warms up, and then as a run does it, timed."""
+        bound = self._bound(self._given.dtype)
+        program = bound.program(self._direction)
+        plan = strategy.plan(program, latent_shape(program, self._given), self._comm.size)
+        runner = strategy.runner(bound, self._comm, self._direction)
+        with self._comm.run():
+            values = self._values(runner, self._given.dtype)
+        self._comm.agree(None)  # so that nobody's seconds are another's warm-up
+        device, before = self._given.device, self._comm.ledger.snapshot()
+        reset_peak(device)
+        started = time.perf_counter()
+        with self._comm.run():
+            if self._direction == "decode":
+                chunks = self._stream(runner, self._given, "uint8")
+                frames = [frame for chunk in chunks for frame in chunk[0].unbind()]
+            else:
+                runner.encode(self._given)
+                frames = []
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds, peak = time.perf_counter() - started, peak_bytes(device)
+        counted, share = self._comm.ledger.since(before), plan.shares[self._comm.rank]
+        own = {
+            "rank": self._comm.rank,
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "sent_bytes": counted.sent_bytes,
+            "sent_messages": counted.sent_messages,
+            "planned_bytes": share.sent_bytes,
+            "planned_messages": share.sent_messages,
+        }
+        ranks = self._comm.agree(own)
+        return Result(values, frames, {"seconds": max(rank["seconds"] for rank in ranks), "ranks": ranks})
+
+    def _values(self, runner: Runner, dtype: torch.dtype) -> list[Tensor]:
+        given = self._given.to(dtype)
+        if self._direction == "encode":
+            return [runner.encode(given).cpu()]
+        return [frame for chunk in self._stream(runner, given, "float") for frame in chunk.unbind(2)]
+
+    def _stream(self, runner: Runner, z: Tensor, pixels: Pixels) -> Iterator[Tensor]:
+        """The chunks on the CPU, on the root; the other ranks take part."""
+        for chunk in runner.stream(z, pixels=pixels):
+            if self._comm.is_root:
+                yield chunk.cpu()
+
+
+def replicated() -> Strategy:
+    """The reference."""
+    built = build_strategy({"_target_": discover().target("replicated")})
+    assert isinstance(built, Strategy)
+    return built
+
+
+def distance(reference: list[Tensor], other: list[Tensor], value_range: float) -> Distance:
+    """Between two results of the same tensors."""
+    found = Distance(value_range)
+    for theirs, ours in zip(reference, other, strict=True):
+        found.add(theirs, ours)
+    return found
+
+
+def _numbers(found: Distance) -> dict[str, float | None]:
+    """For JSON, which has no infinity: null for the PSNR of equal results, and for what is NaN."""
+    numbers = {"max": found.max_abs, "mean": found.mean_abs, "psnr_db": found.psnr, "range": found.value_range}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    parts = (t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
