@@ -1,0 +1,60 @@
+"""What the kit's tests are given: the strategy under test, and what ranks have seen of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cosmos3_pipeline.plugin_kit.cases import CASES, Case, honours
+from cosmos3_pipeline.plugin_kit.observe import Observed, Seen, observe
+from cosmos3_pipeline.plugin_kit.ranks import run_on_ranks
+from cosmos3_pipeline.plugin_kit.subject import Subject, SubjectError
+from cosmos3_pipeline.vae.strategy import Strategy
+
+
+@pytest.fixture(scope="session")
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """The strategy of the command line."""
+    try:
+        return Subject.parse(request.config.getoption("--strategy"), request.config.getoption("--setting"))
+    except SubjectError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+@pytest.fixture(scope="session")
+def strategy(subject: Subject) -> Strategy:
+    return subject.build()
+
+
+@pytest.fixture(scope="session")
+def observed(subject: Subject, strategy: Strategy) -> Observed:
+    """Runs a case on so many ranks once, for all tests that look at it."""
+    results: dict[tuple[str, int], list[Seen] | AssertionError | None] = {}
+
+    def see(case: Case, ranks: int) -> list[Seen] | None:
+        key = (case.name, ranks)
+        if key not in results:
+            if not honours(strategy, case, ranks):
+                results[key] = None
+            else:
+                # Every test of a case that hangs says so, but only the first waits for it.
+                try:
+                    results[key] = run_on_ranks(observe, ranks, subject, case)
+                except AssertionError as error:
+                    results[key] = error
+        found = results[key]
+        if isinstance(found, AssertionError):
+            raise found
+        return found
+
+    return see
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`ranks` are 1 to --max-ranks, `several` from 2 on, `case` every case."""
+    most = metafunc.config.getoption("--max-ranks")
+    if "ranks" in metafunc.fixturenames:
+        metafunc.parametrize("ranks", range(1, most + 1))
+    if "several" in metafunc.fixturenames:
+        metafunc.parametrize("several", range(2, most + 1))
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", CASES, ids=lambda case: case.name)

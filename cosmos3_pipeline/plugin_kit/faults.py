@@ -1,0 +1,127 @@
+"""What one rank sees when a rank raises, a reader leaves, or the plan refuses. Runs in a rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cosmos3_pipeline.jobs.verify.distance import Distance, exactness_of
+from cosmos3_pipeline.plugin_kit.cases import Case
+from cosmos3_pipeline.plugin_kit.observe import decode, encode, vae_with
+from cosmos3_pipeline.plugin_kit.subject import Subject
+from cosmos3_pipeline.vae.executor import Slice
+from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
+from cosmos3_pipeline.vae.strategy import Direction
+from cosmos3_pipeline.vae.weights import WeightSource
+from cosmos3_plugins.replicated import Replicated
+
+SEED = 7
+
+
+class InjectedFault(Exception):
+    """Raised inside the strategy's own work on one rank."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call ended in: the name of the exception ("" for none), its words, seconds.
+
+    `injected`: whether the fault was reached on this rank. `recovered`: whether the next call was right, or None
+    where it was not tried.
+    """
+
+    error: str
+    message: str
+    seconds: float
+    injected: bool = False
+    recovered: bool | None = None
+
+
+def outcome_of(call: Callable[[], object]) -> Outcome:
+    """Call, and note how it ended."""
+    start = time.monotonic()
+    # Whatever it raises is the finding.
+    try:
+        call()
+    except Exception as error:
+        return Outcome(type(error).__name__, str(error), time.monotonic() - start)
+    return Outcome("", "", time.monotonic() - start)
+
+
+def break_one_rank(subject: Subject, case: Case, direction: Direction, broken: int) -> Outcome:
+    """Rank `broken` raises when it runs its second slice (or its only one); then all try again."""
+    vae, reference = _vaes(subject, case)
+    calls, injected = 0, False
+    run = Slice.run
+
+    def breaking(self: Slice, tensors: list[Tensor], state: Any, exchange: Any = None) -> list[Tensor]:
+        nonlocal calls, injected
+        calls += 1
+        if calls == 2 or state.chunks == 1:
+            injected = True
+            raise InjectedFault("the kit broke this rank")
+        return run(self, tensors, state, exchange)
+
+    given = case.latents(SEED) if direction == "decode" else case.picture(SEED)
+    if dist.get_rank() == broken:
+        Slice.run = breaking  # type: ignore[method-assign]
+    outcome = outcome_of(lambda: _call(vae, direction, given))
+    Slice.run = run  # type: ignore[method-assign]
+    return replace(outcome, injected=injected, recovered=_right(subject, vae, reference, direction, given))
+
+
+def leave_early(subject: Subject, case: Case) -> tuple[int, Outcome]:
+    """The root closes the stream after its first chunk; the others' must end too. (Chunks seen, how it ended.)"""
+    vae, reference = _vaes(subject, case)
+    z = case.latents(SEED)
+    seen = 0
+
+    def read() -> None:
+        nonlocal seen
+        stream = vae.decode_stream(z)
+        for _ in stream:
+            seen += 1
+            break
+        stream.close()  # type: ignore[attr-defined]
+
+    outcome = outcome_of(read)
+    return seen, replace(outcome, recovered=_right(subject, vae, reference, "decode", z))
+
+
+def refuse(subject: Subject, case: Case, direction: Direction) -> Outcome:
+    """A call that the strategy's plan refuses, on a VAE whose weights cannot be read."""
+    vae = vae_with(subject.build(), case.autoencoder(), weights=_Unreadable())
+    given = case.latents(SEED) if direction == "decode" else case.picture(SEED)
+    return outcome_of(lambda: _call(vae, direction, given))
+
+
+class _Unreadable(WeightSource):
+    def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        raise AssertionError("weights were read for a call that the plan refuses")
+
+
+def _vaes(subject: Subject, case: Case) -> tuple[ParallelVAE, ParallelVAE]:
+    """The VAE with the strategy under test, and the reference."""
+    model = case.autoencoder()
+    return vae_with(subject.build(), model), vae_with(Replicated(), model)
+
+
+def _right(
+    subject: Subject, vae: ParallelVAE, reference: ParallelVAE, direction: Direction, given: Tensor
+) -> bool:
+    """Whether a call gives what the strategy promises."""
+    expected = _call(reference, direction, given)
+    found = Distance(float(expected.max() - expected.min()))
+    found.add(expected, _call(vae, direction, given))
+    reached = exactness_of(found)
+    return reached is not None and reached.satisfies(subject.build().exactness)
+
+
+def _call(vae: ParallelVAE, direction: Direction, given: Tensor) -> Tensor:
+    return decode(vae, given) if direction == "decode" else encode(vae, given)

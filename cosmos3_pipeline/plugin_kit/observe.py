@@ -1,0 +1,226 @@
+"""What one rank sees of a strategy on one case: results, messages, weights. Runs in a rank."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exactness_of
+from cosmos3_pipeline.plugin_kit.cases import DIRECTIONS, Case
+from cosmos3_pipeline.plugin_kit.subject import Subject
+from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
+from cosmos3_pipeline.vae.pixels import to_uint8
+from cosmos3_pipeline.vae.strategy import Direction, Exactness, Strategy
+from cosmos3_pipeline.vae.weights import ModuleWeights, WeightSource
+from cosmos3_plugins.replicated import Replicated
+
+SEED, OTHER_SEED = 5, 6
+
+
+@dataclass
+class Part:
+    """One call on one rank.
+
+    error: the traceback of what it raised. shapes: of the tensors that it gave, and `digest` of their bytes.
+    max_abs and psnr: its distance from what it is held against; equal: in every bit; reached: the exactness that
+    this is, None for another picture. counted, planned: (bytes, messages) sent. wire: (bytes, messages) by kind.
+    collectives: each one that was called, in order.
+    """
+
+    error: str | None = None
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    digest: str = ""
+    max_abs: float = 0.0
+    psnr: float = 0.0
+    equal: bool = False
+    reached: Exactness | None = None
+    counted: tuple[int, int] = (0, 0)
+    planned: tuple[int, int] = (0, 0)
+    wire: dict[str, tuple[int, int]] = field(default_factory=dict)
+    collectives: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+@dataclass
+class Seen:
+    """Everything of one rank: `parts` are decode, again, stream and encode, as far as the strategy and case go, up
+    to the first that failed.
+
+    `weights`: for each direction the bytes that the strategy took, and what the plan says of them.
+    """
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    weights: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+# Given a case and a number of ranks: what every rank has seen of it, or None where the plan refuses it.
+Observed = Callable[[Case, int], list[Seen] | None]
+
+
+def observe(subject: Subject, case: Case) -> Seen:
+    """All that `subject` can do, on `case`, held against `replicated` on this rank alone."""
+    strategy, seen = subject.build(), Seen()
+    model = case.autoencoder()
+    narrow = getattr(torch, case.dtype) != torch.float32
+    exact = ParallelVAE(model, Replicated(), Replicated()) if narrow else None
+    model = case.autoencoder().to(getattr(torch, case.dtype)) if narrow else model
+    reference = ParallelVAE(model, Replicated(), Replicated())
+    weights = _CountingWeights(model)
+    vae = vae_with(strategy, model, weights=weights)
+
+    def held(name: str, call: Callable[[ParallelVAE, Tensor], Tensor], given: Tensor) -> Tensor:
+        """Make one call and hold it against the reference."""
+        expected = call(reference, given)
+        expected32 = None if exact is None else call(exact, given)
+        part, (result,) = _make(seen, name, vae, lambda: [call(vae, given)])
+        _hold(part, result, expected, expected32, picture=name != "encode")
+        return result
+
+    # After a call that failed the ranks need not be at the same place any more, so nothing is tried after it.
+    with suppress(_Failed):
+        if "decode" in strategy.directions:
+            held("decode", decode, case.latents(SEED))
+            # Another clip with the same runner: what it kept of the last one would show.
+            other = case.latents(OTHER_SEED)
+            picture = held("again", decode, other)
+            if case.batch == 1:
+                part, chunks = _make(seen, "stream", vae, lambda: vae.decode_stream(other.to(vae.dtype)))
+                if chunks:
+                    _hold_stream(part, chunks, to_uint8(picture)[0])
+        if "encode" in strategy.directions:
+            held("encode", encode, case.picture(SEED))
+        names: tuple[tuple[str, Direction], ...] = (("stream", "decode"), ("encode", "encode"))
+        for name, direction in names:
+            if name in seen.parts:
+                share = vae.plan(direction, case.shape).shares[vae.comm.rank]
+                seen.parts[name].planned = (share.sent_bytes, share.sent_messages)
+                wanted = {weight.name for weight in case.program(direction).weights()}
+                seen.weights[direction] = (weights.taken(wanted), share.weight_bytes)
+    return seen
+
+
+def vae_with(strategy: Strategy, model: AutoencoderKLWan, *, weights: WeightSource | None = None) -> ParallelVAE:
+    """All ranks' VAE: `strategy` for what it can, `replicated` for the rest."""
+    able = {d: strategy if d in strategy.directions else Replicated() for d in DIRECTIONS}
+    return ParallelVAE(model, encode=able["encode"], decode=able["decode"], weights=weights)
+
+
+def decode(vae: ParallelVAE, z: Tensor) -> Tensor:
+    """The picture [B, 3, F, H, W]."""
+    (picture,) = vae.decode(z.to(vae.dtype), return_dict=False)
+    assert isinstance(picture, Tensor)
+    return picture
+
+
+def encode(vae: ParallelVAE, x: Tensor) -> Tensor:
+    """The moments [B, 2 * z_dim, T, h, w]."""
+    (posterior,) = vae.encode(x.to(vae.dtype), return_dict=False)
+    moments = posterior.parameters
+    assert isinstance(moments, Tensor)
+    return moments
+
+
+class _Failed(Exception):
+    """A call failed; its part says how."""
+
+
+def _make(
+    seen: Seen, name: str, vae: ParallelVAE, call: Callable[[], Iterable[Tensor]]
+) -> tuple[Part, list[Tensor]]:
+    """Make a call and note what it gave and sent, or what it raised: then raises _Failed."""
+    part = seen.parts[name] = Part()
+    before = vae.ledger.snapshot()
+    with _recorded_collectives() as part.collectives:
+        try:
+            tensors = list(call())
+        # A strategy may raise anything, and that is the finding.
+        except Exception as error:
+            part.error = traceback.format_exc()
+            raise _Failed from error
+    counted = vae.ledger.since(before)
+    part.counted = (counted.sent_bytes, counted.sent_messages)
+    part.wire = {kind: (count.bytes, count.calls) for kind, count in counted.counts.items()}
+    part.shapes = [tuple(tensor.shape) for tensor in tensors]
+    part.digest = hashlib.sha256(b"".join(_bytes(tensor) for tensor in tensors)).hexdigest()
+    return part, tensors
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _hold(part: Part, result: Tensor, expected: Tensor, expected32: Tensor | None, *, picture: bool) -> None:
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return  # the test sees the shapes; nothing was reached
+    value_range = PICTURE_RANGE if picture else float(expected.max() - expected.min())
+    found = _distance(expected, result, value_range)
+    part.max_abs, part.psnr, part.equal = found.max_abs, found.psnr, found.equal
+    if expected32 is None:
+        part.reached = exactness_of(found)
+    else:
+        part.reached = exactness_of(
+            found,
+            float32=_distance(expected32, result, value_range),
+            reference_float32=_distance(expected32, expected, value_range),
+        )
+
+
+def _hold_stream(part: Part, chunks: list[Tensor], expected: Tensor) -> None:
+    if any(chunk.dtype != torch.uint8 or chunk.shape[1:] != expected.shape[1:] for chunk in chunks):
+        return
+    frames = torch.cat(chunks)
+    if frames.shape == expected.shape:
+        found = _distance(expected, frames, 255.0)
+        part.max_abs, part.psnr, part.equal = found.max_abs, found.psnr, found.equal
+
+
+def _distance(reference: Tensor, other: Tensor, value_range: float) -> Distance:
+    distance = Distance(value_range)
+    distance.add(reference, other)
+    return distance
+
+
+class _CountingWeights(ModuleWeights):
+    """Remembers what was taken."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._taken: dict[str, int] = {}
+
+    def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        tensors = super().load(names, dtype=dtype, device=device)
+        self._taken.update({name: tensor.nbytes for name, tensor in tensors.items()})
+        return tensors
+
+    def taken(self, names: set[str]) -> int:
+        """Bytes of those of `names` that were taken."""
+        return sum(size for name, size in self._taken.items() if name in names)
+
+
+@contextmanager
+def _recorded_collectives() -> Iterator[list[tuple[Any, ...]]]:
+    """Every collective that this rank calls in the block: what, the tensor's shape and dtype, who gives."""
+    calls: list[tuple[Any, ...]] = []
+    broadcast, all_gather = Comm.broadcast, Comm.all_gather
+
+    def recorded_broadcast(self: Comm, tensor: Tensor, source: int = 0) -> None:
+        calls.append(("broadcast", tuple(tensor.shape), str(tensor.dtype), source))
+        broadcast(self, tensor, source)
+
+    def recorded_all_gather(self: Comm, tensor: Tensor) -> list[Tensor]:
+        calls.append(("all_gather", tuple(tensor.shape), str(tensor.dtype)))
+        return all_gather(self, tensor)
+
+    Comm.broadcast, Comm.all_gather = recorded_broadcast, recorded_all_gather  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Comm.broadcast, Comm.all_gather = broadcast, all_gather  # type: ignore[method-assign]

@@ -1,0 +1,98 @@
+"""Runs a function on N real gloo ranks on this machine and returns what each returned, within a time limit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# A process forked from this server has torch and diffusers imported already, and no threads yet.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch.distributed", "diffusers.models.autoencoders.autoencoder_kl_wan"])
+# What the slowest test needs on one busy core, several times over.
+TIME_LIMIT = 60.0
+
+
+class RanksHang(AssertionError):
+    """Some ranks did not end in time: they wait for each other, or for a message that nobody sends."""
+
+
+class RankBroke(AssertionError):
+    """A rank raised what the test does not expect, or its process died."""
+
+
+def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """`[function(*args) on each rank]`, in `ranks` processes of one gloo world. All of it must pickle.
+
+    Raises RanksHang after TIME_LIMIT seconds, RankBroke with the traceback of a rank that raised.
+    """
+    with tempfile.TemporaryDirectory(prefix="cosmos3_kit_") as folder:
+        results = _CONTEXT.Queue()
+        store = str(Path(folder) / "store")
+        processes = [
+            _CONTEXT.Process(target=_rank, args=(function, rank, ranks, store, results, args), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect(processes, results)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, ranks: int, store: str, results: Any, args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=TIME_LIMIT),
+        )
+        answer: tuple[int, Any, str | None] = (rank, function(*args), None)
+    # Whatever a rank raises is the parent's to report.
+    except BaseException:
+        answer = (rank, None, traceback.format_exc())
+    results.put(answer)
+    results.close()
+    results.join_thread()
+    # Not through the interpreter's exit, which would wait for connections to ranks that may be gone.
+    os._exit(0)
+
+
+def _collect(processes: list[Any], results: Any) -> list[Any]:
+    deadline = time.monotonic() + TIME_LIMIT
+    found: dict[int, Any] = {}
+    while len(found) < len(processes):
+        missing = [rank for rank in range(len(processes)) if rank not in found]
+        if time.monotonic() > deadline:
+            raise RanksHang(f"ranks {missing} of {len(processes)} did not end within {TIME_LIMIT:.0f} s")
+        # Before the queue: what a rank put there before it ended is then seen below.
+        dead = [rank for rank in missing if not processes[rank].is_alive()]
+        try:
+            rank, value, error = results.get(timeout=0.2)
+        except queue.Empty:
+            if dead:
+                code = processes[dead[0]].exitcode
+                raise RankBroke(f"the process of rank {dead[0]} ended with exit code {code}") from None
+            continue
+        if error is not None:
+            raise RankBroke(f"rank {rank} of {len(processes)} failed:\n{error}")
+        found[rank] = value
+    return [found[rank] for rank in range(len(processes))]

@@ -1,0 +1,85 @@
+"""The plugin in examples/ as a third party's: built, installed into an environment of its own, chosen by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, SMALL, metrics
+
+EXAMPLE = REPOSITORY / "examples" / "wavefront"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment: this one's packages, and the plugin's wheel on top."""
+    environment = tmp_path_factory.mktemp("fresh") / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
+    (site,) = environment.glob("lib/python*/site-packages")
+    # addsitedir and not a plain path, so that an editable installation is followed too
+    here = sysconfig.get_path("purelib")
+    (site / "outer.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    interpreter = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", str(EXAMPLE)], check=True, timeout=120)
+    return interpreter
+
+
+def launch(python: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(python), "launch.py", *SMALL, *args], cwd=REPOSITORY, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_it_is_not_in_this_environment() -> None:
+    code = "from cosmos3_pipeline.config.plugins import discover; assert 'wavefront' not in discover().strategies"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_run_chooses_it_by_name_and_makes_the_same_frames(python: Path, tmp_path: Path) -> None:
+    runs = {"one": ["topology=cpu_x1"], "two": ["topology=cpu_x2", "vae/decode=wavefront"]}
+    runs["two"].append("vae.decode.convs_per_message=3")
+    for name, overrides in runs.items():
+        done = launch(python, *overrides, f"hydra.run.dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert two["vae"]["decode"] == {"strategy": "wavefront", "exactness": "bitwise"}
+    assert two["frames_sha256"] == one["frames_sha256"]
+    assert all(rank["wire"]["send"]["bytes"] > 0 for rank in two["stages"]["decode"]["ranks"])
+
+
+def test_more_ranks_than_chunks_are_refused_before_anything_starts(python: Path) -> None:
+    done = launch(python, "topology=cpu_x4", "topology.ranks_per_node=4", "vae/decode=wavefront")
+    assert done.returncode == 2
+    assert "wavefront over 4 ranks" in done.stderr
+    assert "use 3 ranks or fewer, or a longer clip" in done.stderr
+
+
+def test_it_verifies(python: Path, tmp_path: Path) -> None:
+    done = launch(
+        python,
+        "job=verify",
+        "topology=cpu_x2",
+        "verify.strategies=[wavefront]",
+        f"hydra.run.dir={tmp_path / 'out'}",
+    )
+    assert done.returncode == 0, done.stderr
+    (check,) = json.loads((tmp_path / "out" / "verify.json").read_text())["checks"]
+    assert (check["strategy"], check["reached"], check["passed"]) == ("wavefront", "bitwise", True)
+
+
+def test_it_conforms(python: Path, tmp_path: Path) -> None:
+    kit = ["--pyargs", "cosmos3_pipeline.plugin_kit"]
+    done = subprocess.run(
+        [str(python), "-m", "pytest", "-q", *kit, "--strategy", "cosmos3_wavefront:Wavefront", "--max-ranks", "3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout and "declares" not in done.stdout  # its entry point was found and has its name

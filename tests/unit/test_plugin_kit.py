@@ -1,0 +1,112 @@
+"""The kit passes what is right, and fails what is broken on purpose for the reason that it is broken."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.plugin_kit import ranks as kit_ranks
+from cosmos3_pipeline.plugin_kit.subject import Subject, SubjectError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Outcomes:
+    """A pytest plugin that keeps what became of each test."""
+
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}
+        self.passed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.rpartition("::")[2]
+        if report.failed:
+            self.failed[name] = report.longreprtext
+        elif report.when == "call" and report.passed:
+            self.passed.append(name)
+
+
+def run_kit(strategy: str, *args: str) -> Outcomes:
+    """The kit in this process, so that the server that ranks are forked from is started once."""
+    outcomes = Outcomes()
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--rootdir", str(ROOT)]
+    pytest.main(
+        [*options, "--pyargs", "cosmos3_pipeline.plugin_kit", "--strategy", strategy, *args], plugins=[outcomes]
+    )
+    assert outcomes.passed or outcomes.failed
+    return outcomes
+
+
+@pytest.mark.parametrize("name", sorted(discover().strategies))
+def test_strategies_that_ship_with_the_library_pass(name: str) -> None:
+    outcomes = run_kit(":".join(discover().target(name).rsplit(".", 1)), "--max-ranks", "2")
+    assert outcomes.failed == {}
+    assert len(outcomes.passed) > 40
+
+
+# What is broken: the test that must find it, and words that show that it was found for this reason.
+BROKEN = {
+    "OneBitOff": ("as_exact", "declared bitwise, reached rounding"),
+    "RanksDisagree": ("as_exact", "rank 1 of 2: declared bitwise, reached nothing"),
+    "RemembersTheLastClip": ("as_exact", "declared bitwise"),
+    "AllAtOnce": ("stream_has", "in one piece"),
+    "OutOfOrder": ("stream_has", "frames differ from decode"),
+    "SendsMoreThanPlanned": ("sends_what", "sent and planned"),
+    "HoldsMoreThanPlanned": ("weights_that", "taken and planned"),
+    "ExtraBroadcast": ("collectives", "call other collectives"),
+    "RefusesInItsOwnWords": ("plans_are_whole", "ValueError: too many"),
+    "RefusesWithoutHelp": ("plans_are_whole", "between: too many ranks"),
+    "IdleRanks": ("more_ranks_than", "have nothing to do"),
+    "PlansWithTorch": ("imports_no_torch", "planning imports ['torch'"),
+    "WaitsForNobody": ("as_exact and 2-image-decode", "did not end within"),
+    "HidesItsFailure": ("raises_stops_all and root-encode", "did not end within"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_strategy_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    selected, words = BROKEN[name]
+    if words == "did not end within":
+        monkeypatch.setattr(kit_ranks, "TIME_LIMIT", 8.0)
+    ranks = "3" if selected == "plans_are_whole" else "2"
+    outcomes = run_kit(f"broken_strategies:{name}", "--max-ranks", ranks, "-k", selected)
+    assert any(words in text for text in outcomes.failed.values()), outcomes.failed
+
+
+def test_what_is_changed_is_all_that_is_broken() -> None:
+    outcomes = run_kit("broken_strategies:Broken", "--max-ranks", "2", "-k", "clip")
+    assert outcomes.failed == {}
+
+
+def test_settings_reach_the_strategy() -> None:
+    outcomes = run_kit(
+        "cosmos3_plugins.layer_pipeline:LayerPipeline", "--setting", "flops_per_element=-1", "-k", "several_ranks"
+    )
+    assert all("flops_per_element=-1" in text for text in outcomes.failed.values()) and outcomes.failed
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "says"),
+    [
+        (None, [], "--strategy=None; the kit tests one strategy"),
+        ("replicated", [], "give --strategy package:Class"),
+        ("a:B", ["x"], "give --setting x=VALUE"),
+    ],
+    ids=["no strategy", "no class", "no value"],
+)
+def test_a_command_that_names_no_strategy(spec: str | None, settings: list[str], says: str) -> None:
+    with pytest.raises(SubjectError, match=re.escape(says)):
+        Subject.parse(spec, settings)
+
+
+def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
+    """As a plugin's author types it, in a folder of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "--pyargs", "cosmos3_pipeline.plugin_kit"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "give --strategy package:Class" in done.stdout + done.stderr
