@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
@@ -27,6 +28,8 @@ from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, versio
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import Components, open_checkpoint
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
+from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
+from cosmos3_pipeline.plan.vae import directions, strategy_of, vae_stage
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
@@ -34,8 +37,9 @@ from cosmos3_pipeline.stages.likeness import likeness
 from cosmos3_pipeline.stages.progress import Bars, Silent
 from cosmos3_pipeline.stages.text import read_lines
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
-from cosmos3_pipeline.vae.strategy import Strategy
+from cosmos3_pipeline.vae.strategy import Direction, Strategy, StrategyPlan
 
+VAE_DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 STAGES = ("text", "encode", "denoise", "decode", "export")
 
 
@@ -154,14 +158,14 @@ def against_replicated(context: RunContext, kept: list[Tensor]) -> dict[str, Any
 
 def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledgers: list[Ledger]) -> Components:
     """The model that `plain` names, its VAE spread over the ranks of the clip as `plain` says."""
-    model, vae = plain["model"], plain["vae"]
+    model = plain["model"]
     checkpoint = open_checkpoint(model["path"], transformer=model["transformer"], vae=model["vae"])
 
     def wrap(autoencoder: AutoencoderKLWan) -> ParallelVAE:
         parallel = ParallelVAE(
             autoencoder,
-            encode=strategy(vae, "encode"),
-            decode=strategy(vae, "decode"),
+            encode=used(plain, "encode").strategy,
+            decode=used(plain, "decode").strategy,
             group=mesh.group(REPLICA),
         )
         ledgers.append(parallel.ledger)
@@ -180,12 +184,33 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledg
     )
 
 
-def strategy(vae: dict[str, Any], direction: str) -> Strategy:
-    """The strategy that `direction` uses: the configured one where its flag is on, else `replicated`."""
-    parallel = vae[f"parallel_{direction}"]
-    built = build_strategy(vae[direction] if parallel else {"_target_": discover().target("replicated")})
-    assert isinstance(built, Strategy)
-    return built
+@dataclass(frozen=True)
+class Used:
+    """A direction's strategy, and its plan for the run's clip: None where the task does not go that way."""
+
+    strategy: Strategy
+    plan: StrategyPlan | None
+
+    def report(self) -> dict[str, str]:
+        """For metrics.json."""
+        if self.plan is None:
+            return {"strategy": self.strategy.name, "exactness": self.strategy.exactness.value}
+        return {
+            "strategy": self.plan.strategy,
+            "exactness": self.plan.exactness.value,
+            "note": self.plan.note,
+        }
+
+
+def used(plain: dict[str, Any], direction: Direction) -> Used:
+    """What `direction` uses: the configured strategy where its flag is on, or what it picks, else `replicated`."""
+    cfg = OmegaConf.create(plain)
+    clip, strategy = clip_of(cfg), strategy_of(cfg, direction)
+    if direction not in directions(cfg, clip):
+        return Used(strategy, None)
+    element_bytes = ELEMENT_BYTES[Dtype(plain["model"]["vae_dtype"])]
+    stage = vae_stage(cfg, direction, clip, plain["model"]["vae"], element_bytes)
+    return Used(strategy.settled(stage.program, stage.shape, replica_ranks(cfg.topology)), stage.plan)
 
 
 def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -207,11 +232,7 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
             "replica_ranks": replica_ranks(OmegaConf.create(topology)),
             **{key: topology[key] for key in ("nodes", "ranks_per_node", "dp", "cfg", "ulysses", "device")},
         },
-        "vae": {
-            direction: {"strategy": used.name, "exactness": used.exactness.value}
-            for direction in ("encode", "decode")
-            for used in (strategy(plain["vae"], direction),)
-        },
+        "vae": {direction: used(plain, direction).report() for direction in VAE_DIRECTIONS},
         "stages": stages,
         "versions": versions(),
     }

@@ -59,7 +59,9 @@ def _choices(cfg: DictConfig) -> Iterator[tuple[int, int, str]]:
     guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
     layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
     usable = (n for n, cls in discover().strategies.items() if "decode" in cast(type[Strategy], cls).directions)
-    strategies = ["", *(name for name in usable if name != REFERENCE)]
+    # One that picks is the best of the others.
+    real = (n for n in usable if n != REFERENCE and not cast(type[Strategy], discover().strategies[n]).picks)
+    strategies = ["", *real]
     for (g, u), strategy in product(layouts, strategies if ranks > 1 else [""]):
         yield g, u, strategy
 

@@ -8,6 +8,11 @@ from typing import Any
 from cosmos3_pipeline.denoise.cost import Wire
 
 
+def total_seconds(bounds: dict[str, float]) -> float:
+    """Of what bounds a stage: compute and memory traffic overlap, the link does not."""
+    return max(bounds["compute"], bounds["memory"]) + bounds["link"]
+
+
 @dataclass(frozen=True)
 class RankStage:
     """One stage on one rank. `peak_bytes` is everything held at once; `seconds` by what would bound it alone."""
@@ -21,8 +26,7 @@ class RankStage:
 
     @property
     def total_seconds(self) -> float:
-        """Compute and memory traffic overlap, the link does not."""
-        return max(self.seconds["compute"], self.seconds["memory"]) + self.seconds["link"]
+        return total_seconds(self.seconds)
 
     @property
     def bound(self) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.plan.geometry import Clip, replica_ranks
-from cosmos3_pipeline.plan.hardware import accelerator_of
+from cosmos3_pipeline.plan.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.plan.stage import RankStage
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
@@ -45,26 +46,29 @@ class VaeStage:
         chunks = self.program.chunks(self.shape)
         return (chunks + runs - 1) / chunks
 
+    def bounds(
+        self, rank: int, accelerator: Accelerator, dtype: Dtype, *, crosses_nodes: bool
+    ) -> dict[str, float]:
+        """Estimated seconds of `rank` by what would bound it alone: compute, memory, link."""
+        share = self.plan.shares[rank]
+        rate = accelerator.flops_per_s[dtype] * accelerator.efficiency["vae"]
+        part = share.flops / self.program.flops(self.shape)
+        return {
+            "compute": self.fill * share.flops / rate,
+            "memory": self.fill * self.traffic_bytes * part / accelerator.memory_bytes_per_s,
+            "link": accelerator.wire_seconds(share.sent_bytes, share.sent_messages, crosses_nodes=crosses_nodes),
+        }
+
     def stage(self, cfg: DictConfig, rank: int, held: int) -> RankStage:
         """The stage on `rank`, which holds `held` bytes of weights besides."""
-        share, accelerator = self.plan.shares[rank], accelerator_of(cfg)
-        rate = accelerator.flops_per_s[cfg.model.vae_dtype] * accelerator.efficiency["vae"]
-        part = share.flops / self.program.flops(self.shape)
-        link = accelerator.wire_seconds(
-            share.sent_bytes,
-            share.sent_messages,
-            crosses_nodes=len(self.plan.shares) > cfg.topology.ranks_per_node,
-        )
+        share = self.plan.shares[rank]
+        crosses = len(self.plan.shares) > cfg.topology.ranks_per_node
         return RankStage(
             flops=share.flops,
             activation_bytes=share.activation_bytes,
             peak_bytes=held + share.activation_bytes,
             sent=Wire(share.sent_bytes, share.sent_messages),
-            seconds={
-                "compute": self.fill * share.flops / rate,
-                "memory": self.fill * self.traffic_bytes * part / accelerator.memory_bytes_per_s,
-                "link": link,
-            },
+            seconds=self.bounds(rank, accelerator_of(cfg), cfg.model.vae_dtype, crosses_nodes=crosses),
             share={"ops": list(share.ops), "rows": list(share.rows), "cols": list(share.cols)},
         )
 

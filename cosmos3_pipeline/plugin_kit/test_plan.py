@@ -93,7 +93,10 @@ def test_several_ranks_are_of_use(strategy: Strategy, request: pytest.FixtureReq
 def test_plans_are_whole(case: Case, ranks: int, strategy: Strategy) -> None:
     for direction, plan in plans(strategy, case, ranks):
         program = case.program(direction)
-        assert (plan.strategy, plan.direction, plan.exactness) == (strategy.name, direction, strategy.exactness)
+        picked = strategy.settled(program, case.shape, ranks)
+        name = f"{strategy.name}: {picked.name}" if strategy.picks else strategy.name
+        assert (plan.strategy, plan.direction, plan.exactness) == (name, direction, picked.exactness)
+        assert picked.exactness.satisfies(strategy.exactness)
         assert plan.note
         assert [share.rank for share in plan.shares] == list(range(ranks))
         owned: set[tuple[int, int, int]] = set()

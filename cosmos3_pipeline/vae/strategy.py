@@ -132,16 +132,22 @@ class Strategy(ABC):
 
     name: the key in YAML. exactness: what it promises, proved by the conformance kit. directions: what it can do.
     everywhere: each rank decodes the whole picture by itself, so nothing needs to be sent for all to have it.
+    picks: it does no work itself but picks another strategy for each clip.
     """
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness]
     directions: ClassVar[frozenset[str]] = frozenset(("decode", "encode"))
     everywhere: ClassVar[bool] = False
+    picks: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """What each of `ranks` ranks does for a clip of `shape`. Raises StrategyError. Imports no torch."""
+
+    def settled(self, program: Program, shape: LatentShape, ranks: int) -> Strategy:
+        """What does a clip of `shape`: itself, unless it `picks`. Raises StrategyError as `plan` does."""
+        return self
 
     @abstractmethod
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:

@@ -47,7 +47,7 @@ def test_a_run_chooses_it_by_name_and_makes_the_same_frames(python: Path, tmp_pa
         done = launch(python, *overrides, f"hydra.run.dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert two["vae"]["decode"] == {"strategy": "wavefront", "exactness": "bitwise"}
+    assert two["vae"]["decode"].items() >= {"strategy": "wavefront", "exactness": "bitwise"}.items()
     assert two["frames_sha256"] == one["frames_sha256"]
     assert all(rank["wire"]["send"]["bytes"] > 0 for rank in two["stages"]["decode"]["ranks"])
 

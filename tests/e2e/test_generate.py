@@ -184,7 +184,7 @@ def test_the_sglang_experiment_runs_in_miniature_and_reports_what_that_pull_requ
 ) -> None:
     report = metrics(generate("experiment=sglang_27037", "model=toy", "topology=cpu_x4"))
     assert (report["topology"]["cfg"], report["topology"]["ulysses"]) == (2, 2)
-    assert report["vae"]["decode"] == {"strategy": "layer_pipeline", "exactness": "bitwise"}
+    assert report["vae"]["decode"].items() >= {"strategy": "layer_pipeline", "exactness": "bitwise"}.items()
     assert report["seconds"] > 0 and report["peak_bytes"] > 0
     assert report["stages"]["denoise"]["seconds"] > 0 and report["stages"]["decode"]["seconds"] > 0
     assert report["against_replicated"]["identical"] is True

@@ -21,8 +21,8 @@ from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exact
 from cosmos3_pipeline.jobs.verify.picture import Row
 from cosmos3_pipeline.stages.likeness import ssim
 from cosmos3_pipeline.vae.inputs import latent_shape
-from cosmos3_pipeline.vae.program import Direction
-from cosmos3_pipeline.vae.strategy import Exactness, Pixels, Runner, Strategy
+from cosmos3_pipeline.vae.program import Direction, program_for
+from cosmos3_pipeline.vae.strategy import Exactness, Pixels, Runner, Strategy, StrategyPlan
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 
 LEVELS = 255.0
@@ -59,10 +59,11 @@ class Trial:
     def check(self, one: Chosen) -> tuple[dict[str, Any], Row | None]:
         """What the report says of a strategy, and its row of the picture; both are the root's to use."""
         strategy = one.build()
+        plan = self._plan(strategy)
         result = self._run(strategy)
         # What other ranks have must be the same: encode gives every rank the latents.
         digests = self._comm.agree(_digest(result.values) if self._direction == "encode" else "")
-        if strategy.exactness == Exactness.ROUNDING and self._given.dtype != torch.float32:
+        if plan.exactness == Exactness.ROUNDING and self._given.dtype != torch.float32:
             self._make_float32()
         if not self._comm.is_root:
             return {}, None
@@ -72,9 +73,9 @@ class Trial:
         if len(set(digests)) > 1:
             others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             reached, missed = None, f"ranks {others} have other latents than rank 0"
-        elif reached is None or not reached.satisfies(strategy.exactness):
+        elif reached is None or not reached.satisfies(plan.exactness):
             missed = (
-                f"it declares {strategy.exactness} and is {reached or 'another picture'}: "
+                f"it declares {plan.exactness} and is {reached or 'another picture'}: "
                 f"{found.psnr:.1f} dB, at most {found.max_abs:.3g} off on a range of {found.value_range:.3g}"
             )
         decodes = self._direction == "decode"
@@ -82,9 +83,9 @@ class Trial:
         pairs = list(zip(self.reference.frames, result.frames, strict=True))
         check = {
             "direction": self._direction,
-            "strategy": strategy.name,
+            "strategy": plan.strategy,
             "settings": {key: value for key, value in one.node.items() if key != "_target_"},
-            "declared": strategy.exactness.value,
+            "declared": plan.exactness.value,
             "reached": None if reached is None else reached.value,
             "passed": missed is None,
             "missed": missed,
@@ -93,7 +94,7 @@ class Trial:
             "ssim": sum(ssim(a.numpy(), b.numpy()) for a, b in pairs) / len(pairs) if pairs else None,
             **result.cost,
         }
-        return check, Row.worst(strategy.name, pairs) if pairs else None
+        return check, Row.worst(plan.strategy, pairs) if pairs else None
 
     @property
     def _range(self) -> float:
@@ -122,11 +123,14 @@ class Trial:
         weights = ModuleWeights(self._autoencoder)
         return BoundVae(self._autoencoder.config, weights, dtype=dtype, device=self._given.device)
 
+    def _plan(self, strategy: Strategy) -> StrategyPlan:
+        program = program_for(self._direction, self._autoencoder.config)
+        return strategy.plan(program, latent_shape(program, self._given), self._comm.size)
+
     def _run(self, strategy: Strategy) -> Result:
         """Twice: for every digit, which also warms up, and then as a run does it, timed."""
         bound = self._bound(self._given.dtype)
-        program = bound.program(self._direction)
-        plan = strategy.plan(program, latent_shape(program, self._given), self._comm.size)
+        plan = self._plan(strategy)
         runner = strategy.runner(bound, self._comm, self._direction)
         with self._comm.run():
             values = self._values(runner, self._given.dtype)
