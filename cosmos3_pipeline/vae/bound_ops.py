@@ -34,6 +34,7 @@ class Flow:
     room: Room
 
 
+_Part = tuple[slice, slice]
 OpT = TypeVar("OpT", bound=ops.Op)
 
 
@@ -61,6 +62,7 @@ def _take(flow: Flow, room: Room) -> Frames:
     """The activation with `room` around it; copied only if whoever wrote it did not leave that room."""
     if flow.at.room == room:
         return flow.at
+    assert flow.at.arrive is None, "margins are on their way into a room that is not the one wanted"
     inner = flow.at.inner
     frames = with_room(inner, tuple(inner.shape), room)
     frames.inner.copy_(inner)
@@ -78,7 +80,10 @@ def _cut_sides(margins: Margins, exchange: HaloExchange | None) -> Margins:
 
 
 def _fill_margins(frames: Frames, margins: Margins, exchange: HaloExchange | None) -> None:
-    if exchange is not None and margins:
+    if frames.arrive is not None:
+        frames.arrive()
+        frames.arrive = None
+    elif exchange is not None and margins:
         exchange.start(frames.chunk, margins)()
 
 
@@ -103,6 +108,27 @@ def _remember(flow: Flow, name: str, buffer: Tensor, count: int) -> None:
     flow.cache[name][:, count - have :].copy_(buffer[:, -have:])
 
 
+def _edges_first(height: int, width: int, margins: Margins) -> tuple[list[_Part], list[_Part]]:
+    """A slab in parts (rows, columns): those that neighbours read as their margins, and what is left."""
+    top, bottom = min(margins.bottom, height), max(height - margins.top, min(margins.bottom, height))
+    left, right = min(margins.right, width), max(width - margins.left, min(margins.right, width))
+    everywhere, between = slice(0, width), slice(top, bottom)
+    edges = [
+        (slice(0, top), everywhere),
+        (slice(bottom, height), everywhere),
+        (between, slice(0, left)),
+        (between, slice(right, width)),
+    ]
+    return [part for part in edges if _area(part)], [
+        part for part in [(between, slice(left, right))] if _area(part)
+    ]
+
+
+def _area(part: _Part) -> int:
+    rows, cols = part
+    return int((rows.stop - rows.start) * (cols.stop - cols.start))
+
+
 class Conv(BoundOp[ops.Conv]):
     def __init__(self, op: ops.Conv, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
@@ -111,9 +137,9 @@ class Conv(BoundOp[ops.Conv]):
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
         cut = frames.room.margins
-        _fill_margins(frames, cut, flow.exchange)
         if frames.room.front:
             _recall(flow, self.op.name, frames)
+        _fill_margins(frames, cut, flow.exchange)
         if self.op.cached_frames:
             _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
         own = self.op.margins
@@ -131,7 +157,15 @@ class NormSilu(BoundOp[ops.NormSilu]):
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
         frames = with_room(x, tuple(x.shape), flow.room)
-        kernels.norm_silu(x, self._gamma, frames.inner)
+        out, margins = frames.inner, flow.room.margins
+        edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
+        for rows, cols in edges:
+            kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
+        if flow.exchange is not None and margins:
+            # What the neighbours wait for is ready: it travels while the rest is computed.
+            frames.arrive = flow.exchange.start(frames.chunk, margins)
+        for rows, cols in rest:
+            kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
         flow.at = frames
 
 

@@ -43,10 +43,15 @@ class HaloExchange(Protocol):
 
 @dataclass
 class Frames:
-    """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`."""
+    """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`.
+
+    `arrive`, when it is set, waits until neighbours' rows have filled the margins; that was begun early, so that
+    they travel while the rest of the activation is computed.
+    """
 
     buffer: Tensor
     room: Room = NO_ROOM
+    arrive: Callable[[], None] | None = None
 
     @property
     def inner(self) -> Tensor:
