@@ -38,6 +38,7 @@ from cosmos3_pipeline.stages.progress import Bars, Silent
 from cosmos3_pipeline.stages.text import read_lines
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.strategy import Direction, Strategy, StrategyPlan
+from cosmos3_pipeline.vae.weights import FolderWeights
 
 VAE_DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 STAGES = ("text", "encode", "denoise", "decode", "export")
@@ -161,26 +162,33 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledg
     model = plain["model"]
     checkpoint = open_checkpoint(model["path"], transformer=model["transformer"], vae=model["vae"])
 
+    # A decode by one rank needs the whole model; otherwise a rank reads the weights of its own share only.
+    whole = bool(plain["output"]["against_replicated"])
+    vae_dtype = getattr(torch, model["vae_dtype"])
+
     def wrap(autoencoder: AutoencoderKLWan) -> ParallelVAE:
         parallel = ParallelVAE(
             autoencoder,
             encode=used(plain, "encode").strategy,
             decode=used(plain, "decode").strategy,
             group=mesh.group(REPLICA),
+            weights=None if whole else FolderWeights(checkpoint.folder / "vae"),
+            dtype=vae_dtype,
+            device=device,
         )
         ledgers.append(parallel.ledger)
-        if not plain["output"]["against_replicated"]:
-            # From here on this rank holds only the weights of its own share.
+        if not whole:
             parallel.release("decode", *(() if autoencoder.encoder is None else ("encode",)))
         return parallel
 
     return Components(
         checkpoint,
         dtype=getattr(torch, model["dtype"]),
-        vae_dtype=getattr(torch, model["vae_dtype"]),
+        vae_dtype=vae_dtype,
         device=device,
         flow_shift=plain["sampler"]["flow_shift"],
         wrap_vae=wrap,
+        vae_weights=whole,
     )
 
 

@@ -42,7 +42,8 @@ class Components:
     of its own, and none of this library's settings asks for it.
 
     `dtype` is the transformer's, `vae_dtype` the VAE's; for `flow_shift` see `load_scheduler`. `wrap_vae` turns
-    the loaded autoencoder into what the pipeline holds as its VAE, once per load.
+    the loaded autoencoder into what the pipeline holds as its VAE, once per load; without `vae_weights` it is
+    given one on the meta device, and reads from `checkpoint` what it needs.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Components:
         device: torch.device,
         flow_shift: float | None,
         wrap_vae: Callable[[AutoencoderKLWan], Any],
+        vae_weights: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -61,6 +63,7 @@ class Components:
         self._vae_dtype = vae_dtype
         self._flow_shift = flow_shift
         self._wrap_vae = wrap_vae
+        self._vae_weights = vae_weights
         self._vae_has_encoder = False
         disable_progress_bar()  # the run has a display of its own, and every rank would show diffusers' bars
         self.pipeline = _DevicePipeline(device)
@@ -85,7 +88,10 @@ class Components:
     def vae(self, *, encoder: bool) -> Any:
         """The VAE; its encoder's weights are read only once something asks for the encoder."""
         if self.pipeline.vae is None or (encoder and not self._vae_has_encoder):
-            autoencoder = load_vae(self.checkpoint, dtype=self._vae_dtype, device=self.device, encoder=encoder)
+            if self._vae_weights:
+                autoencoder = load_vae(self.checkpoint, dtype=self._vae_dtype, device=self.device, encoder=encoder)
+            else:
+                autoencoder = empty_vae(self.checkpoint, encoder=encoder)
             self.pipeline.update_components(vae=self._wrap_vae(autoencoder))
             self._vae_has_encoder = encoder
         return self.pipeline.vae
@@ -131,6 +137,15 @@ def load_scheduler(folder: Path, *, flow_shift: float | None) -> UniPCMultistepS
     return UniPCMultistepScheduler.from_config(scheduler.config, flow_shift=flow_shift, use_karras_sigmas=False)
 
 
+def empty_vae(checkpoint: CheckpointInfo, *, encoder: bool) -> AutoencoderKLWan:
+    """The autoencoder on the meta device; without `encoder` its `encoder` and `quant_conv` are None."""
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config(dict(checkpoint.vae))
+    for name in () if encoder else ENCODER_HALF:
+        setattr(model, name, None)
+    return model.eval().requires_grad_(False)
+
+
 def load_vae(
     checkpoint: CheckpointInfo, *, dtype: torch.dtype, device: torch.device, encoder: bool
 ) -> AutoencoderKLWan:
@@ -138,14 +153,11 @@ def load_vae(
     if encoder:
         model = AutoencoderKLWan.from_pretrained(str(checkpoint.folder), subfolder="vae", dtype=dtype)
         return model.to(device).requires_grad_(False)
-    with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(dict(checkpoint.vae))
-    for name in ENCODER_HALF:
-        setattr(model, name, None)
+    model = empty_vae(checkpoint, encoder=False)
     weights: dict[str, Tensor] = {}
     for file in checkpoint.weight_files["vae"]:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             wanted = (name for name in tensors.keys() if not name.startswith(ENCODER_HALF))  # noqa: SIM118 # no dict
             weights.update((name, tensors.get_tensor(name).to(dtype)) for name in wanted)
     model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
