@@ -16,6 +16,7 @@ programs: on a busy machine they are steadier, but for two ranks only the clock 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -126,5 +127,6 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=35)
     given = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # diffusers' bars, in the ranks, which read it when they start
     clips = [given.clip] if given.clip else list(CLIPS)
     run_ranks(measure, given.model, clips, given.repeats, given.steps, ranks=2)
