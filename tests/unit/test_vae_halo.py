@@ -1,0 +1,74 @@
+"""Halo rows leave as soon as they are right: before the rest of the slab is computed, and never too early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from vae_models import WAN22, vae_config
+
+from cosmos3_pipeline.vae import ops
+from cosmos3_pipeline.vae.bound_ops import Flow, NormSilu
+from cosmos3_pipeline.vae.frames import Frames
+from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
+from cosmos3_pipeline.vae.program import decoder_program
+
+
+class Watching:
+    """An exchange that keeps what was there when it was started, and fills the margins when it is waited for."""
+
+    rows = cols = True
+
+    def start(self, padded: Tensor, margins: Margins) -> Callable[[], None]:
+        self.seen, self.waited = padded.clone(), False
+        return self.finish
+
+    def finish(self) -> None:
+        self.waited = True
+
+    def gather(self, slab: Tensor) -> Tensor:
+        raise AssertionError("a norm gathers nothing")
+
+    own = gather
+
+
+OP = next(op for op in decoder_program(vae_config(WAN22)).ops if isinstance(op, ops.NormSilu))
+SIDES = st.sampled_from([(0, 0), (1, 1), (0, 1), (1, 0), (2, 1)])
+
+
+@settings(deadline=None, max_examples=40)
+@given(height=st.integers(1, 5), width=st.integers(1, 5), rows=SIDES, cols=SIDES, front=st.integers(0, 2))
+def test_what_neighbours_read_is_there_when_it_leaves(
+    height: int, width: int, rows: tuple[int, int], cols: tuple[int, int], front: int
+) -> None:
+    height, width = max(height, *rows), max(width, *cols)
+    channels = OP.source.channels
+    gamma = torch.rand(channels) + 0.5
+    x = torch.randn(1, 2, height, width, channels)
+    bound = NormSilu(OP, {OP.weights[0].name: gamma})
+
+    def run(room: Room, exchange: Watching | None) -> Frames:
+        flow = Flow(Frames(x.clone()), [], {}, first=True, last=True, exchange=exchange, room=room)
+        bound.run(flow)
+        return flow.at
+
+    margins, exchange = Margins(*rows, *cols), Watching()
+    whole = run(NO_ROOM, None)
+    made = run(Room(front, margins), exchange)
+    assert torch.equal(made.inner, whole.inner)
+    if not margins:
+        assert made.arrive is None
+        return
+    assert made.arrive is not None and not exchange.waited
+    # The neighbour above reads as many of the first rows as it has margin below itself, and so on around.
+    seen = Frames(exchange.seen, Room(0, margins)).inner
+    for part in (
+        (slice(0, margins.bottom), slice(None)),
+        (slice(height - margins.top, None), slice(None)),
+        (slice(None), slice(0, margins.right)),
+        (slice(None), slice(width - margins.left, None)),
+    ):
+        assert torch.equal(seen[:, :, part[0], part[1]], whole.inner[:, :, part[0], part[1]])
