@@ -1,6 +1,6 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
 # make test  lint, types and all tests
-# make bench one and two ranks beside diffusers, interleaved (minutes)
+# make bench denoising and decoding by one and two ranks beside diffusers, interleaved (minutes)
 .PHONY: env run test lint bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
@@ -25,6 +25,7 @@ test: lint
 	$(PY) -m pytest
 
 bench: env
+	$(PY) benchmarks/vae.py
 	$(PY) benchmarks/denoise.py
 
 clean:
