@@ -2,9 +2,9 @@
 
     python benchmarks/vae.py [--width small|full] [--frames 3 16] [--rows 11] [--cols 10] [--repeats 5]
 
-Random weights, fp32. `AutoencoderKLWan` and our own one rank run on rank 0 while rank 1 waits; `layer_pipeline` and
-`spatial_shard` run on both. Ratios are medians over the rounds, to the same round's diffusers (with their spread) and
-to our own one rank. Full width is the Wan2.2 VAE of Cosmos3, and takes minutes.
+Random weights, fp32. `AutoencoderKLWan` and our own one rank run on rank 0 while rank 1 waits; `layer_pipeline`
+and `spatial_shard` run on both. Ratios are medians over the rounds, to the same round's diffusers (with their
+spread) and to our own one rank. Full width is the Wan2.2 VAE of Cosmos3, and takes minutes.
 """
 
 from __future__ import annotations
