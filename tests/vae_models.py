@@ -7,35 +7,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-WAN22: dict[str, Any] = {
-    "base_dim": 8,
-    "decoder_base_dim": 8,
-    "z_dim": 6,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "scale_factor_temporal": 4,
-}
-WAN21: dict[str, Any] = {
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "is_residual": False,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
-    "scale_factor_spatial": 8,
-    "scale_factor_temporal": 4,
-}
+from cosmos3_pipeline.plugin_kit.cases import WAN21, WAN22
+
+__all__ = ["WAN21", "WAN22", "make_vae", "vae_config", "wan_video"]
 
 
 def vae_config(base: dict[str, Any], **changes: Any) -> dict[str, Any]:

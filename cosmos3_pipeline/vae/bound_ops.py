@@ -5,6 +5,7 @@ An op reads `flow.at`, the activation of the chunk, and replaces it. Layout: [B,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -38,7 +39,7 @@ _Part = tuple[slice, slice]
 OpT = TypeVar("OpT", bound=ops.Op)
 
 
-class BoundOp(Generic[OpT]):
+class BoundOp(ABC, Generic[OpT]):
     """An op and its weights."""
 
     def __init__(self, op: OpT, weights: Mapping[str, Tensor]) -> None:
@@ -50,9 +51,9 @@ class BoundOp(Generic[OpT]):
             return self.op.room(first=first)
         return self.op.room(first=first, cut_rows=exchange.rows, cut_cols=exchange.cols)
 
+    @abstractmethod
     def run(self, flow: Flow) -> None:
         """Replace `flow.at` by the op's output."""
-        raise NotImplementedError
 
     def _tensors(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         return [weights[w.name] for w in self.op.weights]

@@ -102,7 +102,7 @@ def _held_weights(rank: int) -> tuple[int, int, bool]:
     vae.release("decode")
     left = sum(p.numel() for p in model.parameters() if not p.is_meta)
     same = torch.equal(vae.decode(z).sample, before)
-    return vae._runners["decode"]._slice.weight_bytes, left, same  # type: ignore[attr-defined]
+    return vae._runners["decode"]._place._slice.weight_bytes, left, same  # type: ignore[attr-defined]
 
 
 def test_release_leaves_each_rank_its_own_weights() -> None:

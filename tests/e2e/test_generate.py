@@ -191,3 +191,12 @@ def test_the_sglang_experiment_runs_in_miniature_and_reports_what_that_pull_requ
     assert report["against_replicated"]["ssim"] == pytest.approx(1.0)
     sent = [rank["wire"]["send"]["bytes"] for rank in report["stages"]["denoise"]["ranks"]]
     assert min(sent) > 0
+
+
+def test_auto_says_in_the_metrics_what_it_picked_and_why(generate: Callable[..., Path]) -> None:
+    report = metrics(generate("topology=cpu_x2", "vae/decode=auto", "vae.required_exactness=bitwise"))
+    used = report["vae"]["decode"]
+    assert used["strategy"] in ("auto: layer_pipeline", "auto: replicated")
+    assert used["exactness"] == "bitwise"
+    assert used["note"].startswith(f"picked {used['strategy'].removeprefix('auto: ')}, bitwise: about ")
+    assert report["frames_sha256"] == metrics(generate("topology=cpu_x1"))["frames_sha256"]

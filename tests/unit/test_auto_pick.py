@@ -56,6 +56,7 @@ def test_it_estimates_as_the_plan_does() -> None:
     cfg = compose_checked(["model=nano", "topology=h200_x4", "vae/decode=auto", "vae.required_exactness=rounding"])
     plan = make_plan(cfg)
     layout = {f"topology.cfg={cfg.topology.cfg}", f"topology.ulysses={cfg.topology.ulysses}"}
+    assert not any("vae/decode=auto" in c.overrides for c in search(cfg))
     same = [c for c in search(cfg) if c.plan is not None and layout <= set(c.overrides)]
     fastest = min(same, key=lambda c: c.plan.seconds["decode"] if c.plan else 0.0)
     assert fastest.plan is not None

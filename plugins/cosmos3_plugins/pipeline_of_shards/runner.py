@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cosmos3_pipeline.distributed.comm import Comm, Pending
+from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, picture_chunks
 from cosmos3_pipeline.vae.strategy import Direction, LatentShape, Pixels
 from cosmos3_pipeline.vae.weights import BoundVae
+from cosmos3_plugins.layer_pipeline.line import Place
 from cosmos3_plugins.spatial_shard.exchange import Collector, SlabExchange, slab_of
 from cosmos3_plugins.spatial_shard.runner import PICTURE_ROWS, PIXEL_ROWS
 from cosmos3_plugins.spatial_shard.slabs import Grid
@@ -26,13 +27,16 @@ class ShardStage:
         self, vae: BoundVae, comm: Comm, direction: Direction, run: tuple[int, int], *, groups: int
     ) -> None:
         self._comm = comm
-        self._vae = vae
         self._program = vae.program(direction)
-        self._slice = vae.slice(direction, *run)
         self._shards = comm.size // groups
         self._group, self._band = divmod(comm.rank, self._shards)
-        self._above = comm.rank + self._shards if self._group + 1 < groups else None
-        self._below = comm.rank - self._shards if self._group else None
+        self._place = Place(
+            vae,
+            comm,
+            vae.slice(direction, *run),
+            above=comm.rank + self._shards if self._group + 1 < groups else None,
+            below=comm.rank - self._shards if self._group else None,
+        )
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields the picture on the root; the other ranks send what they compute and yield nothing."""
@@ -72,34 +76,5 @@ class ShardStage:
         self, grid: Grid, latent: LatentShape, chunks: int, source: Callable[[int], Tensor]
     ) -> Iterator[Tensor]:
         """Passes this rank's band of every chunk through its stage; yields the results in the last group."""
-        part = grid.slab(self._band).latent(latent)
         exchange = SlabExchange(self._comm, grid, base=self._group * self._shards) if self._shards > 1 else None
-        state = self._slice.state(chunks)
-        arriving = self._receive(part, 0)
-        leaving: Pending | None = None
-        for index in range(chunks):
-            if arriving is None:
-                tensors = [source(index)]
-            else:
-                tensors, pending = arriving
-                pending.wait()
-                arriving = self._receive(part, index + 1) if index + 1 < chunks else None
-            results = self._slice.run(tensors, state, exchange)
-            if self._below is None:
-                yield results[0]
-                continue
-            # One chunk may be under way while the next is computed; more would pile up in memory.
-            if leaving is not None:
-                leaving.wait()
-            leaving = self._comm.exchange(sends=[(tensor, self._below) for tensor in results])
-        if leaving is not None:
-            leaving.wait()
-
-    def _receive(self, part: LatentShape, index: int) -> tuple[list[Tensor], Pending] | None:
-        """Buffers into which chunk `index` is arriving; None in the first group, which has the input."""
-        if self._above is None:
-            return None
-        shapes = self._program.carried_shapes(self._slice.start, part, first=index == 0)
-        buffers = [torch.empty(shape, dtype=self._vae.dtype, device=self._vae.device) for shape in shapes]
-        above = self._above
-        return buffers, self._comm.exchange(receives=[(buffer, above) for buffer in buffers])
+        return self._place.outputs(grid.slab(self._band).latent(latent), chunks, source, exchange)

@@ -1,0 +1,44 @@
+"""In a run each rank reads from the checkpoint the VAE weights of its own share, and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from cosmos3_pipeline.distributed.mesh import RankMesh
+from cosmos3_pipeline.jobs.generate import resolved
+from cosmos3_pipeline.jobs.rank import components
+from cosmos3_pipeline.models import loading
+from cosmos3_pipeline.plan.checks import compose_checked
+from cosmos3_pipeline.vae.program import program_for
+from cosmos3_pipeline.vae.weights import FolderWeights
+
+
+def _names_read(rank: int, plain: dict[str, Any]) -> set[str]:
+    read: set[str] = set()
+    load = FolderWeights.load
+
+    def watched(self: FolderWeights, names: Any, **how: Any) -> dict[str, torch.Tensor]:
+        wanted = list(names)
+        read.update(wanted)
+        return load(self, wanted, **how)
+
+    def whole(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the whole VAE is loaded")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderWeights, "load", watched)
+        patch.setattr(loading, "load_vae", whole)
+        components(plain, torch.device("cpu"), RankMesh.build(cfg=2), []).vae(encoder=False)
+    return read
+
+
+def test_the_ranks_of_a_layer_pipeline_divide_the_decoder() -> None:
+    cfg = compose_checked(["topology=cpu_x2"])
+    first, second = run_on_ranks(_names_read, 2, resolved(cfg))
+    decoder = program_for("decode", resolved(cfg)["model"]["vae"])
+    assert first and second and not first & second
+    assert first | second == {weight.name for weight in decoder.weights()}
