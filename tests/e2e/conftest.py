@@ -51,6 +51,15 @@ def generate(tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, toy_cache: None) -> Path:
+    """The run with nothing but the defaults on the small clip, which others are compared with."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    done = launch(*SMALL, f"hydra.run.dir={output}")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return output
+
+
 def metrics(output: Path) -> dict:
     return json.loads((output / "metrics.json").read_text())
 

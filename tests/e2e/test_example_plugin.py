@@ -75,7 +75,7 @@ def test_it_verifies(python: Path, tmp_path: Path) -> None:
 def test_it_conforms(python: Path, tmp_path: Path) -> None:
     kit = ["--pyargs", "cosmos3_pipeline.plugin_kit"]
     done = subprocess.run(
-        [str(python), "-m", "pytest", "-q", *kit, "--strategy", "cosmos3_wavefront:Wavefront", "--max-ranks", "3"],
+        [str(python), "-m", "pytest", "-q", *kit, "--strategy", "cosmos3_wavefront:Wavefront", "--max-ranks", "2"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -40,10 +40,12 @@ def test_an_image(generate: Callable[..., Path]) -> None:
     assert not (output / "video.mp4").exists()
 
 
-def test_a_photograph_and_a_clip_change_the_video(generate: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_photograph_and_a_clip_change_the_video(
+    generate: Callable[..., Path], one_rank: Path, tmp_path: Path
+) -> None:
     photo, clip = make_photo(tmp_path / "photo.jpg"), make_clip(tmp_path / "clip.mp4")
     hashes = {
-        metrics(generate())["frames_sha256"],
+        metrics(one_rank)["frames_sha256"],
         metrics(generate("task=i2v", f"task.image={photo}"))["frames_sha256"],
         metrics(generate("task=v2v", f"task.video={clip}"))["frames_sha256"],
     }
@@ -51,10 +53,9 @@ def test_a_photograph_and_a_clip_change_the_video(generate: Callable[..., Path],
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], ranks: int) -> None:
-    replicated = generate("vae=replicated")
+def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], one_rank: Path, ranks: int) -> None:
     parallel = generate("vae=parallel_decode", f"topology.ranks_per_node={ranks}", "topology.threads_per_rank=1")
-    reports = [metrics(replicated), metrics(parallel)]
+    reports = [metrics(one_rank), metrics(parallel)]
     assert reports[0]["frames_sha256"] == reports[1]["frames_sha256"]
     assert reports[1]["topology"]["ranks"] == ranks
     assert len(reports[1]["stages"]["decode"]["ranks"]) == ranks
@@ -193,10 +194,10 @@ def test_the_sglang_experiment_runs_in_miniature_and_reports_what_that_pull_requ
     assert min(sent) > 0
 
 
-def test_auto_says_in_the_metrics_what_it_picked_and_why(generate: Callable[..., Path]) -> None:
+def test_auto_says_in_the_metrics_what_it_picked_and_why(generate: Callable[..., Path], one_rank: Path) -> None:
     report = metrics(generate("topology=cpu_x2", "vae/decode=auto", "vae.required_exactness=bitwise"))
     used = report["vae"]["decode"]
     assert used["strategy"] in ("auto: layer_pipeline", "auto: replicated")
     assert used["exactness"] == "bitwise"
     assert used["note"].startswith(f"picked {used['strategy'].removeprefix('auto: ')}, bitwise: about ")
-    assert report["frames_sha256"] == metrics(generate("topology=cpu_x1"))["frames_sha256"]
+    assert report["frames_sha256"] == metrics(one_rank)["frames_sha256"]
