@@ -17,7 +17,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.ledger import Ledger
+from cosmos3_pipeline.distributed.local import LocalLinks
 
 T = TypeVar("T")
 
@@ -37,10 +38,18 @@ T = TypeVar("T")
 LAST_WORDS_SECONDS = 1.0
 
 
+class Work(Protocol):
+    """A message under way."""
+
+    def wait(self) -> Any:
+        """Return when it has left or arrived. Raises RuntimeError when it never will."""
+        ...
+
+
 class Pending:
     """Messages under way. Their tensors must not be written (sends) or read (receives) before `wait` returns."""
 
-    def __init__(self, comm: Comm, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, comm: Comm, works: Sequence[Work], tensors: Sequence[Tensor]) -> None:
         self._comm = comm
         self._works = list(works)
         self._tensors = list(tensors)
@@ -91,6 +100,7 @@ class Comm:
         store = PrefixStore(name, _get_default_store())
         # Any: PyTorch's stubs leave out the methods that every backend has.
         self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=default_pg_timeout)
+        self._links = LocalLinks(PrefixStore("links", store), self.rank, self.size)
         self._board = Board(store)
         self._run = 0
         self._broken = False
@@ -99,6 +109,7 @@ class Comm:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
         for pending in self._under_way:
             pending.drop()
+        self._links.close()
         self._gloo = None
 
     @property
@@ -171,7 +182,10 @@ class Comm:
         if not tensors:
             return Pending(self, [], [])
         assert self._board is not None, "a Comm of one rank has nobody to exchange with"
-        self._board.raise_if_over(self._run)
+        if not _on_cpu(tensors[0]):
+            # An accelerator's messages do not fail when their peer has gone. On CPU they do, and asking the store
+            # would cost more than the message.
+            self._board.raise_if_over(self._run)
         for kind, messages in (("recv", receives), ("send", sends)):
             for tensor, _ in messages:
                 self.ledger.record(kind, tensor.nbytes)
@@ -180,13 +194,27 @@ class Comm:
 
     def _start(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
-    ) -> list[dist.Work]:
+    ) -> Sequence[Work]:
         if all(_on_cpu(tensor) for tensor, _ in (*sends, *receives)):
-            works = [self._gloo.recv([tensor], peer, 0) for tensor, peer in receives]
-            return works + [self._gloo.send([tensor], peer, 0) for tensor, peer in sends]
+            return [
+                *(self._receive_on_cpu(tensor, peer) for tensor, peer in receives),
+                *(self._send_on_cpu(tensor, peer) for tensor, peer in sends),
+            ]
         operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in receives]
         operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in sends]
         return dist.batch_isend_irecv(operations)
+
+    def _receive_on_cpu(self, tensor: Tensor, peer: int) -> Work:
+        if self._links.carries(tensor, peer):
+            return self._links.receive(tensor, peer)
+        work: Work = self._gloo.recv([tensor], peer, 0)
+        return work
+
+    def _send_on_cpu(self, tensor: Tensor, peer: int) -> Work:
+        if self._links.carries(tensor, peer):
+            return self._links.send(tensor, peer)
+        work: Work = self._gloo.send([tensor], peer, 0)
+        return work
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere."""
@@ -217,7 +245,7 @@ class Comm:
         self._pending([self._translated(start)], [*parts, tensor]).wait()
         return parts
 
-    def _pending(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> Pending:
+    def _pending(self, works: Sequence[Work], tensors: Sequence[Tensor]) -> Pending:
         pending = Pending(self, works, tensors)
         self._under_way.add(pending)
         return pending

@@ -17,17 +17,21 @@ from torch import Tensor
 
 from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
 
+# The shapes of a clip: its first chunk's and the later ones'.
+_SHAPES = 2
+
 
 class Convolution:
     """A 3D convolution over channels-last activations, its weights bound and reordered on first use.
 
-    `weight` is [O, I, kt, kh, kw], `bias` [O]. Both are kept as given; the reordered copy is the kernel's own.
+    `weight` is [O, I, kt, kh, kw], `bias` [O]. Once the whole weight has been reordered, the given one is let go.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight = weight
-        self.bias = bias
-        self._packed: dict[int, Tensor] = {}
+        self._taps = weight.shape[2]
+        self._given: Tensor | None = weight
+        self._bias = bias
+        self._packed: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(
         self,
@@ -43,30 +47,52 @@ class Convolution:
         `taps` > 0 computes only the last `taps` temporal taps: right where the frames before are zeros.
         `add` [B, T', H', W', O] is added to the result, in oneDNN before it is rounded to the dtype.
         """
-        taps = taps or self.weight.shape[2]
+        taps = taps or self._taps
         pad = (0, *padding)
         frames = x.permute(0, 4, 1, 2, 3)
         if _onednn(x):
             packed = self._pack(taps, frames, pad, stride)
             geometry = (pad, stride, (1, 1, 1), 1)
             if add is None:
-                out = torch.ops.mkldnn._convolution_pointwise(frames, packed, self.bias, *geometry, "none", [], "")
+                out = torch.ops.mkldnn._convolution_pointwise(
+                    frames, packed, self._bias, *geometry, "none", [], ""
+                )
             else:
                 kept = add.permute(0, 4, 1, 2, 3)
                 out = torch.ops.mkldnn._convolution_pointwise.binary(
-                    frames, kept, packed, self.bias, *geometry, "add", 1.0, None, [], None
+                    frames, kept, packed, self._bias, *geometry, "add", 1.0, None, [], None
                 )
             return _channels_last(out)
-        out = F.conv3d(frames, self.weight[:, :, -taps:], self.bias, stride=stride, padding=pad)
+        out = F.conv3d(frames, self._weight()[:, :, -taps:], self._bias, stride=stride, padding=pad)
         out = _channels_last(out)
         return out if add is None else out.add_(add)
 
     def _pack(self, taps: int, frames: Tensor, pad: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        if taps not in self._packed:
-            weight = self.weight[:, :, -taps:].contiguous().to_mkldnn()
+        """The last `taps` temporal taps in the order that oneDNN wants for frames of this shape.
+
+        Which order is best depends on the shape, and weights in another would be reordered at every call. Kept for
+        the shapes that were used last.
+        """
+        key = (taps, *frames.shape)
+        if key in self._packed:
+            packed = self._packed.pop(key)
+        else:
+            weight = self._weight()[:, :, -taps:].contiguous().to_mkldnn()
             reorder: Any = torch._C._nn.mkldnn_reorder_conv3d_weight
-            self._packed[taps] = reorder(weight, pad, stride, (1, 1, 1), 1, list(frames.shape))
-        return self._packed[taps]
+            packed = reorder(weight, pad, stride, (1, 1, 1), 1, list(frames.shape))
+        self._packed[key] = packed  # the last used is last
+        if taps == self._taps:
+            self._given = None
+        if len(self._packed) > _SHAPES:
+            whole = [key for key in self._packed if key[0] == self._taps]
+            oldest = next(key for key in self._packed if self._given is not None or [key] != whole)
+            del self._packed[oldest]
+        return packed
+
+    def _weight(self) -> Tensor:
+        if self._given is not None:
+            return self._given
+        return next(packed.to_dense() for (taps, *_), packed in self._packed.items() if taps == self._taps)
 
 
 def _channels_last(out: Tensor) -> Tensor:
@@ -106,8 +132,8 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     Source: `WanRMS_norm`. `gamma` is [C] in float32. Returns float32.
     """
     wide = x.float()
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12)
-    return torch.div(wide, norm).mul_(gamma * gamma.shape[0] ** 0.5)
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+    return torch.mul(wide, scale).mul_(gamma * gamma.shape[0] ** 0.5)
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
@@ -120,7 +146,11 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if x.device.type == "cpu" else h
     for frame, target in zip(x.reshape(b * t, h, w, c).unbind(0), _frames(out), strict=True):
         for top in range(0, h, rows):
-            target[top : top + rows].copy_(F.silu(rms_norm(frame[top : top + rows], gamma), inplace=True))
+            normed, block = rms_norm(frame[top : top + rows], gamma), target[top : top + rows]
+            if block.dtype == normed.dtype:
+                torch.ops.aten.silu.out(normed, out=block)
+            else:
+                block.copy_(F.silu(normed, inplace=True))
 
 
 def _frames(x: Tensor) -> list[Tensor]:

@@ -39,7 +39,7 @@ class LayerPipeline(Strategy):
     norms and other memory-bound ops weigh when the runs are balanced.
     """
 
-    flops_per_element: float = 40.0
+    flops_per_element: float = 60.0
 
     name: ClassVar[str] = "layer_pipeline"
     exactness: ClassVar[Exactness] = Exactness.BITWISE

@@ -13,6 +13,8 @@ from cosmos3_pipeline.vae.program import Program
 # Costs are proportional to the picture's size but for attention, a thousandth of them; so one grid serves all, and
 # which rank holds which weights does not depend on the clip.
 _GRID = LatentShape(batch=1, frames=2, rows=16, cols=16)
+# Output channels that convolution kernels compute at once: two vectors of AVX-512, a tile of tensor cores.
+_CHANNEL_BLOCK = 32
 # How far beyond the best slowest run a division may go if it then sends less.
 _SLACK = 1.01
 
@@ -20,7 +22,15 @@ _SLACK = 1.01
 @cache
 def op_costs(program: Program, flops_per_element: float) -> tuple[float, ...]:
     """Cost of each op on a later chunk, in FLOPs; touching an element counts `flops_per_element`."""
-    return tuple(op.flops(_GRID, first=False) + flops_per_element * _elements_touched(op) for op in program.ops)
+    return tuple(
+        op.flops(_GRID, first=False) * _filled(op.target.channels) + flops_per_element * _elements_touched(op)
+        for op in program.ops
+    )
+
+
+def _filled(channels: int) -> float:
+    """How much more than `channels` outputs a convolution kernel computes, since it does so in whole blocks."""
+    return math.ceil(channels / _CHANNEL_BLOCK) * _CHANNEL_BLOCK / channels
 
 
 def _elements_touched(op: Op) -> int:

@@ -1,0 +1,65 @@
+"""Small messages between ranks of one machine: whole, in order, beside large ones, and ended by whoever leaves."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from cosmos3_pipeline.distributed.board import PeerFailed
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.distributed.local import SMALL_BYTES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
+
+
+def _messages(source: int, target: int) -> list[torch.Tensor]:
+    """Of all sizes around the limit, the same on both ranks."""
+    generator = torch.Generator().manual_seed(10 * source + target)
+    sizes = [1, 7, 4096, SMALL_BYTES - 1, SMALL_BYTES, SMALL_BYTES + 1, 3 * SMALL_BYTES, 5, SMALL_BYTES]
+    random.Random(source - target).shuffle(sizes)
+    made = []
+    for i, size in enumerate(sizes):
+        dtype = DTYPES[i % len(DTYPES)]
+        count = max(1, size // dtype.itemsize)
+        made.append(torch.randint(0, 255, (count,), generator=generator).to(dtype))
+    return made
+
+
+def _everyone_to_everyone(rank: int) -> bool:
+    comm = Comm()
+    others = [peer for peer in range(comm.size) if peer != rank]
+    with comm.run():
+        arriving = {peer: [torch.empty_like(m) for m in _messages(peer, rank)] for peer in others}
+        receives = [(buffer, peer) for peer in others for buffer in arriving[peer]]
+        comm.exchange([(message, peer) for peer in others for message in _messages(rank, peer)], receives).wait()
+    return all(
+        torch.equal(got, sent)
+        for peer in others
+        for got, sent in zip(arriving[peer], _messages(peer, rank), strict=True)
+    )
+
+
+def _one_leaves(rank: int) -> str:
+    comm = Comm()
+    try:
+        with comm.run():
+            if rank == 1:
+                raise ValueError("no paint left")
+            comm.exchange(receives=[(torch.empty(8), 1)]).wait()
+    except (PeerFailed, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_messages_arrive_whole_and_in_order(ranks: int) -> None:
+    assert run_on_ranks(_everyone_to_everyone, ranks) == [True] * ranks
+
+
+def test_waiting_ends_when_the_sender_fails() -> None:
+    waiting, failing = run_on_ranks(_one_leaves, 2)
+    assert waiting.startswith("PeerFailed") and "no paint left" in waiting
+    assert failing == "ValueError: no paint left"
