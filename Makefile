@@ -1,6 +1,6 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
 # make test  lint, types and all tests
-# make bench denoising and decoding by one and two ranks beside diffusers, interleaved (minutes)
+# make bench the VAE and the denoiser by one and two ranks beside others, interleaved (half an hour)
 .PHONY: env run test lint bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
@@ -21,11 +21,19 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# By file: the tests of a file share what they compare with.
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
+
+# At full width a decode takes seconds: the cases that time it, and memory where it does not grow with the clip.
+FULL_CASES := decode,decode_bf16,layer_pipeline,spatial_shard,spatial_shard_even,image_decode,image_encode
+FULL_CASES := $(FULL_CASES),i2v_condition,memory_3,memory_ranks
 
 bench: env
-	$(PY) benchmarks/vae.py
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(PY) launch.py job=bench topology=cpu_x2 hydra.run.dir=outputs/bench/small
+	$(PY) launch.py job=bench topology=cpu_x2 bench.width=full 'bench.cases=[$(FULL_CASES)]' \
+		hydra.run.dir=outputs/bench/full
 	$(PY) benchmarks/denoise.py
 
 clean:

@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.ledger import Ledger
-from cosmos3_pipeline.distributed.local import LocalLinks
+from cosmos3_pipeline.distributed.local import LocalLinks, Transfer
 
 T = TypeVar("T")
 
@@ -51,7 +51,8 @@ class Pending:
 
     def __init__(self, comm: Comm, works: Sequence[Work], tensors: Sequence[Tensor]) -> None:
         self._comm = comm
-        self._works = list(works)
+        # A rank that sits in gloo's wait moves nothing of its own, for which another rank may be waiting.
+        self._works = sorted(works, key=lambda work: not isinstance(work, Transfer))
         self._tensors = list(tensors)
 
     def wait(self) -> None:

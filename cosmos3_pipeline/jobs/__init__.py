@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cosmos3_pipeline.config.schema import JobName
-from cosmos3_pipeline.jobs import generate, plan, verify
+from cosmos3_pipeline.jobs import bench, generate, plan, verify
 from cosmos3_pipeline.jobs.start import check_start
 from cosmos3_pipeline.plan.checkpoint import adopt_dimensions
 from cosmos3_pipeline.plan.checks import check
@@ -34,6 +34,9 @@ def run(cfg: DictConfig) -> None:
     if cfg.job.name == JobName.verify:
         verify.verify(cfg, output, multirun=multirun)
         return
+    if cfg.job.name == JobName.bench:
+        bench.bench(cfg, output, multirun=multirun)
+        return
     plan.head(cfg, output)
     generate.generate(cfg, output, own_process=multirun)
 
@@ -42,6 +45,7 @@ def check_job(cfg: DictConfig) -> None:
     """Raise ConfigError with everything that keeps the checked `cfg` from being run here and now."""
     check_start(cfg)
     verify.check_verify(cfg)
+    bench.check_bench(cfg)
 
 
 def follow(cfg: DictConfig) -> None:
@@ -49,5 +53,8 @@ def follow(cfg: DictConfig) -> None:
     check_job(cfg)
     if cfg.job.name == JobName.verify:
         verify.join(cfg)
+        return
+    if cfg.job.name == JobName.bench:
+        bench.join(cfg)
         return
     generate.join(cfg)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from cosmos_models import denoise_with, tiny_pipeline
-from live_bytes import LiveBytes
 from ranks import run_on_ranks
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.distributed.mesh import RankMesh
+from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.plan.plan import make_plan
 
 STEPS, WORDS = 3, (40, 17)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from ranks import run_on_ranks
 from test_vae_faults import _break, _outcome
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
+from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.pixels import to_uint8
 from cosmos3_pipeline.vae.program import encoder_program

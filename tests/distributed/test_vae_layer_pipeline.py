@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from ranks import run_on_ranks
 from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 
 from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.strategy import LatentShape
 from cosmos3_plugins.layer_pipeline import LayerPipeline

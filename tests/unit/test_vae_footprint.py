@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
+from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.footprint import activation_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,16 +12,19 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages that ops have made and that are still alive. `known` storages do not count."""
+    """Peak bytes of the storages that ops have made and that are still alive. `known` storages do not count.
 
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
+    Not counted: what a convolution library keeps for itself, such as its reordered weights and scratch memory.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen = {self._key(t) for t in known}
 
     @staticmethod
     def _key(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
     def _gone(self, key: int, size: int) -> None:
         self.now -= size

@@ -1,0 +1,71 @@
+"""`job=bench`: the parallel VAE against diffusers, DistVAE and the machine's convolutions. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from cosmos3_pipeline.config.errors import ConfigError, Problem
+from cosmos3_pipeline.jobs.bench import checks, tables
+from cosmos3_pipeline.jobs.bench.suite import vae_dimensions
+from cosmos3_pipeline.jobs.generate import resolved
+from cosmos3_pipeline.stages.files import remove_partial, write_whole
+
+REPORT_FILE = "bench.json"
+MARKDOWN_FILE = "bench.md"
+
+
+def check_bench(cfg: DictConfig) -> None:
+    """Raise ConfigError with everything that keeps `bench` of a checked `cfg` from being done, or being read."""
+    found = list(checks.problems(cfg))
+    if found:
+        raise ConfigError(found)
+
+
+def bench(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
+    """Run the cases that `cfg` chooses; leaves bench.json, bench.md and plots in `output` and prints the tables.
+
+    A target that is missed is reported and fails nothing. Raises RankFailed when a rank failed.
+    """
+    from cosmos3_pipeline.jobs.bench.rank import bench_rank
+
+    if multirun:
+        problem = Problem(
+            what="job=bench with -m",
+            why="a sweep compares the pictures that its jobs leave, and bench leaves none",
+            works="one run with several cases: bench.cases=[decode,spatial_shard]",
+        )
+        raise ConfigError([problem])
+    settings, dimensions = resolved(cfg), vae_dimensions(cfg)
+    write_whole(output / "config.yaml", OmegaConf.to_yaml(settings))
+    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
+    if "RANK" in os.environ or ranks == 1:
+        bench_rank(settings, dimensions, str(output))
+    else:
+        from cosmos3_pipeline.distributed.launch import run_ranks
+
+        try:
+            run_ranks(bench_rank, settings, dimensions, str(output), ranks=ranks)
+        finally:
+            remove_partial(output)
+    show(output)
+
+
+def join(cfg: DictConfig) -> None:
+    """Be a rank other than the root in the world that RANK and WORLD_SIZE describe."""
+    from cosmos3_pipeline.jobs.bench.rank import bench_rank
+
+    bench_rank(resolved(cfg), vae_dimensions(cfg), None)
+
+
+def show(output: Path) -> None:
+    """Print the tables of the report in `output`."""
+    console = Console()
+    for table in tables.tables(json.loads((output / REPORT_FILE).read_text())):
+        console.print(table.rich())
+    files = [REPORT_FILE, MARKDOWN_FILE, *sorted(path.name for path in output.glob("bench*.png"))]
+    console.print(" ".join(str(output / name) for name in files), soft_wrap=True, highlight=False)

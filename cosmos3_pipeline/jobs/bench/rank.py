@@ -1,0 +1,124 @@
+"""One rank of `job=bench`: join the world, run the cases one after the other, and write the report on the root."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+
+from cosmos3_pipeline.distributed.launch import joined_world
+from cosmos3_pipeline.jobs.bench import MARKDOWN_FILE, REPORT_FILE
+from cosmos3_pipeline.jobs.bench.contestants import Factory
+from cosmos3_pipeline.jobs.bench.costs import link_costs, op_costs
+from cosmos3_pipeline.jobs.bench.given import given_for
+from cosmos3_pipeline.jobs.bench.judge import judge
+from cosmos3_pipeline.jobs.bench.machine import machine, pinned
+from cosmos3_pipeline.jobs.bench.plots import draw
+from cosmos3_pipeline.jobs.bench.simulated import simulated
+from cosmos3_pipeline.jobs.bench.suite import Case, cases_of
+from cosmos3_pipeline.jobs.bench.tables import markdown
+from cosmos3_pipeline.jobs.bench.trial import Trial
+from cosmos3_pipeline.jobs.bench.weights import Autoencoders
+from cosmos3_pipeline.jobs.bench.world import World
+from cosmos3_pipeline.jobs.rank import digest_of, everyones, refuse_other_configs
+from cosmos3_pipeline.stages.files import write_whole
+from cosmos3_pipeline.stages.progress import Advance, Bars, Reporter, Silent
+from cosmos3_pipeline.vae.program import program_for
+
+SCHEMA_VERSION = 1
+
+
+def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | None) -> None:
+    """Run the benchmark of the resolved config `plain` on a VAE of `dimensions`, as the rank of the environment.
+
+    `output` is where the root writes; ranks that compose for themselves under torchrun pass None.
+    """
+    diffusers_logging.set_verbosity_error()
+    topology, bench = plain["topology"], plain["bench"]
+    threads = topology["threads_per_rank"]
+    with (
+        pinned(threads if topology["device"] == "cpu" else 0) as cores,
+        joined_world(device=topology["device"], threads=threads) as device,
+        torch.no_grad(),
+    ):
+        about = machine(device, threads, everyones(cores))
+        agreed = everyones((output, digest_of(plain)))
+        refuse_other_configs([digest for _, digest in agreed])
+        world = World.join(device)
+        reporter: Reporter = Bars(Console(stderr=True)) if world.is_root else Silent()
+        cases = cases_of(bench)
+        with reporter.track("benchmark", sum(units(case, bench) for case in cases)) as advance:
+            work = Bench(plain, dimensions, world, Autoencoders(dimensions, device), advance)
+            reports = {case.name: work.run(case) for case in cases}
+        costs = {"direction": "decode", "dtype": "float32", "link": link_costs(world), "cases": work.costs}
+        if world.is_root:
+            directory = Path(str(agreed[0][0]))
+            report = {
+                "schema_version": SCHEMA_VERSION,
+                "width": bench["width"],
+                "vae": dimensions,
+                "rounds": bench["rounds"],
+                "ranks": world.comm.size,
+                "machine": about,
+                "targets": [verdict.as_dict() for verdict in judge(cases, reports)],
+                "cases": reports,
+                "costs": costs,
+            }
+            report["simulated"] = simulated(cases, plain, report)
+            write_whole(directory / REPORT_FILE, json.dumps(report, indent=2))
+            write_whole(directory / MARKDOWN_FILE, markdown(report))
+            draw(report, directory)
+
+
+def units(case: Case, bench: Mapping[str, Any]) -> int:
+    """The runs of all contestants, and one for the seconds of the ops: what the progress bar counts."""
+    return len(case.contestants) * runs(case, bench) + 1
+
+
+def runs(case: Case, bench: Mapping[str, Any]) -> int:
+    """How often each contestant runs after its warm-up: in the rounds, and to count its memory."""
+    return 1 + int(bench["rounds"]) * case.timed
+
+
+@dataclass
+class Bench:
+    """Runs cases one after the other; all ranks call it together. `costs` has the seconds of ops, by case."""
+
+    plain: Mapping[str, Any]
+    dimensions: Mapping[str, Any]
+    world: World
+    autoencoders: Autoencoders
+    advance: Advance
+    costs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """What the case measured, whole on the root; its contestants are gone afterwards."""
+        bench = self.plain["bench"]
+        self.autoencoders.keep_only(getattr(torch, case.dtype))
+        with TemporaryDirectory(prefix="cosmos3_bench_") as folder:
+            given = given_for(case, program_for(case.direction, self.dimensions), Path(folder), self.world.device)
+            factory = Factory(case, self.plain, self.dimensions, self.autoencoders, self.world)
+            trial = Trial(case, factory, given)
+            self.advance(trial.absent * runs(case, bench))
+            if case.timed:
+                trial.rounds(bench["rounds"], self.advance)
+            trial.once_more(self.advance)
+            report = trial.report()
+        del trial
+        gc.collect()  # modules refer to themselves, and what comes next needs their memory
+        if bench["costs"] and case.simulated:
+            self.costs[case.name] = {
+                "latent_rows": case.shape.rows,
+                "latent_cols": case.shape.cols,
+                "ops": op_costs(self.dimensions, self.autoencoders, self.world, case.shape, bench["rounds"]),
+            }
+        self.advance()
+        return report

@@ -1,0 +1,240 @@
+"""From the shares of a plan to what each rank does, one event after the other.
+
+`Line` follows `Place` of layer_pipeline and `Collector` of spatial_shard: the next chunk is received early, and at
+most one result is leaving. `Pieces` follows the runner of tiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cosmos3_pipeline.plan.events import Clock, Message, Process
+from cosmos3_pipeline.plan.op_costs import OpCosts
+from cosmos3_pipeline.plan.rounds import Chunk, Parcel, Round, Step, common_area
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Program
+from cosmos3_pipeline.vae.strategy import Exactness, RankShare, StrategyPlan
+
+
+class SimulationError(ValueError):
+    """A plan whose shares do not tell what its ranks wait for."""
+
+
+def groups_of(program: Program, shape: LatentShape, plan: StrategyPlan) -> list[list[RankShare]]:
+    """The shard groups of a plan in the order of their runs of ops.
+
+    Raises SimulationError unless the runs follow each other up to the root's, and the slabs of each make up the
+    picture once.
+    """
+    runs = sorted({share.ops for share in plan.shares})
+    edges = [0, *(stop for _, stop in runs)]
+    if [start for start, _ in runs] != edges[:-1] or edges[-1] != len(program):
+        raise _unknown(plan, f"have the runs of ops {', '.join(map(_text, runs))} of {len(program)}")
+    if plan.shares[0].ops != runs[-1]:
+        raise _unknown(plan, f"give rank 0 the ops {_text(plan.shares[0].ops)}, which are not the last")
+    groups = [[share for share in plan.shares if share.ops == run] for run in runs]
+    for group in groups:
+        for index, share in enumerate(group):
+            for other in group[:index]:
+                if common_area(share, other):
+                    who = f"ranks {other.rank} and {share.rank}"
+                    raise _unknown(plan, f"give {who} the same rows and columns of ops {_text(share.ops)}")
+        if sum(common_area(share, share) for share in group) != shape.rows * shape.cols:
+            raise _unknown(plan, f"leave rows or columns of ops {_text(group[0].ops)} to nobody")
+    return groups
+
+
+def in_pieces(program: Program, shape: LatentShape, plan: StrategyPlan) -> bool:
+    """Whether the ranks do not see each other's part: each does everything, or the picture is approximate for it.
+
+    Raises SimulationError for an approximate plan that does not send its results chunk by chunk.
+    """
+    if any(share.ops != (0, len(program)) for share in plan.shares):
+        return False
+    flops = program.flops(shape)
+    if all(share.flops == flops and not share.sent_messages for share in plan.shares):
+        return True
+    if plan.exactness is not Exactness.APPROXIMATE:
+        return False
+    chunks = program.chunks(shape)
+    for share in plan.shares[1:]:
+        if share.sent_messages % chunks:
+            raise _unknown(plan, f"let rank {share.rank} send {share.sent_messages} messages in {chunks} chunks")
+    return True
+
+
+def _unknown(plan: StrategyPlan, what: str) -> SimulationError:
+    return SimulationError(
+        f"the shares of {plan.strategy} {what}; from such shares nobody can tell which rank waits for which; "
+        "measure it with job=bench, or simulate runs of ops that follow each other up to the root's, the slabs of "
+        "each making up the picture"
+    )
+
+
+def _text(run: tuple[int, int]) -> str:
+    return f"{run[0]}-{run[1] - 1}"
+
+
+class Schedule:
+    """Messages of one rank at a time. `done` collects when the root has each chunk."""
+
+    def __init__(self, program: Program, shape: LatentShape, clock: Clock) -> None:
+        self.done: list[float] = []
+        self._program = program
+        self._shape = shape
+        self._clock = clock
+        self._chunks = program.chunks(shape)
+
+    def _start(
+        self, rank: int, sends: Sequence[Parcel], receives: Sequence[Parcel], under_way: list[Message]
+    ) -> Process:
+        """Post messages, and pay for them what they take from computing."""
+        busy = 0.0
+        for source, nbytes in receives:
+            under_way.append(self._clock.receive(source, rank))
+            busy += self._clock.link(source, rank).busy(nbytes)
+        for target, nbytes in sends:
+            under_way.append(self._clock.send(rank, target, nbytes))
+            busy += self._clock.link(rank, target).busy(nbytes)
+        if busy:
+            yield busy
+
+    def _picture_bytes(self, share: RankShare, *, first: bool) -> int:
+        """Of one chunk of the 8-bit picture of `share`."""
+        program = self._program
+        frames = 1 if first else program.temporal
+        pixels = common_area(share, share) * program.spatial**2
+        return self._shape.batch * frames * pixels * program.picture_channels
+
+
+class Line(Schedule):
+    """Shard groups, through which the chunks pass. The root is in the last and collects its slabs."""
+
+    def __init__(
+        self,
+        program: Program,
+        shape: LatentShape,
+        plan: StrategyPlan,
+        costs: OpCosts,
+        clock: Clock,
+        *,
+        overlaps: bool,
+    ) -> None:
+        super().__init__(program, shape, clock)
+        self._costs = costs
+        self._overlaps = overlaps
+        self._groups = groups_of(program, shape, plan)
+
+    def process(self, rank: int) -> Process:
+        """What `rank` does."""
+        place = next(i for i, group in enumerate(self._groups) if any(share.rank == rank for share in group))
+        group = self._groups[place]
+        own = next(share for share in group if share.rank == rank)
+        steps = {
+            first: Chunk(self._program, self._shape, self._costs, group, own, first=first).steps()
+            for first in (True, False)
+        }
+        above = self._groups[place - 1] if place else ()
+        below = self._groups[place + 1] if place + 1 < len(self._groups) else ()
+        early = self._overlaps
+        arriving: list[Message] = []
+        leaving: list[Message] = []
+        if early:
+            yield from self._start(rank, (), self._crossing(own.ops[0], own, above, first=True), arriving)
+        for index in range(self._chunks):
+            first = index == 0
+            if not early:
+                yield from self._start(rank, (), self._crossing(own.ops[0], own, above, first=first), arriving)
+            yield from _all(arriving)
+            if early and index + 1 < self._chunks:
+                yield from self._start(rank, (), self._crossing(own.ops[0], own, above, first=False), arriving)
+            yield from self._run(rank, steps[first])
+            if not below and rank == 0:
+                parts = [(share.rank, self._picture_bytes(share, first=first)) for share in group if share.rank]
+                collected: list[Message] = []
+                yield from self._start(rank, (), parts, collected)
+                yield from _all(collected)
+                self.done.append(self._clock.now)
+                continue
+            # One result may be under way while the next is computed.
+            yield from _all(leaving)
+            parcels = [(0, self._picture_bytes(own, first=first))]
+            if below:
+                parcels = self._crossing(own.ops[1], own, below, first=first)
+            yield from self._start(rank, parcels, (), leaving)
+            if not early:
+                yield from _all(leaving)
+        yield from _all(leaving)
+
+    def _run(self, rank: int, steps: Sequence[Step]) -> Process:
+        under_way: list[Message] = []
+        for step in steps:
+            if isinstance(step, float):
+                yield step
+                continue
+            if isinstance(step, Round):
+                yield from self._start(rank, step.sends, step.receives, under_way)
+                if self._overlaps:
+                    continue
+            yield from _all(under_way)
+
+    def _crossing(self, cut: int, own: RankShare, others: Sequence[RankShare], *, first: bool) -> list[Parcel]:
+        """What crosses the cut before op `cut` between `own` and each of `others`, a tensor after the other."""
+        shape = self._shape
+        per_pixel = [
+            spec.elements(shape, first=first) * shape.element_bytes // (shape.rows * shape.cols)
+            for spec in self._program.carried(cut)
+        ]
+        parts = [(other.rank, common_area(own, other)) for other in others]
+        return [(rank, area * size) for rank, area in parts if area for size in per_pixel]
+
+
+class Pieces(Schedule):
+    """Ranks that do not see each other's part: a share of the arithmetic each, results to the root.
+
+    A rank's tiles count as one piece of as many rows; putting them together on the root is not counted.
+    """
+
+    def __init__(
+        self, program: Program, shape: LatentShape, plan: StrategyPlan, costs: OpCosts, clock: Clock
+    ) -> None:
+        super().__init__(program, shape, clock)
+        self._plan = plan
+        whole = program.flops(shape)
+        rows = [share.flops / whole * shape.rows for share in plan.shares]
+        self._seconds = [
+            {first: sum(costs.seconds(i, part, first) for i in range(len(program))) for first in (True, False)}
+            for part in rows
+        ]
+
+    def process(self, rank: int) -> Process:
+        """What `rank` does."""
+        leaving: list[Message] = []
+        for index in range(self._chunks):
+            first = index == 0
+            if rank:
+                yield self._seconds[rank][first]
+                yield from _all(leaving)
+                yield from self._start(rank, [(0, n) for _, n in self._parcels(rank, first=first)], (), leaving)
+                continue
+            arriving: list[Message] = []
+            for other in range(1, len(self._plan.shares)):
+                yield from self._start(0, (), self._parcels(other, first=first), arriving)
+            yield self._seconds[rank][first]
+            yield from _all(arriving)
+            self.done.append(self._clock.now)
+        yield from _all(leaving)
+
+    def _parcels(self, rank: int, *, first: bool) -> list[Parcel]:
+        """What `rank` sends to the root after a chunk: its messages alike, bytes by frames of the picture."""
+        share = self._plan.shares[rank]
+        messages = share.sent_messages // self._chunks
+        frames = 1 if first else self._program.temporal
+        nbytes = share.sent_bytes * frames // self._program.picture_frames(self._shape.frames)
+        return [(rank, nbytes // messages)] * messages if messages else []
+
+
+def _all(messages: list[Message]) -> Iterator[Message]:
+    """Wait for each, and forget them."""
+    yield from messages
+    messages.clear()

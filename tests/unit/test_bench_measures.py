@@ -1,0 +1,266 @@
+"""What `job=bench` measures with: the roofline, live bytes, weights read, rounds, and the seconds of ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from toy_runs import toy_dimensions
+from vae_models import WAN21, WAN22
+
+from cosmos3_pipeline.jobs.bench import roofline
+from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
+from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
+from cosmos3_pipeline.jobs.bench.costs import CHUNKS, op_costs
+from cosmos3_pipeline.jobs.bench.given import Given, given_for
+from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
+from cosmos3_pipeline.jobs.bench.machine import pinned
+from cosmos3_pipeline.jobs.bench.roofline import ConvShape, Roofline, convolutions, shapes_of, ways
+from cosmos3_pipeline.jobs.bench.suite import Case
+from cosmos3_pipeline.jobs.bench.trial import Trial
+from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
+from cosmos3_pipeline.jobs.bench.world import World
+from cosmos3_pipeline.vae import ops
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import program_for
+
+CPU = torch.device("cpu")
+LATENT = LatentShape(1, 3, 3, 4)
+TINY = {**toy_dimensions()["vae"], "base_dim": 4, "decoder_base_dim": 4}
+
+
+@pytest.fixture(scope="module")
+def autoencoders() -> Autoencoders:
+    return Autoencoders(TINY, CPU)
+
+
+@pytest.fixture
+def world() -> World:
+    return World.join(CPU)
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan21", "wan22"])
+def test_the_roofline_does_the_arithmetic_of_the_program(config: dict[str, Any], direction: Any) -> None:
+    program = program_for(direction, config)
+    for op in program.ops:
+        if isinstance(op, ops.Attention):
+            continue  # a thousandth of the arithmetic, and no convolution
+        for first in (True, False):
+            found = sum(shape.flops for shape in convolutions(op, LATENT, first=first))
+            assert found == op.flops(LATENT, first=first), op.name
+    attention = sum(
+        op.flops(LATENT, first=True) + (program.chunks(LATENT) - 1) * op.flops(LATENT, first=False)
+        for op in program.ops
+        if isinstance(op, ops.Attention)
+    )
+    whole = sum(count * shape.flops for shape, count in shapes_of(program, LATENT).items())
+    assert whole == program.flops(LATENT) - attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ConvShape((1, 3, 5, 6, 8), 4, (3, 3, 3), (1, 1)),
+        ConvShape((1, 2, 5, 7, 8), 4, (1, 3, 3), stride=(1, 2, 2)),
+        ConvShape((1, 3, 4, 4, 8), 16, (3, 1, 1), stride=(2, 1, 1)),
+    ],
+    ids=["causal", "down", "time_down"],
+)
+def test_every_way_is_that_convolution(
+    shape: ConvShape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+
+    def remembered(*args: Any, **kwargs: Any) -> Tensor:
+        drawn.append(torch.rand(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(roofline.torch, "randn", remembered)
+    found = ways(shape, dtype, CPU)
+    x, weight, bias = (t.to(dtype).float() for t in drawn)
+    expected = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, shape.stride, (0, *shape.padding))
+    assert len(found) == (2 if shape.kernel[0] == 1 else 1)
+    for way in found:
+        got = way().float()
+        got = got if got.ndim == 5 else got.unflatten(0, (1, -1)).transpose(1, 2)
+        assert torch.allclose(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+    outputs = expected.numel() * weight[0].numel()
+    assert shape.flops == 2 * outputs
+
+
+def test_the_roofline_keeps_the_best_time_of_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_for("decode", TINY)
+    line = Roofline(program, LatentShape(1, 2, 1, 1), torch.float32, CPU)
+    seconds = iter(range(1, 10**6))
+    monkeypatch.setattr(line, "_seconds", lambda way: float(next(seconds)))
+    line.measure()
+    best = line.seconds
+    ways_of = {shape: len(line._ways[shape]) for shape in line.counts}
+    expected, at = 0.0, 1
+    for shape, count in line.counts.items():
+        expected += count * at  # its first run was its fastest, as this clock goes
+        at += roofline.RUNS * ways_of[shape]
+    assert best == expected
+    line.measure()  # every run of the second round is slower
+    assert line.seconds == best
+    monkeypatch.setattr(line, "_seconds", lambda way: 0.5)
+    line.measure()
+    assert line.seconds == 0.5 * sum(line.counts.values())
+
+
+def test_live_bytes_are_those_of_tensors_that_are_there_at_once() -> None:
+    known = torch.zeros(1000)
+    with LiveBytes([known]) as live:
+        a = known + 1
+        assert live.now == a.nbytes
+        b = a[10:].view(-1, 2)  # a view is nobody's memory
+        assert live.now == a.nbytes
+        del a, b
+        c = known[:500] * 2
+        assert (live.now, live.peak) == (c.nbytes, known.nbytes)
+
+
+def test_a_view_shares_weights_but_not_settings(autoencoders: Autoencoders) -> None:
+    model, view = autoencoders.model(torch.float32), autoencoders.view(torch.float32)
+    view.enable_tiling()
+    assert not model.use_tiling
+    ours, theirs = model.state_dict(), view.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
+    half = autoencoders.model(torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and autoencoders.model(torch.bfloat16) is half
+    autoencoders.keep_only(torch.float32)
+    assert autoencoders.model(torch.bfloat16) is not half
+    assert autoencoders.model(torch.float32) is model
+
+
+def test_weights_that_are_read_are_counted(autoencoders: Autoencoders) -> None:
+    weights = CountedWeights(autoencoders.model(torch.float32))
+    program = program_for("decode", TINY)
+    weights.load([w.name for w in program.weights(3, 9)], dtype=torch.float32, device=CPU)
+    assert weights.nbytes == 4 * program.weight_elements(3, 9) > 0
+
+
+def case(call: str, *contestants: str, frames: int = 2, dtype: str = "float32") -> Case:
+    size = 4 if dtype == "float32" else 2
+    return Case("mine", call, LatentShape(1, frames, 2, 3, size), dtype, True, None, contestants, ())
+
+
+@pytest.mark.parametrize("call", ["decode", "encode"])
+def test_what_is_given_is_the_same_every_time_and_short_to_warm_up(call: str, tmp_path: Path) -> None:
+    program = program_for("decode" if call == "decode" else "encode", TINY)
+    long = case(call, frames=9, dtype="bfloat16")
+    given, again = (given_for(long, program, tmp_path, CPU) for _ in range(2))
+    assert torch.equal(given.tensor, again.tensor) and given.tensor.dtype == torch.bfloat16
+    assert given.tensor.shape[2] == (9 if call == "decode" else 33)
+    short = given.short().tensor
+    assert short.shape[2] == (3 if call == "decode" else 9)
+    assert torch.equal(short, given.tensor[:, :, : short.shape[2]])
+
+
+def test_the_condition_of_both_is_the_same(autoencoders: Autoencoders, tmp_path: Path) -> None:
+    model = autoencoders.model(torch.float32)
+    given = given_for(case("condition", frames=3), program_for("encode", TINY), tmp_path, CPU)
+    assert tuple(given.tensor.shape) == (1, 3, 9, 32, 48) and given.tensor.is_meta
+    seen: list[int] = []
+
+    class Listening(type(model)):  # type: ignore[misc]
+        def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+            seen.append(x.shape[2])
+            return super().encode(x, return_dict)
+
+    listening = autoencoders.view(torch.float32)
+    listening.__class__ = Listening
+    theirs, ours = by_diffusers(listening, given), by_stage(listening, given)
+    assert theirs.shape == (1, 48, 1, 2, 3) and theirs.std() > 0.01
+    assert torch.allclose(theirs, ours, atol=1e-5)
+    assert seen == [9, 2]
+
+
+class StubFactory(Factory):
+    """Makes contestants of functions."""
+
+    def __init__(self, runs: dict[str, Callable[[Given], Tensor | None]], autoencoders: Autoencoders) -> None:
+        super().__init__(case("decode", *runs), {}, TINY, autoencoders, World.join(CPU))
+        self.runs = runs
+
+    def make(self, name: str) -> Contestant:
+        if name == "distvae":
+            raise Unavailable("it is not there")
+        return Contestant(name, self.runs[name], everywhere=True, known=[])
+
+
+def trial(autoencoders: Autoencoders, **runs: Callable[[Given], Tensor | None]) -> Trial:
+    factory = StubFactory(runs, autoencoders)
+    return Trial(factory.case, factory, Given(torch.zeros(1, 48, 2, 2, 3), 1, Path()))
+
+
+def test_rounds_rotate_and_the_result_is_held_against_diffusers(autoencoders: Autoencoders) -> None:
+    order: list[str] = []
+
+    def named(name: str, off: float) -> Callable[[Given], Tensor]:
+        def run(given: Given) -> Tensor:
+            order.append(name)
+            return given.tensor + off
+
+        return run
+
+    made = trial(
+        autoencoders, diffusers=named("a", 0), one_rank=named("b", 0.25), tiled=named("c", 0), distvae=None
+    )  # type: ignore[arg-type]
+    assert "".join(order) == "abc" and made.absent == 1
+    steps: list[int] = []
+    made.rounds(4, lambda: steps.append(1))
+    assert "".join(order[3:]) == "abc" + "bca" + "cab" + "abc" and len(steps) == 12
+    made.once_more(lambda: None)
+    report = made.report()
+    assert {name: row["max_abs"] for name, row in report["contestants"].items()} == {
+        **{"diffusers": 0.0, "one_rank": 0.25, "tiled": 0.0}
+    }
+    assert report["absent"] == {"distvae": "it is not there"}
+    tensor = 48 * 2 * 2 * 3 * 4
+    for row in report["contestants"].values():
+        assert len(row["seconds"]) == 4 and min(row["seconds"]) > 0
+        assert row["peak_bytes"] == [tensor]
+
+
+def test_a_peer_that_cannot_is_absent_and_ours_that_cannot_ends_the_run(autoencoders: Autoencoders) -> None:
+    def fails(given: Given) -> Tensor:
+        raise ValueError("no such shape")
+
+    assert trial(autoencoders, diffusers_tiled=fails).report()["absent"] == {
+        "diffusers_tiled": "ValueError: no such shape"
+    }
+    with pytest.raises(ValueError, match="no such shape"):
+        trial(autoencoders, one_rank=fails)
+
+
+def test_the_seconds_of_every_op_on_all_rows_and_on_half(autoencoders: Autoencoders, world: World) -> None:
+    with torch.no_grad():
+        found = op_costs(TINY, autoencoders, world, LatentShape(1, 1, 3, 2), rounds=1)
+    names = [op.name for op in program_for("decode", TINY).ops]
+    assert CHUNKS > 2
+    assert [(op["name"], op["rows"]) for op in found] == [(name, rows) for rows in (3, 2) for name in names]
+    assert all(op["first_s"] > 0 and op["later_s"] > 0 for op in found)
+
+
+def test_a_rank_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4, 5, 6, 7}, raising=False)
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: asked.append(sorted(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pinned(2) as cores:
+        assert cores == [6, 7]
+    assert asked == [[6, 7], [4, 5, 6, 7]]
+    asked.clear()
+    with pinned(3) as cores:  # two ranks of three threads do not fit on four cores
+        assert cores == []
+    assert asked in ([], [[4, 5, 6, 7]])  # whatever it was, it is again

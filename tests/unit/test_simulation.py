@@ -1,0 +1,413 @@
+"""The simulation of decoding on many ranks: cases by hand, laws that hold for any costs, and its docs' tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vae_models import WAN22, vae_config
+
+from cosmos3_pipeline.config.schema import Dtype
+from cosmos3_pipeline.plan.events import Clock, Message, Process
+from cosmos3_pipeline.plan.hardware import Accelerator
+from cosmos3_pipeline.plan.simulation import (
+    EstimatedCosts,
+    Link,
+    MeasuredCosts,
+    Nodes,
+    OpCosts,
+    SimulationError,
+    simulate,
+)
+from cosmos3_pipeline.vae.ops import Attention, NormSilu
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
+from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, RankShare, Strategy, StrategyPlan
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
+from cosmos3_plugins.replicated import Replicated
+from cosmos3_plugins.spatial_shard import SpatialShard
+from cosmos3_plugins.tiled import Tiled
+
+ROOT = Path(__file__).parents[2]
+DECODER = decoder_program(vae_config(WAN22))
+SHAPE = LatentShape(1, 3, 12, 6)
+FREE = Link(latency_s=0.0, bytes_per_s=1e30)
+
+
+class Given(OpCosts):
+    """So many seconds for each op on the whole picture, `fixed` of which do not shrink with the slab."""
+
+    def __init__(
+        self, program: Program, whole: list[float], *, rows: int = SHAPE.rows, fixed: float = 0.0
+    ) -> None:
+        super().__init__(program)
+        self._whole, self._rows, self._fixed = whole, rows, fixed
+
+    def seconds(self, index: int, rows: float, first: bool) -> float:
+        return self._whole[index] * (self._fixed + (1 - self._fixed) * rows / self._rows)
+
+
+def even(seconds: float = 1.0, *, fixed: float = 0.0) -> Given:
+    return Given(DECODER, [seconds] * len(DECODER), fixed=fixed)
+
+
+def share(rank: int, ops: tuple[int, int], rows: tuple[int, int] = (0, 12), **others: int) -> RankShare:
+    numbers = {"flops": 0, "weight_bytes": 0, "activation_bytes": 0, "sent_bytes": 0, "sent_messages": 0}
+    return RankShare(rank=rank, ops=ops, rows=rows, cols=(0, 6), **{**numbers, **others})
+
+
+def plan_of(*shares: RankShare, exactness: Exactness = Exactness.BITWISE) -> StrategyPlan:
+    return StrategyPlan("mine", "decode", exactness, shares, "")
+
+
+# Two ranks: 2 seconds for the one op of the first stage, 3 for all of the second; half a second of latency, and
+# one for the activation of one latent frame, which is what crosses the cut behind the first op.
+TWO_STAGES = plan_of(share(0, (1, len(DECODER))), share(1, (0, 1)))
+TWO_STAGE_COSTS = Given(DECODER, [2.0] + [3.0 / (len(DECODER) - 1)] * (len(DECODER) - 1))
+(CROSSING,) = {DECODER.carried_bytes(1, SHAPE) // 3}
+ONE_SECOND = Link(latency_s=0.5, bytes_per_s=CROSSING)
+
+
+def test_two_stages_by_hand() -> None:
+    found = simulate(DECODER, SHAPE, TWO_STAGES, TWO_STAGE_COSTS, ONE_SECOND)
+    # Chunk 0 is made by 2, there at 3.5, done at 6.5. Chunk 1 is made by 4 and there at 5.5, chunk 2 made by 6;
+    # the root takes chunk 1 up at 6.5, expects chunk 2 from then on, and has it at 8.
+    assert found.chunks == pytest.approx((6.5, 9.5, 12.5))
+    assert found.busy_s == pytest.approx((9.0, 6.0))
+    assert found.waiting_s == pytest.approx((3.5, 2.0))
+    assert found.sent_bytes == (0, 3 * CROSSING)
+    assert found.sent_messages == (0, 3)
+
+
+def test_two_stages_by_hand_when_nothing_overlaps() -> None:
+    found = simulate(DECODER, SHAPE, TWO_STAGES, TWO_STAGE_COSTS, ONE_SECOND, overlaps=False)
+    # The root expects chunk 1 only when it has done chunk 0, at 6.5, and the first stage waits for that until 8.
+    assert found.chunks == pytest.approx((6.5, 11.0, 15.5))
+
+
+class SlowStart(Given):
+    """The second stage of TWO_STAGES takes 10 seconds for the first chunk, and 1 for the others."""
+
+    def seconds(self, index: int, rows: float, first: bool) -> float:
+        return 2.0 if index == 0 else (10.0 if first else 1.0) / (len(DECODER) - 1)
+
+
+def test_at_most_one_result_is_leaving() -> None:
+    # While the root is at its first chunk until 12, the first stage makes chunks 1 to 3, and may not begin another
+    # before chunk 2 is on its way. So chunk 6 is made at 18, and not long before.
+    found = simulate(DECODER, replace(SHAPE, frames=7), TWO_STAGES, SlowStart(DECODER, []), FREE)
+    assert found.chunks == pytest.approx((12, 13, 14, 15, 16, 17, 19))
+
+
+def test_what_a_message_takes_from_computing_is_busy_time() -> None:
+    busy = replace(ONE_SECOND, busy_s=0.1, busy_s_per_byte=0.2 / CROSSING)
+    found = simulate(DECODER, SHAPE, TWO_STAGES, TWO_STAGE_COSTS, busy)
+    assert found.busy_s == pytest.approx((9.0 + 3 * 0.3, 6.0 + 3 * 0.3))
+
+
+def test_ranks_of_different_nodes_have_the_link_between_nodes() -> None:
+    def seconds(node_ranks: int) -> float:
+        nodes = Nodes(node_ranks, ONE_SECOND)
+        return simulate(DECODER, SHAPE, TWO_STAGES, TWO_STAGE_COSTS, FREE, nodes=nodes).seconds
+
+    assert seconds(2) == pytest.approx(2 + 3 * 3)
+    assert seconds(1) == pytest.approx(12.5)
+
+
+def test_two_slabs_by_hand() -> None:
+    # Norms compute what the neighbour waits for first, so that its halo is there before they end. What nothing
+    # hides: the halos of conv_in and of the three upsamplings, attention's frames, and the picture's other half.
+    plan = SpatialShard().plan(DECODER, SHAPE, 2)
+    latency = 0.01
+    found = simulate(DECODER, SHAPE, plan, even(fixed=1.0), Link(latency, 1e30))
+    assert found.seconds == pytest.approx(3 * (len(DECODER) + 6 * latency))
+    waited = simulate(DECODER, SHAPE, plan, even(fixed=1.0), Link(latency, 1e30), overlaps=False)
+    norms = sum(isinstance(op, NormSilu) for op in DECODER.ops)
+    assert waited.seconds == pytest.approx(3 * (len(DECODER) + (6 + norms) * latency))
+
+
+def test_edges_of_a_slab_cannot_hide_what_they_are() -> None:
+    # On slabs of one latent row each nothing is left to compute at the smallest scale while it travels.
+    shape = LatentShape(1, 1, 2, 6)
+    plan = SpatialShard().plan(DECODER, shape, 2)
+    costs = Given(DECODER, [1.0] * len(DECODER), rows=2, fixed=1.0)
+    latency = 0.01
+    found = simulate(DECODER, shape, plan, costs, Link(latency, 1e30))
+    smallest = sum(isinstance(op, NormSilu) and op.source.scale == 1 for op in DECODER.ops)
+    assert found.seconds == pytest.approx(len(DECODER) + (6 + smallest) * latency)
+
+
+def test_a_rank_sends_one_message_at_a_time_and_takes_in_one() -> None:
+    clock = Clock(3, lambda a, b: Link(0.25, 1.0))
+    arrivals: list[float] = []
+
+    def sender(rank: int, targets: list[int]) -> Process:
+        yield from [clock.send(rank, target, 2) for target in targets]
+
+    def receiver(rank: int, sources: list[int]) -> Process:
+        for message in [clock.receive(source, rank) for source in sources]:
+            yield message
+            arrivals.append(clock.now)
+
+    clock.run([sender(0, [1, 2]), receiver(1, [0]), receiver(2, [0])])
+    assert arrivals == [2.25, 4.25]
+    clock, arrivals = Clock(3, lambda a, b: Link(0.25, 1.0)), []
+    clock.run([receiver(0, [1, 2]), sender(1, [0]), sender(2, [0])])
+    assert arrivals == [2.25, 4.25]
+
+
+def test_a_message_waits_for_both_its_ends() -> None:
+    clock = Clock(2, lambda a, b: Link(1.0, 1.0))
+    log: list[tuple[str, float]] = []
+
+    def early() -> Process:
+        message: Message = clock.send(0, 1, 3)
+        yield message
+        log.append(("left", clock.now))
+
+    def late() -> Process:
+        yield 5.0
+        yield clock.receive(0, 1)
+        log.append(("arrived", clock.now))
+
+    clock.run([early(), late()])
+    assert sorted(log) == [("arrived", 9.0), ("left", 9.0)]
+    assert clock.waiting == [9.0, 4.0]
+
+
+def test_a_message_that_nobody_sends_is_our_own_mistake() -> None:
+    clock = Clock(2, lambda a, b: FREE)
+
+    def waits() -> Process:
+        yield clock.receive(1, 0)
+
+    with pytest.raises(AssertionError, match="nobody sends"):
+        clock.run([waits(), iter(())])
+
+
+STRATEGIES: dict[str, Callable[[int], Strategy]] = {
+    "layer_pipeline": lambda ranks: LayerPipeline(),
+    "spatial_shard": lambda ranks: SpatialShard(),
+    "spatial_shard, columns": lambda ranks: SpatialShard("width"),
+    "spatial_shard, grid": lambda ranks: SpatialShard("grid"),
+    "pipeline_of_shards": lambda ranks: PipelineOfShards(groups=2 if ranks % 2 == 0 else 1),
+    "tiled": lambda ranks: Tiled(64, 64, 32, 32),
+    "replicated": lambda ranks: Replicated(),
+}
+SECONDS = st.lists(st.floats(0.001, 1.0), min_size=len(DECODER), max_size=len(DECODER))
+LINKS = st.builds(Link, latency_s=st.floats(0, 0.5), bytes_per_s=st.floats(1e3, 1e12))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(STRATEGIES)),
+    ranks=st.integers(1, 6),
+    frames=st.integers(1, 4),
+    whole=SECONDS,
+    fixed=st.floats(0, 1),
+    link=LINKS,
+    overlaps=st.booleans(),
+)
+def test_laws_of_any_decode(
+    name: str, ranks: int, frames: int, whole: list[float], fixed: float, link: Link, overlaps: bool
+) -> None:
+    shape = replace(SHAPE, frames=frames)
+    plan = STRATEGIES[name](ranks).plan(DECODER, shape, ranks)
+    costs = Given(DECODER, whole, fixed=fixed)
+    found = simulate(DECODER, shape, plan, costs, link, overlaps=overlaps)
+    assert len(found.chunks) == frames and list(found.chunks) == sorted(found.chunks)
+    # What is sent is what the plan says, in bytes and in messages.
+    assert found.sent_messages == tuple(share.sent_messages for share in plan.shares)
+    if name != "tiled":  # whose bytes are spread over the chunks, and rounded
+        assert found.sent_bytes == tuple(share.sent_bytes for share in plan.shares)
+    # The root computes and waits, and nothing else.
+    assert found.busy_s[0] + found.waiting_s[0] == pytest.approx(found.seconds)
+    # Somebody computes or is on the way at any time; nobody does two things at once.
+    on_the_way = sum(found.sent_bytes) / link.bytes_per_s + sum(found.sent_messages) * link.latency_s
+    assert found.seconds <= (sum(found.busy_s) + on_the_way) * (1 + 1e-9)
+    if name != "replicated":
+        assert found.seconds >= max(found.busy_s) * (1 - 1e-9)
+    faster = simulate(DECODER, shape, plan, costs, FREE, overlaps=overlaps)
+    assert faster.seconds <= found.seconds * (1 + 1e-9)
+    assert faster.busy_s == pytest.approx(found.busy_s)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    name=st.sampled_from(sorted(STRATEGIES)),
+    ranks=st.integers(2, 6),
+    whole=SECONDS,
+    link=LINKS,
+    more=st.floats(0, 0.5),
+    overlaps=st.booleans(),
+)
+def test_more_latency_is_never_faster(
+    name: str, ranks: int, whole: list[float], link: Link, more: float, overlaps: bool
+) -> None:
+    plan = STRATEGIES[name](ranks).plan(DECODER, SHAPE, ranks)
+    costs = Given(DECODER, whole)
+    seconds = [
+        simulate(DECODER, SHAPE, plan, costs, each, overlaps=overlaps).seconds
+        for each in (link, replace(link, latency_s=link.latency_s + more))
+    ]
+    assert seconds[1] >= seconds[0] * (1 - 1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(whole=SECONDS, link=LINKS, frames=st.integers(1, 5))
+def test_one_rank_takes_the_sum_of_its_ops(whole: list[float], link: Link, frames: int) -> None:
+    shape, costs = replace(SHAPE, frames=frames), Given(DECODER, whole)
+    for strategy in (Replicated(), LayerPipeline(), SpatialShard()):
+        found = simulate(DECODER, shape, strategy.plan(DECODER, shape, 1), costs, link)
+        assert found.seconds == pytest.approx(costs.clip_seconds(shape)) == pytest.approx(frames * sum(whole))
+
+
+@settings(deadline=None, max_examples=30)
+@given(whole=SECONDS, link=LINKS, ranks=st.integers(1, 8))
+def test_work_is_conserved(whole: list[float], link: Link, ranks: int) -> None:
+    costs = Given(DECODER, whole)
+    line = LayerPipeline().plan(DECODER, SHAPE, ranks)
+    assert sum(simulate(DECODER, SHAPE, line, costs, link).busy_s) == pytest.approx(costs.clip_seconds(SHAPE))
+    # In slabs too, but attention, which every rank computes for the whole frame.
+    attention = sum(
+        3 * seconds for seconds, op in zip(whole, DECODER.ops, strict=True) if isinstance(op, Attention)
+    )
+    slabs = SpatialShard().plan(DECODER, SHAPE, ranks)
+    busy = simulate(DECODER, SHAPE, slabs, costs, link).busy_s
+    assert sum(busy) == pytest.approx(costs.clip_seconds(SHAPE) + (ranks - 1) * attention)
+
+
+@settings(deadline=None, max_examples=30)
+@given(whole=SECONDS, ranks=st.integers(1, 6), frames=st.integers(1, 6))
+def test_a_line_is_not_faster_than_its_first_chunk_and_its_slowest_stage(
+    whole: list[float], ranks: int, frames: int
+) -> None:
+    shape = replace(SHAPE, frames=frames)
+    plan = LayerPipeline().plan(DECODER, shape, ranks)
+    stages = [sum(whole[slice(*share.ops)]) for share in plan.shares]
+    # Without messages, and with chunks alike, a line takes exactly the first chunk and the slowest stage's others.
+    found = simulate(DECODER, shape, plan, Given(DECODER, whole), FREE)
+    assert found.seconds == pytest.approx(sum(stages) + (frames - 1) * max(stages))
+
+
+assert len(DECODER) == 67  # the op numbers below
+REFUSED = {
+    "parts of the work on the whole picture": (
+        plan_of(share(0, (0, 67), flops=1, sent_messages=3), share(1, (0, 67), flops=1)),
+        "ranks 0 and 1 the same rows and columns of ops 0-66",
+    ),
+    "rows that nobody has": (plan_of(share(0, (0, 67), (0, 5)), share(1, (0, 67), (6, 12))), "to nobody"),
+    "ops that nobody has": (plan_of(share(0, (9, 67)), share(1, (0, 8))), "the runs of ops 0-7, 9-66 of 67"),
+    "no last op": (plan_of(share(0, (9, 60)), share(1, (0, 9))), "the runs of ops 0-8, 9-59 of 67"),
+    "the root not at the end": (plan_of(share(0, (0, 9)), share(1, (9, 67))), "rank 0 the ops 0-8"),
+    "tiles that are not sent with each chunk": (
+        plan_of(share(0, (0, 67)), share(1, (0, 67), sent_messages=2), exactness=Exactness.APPROXIMATE),
+        "rank 1 send 2 messages in 3 chunks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("plan", "what"), REFUSED.values(), ids=REFUSED)
+def test_shares_that_do_not_tell_are_refused(plan: StrategyPlan, what: str) -> None:
+    with pytest.raises(SimulationError) as refused:
+        simulate(DECODER, SHAPE, plan, even(), FREE)
+    message = str(refused.value)
+    assert message.startswith("the shares of mine ") and what in message
+    assert "nobody can tell which rank waits for which; measure it with job=bench" in message
+
+
+def test_encoding_is_refused() -> None:
+    program = encoder_program(vae_config(WAN22))
+    plan = Replicated().plan(program, SHAPE, 1)
+    with pytest.raises(SimulationError, match=r"a plan to encode; .*; give a plan to decode"):
+        simulate(program, SHAPE, plan, Given(program, [1.0] * len(program)), FREE)
+
+
+def samples(*heights: int, fixed: float = 3.0, per_row: float = 0.5) -> list[tuple[str, int, float, float]]:
+    """Of ops that take as long as their place in the program tells, and twice that after the first chunk."""
+    return [
+        (op.name, rows, index + fixed + per_row * rows, 2 * (index + fixed + per_row * rows))
+        for rows in heights
+        for index, op in enumerate(DECODER.ops)
+    ]
+
+
+@pytest.mark.parametrize("rows", [3, 6, 12, 4.5])
+def test_measured_costs_are_on_the_line_through_both_heights(rows: float) -> None:
+    costs = MeasuredCosts(DECODER, samples(12, 6))
+    assert costs.seconds(0, rows, True) == pytest.approx(3 + 0.5 * rows)
+    assert costs.seconds(66, rows, False) == pytest.approx(2 * (66 + 3 + 0.5 * rows))
+
+
+def test_measured_costs_of_one_height_are_in_proportion() -> None:
+    assert MeasuredCosts(DECODER, samples(12)).seconds(0, 6, True) == pytest.approx((3 + 6) / 2)
+
+
+@given(small=st.floats(0, 10), large=st.floats(0, 10), rows=st.floats(0.1, 100))
+def test_measured_costs_are_never_negative(small: float, large: float, rows: float) -> None:
+    noisy = [(op.name, height, s, s) for height, s in ((4, small), (8, large)) for op in DECODER.ops]
+    costs = MeasuredCosts(DECODER, noisy)
+    assert 0 <= costs.seconds(5, rows, True) <= costs.seconds(5, rows + 1, True)
+    assert costs.seconds(5, 8, False) == pytest.approx(large)
+
+
+@pytest.mark.parametrize(
+    ("given_samples", "what"),
+    [
+        (samples(12, 6, 3), "heights of \\[3, 6, 12\\] latent rows"),
+        ([], "heights of \\[\\] latent rows"),
+        (samples(0, 6), "heights of \\[0, 6\\] latent rows"),
+        (samples(12)[:-1], "of 66 ops at 12 latent rows"),
+        (samples(12)[::-1], "of 67 ops at 12 latent rows"),
+    ],
+    ids=["three heights", "none", "no rows", "one op missing", "another order"],
+)
+def test_other_samples_are_refused(given_samples: list[tuple[str, int, float, float]], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        MeasuredCosts(DECODER, given_samples)
+
+
+def accelerator(flops_per_s: float, bytes_per_s: float) -> Accelerator:
+    return Accelerator("", 0.0, {Dtype.float32: flops_per_s}, bytes_per_s, 0.0, 0.0, 0.0, 0.0, {"vae": 0.5})
+
+
+def test_estimated_costs_are_the_longer_of_arithmetic_and_traffic() -> None:
+    op = DECODER.ops[1]
+    computing = EstimatedCosts(DECODER, SHAPE, accelerator(2.0, 1e30), Dtype.float32)
+    assert computing.seconds(1, 12, False) == op.flops(SHAPE, first=False)
+    assert computing.seconds(1, 3, True) == op.flops(SHAPE, first=True) / 4
+    moving = EstimatedCosts(DECODER, SHAPE, accelerator(1e30, 4.0), Dtype.float32)
+    elements = op.source.elements(SHAPE, first=False) + op.target.elements(SHAPE, first=False)
+    assert moving.seconds(1, 12, False) == elements
+
+
+def test_a_fixed_share_does_not_shrink_with_the_slab() -> None:
+    def seconds(rows: float, fixed_share: float) -> float:
+        costs = EstimatedCosts(DECODER, SHAPE, accelerator(1.0, 1.0), Dtype.float32, fixed_share=fixed_share)
+        return costs.seconds(1, rows, False)
+
+    assert seconds(12, 0.25) == pytest.approx(seconds(12, 0.0))
+    assert seconds(3, 0.25) == pytest.approx((0.25 + 0.75 / 4) * seconds(12, 0.0))
+
+
+def test_costs_are_scaled_to_a_total() -> None:
+    costs = MeasuredCosts(DECODER, samples(12, 6))
+    scaled = costs.scaled_to(8.93, SHAPE)
+    assert scaled.clip_seconds(SHAPE) == pytest.approx(8.93)
+    ratio = scaled.seconds(7, 5, False) / costs.seconds(7, 5, False)
+    assert scaled.seconds(40, 2, True) / costs.seconds(40, 2, True) == pytest.approx(ratio)
+
+
+def test_the_docs_show_what_the_command_prints_without_torch() -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['simulate.py'];"
+        "runpy.run_path('benchmarks/simulate.py', run_name='__main__'); assert 'torch' not in sys.modules"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() and printed.stdout.strip() in (ROOT / "docs" / "simulation.md").read_text()
