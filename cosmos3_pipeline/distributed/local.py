@@ -50,10 +50,7 @@ class LocalLinks:
         self._sending: dict[int, deque[Transfer]] = {}
         self._receiving: dict[int, deque[Transfer]] = {}
         with tempfile.TemporaryDirectory(prefix="cosmos3-") as folder, socket.socket(socket.AF_UNIX) as listener:
-            address = str(Path(folder) / "rank")
-            listener.bind(address)
-            listener.listen(size)
-            store.set(f"local/{rank}", address)
+            store.set(f"local/{rank}", _listening(listener, str(Path(folder) / "rank"), size))
             for lower in range(rank):
                 link = _connected(store.get(f"local/{lower}").decode(), rank)
                 store.set(f"local/{lower}-{rank}", "linked" if link else "apart")
@@ -89,18 +86,22 @@ class LocalLinks:
 
     def move(self) -> None:
         """Wait until something can be moved, and move it."""
-        readers = {link: peer for peer, link in self._sockets.items() if self._receiving[peer]}
-        writers = {link: peer for peer, link in self._sockets.items() if self._sending[peer]}
-        if not readers and not writers:
+        ready, peers = select.poll(), {}
+        for peer, link in self._sockets.items():
+            wanted = select.POLLIN * bool(self._receiving[peer]) | select.POLLOUT * bool(self._sending[peer])
+            if wanted:
+                ready.register(link, wanted)
+                peers[link.fileno()] = peer
+        if not peers:
             raise RuntimeError("the connections to the other ranks of this machine were closed")
         seconds = default_pg_timeout.total_seconds()
-        readable, writable, _ = select.select(list(readers), list(writers), [], seconds)
-        if not readable and not writable:
-            raise RuntimeError(f"no message from ranks {sorted(self._sockets)} within {seconds:.0f} s")
-        for link in writable:
-            self._write(writers[link])
-        for link in readable:
-            self._read(readers[link])
+        events = ready.poll(1000 * seconds)
+        if not events:
+            raise RuntimeError(f"no message from ranks {sorted(peers.values())} within {seconds:.0f} s")
+        for number, _ in events:
+            # Both are tried, and do nothing where there is nothing to do; a broken connection fails in either.
+            self._write(peers[number])
+            self._read(peers[number])
 
     def close(self) -> None:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
@@ -135,6 +136,16 @@ class LocalLinks:
             queue[0].rest = queue[0].rest[taken:]
             if not queue[0].rest:
                 queue.popleft()
+
+
+def _listening(listener: socket.socket, address: str, size: int) -> str:
+    """Where the listener is; nowhere, if the folder for temporary files has too long a name for a socket."""
+    try:
+        listener.bind(address)
+    except OSError:
+        return ""
+    listener.listen(size)
+    return address
 
 
 def _connected(address: str, rank: int) -> socket.socket | None:

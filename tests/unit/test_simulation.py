@@ -120,27 +120,36 @@ def test_ranks_of_different_nodes_have_the_link_between_nodes() -> None:
     assert seconds(1) == pytest.approx(12.5)
 
 
+NORMS = sum(isinstance(op, NormSilu) for op in DECODER.ops)
+
+
 def test_two_slabs_by_hand() -> None:
     # Norms compute what the neighbour waits for first, so that its halo is there before they end. What nothing
     # hides: the halos of conv_in and of the three upsamplings, attention's frames, and the picture's other half.
+    # Attention is computed whole by both.
     plan = SpatialShard().plan(DECODER, SHAPE, 2)
-    latency = 0.01
-    found = simulate(DECODER, SHAPE, plan, even(fixed=1.0), Link(latency, 1e30))
-    assert found.seconds == pytest.approx(3 * (len(DECODER) + 6 * latency))
-    waited = simulate(DECODER, SHAPE, plan, even(fixed=1.0), Link(latency, 1e30), overlaps=False)
-    norms = sum(isinstance(op, NormSilu) for op in DECODER.ops)
-    assert waited.seconds == pytest.approx(3 * (len(DECODER) + (6 + norms) * latency))
+    link = Link(0.01, 1e30)
+    computing = 1 + (len(DECODER) - 1) / 2
+    hidden = simulate(DECODER, SHAPE, plan, even(), link)
+    assert hidden.seconds == pytest.approx(3 * (computing + 6 * 0.01))
+    waited = simulate(DECODER, SHAPE, plan, even(), link, overlaps=False)
+    assert waited.seconds == pytest.approx(3 * (computing + (6 + NORMS) * 0.01))
 
 
-def test_edges_of_a_slab_cannot_hide_what_they_are() -> None:
-    # On slabs of one latent row each nothing is left to compute at the smallest scale while it travels.
+def test_a_norm_in_two_parts_pays_its_fixed_cost_twice() -> None:
+    plan = SpatialShard().plan(DECODER, SHAPE, 2)
+    found = simulate(DECODER, SHAPE, plan, even(fixed=1.0), FREE)
+    assert found.seconds == pytest.approx(3 * (len(DECODER) + NORMS))
+
+
+def test_a_slab_that_is_all_edge_hides_nothing() -> None:
+    # With slabs of one latent row nothing is left to compute at the smallest scale while that row travels.
     shape = LatentShape(1, 1, 2, 6)
     plan = SpatialShard().plan(DECODER, shape, 2)
     costs = Given(DECODER, [1.0] * len(DECODER), rows=2, fixed=1.0)
-    latency = 0.01
-    found = simulate(DECODER, shape, plan, costs, Link(latency, 1e30))
+    found = simulate(DECODER, shape, plan, costs, Link(0.01, 1e30))
     smallest = sum(isinstance(op, NormSilu) and op.source.scale == 1 for op in DECODER.ops)
-    assert found.seconds == pytest.approx(len(DECODER) + (6 + smallest) * latency)
+    assert found.seconds == pytest.approx(len(DECODER) + NORMS - smallest + (6 + smallest) * 0.01)
 
 
 def test_a_rank_sends_one_message_at_a_time_and_takes_in_one() -> None:
