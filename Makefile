@@ -21,9 +21,9 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# By file: the tests of a file share what they compare with.
+# By file: the tests of a file share what they compare with. One thread each: that is when ranks are bitwise equal.
 test: lint
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 # At full width a decode takes seconds: the cases that time it, and memory where it does not grow with the clip.
 FULL_CASES := decode,decode_bf16,layer_pipeline,spatial_shard,spatial_shard_even,image_decode,image_encode
