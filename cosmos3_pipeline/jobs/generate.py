@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cosmos3_pipeline.jobs import prompts, summary
-from cosmos3_pipeline.stages.files import remove_partial, write_whole
+from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
 
 
 def generate(cfg: DictConfig, output: Path, *, own_process: bool) -> None:
@@ -19,22 +17,9 @@ def generate(cfg: DictConfig, output: Path, *, own_process: bool) -> None:
     sweep: one's memory must not show in the next one's peak). With RANK in the environment this process is
     the root of a world that exists already.
     """
-    plain = resolved(cfg)
-    write_whole(output / "config.yaml", OmegaConf.to_yaml(plain))
-    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
-    if "RANK" in os.environ or (ranks == 1 and not own_process):
-        from cosmos3_pipeline.jobs.rank import run_rank
+    from cosmos3_pipeline.jobs.rank import run_rank
 
-        run_rank(plain, str(output))
-    else:
-        from cosmos3_pipeline.distributed.launch import run_ranks
-        from cosmos3_pipeline.jobs.rank import run_rank
-
-        try:
-            run_ranks(run_rank, plain, str(output), ranks=ranks)
-        finally:
-            for folder in (output, *output.glob("line_*")):
-                remove_partial(folder)
+    on_ranks(cfg, output, run_rank, own_process=own_process)
     if cfg.task.prompt_file is None:
         summary.show(output)
     else:
@@ -46,10 +31,3 @@ def join(cfg: DictConfig) -> None:
     from cosmos3_pipeline.jobs.rank import run_rank
 
     run_rank(resolved(cfg), None)
-
-
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """`cfg` as plain values without interpolations: what is saved, and what the ranks are sent."""
-    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key != "hydra"}

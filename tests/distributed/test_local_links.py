@@ -31,6 +31,9 @@ def _messages(source: int, target: int) -> list[torch.Tensor]:
 def _everyone_to_everyone(rank: int) -> bool:
     comm = Comm()
     others = [peer for peer in range(comm.size) if peer != rank]
+    for size, small in [(1, True), (SMALL_BYTES, True), (SMALL_BYTES + 1, False)]:
+        message = torch.empty(size, dtype=torch.uint8)
+        assert all(comm._links.carries(message, peer) == small for peer in others)
     with comm.run():
         arriving = {peer: [torch.empty_like(m) for m in _messages(peer, rank)] for peer in others}
         receives = [(buffer, peer) for peer in others for buffer in arriving[peer]]

@@ -9,8 +9,8 @@ import torch
 from ranks import run_on_ranks
 
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.jobs.generate import resolved
 from cosmos3_pipeline.jobs.rank import components
+from cosmos3_pipeline.jobs.ranks import resolved
 from cosmos3_pipeline.models import loading
 from cosmos3_pipeline.plan.checks import compose_checked
 from cosmos3_pipeline.vae.program import program_for

@@ -174,7 +174,7 @@ def test_two_saved_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     from omegaconf import OmegaConf
 
     from cosmos3_pipeline import compose
-    from cosmos3_pipeline.jobs.generate import resolved
+    from cosmos3_pipeline.jobs.ranks import resolved
 
     for name, overrides in (("a", []), ("b", ["sampler.seed=7"])):
         (tmp_path / f"{name}.yaml").write_text(OmegaConf.to_yaml(resolved(compose(overrides))))

@@ -244,3 +244,5 @@ def test_a_convolution_serves_clips_of_any_size_one_after_the_other() -> None:
         expected = F.conv3d(x.permute(0, 4, 1, 2, 3), weight[:, :, -taps:], bias, padding=(0, 1, 1))
         made = convolution(x, padding=(1, 1), taps=taps)
         assert torch.allclose(made.permute(0, 4, 1, 2, 3), expected, atol=1e-5)
+    # The weight is held in oneDNN's order, and of its copies for other shapes the last two.
+    assert convolution._given is None and len(convolution._packed) == 2

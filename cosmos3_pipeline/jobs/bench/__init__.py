@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from cosmos3_pipeline.config.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.bench import checks, tables
 from cosmos3_pipeline.jobs.bench.suite import vae_dimensions
-from cosmos3_pipeline.jobs.generate import resolved
-from cosmos3_pipeline.stages.files import remove_partial, write_whole
+from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
 
 REPORT_FILE = "bench.json"
 MARKDOWN_FILE = "bench.md"
@@ -40,18 +38,7 @@ def bench(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
             works="one run with several cases: bench.cases=[decode,spatial_shard]",
         )
         raise ConfigError([problem])
-    settings, dimensions = resolved(cfg), vae_dimensions(cfg)
-    write_whole(output / "config.yaml", OmegaConf.to_yaml(settings))
-    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
-    if "RANK" in os.environ or ranks == 1:
-        bench_rank(settings, dimensions, str(output))
-    else:
-        from cosmos3_pipeline.distributed.launch import run_ranks
-
-        try:
-            run_ranks(bench_rank, settings, dimensions, str(output), ranks=ranks)
-        finally:
-            remove_partial(output)
+    on_ranks(cfg, output, bench_rank, vae_dimensions(cfg))
     show(output)
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.config.schema import JobName
-from cosmos3_pipeline.jobs.generate import resolved
+from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
 from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.plan.vae import directions, plain
-from cosmos3_pipeline.stages.files import remove_partial, write_whole
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, program_for
 from cosmos3_pipeline.vae.strategy import Strategy
@@ -196,18 +194,7 @@ def verify(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
             works="one run with several strategies: verify.strategies=[layer_pipeline,spatial_shard]",
         )
         raise ConfigError([problem])
-    settings = resolved(cfg)
-    write_whole(output / "config.yaml", OmegaConf.to_yaml(settings))
-    ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
-    if "RANK" in os.environ or ranks == 1:
-        verify_rank(settings, str(output))
-    else:
-        from cosmos3_pipeline.distributed.launch import run_ranks
-
-        try:
-            run_ranks(verify_rank, settings, str(output), ranks=ranks)
-        finally:
-            remove_partial(output)
+    on_ranks(cfg, output, verify_rank)
     show(output)
 
 
