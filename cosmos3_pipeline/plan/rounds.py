@@ -59,7 +59,9 @@ class Chunk:
         *,
         first: bool,
     ) -> None:
+        self._program = program
         self._ops = program.ops
+        self._parts = 1
         self._shape = shape
         self._costs = costs
         self._own = own
@@ -67,24 +69,27 @@ class Chunk:
         self._first = first
         self._rows = _area(own, 1) / shape.cols
 
-    def steps(self) -> list[Step]:
-        """What the rank does, in order; computing that follows computing is put together."""
-        steps: list[Step] = []
-        for step in self._steps():
-            if isinstance(step, float) and steps and isinstance(steps[-1], float):
-                steps[-1] += step
-            else:
-                steps.append(step)
-        return steps
+    def portions(self) -> list[list[Step]]:
+        """What the rank does for each portion that leaves it, in order. The ops that see the chunk whole are done
+        with the first. Computing that follows computing is put together.
+        """
+        start, stop = self._own.ops
+        leaving = self._program.portions_at(stop, first=self._first)
+        whole = stop if leaving == 1 else max(start, self._program.portions_from)
+        return [
+            _joined(self._steps(start, whole, 1) * (number == 0) + self._steps(whole, stop, leaving))
+            for number in range(leaving)
+        ]
 
-    def _steps(self) -> list[Step]:
+    def _steps(self, start: int, stop: int, parts: int) -> list[Step]:
+        """Ops [start, stop) on one of `parts` portions."""
+        self._parts = parts
         steps: list[Step] = []
         under_way = False
-        start, stop = self._own.ops
         for index in range(start, stop):
             op = self._ops[index]
             if isinstance(op, Attention) and self._others:
-                whole = self._costs.seconds(index, self._shape.rows, self._first)
+                whole = self._costs.seconds(index, self._shape.rows, self._first) / parts
                 steps += [self._gather(op), Arrive.ALL, whole]
                 continue
             halo = self._halo(op)
@@ -97,17 +102,17 @@ class Chunk:
             if isinstance(op, NormSilu) and following is not None:
                 # Calls of their own, so that what is fixed in an op's cost is paid by each part.
                 edges = self._edges(self._ops[index + 1])
-                parts = [self._costs.seconds(index, part * self._rows, self._first) for part in edges]
                 rest = 1 - sum(edges)
-                steps += [sum(parts), following]
-                steps.append(self._costs.seconds(index, rest * self._rows, self._first) if rest else 0.0)
+                steps += [sum(self._seconds(index, part) for part in edges), following]
+                steps.append(self._seconds(index, rest) if rest else 0.0)
                 under_way = True
             else:
                 steps.append(self._seconds(index))
         return steps
 
-    def _seconds(self, index: int) -> float:
-        return self._costs.seconds(index, self._rows, self._first)
+    def _seconds(self, index: int, share: float = 1.0) -> float:
+        """Of a portion, on `share` of this slab."""
+        return self._costs.seconds(index, share * self._rows, self._first) / self._parts
 
     def _gather(self, op: Op) -> Round:
         """This rank's slab to every other, and theirs."""
@@ -131,7 +136,7 @@ class Chunk:
         return Round(tuple(sends), tuple(receives)) if sends or receives else None
 
     def _nbytes(self, op: Op, area: int) -> int:
-        frames = 1 if self._first else op.source.frames
+        frames = 1 if self._first else op.source.frames // self._parts
         return self._shape.batch * frames * area * op.source.channels * self._shape.element_bytes
 
     def _edges(self, op: Op) -> list[float]:
@@ -148,6 +153,16 @@ class Chunk:
         between = height - top - bottom
         areas = [top * width, bottom * width, between * left, between * right]
         return [area / (height * width) for area in areas if area]
+
+
+def _joined(steps: Sequence[Step]) -> list[Step]:
+    joined: list[Step] = []
+    for step in steps:
+        if isinstance(step, float) and joined and isinstance(joined[-1], float):
+            joined[-1] += step
+        else:
+            joined.append(step)
+    return joined
 
 
 def _area(share: RankShare, scale: int) -> int:

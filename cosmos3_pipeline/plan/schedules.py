@@ -1,11 +1,13 @@
 """From the shares of a plan to what each rank does, one event after the other.
 
-`Line` follows `Place` of layer_pipeline and `Collector` of spatial_shard: the next chunk is received early, and at
-most one result is leaving. `Pieces` follows the runner of tiled.
+`Line` follows `Place` of layer_pipeline and `Collector` of spatial_shard: the next portion is received early, and
+at most one result is leaving. `Pieces` follows the runner of tiled.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 from cosmos3_pipeline.plan.events import Clock, Message, Process
@@ -76,7 +78,7 @@ def _text(run: tuple[int, int]) -> str:
 
 
 class Schedule:
-    """Messages of one rank at a time. `done` collects when the root has each chunk."""
+    """Messages of one rank at a time. `done` collects when the root has each part of the picture."""
 
     def __init__(self, program: Program, shape: LatentShape, clock: Clock) -> None:
         self.done: list[float] = []
@@ -100,9 +102,9 @@ class Schedule:
             yield busy
 
     def _picture_bytes(self, share: RankShare, *, first: bool) -> int:
-        """Of one chunk of the 8-bit picture of `share`."""
+        """Of one portion of the 8-bit picture of `share`."""
         program = self._program
-        frames = 1 if first else program.temporal
+        frames = 1 if first else program.temporal // program.portions_at(len(program), first=False)
         pixels = common_area(share, share) * program.spatial**2
         return self._shape.batch * frames * pixels * program.picture_channels
 
@@ -130,40 +132,49 @@ class Line(Schedule):
         place = next(i for i, group in enumerate(self._groups) if any(share.rank == rank for share in group))
         group = self._groups[place]
         own = next(share for share in group if share.rank == rank)
-        steps = {
-            first: Chunk(self._program, self._shape, self._costs, group, own, first=first).steps()
+        portions = {
+            first: Chunk(self._program, self._shape, self._costs, group, own, first=first).portions()
             for first in (True, False)
         }
         above = self._groups[place - 1] if place else ()
         below = self._groups[place + 1] if place + 1 < len(self._groups) else ()
-        early = self._overlaps
+        expected = deque(
+            self._crossing(own.ops[0], own, above, first=index == 0)
+            for index in range(self._chunks)
+            for _ in range(self._program.portions_at(own.ops[0], first=index == 0))
+        )
         arriving: list[Message] = []
         leaving: list[Message] = []
-        if early:
-            yield from self._start(rank, (), self._crossing(own.ops[0], own, above, first=True), arriving)
+        if self._overlaps:
+            yield from self._start(rank, (), expected.popleft(), arriving)
         for index in range(self._chunks):
             first = index == 0
-            if not early:
-                yield from self._start(rank, (), self._crossing(own.ops[0], own, above, first=first), arriving)
-            yield from _all(arriving)
-            if early and index + 1 < self._chunks:
-                yield from self._start(rank, (), self._crossing(own.ops[0], own, above, first=False), arriving)
-            yield from self._run(rank, steps[first])
-            if not below and rank == 0:
-                parts = [(share.rank, self._picture_bytes(share, first=first)) for share in group if share.rank]
-                collected: list[Message] = []
-                yield from self._start(rank, (), parts, collected)
-                yield from _all(collected)
-                self.done.append(self._clock.now)
-                continue
-            # One result may be under way while the next is computed.
-            yield from _all(leaving)
-            parcels = [(0, self._picture_bytes(own, first=first))]
-            if below:
-                parcels = self._crossing(own.ops[1], own, below, first=first)
-            yield from self._start(rank, parcels, (), leaving)
-            if not early:
+            given = self._program.portions_at(own.ops[0], first=first)
+            for number, steps in enumerate(portions[first]):
+                if number < given:
+                    if not self._overlaps:
+                        yield from self._start(rank, (), expected.popleft(), arriving)
+                    yield from _all(arriving)
+                    if self._overlaps and expected:
+                        yield from self._start(rank, (), expected.popleft(), arriving)
+                yield from self._run(rank, steps)
+                if not below and rank == 0:
+                    parts = [
+                        (share.rank, self._picture_bytes(share, first=first)) for share in group if share.rank
+                    ]
+                    collected: list[Message] = []
+                    yield from self._start(rank, (), parts, collected)
+                    yield from _all(collected)
+                    self.done.append(self._clock.now)
+                    continue
+                # One result may be under way while the next is computed.
                 yield from _all(leaving)
+                parcels = [(0, self._picture_bytes(own, first=first))]
+                if below:
+                    parcels = self._crossing(own.ops[1], own, below, first=first)
+                yield from self._start(rank, parcels, (), leaving)
+                if not self._overlaps:
+                    yield from _all(leaving)
         yield from _all(leaving)
 
     def _run(self, rank: int, steps: Sequence[Step]) -> Process:
@@ -179,11 +190,14 @@ class Line(Schedule):
             yield from _all(under_way)
 
     def _crossing(self, cut: int, own: RankShare, others: Sequence[RankShare], *, first: bool) -> list[Parcel]:
-        """What crosses the cut before op `cut` between `own` and each of `others`, a tensor after the other."""
+        """One portion of what crosses the cut before op `cut` between `own` and each of `others`.
+
+        A tensor after the other.
+        """
         shape = self._shape
         per_pixel = [
-            spec.elements(shape, first=first) * shape.element_bytes // (shape.rows * shape.cols)
-            for spec in self._program.carried(cut)
+            math.prod(tensor) * shape.element_bytes // (shape.rows * shape.cols)
+            for tensor in self._program.carried_shapes(cut, shape, first=first)
         ]
         parts = [(other.rank, common_area(own, other)) for other in others]
         return [(rank, area * size) for rank, area in parts if area for size in per_pixel]

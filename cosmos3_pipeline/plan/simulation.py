@@ -46,7 +46,7 @@ class Nodes:
 class Simulated:
     """One decode. Per rank: seconds that it computes, seconds that it waits, and what it sends.
 
-    chunks: the second at which the root has each chunk of the picture as bytes.
+    chunks: the second at which the root has each part of the picture that it hands out, as bytes.
     """
 
     chunks: tuple[float, ...]

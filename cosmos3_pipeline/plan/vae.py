@@ -42,9 +42,8 @@ class VaeStage:
     @property
     def fill(self) -> float:
         """Time over the slowest rank's busy time: where ranks own runs of ops, the last waits for the first."""
-        runs = len({share.ops for share in self.plan.shares})
-        chunks = self.program.chunks(self.shape)
-        return (chunks + runs - 1) / chunks
+        cuts = {share.ops[0] for share in self.plan.shares if share.ops[0]}
+        return 1 + self.program.waits(cuts) / self.program.chunks(self.shape)
 
     def bounds(
         self, rank: int, accelerator: Accelerator, dtype: Dtype, *, crosses_nodes: bool

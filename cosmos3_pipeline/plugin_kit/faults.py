@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,21 +58,23 @@ def break_one_rank(subject: Subject, case: Case, direction: Direction, broken: i
     """Rank `broken` raises when it runs its second slice (or its only one); then all try again."""
     vae, reference = _vaes(subject, case)
     calls, injected = 0, False
-    run = Slice.run
+    run = Slice.portions
 
-    def breaking(self: Slice, tensors: list[Tensor], state: Any, exchange: Any = None) -> list[Tensor]:
+    def breaking(
+        self: Slice, portions: Iterable[list[Tensor]], state: Any, exchange: Any = None
+    ) -> Iterator[list[Tensor]]:
         nonlocal calls, injected
         calls += 1
         if calls == 2 or state.chunks == 1:
             injected = True
             raise InjectedFault("the kit broke this rank")
-        return run(self, tensors, state, exchange)
+        return run(self, portions, state, exchange)
 
     given = case.latents(SEED) if direction == "decode" else case.picture(SEED)
     if dist.get_rank() == broken:
-        Slice.run = breaking  # type: ignore[method-assign]
+        Slice.portions = breaking  # type: ignore[assignment, method-assign]
     outcome = outcome_of(lambda: _call(vae, direction, given))
-    Slice.run = run  # type: ignore[method-assign]
+    Slice.portions = run  # type: ignore[method-assign]
     return replace(outcome, injected=injected, recovered=_right(subject, vae, reference, direction, given))
 
 

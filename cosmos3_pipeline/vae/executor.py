@@ -3,24 +3,27 @@
     part = Slice(program, start, stop, weights)     # holds only the weights of its ops
     state = part.state(chunks)                      # what the slice remembers between chunks, explicit
     for ...:
-        tensors = part.run(tensors, state, exchange)
+        for tensors in part.portions(given, state, exchange):
+            ...
 
 `tensors` are what crosses a cut of the program: the activation and the open shortcuts (`Program.carried`),
-channels-last [B, T, H, W, C]. The picture itself, before the first op of the encoder and after the last of the
-decoder, is [B, 3, T, H, W]. Nothing here knows of ranks: a strategy that cuts the picture gives an `exchange`.
+channels-last [B, T, H, W, C]. The late ops of a decoder see a chunk in portions (`Program.portions_at`): that
+takes less memory, and the next in line can begin with the first while the second is computed. The picture itself,
+before the first op of the encoder and after the last of the decoder, is [B, 3, T, H, W]. Nothing here knows of
+ranks: a strategy that cuts the picture gives an `exchange`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cosmos3_pipeline.vae.bound_ops import Flow, bind
+from cosmos3_pipeline.vae.bound_ops import BoundOp, Flow, bind
 from cosmos3_pipeline.vae.frames import Frames, HaloExchange
-from cosmos3_pipeline.vae.ops import NO_ROOM
+from cosmos3_pipeline.vae.ops import NO_ROOM, Op
 from cosmos3_pipeline.vae.program import Program
 
 
@@ -54,15 +57,63 @@ class Slice:
         """A fresh state for a clip of `chunks` chunks."""
         return SliceState(chunks)
 
-    @torch.no_grad()
     def run(self, tensors: list[Tensor], state: SliceState, exchange: HaloExchange | None = None) -> list[Tensor]:
-        """Run the slice on the next chunk.
+        """Run the slice on the next chunk, whole: as `portions`, with its results put together."""
+        parts = self.program.portions_at(self.start, first=state.done == 0)
+        given = [tensors]
+        if parts > 1:
+            given = [list(portion) for portion in zip(*(_cut(tensor, parts) for tensor in tensors), strict=True)]
+            tensors.clear()
+        results = list(self.portions(given, state, exchange))
+        if len(results) == 1:
+            return results[0]
+        picture = self.stop == len(self.program) and self.program.direction == "decode"
+        return [torch.cat(portions, dim=2 if picture else 1) for portions in zip(*results, strict=True)]
 
-        `tensors` are those that cross the cut before `start`; the list is emptied and its tensors may be
-        overwritten, so that each is freed as soon as it has been used. Returns those that cross the cut at `stop`.
+    def portions(
+        self, given: Iterable[list[Tensor]], state: SliceState, exchange: HaloExchange | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Run the slice on the next chunk, portion by portion.
+
+        `given` are the portions that cross the cut before `start`, each the list of its tensors; the lists are
+        emptied and the tensors may be overwritten, so that each is freed as soon as it has been used. Yields those
+        that cross the cut at `stop`.
         """
         assert state.done < state.chunks, f"the state is for {state.chunks} chunks, all of which have run"
         first, last = state.done == 0, state.done == state.chunks - 1
+        early = max(0, self.program.portions_from - self.start)
+        parts = self.program.portions_at(len(self.program), first=first)
+        done = 0
+        for tensors in given:
+            whole = self._through(self._ops[:early], tensors, state, exchange, first=first, last=last)
+            if early >= len(self._ops):
+                yield whole
+                continue
+            # Where the slice begins before the ops that see portions, no shortcut is open at the first of these.
+            given_late = [whole]
+            if self.start <= self.program.portions_from and parts > 1:
+                given_late = [[portion] for portion in _cut(whole.pop(), parts)]
+            for portion in given_late:
+                done += 1
+                yield self._through(
+                    self._ops[early:], portion, state, exchange, first=first, last=last and done == parts
+                )
+        state.done += 1
+
+    @torch.no_grad()
+    def _through(
+        self,
+        ops: list[BoundOp[Op]],
+        tensors: list[Tensor],
+        state: SliceState,
+        exchange: HaloExchange | None,
+        *,
+        first: bool,
+        last: bool,
+    ) -> list[Tensor]:
+        """`tensors` after `ops`; the list is emptied."""
+        if not ops:
+            return tensors
         flow = Flow(
             at=Frames(tensors.pop(0)),
             shortcuts=tensors.copy(),
@@ -73,11 +124,15 @@ class Slice:
             room=NO_ROOM,
         )
         tensors.clear()
-        for op, following in zip(self._ops, [*self._ops[1:], None], strict=True):
+        for op, following in zip(ops, [*ops[1:], None], strict=True):
             flow.room = NO_ROOM if following is None else following.room(first=first, exchange=exchange)
             op.run(flow)
-        state.done += 1
         return [_contiguous(flow.at), *flow.shortcuts]
+
+
+def _cut(chunk: Tensor, parts: int) -> list[Tensor]:
+    """[B, T, H, W, C] in `parts` equal ones along T, each contiguous."""
+    return [portion.contiguous() for portion in chunk.chunk(parts, dim=1)]
 
 
 def _contiguous(frames: Frames) -> Tensor:

@@ -6,6 +6,8 @@ what each op allocates. Not counted: what a convolution library keeps for itself
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cosmos3_pipeline.vae.ops import (
     NO_ROOM,
     Attention,
@@ -17,6 +19,7 @@ from cosmos3_pipeline.vae.ops import (
     Op,
     Patchify,
     Room,
+    Shape,
     ShortcutBegin,
     SpatialUp,
     TensorSpec,
@@ -40,7 +43,7 @@ def activation_bytes(
     cut_rows: bool = False,
     cut_cols: bool = False,
 ) -> int:
-    """Peak bytes beyond the weights while the ops [start, stop) run over a clip, chunk by chunk.
+    """Peak bytes beyond the weights while the ops [start, stop) run over a clip, portion by portion.
 
     `latent` is the slab that is run: with `cut_rows` or `cut_cols` its ops also hold the neighbours' margins.
     """
@@ -70,17 +73,36 @@ class _Walk:
     def chunk(self, *, first: bool, last: bool) -> int:
         """Run one chunk; returns its peak in bytes."""
         self._first, self._last = first, last
+        program, start = self._program, self._start
+        early = max(0, program.portions_from - start)
+        parts = program.portions_at(start + len(self._ops), first=first)
+        if parts == 1 or start > program.portions_from:
+            # Whole throughout, or given in portions; but for the frames kept, the second is like the first.
+            self._parts = parts
+            return max(self._through(self._ops, start) for _ in range(parts))
+        self._parts = 1
+        peak = self._through(self._ops[:early], start) if early else 0
+        chunk = self._size(program.carried(start + early)[0])
+        self._parts = parts
+        # While the portions but the last are worked on, the chunk of which they are parts is alive.
+        portion = chunk // parts
+        held = (chunk - portion) * self._latent.element_bytes
+        peak = max(peak, self._through(self._ops[early:], start + early) + held)
+        return max(peak, self._through(self._ops[early:], start + early))
+
+    def _through(self, ops: Sequence[Op], start: int) -> int:
+        """Run one portion through `ops`, the first of which is op `start`; returns its peak in bytes."""
         element = self._latent.element_bytes
         # Tensors are told apart by identity, because an identity shortcut shares its tensor with the activation.
-        at = [self._size(self._program.carried(self._start)[0])]
+        at = [self._size(self._program.carried(start)[0])]
         room = NO_ROOM
-        shortcuts = [[self._size(spec)] for spec in self._program.carried(self._start)[1:]]
+        shortcuts = [[self._size(spec)] for spec in self._program.carried(start)[1:]]
         peak = 0
-        for op, following in zip(self._ops, [*self._ops[1:], None], strict=True):
+        for op, following in zip(ops, [*ops[1:], None], strict=True):
             alive = [at, *shortcuts]
             wanted = self._room(op)
             takes = (op.weights and not isinstance(op, NormSilu | Attention)) or isinstance(op, ShortcutBegin)
-            passes = first and isinstance(op, TimeUp | TimeDown)
+            passes = self._first and isinstance(op, TimeUp | TimeDown)
             if takes and room != wanted and not (passes and isinstance(op, TimeUp)):
                 at = [self._size(op.source, wanted)]
                 peak = max(peak, self._alive([*alive, at]))
@@ -110,8 +132,12 @@ class _Walk:
     def _room(self, op: Op) -> Room:
         return op.room(first=self._first, **self._cuts)
 
-    def _size(self, spec: TensorSpec, room: Room = NO_ROOM) -> int:
+    def _shape(self, spec: TensorSpec) -> Shape:
         b, t, h, w, c = spec.shape(self._latent, first=self._first)
+        return b, t // self._parts, h, w, c
+
+    def _size(self, spec: TensorSpec, room: Room = NO_ROOM) -> int:
+        b, t, h, w, c = self._shape(spec)
         m = room.margins
         return b * (room.front + t) * (m.top + h + m.bottom) * (m.left + w + m.right) * c
 
@@ -145,7 +171,7 @@ class _Walk:
             # One offset of the upsampled grid at a time: the kept grid with the output's channels.
             return kept // op.kept.channels * op.target.channels
         # The kept values padded in time, then their copy in groups; the unpadded ones are gone by then.
-        _, t, *_ = op.kept.shape(self._latent, first=self._first)
+        _, t, *_ = self._shape(op.kept)
         padded = kept // t * (t + -t % op.factor_t)
         return 2 * padded - kept + self._size(op.target)
 
@@ -155,7 +181,7 @@ class _Walk:
         if isinstance(op, TimeUp):
             return target  # the pairs of frames before they are interleaved
         if isinstance(op, SpatialUp):
-            b, t, h, w, _ = op.source.shape(self._latent, first=self._first)
+            b, t, h, w, _ = self._shape(op.source)
             return b * t * (h + 1) * (w + 1) * op.target.channels
         if isinstance(op, Attention):
             # The normed input, then q, k, v; the mixed values and their projection replace the former.

@@ -9,7 +9,8 @@ Follows `diffusers.AutoencoderKLWan` 0.42: Wan2.1 and the residual Wan2.2 layout
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -40,6 +41,11 @@ Direction = Literal["decode", "encode"]
 # Frames of a picture that diffusers gives the encoder at once, after the first frame.
 ENCODE_CHUNK = 4
 
+# Frames in which a later chunk passes the ops after the last doubling of frames, where most of the arithmetic and
+# the largest activations are. Half of the four that the VAEs have there; one frame costs time for copying the two
+# that each convolution keeps.
+_PORTION = 2
+
 
 class ProgramError(ValueError):
     """A VAE config that no program can be made of."""
@@ -51,7 +57,8 @@ class Program:
 
     z_dim: latent channels; picture_channels: 3 for RGB; patch: pixels a side that patchify folds into channels;
     spatial: pixels per latent row; temporal: picture frames per latent frame after the first;
-    latents_per_chunk: latent frames of a later chunk.
+    latents_per_chunk: latent frames of a later chunk; portions: in how many equal parts, one after the other, a
+    later chunk passes the ops from `portions_from` on. Parts need less memory, and who waits for them waits less.
     """
 
     direction: Direction
@@ -62,6 +69,8 @@ class Program:
     spatial: int
     temporal: int
     latents_per_chunk: int
+    portions_from: int
+    portions: int
 
     def __len__(self) -> int:
         return len(self.ops)
@@ -114,9 +123,31 @@ class Program:
         """What crosses the cut before op `cut`: the activation, then the open shortcuts, oldest first."""
         return self._carried[cut]
 
+    def portions_at(self, cut: int, *, first: bool) -> int:
+        """In how many portions one chunk crosses the cut before op `cut`."""
+        return 1 if first or cut <= self.portions_from else self.portions
+
+    def crossings(self, cut: int, latent: LatentShape) -> int:
+        """How many portions of the whole clip cross the cut before op `cut`."""
+        later = self.chunks(latent) - 1
+        return 1 + later * self.portions_at(cut, first=False)
+
+    def waits(self, cuts: Iterable[int]) -> float:
+        """Chunks by which a line of stages, cut before the ops `cuts`, ends later than its slowest stage.
+
+        Each stage begins with the first portion that it gets, and has the last one for itself.
+        """
+        return sum(1 / self.portions_at(cut, first=False) for cut in cuts)
+
     def carried_shapes(self, cut: int, latent: LatentShape, *, first: bool) -> tuple[Shape, ...]:
-        """[B, T, H, W, C] of each tensor that crosses the cut before op `cut`, for one chunk."""
-        return tuple(spec.shape(latent, first=first) for spec in self._carried[cut])
+        """[B, T, H, W, C] of each tensor that crosses the cut before op `cut`, for one portion of a chunk."""
+        parts = self.portions_at(cut, first=first)
+        shapes = (spec.shape(latent, first=first) for spec in self._carried[cut])
+        return tuple((b, t // parts, h, w, c) for b, t, h, w, c in shapes)
+
+    def portion_elements(self, cut: int, latent: LatentShape, *, first: bool) -> int:
+        """Elements that cross the cut before op `cut` with one portion of a chunk."""
+        return sum(math.prod(shape) for shape in self.carried_shapes(cut, latent, first=first))
 
     def carried_bytes(self, cut: int, latent: LatentShape) -> int:
         """Bytes that cross the cut before op `cut` over the whole clip."""
@@ -253,6 +284,7 @@ class _Config:
 
     def program(self, direction: Direction, ops: Sequence[Op], *, picture_channels: int) -> Program:
         temporal = 2 ** sum(self.temporal_steps(direction))
+        portions_from, portions = _portions(ops) if direction == "decode" else (len(ops), 1)
         return Program(
             direction=direction,
             ops=tuple(ops),
@@ -262,7 +294,22 @@ class _Config:
             spatial=self.spatial,
             temporal=temporal,
             latents_per_chunk=1 if direction == "decode" else ENCODE_CHUNK // temporal,
+            portions_from=portions_from,
+            portions=portions,
         )
+
+
+def _portions(ops: Sequence[Op]) -> tuple[int, int]:
+    """From which op of a decoder on a later chunk passes in portions, and in how many.
+
+    After the last doubling of frames, where no shortcut is open that needs the chunk before it.
+    """
+    doublings = [index for index, op in enumerate(ops) if isinstance(op, TimeUp)]
+    start = doublings[-1] + 1 if doublings else 0
+    while sum(op.opens is not None for op in ops[:start]) > sum(op.closes for op in ops[:start]):
+        start += 1
+    frames = ops[-1].target.frames
+    return (start, frames // _PORTION) if frames > _PORTION and frames % _PORTION == 0 else (len(ops), 1)
 
 
 class _Builder:

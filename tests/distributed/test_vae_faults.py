@@ -80,14 +80,14 @@ def test_bad_input_is_refused_on_every_rank(kind: str, error: str, says: str) ->
 
 def _break(at: int, how: Any) -> None:
     """Make the next slice that runs chunk `at` end in `how` instead."""
-    run = Slice.run
+    run = Slice.portions
 
-    def broken(self: Slice, tensors: Any, state: Any, exchange: Any = None) -> Any:
+    def broken(self: Slice, given: Any, state: Any, exchange: Any = None) -> Any:
         if state.done == at:
             how()
-        return run(self, tensors, state, exchange)
+        return run(self, given, state, exchange)
 
-    Slice.run = broken  # type: ignore[method-assign]
+    Slice.portions = broken  # type: ignore[method-assign]
 
 
 def _raise() -> None:
@@ -96,7 +96,7 @@ def _raise() -> None:
 
 def _mid_stream(rank: int, broken: int, way: str) -> tuple[Any, Any]:
     vae = _vae()
-    run = Slice.run
+    run = Slice.portions
     if rank == broken:
         _break(2, _raise)
     calls = {
@@ -105,7 +105,7 @@ def _mid_stream(rank: int, broken: int, way: str) -> tuple[Any, Any]:
         "encode": lambda: vae.encode(torch.zeros(1, 3, 17, 48, 32)),
     }
     failed = _outcome(calls[way])
-    Slice.run = run  # type: ignore[method-assign]
+    Slice.portions = run  # type: ignore[method-assign]
     again = vae.decode(_latent()).sample  # the group can be used again
     return failed, again
 

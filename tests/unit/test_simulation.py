@@ -35,7 +35,10 @@ from cosmos3_plugins.spatial_shard import SpatialShard
 from cosmos3_plugins.tiled import Tiled
 
 ROOT = Path(__file__).parents[2]
-DECODER = decoder_program(vae_config(WAN22))
+PORTIONED = decoder_program(vae_config(WAN22))
+# In the cases by hand chunks pass whole.
+DECODER = replace(PORTIONED, portions=1)
+PROGRAMS = st.sampled_from([DECODER, PORTIONED])
 SHAPE = LatentShape(1, 3, 12, 6)
 FREE = Link(latency_s=0.0, bytes_per_s=1e30)
 
@@ -83,6 +86,20 @@ def test_two_stages_by_hand() -> None:
     assert found.waiting_s == pytest.approx((3.5, 2.0))
     assert found.sent_bytes == (0, 3 * CROSSING)
     assert found.sent_messages == (0, 3)
+
+
+def test_two_stages_by_hand_with_portions() -> None:
+    # The first op of those that see portions is the last of the first stage, which takes 2 seconds for a chunk and
+    # no time for what comes before; each of the two portions is half a second under way, and 1.5 at the root.
+    stop = PORTIONED.portions_from + 1
+    plan = plan_of(share(0, (stop, len(PORTIONED))), share(1, (0, stop)))
+    late = len(PORTIONED) - stop
+    costs = Given(PORTIONED, [0.0] * (stop - 1) + [2.0] + [3.0 / late] * late)
+    found = simulate(PORTIONED, replace(SHAPE, frames=2), plan, costs, Link(latency_s=0.5, bytes_per_s=1e30))
+    # The first frame is there at 2.5 and done at 5.5. The portions of the next chunk are made by 3 and 4.
+    assert found.chunks == pytest.approx((5.5, 7.0, 8.5))
+    assert found.busy_s == pytest.approx((6.0, 4.0))
+    assert found.sent_messages == (0, 3 * len(PORTIONED.carried(stop)))
 
 
 def test_two_stages_by_hand_when_nothing_overlaps() -> None:
@@ -215,6 +232,7 @@ LINKS = st.builds(Link, latency_s=st.floats(0, 0.5), bytes_per_s=st.floats(1e3, 
 
 @settings(deadline=None, max_examples=60)
 @given(
+    program=PROGRAMS,
     name=st.sampled_from(sorted(STRATEGIES)),
     ranks=st.integers(1, 6),
     frames=st.integers(1, 4),
@@ -224,13 +242,22 @@ LINKS = st.builds(Link, latency_s=st.floats(0, 0.5), bytes_per_s=st.floats(1e3, 
     overlaps=st.booleans(),
 )
 def test_laws_of_any_decode(
-    name: str, ranks: int, frames: int, whole: list[float], fixed: float, link: Link, overlaps: bool
+    program: Program,
+    name: str,
+    ranks: int,
+    frames: int,
+    whole: list[float],
+    fixed: float,
+    link: Link,
+    overlaps: bool,
 ) -> None:
     shape = replace(SHAPE, frames=frames)
-    plan = STRATEGIES[name](ranks).plan(DECODER, shape, ranks)
-    costs = Given(DECODER, whole, fixed=fixed)
-    found = simulate(DECODER, shape, plan, costs, link, overlaps=overlaps)
-    assert len(found.chunks) == frames and list(found.chunks) == sorted(found.chunks)
+    plan = STRATEGIES[name](ranks).plan(program, shape, ranks)
+    costs = Given(program, whole, fixed=fixed)
+    found = simulate(program, shape, plan, costs, link, overlaps=overlaps)
+    in_chunks = name in ("tiled", "replicated")
+    assert len(found.chunks) == (frames if in_chunks else program.crossings(len(program), shape))
+    assert list(found.chunks) == sorted(found.chunks)
     # What is sent is what the plan says, in bytes and in messages.
     assert found.sent_messages == tuple(share.sent_messages for share in plan.shares)
     if name != "tiled":  # whose bytes are spread over the chunks, and rounded
@@ -242,13 +269,14 @@ def test_laws_of_any_decode(
     assert found.seconds <= (sum(found.busy_s) + on_the_way) * (1 + 1e-9)
     if name != "replicated":
         assert found.seconds >= max(found.busy_s) * (1 - 1e-9)
-    faster = simulate(DECODER, shape, plan, costs, FREE, overlaps=overlaps)
+    faster = simulate(program, shape, plan, costs, FREE, overlaps=overlaps)
     assert faster.seconds <= found.seconds * (1 + 1e-9)
     assert faster.busy_s == pytest.approx(found.busy_s)
 
 
 @settings(deadline=None, max_examples=30)
 @given(
+    program=PROGRAMS,
     name=st.sampled_from(sorted(STRATEGIES)),
     ranks=st.integers(2, 6),
     whole=SECONDS,
@@ -257,38 +285,38 @@ def test_laws_of_any_decode(
     overlaps=st.booleans(),
 )
 def test_more_latency_is_never_faster(
-    name: str, ranks: int, whole: list[float], link: Link, more: float, overlaps: bool
+    program: Program, name: str, ranks: int, whole: list[float], link: Link, more: float, overlaps: bool
 ) -> None:
-    plan = STRATEGIES[name](ranks).plan(DECODER, SHAPE, ranks)
-    costs = Given(DECODER, whole)
+    plan = STRATEGIES[name](ranks).plan(program, SHAPE, ranks)
+    costs = Given(program, whole)
     seconds = [
-        simulate(DECODER, SHAPE, plan, costs, each, overlaps=overlaps).seconds
+        simulate(program, SHAPE, plan, costs, each, overlaps=overlaps).seconds
         for each in (link, replace(link, latency_s=link.latency_s + more))
     ]
     assert seconds[1] >= seconds[0] * (1 - 1e-9)
 
 
 @settings(deadline=None, max_examples=30)
-@given(whole=SECONDS, link=LINKS, frames=st.integers(1, 5))
-def test_one_rank_takes_the_sum_of_its_ops(whole: list[float], link: Link, frames: int) -> None:
-    shape, costs = replace(SHAPE, frames=frames), Given(DECODER, whole)
+@given(program=PROGRAMS, whole=SECONDS, link=LINKS, frames=st.integers(1, 5))
+def test_one_rank_takes_the_sum_of_its_ops(program: Program, whole: list[float], link: Link, frames: int) -> None:
+    shape, costs = replace(SHAPE, frames=frames), Given(program, whole)
     for strategy in (Replicated(), LayerPipeline(), SpatialShard()):
-        found = simulate(DECODER, shape, strategy.plan(DECODER, shape, 1), costs, link)
+        found = simulate(program, shape, strategy.plan(program, shape, 1), costs, link)
         assert found.seconds == pytest.approx(costs.clip_seconds(shape)) == pytest.approx(frames * sum(whole))
 
 
 @settings(deadline=None, max_examples=30)
-@given(whole=SECONDS, link=LINKS, ranks=st.integers(1, 8))
-def test_work_is_conserved(whole: list[float], link: Link, ranks: int) -> None:
-    costs = Given(DECODER, whole)
-    line = LayerPipeline().plan(DECODER, SHAPE, ranks)
-    assert sum(simulate(DECODER, SHAPE, line, costs, link).busy_s) == pytest.approx(costs.clip_seconds(SHAPE))
+@given(program=PROGRAMS, whole=SECONDS, link=LINKS, ranks=st.integers(1, 8))
+def test_work_is_conserved(program: Program, whole: list[float], link: Link, ranks: int) -> None:
+    costs = Given(program, whole)
+    line = LayerPipeline().plan(program, SHAPE, ranks)
+    assert sum(simulate(program, SHAPE, line, costs, link).busy_s) == pytest.approx(costs.clip_seconds(SHAPE))
     # In slabs too, but attention, which every rank computes for the whole frame.
     attention = sum(
-        3 * seconds for seconds, op in zip(whole, DECODER.ops, strict=True) if isinstance(op, Attention)
+        3 * seconds for seconds, op in zip(whole, program.ops, strict=True) if isinstance(op, Attention)
     )
-    slabs = SpatialShard().plan(DECODER, SHAPE, ranks)
-    busy = simulate(DECODER, SHAPE, slabs, costs, link).busy_s
+    slabs = SpatialShard().plan(program, SHAPE, ranks)
+    busy = simulate(program, SHAPE, slabs, costs, link).busy_s
     assert sum(busy) == pytest.approx(costs.clip_seconds(SHAPE) + (ranks - 1) * attention)
 
 
@@ -303,6 +331,9 @@ def test_a_line_is_not_faster_than_its_first_chunk_and_its_slowest_stage(
     # Without messages, and with chunks alike, a line takes exactly the first chunk and the slowest stage's others.
     found = simulate(DECODER, shape, plan, Given(DECODER, whole), FREE)
     assert found.seconds == pytest.approx(sum(stages) + (frames - 1) * max(stages))
+    # In portions it takes no longer, and no stage is done faster.
+    portioned = simulate(PORTIONED, shape, plan, Given(PORTIONED, whole), FREE)
+    assert frames * max(stages) * (1 - 1e-9) <= portioned.seconds <= found.seconds * (1 + 1e-9)
 
 
 assert len(DECODER) == 67  # the op numbers below

@@ -119,14 +119,32 @@ def test_any_cut_gives_the_same_bits(name: str, make_program: Callable[..., Prog
         ]
         states = [part.state(3) for part in parts]
         for i, chunk in enumerate(chunks):
-            crossing = parts[0].run([chunk.clone()], states[0])
-            shape = crossing[0].shape
+            crossing = list(parts[0].portions([[chunk.clone()]], states[0]))
+            shape = crossing[0][0].shape
             scale = program.carried(cut)[0].scale
             latent = LatentShape(1, 3, shape[2] // scale, shape[3] // scale)
-            assert [tuple(t.shape) for t in crossing] == list(program.carried_shapes(cut, latent, first=i == 0)), (
-                cut
-            )
-            (result,) = parts[1].run([t.clone() for t in crossing], states[1])
+            assert len(crossing) == program.portions_at(cut, first=i == 0)
+            for tensors in crossing:
+                shapes = [tuple(t.shape) for t in tensors]
+                assert shapes == list(program.carried_shapes(cut, latent, first=i == 0)), cut
+            results = list(parts[1].portions([[t.clone() for t in tensors] for tensors in crossing], states[1]))
+            result = torch.cat([picture for (picture,) in results], dim=2 if program.direction == "decode" else 1)
+            assert torch.equal(result, expected[i]), (cut, i)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_whole_chunks_pass_any_cut_as_well(batch: int) -> None:
+    vae = make_vae(CONFIGS["wan22"])
+    program, weights = decoder_program(vae.config), vae.state_dict()
+    z = torch.randn(batch, vae.config.z_dim, 3, 4, 3, generator=torch.Generator().manual_seed(3))
+    whole = Slice(program, 0, len(program), weights)
+    state = whole.state(3)
+    expected = [whole.run([latent_chunk(z, i)], state)[0] for i in range(3)]
+    for cut in (program.portions_from - 1, program.portions_from, program.portions_from + 3, len(program) - 1):
+        parts = [Slice(program, 0, cut, weights), Slice(program, cut, len(program), weights)]
+        states = [part.state(3) for part in parts]
+        for i in range(3):
+            (result,) = parts[1].run(parts[0].run([latent_chunk(z, i)], states[0]), states[1])
             assert torch.equal(result, expected[i]), (cut, i)
 
 

@@ -26,13 +26,19 @@ PINGS = 50
 
 
 class TimedOp:
-    """A bound op that adds the seconds of each run to `seconds`: of the first chunk, then of the later ones."""
+    """A bound op that notes the seconds of each chunk: of first ones, and of later ones, in `portions` each."""
 
-    def __init__(self, op: BoundOp[Op]) -> None:
+    def __init__(self, op: BoundOp[Op], portions: int) -> None:
         self._op = op
+        self._portions = portions
         self.name = op.op.name
         self.first: list[float] = []
-        self.later: list[float] = []
+        self._later: list[float] = []
+
+    @property
+    def later(self) -> list[float]:
+        """Seconds of each later chunk."""
+        return [sum(self._later[i : i + self._portions]) for i in range(0, len(self._later), self._portions)]
 
     def room(self, *, first: bool, exchange: HaloExchange | None) -> Room:
         """As the op's."""
@@ -44,7 +50,7 @@ class TimedOp:
         self._op.run(flow)
         if flow.at.buffer.device.type == "cuda":
             torch.cuda.synchronize(flow.at.buffer.device)
-        (self.first if flow.first else self.later).append(time.perf_counter() - started)
+        (self.first if flow.first else self._later).append(time.perf_counter() - started)
 
 
 class TimedSlice(Slice):
@@ -52,7 +58,10 @@ class TimedSlice(Slice):
 
     def timed(self) -> list[TimedOp]:
         """From now on each op is one of these."""
-        ops = [TimedOp(op) for op in self._ops]
+        ops = [
+            TimedOp(op, self.program.portions_at(number + 1, first=False))
+            for number, op in enumerate(self._ops, self.start)
+        ]
         self._ops = ops  # type: ignore[assignment] # all that a slice asks of an op
         return ops
 
@@ -92,7 +101,8 @@ def _run(part: Slice, z: Tensor) -> None:
     """Decode latents [1, C, T, h, w] and forget the picture."""
     state = part.state(z.shape[2])
     for index in range(z.shape[2]):
-        part.run([latent_chunk(z, index)], state)
+        for _ in part.portions([[latent_chunk(z, index)]], state):
+            pass
 
 
 def link_costs(world: World) -> dict[str, float] | None:

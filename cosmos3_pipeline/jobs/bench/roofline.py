@@ -45,9 +45,10 @@ class ConvShape:
         return 2 * b * math.prod(outputs) * math.prod(self.kernel) * channels * self.target_channels
 
 
-def convolutions(op: Op, latent: LatentShape, *, first: bool) -> list[ConvShape]:
-    """The convolutions of `op` on one chunk, as many and as large as `op.flops` counts."""
+def convolutions(op: Op, latent: LatentShape, *, first: bool, portions: int = 1) -> list[ConvShape]:
+    """The convolutions of `op` on one portion of a chunk, as many and as large as `op.flops` counts."""
     b, t, h, w, c = op.source.shape(latent, first=first)
+    t //= portions
     if isinstance(op, ops.Conv):
         taps = 1 if first else op.kernel[0]
         rows, cols = op.kernel[1:]
@@ -70,11 +71,12 @@ def shapes_of(program: Program, latent: LatentShape) -> Counter[ConvShape]:
     """How often each convolution occurs in a clip of `latent`."""
     found: Counter[ConvShape] = Counter()
     later = program.chunks(latent) - 1
-    for op in program.ops:
+    for number, op in enumerate(program.ops):
         found.update(convolutions(op, latent, first=True))
         if later:
-            for shape in convolutions(op, latent, first=False):
-                found[shape] += later
+            portions = program.portions_at(number + 1, first=False)
+            for shape in convolutions(op, latent, first=False, portions=portions):
+                found[shape] += portions * later
     return found
 
 

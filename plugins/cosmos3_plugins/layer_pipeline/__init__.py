@@ -2,7 +2,8 @@
 
 The decoder is causal, so frame after frame passes like workpieces on an assembly line: no halo, no gather of
 feature maps, and every op runs on the shape on which one rank alone would run it, so the result is equal bit for
-bit. With N ranks and T chunks the line is full for T of its T + N - 1 steps.
+bit. With N ranks and T chunks the line is full for T of its T + N - 1 steps; fewer are added by the late stages,
+which see a chunk in portions and begin with the first (`Program.waits`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class LayerPipeline(Strategy):
         costs = op_costs(program, self.flops_per_element)
         stage = [sum(costs[start:stop]) for start, stop in runs]
         balance = sum(stage) / (ranks * max(stage))
-        speed_up = ranks * balance * chunks / (chunks + ranks - 1)
+        speed_up = ranks * balance * chunks / (chunks + program.waits(start for start, _ in runs if start))
         note = (
             f"{chunks} chunks through {ranks} stages, balance {balance:.0%}: at best {speed_up:.2f} times one rank"
         )
@@ -83,13 +84,14 @@ class LayerPipeline(Strategy):
         chunks = program.chunks(shape)
         peak = activation_bytes(program, shape, start, stop)
         if chunks > 1:
-            # The next chunk's input arrives, and the last chunk's output leaves, while this one is computed.
-            crossing = (start if start else None, stop if stop < len(program) else None)
+            # The next portion arrives, and the last one leaves, while this one is computed.
+            crossing = [cut for cut in (start, stop) if 0 < cut < len(program)]
             peak += shape.element_bytes * sum(
-                spec.elements(shape, first=False) for cut in crossing if cut for spec in program.carried(cut)
+                program.portion_elements(cut, shape, first=False) for cut in crossing
             )
         if stop < len(program):
-            sent, messages = program.carried_bytes(stop, shape), chunks * len(program.carried(stop))
+            sent = program.carried_bytes(stop, shape)
+            messages = program.crossings(stop, shape) * len(program.carried(stop))
         elif program.direction == "encode" and ranks > 1:
             moments = 2 * program.z_dim * shape.batch * shape.frames * shape.rows * shape.cols
             sent, messages = moments * shape.element_bytes, 1

@@ -1,8 +1,10 @@
-"""A place in a line of stages: a chunk arrives while the one before is computed, and leaves while the next is."""
+"""A place in a line of stages: a portion arrives while the last is computed, and leaves while the next is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from cosmos3_pipeline.distributed.comm import Comm, Pending
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.frames import HaloExchange
+from cosmos3_pipeline.vae.ops import Shape
 from cosmos3_pipeline.vae.strategy import LatentShape
 from cosmos3_pipeline.vae.weights import BoundVae
 
@@ -39,31 +42,41 @@ class Place:
         `source(index)` is the input of a chunk at the start of the line, and is not asked elsewhere.
         """
         state = self._slice.state(chunks)
-        arriving = self._receive(latent, 0)
+        arrivals = self._arrivals(latent, chunks)
         leaving: Pending | None = None
         for index in range(chunks):
-            if arriving is None:
-                tensors = [source(index)]
-            else:
-                tensors, pending = arriving
-                pending.wait()
-                arriving = self._receive(latent, index + 1) if index + 1 < chunks else None
-            results = self._slice.run(tensors, state, exchange)
-            if self._below is None:
-                yield results[0]
-                continue
-            # One chunk may be under way while the next is computed; more would pile up in memory.
-            if leaving is not None:
-                leaving.wait()
-            leaving = self._comm.exchange(sends=[(tensor, self._below) for tensor in results])
+            parts = self._slice.program.portions_at(self._slice.start, first=index == 0)
+            given = [[source(index)]] if self._above is None else islice(arrivals, parts)
+            for results in self._slice.portions(given, state, exchange):
+                if self._below is None:
+                    yield results[0]
+                    continue
+                # One portion may be under way while the next is computed; more would pile up in memory.
+                if leaving is not None:
+                    leaving.wait()
+                leaving = self._comm.exchange(sends=[(tensor, self._below) for tensor in results])
         if leaving is not None:
             leaving.wait()
 
-    def _receive(self, latent: LatentShape, index: int) -> tuple[list[Tensor], Pending] | None:
-        """Buffers into which chunk `index` is arriving; None at the start of the line, where the input is."""
-        if self._above is None:
-            return None
-        shapes = self._slice.program.carried_shapes(self._slice.start, latent, first=index == 0)
+    def _arrivals(self, latent: LatentShape, chunks: int) -> Iterator[list[Tensor]]:
+        """What comes from above, portion by portion. While one is worked on, the next arrives."""
+        start, program = self._slice.start, self._slice.program
+        expected = deque(
+            program.carried_shapes(start, latent, first=index == 0)
+            for index in range(chunks)
+            for _ in range(program.portions_at(start, first=index == 0))
+        )
+        arriving = deque([self._receive(expected.popleft())])
+        while arriving:
+            buffers, pending = arriving.popleft()
+            pending.wait()
+            if expected:
+                arriving.append(self._receive(expected.popleft()))
+            yield buffers
+
+    def _receive(self, shapes: Sequence[Shape]) -> tuple[list[Tensor], Pending]:
+        """Buffers of `shapes`, into which a portion is arriving."""
+        assert self._above is not None
         buffers = [torch.empty(shape, dtype=self._vae.dtype, device=self._vae.device) for shape in shapes]
         above = self._above
         return buffers, self._comm.exchange(receives=[(buffer, above) for buffer in buffers])

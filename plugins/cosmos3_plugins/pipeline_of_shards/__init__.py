@@ -85,7 +85,8 @@ class PipelineOfShards(Strategy):
         grid = Grid.of(shape.rows, shape.cols, shards, 1)
         shares = tuple(self._share(program, shape, grid, runs, rank) for rank in range(ranks))
         chunks = program.chunks(shape)
-        bound = program.flops(shape) / max(share.flops for share in shares) * chunks / (chunks + self.groups - 1)
+        waits = program.waits(start for start, _ in runs if start)
+        bound = program.flops(shape) / max(share.flops for share in shares) * chunks / (chunks + waits)
         largest = grid.slab(shards - 1).height
         note = (
             f"{chunks} chunks through {self.groups} stages of {shards} bands, the largest {largest} of "
@@ -106,17 +107,16 @@ class PipelineOfShards(Strategy):
             attention_bytes(program, shape, start, stop),
         )
         if chunks > 1:
-            # The next chunk's input arrives, and the last chunk's output leaves, while this one is computed.
-            crossing = (start if start else None, stop if stop < len(program) else None)
-            peak += part.element_bytes * sum(
-                spec.elements(part, first=False) for cut in crossing if cut for spec in program.carried(cut)
-            )
+            # The next portion arrives, and the last one leaves, while this one is computed.
+            crossing = [cut for cut in (start, stop) if 0 < cut < len(program)]
+            peak += part.element_bytes * sum(program.portion_elements(cut, part, first=False) for cut in crossing)
         sent = slab_traffic(program, shape, grid, index, start, stop)
         if stop < len(program):
-            sent += Traffic(program.carried_bytes(stop, part), chunks * len(program.carried(stop)))
+            messages = program.crossings(stop, shape) * len(program.carried(stop))
+            sent += Traffic(program.carried_bytes(stop, part), messages)
         elif program.direction == "decode":
             if index:
-                sent += Traffic(picture_bytes(program, part), chunks)
+                sent += Traffic(picture_bytes(program, part), program.crossings(len(program), shape))
         elif len(runs) * len(grid) > 1:
             sent += Traffic(moments_bytes(program, part if index else shape), 1)
         return RankShare(

@@ -19,11 +19,11 @@ class ReplicatedRunner:
         self._slice = vae.slice(direction)
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
-        """Yields each chunk of the picture on every rank."""
+        """Yields each portion of the picture on every rank."""
         state = self._slice.state(z.shape[2])
         for index in range(z.shape[2]):
-            (picture,) = self._slice.run([latent_chunk(z, index)], state)
-            yield as_pixels(picture, pixels)
+            for (picture,) in self._slice.portions([[latent_chunk(z, index)]], state):
+                yield as_pixels(picture, pixels)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w]."""

@@ -119,7 +119,7 @@ class SpatialShard(Strategy):
             if len(grid) > 1:
                 sent += Traffic(moments_bytes(program, part if rank else shape), 1)
         elif rank:
-            sent += Traffic(picture_bytes(program, part), program.chunks(shape))
+            sent += Traffic(picture_bytes(program, part), program.crossings(len(program), shape))
         return RankShare(
             rank=rank,
             ops=ops,

@@ -30,7 +30,7 @@ class ShardRunner:
         self._slice = vae.slice(direction)
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
-        """Yields each chunk of the picture on the root; the other ranks send theirs and yield nothing."""
+        """Yields each portion of the picture on the root; the other ranks send theirs and yield nothing."""
         grid = self._grid_of(z.shape[3], z.shape[4])
         z = slab_of(z, grid.slab(self._comm.rank), 1, PICTURE_ROWS)
         collector = Collector(self._comm, grid)
@@ -63,5 +63,5 @@ class ShardRunner:
         state = self._slice.state(chunks)
         exchange = SlabExchange(self._comm, grid) if len(grid) > 1 else None
         for index in range(chunks):
-            (result,) = self._slice.run([source(index)], state, exchange)
-            yield result
+            for (result,) in self._slice.portions([[source(index)]], state, exchange):
+                yield result

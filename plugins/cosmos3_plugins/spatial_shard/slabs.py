@@ -109,9 +109,11 @@ def slab_traffic(program: Program, whole: LatentShape, grid: Grid, index: int, s
     """Halos and attention frames that slab `index` sends to the others of its grid while ops [start, stop) run."""
     later = program.chunks(whole) - 1
     sent = Traffic()
-    for op in program.ops[start:stop]:
+    for number, op in enumerate(program.ops[start:stop], start):
         for first, chunks in ((True, 1), (False, later)):
             elements, messages = _op_traffic(op, whole, grid, index, first=first)
+            # An op passes on as many portions as it sees.
+            messages *= program.portions_at(number + 1, first=first)
             sent += Traffic(chunks * elements * whole.element_bytes, chunks * messages)
     return sent
 
