@@ -34,6 +34,9 @@ from cosmos3_pipeline.distributed.local import LocalLinks, Transfer
 
 T = TypeVar("T")
 
+# What a message on CPU is: a lane of its own for each, which is also gloo's tag.
+_PAYLOAD, _AGREEMENT = 0, 1
+
 # Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
 LAST_WORDS_SECONDS = 1.0
 
@@ -101,7 +104,8 @@ class Comm:
         store = PrefixStore(name, _get_default_store())
         # Any: PyTorch's stubs leave out the methods that every backend has.
         self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=default_pg_timeout)
-        self._links = LocalLinks(PrefixStore("links", store), self.rank, self.size)
+        # Two lanes, so that a rank that is out of step never takes payload for an agreement.
+        self._lanes = [LocalLinks(PrefixStore(f"lane{lane}", store), self.rank, self.size) for lane in (0, 1)]
         self._board = Board(store)
         self._run = 0
         self._broken = False
@@ -110,7 +114,8 @@ class Comm:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
         for pending in self._under_way:
             pending.drop()
-        self._links.close()
+        for links in self._lanes:
+            links.close()
         self._gloo = None
 
     @property
@@ -157,20 +162,20 @@ class Comm:
     def _gather_objects(self, value: T) -> list[T]:
         self.ledger.record("control", 0)
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self._gather(torch.tensor([len(mine)]), [1] * self.size)
+        parts = self._gather(mine, [int(size) for size in sizes])
+        return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
-        def gather(tensor: Tensor) -> list[Tensor]:
-            parts = [torch.empty_like(tensor) for _ in range(self.size)]
-            self._gloo.allgather([parts], [tensor]).wait()
-            return parts
+    def _gather(self, mine: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Every rank's vector on CPU, which have `sizes` elements.
 
-        def gathered() -> list[T]:
-            sizes = [int(size) for size in gather(torch.tensor([len(mine)]))]
-            padded = torch.zeros(max(sizes), dtype=torch.uint8)
-            padded[: len(mine)] = mine
-            parts = zip(gather(padded), sizes, strict=True)
-            return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
-
-        return self._translated(gathered)
+        From each to each: between ranks of one machine that is quicker than gloo's collective.
+        """
+        parts = [mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes)]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        sends, receives = [(mine, rank) for rank in others], [(parts[rank], rank) for rank in others]
+        self._pending(self._translated(lambda: self._start_on_cpu(sends, receives, _AGREEMENT)), parts).wait()
+        return parts
 
     def exchange(
         self, sends: Sequence[tuple[Tensor, int]] = (), receives: Sequence[tuple[Tensor, int]] = ()
@@ -197,25 +202,22 @@ class Comm:
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
     ) -> Sequence[Work]:
         if all(_on_cpu(tensor) for tensor, _ in (*sends, *receives)):
-            return [
-                *(self._receive_on_cpu(tensor, peer) for tensor, peer in receives),
-                *(self._send_on_cpu(tensor, peer) for tensor, peer in sends),
-            ]
+            return self._start_on_cpu(sends, receives, _PAYLOAD)
         operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in receives]
         operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in sends]
         return dist.batch_isend_irecv(operations)
 
-    def _receive_on_cpu(self, tensor: Tensor, peer: int) -> Work:
-        if self._links.carries(tensor, peer):
-            return self._links.receive(tensor, peer)
-        work: Work = self._gloo.recv([tensor], peer, 0)
-        return work
-
-    def _send_on_cpu(self, tensor: Tensor, peer: int) -> Work:
-        if self._links.carries(tensor, peer):
-            return self._links.send(tensor, peer)
-        work: Work = self._gloo.send([tensor], peer, 0)
-        return work
+    def _start_on_cpu(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], lane: int
+    ) -> Sequence[Work]:
+        links, works = self._lanes[lane], list[Work]()
+        for tensor, peer in receives:
+            small = links.carries(tensor, peer)
+            works.append(links.receive(tensor, peer) if small else self._gloo.recv([tensor], peer, lane))
+        for tensor, peer in sends:
+            small = links.carries(tensor, peer)
+            works.append(links.send(tensor, peer) if small else self._gloo.send([tensor], peer, lane))
+        return works
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere."""

@@ -145,6 +145,7 @@ class Line(Schedule):
         )
         arriving: list[Message] = []
         leaving: list[Message] = []
+        collected: deque[list[Message]] = deque()
         if self._overlaps:
             yield from self._start(rank, (), expected.popleft(), arriving)
         for index in range(self._chunks):
@@ -162,10 +163,12 @@ class Line(Schedule):
                     parts = [
                         (share.rank, self._picture_bytes(share, first=first)) for share in group if share.rank
                     ]
-                    collected: list[Message] = []
-                    yield from self._start(rank, (), parts, collected)
-                    yield from _all(collected)
-                    self.done.append(self._clock.now)
+                    # The others' slabs are under way while the next portion is computed.
+                    collected.append([])
+                    yield from self._start(rank, (), parts, collected[-1])
+                    if len(collected) > bool(parts and self._overlaps):
+                        yield from _all(collected.popleft())
+                        self.done.append(self._clock.now)
                     continue
                 # One result may be under way while the next is computed.
                 yield from _all(leaving)
@@ -175,6 +178,9 @@ class Line(Schedule):
                 yield from self._start(rank, parcels, (), leaving)
                 if not self._overlaps:
                     yield from _all(leaving)
+        for last in collected:
+            yield from _all(last)
+            self.done.append(self._clock.now)
         yield from _all(leaving)
 
     def _run(self, rank: int, steps: Sequence[Step]) -> Process:

@@ -88,6 +88,7 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._weights = weights
         self._released = False
         self._runners: dict[Direction, Runner] = {}
+        self._honoured: set[tuple[Direction, str, LatentShape]] = set()
         self._comm: Comm | None = None
         self._ledger = Ledger()
 
@@ -255,8 +256,13 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         problem = problem_of(program, tensor, dtype=self._dtype, device=self._device, one_clip=one_clip)
         if problem is not None:
             return _Refusal(problem, by_strategy=False)
-        try:
-            self._strategies[direction].plan(program, latent_shape(program, tensor), self.comm.size)
-        except StrategyError as error:
-            return _Refusal(str(error), by_strategy=True)
+        strategy, shape = self._strategies[direction], latent_shape(program, tensor)
+        # Making a plan takes milliseconds, which for a small clip is felt.
+        honoured = (direction, repr(strategy), shape)
+        if honoured not in self._honoured:
+            try:
+                strategy.plan(program, shape, self.comm.size)
+            except StrategyError as error:
+                return _Refusal(str(error), by_strategy=True)
+            self._honoured.add(honoured)
         return None

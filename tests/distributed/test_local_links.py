@@ -33,7 +33,7 @@ def _everyone_to_everyone(rank: int) -> bool:
     others = [peer for peer in range(comm.size) if peer != rank]
     for size, small in [(1, True), (SMALL_BYTES, True), (SMALL_BYTES + 1, False)]:
         message = torch.empty(size, dtype=torch.uint8)
-        assert all(comm._links.carries(message, peer) == small for peer in others)
+        assert all(links.carries(message, peer) == small for links in comm._lanes for peer in others)
     with comm.run():
         arriving = {peer: [torch.empty_like(m) for m in _messages(peer, rank)] for peer in others}
         receives = [(buffer, peer) for peer in others for buffer in arriving[peer]]
@@ -43,6 +43,21 @@ def _everyone_to_everyone(rank: int) -> bool:
         for peer in others
         for got, sent in zip(arriving[peer], _messages(peer, rank), strict=True)
     )
+
+
+def _agree_beside_payload(rank: int) -> list[list[str]]:
+    """Agreements of all sizes while payload is under way that nobody has asked for yet."""
+    comm, agreed = Comm(), []
+    with comm.run():
+        buffers = [torch.empty(8) for peer in range(comm.size) if peer != rank]
+        others = [peer for peer in range(comm.size) if peer != rank]
+        leaving = comm.exchange(sends=[(torch.full((8,), float(rank)), peer) for peer in others])
+        for size in (0, 10, 2 * SMALL_BYTES * rank):
+            agreed.append([f"{len(text)} of {text[:1]}" for text in comm.agree(str(rank) * size)])
+        comm.exchange(receives=list(zip(buffers, others, strict=True))).wait()
+        leaving.wait()
+    assert [float(buffer[-1]) for buffer in buffers] == others
+    return agreed
 
 
 def _one_leaves(rank: int) -> str:
@@ -66,3 +81,14 @@ def test_waiting_ends_when_the_sender_fails() -> None:
     waiting, failing = run_on_ranks(_one_leaves, 2)
     assert waiting.startswith("PeerFailed") and "no paint left" in waiting
     assert failing == "ValueError: no paint left"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_agreement_is_of_any_size_and_not_mixed_up_with_payload(ranks: int) -> None:
+    everyone = range(ranks)
+    expected = [
+        ["0 of " for _ in everyone],
+        [f"10 of {rank}" for rank in everyone],
+        [f"{2 * SMALL_BYTES * rank} of {rank if rank else ''}" for rank in everyone],
+    ]
+    assert run_on_ranks(_agree_beside_payload, ranks) == [expected] * ranks

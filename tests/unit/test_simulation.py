@@ -142,13 +142,13 @@ NORMS = sum(isinstance(op, NormSilu) for op in DECODER.ops)
 
 def test_two_slabs_by_hand() -> None:
     # Norms compute what the neighbour waits for first, so that its halo is there before they end. What nothing
-    # hides: the halos of conv_in and of the three upsamplings, attention's frames, and the picture's other half.
-    # Attention is computed whole by both.
+    # hides: the halos of conv_in and of the three upsamplings, attention's frames, and the other half of the last
+    # picture. Attention is computed whole by both.
     plan = SpatialShard().plan(DECODER, SHAPE, 2)
     link = Link(0.01, 1e30)
     computing = 1 + (len(DECODER) - 1) / 2
     hidden = simulate(DECODER, SHAPE, plan, even(), link)
-    assert hidden.seconds == pytest.approx(3 * (computing + 6 * 0.01))
+    assert hidden.seconds == pytest.approx(3 * (computing + 5 * 0.01) + 0.01)
     waited = simulate(DECODER, SHAPE, plan, even(), link, overlaps=False)
     assert waited.seconds == pytest.approx(3 * (computing + (6 + NORMS) * 0.01))
 
@@ -255,7 +255,7 @@ def test_laws_of_any_decode(
     plan = STRATEGIES[name](ranks).plan(program, shape, ranks)
     costs = Given(program, whole, fixed=fixed)
     found = simulate(program, shape, plan, costs, link, overlaps=overlaps)
-    in_chunks = name in ("tiled", "replicated")
+    in_chunks = name in ("tiled", "replicated") or ranks == 1
     assert len(found.chunks) == (frames if in_chunks else program.crossings(len(program), shape))
     assert list(found.chunks) == sorted(found.chunks)
     # What is sent is what the plan says, in bytes and in messages.

@@ -43,13 +43,10 @@ class ShardStage:
         latent = LatentShape(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
         grid = self._grid(latent)
         own = slab_of(z, grid.slab(self._band), 1, PICTURE_ROWS)
-        collector = Collector(self._comm, grid)
+        pictures = self._outputs(grid, latent, z.shape[2], lambda index: latent_chunk(own, index))
+        parts = (as_pixels(picture, pixels) for picture in pictures)
         dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
-        for picture in self._outputs(grid, latent, z.shape[2], lambda index: latent_chunk(own, index)):
-            whole = collector.collect(as_pixels(picture, pixels), dim=dim)
-            if whole is not None:
-                yield whole
-        collector.flush()
+        yield from Collector(self._comm, grid).collected(parts, dim=dim)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], put together on the root and broadcast."""
@@ -59,13 +56,10 @@ class ShardStage:
         grid = self._grid(latent)
         own = slab_of(x, grid.slab(self._band), scale, PICTURE_ROWS)
         parts = list(self._outputs(grid, latent, chunks, lambda index: picture_chunk(own, index)))
-        whole = None
-        if parts:
-            collector = Collector(self._comm, grid)
-            whole = collector.collect(torch.cat(parts, dim=1), dim=PIXEL_ROWS)
-            collector.flush()
-        if whole is None:
-            whole = x.new_empty(latent.batch, frames, latent.rows, latent.cols, 2 * self._program.z_dim)
+        part = [torch.cat(parts, dim=1)] if parts else []
+        wholes = list(Collector(self._comm, grid).collected(part, dim=PIXEL_ROWS))
+        shape = (latent.batch, frames, latent.rows, latent.cols, 2 * self._program.z_dim)
+        whole = wholes[0] if wholes else x.new_empty(shape)
         self._comm.broadcast(whole)
         return whole.permute(0, 4, 1, 2, 3).contiguous()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -100,34 +100,49 @@ class SlabExchange:
 class Collector:
     """Brings the slabs of one result after the other to rank 0 of `comm`. Slab i comes from rank i.
 
-    The other ranks go on computing while theirs is under way; one at a time, so that memory does not pile up.
+    Ranks go on computing while a result is under way; one at a time, so that memory does not pile up.
     """
 
     def __init__(self, comm: Comm, grid: Grid) -> None:
         self._comm = comm
         self._grid = grid
-        self._leaving: Callable[[], None] | None = None
 
-    def collect(self, part: Tensor, *, dim: int) -> Tensor | None:
-        """`part` is this rank's slab, its rows in `dim`, its columns next; the whole on the root, else None."""
+    def collected(self, parts: Iterable[Tensor], *, dim: int) -> Iterator[Tensor]:
+        """The wholes of which `parts` are this rank's slabs, on the root; nothing elsewhere.
+
+        `dim` has the rows, the next one the columns. A whole is there when the next part has been computed.
+        """
         if len(self._grid) == 1:
-            return part
-        if not self._comm.is_root:
-            self.flush()
-            self._leaving = transfer(self._comm, [(part, 0)], [])
-            return None
+            yield from parts
+            return
+        under_way: Callable[[], Tensor | None] | None = None
+        for part in parts:
+            # The root is ready for one before it waits for the last; for the others that would be a second one.
+            begun = self._receive(part, dim) if self._comm.is_root else None
+            if under_way is not None:
+                whole = under_way()
+                if whole is not None:
+                    yield whole
+            under_way = begun or self._send(part)
+        last = None if under_way is None else under_way()
+        if last is not None:
+            yield last
+
+    def _send(self, part: Tensor) -> Callable[[], None]:
+        return transfer(self._comm, [(part, 0)], [])
+
+    def _receive(self, part: Tensor, dim: int) -> Callable[[], Tensor]:
+        """Start receiving the others' slabs; the returned call gives the whole."""
         scale = part.shape[dim] // self._grid.slab(0).height
         shape = list(part.shape)
         shape[dim], shape[dim + 1] = self._grid.rows[-1][1] * scale, self._grid.cols[-1][1] * scale
         whole = part.new_empty(shape)
         regions = [slab_of(whole, self._grid.slab(i), scale, dim) for i in range(len(self._grid))]
-        finish = transfer(self._comm, [], [(regions[i], i) for i in range(1, len(regions))])
+        arrive = transfer(self._comm, [], [(regions[i], i) for i in range(1, len(regions))])
         regions[0].copy_(part)
-        finish()
-        return whole
 
-    def flush(self) -> None:
-        """Wait until the last part has left this rank."""
-        if self._leaving is not None:
-            self._leaving()
-            self._leaving = None
+        def finish() -> Tensor:
+            arrive()
+            return whole
+
+        return finish

@@ -33,14 +33,10 @@ class ShardRunner:
         """Yields each portion of the picture on the root; the other ranks send theirs and yield nothing."""
         grid = self._grid_of(z.shape[3], z.shape[4])
         z = slab_of(z, grid.slab(self._comm.rank), 1, PICTURE_ROWS)
-        collector = Collector(self._comm, grid)
-        for picture in self._outputs(grid, z.shape[2], lambda index: latent_chunk(z, index)):
-            whole = collector.collect(
-                as_pixels(picture, pixels), dim=PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
-            )
-            if whole is not None:
-                yield whole
-        collector.flush()
+        pictures = self._outputs(grid, z.shape[2], lambda index: latent_chunk(z, index))
+        parts = (as_pixels(picture, pixels) for picture in pictures)
+        dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
+        yield from Collector(self._comm, grid).collected(parts, dim=dim)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], put together on the root and broadcast."""
@@ -49,13 +45,10 @@ class ShardRunner:
         rows, cols = x.shape[3] // scale, x.shape[4] // scale
         grid = self._grid_of(rows, cols)
         own = slab_of(x, grid.slab(self._comm.rank), scale, PICTURE_ROWS)
-        parts = list(self._outputs(grid, chunks, lambda index: picture_chunk(own, index)))
-        collector = Collector(self._comm, grid)
-        whole = collector.collect(torch.cat(parts, dim=1), dim=PIXEL_ROWS)
-        collector.flush()
-        if whole is None:
-            frames = 1 + (chunks - 1) * program.latents_per_chunk
-            whole = x.new_empty(x.shape[0], frames, rows, cols, 2 * program.z_dim)
+        part = torch.cat(list(self._outputs(grid, chunks, lambda index: picture_chunk(own, index))), dim=1)
+        frames = 1 + (chunks - 1) * program.latents_per_chunk
+        wholes = list(Collector(self._comm, grid).collected([part], dim=PIXEL_ROWS))
+        whole = wholes[0] if wholes else x.new_empty(x.shape[0], frames, rows, cols, 2 * program.z_dim)
         self._comm.broadcast(whole)
         return whole.permute(0, 4, 1, 2, 3).contiguous()
 
