@@ -83,7 +83,7 @@ class Comm:
         self._board: Board | None = None
         self._under_way: WeakSet[Pending] = WeakSet()
         self._run = 0
-        self._broken = False
+        self._running = self._broken = False
         self._lost: PeerLost | None = None
         if dist.is_available() and dist.is_initialized():
             self._group = group or dist.group.WORLD
@@ -136,13 +136,16 @@ class Comm:
         if self._board is None:
             yield
             return
+        if self._running:
+            self._broken = True  # one was left in the middle: its messages may be under way
         self._ready()
         self._run += 1
-        self._broken = True  # until it has ended well: messages may be under way
+        self._running = True
         try:
             yield
             self._gather_objects(None)
         except BaseException as error:
+            self._running, self._broken = False, True
             if isinstance(error, PeerLost):
                 self._lost = error
             if not isinstance(error, PeerFailed | RunStopped):
@@ -150,7 +153,7 @@ class Comm:
                 self._board.post(self._run, Notice(self.rank, reason))
             self._close()
             raise
-        self._broken = False
+        self._running = False
 
     def agree(self, value: T) -> list[T]:
         """Every rank's `value`, by rank. Values must pickle; counted as control, not as payload."""
