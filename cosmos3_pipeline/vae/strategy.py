@@ -12,13 +12,14 @@ A strategy is a dataclass of its own settings, all with defaults, so that YAML c
         def runner(self, vae, comm, direction): ...       # binds weights; imports torch here, not at the top
 
 `plan` describes what each rank will own, compute, hold and send, and raises StrategyError for what the strategy
-cannot honour. It is asked before a weight is read and again before every call, so `runner` may rely on it.
+cannot honour. It is asked before a weight is read, and before the first call with each shape of latent, so
+`runner` may rely on it.
 
 `runner` is called on every rank of the group, once per direction, and returns what does the work for any clip:
 
 - decode: `stream(z, pixels=...)`, a generator. Every rank of the group iterates it to its end. It yields the
-  picture chunk by chunk in order, on the root (rank 0 of the group) only, unless the strategy's `everywhere` is
-  True and each rank makes the whole picture by itself. Only what the root yields may travel to it.
+  picture in order, some frames at a time, on the root (rank 0 of the group) only, unless the strategy's
+  `everywhere` is True and each rank makes the whole picture by itself. Only what the root yields may travel to it.
 - encode: `encode(x)`, the moments [B, 2 * z_dim, T, h, w] on every rank.
 
 Runners send through `comm` only (its ledger is what plans are held against) and do not catch its errors.
