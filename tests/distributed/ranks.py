@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -61,7 +62,8 @@ def _rank(
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
         )
-        results.put((rank, function(rank, *args), None))
+        # By value: a tensor that a queue shares is gone when its process has ended before it is fetched.
+        results.put((rank, pickle.dumps(function(rank, *args)), None))
         results.close()
         results.join_thread()
         dist.destroy_process_group()
@@ -91,5 +93,5 @@ def _collect(processes: list[Any], results: Any, deadline: float, may_die: tuple
         reported.add(rank)
         if error is not None:
             raise RankError(f"rank {rank} of {len(processes)} failed:\n{error}")
-        found[rank] = value
+        found[rank] = pickle.loads(value)
     return [found[rank] for rank in range(len(processes))]
