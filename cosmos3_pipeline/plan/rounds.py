@@ -2,6 +2,8 @@
 
 The order is the executor's (`vae/bound_ops.py`): a norm computes the rows that neighbours wait for first, and they
 travel while it computes the rest; what reads a halo waits for it; attention gathers whole frames, on every rank.
+
+Not followed: on CPU a norm of a small slab is one call, and its halo travels only after it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,15 +22,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "attention bias, integer positions": {"attention_bias": True, "enable_fps_modulation": False},
 }
 SIZES = {"t2v": (80, 48, 9), "t2i": (112, 80, 1), "odd": (48, 16, 17), "one token": (16, 32, 1)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A matrix product that several threads share sums in an order that depends on its number of rows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prompts(seed: int, words: tuple[int, int] = (23, 9)) -> tuple[list[int], list[int]]:

@@ -13,8 +13,8 @@ from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.inputs import VaeInputError
-from cosmos3_pipeline.vae.program import decoder_program
-from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError
+from cosmos3_pipeline.vae.program import Program, decoder_program
+from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import balanced_runs, op_costs
 from cosmos3_plugins.replicated import Replicated
@@ -207,3 +207,23 @@ def test_cosmos3_pipeline_runs_unchanged(image: bool) -> None:
     assert isinstance(pipe.vae, ParallelVAE)
     assert expected.std() > 0.01
     assert (video() - expected).abs().max() <= 1e-4
+
+
+def test_a_plan_is_asked_for_once_for_each_shape_and_every_refusal_again() -> None:
+    asked: list[int] = []
+
+    class Asked(Replicated):
+        def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
+            asked.append(shape.frames)
+            if shape.frames == 3:
+                raise StrategyError("three frames")
+            return super().plan(program, shape, ranks)
+
+    vae = ParallelVAE(make_vae(CONFIG), Replicated(), Asked())
+    for frames in (2, 2, 1, 2):
+        vae.decode(latent(frames))
+    assert asked == [2, 1]
+    for _ in range(2):
+        with pytest.raises(StrategyError, match="three frames"):
+            vae.decode(latent(3))
+    assert asked == [2, 1, 3, 3]

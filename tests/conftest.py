@@ -1,6 +1,6 @@
-"""One thread here as in the ranks.
+"""One thread in the tests' own process, as in the ranks that they start.
 
-A reference is made in this process, and a kernel that several threads share may sum in another order.
+References are made in this process, and a kernel that several threads share may sum in another order.
 """
 
 from __future__ import annotations
