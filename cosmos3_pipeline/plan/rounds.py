@@ -43,9 +43,36 @@ def overlap(a: Span, b: Span) -> int:
     return max(0, min(a[1], b[1]) - max(a[0], b[0]))
 
 
-def common_area(a: RankShare, b: RankShare) -> int:
-    """Latent pixels that two shares have in common."""
-    return overlap(a.rows, b.rows) * overlap(a.cols, b.cols)
+@dataclass(frozen=True)
+class Part:
+    """Rows and columns [start, stop) of the picture."""
+
+    rows: Span
+    cols: Span
+
+    @property
+    def area(self) -> int:
+        return self.common(self)
+
+    def common(self, other: Part) -> int:
+        """Pixels that two parts have in common."""
+        return overlap(self.rows, other.rows) * overlap(self.cols, other.cols)
+
+    def widened(self, margins: Margins) -> Part:
+        """With what an op reads beyond it."""
+        (top, bottom), (left, right) = self.rows, self.cols
+        return Part((top - margins.top, bottom + margins.bottom), (left - margins.left, right + margins.right))
+
+
+def part_of(share: RankShare, number: int, scale: int) -> Part:
+    """What of the picture `share` runs op `number` on, where `scale` rows make a latent one."""
+    rows, cols, unit = share.rows, share.cols, 1
+    for deal in share.deals:
+        if deal.start <= number:
+            rows, cols, unit = deal.rows, deal.cols, deal.unit
+    return Part(
+        (rows[0] * scale // unit, rows[1] * scale // unit), (cols[0] * scale // unit, cols[1] * scale // unit)
+    )
 
 
 class Chunk:
@@ -69,7 +96,7 @@ class Chunk:
         self._own = own
         self._others = [share for share in group if share.rank != own.rank]
         self._first = first
-        self._rows = _area(own, 1) / shape.cols
+        self._dealt = [deal.start for deal in own.deals]
 
     def portions(self) -> list[list[Step]]:
         """What the rank does for each portion that leaves it, in order. The ops that see the chunk whole are done
@@ -90,20 +117,22 @@ class Chunk:
         under_way = False
         for index in range(start, stop):
             op = self._ops[index]
+            if index and index in self._dealt:
+                steps += [self._deal(index), Arrive.ALL]
             if isinstance(op, Attention) and self._others:
                 whole = self._costs.seconds(index, self._shape.rows, self._first) / parts
-                steps += [self._gather(op), Arrive.ALL, whole]
+                steps += [self._gather(index), Arrive.ALL, whole]
                 continue
-            halo = self._halo(op)
+            halo = self._halo(index)
             if halo is not None:
                 steps += [] if under_way else [halo]
                 steps += [Arrive.ALL, self._seconds(index)]
                 under_way = False
                 continue
-            following = self._halo(self._ops[index + 1]) if index + 1 < stop else None
+            following = self._halo(index + 1) if index + 1 < stop else None
             if isinstance(op, NormSilu) and following is not None:
                 # Calls of their own, so that what is fixed in an op's cost is paid by each part.
-                edges = self._edges(self._ops[index + 1])
+                edges = self._edges(index + 1)
                 rest = 1 - sum(edges)
                 steps += [sum(self._seconds(index, part) for part in edges), following]
                 steps.append(self._seconds(index, rest) if rest else 0.0)
@@ -114,39 +143,61 @@ class Chunk:
 
     def _seconds(self, index: int, share: float = 1.0) -> float:
         """Of a portion, on `share` of this slab."""
-        return self._costs.seconds(index, share * self._rows, self._first) / self._parts
+        scale = self._ops[index].source.scale
+        rows = part_of(self._own, index, scale).area / (scale**2 * self._shape.cols)
+        return self._costs.seconds(index, share * rows, self._first) / self._parts
 
-    def _gather(self, op: Op) -> Round:
+    def _parts_of(self, index: int, scale: int) -> tuple[Part, list[tuple[int, Part]]]:
+        """This rank's slab of op `index`, and those of the others."""
+        others = [(other.rank, part_of(other, index, scale)) for other in self._others]
+        return part_of(self._own, index, scale), others
+
+    def _round(self, op: Op, areas: Sequence[tuple[int, int, int]]) -> Round:
+        """Messages of so many pixels (given, taken) to and from each other rank; none where there are none."""
+        sends = tuple((rank, self._nbytes(op, given)) for rank, given, _ in areas if given)
+        receives = tuple((rank, self._nbytes(op, taken)) for rank, _, taken in areas if taken)
+        return Round(sends, receives)
+
+    def _deal(self, index: int) -> Round:
+        """What the slabs before op `index` and from it on have in common, with those of the others."""
+        op = self._ops[index]
+        before, theirs_before = self._parts_of(index - 1, op.source.scale)
+        after, theirs_after = self._parts_of(index, op.source.scale)
+        pairs = zip(theirs_before, theirs_after, strict=True)
+        return self._round(op, [(rank, before.common(b), a.common(after)) for (rank, a), (_, b) in pairs])
+
+    def _gather(self, index: int) -> Round:
         """This rank's slab to every other, and theirs."""
-        given = self._nbytes(op, _area(self._own, op.source.scale))
-        return Round(
-            tuple((other.rank, given) for other in self._others),
-            tuple((other.rank, self._nbytes(op, _area(other, op.source.scale))) for other in self._others),
-        )
+        op = self._ops[index]
+        own, others = self._parts_of(index, op.source.scale)
+        return self._round(op, [(rank, own.area, part.area) for rank, part in others])
 
-    def _halo(self, op: Op) -> Round | None:
-        """What neighbours read of this slab to run `op`, and this slab of theirs; None when nothing."""
+    def _halo(self, index: int) -> Round | None:
+        """What neighbours read of this slab to run op `index`, and this slab of theirs; None when nothing."""
+        op = self._ops[index]
         if not op.margins or not self._others:
             return None
-        scale = op.source.scale
-        sends, receives = [], []
-        for other in self._others:
-            given = _read(other, self._own, op.margins, scale)
-            taken = _read(self._own, other, op.margins, scale)
-            sends += [(other.rank, self._nbytes(op, given))] * (given > 0)
-            receives += [(other.rank, self._nbytes(op, taken))] * (taken > 0)
-        return Round(tuple(sends), tuple(receives)) if sends or receives else None
+        own, others = self._parts_of(index, op.source.scale)
+        halo = self._round(
+            op,
+            [
+                (rank, part.widened(op.margins).common(own), own.widened(op.margins).common(part))
+                for rank, part in others
+            ],
+        )
+        return halo if halo.sends or halo.receives else None
 
     def _nbytes(self, op: Op, area: int) -> int:
         frames = 1 if self._first else op.source.frames // self._parts
         return self._shape.batch * frames * area * op.source.channels * self._shape.element_bytes
 
-    def _edges(self, op: Op) -> list[float]:
-        """The shares of this slab that neighbours wait for, for `op`: strips along its sides, corners once."""
-        own, m, scale = self._own, op.margins, op.source.scale
-        height, width = (own.rows[1] - own.rows[0]) * scale, (own.cols[1] - own.cols[0]) * scale
-        beside = [other for other in self._others if overlap(other.cols, own.cols)]
-        abreast = [other for other in self._others if overlap(other.rows, own.rows)]
+    def _edges(self, index: int) -> list[float]:
+        """The shares of this slab that neighbours wait for, for op `index`: strips at its sides, corners once."""
+        op = self._ops[index]
+        own, others = self._parts_of(index, op.source.scale)
+        m, height, width = op.margins, own.rows[1] - own.rows[0], own.cols[1] - own.cols[0]
+        beside = [other for _, other in others if overlap(other.cols, own.cols)]
+        abreast = [other for _, other in others if overlap(other.rows, own.rows)]
         # The neighbour above reads as many of the first rows as it has margin below itself, and so on around.
         top = min(height, m.bottom * any(other.rows[1] == own.rows[0] for other in beside))
         bottom = min(height - top, m.top * any(other.rows[0] == own.rows[1] for other in beside))
@@ -165,22 +216,3 @@ def _joined(steps: Sequence[Step]) -> list[Step]:
         else:
             joined.append(step)
     return joined
-
-
-def _area(share: RankShare, scale: int) -> int:
-    return (share.rows[1] - share.rows[0]) * (share.cols[1] - share.cols[0]) * scale**2
-
-
-def _read(reader: RankShare, owner: RankShare, margins: Margins, scale: int) -> int:
-    """Pixels at `scale` that an op with `margins` on `reader` reads of `owner`."""
-    rows = overlap(_widened(reader.rows, scale, margins.top, margins.bottom), _scaled(owner.rows, scale))
-    cols = overlap(_widened(reader.cols, scale, margins.left, margins.right), _scaled(owner.cols, scale))
-    return rows * cols
-
-
-def _scaled(span: Span, scale: int) -> Span:
-    return span[0] * scale, span[1] * scale
-
-
-def _widened(span: Span, scale: int, before: int, after: int) -> Span:
-    return span[0] * scale - before, span[1] * scale + after

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 from cosmos3_pipeline.plan.events import Clock, Message, Process
 from cosmos3_pipeline.plan.op_costs import OpCosts
-from cosmos3_pipeline.plan.rounds import Chunk, Parcel, Round, Step, common_area
+from cosmos3_pipeline.plan.rounds import Chunk, Parcel, Round, Step, part_of
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program
 from cosmos3_pipeline.vae.strategy import Exactness, RankShare, StrategyPlan
@@ -38,10 +39,10 @@ def groups_of(program: Program, shape: LatentShape, plan: StrategyPlan) -> list[
     for group in groups:
         for index, share in enumerate(group):
             for other in group[:index]:
-                if common_area(share, other):
+                if part_of(share, -1, 1).common(part_of(other, -1, 1)):
                     who = f"ranks {other.rank} and {share.rank}"
                     raise _unknown(plan, f"give {who} the same rows and columns of ops {_text(share.ops)}")
-        if sum(common_area(share, share) for share in group) != shape.rows * shape.cols:
+        if sum(part_of(share, -1, 1).area for share in group) != shape.rows * shape.cols:
             raise _unknown(plan, f"leave rows or columns of ops {_text(group[0].ops)} to nobody")
     return groups
 
@@ -105,7 +106,7 @@ class Schedule:
         """Of one portion of the 8-bit picture of `share`."""
         program = self._program
         frames = 1 if first else program.temporal // program.portions_at(len(program), first=False)
-        pixels = common_area(share, share) * program.spatial**2
+        pixels = part_of(share, len(program), program.spatial).area
         return self._shape.batch * frames * pixels * program.picture_channels
 
 
@@ -201,12 +202,15 @@ class Line(Schedule):
         A tensor after the other.
         """
         shape = self._shape
+        scale = self._program.carried(cut)[0].scale
+        ours = part_of(own, cut - 1, scale)
+        # A shortcut that is open may have fewer pixels than the activation, in the same proportions.
         per_pixel = [
-            math.prod(tensor) * shape.element_bytes // (shape.rows * shape.cols)
+            Fraction(math.prod(tensor) * shape.element_bytes, shape.rows * shape.cols * scale**2)
             for tensor in self._program.carried_shapes(cut, shape, first=first)
         ]
-        parts = [(other.rank, common_area(own, other)) for other in others]
-        return [(rank, area * size) for rank, area in parts if area for size in per_pixel]
+        parts = [(other.rank, ours.common(part_of(other, cut - 1, scale))) for other in others]
+        return [(rank, int(area * size)) for rank, area in parts if area for size in per_pixel]
 
 
 class Pieces(Schedule):

@@ -161,7 +161,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
         frames = with_room(x, tuple(x.shape), flow.room)
         out, margins = frames.inner, flow.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
-        if x.device.type == "cpu" and x.numel() <= NORM_BLOCK_ELEMENTS:
+        if x.device.type == "cpu" and x.numel() <= 8 * NORM_BLOCK_ELEMENTS:
             # So little that a second and third call would take longer than what they hide.
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for rows, cols in edges:

@@ -6,7 +6,8 @@ what each op allocates. Not counted: what a convolution library keeps for itself
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from cosmos3_pipeline.vae.ops import (
     NO_ROOM,
@@ -33,6 +34,8 @@ from cosmos3_pipeline.vae.program import Program
 # a core's second-level cache.
 NORM_BLOCK_ELEMENTS = 1 << 17
 
+NO_DEALS: Mapping[int, LatentShape] = MappingProxyType({})
+
 
 def activation_bytes(
     program: Program,
@@ -42,14 +45,16 @@ def activation_bytes(
     *,
     cut_rows: bool = False,
     cut_cols: bool = False,
+    deals: Mapping[int, LatentShape] = NO_DEALS,
 ) -> int:
     """Peak bytes beyond the weights while the ops [start, stop) run over a clip, portion by portion.
 
     `latent` is the slab that is run: with `cut_rows` or `cut_cols` its ops also hold the neighbours' margins.
+    `deals`: from which ops on another slab is run instead, which is copied together from what was there.
     """
     stop = len(program) if stop is None else stop
     chunks = program.chunks(latent)
-    walk = _Walk(program, latent, start, stop, cut_rows=cut_rows, cut_cols=cut_cols)
+    walk = _Walk(program, latent, start, stop, deals, cut_rows=cut_rows, cut_cols=cut_cols)
     peak = walk.chunk(first=True, last=chunks == 1)
     if chunks > 1:
         # The frames kept by the ops already run are replaced in place, so the third chunk is like the second.
@@ -61,10 +66,19 @@ class _Walk:
     """The state of a slice between chunks, in bytes."""
 
     def __init__(
-        self, program: Program, latent: LatentShape, start: int, stop: int, *, cut_rows: bool, cut_cols: bool
+        self,
+        program: Program,
+        latent: LatentShape,
+        start: int,
+        stop: int,
+        deals: Mapping[int, LatentShape],
+        *,
+        cut_rows: bool,
+        cut_cols: bool,
     ) -> None:
         self._program = program
         self._latent = latent
+        self._deals = {start: latent, **deals}
         self._start = start
         self._ops = program.ops[start:stop]
         self._cuts = {"cut_rows": cut_rows, "cut_cols": cut_cols}
@@ -82,7 +96,11 @@ class _Walk:
             return max(self._through(self._ops, start) for _ in range(parts))
         self._parts = 1
         peak = self._through(self._ops[:early], start) if early else 0
-        chunk = self._size(program.carried(start + early)[0])
+        spec = program.carried(start + early)[0]
+        if early:
+            peak = max(peak, self._moved(start + early, self._size(spec)))
+        self._latent = self._slab(start + early)
+        chunk = self._size(spec)
         self._parts = parts
         # While the portions but the last are worked on, the chunk of which they are parts is alive.
         portion = chunk // parts
@@ -90,15 +108,30 @@ class _Walk:
         peak = max(peak, self._through(self._ops[early:], start + early) + held)
         return max(peak, self._through(self._ops[early:], start + early))
 
+    def _slab(self, number: int) -> LatentShape:
+        """The slab that op `number` runs on."""
+        return self._deals[max(start for start in self._deals if start <= number)]
+
+    def _moved(self, number: int, given: int) -> int:
+        """Bytes alive while `given` elements of the slab before are copied together to that of op `number`."""
+        before, self._latent = self._latent, self._slab(number)
+        if self._latent == before:
+            return 0
+        return self._alive([[given], [self._size(self._program.ops[number].source)]])
+
     def _through(self, ops: Sequence[Op], start: int) -> int:
         """Run one portion through `ops`, the first of which is op `start`; returns its peak in bytes."""
+        self._latent = self._slab(start)
         element = self._latent.element_bytes
         # Tensors are told apart by identity, because an identity shortcut shares its tensor with the activation.
         at = [self._size(self._program.carried(start)[0])]
         room = NO_ROOM
         shortcuts = [[self._size(spec)] for spec in self._program.carried(start)[1:]]
         peak = 0
-        for op, following in zip(ops, [*ops[1:], None], strict=True):
+        for number, (op, following) in enumerate(zip(ops, [*ops[1:], None], strict=True), start):
+            if number in self._deals and number > start:
+                peak = max(peak, self._moved(number, at[0]))
+                at = [self._size(op.source)]
             alive = [at, *shortcuts]
             wanted = self._room(op)
             takes = (op.weights and not isinstance(op, NormSilu | Attention)) or isinstance(op, ShortcutBegin)

@@ -19,7 +19,8 @@ Shape = tuple[int, int, int, int, int]
 class LatentShape:
     """The latent of one call, in either direction: frames, rows and columns of the latent grid.
 
-    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16).
+    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab of a
+    picture that was cut between latent rows counts its rows and columns in parts of one, `unit` of which make one.
     """
 
     batch: int
@@ -27,9 +28,10 @@ class LatentShape:
     rows: int
     cols: int
     element_bytes: int = 4
+    unit: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch", "frames", "rows", "cols", "element_bytes"):
+        for name in ("batch", "frames", "rows", "cols", "element_bytes", "unit"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"the latent's {name} is {getattr(self, name)}; a clip has at least one of each; "
@@ -89,8 +91,8 @@ class TensorSpec:
         return (
             latent.batch,
             1 if first else self.frames,
-            latent.rows * self.scale,
-            latent.cols * self.scale,
+            latent.rows * self.scale // latent.unit,
+            latent.cols * self.scale // latent.unit,
             self.channels,
         )
 

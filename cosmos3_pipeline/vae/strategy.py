@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cosmos3_pipeline.vae.weights import BoundVae
 
 __all__ = [
+    "Deal",
     "Direction",
     "Exactness",
     "LatentShape",
@@ -85,6 +86,19 @@ class StrategyError(ValueError):
 
 
 @dataclass(frozen=True)
+class Deal:
+    """From op `start` on, a rank owns other rows and columns [start, stop) of the picture.
+
+    They are counted in parts of a latent row, `unit` of which make one.
+    """
+
+    start: int
+    unit: int
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class RankShare:
     """What one rank of the group does with one clip.
 
@@ -92,6 +106,7 @@ class RankShare:
     flops: as `Op.flops`, over the clip. weight_bytes: of its ops. activation_bytes: peak beyond the weights.
     sent_bytes, sent_messages: payload that it hands to others, as the ledger counts; for decode that of
     `decode_stream` (`decode` adds one broadcast of the float picture by the root unless `everywhere`).
+    deals: where ops run on other rows and columns than those of the latent that it owns, in the order of the ops.
     """
 
     rank: int
@@ -103,6 +118,7 @@ class RankShare:
     activation_bytes: int
     sent_bytes: int
     sent_messages: int
+    deals: tuple[Deal, ...] = ()
 
 
 @dataclass(frozen=True)

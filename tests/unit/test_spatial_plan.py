@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,10 +12,10 @@ from hypothesis import strategies as st
 from vae_models import WAN21, WAN22, vae_config
 
 from cosmos3_pipeline.vae.ops import Attention, LatentShape, Margins
-from cosmos3_pipeline.vae.program import decoder_program, encoder_program
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import StrategyError
 from cosmos3_plugins.spatial_shard import SpatialShard
-from cosmos3_plugins.spatial_shard.slabs import Grid, inner_edge
+from cosmos3_plugins.spatial_shard.slabs import Grid, Slab, inner_edge, moved, run_of
 
 DECODER = decoder_program(vae_config(WAN22))
 
@@ -28,6 +30,84 @@ def test_slabs_cover_the_latent_once_and_evenly(rows: int, cols: int, down: int,
     heights = {s.height for s in slabs}
     assert max(heights) - min(heights) <= 1 and min(heights) >= 1
     assert slabs[0].height == min(heights)  # the root, which also writes the picture, has the smallest
+
+
+PROGRAMS = [make(vae_config(base)) for make in (decoder_program, encoder_program) for base in (WAN22, WAN21)]
+
+
+@given(
+    program=st.sampled_from(PROGRAMS),
+    rows=st.integers(1, 60),
+    cols=st.integers(1, 60),
+    down=st.integers(1, 9),
+    across=st.integers(1, 9),
+)
+def test_slabs_are_dealt_anew_only_where_that_is_better_and_no_row_is_parted(
+    program: Program, rows: int, cols: int, down: int, across: int
+) -> None:
+    latent = Grid.of(rows, cols, min(down, rows), min(across, cols))
+    run = run_of(program, latent)
+    assert [one.start for one in run.stretches] == [0, *(one.stop for one in run.stretches[:-1])]
+    assert run.stretches[-1].stop == len(program)
+    # What enters a decoder and leaves an encoder is the latent, whose rows are whole.
+    assert (run.entering if program.direction == "decode" else run.leaving) == latent
+    finest = run.leaving if program.direction == "decode" else run.entering
+    least = min(op.source.scale for op in program.ops[-2:]) if program.direction == "decode" else program.spatial
+    assert finest.largest == min(one.grid.largest for one in run.stretches) <= latent.largest
+    assert finest.largest >= rows * cols / len(latent) and finest.unit <= least
+    for one in run.stretches:
+        assert one.grid.extent(1) == (rows, cols)
+        for op in program.ops[one.start : one.stop]:
+            for scale in (op.source.scale, op.target.scale):
+                assert scale % one.grid.unit == 0, "a slab would begin within a row"
+
+
+@given(
+    rows=st.integers(4, 30),
+    cols=st.integers(4, 30),
+    down=st.integers(1, 4),
+    across=st.integers(1, 4),
+    data=st.data(),
+)
+def test_what_leaves_a_slab_when_it_is_dealt_anew_is_what_comes_to_the_others(
+    rows: int, cols: int, down: int, across: int, data: st.DataObject
+) -> None:
+    before = Grid.of(rows, cols, down, across)
+    after = Grid.of(rows, cols, down, across, unit=data.draw(st.sampled_from([2, 4, 8])))
+    if data.draw(st.booleans()):
+        before, after = after, before
+    scale = 8
+    whole = {(r, c) for r in range(rows * scale) for c in range(cols * scale)}
+    had: set[tuple[int, int]] = set()
+    for index in range(len(after)):
+        old, new = (set(_pixels(grid.slab(index).at(scale))) for grid in (before, after))
+        come = [set(_pixels(part)) for _, part in moved(after, before, index, scale)]
+        gone = [set(_pixels(part)) for _, part in moved(before, after, index, scale)]
+        assert old - set().union(*gone) == old & new
+        assert (old & new) | set().union(*come) == new
+        for (other, part), pixels in zip(moved(after, before, index, scale), come, strict=True):
+            assert (index, part) in moved(before, after, other, scale) and not pixels & old
+        had |= new
+    assert had == whole
+
+
+def _pixels(slab: Slab) -> Iterator[tuple[int, int]]:
+    return product(range(*slab.rows), range(*slab.cols))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "expected"),
+    [
+        (12, 2, []),
+        (11, 2, [(2, (11, 22))]),
+        (45, 4, [(2, (22, 45)), (4, (45, 90))]),  # 11.25 latent rows each, which are 45 quarters
+        (45, 8, [(4, (22, 45)), (8, (45, 90))]),  # as halves the largest would be 12 of them, which are 6 rows
+    ],
+)
+def test_rows_that_do_not_divide_become_parts_of_rows(rows: int, ranks: int, expected: list[Any]) -> None:
+    plan = SpatialShard().plan(DECODER, LatentShape(1, 3, rows, 80), ranks)
+    assert [(deal.unit, deal.rows) for deal in plan.shares[1].deals] == expected
+    assert ("dealt anew" in plan.note) == bool(expected)
 
 
 @given(down=st.integers(1, 5), across=st.integers(1, 5), data=st.data())
@@ -92,11 +172,16 @@ def test_halos_of_720p_over_two_ranks_are_one_row_per_convolution_and_frame() ->
             messages += 3
     assert (shares[0].sent_bytes, shares[0].sent_messages) == (4 * rows, messages)
     assert [share.rows for share in shares] == [(0, 22), (22, 45)]
-    # The other rank sends a row more of each attention frame, and its part of the picture.
+    # The other rank sends a row more of each attention frame, half a latent row of the larger picture (each rank
+    # then has 22.5), and its half of the result.
     attention = next(op for op in DECODER.ops if isinstance(op, Attention))
-    picture = 9 * (23 * 16) * (80 * 16) * 3
-    assert shares[1].sent_bytes == 4 * rows + 4 * 3 * 80 * attention.source.channels + picture
-    assert shares[1].sent_messages == messages + 1 + 2 * 2
+    (deal,) = shares[1].deals
+    assert (deal.unit, deal.rows, deal.cols) == (2, (45, 90), (0, 160))
+    at = DECODER.ops[deal.start].source
+    half_row = 160 * at.channels * (1 + 2 * at.frames)
+    picture = 9 * 360 * (80 * 16) * 3
+    assert shares[1].sent_bytes == 4 * rows + 4 * (3 * 80 * attention.source.channels + half_row) + picture
+    assert shares[1].sent_messages == messages + 3 + 1 + 2 * 2
 
 
 @pytest.mark.parametrize("base", [WAN22, WAN21], ids=["wan22", "wan21"])

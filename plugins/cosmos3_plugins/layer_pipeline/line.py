@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cosmos3_pipeline.distributed.comm import Comm, Pending
-from cosmos3_pipeline.vae.executor import Slice
-from cosmos3_pipeline.vae.frames import HaloExchange
 from cosmos3_pipeline.vae.ops import Shape
+from cosmos3_pipeline.vae.program import Program
 from cosmos3_pipeline.vae.strategy import LatentShape
 from cosmos3_pipeline.vae.weights import BoundVae
+
+
+class Part(Protocol):
+    """A run of ops with their weights: an executor's `Slice`, or what is used like one."""
+
+    program: Program
+    start: int
+
+    def state(self, chunks: int) -> Any:
+        """What it remembers between the chunks of one clip."""
+        ...
+
+    def portions(self, given: Iterable[list[Tensor]], state: Any) -> Iterator[list[Tensor]]:
+        """As `Slice.portions`."""
+        ...
 
 
 class Place:
@@ -23,23 +38,18 @@ class Place:
     `above` is None where the input is, `below` where the result is.
     """
 
-    def __init__(self, vae: BoundVae, comm: Comm, part: Slice, *, above: int | None, below: int | None) -> None:
+    def __init__(self, vae: BoundVae, comm: Comm, part: Part, *, above: int | None, below: int | None) -> None:
         self._vae = vae
         self._comm = comm
         self._slice = part
         self._above = above
         self._below = below
 
-    def outputs(
-        self,
-        latent: LatentShape,
-        chunks: int,
-        source: Callable[[int], Tensor],
-        exchange: HaloExchange | None = None,
-    ) -> Iterator[Tensor]:
-        """Passes every chunk of `latent` through the slice; yields the results at the end of the line.
+    def outputs(self, latent: LatentShape, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        """Passes every chunk through the slice; yields the results at the end of the line.
 
-        `source(index)` is the input of a chunk at the start of the line, and is not asked elsewhere.
+        `latent` is the shape, or that of the slab, that comes from above. `source(index)` is the input of a chunk
+        at the start of the line, and is not asked elsewhere.
         """
         state = self._slice.state(chunks)
         arrivals = self._arrivals(latent, chunks)
@@ -47,7 +57,7 @@ class Place:
         for index in range(chunks):
             parts = self._slice.program.portions_at(self._slice.start, first=index == 0)
             given = [[source(index)]] if self._above is None else islice(arrivals, parts)
-            for results in self._slice.portions(given, state, exchange):
+            for results in self._slice.portions(given, state):
                 if self._below is None:
                     yield results[0]
                     continue

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from cosmos3_pipeline.vae.footprint import activation_bytes
 from cosmos3_pipeline.vae.strategy import (
     Direction,
     Exactness,
@@ -26,11 +25,11 @@ from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.spatial_shard.slabs import (
     Grid,
     Traffic,
-    attention_bytes,
+    deals,
     moments_bytes,
     picture_bytes,
-    slab_flops,
-    slab_traffic,
+    run_of,
+    slab_work,
 )
 
 if TYPE_CHECKING:
@@ -99,36 +98,32 @@ class PipelineOfShards(Strategy):
     ) -> RankShare:
         group, index = divmod(rank, len(grid))
         start, stop = runs[group]
-        slab = grid.slab(index)
-        part = slab.latent(shape)
-        chunks = program.chunks(shape)
-        peak = max(
-            activation_bytes(program, part, start, stop, cut_rows=grid.cuts_rows),
-            attention_bytes(program, shape, start, stop),
-        )
-        if chunks > 1:
+        work = slab_work(program, shape, run_of(program, grid, start, stop), index)
+        peak, sent, slab = work.activation_bytes, work.sent, grid.slab(index)
+        if program.chunks(shape) > 1:
             # The next portion arrives, and the last one leaves, while this one is computed.
-            crossing = [cut for cut in (start, stop) if 0 < cut < len(program)]
-            peak += part.element_bytes * sum(program.portion_elements(cut, part, first=False) for cut in crossing)
-        sent = slab_traffic(program, shape, grid, index, start, stop)
+            for cut, part in ((start, work.entering), (stop, work.leaving)):
+                if 0 < cut < len(program):
+                    peak += part.element_bytes * program.portion_elements(cut, part, first=False)
         if stop < len(program):
             messages = program.crossings(stop, shape) * len(program.carried(stop))
-            sent += Traffic(program.carried_bytes(stop, part), messages)
+            sent += Traffic(program.carried_bytes(stop, work.leaving), messages)
         elif program.direction == "decode":
             if index:
-                sent += Traffic(picture_bytes(program, part), program.crossings(len(program), shape))
+                sent += Traffic(picture_bytes(program, work.leaving), program.crossings(len(program), shape))
         elif len(runs) * len(grid) > 1:
-            sent += Traffic(moments_bytes(program, part if index else shape), 1)
+            sent += Traffic(moments_bytes(program, work.leaving if index else shape), 1)
         return RankShare(
             rank=rank,
             ops=(start, stop),
             rows=slab.rows,
             cols=slab.cols,
-            flops=slab_flops(program, shape, slab, start, stop),
+            flops=work.flops,
             weight_bytes=program.weight_elements(start, stop) * shape.element_bytes,
             activation_bytes=peak,
             sent_bytes=sent.bytes,
             sent_messages=sent.messages,
+            deals=deals(program, grid, index),
         )
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:

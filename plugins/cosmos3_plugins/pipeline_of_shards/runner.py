@@ -12,9 +12,9 @@ from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, 
 from cosmos3_pipeline.vae.strategy import Direction, LatentShape, Pixels
 from cosmos3_pipeline.vae.weights import BoundVae
 from cosmos3_plugins.layer_pipeline.line import Place
-from cosmos3_plugins.spatial_shard.exchange import Collector, SlabExchange, slab_of
+from cosmos3_plugins.spatial_shard.exchange import Collector, SlabRun, slab_of
 from cosmos3_plugins.spatial_shard.runner import PICTURE_ROWS, PIXEL_ROWS
-from cosmos3_plugins.spatial_shard.slabs import Grid
+from cosmos3_plugins.spatial_shard.slabs import Grid, Run, run_of, stretches_of
 
 
 class ShardStage:
@@ -26,49 +26,53 @@ class ShardStage:
     def __init__(
         self, vae: BoundVae, comm: Comm, direction: Direction, run: tuple[int, int], *, groups: int
     ) -> None:
+        self._vae = vae
         self._comm = comm
         self._program = vae.program(direction)
+        self._ops = run
+        self._slices = [vae.slice(direction, a, b) for a, b, _ in stretches_of(self._program, *run)]
+        self._groups = groups
         self._shards = comm.size // groups
         self._group, self._band = divmod(comm.rank, self._shards)
-        self._place = Place(
-            vae,
-            comm,
-            vae.slice(direction, *run),
-            above=comm.rank + self._shards if self._group + 1 < groups else None,
-            below=comm.rank - self._shards if self._group else None,
-        )
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields the picture on the root; the other ranks send what they compute and yield nothing."""
         latent = LatentShape(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
-        grid = self._grid(latent)
-        own = slab_of(z, grid.slab(self._band), 1, PICTURE_ROWS)
-        pictures = self._outputs(grid, latent, z.shape[2], lambda index: latent_chunk(own, index))
+        run = self._run(latent)
+        own = slab_of(z, run.entering.slab(self._band), 1, PICTURE_ROWS)
+        pictures = self._outputs(run, latent, z.shape[2], lambda index: latent_chunk(own, index))
         parts = (as_pixels(picture, pixels) for picture in pictures)
         dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
-        yield from Collector(self._comm, grid).collected(parts, dim=dim)
+        yield from Collector(self._comm, run.leaving).collected(parts, dim=dim)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], put together on the root and broadcast."""
         chunks, scale = picture_chunks(x.shape[2]), self._program.spatial
         frames = 1 + (chunks - 1) * self._program.latents_per_chunk
         latent = LatentShape(x.shape[0], frames, x.shape[3] // scale, x.shape[4] // scale)
-        grid = self._grid(latent)
-        own = slab_of(x, grid.slab(self._band), scale, PICTURE_ROWS)
-        parts = list(self._outputs(grid, latent, chunks, lambda index: picture_chunk(own, index)))
+        run = self._run(latent)
+        own = slab_of(x, run.entering.slab(self._band), scale, PICTURE_ROWS)
+        parts = list(self._outputs(run, latent, chunks, lambda index: picture_chunk(own, index)))
         part = [torch.cat(parts, dim=1)] if parts else []
-        wholes = list(Collector(self._comm, grid).collected(part, dim=PIXEL_ROWS))
+        wholes = list(Collector(self._comm, run.leaving).collected(part, dim=PIXEL_ROWS))
         shape = (latent.batch, frames, latent.rows, latent.cols, 2 * self._program.z_dim)
         whole = wholes[0] if wholes else x.new_empty(shape)
         self._comm.broadcast(whole)
         return whole.permute(0, 4, 1, 2, 3).contiguous()
 
-    def _grid(self, latent: LatentShape) -> Grid:
-        return Grid.of(latent.rows, latent.cols, self._shards, 1)
+    def _run(self, latent: LatentShape) -> Run:
+        return run_of(self._program, Grid.of(latent.rows, latent.cols, self._shards, 1), *self._ops)
 
     def _outputs(
-        self, grid: Grid, latent: LatentShape, chunks: int, source: Callable[[int], Tensor]
+        self, run: Run, latent: LatentShape, chunks: int, source: Callable[[int], Tensor]
     ) -> Iterator[Tensor]:
         """Passes this rank's band of every chunk through its stage; yields the results in the last group."""
-        exchange = SlabExchange(self._comm, grid, base=self._group * self._shards) if self._shards > 1 else None
-        return self._place.outputs(grid.slab(self._band).latent(latent), chunks, source, exchange)
+        rank, shards = self._comm.rank, self._shards
+        place = Place(
+            self._vae,
+            self._comm,
+            SlabRun(self._comm, self._slices, run, base=self._group * shards),
+            above=rank + shards if self._group + 1 < self._groups else None,
+            below=rank - shards if self._group else None,
+        )
+        return place.outputs(run.entering.slab(self._band).latent(latent), chunks, source)

@@ -1,8 +1,9 @@
 """Each rank owns a slab of latent rows (or columns, or both) and runs every op on it.
 
 Convolutions read a few rows beyond the slab, which neighbours send, and attention reads whole frames, which all
-send to all; nothing else travels but the finished bytes, to the root. Weights are on every rank. A single chunk is
-as parallel as a long clip, so this is the choice for images. The method is that of DistVAE
+send to all; the finished bytes go to the root. Latent rows that do not divide by the ranks are dealt out as halves
+or less where the picture is larger than the latent. Weights are on every rank. A single chunk is as parallel as a
+long clip, so this is the choice for images. The method is that of DistVAE
 (https://github.com/xdit-project/DistVAE), but frames cached for the next chunk keep their halos, and shard sizes
 are computed, not gathered.
 """
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cosmos3_pipeline.vae.footprint import activation_bytes
 from cosmos3_pipeline.vae.strategy import (
     Direction,
     Exactness,
@@ -27,12 +27,13 @@ from cosmos3_pipeline.vae.strategy import (
 )
 from cosmos3_plugins.spatial_shard.slabs import (
     Grid,
+    Run,
     Traffic,
-    attention_bytes,
+    deals,
     moments_bytes,
     picture_bytes,
-    slab_flops,
-    slab_traffic,
+    run_of,
+    slab_work,
 )
 
 if TYPE_CHECKING:
@@ -99,37 +100,38 @@ class SpatialShard(Strategy):
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which rows and columns. Raises StrategyError for more ranks than there are of them."""
         grid = self.grid(shape.rows, shape.cols, ranks)
-        shares = tuple(self._share(program, shape, grid, rank) for rank in range(ranks))
+        run = run_of(program, grid)
+        shares = tuple(self._share(program, shape, grid, run, rank) for rank in range(ranks))
         slowest = max(share.flops for share in shares)
         largest = grid.slab(ranks - 1)
         note = (
             f"{len(grid.rows)} x {len(grid.cols)} slabs, the largest {largest.height} x {largest.width} of "
-            f"{shape.rows} x {shape.cols} latent rows and columns: "
+            f"{shape.rows} x {shape.cols} latent rows and columns"
+            f"{', dealt anew where the picture is larger' * bool(shares[0].deals)}: "
             f"at best {program.flops(shape) / slowest:.2f} times one rank"
         )
         return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
 
-    def _share(self, program: Program, shape: LatentShape, grid: Grid, rank: int) -> RankShare:
-        slab = grid.slab(rank)
-        part = slab.latent(shape)
-        ops = (0, len(program))
-        peak = activation_bytes(program, part, cut_rows=grid.cuts_rows, cut_cols=grid.cuts_cols)
-        sent = slab_traffic(program, shape, grid, rank, *ops)
+    def _share(self, program: Program, shape: LatentShape, grid: Grid, run: Run, rank: int) -> RankShare:
+        work = slab_work(program, shape, run, rank)
+        sent = work.sent
         if program.direction == "encode":
             if len(grid) > 1:
-                sent += Traffic(moments_bytes(program, part if rank else shape), 1)
+                sent += Traffic(moments_bytes(program, work.leaving if rank else shape), 1)
         elif rank:
-            sent += Traffic(picture_bytes(program, part), program.crossings(len(program), shape))
+            sent += Traffic(picture_bytes(program, work.leaving), program.crossings(len(program), shape))
+        slab = grid.slab(rank)
         return RankShare(
             rank=rank,
-            ops=ops,
+            ops=(0, len(program)),
             rows=slab.rows,
             cols=slab.cols,
-            flops=slab_flops(program, shape, slab, *ops),
+            flops=work.flops,
             weight_bytes=program.weight_elements() * shape.element_bytes,
-            activation_bytes=max(peak, attention_bytes(program, shape, *ops)),
+            activation_bytes=work.activation_bytes,
             sent_bytes=sent.bytes,
             sent_messages=sent.messages,
+            deals=deals(program, grid, rank),
         )
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.vae.executor import Slice, SliceState
 from cosmos3_pipeline.vae.ops import Margins
-from cosmos3_plugins.spatial_shard.slabs import Grid, Slab, inner_edge
+from cosmos3_plugins.spatial_shard.slabs import Grid, Run, Slab, inner_edge, moved
 
 Region = tuple[Tensor, int]  # part of a tensor, with any strides, and the rank that it goes to or comes from
 
@@ -39,8 +40,14 @@ def transfer(comm: Comm, sends: Sequence[Region], receives: Sequence[Region]) ->
 
 def slab_of(whole: Tensor, slab: Slab, scale: int, dim: int) -> Tensor:
     """The part of `whole` on `slab`: `scale` rows per latent row, rows in `dim`, columns in `dim` + 1."""
-    rows = whole.narrow(dim, slab.rows[0] * scale, slab.height * scale)
-    return rows.narrow(dim + 1, slab.cols[0] * scale, slab.width * scale)
+    part = slab.at(scale)
+    return whole.narrow(dim, part.rows[0], part.height).narrow(dim + 1, part.cols[0], part.width)
+
+
+def _within(tensor: Tensor, slab: Slab, part: Slab) -> Tensor:
+    """`part` of the activation of `slab` [B, T, h, w, C]."""
+    top, left = part.rows[0] - slab.rows[0], part.cols[0] - slab.cols[0]
+    return tensor[:, :, top : top + part.height, left : left + part.width]
 
 
 class SlabExchange:
@@ -52,8 +59,8 @@ class SlabExchange:
     def __init__(self, comm: Comm, grid: Grid, *, base: int = 0) -> None:
         self.rows = grid.cuts_rows
         self.cols = grid.cuts_cols
+        self.grid = grid
         self._comm = comm
-        self._grid = grid
         self._base = base
         self._index = comm.rank - base
         self._slab = grid.slab(self._index)
@@ -64,7 +71,7 @@ class SlabExchange:
         height = padded.shape[2] - m.top - m.bottom
         width = padded.shape[3] - m.left - m.right
         sends, receives = [], []
-        for down, right, index in self._grid.neighbours(self._index):
+        for down, right, index in self.grid.neighbours(self._index):
             rows = inner_edge(m.top, height, m.top, m.bottom, down)
             cols = inner_edge(m.left, width, m.left, m.right, right)
             given = padded[:, :, slice(*rows), slice(*cols)]
@@ -80,21 +87,80 @@ class SlabExchange:
 
     def gather(self, slab: Tensor) -> Tensor:
         """Slabs [B, T, h, w, C] to whole frames [B, T, H, W, C] on every rank of the grid."""
-        scale = slab.shape[2] // self._slab.height
+        scale = slab.shape[2] * self._slab.unit // self._slab.height
         b, t, _, _, c = slab.shape
-        whole = slab.new_empty(b, t, self._grid.rows[-1][1] * scale, self._grid.cols[-1][1] * scale, c)
+        whole = slab.new_empty(b, t, *self.grid.extent(scale), c)
         self.own(whole).copy_(slab)
-        others = [i for i in range(len(self._grid)) if i != self._index]
+        others = [i for i in range(len(self.grid)) if i != self._index]
         transfer(
             self._comm,
             [(slab, self._base + i) for i in others],
-            [(slab_of(whole, self._grid.slab(i), scale, 2), self._base + i) for i in others],
+            [(slab_of(whole, self.grid.slab(i), scale, 2), self._base + i) for i in others],
         )()
         return whole
 
+    def dealt(self, part: Tensor, before: Grid, scale: int) -> Tensor:
+        """The activation [B, T, h, w, C] on this rank's slab, given that of `before`.
+
+        `scale` of its rows make a latent row.
+        """
+        old, new = before.slab(self._index).at(scale), self._slab.at(scale)
+        b, t, _, _, c = part.shape
+        dealt = part.new_empty(b, t, new.height, new.width, c)
+        # Going back from this grid to `before`, what would leave is what comes now.
+        leaving = moved(before, self.grid, self._index, scale)
+        coming = moved(self.grid, before, self._index, scale)
+        arrive = transfer(
+            self._comm,
+            [(_within(part, old, slab), self._base + other) for other, slab in leaving],
+            [(_within(dealt, new, slab), self._base + other) for other, slab in coming],
+        )
+        kept = old.common(new)
+        if kept is not None:
+            _within(dealt, new, kept).copy_(_within(part, old, kept))
+        arrive()
+        return dealt
+
     def own(self, whole: Tensor) -> Tensor:
         """This rank's slab of whole frames [B, T, H, W, C]; a view."""
-        return slab_of(whole, self._slab, whole.shape[2] // self._grid.rows[-1][1], 2)
+        return slab_of(whole, self._slab, whole.shape[2] // self.grid.extent(1)[0], 2)
+
+
+class SlabRun:
+    """A run of ops on this rank's slabs, to be used like the executor's `Slice`, of which it has one a stretch.
+
+    Slab i is on rank `base` + i of `comm`.
+    """
+
+    def __init__(self, comm: Comm, slices: Sequence[Slice], run: Run, *, base: int = 0) -> None:
+        self.program = slices[0].program
+        self.start = slices[0].start
+        self._entering = run.entering
+        self._slices = slices
+        self._exchanges = [SlabExchange(comm, one.grid, base=base) for one in run.stretches]
+
+    def state(self, chunks: int) -> list[SliceState]:
+        """A fresh state for a clip of `chunks` chunks."""
+        return [part.state(chunks) for part in self._slices]
+
+    def portions(self, given: Iterable[list[Tensor]], state: list[SliceState]) -> Iterator[list[Tensor]]:
+        """As `Slice.portions`, on the slabs of the run."""
+        grid = self._entering
+        for part, own, exchange in zip(self._slices, state, self._exchanges, strict=True):
+            if exchange.grid != grid:
+                given = self._dealt(given, grid, exchange, self.program.carried(part.start)[0].scale)
+                grid = exchange.grid
+            given = part.portions(given, own, exchange if len(grid) > 1 else None)
+        yield from given
+
+    @staticmethod
+    def _dealt(
+        given: Iterable[list[Tensor]], before: Grid, exchange: SlabExchange, scale: int
+    ) -> Iterator[list[Tensor]]:
+        for tensors in given:
+            # Nothing here may keep the tensors alive while the next ops run.
+            tensors.append(exchange.dealt(tensors.pop(), before, scale))
+            yield tensors
 
 
 class Collector:
@@ -133,9 +199,9 @@ class Collector:
 
     def _receive(self, part: Tensor, dim: int) -> Callable[[], Tensor]:
         """Start receiving the others' slabs; the returned call gives the whole."""
-        scale = part.shape[dim] // self._grid.slab(0).height
+        scale = part.shape[dim] * self._grid.unit // self._grid.slab(0).height
         shape = list(part.shape)
-        shape[dim], shape[dim + 1] = self._grid.rows[-1][1] * scale, self._grid.cols[-1][1] * scale
+        shape[dim : dim + 2] = self._grid.extent(scale)
         whole = part.new_empty(shape)
         regions = [slab_of(whole, self._grid.slab(i), scale, dim) for i in range(len(self._grid))]
         arrive = transfer(self._comm, [], [(regions[i], i) for i in range(1, len(regions))])

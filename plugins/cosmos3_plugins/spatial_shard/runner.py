@@ -11,8 +11,8 @@ from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, picture_chunks
 from cosmos3_pipeline.vae.strategy import Direction, Pixels
 from cosmos3_pipeline.vae.weights import BoundVae
-from cosmos3_plugins.spatial_shard.exchange import Collector, SlabExchange, slab_of
-from cosmos3_plugins.spatial_shard.slabs import Grid
+from cosmos3_plugins.spatial_shard.exchange import Collector, SlabRun, slab_of
+from cosmos3_plugins.spatial_shard.slabs import Grid, Run, run_of, stretches_of
 
 # Where the rows are, with the columns next to them.
 PICTURE_ROWS = 3  # of a latent or a float picture [B, C, T, H, W]
@@ -20,41 +20,42 @@ PIXEL_ROWS = 2  # of bytes and of the executor's activations [B, T, H, W, C]
 
 
 class ShardRunner:
-    """All ops on one slab. `grid_of` gives the cuts for latent rows and columns."""
+    """All ops on one slab. `grid_of` gives the cuts of the latent for its rows and columns."""
 
     def __init__(
         self, vae: BoundVae, comm: Comm, direction: Direction, grid_of: Callable[[int, int], Grid]
     ) -> None:
         self._comm = comm
         self._grid_of = grid_of
-        self._slice = vae.slice(direction)
+        self._program = vae.program(direction)
+        self._slices = [vae.slice(direction, start, stop) for start, stop, _ in stretches_of(self._program)]
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields each portion of the picture on the root; the other ranks send theirs and yield nothing."""
-        grid = self._grid_of(z.shape[3], z.shape[4])
-        z = slab_of(z, grid.slab(self._comm.rank), 1, PICTURE_ROWS)
-        pictures = self._outputs(grid, z.shape[2], lambda index: latent_chunk(z, index))
+        run = run_of(self._program, self._grid_of(z.shape[3], z.shape[4]))
+        z = slab_of(z, run.entering.slab(self._comm.rank), 1, PICTURE_ROWS)
+        pictures = self._outputs(run, z.shape[2], lambda index: latent_chunk(z, index))
         parts = (as_pixels(picture, pixels) for picture in pictures)
         dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
-        yield from Collector(self._comm, grid).collected(parts, dim=dim)
+        yield from Collector(self._comm, run.leaving).collected(parts, dim=dim)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], put together on the root and broadcast."""
-        program = self._slice.program
+        program = self._program
         scale, chunks = program.spatial, picture_chunks(x.shape[2])
         rows, cols = x.shape[3] // scale, x.shape[4] // scale
-        grid = self._grid_of(rows, cols)
-        own = slab_of(x, grid.slab(self._comm.rank), scale, PICTURE_ROWS)
-        part = torch.cat(list(self._outputs(grid, chunks, lambda index: picture_chunk(own, index))), dim=1)
+        run = run_of(program, self._grid_of(rows, cols))
+        own = slab_of(x, run.entering.slab(self._comm.rank), scale, PICTURE_ROWS)
+        part = torch.cat(list(self._outputs(run, chunks, lambda index: picture_chunk(own, index))), dim=1)
         frames = 1 + (chunks - 1) * program.latents_per_chunk
-        wholes = list(Collector(self._comm, grid).collected([part], dim=PIXEL_ROWS))
+        wholes = list(Collector(self._comm, run.leaving).collected([part], dim=PIXEL_ROWS))
         whole = wholes[0] if wholes else x.new_empty(x.shape[0], frames, rows, cols, 2 * program.z_dim)
         self._comm.broadcast(whole)
         return whole.permute(0, 4, 1, 2, 3).contiguous()
 
-    def _outputs(self, grid: Grid, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
-        state = self._slice.state(chunks)
-        exchange = SlabExchange(self._comm, grid) if len(grid) > 1 else None
+    def _outputs(self, run: Run, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        part = SlabRun(self._comm, self._slices, run)
+        state = part.state(chunks)
         for index in range(chunks):
-            for (result,) in self._slice.portions([[source(index)]], state, exchange):
+            for (result,) in part.portions([[source(index)]], state):
                 yield result
