@@ -40,7 +40,7 @@ class LayerPipeline(Strategy):
     norms and other memory-bound ops weigh when the runs are balanced.
     """
 
-    flops_per_element: float = 60.0
+    flops_per_element: float = 50.0
 
     name: ClassVar[str] = "layer_pipeline"
     exactness: ClassVar[Exactness] = Exactness.BITWISE
