@@ -13,7 +13,7 @@ from cosmos3_pipeline.jobs.bench import check_bench
 from cosmos3_pipeline.jobs.bench.judge import judge
 from cosmos3_pipeline.jobs.bench.simulated import simulated
 from cosmos3_pipeline.jobs.bench.suite import Case, Target, cases_of, vae_dimensions
-from cosmos3_pipeline.jobs.bench.tables import markdown
+from cosmos3_pipeline.jobs.bench.tables import case_table, markdown
 from cosmos3_pipeline.plan.checks import compose_checked
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import program_for
@@ -44,9 +44,9 @@ def test_other_jobs_carry_no_cases() -> None:
 def test_what_a_user_sets_replaces_what_the_cases_say() -> None:
     asked = ("bench.cases=[decode,spatial_shard]", "bench.rows=7", "bench.frames=2", "bench.dtype=bfloat16")
     decode, shard = cases_of(bench(*asked, "bench.strategies=[tiled]"))
-    assert decode.shape == LatentShape(1, 2, 7, 10, 2) == shard.shape
+    assert decode.shape == LatentShape(1, 2, 7, 20, 2) == shard.shape
     assert decode.dtype == "bfloat16"
-    assert shard.contestants == ("diffusers", "one_rank", "spatial_shard", "tiled")
+    assert shard.contestants == ("diffusers", "one_rank", "one_rank_each", "spatial_shard", "tiled")
 
 
 def test_widths() -> None:
@@ -58,7 +58,7 @@ def test_widths() -> None:
     assert width("bench.width=full") == (160, 256)
     assert width("bench.width=model", "model.vae.base_dim=32", "model.vae.decoder_base_dim=40") == (32, 40)
     small, full = cases_of(bench())[0].shape, cases_of(bench("bench.width=full"))[0].shape
-    assert (small.rows, small.cols) == (11, 10) != (full.rows, full.cols)
+    assert (small.rows, small.cols) == (23, 20) != (full.rows, full.cols)
 
 
 ONE_CASE = "{name: mine, call: decode, frames: 1, small: [3, 4], full: [3, 4], contestants: [diffusers, one_rank]"
@@ -203,10 +203,19 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
     assert "There are no plots: matplotlib is not installed." in text
 
 
+def test_ranks_that_do_not_talk_are_the_limit_that_the_table_names() -> None:
+    each = {"ranks": 2, "seconds": [2.0, 2.5, 2.0]}
+    one = report(one_rank={"seconds": [1.8, 2.0, 1.9]}, one_rank_each=each)
+    (note,) = [line for line in case_table(one).notes if line.startswith("one_rank_each")]
+    assert "2 ranks that do not talk do 1.80 times the work of one" in note
+    assert not [line for line in case_table(report(one_rank=each)).notes if "do not talk" in line]
+
+
 def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
     plain = OmegaConf.to_container(compose(["job=bench"]), resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    (one,) = cases_of(bench("bench.cases=[layer_pipeline]", "bench.strategies=[spatial_shard]"))
+    asked = ("bench.cases=[layer_pipeline]", "bench.strategies=[spatial_shard]", "bench.rows=12", "bench.cols=10")
+    (one,) = cases_of(bench(*asked))
     dimensions = vae_dimensions(compose(["job=bench"]))
     names = [op.name for op in program_for("decode", dimensions).ops]
     ops = [

@@ -19,7 +19,16 @@ from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.given import Given
 from cosmos3_pipeline.jobs.bench.roofline import Roofline
-from cosmos3_pipeline.jobs.bench.suite import DIFFUSERS, DISTVAE, ONE_RANK, ROOFLINE, TILED, Case, build
+from cosmos3_pipeline.jobs.bench.suite import (
+    DIFFUSERS,
+    DISTVAE,
+    ONE_RANK,
+    ONE_RANK_EACH,
+    ROOFLINE,
+    TILED,
+    Case,
+    build,
+)
 from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
 from cosmos3_pipeline.plan.vae import REFERENCE
@@ -73,6 +82,7 @@ class Factory:
             DIFFUSERS: lambda: self._peer(DIFFUSERS, self._autoencoder()),
             TILED: self._tiled,
             ONE_RANK: lambda: self._ours(ONE_RANK, reference(), alone=True),
+            ONE_RANK_EACH: lambda: self._ours(ONE_RANK_EACH, reference(), alone=True, everywhere=True),
             DISTVAE: self._distvae,
             ROOFLINE: self._roofline,
         }
@@ -139,7 +149,7 @@ class Factory:
         roofline = Roofline(program, self.case.worked, self.dtype, self.world.device)
         return Contestant(ROOFLINE, lambda given: roofline.measure(), False, [], roofline=roofline)
 
-    def _ours(self, name: str, strategy: Strategy, *, alone: bool) -> Contestant:
+    def _ours(self, name: str, strategy: Strategy, *, alone: bool, everywhere: bool | None = None) -> Contestant:
         model = self._autoencoder()
         weights = CountedWeights(model)
         used: dict[Direction, Strategy] = {"encode": reference(), "decode": reference()}
@@ -158,7 +168,7 @@ class Factory:
         return Contestant(
             name,
             calls.get(self.case.call) or self._call(vae),
-            not alone,
+            not alone if everywhere is None else everywhere,
             list(model.state_dict().values()),
             ledger=vae.ledger,
             plan=vae.plan(self.case.direction, self.case.worked),

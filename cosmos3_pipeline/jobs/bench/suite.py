@@ -17,8 +17,9 @@ from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 
-DIFFUSERS, TILED, ONE_RANK, DISTVAE, ROOFLINE = "diffusers", "diffusers_tiled", "one_rank", "distvae", "roofline"
-BUILT_IN = (DIFFUSERS, TILED, ONE_RANK, DISTVAE, ROOFLINE)
+DIFFUSERS, TILED, DISTVAE, ROOFLINE = "diffusers", "diffusers_tiled", "distvae", "roofline"
+ONE_RANK, ONE_RANK_EACH = "one_rank", "one_rank_each"
+BUILT_IN = (DIFFUSERS, TILED, ONE_RANK, ONE_RANK_EACH, DISTVAE, ROOFLINE)
 ALONE = (DIFFUSERS, TILED, ONE_RANK, ROOFLINE)  # these work on the root while the other ranks wait
 CALLS = ("decode", "stream", "encode", "condition")
 MEASURES = ("speed", "memory", "planned_memory", "own_weights", "distance")

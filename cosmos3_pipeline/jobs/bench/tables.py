@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from cosmos3_pipeline.jobs.bench.judge import FEWEST_ROUNDS
-from cosmos3_pipeline.jobs.bench.suite import DIFFUSERS, ONE_RANK, ROOFLINE
+from cosmos3_pipeline.jobs.bench.suite import DIFFUSERS, ONE_RANK, ONE_RANK_EACH, ROOFLINE
 from cosmos3_pipeline.plan.units import quantity
 
 # A contestant that had less of a core than this in any round shared it: its times are not its own.
@@ -152,11 +152,24 @@ def case_table(case: Mapping[str, Any]) -> Table:
     rows = [_contestant_cells(name, row, case["contestants"]) for name, row in case["contestants"].items()]
     notes = [f"{name}: {row['note']}" for name, row in case["contestants"].items() if row["note"]]
     notes += [f"{name} was not run: {why}" for name, why in case["absent"].items()]
+    notes += _ceiling(case["contestants"])
     shares = {name: core_share(row) for name, row in case["contestants"].items() if row["seconds"]}
     starved = [f"{name} {share:.0%}" for name, share in shares.items() if share < QUIET]
     if starved:
         notes.append(f"others used the cores meanwhile, these had only a part of theirs: {', '.join(starved)}")
     return Table(case["title"], COLUMNS, rows, notes=notes).filled()
+
+
+def _ceiling(contestants: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What ranks that have nothing to do with each other reach on this machine, where that was measured."""
+    each, one = contestants.get(ONE_RANK_EACH), contestants.get(ONE_RANK)
+    if each and one and each["seconds"]:
+        ratios = [alone / own for alone, own in zip(one["seconds"], each["seconds"], strict=True)]
+        work = each["ranks"] * statistics.median(ratios)
+        yield (
+            f"{ONE_RANK_EACH}: {each['ranks']} ranks that do not talk do {work:.2f} times the work of one in "
+            "the same time, since they share memory and clock; ranks that do talk cannot do more"
+        )
 
 
 def core_share(row: Mapping[str, Any]) -> float:
