@@ -76,6 +76,8 @@ class Factory:
     autoencoders: Autoencoders
     world: World
     _made: dict[str, Callable[[], Contestant]] = field(init=False)
+    # One rank's work, which several contestants do: its reordered weights are held once.
+    _alone: tuple[ParallelVAE, CountedWeights] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._made = {
@@ -151,11 +153,18 @@ class Factory:
 
     def _ours(self, name: str, strategy: Strategy, *, alone: bool, everywhere: bool | None = None) -> Contestant:
         model = self._autoencoder()
-        weights = CountedWeights(model)
-        used: dict[Direction, Strategy] = {"encode": reference(), "decode": reference()}
-        used[self.case.direction] = strategy
-        group = self.world.alone if alone else None
-        vae = ParallelVAE(model, **used, group=group, weights=weights, dtype=self.dtype, device=self.world.device)
+        if alone and self._alone is not None:
+            vae, weights = self._alone
+        else:
+            weights = CountedWeights(model)
+            used: dict[Direction, Strategy] = {"encode": reference(), "decode": reference()}
+            used[self.case.direction] = strategy
+            group = self.world.alone if alone else None
+            vae = ParallelVAE(
+                model, **used, group=group, weights=weights, dtype=self.dtype, device=self.world.device
+            )
+        if alone:
+            self._alone = vae, weights
 
         def stream(given: Given) -> None:
             for _ in vae.decode_stream(given.tensor):
