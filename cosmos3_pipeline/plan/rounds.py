@@ -3,7 +3,8 @@
 The order is the executor's (`vae/bound_ops.py`): a norm computes the rows that neighbours wait for first, and they
 travel while it computes the rest; what reads a halo waits for it; attention gathers whole frames, on every rank.
 
-Not followed: on CPU a norm of a small slab is one call, and its halo travels only after it.
+Not followed: on CPU a norm is one call unless the slab is large (`bound_ops.NORM_BLOCKS_AT_ONCE`), and its halo
+travels only after it.
 """
 
 from __future__ import annotations
@@ -103,22 +104,32 @@ class Chunk:
         with the first. Computing that follows computing is put together.
         """
         start, stop = self._own.ops
-        leaving = self._program.portions_at(stop, first=self._first)
+        given, leaving = (self._program.portions_at(cut, first=self._first) for cut in (start, stop))
         whole = stop if leaving == 1 else max(start, self._program.portions_from)
-        return [
-            _joined(self._steps(start, whole, 1) * (number == 0) + self._steps(whole, stop, leaving))
-            for number in range(leaving)
-        ]
+        found = []
+        for number in range(leaving):
+            steps: list[Step] = []
+            if number < given:
+                # What comes is dealt as it comes, and a chunk before it is seen in portions.
+                steps += self._dealing(start, given) + self._steps(start, whole, 1)
+                steps += self._dealing(whole, 1) if start < whole < stop else []
+            found.append(_joined(steps + self._steps(whole, stop, leaving)))
+        return found
+
+    def _dealing(self, index: int, parts: int) -> list[Step]:
+        """Of one of `parts` portions, before op `index`; nothing where slabs stay as they are."""
+        self._parts = parts
+        return [self._deal(index), Arrive.ALL] if index and index in self._dealt else []
 
     def _steps(self, start: int, stop: int, parts: int) -> list[Step]:
-        """Ops [start, stop) on one of `parts` portions."""
+        """Ops [start, stop) on one of `parts` portions, which have been dealt for the first."""
         self._parts = parts
         steps: list[Step] = []
         under_way = False
         for index in range(start, stop):
             op = self._ops[index]
-            if index and index in self._dealt:
-                steps += [self._deal(index), Arrive.ALL]
+            if index > start:
+                steps += self._dealing(index, parts)
             if isinstance(op, Attention) and self._others:
                 whole = self._costs.seconds(index, self._shape.rows, self._first) / parts
                 steps += [self._gather(index), Arrive.ALL, whole]

@@ -274,6 +274,18 @@ def test_laws_of_any_decode(
     assert faster.busy_s == pytest.approx(found.busy_s)
 
 
+@pytest.mark.parametrize(("rows", "ranks"), [(11, 4), (5, 3), (45, 4), (45, 8)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_where_slabs_are_dealt_anew_what_is_sent_is_as_planned(groups: int, rows: int, ranks: int) -> None:
+    shape = LatentShape(1, 3, rows, 10)
+    plan = PipelineOfShards(groups).plan(PORTIONED, shape, groups * ranks)
+    # A chunk is dealt whole where it is seen in portions from there on.
+    assert any(deal.start == PORTIONED.portions_from for deal in plan.shares[1].deals)
+    found = simulate(PORTIONED, shape, plan, Given(PORTIONED, [1.0] * len(PORTIONED), rows=rows), ONE_SECOND)
+    assert found.sent_messages == tuple(share.sent_messages for share in plan.shares)
+    assert found.sent_bytes == tuple(share.sent_bytes for share in plan.shares)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     program=PROGRAMS,
