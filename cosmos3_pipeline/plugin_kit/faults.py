@@ -55,17 +55,16 @@ def outcome_of(call: Callable[[], object]) -> Outcome:
 
 
 def break_one_rank(subject: Subject, case: Case, direction: Direction, broken: int) -> Outcome:
-    """Rank `broken` raises when it runs its second slice (or its only one); then all try again."""
+    """Rank `broken` raises when it comes to a chunk after the first (or to the only one); then all try again."""
     vae, reference = _vaes(subject, case)
-    calls, injected = 0, False
+    injected = False
     run = Slice.portions
 
     def breaking(
         self: Slice, portions: Iterable[list[Tensor]], state: Any, exchange: Any = None
     ) -> Iterator[list[Tensor]]:
-        nonlocal calls, injected
-        calls += 1
-        if calls == 2 or state.chunks == 1:
+        nonlocal injected
+        if state.done or state.chunks == 1:
             injected = True
             raise InjectedFault("the kit broke this rank")
         return run(self, portions, state, exchange)

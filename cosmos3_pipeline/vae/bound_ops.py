@@ -18,6 +18,10 @@ from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
 from cosmos3_pipeline.vae.frames import Frames, HaloExchange, with_room
 from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
 
+# On CPU, a norm of so many blocks or fewer is one call: it then takes a millisecond or so, and computing the edges
+# in calls of their own costs more than their journey beside it would save.
+NORM_BLOCKS_AT_ONCE = 8
+
 
 @dataclass
 class Flow:
@@ -161,8 +165,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
         frames = with_room(x, tuple(x.shape), flow.room)
         out, margins = frames.inner, flow.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
-        if x.device.type == "cpu" and x.numel() <= 8 * NORM_BLOCK_ELEMENTS:
-            # So little that a second and third call would take longer than what they hide.
+        if x.device.type == "cpu" and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for rows, cols in edges:
             kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])

@@ -89,7 +89,8 @@ class StrategyError(ValueError):
 class Deal:
     """From op `start` on, a rank owns other rows and columns [start, stop) of the picture.
 
-    They are counted in parts of a latent row, `unit` of which make one.
+    They are counted in parts of a latent row, `unit` of which make one. All ranks with the same ops deal before
+    the same op, at which no shortcut is open, and list what is dealt in the whole program, also beyond their ops.
     """
 
     start: int

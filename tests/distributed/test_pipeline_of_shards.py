@@ -8,21 +8,34 @@ from test_spatial_shard import FULL, check_against_diffusers, peak_bytes
 from vae_models import WAN22, vae_config
 
 from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.program import decoder_program, encoder_program
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import StrategyError
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.spatial_shard import SpatialShard
+from cosmos3_plugins.spatial_shard.slabs import Grid, deals
 
 DECODER, ENCODER = decoder_program(vae_config(WAN22)), encoder_program(vae_config(WAN22))
 
 
 @pytest.mark.parametrize(
     ("groups", "ranks", "names"),
-    [(2, 4, FULL), (1, 3, ["wan22"]), (3, 3, ["wan21"]), (2, 6, ["wan22", "wan21 batch"])],
+    [(2, 4, FULL), (1, 3, ["wan22"]), (3, 3, ["wan21"]), (2, 6, ["wan22", "wan21 batch"]), (3, 6, ["wan22"])],
 )
 def test_it_is_diffusers_picture_and_the_plan(groups: int, ranks: int, names: list[str]) -> None:
     check_against_diffusers(PipelineOfShards(groups), ranks, names)
+
+
+class CutWhereDealt(PipelineOfShards):
+    """Two groups, of which one hands over what the other deals anew at once."""
+
+    def runs(self, program: Program) -> tuple[tuple[int, int], ...]:
+        cut = deals(program, Grid.of(5, 4, 2, 1), 0)[-1].start
+        return (cut, len(program)), (0, cut)
+
+
+def test_slabs_are_dealt_anew_on_their_way_to_the_next_group() -> None:
+    check_against_diffusers(CutWhereDealt(), 4, ["wan22"])
 
 
 def test_planned_activations_are_within_15_percent() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vae_models import WAN22, vae_config
 
-from cosmos3_pipeline.vae import ops
+from cosmos3_pipeline.vae import bound_ops, ops
 from cosmos3_pipeline.vae.bound_ops import Flow, NormSilu
 from cosmos3_pipeline.vae.frames import Frames
 from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
@@ -39,11 +40,19 @@ OP = next(op for op in decoder_program(vae_config(WAN22)).ops if isinstance(op, 
 SIDES = st.sampled_from([(0, 0), (1, 1), (0, 1), (1, 0), (2, 1)])
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("at_once", [0, bound_ops.NORM_BLOCKS_AT_ONCE], ids=["edges first", "at once"])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(height=st.integers(1, 5), width=st.integers(1, 5), rows=SIDES, cols=SIDES, front=st.integers(0, 2))
 def test_what_neighbours_read_is_there_when_it_leaves(
-    height: int, width: int, rows: tuple[int, int], cols: tuple[int, int], front: int
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+    height: int,
+    width: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    front: int,
 ) -> None:
+    monkeypatch.setattr(bound_ops, "NORM_BLOCKS_AT_ONCE", at_once)
     height, width = max(height, *rows), max(width, *cols)
     channels = OP.source.channels
     gamma = torch.rand(channels) + 0.5
@@ -63,6 +72,8 @@ def test_what_neighbours_read_is_there_when_it_leaves(
         assert made.arrive is None
         return
     assert made.arrive is not None and not exchange.waited
+    inner = height - sum(rows) > 0 and width - sum(cols) > 0
+    assert torch.equal(Frames(exchange.seen, Room(0, margins)).inner, whole.inner) == (at_once > 0 or not inner)
     # The neighbour above reads as many of the first rows as it has margin below itself, and so on around.
     seen = Frames(exchange.seen, Room(0, margins)).inner
     for part in (

@@ -131,7 +131,9 @@ class Trial:
     def _row(self, contestant: Contestant, ranks: list[Measured], float32: Tensor | None) -> dict[str, Any]:
         """What all ranks measured of a contestant; a round takes as long as its slowest rank."""
         ranks = ranks if contestant.everywhere else ranks[:1]
-        plan = contestant.plan
+        shares = contestant.plan and contestant.plan.shares
+        if shares and len(shares) == 1:
+            shares *= len(ranks)  # on every rank by itself
         seconds = [max(times) for times in zip(*(r.seconds for r in ranks), strict=True)]
         row: dict[str, Any] = {
             "ranks": len(ranks),
@@ -149,11 +151,11 @@ class Trial:
         return {
             **row,
             "peak_bytes": [r.peak_bytes for r in ranks],
-            "planned_peak_bytes": plan and [share.activation_bytes for share in plan.shares],
-            "weight_bytes": plan and [r.weight_bytes for r in ranks],
-            "planned_weight_bytes": plan and [share.weight_bytes for share in plan.shares],
-            "sent_bytes": plan and [r.sent_bytes for r in ranks],
-            "sent_messages": plan and [r.sent_messages for r in ranks],
+            "planned_peak_bytes": shares and [share.activation_bytes for share in shares],
+            "weight_bytes": shares and [r.weight_bytes for r in ranks],
+            "planned_weight_bytes": shares and [share.weight_bytes for share in shares],
+            "sent_bytes": shares and [r.sent_bytes for r in ranks],
+            "sent_messages": shares and [r.sent_messages for r in ranks],
             "max_abs": None if result is None or theirs is None else distance(theirs, result).max_abs,
             "rms_float32": None if result is None or float32 is None else distance(float32, result).rms,
         }

@@ -1,8 +1,8 @@
 """Groups of ranks own runs of ops, as in `layer_pipeline`; in a group each rank owns rows, as in `spatial_shard`.
 
 For more ranks than either can use well: a line of many stages fills slowly and balances badly, and a picture has
-only so many rows. Every group cuts the picture alike, so a rank hands its slab to one rank of the next group, and
-nothing is put together before the root does.
+only so many rows. Every group has as many bands, cut as in `spatial_shard`, so a rank hands its band to one of the
+next group, and nothing is put together before the root does.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class PipelineOfShards(Strategy):
         largest = grid.slab(shards - 1).height
         note = (
             f"{chunks} chunks through {self.groups} stages of {shards} bands, the largest {largest} of "
-            f"{shape.rows} latent rows: at best {bound:.2f} times one rank"
+            f"{shape.rows} latent rows{', dealt anew where the picture is larger' * bool(shares[0].deals)}: "
+            f"at best {bound:.2f} times one rank"
         )
         return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
 

@@ -39,8 +39,11 @@ class ShardStage:
         """Yields the picture on the root; the other ranks send what they compute and yield nothing."""
         latent = LatentShape(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
         run = self._run(latent)
-        own = slab_of(z, run.entering.slab(self._band), 1, PICTURE_ROWS)
-        pictures = self._outputs(run, latent, z.shape[2], lambda index: latent_chunk(own, index))
+
+        def source(index: int) -> Tensor:
+            return latent_chunk(slab_of(z, run.entering.slab(self._band), 1, PICTURE_ROWS), index)
+
+        pictures = self._outputs(run, latent, z.shape[2], source)
         parts = (as_pixels(picture, pixels) for picture in pictures)
         dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
         yield from Collector(self._comm, run.leaving).collected(parts, dim=dim)
@@ -51,8 +54,11 @@ class ShardStage:
         frames = 1 + (chunks - 1) * self._program.latents_per_chunk
         latent = LatentShape(x.shape[0], frames, x.shape[3] // scale, x.shape[4] // scale)
         run = self._run(latent)
-        own = slab_of(x, run.entering.slab(self._band), scale, PICTURE_ROWS)
-        parts = list(self._outputs(run, latent, chunks, lambda index: picture_chunk(own, index)))
+
+        def source(index: int) -> Tensor:
+            return picture_chunk(slab_of(x, run.entering.slab(self._band), scale, PICTURE_ROWS), index)
+
+        parts = list(self._outputs(run, latent, chunks, source))
         part = [torch.cat(parts, dim=1)] if parts else []
         wholes = list(Collector(self._comm, run.leaving).collected(part, dim=PIXEL_ROWS))
         shape = (latent.batch, frames, latent.rows, latent.cols, 2 * self._program.z_dim)

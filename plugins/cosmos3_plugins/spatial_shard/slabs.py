@@ -1,9 +1,9 @@
 """How a latent is cut into slabs of rows and columns, and what the slabs send each other. No torch here.
 
-At the latent's own depth cuts lie between its rows (and columns). Where the picture is larger they may lie between
-these, so that 11 latent rows are 11 and 11 halves for two ranks: the slabs are dealt anew after a doubling of the
-picture (before a halving, in the encoder) if that makes the largest one smaller. A cut never parts the rows that
-one op makes of one row, or makes one row of.
+At the latent's own depth cuts lie between its rows (and columns). Where the picture is larger they may lie within
+them, so that 11 latent rows are 11 and 11 halves for two ranks: the decoder deals slabs anew after a doubling of
+the picture if that makes the largest one smaller. The encoder begins with the finest cuts and deals anew before a
+halving where these would part the rows of which it makes one. A cut never parts rows that an op makes of one row.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Slab:
 
     def at(self, scale: int) -> Slab:
         """The same part of the picture in rows and columns of which `scale` make a latent one."""
+        assert all(edge * scale % self.unit == 0 for edge in (*self.rows, *self.cols)), "a cut parts a row"
         rows, cols = ((a * scale // self.unit, b * scale // self.unit) for a, b in (self.rows, self.cols))
         return Slab(rows, cols, scale)
 
@@ -159,7 +160,7 @@ def stretches_of(program: Program, start: int = 0, stop: int | None = None) -> l
 def run_of(program: Program, latent: Grid, start: int = 0, stop: int | None = None) -> Run:
     """The slabs of the ops [start, stop), given those of the latent; one stretch for each of `stretches_of`.
 
-    They stay as they are from one stretch to the next unless the largest becomes smaller.
+    From the latent on, they stay as they are from one stretch to the next unless the largest becomes smaller.
     """
     rows, cols = latent.extent(1)
     grids: dict[int, Grid] = {}
