@@ -1,4 +1,4 @@
-"""`job=bench` as a user runs it: two ranks, one small case, and what it leaves."""
+"""`job=bench` as a user runs it: two ranks, two small cases, and what it leaves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from conftest import launch
 from PIL import Image
 
 
-def test_a_case_on_two_ranks(tmp_path: Path) -> None:
+def test_two_cases_on_two_ranks(tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = launch(
-        *("job=bench", "topology=cpu_x2", "bench.cases=[layer_pipeline]", "bench.rounds=2"),
+        *("job=bench", "topology=cpu_x2", "bench.cases=[layer_pipeline,spatial_shard]", "bench.rounds=2"),
         *("bench.rows=4", "bench.cols=2", "bench.frames=2", f"hydra.run.dir={output}"),
     )
     assert done.returncode == 0, done.stderr + done.stdout  # whatever targets are missed
@@ -31,6 +31,10 @@ def test_a_case_on_two_ranks(tmp_path: Path) -> None:
     assert sum(pipeline["weight_bytes"]) == rows["one_rank"]["weight_bytes"][0]
     picture = 3 * 5 * 64 * 32 * 4  # which the root sends to the other rank
     assert pipeline["sent_bytes"][0] == picture and pipeline["sent_bytes"][1] > 0
+    each = report["cases"]["spatial_shard"]["contestants"]["one_rank_each"]
+    alone = report["cases"]["spatial_shard"]["contestants"]["one_rank"]
+    assert len(each["peak_bytes"]) == 2  # two ranks, each with one rank's work
+    assert each["planned_peak_bytes"] == 2 * alone["planned_peak_bytes"]
     costs = report["costs"]
     assert {op["rows"] for op in costs["cases"]["layer_pipeline"]["ops"]} == {4, 2}
     assert costs["link"]["latency_s"] > 0 and costs["link"]["bytes_per_s"] > 1e6
