@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from toy_runs import toy_dimensions
 from vae_models import WAN21, WAN22
 
+from cosmos3_pipeline.jobs.bench import rank as bench_rank
 from cosmos3_pipeline.jobs.bench import roofline
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
@@ -20,6 +22,7 @@ from cosmos3_pipeline.jobs.bench.costs import CHUNKS, op_costs
 from cosmos3_pipeline.jobs.bench.given import Given, given_for
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.jobs.bench.machine import pinned
+from cosmos3_pipeline.jobs.bench.rank import Bench
 from cosmos3_pipeline.jobs.bench.roofline import ConvShape, Roofline, convolutions, shapes_of, ways
 from cosmos3_pipeline.jobs.bench.suite import Case
 from cosmos3_pipeline.jobs.bench.trial import Trial
@@ -249,6 +252,31 @@ def test_the_seconds_of_every_op_on_all_rows_and_on_half(autoencoders: Autoencod
     assert CHUNKS > 2
     assert [(op["name"], op["rows"]) for op in found] == [(name, rows) for rows in (3, 2) for name in names]
     assert all(op["first_s"] > 0 and op["later_s"] > 0 for op in found)
+
+
+def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
+    autoencoders: Autoencoders, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full width what the contestants hold is gigabytes, and timing the ops takes as much again."""
+    held: list[weakref.ref[Any]] = []
+
+    class Watched(Factory):
+        def make(self, name: str) -> Contestant:
+            contestant = super().make(name)
+            held.extend(weakref.ref(one) for one in (self, contestant, contestant.weights))
+            return contestant
+
+    def timing(*args: object) -> list[Any]:
+        assert len(held) == 6 and all(one() is None for one in held)
+        return ["timed"]
+
+    monkeypatch.setattr(bench_rank, "Factory", Watched)
+    monkeypatch.setattr(bench_rank, "op_costs", timing)
+    plain = {"bench": {"rounds": 1, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
+    bench = Bench(plain, TINY, world, autoencoders, advance=lambda steps=1: None)
+    with torch.no_grad():
+        bench.run(case("decode", "one_rank", "layer_pipeline"))
+    assert bench.costs["mine"]["ops"] == ["timed"]
 
 
 def test_a_rank_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

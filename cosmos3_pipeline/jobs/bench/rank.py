@@ -100,20 +100,11 @@ class Bench:
     costs: dict[str, Any] = field(default_factory=dict)
 
     def run(self, case: Case) -> dict[str, Any]:
-        """What the case measured, whole on the root; its contestants are gone afterwards."""
+        """What the case measured, whole on the root."""
         bench = self.plain["bench"]
         self.autoencoders.keep_only(getattr(torch, case.dtype))
-        with TemporaryDirectory(prefix="cosmos3_bench_") as folder:
-            given = given_for(case, program_for(case.direction, self.dimensions), Path(folder), self.world.device)
-            factory = Factory(case, self.plain, self.dimensions, self.autoencoders, self.world)
-            trial = Trial(case, factory, given)
-            self.advance(trial.absent * runs(case, bench))
-            if case.timed:
-                trial.rounds(bench["rounds"], self.advance)
-            trial.once_more(self.advance)
-            report = trial.report()
-        del trial
-        gc.collect()  # modules refer to themselves, and what comes next needs their memory
+        report = self._tried(case)
+        gc.collect()  # the contestants' modules refer to themselves, and what comes next needs their memory
         if bench["costs"] and case.simulated:
             self.costs[case.name] = {
                 "latent_rows": case.shape.rows,
@@ -122,3 +113,16 @@ class Bench:
             }
         self.advance()
         return report
+
+    def _tried(self, case: Case) -> dict[str, Any]:
+        """What the contestants did. Nothing of them is held afterwards: at full width each has gigabytes."""
+        bench = self.plain["bench"]
+        with TemporaryDirectory(prefix="cosmos3_bench_") as folder:
+            given = given_for(case, program_for(case.direction, self.dimensions), Path(folder), self.world.device)
+            factory = Factory(case, self.plain, self.dimensions, self.autoencoders, self.world)
+            trial = Trial(case, factory, given)
+            self.advance(trial.absent * runs(case, bench))
+            if case.timed:
+                trial.rounds(bench["rounds"], self.advance)
+            trial.once_more(self.advance)
+            return trial.report()
