@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from cosmos3_pipeline.distributed.board import RunStopped
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.distributed.ledger import Ledger
+from cosmos3_pipeline.distributed.root_tensor import RootTensor
 from cosmos3_pipeline.vae.inputs import VaeInputError, latent_shape, problem_of
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import LatentShape, Runner, Strategy, StrategyError, StrategyPlan
@@ -143,23 +144,17 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         program = self._bound().program("decode")
         frames = program.picture_frames(z.shape[2])
         sizes = (z.shape[3] * program.spatial, z.shape[4] * program.spatial)
-
-        def empty() -> Tensor:
-            return z.new_empty(z.shape[0], program.picture_channels, frames, *sizes)
+        shape = (z.shape[0], program.picture_channels, frames, *sizes)
 
         with comm.run():
             stream = self._runner("decode").stream(z, pixels="float")
-            if comm.is_root or strategy.everywhere:
-                picture, at = empty(), 0
-                for chunk in stream:
-                    picture[:, :, at : at + chunk.shape[2]].copy_(chunk)
-                    at += chunk.shape[2]
+            if strategy.everywhere:
+                picture = z.new_empty(shape)
+                _fill(picture, stream)
             else:
-                for _ in stream:
-                    pass
-                picture = empty()
-            if not strategy.everywhere:
-                comm.broadcast(picture)
+                whole = RootTensor(comm, shape, like=z)
+                _fill(whole.tensor, stream)
+                picture = whole.everywhere()
         return DecoderOutput(sample=picture) if return_dict else (picture,)
 
     def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
@@ -266,3 +261,12 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 return _Refusal(str(error), by_strategy=True)
             self._honoured.add(honoured)
         return None
+
+
+def _fill(picture: Tensor | None, stream: Iterator[Tensor]) -> None:
+    """Write the chunks of `stream` into `picture` [B, 3, F, H, W]; a rank to which none come has no picture."""
+    at = 0
+    for chunk in stream:
+        assert picture is not None, "a strategy yields the picture on the root only"
+        picture[:, :, at : at + chunk.shape[2]].copy_(chunk)
+        at += chunk.shape[2]
