@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos3_pipeline.vae.executor import Slice
+from cosmos3_pipeline.vae.host_memory import keep_freed_memory
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 
 
@@ -96,6 +97,8 @@ class BoundVae:
 
     def slice(self, direction: Direction, start: int = 0, stop: int | None = None) -> Slice:
         """The ops [start, stop) of `direction`, holding their weights and no others."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         program = self.program(direction)
         stop = len(program) if stop is None else stop
         names = [w.name for w in program.weights(start, stop)]

@@ -1,0 +1,56 @@
+"""Freed buffers are kept for the next ones, unless the user has decided otherwise. In processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cosmos3_pipeline.vae.host_memory import SETTINGS
+
+# How many pages are mapped while four buffers of 24 MiB are taken and freed again and again.
+CODE = """
+import resource
+import torch
+from cosmos3_pipeline.vae.host_memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        buffers = [torch.ones(6 << 20) for _ in range(4)]
+        del buffers
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+did = keep_freed_memory() if {keep} else None
+faults()
+print(did, faults())
+"""
+
+
+def _run(*, keep: bool, **environment: str) -> tuple[str, int]:
+    plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE.replace("{keep}", str(keep))],
+        env={**plain, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    did, faults = done.stdout.split()
+    return did, int(faults)
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library than glibc")
+def test_freed_buffers_are_kept() -> None:
+    did, faults = _run(keep=True)
+    assert did == "True"
+    assert faults < 1000
+    assert _run(keep=False)[1] > 10 * 1000
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_the_user_has_set_stays(name: str) -> None:
+    value = "glibc.malloc.perturb=0" if name == "GLIBC_TUNABLES" else "1000000"
+    assert _run(keep=True, **{name: value})[0] == "False"
