@@ -212,7 +212,8 @@ class TimeUp(BoundOp[ops.TimeUp]):
         pairs = self._conv(frames.buffer)
         b, t, h, w, c = pairs.shape
         pairs = pairs.view(b, t, h, w, 2, c // 2).permute(0, 1, 4, 2, 3, 5)
-        flow.at = Frames(pairs.reshape(b, 2 * t, h, w, c // 2))
+        # Of one frame `reshape` makes a view, whose pixels are not side by side for the next convolution.
+        flow.at = Frames(pairs.reshape(b, 2 * t, h, w, c // 2).contiguous())
 
 
 class TimeDown(BoundOp[ops.TimeDown]):
@@ -315,7 +316,7 @@ class Patchify(BoundOp[ops.Patchify]):
         p = self.op.patch
         b, c, t, h, w = flow.at.buffer.shape
         cells = flow.at.buffer.view(b, c, t, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 6, 4)
-        flow.at = Frames(cells.reshape(b, t, h // p, w // p, c * p * p))
+        flow.at = Frames(cells.reshape(b, t, h // p, w // p, c * p * p).contiguous())
 
 
 class Unpatchify(BoundOp[ops.Unpatchify]):

@@ -127,13 +127,9 @@ class Slice:
         for op, following in zip(ops, [*ops[1:], None], strict=True):
             flow.room = NO_ROOM if following is None else following.room(first=first, exchange=exchange)
             op.run(flow)
-        return [_contiguous(flow.at), *flow.shortcuts]
+        return [flow.at.inner.contiguous(), *flow.shortcuts]
 
 
 def _cut(chunk: Tensor, parts: int) -> list[Tensor]:
     """[B, T, H, W, C] in `parts` equal ones along T, each contiguous."""
     return [portion.contiguous() for portion in chunk.chunk(parts, dim=1)]
-
-
-def _contiguous(frames: Frames) -> Tensor:
-    return frames.buffer if frames.room == NO_ROOM else frames.inner.contiguous()

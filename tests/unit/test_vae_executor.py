@@ -63,6 +63,21 @@ def test_decode_is_that_of_diffusers(name: str, seed: int, frames: int, rows: in
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_what_crosses_a_cut_can_be_sent(name: str, direction: str) -> None:
+    vae = make_vae(CONFIGS[name])
+    program = (decoder_program if direction == "decode" else encoder_program)(vae.config)
+    z, x = torch.randn(2, program.z_dim, 2, 3, 2), picture_of(vae, frames=5, batch=2)
+    for cut in range(1, len(program)):
+        part = Slice(program, 0, cut, vae.state_dict())
+        state = part.state(2)
+        for index in range(2):
+            given = latent_chunk(z, index) if direction == "decode" else picture_chunk(x, index)
+            for portion in part.portions([[given]], state):
+                assert all(tensor.is_contiguous() for tensor in portion), program.ops[cut - 1].name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("seed", "frames"), [(0, 9), (1, 1)])
 def test_encode_is_that_of_diffusers(name: str, seed: int, frames: int) -> None:
     vae = make_vae(CONFIGS[name], seed=seed)
