@@ -195,14 +195,15 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Bind `directions` on this rank and drop every weight of the model that they do not need.
 
         Each rank then holds only its own share. Empties the `autoencoder` that this VAE was made from (its tensors
-        move to the meta device), and fixes dtype and device. Raises StrategyError for a strategy that picks.
+        move to the meta device), and fixes dtype and device. Raises StrategyError for a strategy whose
+        ranks need other weights for other clips (`Strategy.depends_on_clip`).
         """
         for direction in directions:
             strategy = self._strategies[direction]
-            if strategy.picks:
+            if strategy.depends_on_clip:
                 raise StrategyError(
-                    f"release({direction!r}) with the strategy {strategy.name}; which weights it needs is known "
-                    "when it has picked for a clip; give the strategy that its settled(...) returns"
+                    f"release({direction!r}) with the strategy {strategy.name}; which weights a rank needs is "
+                    "known when there is a clip; give the strategy that its settled(...) returns"
                 )
             self._runner(direction)
         self._released = True

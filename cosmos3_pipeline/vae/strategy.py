@@ -163,8 +163,16 @@ class Strategy(ABC):
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """What each of `ranks` ranks does for a clip of `shape`. Raises StrategyError. Imports no torch."""
 
+    @property
+    def depends_on_clip(self) -> bool:
+        """Whether which weights a rank holds depends on the clip, as long as it is not `settled`."""
+        return self.picks
+
     def settled(self, program: Program, shape: LatentShape, ranks: int) -> Strategy:
-        """What does a clip of `shape`: itself, unless it `picks`. Raises StrategyError as `plan` does."""
+        """What does a clip of `shape`: itself, unless it `depends_on_clip`.
+
+        Raises StrategyError as `plan` does.
+        """
         return self
 
     @abstractmethod

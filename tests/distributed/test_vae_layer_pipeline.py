@@ -12,7 +12,7 @@ from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
-from cosmos3_pipeline.vae.strategy import LatentShape
+from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
@@ -71,6 +71,30 @@ def test_equal_to_replicated_and_to_the_plan(ranks: int) -> None:
     run_on_ranks(_both_ways, ranks, ranks, timeout=90)
 
 
+def _two_sizes(rank: int) -> list[tuple[int, int]]:
+    config = vae_config(WAN22, decoder_base_dim=64)
+    model = make_vae(config)
+    alone = ParallelVAE(model, Replicated(), Replicated())
+    piped = ParallelVAE(model, LayerPipeline(), LayerPipeline())
+    runs = []
+    for rows, cols in ((1, 2), (12, 10), (1, 2)):
+        z = torch.randn(1, config["z_dim"], 3, rows, cols, generator=torch.Generator().manual_seed(rows))
+        assert torch.equal(piped.decode(z).sample, alone.decode(z).sample)
+        run, place = piped._runners["decode"]._bound  # type: ignore[attr-defined]
+        share = piped.plan("decode", LatentShape(1, 3, rows, cols)).shares[rank]
+        assert (run, place._slice.weight_bytes) == (share.ops, share.weight_bytes)
+        runs.append(run)
+    return runs
+
+
+def test_a_small_picture_is_divided_by_the_weights_too() -> None:
+    last, first = run_on_ranks(_two_sizes, 2)
+    for runs in (last, first):
+        assert runs[0] == runs[2] != runs[1]
+    # The early ops have most of the weights, so for few pixels the first stage has fewer of them.
+    assert first[0][1] < first[1][1]
+
+
 def _stream_memory(rank: int) -> tuple[list[int], int]:
     config = vae_config(WAN22, base_dim=16, decoder_base_dim=16)
     model = make_vae(config)
@@ -96,13 +120,18 @@ def test_stream_memory_is_as_planned_and_does_not_grow(ranks: int) -> None:
 def _held_weights(rank: int) -> tuple[int, int, bool]:
     config = vae_config(WAN22)
     model = make_vae(config)
-    vae = ParallelVAE(model, LayerPipeline(), LayerPipeline())
     z = torch.randn(1, config["z_dim"], 2, 3, 2, generator=torch.Generator().manual_seed(0))
-    before = vae.decode(z).sample
+    unsettled = ParallelVAE(model, LayerPipeline(), LayerPipeline())
+    before = unsettled.decode(z).sample
+    with pytest.raises(StrategyError, match="give the strategy that its settled"):
+        unsettled.release("decode")
+    settled = LayerPipeline().settled(unsettled._bound().program("decode"), LatentShape(1, 2, 3, 2), 3)
+    vae = ParallelVAE(model, settled, settled)
     vae.release("decode")
     left = sum(p.numel() for p in model.parameters() if not p.is_meta)
     same = torch.equal(vae.decode(z).sample, before)
-    return vae._runners["decode"]._place._slice.weight_bytes, left, same  # type: ignore[attr-defined]
+    _, place = vae._runners["decode"]._bound  # type: ignore[attr-defined]
+    return place._slice.weight_bytes, left, same
 
 
 def test_release_leaves_each_rank_its_own_weights() -> None:

@@ -160,6 +160,21 @@ def test_layer_pipeline_refuses_more_ranks_than_ops() -> None:
         LayerPipeline().plan(program, shape, len(program) + 1)
     with pytest.raises(StrategyError, match="give 0 or more"):
         LayerPipeline(flops_per_element=-1.0).plan(program, shape, 2)
+    with pytest.raises(StrategyError, match="give 0 for those of each clip"):
+        LayerPipeline(pixels=-1).plan(program, shape, 2)
+
+
+def test_layer_pipeline_settled_keeps_its_runs_for_any_clip() -> None:
+    program = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
+    small, medium, large, huge = (LatentShape(1, 3, n, n) for n in (1, 16, 32, 80))
+    strategy = LayerPipeline()
+    settled = strategy.settled(program, small, 2)
+    assert strategy.depends_on_clip and not settled.depends_on_clip
+    assert strategy.runs(program, small, 2) != strategy.runs(program, large, 2)
+    assert strategy.runs(program, large, 2) == strategy.runs(program, huge, 2)
+    assert settled.runs(program, huge, 2) == strategy.runs(program, small, 2)
+    assert settled.settled(program, huge, 2) == settled
+    assert strategy.settled(program, medium, 2) == LayerPipeline(pixels=256)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])

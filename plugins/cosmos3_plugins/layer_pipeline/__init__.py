@@ -8,7 +8,7 @@ which see a chunk in portions and begin with the first (`Program.waits`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from cosmos3_pipeline.vae.footprint import activation_bytes
@@ -23,7 +23,7 @@ from cosmos3_pipeline.vae.strategy import (
     StrategyError,
     StrategyPlan,
 )
-from cosmos3_plugins.layer_pipeline.balance import balanced_runs, op_costs
+from cosmos3_plugins.layer_pipeline.balance import LARGE_PIXELS, balanced_runs, op_costs
 
 if TYPE_CHECKING:
     from cosmos3_pipeline.distributed.comm import Comm
@@ -38,15 +38,31 @@ class LayerPipeline(Strategy):
 
     flops_per_element: the arithmetic that costs as much time as reading or writing one element; decides how much
     norms and other memory-bound ops weigh when the runs are balanced.
+    pixels: latent pixels of a frame that the runs are balanced for; 0 means those of each clip. Where they are
+    few, early ops, which have most of the weights, take as long as reading these takes. From 1024 pixels on the
+    runs are always the same; before, clips of two sizes may need two divisions, for which weights are bound anew.
     """
 
     flops_per_element: float = 50.0
+    pixels: int = 0
 
     name: ClassVar[str] = "layer_pipeline"
     exactness: ClassVar[Exactness] = Exactness.BITWISE
 
-    def runs(self, program: Program, ranks: int) -> tuple[tuple[int, int], ...]:
-        """The run [start, stop) of each rank.
+    @property
+    def depends_on_clip(self) -> bool:
+        """Unless `pixels` says for which clips the runs are balanced."""
+        return not self.pixels
+
+    def settled(self, program: Program, shape: LatentShape, ranks: int) -> LayerPipeline:
+        """Its runs are those for a clip of `shape`, whatever comes."""
+        return replace(self, pixels=self._pixels(shape))
+
+    def _pixels(self, shape: LatentShape) -> int:
+        return min(LARGE_PIXELS, self.pixels or shape.batch * shape.rows * shape.cols)
+
+    def runs(self, program: Program, shape: LatentShape, ranks: int) -> tuple[tuple[int, int], ...]:
+        """The run [start, stop) of each rank for a clip of `shape`.
 
         The root has the last ops, so that the finished picture need not be sent; the last rank has the first ones,
         since every rank has the input. Raises StrategyError for more ranks than ops.
@@ -56,19 +72,24 @@ class LayerPipeline(Strategy):
                 f"layer_pipeline.flops_per_element={self.flops_per_element} is negative; it is what touching an "
                 "element costs beside its arithmetic; give 0 or more"
             )
+        if self.pixels < 0:
+            raise StrategyError(
+                f"layer_pipeline.pixels={self.pixels} is negative; the runs are balanced for a frame of so many "
+                "latent pixels; give 0 for those of each clip"
+            )
         if ranks > len(program):
             raise StrategyError(
                 f"layer_pipeline over {ranks} ranks; the {program.direction}r has {len(program)} ops and each "
                 f"rank needs one; use {len(program)} ranks or fewer"
             )
-        return tuple(reversed(balanced_runs(program, ranks, self.flops_per_element)))
+        return tuple(reversed(balanced_runs(program, ranks, self.flops_per_element, self._pixels(shape))))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which ops. Raises StrategyError for more ranks than ops."""
-        runs = self.runs(program, ranks)
+        runs = self.runs(program, shape, ranks)
         chunks = program.chunks(shape)
         shares = tuple(self._share(program, shape, rank, runs[rank], ranks) for rank in range(ranks))
-        costs = op_costs(program, self.flops_per_element)
+        costs = op_costs(program, self.flops_per_element, self._pixels(shape))
         stage = [sum(costs[start:stop]) for start, stop in runs]
         balance = sum(stage) / (ranks * max(stage))
         speed_up = ranks * balance * chunks / (chunks + program.waits(start for start, _ in runs if start))
@@ -110,8 +131,7 @@ class LayerPipeline(Strategy):
         )
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
-        """This rank's stage of the line."""
+        """This rank's stage of the line, bound at once if its ops do not depend on the clip."""
         from cosmos3_plugins.layer_pipeline.runner import Stage
 
-        runs = self.runs(vae.program(direction), comm.size)
-        return Stage(vae, comm, direction, runs[comm.rank])
+        return Stage(vae, comm, direction, self)

@@ -19,9 +19,14 @@ from cosmos3_pipeline.vae.ops import (
 )
 from cosmos3_pipeline.vae.program import Program
 
-# Costs are proportional to the picture's size but for attention, a thousandth of them; so one grid serves all, and
-# which rank holds which weights does not depend on the clip.
-_GRID = LatentShape(batch=1, frames=2, rows=16, cols=16)
+# From so many latent pixels on (512 x 512 of the video) costs are proportional to the picture's size but for
+# attention, a thousandth of them; so one division serves all larger clips, which share one set of weights.
+LARGE_PIXELS = 1024
+# Multiplications and additions in the time in which one weight is read from memory: 1024 x 1024 x 27 of them took
+# 7.2 ms for 8 pixels on a core that does 240 GFLOP/s. A portion of a chunk reads them anew. Weights of an op up to
+# so many stay in a cache.
+_FLOPS_PER_WEIGHT = 60
+_CACHED_WEIGHTS = 1 << 20
 # Output channels of one vector of a convolution kernel, how many vectors it needs for its full rate, and what a
 # product costs with fewer. From oneDNN with AVX-512: 220 GFLOP/s from 48 channels on, 135 at 24 and at 12.
 _CHANNEL_BLOCK = 16
@@ -36,12 +41,22 @@ _SLACK = 1.01
 
 
 @cache
-def op_costs(program: Program, flops_per_element: float) -> tuple[float, ...]:
-    """Cost of each op on a later chunk, in FLOPs; touching an element counts `flops_per_element`."""
+def op_costs(program: Program, flops_per_element: float, pixels: int = LARGE_PIXELS) -> tuple[float, ...]:
+    """Cost of each op on a later chunk of `pixels` latent pixels, in FLOPs.
+
+    Touching an element of an activation counts `flops_per_element`.
+    """
+    latent = _of(pixels)
     return tuple(
-        op.flops(_GRID, first=False) * _filled(op.target.channels) + flops_per_element * _elements_touched(op)
-        for op in program.ops
+        op.flops(latent, first=False) * _filled(op.target.channels)
+        + flops_per_element * _elements_touched(op, latent)
+        + _weights_read(op) * _FLOPS_PER_WEIGHT * program.portions_at(number + 1, first=False)
+        for number, op in enumerate(program.ops)
     )
+
+
+def _of(pixels: int) -> LatentShape:
+    return LatentShape(batch=1, frames=2, rows=1, cols=pixels)
 
 
 def _filled(channels: int) -> float:
@@ -50,22 +65,29 @@ def _filled(channels: int) -> float:
     return blocks * _CHANNEL_BLOCK / channels * (_FEW_CHANNELS if blocks < _FULL_RATE_BLOCKS else 1)
 
 
-def _elements_touched(op: Op) -> int:
+def _weights_read(op: Op) -> int:
+    return max(0, op.weight_elements - _CACHED_WEIGHTS)
+
+
+def _elements_touched(op: Op, latent: LatentShape) -> int:
     if isinstance(op, ShortcutBegin) and not op.weights:
         return 0  # keeps its input as it is
     passes = _PASSES if isinstance(op, _SEVERAL_PASSES) else 1
-    return passes * (op.source.elements(_GRID, first=False) + op.target.elements(_GRID, first=False))
+    return passes * (op.source.elements(latent, first=False) + op.target.elements(latent, first=False))
 
 
 @cache
-def balanced_runs(program: Program, ranks: int, flops_per_element: float) -> tuple[tuple[int, int], ...]:
+def balanced_runs(
+    program: Program, ranks: int, flops_per_element: float, pixels: int = LARGE_PIXELS
+) -> tuple[tuple[int, int], ...]:
     """`ranks` runs [start, stop) that cover the program in order, the costliest as cheap as possible.
 
     Among divisions within 1% of that, the one whose cuts are crossed by the least data. `ranks` <= ops.
     """
-    costs = op_costs(program, flops_per_element)
+    costs = op_costs(program, flops_per_element, pixels)
     crossing = [
-        sum(spec.elements(_GRID, first=False) for spec in program.carried(cut)) for cut in range(len(program))
+        sum(spec.elements(_of(pixels), first=False) for spec in program.carried(cut))
+        for cut in range(len(program))
     ]
     limit = _SLACK * _cheapest_maximum(costs, ranks)
     cuts = _least_crossing(costs, crossing, ranks, limit)

@@ -11,27 +11,45 @@ from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, picture_chunks
 from cosmos3_pipeline.vae.strategy import Direction, LatentShape, Pixels
 from cosmos3_pipeline.vae.weights import BoundVae
+from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.line import Place
+
+_ANY_CLIP = LatentShape(1, 1, 1, 1)
 
 
 class Stage:
     """The ops of one rank. Chunks come from the rank above and go to the rank below; the root is at the end."""
 
-    def __init__(self, vae: BoundVae, comm: Comm, direction: Direction, run: tuple[int, int]) -> None:
+    def __init__(self, vae: BoundVae, comm: Comm, direction: Direction, strategy: LayerPipeline) -> None:
+        self._vae = vae
         self._comm = comm
+        self._direction: Direction = direction
+        self._strategy = strategy
         self._program = vae.program(direction)
-        self._place = Place(
-            vae,
-            comm,
-            vae.slice(direction, *run),
-            above=comm.rank + 1 if comm.rank + 1 < comm.size else None,
-            below=comm.rank - 1 if comm.rank > 0 else None,
-        )
+        self._bound: tuple[tuple[int, int], Place] | None = None
+        if not strategy.depends_on_clip:
+            self._place(_ANY_CLIP)
+
+    def _place(self, latent: LatentShape) -> Place:
+        """This rank's place in the line for a clip of `latent`, the ops of which are then bound."""
+        comm = self._comm
+        run = self._strategy.runs(self._program, latent, comm.size)[comm.rank]
+        if self._bound is None or self._bound[0] != run:
+            self._bound = None  # its weights go before others come
+            place = Place(
+                self._vae,
+                comm,
+                self._vae.slice(self._direction, *run),
+                above=comm.rank + 1 if comm.rank + 1 < comm.size else None,
+                below=comm.rank - 1 if comm.rank > 0 else None,
+            )
+            self._bound = run, place
+        return self._bound[1]
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields the picture on the root; the other ranks send what they compute and yield nothing."""
         latent = LatentShape(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
-        for picture in self._place.outputs(latent, z.shape[2], lambda index: latent_chunk(z, index)):
+        for picture in self._place(latent).outputs(latent, z.shape[2], lambda index: latent_chunk(z, index)):
             yield as_pixels(picture, pixels)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -39,7 +57,7 @@ class Stage:
         chunks, scale = picture_chunks(x.shape[2]), self._program.spatial
         frames = 1 + (chunks - 1) * self._program.latents_per_chunk
         latent = LatentShape(x.shape[0], frames, x.shape[3] // scale, x.shape[4] // scale)
-        parts = list(self._place.outputs(latent, chunks, lambda index: picture_chunk(x, index)))
+        parts = list(self._place(latent).outputs(latent, chunks, lambda index: picture_chunk(x, index)))
         shape = (latent.batch, 2 * self._program.z_dim, frames, latent.rows, latent.cols)
         if self._comm.is_root:
             moments = torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3).contiguous()

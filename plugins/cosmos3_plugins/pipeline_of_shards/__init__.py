@@ -22,6 +22,7 @@ from cosmos3_pipeline.vae.strategy import (
     StrategyPlan,
 )
 from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.layer_pipeline.balance import balanced_runs
 from cosmos3_plugins.spatial_shard.slabs import (
     Grid,
     Traffic,
@@ -63,13 +64,16 @@ class PipelineOfShards(Strategy):
         return ranks // self.groups
 
     def runs(self, program: Program) -> tuple[tuple[int, int], ...]:
-        """The run [start, stop) of each group. Raises StrategyError for more groups than ops."""
+        """The run [start, stop) of each group, balanced for large pictures.
+
+        Raises StrategyError for more groups than ops.
+        """
         if self.groups > len(program):
             raise StrategyError(
                 f"pipeline_of_shards.groups={self.groups}; the {program.direction}r has {len(program)} ops and "
                 f"each group needs one; use {len(program)} groups or fewer"
             )
-        return LayerPipeline().runs(program, self.groups)
+        return tuple(reversed(balanced_runs(program, self.groups, LayerPipeline().flops_per_element)))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which ops and rows. Raises StrategyError for groups or rows that do not suffice."""
