@@ -185,9 +185,16 @@ class Comm:
     ) -> Pending:
         """Start sending each tensor to its rank and receiving into each buffer from its rank.
 
-        Tensors must be contiguous. Between two ranks messages arrive in the order in which they are sent.
+        Between two ranks messages arrive in the order in which they are sent. Raises ValueError for a tensor that
+        is not contiguous.
         """
         tensors = [tensor for tensor, _ in (*receives, *sends)]
+        for tensor in tensors:
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} in a message; its "
+                    "bytes do not lie side by side; send tensor.contiguous(), and receive into a buffer of its own"
+                )
         if not tensors:
             return Pending(self, [], [])
         assert self._board is not None, "a Comm of one rank has nobody to exchange with"

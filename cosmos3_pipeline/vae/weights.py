@@ -19,7 +19,7 @@ class WeightSource(Protocol):
     """Tensors by their names in `AutoencoderKLWan.state_dict()`."""
 
     def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The named tensors, in `dtype` on `device`. Raises KeyError or ValueError for one that is not there."""
+        """The named tensors, in `dtype` on `device`. Raises ValueError for one that is not there."""
         ...
 
 
@@ -46,6 +46,7 @@ class FolderWeights:
     """The weights of a diffusers VAE folder (`config.json` and safetensors), each read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         index = folder / "diffusion_pytorch_model.safetensors.index.json"
         single = folder / "diffusion_pytorch_model.safetensors"
         if index.is_file():
@@ -63,9 +64,17 @@ class FolderWeights:
             )
 
     def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Raises KeyError for a tensor that the checkpoint does not have."""
+        """Raises ValueError for a tensor that the checkpoint does not have."""
         from safetensors import safe_open
 
+        names = list(names)
+        missing = [name for name in names if name not in self._files]
+        if missing:
+            raise ValueError(
+                f"{self._folder} lacks {len(missing)} of {len(names)} weights that this rank needs, such as "
+                f"{missing[0]}; config.json describes another VAE than the one whose weights are beside it, or "
+                "some were lost; give the `vae` folder of a diffusers checkpoint as it was saved"
+            )
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)

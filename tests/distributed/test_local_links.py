@@ -72,6 +72,24 @@ def _one_leaves(rank: int) -> str:
     return "nothing"
 
 
+def _scattered(rank: int) -> str:
+    comm, columns = Comm(), torch.zeros(4, 4)[:, :2]
+    try:
+        with comm.run():
+            if rank == 1:
+                comm.exchange(sends=[(columns, 0)]).wait()
+            comm.exchange(receives=[(torch.empty(4, 2), 1)]).wait()
+    except (PeerFailed, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_tensor_with_gaps_is_refused_by_whoever_sends_it() -> None:
+    waiting, sending = run_on_ranks(_scattered, 2)
+    assert sending.startswith("ValueError: a tensor of shape (4, 2) and strides (4, 1) in a message;")
+    assert waiting.startswith("PeerFailed") and "send tensor.contiguous()" in waiting
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_messages_arrive_whole_and_in_order(ranks: int) -> None:
     assert run_on_ranks(_everyone_to_everyone, ranks) == [True] * ranks

@@ -35,6 +35,7 @@ def test_two_cases_on_two_ranks(tmp_path: Path) -> None:
     alone = report["cases"]["spatial_shard"]["contestants"]["one_rank"]
     assert len(each["peak_bytes"]) == 2  # two ranks, each with one rank's work
     assert each["planned_peak_bytes"] == 2 * alone["planned_peak_bytes"]
+    assert report["not_run"] == []
     costs = report["costs"]
     assert {op["rows"] for op in costs["cases"]["layer_pipeline"]["ops"]} == {4, 2}
     assert costs["link"]["latency_s"] > 0 and costs["link"]["bytes_per_s"] > 1e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from toy_runs import toy_dimensions
 from vae_models import WAN21, WAN22
 
+from cosmos3_pipeline import compose
 from cosmos3_pipeline.jobs.bench import rank as bench_rank
 from cosmos3_pipeline.jobs.bench import roofline
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
@@ -28,6 +30,7 @@ from cosmos3_pipeline.jobs.bench.suite import Case
 from cosmos3_pipeline.jobs.bench.trial import Trial
 from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
+from cosmos3_pipeline.jobs.ranks import resolved
 from cosmos3_pipeline.vae import ops
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import program_for
@@ -277,6 +280,29 @@ def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
     with torch.no_grad():
         bench.run(case("decode", "one_rank", "layer_pipeline"))
     assert bench.costs["mine"]["ops"] == ["timed"]
+
+
+def test_what_was_measured_is_kept_when_a_later_case_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = ("bench.rows=2", "bench.cols=2", "bench.rounds=1", "bench.costs=false")
+    plain = resolved(compose(["job=bench", "bench.cases=[image_decode,image_encode]", *size]))
+    run = Bench.run
+
+    def failing(self: Bench, one: Case) -> dict[str, Any]:
+        if one.name == "image_encode":
+            raise RuntimeError("no more memory")
+        return run(self, one)
+
+    monkeypatch.setattr(Bench, "run", failing)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        bench_rank.bench_rank(plain, TINY, str(tmp_path))
+    left = json.loads((tmp_path / "bench.json").read_text())
+    assert list(left["cases"]) == ["image_decode"] and left["not_run"] == ["image_encode"]
+    assert {row["case"]: row["why"] for row in left["targets"]}["image_encode"] == "image_encode has not run"
+    assert min(left["cases"]["image_decode"]["contestants"]["one_rank"]["seconds"]) > 0
+    assert "Not run: image_encode." in (tmp_path / "bench.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_rank_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,10 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     absent, untold = judge(cases, measured)
     assert (absent.met, absent.why) == (None, "theirs: it refuses odd rows")
     assert untold.met is None and "distance" in untold.why
+    (later,) = judge([case("two", target("speed", "theirs", at_least=1))], measured)
+    assert (later.met, later.why) == (None, "two has not run")
+    (relative,) = judge([case("one", target("memory", "ours", over_case="two", at_most=1))], measured)
+    assert (relative.met, relative.why) == (None, "two has not run")
     elsewhere = judge([case("one", target("memory", "ours", at_most=2), ranks=4)], measured)[0]
     assert (elsewhere.met, elsewhere.why) == (None, "for 4 ranks, there were 2")
 
@@ -187,6 +191,7 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
             "machine": machine,
             "targets": [v.as_dict() for v in verdicts],
             "cases": {"one": one},
+            "not_run": [],
             "costs": None,
             "simulated": None,
         },
@@ -201,6 +206,8 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
     assert "- distvae was not run: No module named 'distvae'" in text
     assert "fewer than 5: provisional" in text and "of roofline" not in text
     assert "There are no plots: matplotlib is not installed." in text
+    assert "Not finished" not in text
+    assert markdown({**whole, "not_run": ["two", "three"]}).startswith("**Not finished.** Not run: two, three.")
 
 
 def test_ranks_that_do_not_talk_are_the_limit_that_the_table_names() -> None:

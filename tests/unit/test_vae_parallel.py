@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -114,7 +115,15 @@ def test_from_folder_is_the_model(tmp_path: Any) -> None:
         assert vae.config.latents_mean == model.config.latents_mean
         half = ParallelVAE.from_folder(folder, Replicated(), Replicated(), dtype=torch.bfloat16)
         assert half.decode(latent().bfloat16()).sample.dtype == torch.bfloat16
-    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    del listed["weight_map"]["decoder.conv_in.weight"]
+    index.write_text(json.dumps(listed))
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of \d+ weights that this rank needs, such as decoder.conv_in.weight"
+    ):
+        ParallelVAE.from_folder(folder, Replicated(), Replicated()).decode(latent())
+    index.unlink()
     with pytest.raises(FileNotFoundError, match="give the `vae` folder"):
         ParallelVAE.from_folder(folder, Replicated(), Replicated())
 

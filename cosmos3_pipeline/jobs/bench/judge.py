@@ -39,11 +39,14 @@ class Verdict:
 
 
 def judge(cases: Sequence[Case], reports: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
-    """A verdict on every target of `cases`; `reports` has what was measured, by the name of the case."""
+    """A verdict on every target of `cases`; `reports` has what was measured, by the name of the case, so far."""
     return [_verdict(case, target, reports) for case in cases for target in case.targets]
 
 
 def _verdict(case: Case, target: Target, reports: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    for needed in (case.name, target.over_case or case.name):
+        if needed not in reports:
+            return Verdict(case.name, target, why=f"{needed} has not run")
     report, other = reports[case.name], reports[target.over_case or case.name]
     if case.ranks is not None and report["ranks"] != case.ranks:
         return Verdict(case.name, target, why=f"for {case.ranks} ranks, there were {report['ranks']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,25 +57,48 @@ def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | 
         cases = cases_of(bench)
         with reporter.track("benchmark", sum(units(case, bench) for case in cases)) as advance:
             work = Bench(plain, dimensions, world, Autoencoders(dimensions, device), advance)
-            reports = {case.name: work.run(case) for case in cases}
-        costs = {"direction": "decode", "dtype": "float32", "link": link_costs(world), "cases": work.costs}
-        if world.is_root:
-            directory = Path(str(agreed[0][0]))
-            report = {
-                "schema_version": SCHEMA_VERSION,
-                "width": bench["width"],
-                "vae": dimensions,
-                "rounds": bench["rounds"],
-                "ranks": world.comm.size,
-                "machine": about,
-                "targets": [verdict.as_dict() for verdict in judge(cases, reports)],
-                "cases": reports,
-                "costs": costs,
-            }
-            report["simulated"] = simulated(cases, plain, report)
-            write_whole(directory / REPORT_FILE, json.dumps(report, indent=2))
-            write_whole(directory / MARKDOWN_FILE, markdown(report))
-            draw(report, directory)
+            link = link_costs(world)
+            measured: dict[str, dict[str, Any]] = {}
+            for case in cases:
+                measured[case.name] = work.run(case)
+                if world.is_root:
+                    # After each: who ends a run in its second hour keeps what it has measured in its first.
+                    costs = {"direction": "decode", "dtype": "float32", "link": link, "cases": work.costs}
+                    report = report_of(plain, dimensions, world.comm.size, about, cases, measured, costs)
+                    _write(report, Path(str(agreed[0][0])))
+
+
+def report_of(
+    plain: Mapping[str, Any],
+    dimensions: Mapping[str, Any],
+    ranks: int,
+    about: Mapping[str, Any],
+    cases: Sequence[Case],
+    measured: Mapping[str, Mapping[str, Any]],
+    costs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """For bench.json: what was `measured`, by the name of the case, which need not be all of `cases` yet."""
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "width": plain["bench"]["width"],
+        "vae": dimensions,
+        "rounds": plain["bench"]["rounds"],
+        "ranks": ranks,
+        "machine": about,
+        "targets": [verdict.as_dict() for verdict in judge(cases, measured)],
+        "cases": measured,
+        "not_run": [case.name for case in cases if case.name not in measured],
+        "costs": costs,
+    }
+    return {**report, "simulated": simulated(cases, plain, report)}
+
+
+def _write(report: Mapping[str, Any], directory: Path) -> None:
+    """The report; with its plots when all of it is there."""
+    write_whole(directory / REPORT_FILE, json.dumps(report, indent=2))
+    write_whole(directory / MARKDOWN_FILE, markdown(report))
+    if not report["not_run"]:
+        draw(report, directory)
 
 
 def units(case: Case, bench: Mapping[str, Any]) -> int:

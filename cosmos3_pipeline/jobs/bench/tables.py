@@ -75,8 +75,11 @@ def about(report: Mapping[str, Any]) -> str:
         rounds += f" (fewer than {FEWEST_ROUNDS}: provisional)"
     threads = f"{m['threads_per_rank']} thread{'s' * (m['threads_per_rank'] > 1)} per rank"
     threads += " on cores of its own" if all(m["pinned_to"]) else ", not pinned to cores"
+    left = report["not_run"]
+    unfinished = f"**Not finished.** Not run: {', '.join(left)}.\n\n" if left else ""
     without = "" if m["versions"]["matplotlib"] else "\n\nThere are no plots: matplotlib is not installed."
     return (
+        f"{unfinished}"
         f"VAE of width {report['width']} ({vae['base_dim']}/{vae['decoder_base_dim']}), random weights; "
         f"medians and least to most of {rounds}; {report['ranks']} ranks, {threads}, on {m['processor']} with "
         f"{m['cores']} cores ({m['instructions']}), load {m['load_before']:.2f} before the start; {versions}.\n\n"
