@@ -65,8 +65,8 @@ class Auto(Strategy):
     picks: ClassVar[bool] = True
 
     def settled(self, program: Program, shape: LatentShape, ranks: int) -> Strategy:
-        """The strategy that is picked for a clip of `shape`."""
-        return self._ranking(program, shape, ranks)[0].strategy
+        """The strategy that is picked for a clip of `shape`, itself settled for it."""
+        return self._ranking(program, shape, ranks)[0].strategy.settled(program, shape, ranks)
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """The plan of the strategy that is picked; its note says why. Raises StrategyError for bad settings."""
