@@ -105,17 +105,16 @@ class Comm:
         # Any: PyTorch's stubs leave out the methods that every backend has.
         self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=default_pg_timeout)
         # Two lanes, so that a rank that is out of step never takes payload for an agreement.
-        self._lanes = [LocalLinks(PrefixStore(f"lane{lane}", store), self.rank, self.size) for lane in (0, 1)]
+        self._local = LocalLinks(PrefixStore("local", store), self.rank, self.size, lanes=2)
         self._board = Board(store)
         self._run = 0
         self._broken = False
 
     def _close(self) -> None:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
+        self._local.close()  # before the tensors are let go that others may be reading
         for pending in self._under_way:
             pending.drop()
-        for links in self._lanes:
-            links.close()
         self._gloo = None
 
     @property
@@ -185,8 +184,9 @@ class Comm:
     ) -> Pending:
         """Start sending each tensor to its rank and receiving into each buffer from its rank.
 
-        Between two ranks messages arrive in the order in which they are sent. Raises ValueError for a tensor that
-        is not contiguous.
+        Between two ranks messages arrive in the order in which they are sent. A large one between ranks of a
+        machine leaves while its receiver waits for messages: wait for it before a collective. Raises
+        ValueError for a tensor that is not contiguous.
         """
         tensors = [tensor for tensor, _ in (*receives, *sends)]
         for tensor in tensors:
@@ -220,13 +220,13 @@ class Comm:
     def _start_on_cpu(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], lane: int
     ) -> Sequence[Work]:
-        links, works = self._lanes[lane], list[Work]()
+        local, works = self._local, list[Work]()
         for tensor, peer in receives:
-            small = links.carries(tensor, peer)
-            works.append(links.receive(tensor, peer) if small else self._gloo.recv([tensor], peer, lane))
+            here = local.carries(tensor, peer)
+            works.append(local.receive(tensor, peer, lane) if here else self._gloo.recv([tensor], peer, lane))
         for tensor, peer in sends:
-            small = links.carries(tensor, peer)
-            works.append(links.send(tensor, peer) if small else self._gloo.send([tensor], peer, lane))
+            here = local.carries(tensor, peer)
+            works.append(local.send(tensor, peer, lane) if here else self._gloo.send([tensor], peer, lane))
         return works
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:

@@ -1,141 +1,127 @@
-"""Small messages between ranks on one machine, over Unix sockets, moved by the thread that waits for them.
+"""Messages between ranks on one machine, moved by the threads that wait for them.
 
 gloo passes every message through threads of its own. On a machine whose cores all compute, those get their turn
-late: a halo row took about 1.1 ms between two busy cores, and takes 0.1 ms in this way. Large messages stay with
-gloo, whose threads move them while the ranks compute.
+late: a halo row took about 1.1 ms between two busy cores, and takes 0.1 ms in this way.
 """
 
 from __future__ import annotations
 
+import json
 import select
 import socket
+import struct
 import tempfile
-from collections import deque
+from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.constants import default_pg_timeout
 
-# What a socket's buffer takes at once, so that a message leaves without its receiver's help.
-SMALL_BYTES = 192 << 10
+from cosmos3_pipeline.distributed.channel import SMALL_BYTES, Channel, Message
+from cosmos3_pipeline.distributed.peer_memory import Process
+
+# By which a connection begins: the rank, and the number among its connections.
+_HELLO = struct.Struct("!II")
 
 
 class Transfer:
-    """One message under way."""
+    """A message under way, and what moves it while somebody waits."""
 
-    def __init__(self, links: LocalLinks, tensor: Tensor) -> None:
+    def __init__(self, links: LocalLinks, message: Message) -> None:
         self._links = links
-        # Bytes, because NumPy knows no bfloat16.
-        data: Any = tensor.view(-1).view(torch.uint8).numpy()
-        self.rest = memoryview(data)
+        self._message = message
 
     def wait(self) -> None:
         """Return when it has left or arrived. Raises RuntimeError when it never will."""
-        while self.rest:
+        while not self._message.done:
             self._links.move()
 
 
 class LocalLinks:
-    """Connections of one rank to those of its group that are on the same machine.
+    """Connections of one rank to those of its group that are on the same machine, `lanes` to each.
 
-    Making one is collective over the ranks of `store`. Between two ranks messages arrive in order; sender and
-    receiver must know their sizes. Errors are RuntimeErrors, as those of gloo.
+    Making one is collective over the ranks of `store`. In a lane between two ranks messages arrive in order; both
+    must know their sizes. Whoever waits for one message moves all that can be moved. Errors are RuntimeErrors, as
+    those of gloo.
     """
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._sockets: dict[int, socket.socket] = {}
-        self._sending: dict[int, deque[Transfer]] = {}
-        self._receiving: dict[int, deque[Transfer]] = {}
+    def __init__(self, store: Store, rank: int, size: int, *, lanes: int) -> None:
+        ends: dict[tuple[int, int], socket.socket] = {}  # by rank and number, two numbers a lane
+        count = 2 * lanes
         with tempfile.TemporaryDirectory(prefix="cosmos3-") as folder, socket.socket(socket.AF_UNIX) as listener:
-            store.set(f"local/{rank}", _listening(listener, str(Path(folder) / "rank"), size))
+            address = _listening(listener, str(Path(folder) / "rank"), size * count)
+            store.set(f"rank/{rank}", json.dumps([address, *astuple(Process.this())]))
+            peers = {peer: json.loads(store.get(f"rank/{peer}")) for peer in range(size) if peer != rank}
             for lower in range(rank):
-                link = _connected(store.get(f"local/{lower}").decode(), rank)
-                store.set(f"local/{lower}-{rank}", "linked" if link else "apart")
-                if link:
-                    self._add(lower, link)
-            higher = [r for r in range(rank + 1, size) if store.get(f"local/{rank}-{r}") == b"linked"]
-            for _ in higher:
+                links = _connected(peers[lower][0], rank, count)
+                ends |= {(lower, number): link for number, link in enumerate(links)}
+                store.set(f"link/{lower}-{rank}", "linked" if links else "apart")
+            higher = [peer for peer in range(rank + 1, size) if store.get(f"link/{rank}-{peer}") == b"linked"]
+            for _ in range(len(higher) * count):
                 link, _address = listener.accept()
-                self._add(int.from_bytes(link.recv(4)), link)
+                ends[_HELLO.unpack(link.recv(_HELLO.size))] = link
+        processes = {peer: Process(*peers[peer][1:]) for peer, number in ends if not number}
+        self._channels = {
+            (peer, lane): Channel(peer, process, ends[peer, 2 * lane], ends[peer, 2 * lane + 1])
+            for peer, process in processes.items()
+            for lane in range(lanes)
+        }
+        self._readable = self._readable_both_ways(store, rank, processes)
 
-    def _add(self, peer: int, link: socket.socket) -> None:
-        link.setblocking(False)
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * SMALL_BYTES)
-        self._sockets[peer] = link
-        self._sending[peer], self._receiving[peer] = deque(), deque()
+    @staticmethod
+    def _readable_both_ways(store: Store, rank: int, processes: Mapping[int, Process]) -> set[int]:
+        """The ranks that can read the memory of this one and whose memory this one can read."""
+        for peer, process in processes.items():
+            store.set(f"reads/{rank}-{peer}", str(process.is_readable))
+        both = str(True).encode()
+        return {
+            peer
+            for peer in processes
+            if store.get(f"reads/{rank}-{peer}") == both == store.get(f"reads/{peer}-{rank}")
+        }
 
     def carries(self, tensor: Tensor, peer: int) -> bool:
         """Whether messages like `tensor` to and from `peer` go this way; the same on both sides."""
-        return peer in self._sockets and 0 < tensor.nbytes <= SMALL_BYTES
+        if (peer, 0) not in self._channels or not tensor.nbytes:
+            return False
+        return tensor.nbytes <= SMALL_BYTES or peer in self._readable
 
-    def send(self, tensor: Tensor, peer: int) -> Transfer:
+    def send(self, tensor: Tensor, peer: int, lane: int) -> Transfer:
         """Start sending a contiguous `tensor`, not to be written until the transfer has been waited for."""
-        transfer = Transfer(self, tensor)
-        self._sending[peer].append(transfer)
-        self._write(peer)
-        return transfer
+        message = Message(tensor)
+        self._channels[peer, lane].send(message)
+        return Transfer(self, message)
 
-    def receive(self, tensor: Tensor, peer: int) -> Transfer:
+    def receive(self, tensor: Tensor, peer: int, lane: int) -> Transfer:
         """Start receiving into a contiguous `tensor`."""
-        transfer = Transfer(self, tensor)
-        self._receiving[peer].append(transfer)
-        return transfer
+        message = Message(tensor)
+        self._channels[peer, lane].receive(message)
+        return Transfer(self, message)
 
     def move(self) -> None:
         """Wait until something can be moved, and move it."""
-        ready, peers = select.poll(), {}
-        for peer, link in self._sockets.items():
-            wanted = select.POLLIN * bool(self._receiving[peer]) | select.POLLOUT * bool(self._sending[peer])
-            if wanted:
-                ready.register(link, wanted)
-                peers[link.fileno()] = peer
-        if not peers:
+        ready, waiting = select.poll(), {}
+        for channel in self._channels.values():
+            for number, events in channel.awaited():
+                ready.register(number, events)
+                waiting[number] = channel
+        if not waiting:
             raise RuntimeError("the connections to the other ranks of this machine were closed")
         seconds = default_pg_timeout.total_seconds()
-        events = ready.poll(1000 * seconds)
-        if not events:
-            raise RuntimeError(f"no message from ranks {sorted(peers.values())} within {seconds:.0f} s")
-        for number, _ in events:
-            # Both are tried, and do nothing where there is nothing to do; a broken connection fails in either.
-            self._write(peers[number])
-            self._read(peers[number])
+        found = ready.poll(1000 * seconds)
+        if not found:
+            peers = sorted({channel.peer for channel in waiting.values()})
+            raise RuntimeError(f"no message from ranks {peers} within {seconds:.0f} s")
+        for number, _ in found:
+            waiting[number].move()
 
     def close(self) -> None:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
-        for link in self._sockets.values():
-            link.close()
-        self._sockets.clear()
-
-    def _write(self, peer: int) -> None:
-        queue = self._sending[peer]
-        while queue:
-            try:
-                sent = self._sockets[peer].send(queue[0].rest)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise RuntimeError(f"the connection to rank {peer} is closed ({error})") from error
-            queue[0].rest = queue[0].rest[sent:]
-            if not queue[0].rest:
-                queue.popleft()
-
-    def _read(self, peer: int) -> None:
-        queue = self._receiving[peer]
-        while queue:
-            try:
-                taken = self._sockets[peer].recv_into(queue[0].rest)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise RuntimeError(f"the connection to rank {peer} is closed ({error})") from error
-            if not taken:
-                raise RuntimeError(f"rank {peer} has closed its connection")
-            queue[0].rest = queue[0].rest[taken:]
-            if not queue[0].rest:
-                queue.popleft()
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
 
 
 def _listening(listener: socket.socket, address: str, size: int) -> str:
@@ -148,13 +134,15 @@ def _listening(listener: socket.socket, address: str, size: int) -> str:
     return address
 
 
-def _connected(address: str, rank: int) -> socket.socket | None:
-    """A connection to the listener at `address`, which is told `rank`; None when that is on another machine."""
-    link = socket.socket(socket.AF_UNIX)
-    try:
-        link.connect(address)
-    except OSError:
-        link.close()
-        return None
-    link.sendall(rank.to_bytes(4))
-    return link
+def _connected(address: str, rank: int, count: int) -> list[socket.socket]:
+    """`count` connections to the listener at `address`, each told `rank`; none if that is on another machine."""
+    ends = [socket.socket(socket.AF_UNIX) for _ in range(count)]
+    for number, end in enumerate(ends):
+        try:
+            end.connect(address)
+        except OSError:
+            if number:
+                raise
+            return []
+        end.sendall(_HELLO.pack(rank, number))
+    return ends

@@ -1,16 +1,22 @@
-"""Small messages between ranks of one machine: whole, in order, beside large ones, and ended by whoever leaves."""
+"""Messages between ranks of one machine: whole, in order, of all sizes, and ended by whoever leaves."""
 
 from __future__ import annotations
 
+import os
 import random
+import time
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_on_ranks
 
-from cosmos3_pipeline.distributed.board import PeerFailed
+from cosmos3_pipeline.distributed import peer_memory
+from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
+from cosmos3_pipeline.distributed.channel import SMALL_BYTES
 from cosmos3_pipeline.distributed.comm import Comm
-from cosmos3_pipeline.distributed.local import SMALL_BYTES
+from cosmos3_pipeline.distributed.peer_memory import Process
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 
@@ -28,12 +34,20 @@ def _messages(source: int, target: int) -> list[torch.Tensor]:
     return made
 
 
-def _everyone_to_everyone(rank: int) -> bool:
+def _no_reading(*blind: int) -> None:
+    """From now on these ranks may not read the memory of others."""
+    if dist.get_rank() in blind:
+        Process.is_readable = property(lambda self: False)  # type: ignore[assignment, method-assign]
+
+
+def _everyone_to_everyone(rank: int, blind: tuple[int, ...]) -> bool:
+    _no_reading(*blind)
     comm = Comm()
     others = [peer for peer in range(comm.size) if peer != rank]
-    for size, small in [(1, True), (SMALL_BYTES, True), (SMALL_BYTES + 1, False)]:
+    for size in (1, SMALL_BYTES, SMALL_BYTES + 1):
         message = torch.empty(size, dtype=torch.uint8)
-        assert all(links.carries(message, peer) == small for links in comm._lanes for peer in others)
+        for peer in others:
+            assert comm._local.carries(message, peer) == (size <= SMALL_BYTES or not {rank, peer} & {*blind})
     with comm.run():
         arriving = {peer: [torch.empty_like(m) for m in _messages(peer, rank)] for peer in others}
         receives = [(buffer, peer) for peer in others for buffer in arriving[peer]]
@@ -90,9 +104,86 @@ def test_a_tensor_with_gaps_is_refused_by_whoever_sends_it() -> None:
     assert waiting.startswith("PeerFailed") and "send tensor.contiguous()" in waiting
 
 
+@pytest.mark.parametrize("blind", [(), (1,), (0, 1, 2)], ids=["all_may_read", "one_may_not", "none_may"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_messages_arrive_whole_and_in_order(ranks: int) -> None:
-    assert run_on_ranks(_everyone_to_everyone, ranks) == [True] * ranks
+def test_messages_arrive_whole_and_in_order(ranks: int, blind: tuple[int, ...]) -> None:
+    assert run_on_ranks(_everyone_to_everyone, ranks, blind) == [True] * ranks
+
+
+def _waits_for_one_who_waits(rank: int) -> bool:
+    """The receiver waits for something else, which the sender only does when its large message has left."""
+    comm, message = Comm(), torch.arange(SMALL_BYTES)
+    with comm.run():
+        if rank == 0:
+            comm.exchange(sends=[(message, 1)]).wait()
+            comm.agree(None)
+            return True
+        buffer = torch.empty_like(message)
+        arriving = comm.exchange(receives=[(buffer, 0)])
+        comm.agree(None)
+        arriving.wait()
+        return torch.equal(buffer, message)
+
+
+def test_whoever_waits_moves_the_other_messages() -> None:
+    assert run_on_ranks(_waits_for_one_who_waits, 2) == [True, True]
+
+
+def _many_at_once(rank: int) -> bool:
+    """More large messages than receipts fit a socket's buffer."""
+    comm, count = Comm(), 1000
+    message = torch.arange(SMALL_BYTES // 4, dtype=torch.int64)
+    with comm.run():
+        if rank == 0:
+            comm.exchange(sends=[(message, 1)] * count).wait()
+            return True
+        buffer = torch.empty_like(message)
+        comm.exchange(receives=[(buffer, 0)] * count).wait()
+        return torch.equal(buffer, message)
+
+
+def test_a_thousand_large_messages_may_be_under_way() -> None:
+    assert run_on_ranks(_many_at_once, 2) == [True, True]
+
+
+def _sender_goes(rank: int, dies: bool) -> str:
+    """The sender of a large message is gone before its receiver looks for it."""
+    comm = Comm()
+    buffer = torch.full((SMALL_BYTES,), -1.0)
+    try:
+        with comm.run():
+            if rank == 1:
+                leaving = comm.exchange(sends=[(torch.ones(SMALL_BYTES), 0)])
+                if dies:
+                    os._exit(1)
+                del leaving
+                raise ValueError("no paint left")
+            time.sleep(1)
+            comm.exchange(receives=[(buffer, 1)]).wait()
+    except (PeerFailed, PeerLost, ValueError) as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def test_nobody_takes_a_message_whose_sender_has_gone() -> None:
+    assert run_on_ranks(_sender_goes, 2, False) == ["PeerFailed", "ValueError"]
+    assert run_on_ranks(_sender_goes, 2, True, may_die=(1,)) == ["PeerLost", None]
+
+
+def test_a_process_is_readable_only_if_it_is_the_one_that_was_meant() -> None:
+    own = Process.this()
+    assert own.is_readable
+    assert not replace(own, probe="00" * 16).is_readable
+    assert not replace(own, probe_address=8).is_readable
+    assert not replace(own, pid=2**22 + 1).is_readable
+    into = bytearray(8)
+    with pytest.raises(RuntimeError, match=f"the memory of process {own.pid} cannot be read"):
+        own.read(8, memoryview(into))
+
+
+def test_without_the_system_call_nothing_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_memory, "_libc", lambda: None)
+    assert not Process.this().is_readable
 
 
 def test_waiting_ends_when_the_sender_fails() -> None:
