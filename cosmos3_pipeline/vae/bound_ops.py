@@ -6,8 +6,9 @@ An op reads `flow.at`, the activation of the chunk, and replaces it. Layout: [B,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import Generic, TypeVar
 
 import torch
@@ -114,6 +115,16 @@ def _remember(flow: Flow, name: str, buffer: Tensor, count: int) -> None:
     flow.cache[name][:, count - have :].copy_(buffer[:, -have:])
 
 
+def _closed(flow: Flow) -> Tensor:
+    """What the shortcut opened last has kept, to be overwritten; a copy if an outer one has kept the same."""
+    kept = flow.shortcuts.pop()
+    return kept.clone() if any(_same_memory(kept, outer) for outer in flow.shortcuts) else kept
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _edges_first(height: int, width: int, margins: Margins) -> tuple[list[_Part], list[_Part]]:
     """A slab in parts (rows, columns): those that neighbours read as their margins, and what is left."""
     top, bottom = min(margins.bottom, height), max(height - margins.top, min(margins.bottom, height))
@@ -150,8 +161,8 @@ class Conv(BoundOp[ops.Conv]):
             _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
         own = self.op.margins
         padding = (own.top - cut.top, own.left - cut.left)
-        kept = flow.shortcuts.pop() if self.op.adds_shortcut else None
-        flow.at = Frames(self._conv(frames.buffer, padding=padding, taps=1 if flow.first else 0, add=kept))
+        onto = _closed(flow) if self.op.adds_shortcut else None
+        flow.at = Frames(self._conv(frames.buffer, padding=padding, taps=1 if flow.first else 0, onto=onto))
 
 
 class NormSilu(BoundOp[ops.NormSilu]):
@@ -235,6 +246,8 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         super().__init__(op, weights)
         weight, bias = self._tensors(weights)
         self._convs = [kernels.Convolution(w, bias) for w in kernels.upsampling_weights(weight)]
+        # The end of a shortcut that comes right after it: adding while interleaving saves a way through memory.
+        self.duplicate: DuplicateUp | None = None
 
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
@@ -242,11 +255,16 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         cut = frames.room.margins
         _fill_margins(frames, cut, flow.exchange)
         out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
+        kept = None if self.duplicate is None else flow.shortcuts.pop()
         for i, conv in enumerate(self._convs):
             row, col = divmod(i, 2)
             # One output more than needed on each axis: the kernel is even and the padding symmetric.
-            part = conv(frames.buffer, padding=(1 - cut.top, 1 - cut.left))
-            out[:, :, :, row, :, col].copy_(part[:, :, row : row + h, col : col + w])
+            part = conv(frames.buffer, padding=(1 - cut.top, 1 - cut.left))[:, :, row : row + h, col : col + w]
+            place = out[:, :, :, row, :, col]
+            if self.duplicate is None or kept is None:
+                place.copy_(part)
+            else:
+                self.duplicate.add(part, kept, row, col, first=flow.first, out=place)
         flow.at = Frames(out.view(b, t, 2 * h, 2 * w, -1))
 
 
@@ -275,17 +293,22 @@ class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
 class DuplicateUp(BoundOp[ops.DuplicateUp]):
     def run(self, flow: Flow) -> None:
         kept = flow.shortcuts.pop()
-        b, t, h, w, _ = kept.shape
-        out, ft, fs = flow.at.inner, self.op.factor_t, self.op.factor_s
-        dropped = ft - 1 if flow.first else 0
-        grid = out.view(b, t, ft - dropped, h, fs, w, fs, out.shape[-1])
-        if self.op.copies == self.op.factor:  # channel for channel, so the copies are all alike
-            grid.add_(kept[:, :, None, :, None, :, None])
-            return
-        for time in range(dropped, ft):
-            for row in range(fs):
-                for col in range(fs):
-                    grid[:, :, time - dropped, :, row, :, col].add_(self._copy(kept, time, row, col))
+        out, fs = flow.at.inner, self.op.factor_s
+        b, t, h, w, c = out.shape
+        grid = out.view(b, t, h // fs, fs, w // fs, fs, c)
+        for row, col in product(range(fs), range(fs)):
+            part = grid[:, :, :, row, :, col]
+            self.add(part, kept, row, col, first=flow.first, out=part)
+
+    def add(self, part: Tensor, kept: Tensor, row: int, col: int, *, first: bool, out: Tensor) -> None:
+        """`out` = the copies of `kept` that belong to `part` + `part`: the outputs at one offset of the grid.
+
+        Both are [B, T, H, W, C] on the kept rows and columns.
+        """
+        dropped = self.op.factor_t - 1 if first else 0
+        for time in range(dropped, self.op.factor_t):
+            frames = slice(time - dropped, None, self.op.factor_t - dropped)
+            torch.add(part[:, frames], self._copy(kept, time, row, col), out=out[:, frames])
 
     def _copy(self, kept: Tensor, time: int, row: int, col: int) -> Tensor:
         """The kept channels that fall on the output channels at one offset of the upsampled grid."""
@@ -295,6 +318,13 @@ class DuplicateUp(BoundOp[ops.DuplicateUp]):
             return kept[..., offset // copies :: factor // copies]
         outputs = torch.arange(self.op.target.channels, device=kept.device)
         return kept.index_select(-1, (outputs * factor + offset) // copies)
+
+
+class Done(BoundOp[ops.Op]):
+    """An op that the one before it has done along with its own."""
+
+    def run(self, flow: Flow) -> None:
+        pass
 
 
 class AverageDown(BoundOp[ops.AverageDown]):
@@ -344,6 +374,11 @@ _BOUND: dict[type[ops.Op], type[BoundOp]] = {  # type: ignore[type-arg]
 }
 
 
-def bind(op: ops.Op, weights: Mapping[str, Tensor]) -> BoundOp[ops.Op]:
-    """The runnable form of `op`, holding its tensors out of `weights`."""
-    return _BOUND[type(op)](op, weights)
+def bind(run: Sequence[ops.Op], weights: Mapping[str, Tensor]) -> list[BoundOp[ops.Op]]:
+    """The runnable form of a run of ops, holding their tensors out of `weights`."""
+    bound = [_BOUND[type(op)](op, weights) for op in run]
+    for i, (op, following) in enumerate(pairwise(bound), 1):
+        if isinstance(op, SpatialUp) and isinstance(following, DuplicateUp):
+            op.duplicate = following
+            bound[i] = Done(following.op, weights)
+    return bound

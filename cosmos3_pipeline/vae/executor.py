@@ -50,7 +50,7 @@ class Slice:
         self.program = program
         self.start = start
         self.stop = stop
-        self._ops = [bind(op, weights) for op in program.ops[start:stop]]
+        self._ops = bind(program.ops[start:stop], weights)
         self.weight_bytes = sum(weights[w.name].nbytes for w in program.weights(start, stop))
 
     def state(self, chunks: int) -> SliceState:

@@ -143,6 +143,7 @@ class _Walk:
                 alive = [at, *shortcuts]
             self._remember(op, passes=passes)
             room_after = NO_ROOM if following is None else self._room(following)
+            closed = shortcuts[-1] if op.closes else None
             if op.closes:
                 shortcuts = shortcuts[:-1]
             if passes:
@@ -156,8 +157,12 @@ class _Walk:
                 alive = [at, *shortcuts]
             elif isinstance(op, DuplicateUp | AverageDown):
                 room_after, out, scratch = room, at, self._shortcut_scratch(op)
+            elif closed is not None and all(closed is not outer for outer in shortcuts):
+                room_after, out, scratch = NO_ROOM, closed, 0  # a convolution adds onto what was kept
             else:
                 room_after, out, scratch = NO_ROOM, [self._size(op.target)], self._scratch(op)
+                if isinstance(op, SpatialUp) and isinstance(following, DuplicateUp):
+                    scratch += self._shortcut_scratch(following)  # done along with it
             peak = max(peak, self._alive([*alive, out]) + scratch * element)
             at, room = out, room_after
         return peak

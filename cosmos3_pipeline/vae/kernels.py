@@ -40,12 +40,12 @@ class Convolution:
         padding: tuple[int, int] = (0, 0),
         stride: tuple[int, int, int] = (1, 1, 1),
         taps: int = 0,
-        add: Tensor | None = None,
+        onto: Tensor | None = None,
     ) -> Tensor:
         """[B, T, H, W, I] -> [B, T', H', W', O]; `padding` adds zero rows and columns on both sides.
 
         `taps` > 0 computes only the last `taps` temporal taps: right where the frames before are zeros.
-        `add` [B, T', H', W', O] is added to the result, in oneDNN before it is rounded to the dtype.
+        The result is added `onto` [B, T', H', W', O], contiguous, which is returned; oneDNN rounds the sum once.
         """
         taps = taps or self._taps
         pad = (0, *padding)
@@ -53,19 +53,19 @@ class Convolution:
         if _onednn(x):
             packed = self._pack(taps, frames, pad, stride)
             geometry = (pad, stride, (1, 1, 1), 1)
-            if add is None:
+            if onto is None:
                 out = torch.ops.mkldnn._convolution_pointwise(
                     frames, packed, self._bias, *geometry, "none", [], ""
                 )
-            else:
-                kept = add.permute(0, 4, 1, 2, 3)
-                out = torch.ops.mkldnn._convolution_pointwise.binary(
-                    frames, kept, packed, self._bias, *geometry, "add", 1.0, None, [], None
-                )
-            return _channels_last(out)
+                return _channels_last(out)
+            # Where the sum was is still in a cache when it is written, and no memory is needed for another tensor.
+            torch.ops.mkldnn._convolution_pointwise_.binary(
+                onto.permute(0, 4, 1, 2, 3), frames, packed, self._bias, *geometry, "add", 1.0, None, [], None
+            )
+            return onto
         out = F.conv3d(frames, self._weight()[:, :, -taps:], self._bias, stride=stride, padding=pad)
         out = _channels_last(out)
-        return out if add is None else out.add_(add)
+        return out if onto is None else onto.add_(out)
 
     def _pack(self, taps: int, frames: Tensor, pad: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         """The last `taps` temporal taps in the order that oneDNN wants for frames of this shape.
