@@ -62,7 +62,7 @@ def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | 
             for case in cases:
                 measured[case.name] = work.run(case)
                 if world.is_root:
-                    # After each: who ends a run in its second hour keeps what it has measured in its first.
+                    # After each: who ends a run early keeps what it has measured so far.
                     costs = {"direction": "decode", "dtype": "float32", "link": link, "cases": work.costs}
                     report = report_of(plain, dimensions, world.comm.size, about, cases, measured, costs)
                     _write(report, Path(str(agreed[0][0])))

@@ -22,20 +22,19 @@ from cosmos3_pipeline.vae.program import Program
 # From so many latent pixels on (512 x 512 of the video) costs are proportional to the picture's size but for
 # attention, a thousandth of them; so one division serves all larger clips, which share one set of weights.
 LARGE_PIXELS = 1024
-# Multiplications and additions in the time in which one weight is read from memory: 1024 x 1024 x 27 of them took
-# 7.2 ms for 8 pixels on a core that does 240 GFLOP/s. A portion of a chunk reads them anew. Weights of an op up to
-# so many stay in a cache.
+# Multiplications and additions in the time in which one weight is read from memory, which each portion of a
+# chunk does anew. Fitted: at the full width, at 8, 48 and 192 pixels, the share of the ops before a cut is then
+# within 1.3% of what they took on one core. Weights of an op up to so many stay in a cache.
 _FLOPS_PER_WEIGHT = 60
 _CACHED_WEIGHTS = 1 << 20
 # Output channels of one vector of a convolution kernel, how many vectors it needs for its full rate, and what a
-# product costs with fewer. From oneDNN with AVX-512: 220 GFLOP/s from 48 channels on, 135 at 24 and at 12.
+# product costs with fewer. From oneDNN with AVX-512: 265 GFLOP/s from 48 channels on, 175 at 24 and at 12.
 _CHANNEL_BLOCK = 16
 _FULL_RATE_BLOCKS = 3
-_FEW_CHANNELS = 1.2
-# How often an op goes through its input and output beyond a convolution's one time: these write what they have
-# computed once more, to interleave or to add it.
-_SEVERAL_PASSES = (NormSilu, DuplicateUp, AverageDown, SpatialUp, TimeUp)
-_PASSES = 3
+_FEW_CHANNELS = 1.13
+# How often an op goes through its input and output; a convolution does so once. Interleaving what was computed and
+# averaging are ways through memory of their own; a norm's passes but the first and the last find it in a cache.
+_PASSES = {NormSilu: 2.5, SpatialUp: 4.0, TimeUp: 3.0, AverageDown: 3.0}
 # How far beyond the best slowest run a division may go if it then sends less.
 _SLACK = 1.01
 
@@ -69,11 +68,13 @@ def _weights_read(op: Op) -> int:
     return max(0, op.weight_elements - _CACHED_WEIGHTS)
 
 
-def _elements_touched(op: Op, latent: LatentShape) -> int:
+def _elements_touched(op: Op, latent: LatentShape) -> float:
     if isinstance(op, ShortcutBegin) and not op.weights:
         return 0  # keeps its input as it is
-    passes = _PASSES if isinstance(op, _SEVERAL_PASSES) else 1
-    return passes * (op.source.elements(latent, first=False) + op.target.elements(latent, first=False))
+    if isinstance(op, DuplicateUp):
+        return op.kept.elements(latent, first=False)  # added while its input is written
+    elements = op.source.elements(latent, first=False) + op.target.elements(latent, first=False)
+    return _PASSES.get(type(op), 1.0) * elements
 
 
 @cache
