@@ -1,4 +1,4 @@
-"""Freed buffers are kept for the next ones, unless the user has decided otherwise. In processes of their own."""
+"""Freed buffers are kept for the next ones, unless the user has decided otherwise."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from vae_models import WAN22, make_vae, vae_config
 
+from cosmos3_pipeline.vae import ParallelVAE, weights
 from cosmos3_pipeline.vae.host_memory import SETTINGS
+from cosmos3_plugins.replicated import Replicated
 
-# How many pages are mapped while four buffers of 24 MiB are taken and freed again and again.
+# For a process of its own: how many pages are mapped while four buffers of 24 MiB are taken and freed repeatedly.
 CODE = """
 import resource
 import torch
@@ -51,6 +55,14 @@ def test_freed_buffers_are_kept() -> None:
     did, faults = _run(MALLOC_MMAP_THRESHOLD_="1000000")
     assert did == "False"
     assert faults > 10 * 1000
+
+
+def test_whoever_binds_ops_on_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(weights, "keep_freed_memory", lambda: asked.append(True))
+    vae = ParallelVAE(make_vae(vae_config(WAN22)), Replicated(), Replicated())
+    vae.decode(torch.zeros(1, WAN22["z_dim"], 1, 2, 2))
+    assert asked
 
 
 @pytest.mark.parametrize("name", SETTINGS)
