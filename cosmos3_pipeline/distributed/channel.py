@@ -10,6 +10,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -88,9 +89,11 @@ class Channel:
         self._take_receipts()
 
     def close(self) -> None:
-        """Close both sockets, so that the other end takes nothing that it then reads for a message."""
-        self._link.close()
-        self._receipts.close()
+        """End both connections, so that the other end takes nothing that it then reads for a message."""
+        for end in (self._receipts, self._link):
+            with suppress(OSError):  # the other end was first
+                end.shutdown(socket.SHUT_RDWR)  # closing does not end it while a fork of this process has it too
+            end.close()
 
     def _write(self) -> None:
         while self._leaving:

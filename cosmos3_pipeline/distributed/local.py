@@ -141,6 +141,8 @@ def _connected(address: str, rank: int, count: int) -> list[socket.socket]:
         try:
             end.connect(address)
         except OSError:
+            for unused in ends:
+                unused.close()
             if number:
                 raise
             return []

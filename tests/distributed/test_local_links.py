@@ -146,10 +146,13 @@ def test_a_thousand_large_messages_may_be_under_way() -> None:
     assert run_on_ranks(_many_at_once, 2) == [True, True]
 
 
-def _sender_goes(rank: int, dies: bool) -> str:
-    """The sender of a large message is gone before its receiver looks for it."""
+def _sender_goes(rank: int, dies: bool, forks: bool) -> str:
+    """The sender of a large message is gone before its receiver looks for it, but perhaps for a fork of it."""
     comm = Comm()
-    buffer = torch.full((SMALL_BYTES,), -1.0)
+    if forks and rank == 1 and os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    taken = ""
     try:
         with comm.run():
             if rank == 1:
@@ -159,15 +162,18 @@ def _sender_goes(rank: int, dies: bool) -> str:
                 del leaving
                 raise ValueError("no paint left")
             time.sleep(1)
-            comm.exchange(receives=[(buffer, 1)]).wait()
+            comm.exchange(receives=[(torch.empty(SMALL_BYTES), 1)]).wait()
+            taken = " after it was taken"
     except (PeerFailed, PeerLost, ValueError) as error:
-        return type(error).__name__
+        time.sleep(2 * rank)  # its memory could still be read
+        return type(error).__name__ + taken
     return "nothing"
 
 
 def test_nobody_takes_a_message_whose_sender_has_gone() -> None:
-    assert run_on_ranks(_sender_goes, 2, False) == ["PeerFailed", "ValueError"]
-    assert run_on_ranks(_sender_goes, 2, True, may_die=(1,)) == ["PeerLost", None]
+    assert run_on_ranks(_sender_goes, 2, False, False) == ["PeerFailed", "ValueError"]
+    assert run_on_ranks(_sender_goes, 2, False, True) == ["PeerFailed", "ValueError"]
+    assert run_on_ranks(_sender_goes, 2, True, False, may_die=(1,)) == ["PeerLost", None]
 
 
 def test_a_process_is_readable_only_if_it_is_the_one_that_was_meant() -> None:
