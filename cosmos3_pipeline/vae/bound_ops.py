@@ -265,6 +265,7 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
                 place.copy_(part)
             else:
                 self.duplicate.add(part, kept, row, col, first=flow.first, out=place)
+            del part  # before the next one is made
         flow.at = Frames(out.view(b, t, 2 * h, 2 * w, -1))
 
 
