@@ -13,7 +13,8 @@ from test_program import attention_in_encoder
 from torch import Tensor
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.vae import ParallelVAE
+from cosmos3_pipeline.vae import ParallelVAE, ops
+from cosmos3_pipeline.vae.bound_ops import Done, bind
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.kernels import Convolution
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
@@ -75,6 +76,29 @@ def test_what_crosses_a_cut_can_be_sent(name: str, direction: str) -> None:
             given = latent_chunk(z, index) if direction == "decode" else picture_chunk(x, index)
             for portion in part.portions([[given]], state):
                 assert all(tensor.is_contiguous() for tensor in portion), program.ops[cut - 1].name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_convolution_adds_in_place(dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(5, 4, 3, 3, 3).to(dtype), torch.randn(5).to(dtype)
+    x, kept = torch.randn(2, 4, 6, 5, 4).to(dtype), torch.randn(2, 2, 6, 5, 5).to(dtype)
+    conv, onto = Convolution(weight, bias), kept.clone()
+    assert conv(x, padding=(1, 1), onto=onto) is onto
+    expected = conv(x, padding=(1, 1)).double() + kept.double()
+    # In bfloat16 the sum is rounded once or, by this expectation, the convolution before it.
+    assert (onto.double() - expected).abs().max() <= (0.2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_shortcut_is_added_while_an_upsampling_interleaves() -> None:
+    vae = make_vae(CONFIGS["wan22"])
+    program = decoder_program(vae.config)
+    bound = bind(program.ops, vae.state_dict())
+    pairs = [i for i, op in enumerate(program.ops) if isinstance(op, ops.DuplicateUp)]
+    assert pairs
+    for i in pairs:
+        assert isinstance(bound[i], Done)
+        assert bind(program.ops[i : i + 1], {})[0].op is program.ops[i]
+        assert not isinstance(bind(program.ops[i : i + 1], {})[0], Done)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
