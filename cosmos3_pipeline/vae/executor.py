@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cosmos3_pipeline.vae.bound_ops import BoundOp, Flow, bind
 from cosmos3_pipeline.vae.frames import Frames, HaloExchange
+from cosmos3_pipeline.vae.host_memory import keeping_large_buffers
 from cosmos3_pipeline.vae.ops import NO_ROOM, Op
 from cosmos3_pipeline.vae.program import Program
 
@@ -124,10 +125,11 @@ class Slice:
             room=NO_ROOM,
         )
         tensors.clear()
-        for op, following in zip(ops, [*ops[1:], None], strict=True):
-            flow.room = NO_ROOM if following is None else following.room(first=first, exchange=exchange)
-            op.run(flow)
-        return [flow.at.inner.contiguous(), *flow.shortcuts]
+        with keeping_large_buffers():
+            for op, following in zip(ops, [*ops[1:], None], strict=True):
+                flow.room = NO_ROOM if following is None else following.room(first=first, exchange=exchange)
+                op.run(flow)
+            return [flow.at.inner.contiguous(), *flow.shortcuts]
 
 
 def _cut(chunk: Tensor, parts: int) -> list[Tensor]:

@@ -2,32 +2,73 @@
 
 Memory that comes new from the system is mapped page by page while it is first written, which may take as long as
 computing what is written. The executor frees and takes buffers of the same sizes all the time. By default glibc
-gives large ones back at once; without that, decoding 8 latent frames of 24 x 20 at the toy model's width took 6%
-less time, and no more memory. For an accelerator PyTorch's own allocator keeps what was freed.
+gives large ones back at once. For an accelerator PyTorch's own allocator keeps what was freed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
-# Of <malloc.h>. The largest size that glibc accepts for what it keeps, and the largest int.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT_BYTES = 32 << 20
+# Of <malloc.h>; the largest threshold that glibc accepts, the largest int, how many buffers it maps by default.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_MAPPED_BYTES = 32 << 20
 _MOST_KEPT_BYTES = (1 << 31) - 1
+_MAPPED_BUFFERS = 65536
 
 # Whoever sets one of these has decided for themselves.
 SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
+# The C library, once it keeps freed buffers, and how many it may map now.
+_keeping: ctypes.CDLL | None = None
+_mappable = _MAPPED_BUFFERS
+
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps freed buffers of up to 32 MiB each, 2 GiB in all, for its next ones.
+    """From now on this process keeps freed buffers of up to 32 MiB for its next ones, up to 2 GiB at a time.
 
     Does nothing where the C library is not glibc or the environment has one of `SETTINGS`. Returns whether it did.
     """
+    global _keeping
     if any(name in os.environ for name in SETTINGS) or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
         return False
     libc = ctypes.CDLL(None)
-    return bool(
-        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and libc.mallopt(_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
-    )
+    options = {_MMAP_THRESHOLD: _MAPPED_BYTES, _TRIM_THRESHOLD: _MOST_KEPT_BYTES}
+    if all(libc.mallopt(option, value) for option, value in options.items()):
+        _keeping = libc
+    return _keeping is not None
+
+
+@contextmanager
+def _mapping(buffers: int) -> Iterator[None]:
+    """So many buffers of more than 32 MiB are mapped on their own at most, and given back when freed."""
+    global _mappable
+    if _keeping is None:
+        yield
+        return
+    before, _mappable = _mappable, buffers
+    _keeping.mallopt(_MMAP_MAX, buffers)
+    try:
+        yield
+    finally:
+        _mappable = before
+        _keeping.mallopt(_MMAP_MAX, before)
+
+
+def keeping_large_buffers() -> AbstractContextManager[None]:
+    """What is taken in the block is kept whatever its size, if this process keeps freed memory.
+
+    For ops: with it 3 latent frames of 72 x 60 at the toy model's width took 17% less time to decode, and 10% more
+    resident memory. Not for the rest of the process, for which what is kept may be a hole that nothing fits in.
+    """
+    return _mapping(0)
+
+
+def long_lived() -> AbstractContextManager[None]:
+    """What is taken in the block, among buffers that are kept, is given back when it is freed.
+
+    From 32 MiB on, and if no freed buffer has room for it. For weights, which would leave such a hole.
+    """
+    return _mapping(_MAPPED_BUFFERS)

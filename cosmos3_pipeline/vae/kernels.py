@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
+from cosmos3_pipeline.vae.host_memory import long_lived
 
 # The shapes of a clip: its first chunk's and the later ones'.
 _SHAPES = 2
@@ -77,9 +78,10 @@ class Convolution:
         if key in self._packed:
             packed = self._packed.pop(key)
         else:
-            weight = self._weight()[:, :, -taps:].contiguous().to_mkldnn()
             reorder: Any = torch._C._nn.mkldnn_reorder_conv3d_weight
-            packed = reorder(weight, pad, stride, (1, 1, 1), 1, list(frames.shape))
+            with long_lived():
+                weight = self._weight()[:, :, -taps:].contiguous().to_mkldnn()
+                packed = reorder(weight, pad, stride, (1, 1, 1), 1, list(frames.shape))
         self._packed[key] = packed  # the last used is last
         if taps == self._taps:
             self._given = None

@@ -5,35 +5,58 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
 from vae_models import WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.vae import ParallelVAE, weights
+from cosmos3_pipeline.vae import ParallelVAE, executor, kernels, weights
 from cosmos3_pipeline.vae.host_memory import SETTINGS
 from cosmos3_plugins.replicated import Replicated
 
-# For a process of its own: how many pages are mapped while four buffers of 24 MiB are taken and freed repeatedly.
+# Where the others may still lie otherwise than they did before, one of them may be mapped anew: of 40 buffers.
+FEW_PAGES = 20_000
+
+# For a process of its own: how many pages are mapped while four buffers are taken and freed repeatedly, of a size
+# that glibc would keep if it were told to, and of one that it would always map: by default, and where large ones
+# are kept. Then how much a buffer takes that is to live long and fits into no freed one, how much of it stays when
+# it is freed, and whether the next large ones are kept as before.
 CODE = """
+import os
 import resource
 import torch
-from cosmos3_pipeline.vae.host_memory import keep_freed_memory
+from cosmos3_pipeline.vae.host_memory import keep_freed_memory, keeping_large_buffers, long_lived
 
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        buffers = [torch.ones(6 << 20) for _ in range(4)]
-        del buffers
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+def faults(mebibytes):
+    for times in (3, 10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            buffers = [torch.ones(mebibytes << 18) for _ in range(4)]
+            del buffers
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 did = keep_freed_memory()
-faults()
-print(did, faults())
+counts = [faults(24), faults(256)]
+with keeping_large_buffers():
+    counts.append(faults(48))
+    before = resident()
+    with long_lived():
+        weight = torch.ones(256 << 18)
+    counts.append(resident() - before)
+    del weight
+    counts += [resident() - before, faults(48)]
+print(did, *counts)
 """
 
 
-def _run(**environment: str) -> tuple[str, int]:
+def _run(**environment: str) -> tuple[str, list[int]]:
     plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(
         [sys.executable, "-c", CODE],
@@ -42,19 +65,59 @@ def _run(**environment: str) -> tuple[str, int]:
         text=True,
         check=True,
     )
-    did, faults = done.stdout.split()
-    return did, int(faults)
+    did, *counts = done.stdout.split()
+    return did, [int(count) for count in counts]
 
 
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library than glibc")
 def test_freed_buffers_are_kept() -> None:
-    did, faults = _run()
+    did, (small, mapped, large, *_) = _run()
     assert did == "True"
-    assert faults < 1000
+    assert max(small, large) < FEW_PAGES
+    assert mapped > 10 * FEW_PAGES, "large ones are kept in the whole process"
     # The same buffers, given back each time because the user says so.
-    did, faults = _run(MALLOC_MMAP_THRESHOLD_="1000000")
+    did, (small, mapped, large, *_) = _run(MALLOC_MMAP_THRESHOLD_="1000000")
     assert did == "False"
-    assert faults > 10 * 1000
+    assert min(small, mapped, large) > 10 * FEW_PAGES
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library than glibc")
+def test_what_lives_long_is_given_back() -> None:
+    _, (*_, taken, left, faults) = _run()
+    assert taken > 250
+    assert left < 5
+    assert faults < FEW_PAGES, "the buffers after it are no longer kept"
+
+
+def test_ops_keep_large_buffers_and_reordered_weights_live_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_blocks: list[str] = []
+    seen: dict[str, set[tuple[str, ...]]] = {"convolution": set(), "reordering": set()}
+
+    def block(name: str) -> Callable[[], AbstractContextManager[None]]:
+        @contextmanager
+        def entered() -> Iterator[None]:
+            open_blocks.append(name)
+            yield
+            open_blocks.pop()
+
+        return entered
+
+    def noting(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen[what].add(tuple(open_blocks))
+            return call(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(executor, "keeping_large_buffers", block("kept"))
+    monkeypatch.setattr(kernels, "long_lived", block("long-lived"))
+    monkeypatch.setattr(kernels.Convolution, "__call__", noting("convolution", kernels.Convolution.__call__))
+    name = "mkldnn_reorder_conv3d_weight"
+    monkeypatch.setattr(torch._C._nn, name, noting("reordering", getattr(torch._C._nn, name)))
+    vae = ParallelVAE(make_vae(vae_config(WAN22)), Replicated(), Replicated())
+    for _ in vae.decode_stream(torch.zeros(1, WAN22["z_dim"], 2, 2, 2)):
+        assert not open_blocks, "what the caller takes meanwhile is kept as well"
+    assert seen == {"convolution": {("kept",)}, "reordering": {("kept", "long-lived")}}
 
 
 def test_whoever_binds_ops_on_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
