@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import Lock
 
 # Of <malloc.h>; the largest threshold that glibc accepts, the largest int, how many buffers it maps by default.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -21,9 +22,10 @@ _MAPPED_BUFFERS = 65536
 # Whoever sets one of these has decided for themselves.
 SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
-# The C library, once it keeps freed buffers, and how many it may map now.
+# The C library, once it keeps freed buffers; and the blocks that are open now, in any thread.
 _keeping: ctypes.CDLL | None = None
-_mappable = _MAPPED_BUFFERS
+_open = {"large": 0, "long-lived": 0}
+_lock = Lock()
 
 
 def keep_freed_memory() -> bool:
@@ -42,19 +44,23 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def _mapping(buffers: int) -> Iterator[None]:
-    """So many buffers of more than 32 MiB are mapped on their own at most, and given back when freed."""
-    global _mappable
+def _block(kind: str) -> Iterator[None]:
     if _keeping is None:
         yield
         return
-    before, _mappable = _mappable, buffers
-    _keeping.mallopt(_MMAP_MAX, buffers)
+    _count(_keeping, kind, 1)
     try:
         yield
     finally:
-        _mappable = before
-        _keeping.mallopt(_MMAP_MAX, before)
+        _count(_keeping, kind, -1)
+
+
+def _count(libc: ctypes.CDLL, kind: str, by: int) -> None:
+    """Buffers of more than 32 MiB are mapped on their own, but in a block where large ones are kept."""
+    with _lock:
+        _open[kind] += by
+        kept = _open["large"] and not _open["long-lived"]
+        libc.mallopt(_MMAP_MAX, 0 if kept else _MAPPED_BUFFERS)
 
 
 def keeping_large_buffers() -> AbstractContextManager[None]:
@@ -63,7 +69,7 @@ def keeping_large_buffers() -> AbstractContextManager[None]:
     For ops: with it 3 latent frames of 72 x 60 at the toy model's width took 17% less time to decode, and 10% more
     resident memory. Not for the rest of the process, for which what is kept may be a hole that nothing fits in.
     """
-    return _mapping(0)
+    return _block("large")
 
 
 def long_lived() -> AbstractContextManager[None]:
@@ -71,4 +77,4 @@ def long_lived() -> AbstractContextManager[None]:
 
     From 32 MiB on, and if no freed buffer has room for it. For weights, which would leave such a hole.
     """
-    return _mapping(_MAPPED_BUFFERS)
+    return _block("long-lived")

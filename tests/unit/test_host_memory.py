@@ -13,7 +13,7 @@ import pytest
 import torch
 from vae_models import WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.vae import ParallelVAE, executor, kernels, weights
+from cosmos3_pipeline.vae import ParallelVAE, executor, host_memory, kernels, weights
 from cosmos3_pipeline.vae.host_memory import SETTINGS
 from cosmos3_plugins.replicated import Replicated
 
@@ -87,6 +87,26 @@ def test_what_lives_long_is_given_back() -> None:
     assert taken > 250
     assert left < 5
     assert faults < FEW_PAGES, "the buffers after it are no longer kept"
+
+
+def test_threads_that_end_in_another_order_leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[int] = []
+
+    class Library:
+        def mallopt(self, option: int, value: int) -> int:
+            allowed.append(value)
+            return 1
+
+    monkeypatch.setattr(host_memory, "_keeping", Library())
+    one, other = host_memory.keeping_large_buffers(), host_memory.keeping_large_buffers()
+    one.__enter__()
+    other.__enter__()
+    with host_memory.long_lived():
+        pass
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    mapped = 65536
+    assert allowed == [0, 0, mapped, 0, 0, mapped]
 
 
 def test_ops_keep_large_buffers_and_reordered_weights_live_long(monkeypatch: pytest.MonkeyPatch) -> None:
