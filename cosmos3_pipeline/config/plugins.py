@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import traceback
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
@@ -62,11 +65,19 @@ def _load(point: EntryPoint, into: dict[str, type]) -> str | None:
         cls = point.load()
     # A third party's module may raise anything at import; it is reported by name, never swallowed.
     except Exception as error:
-        return f"importing {point.value} raised {type(error).__name__}: {error}"
+        return f"importing {point.value} raised {type(error).__name__}: {error}{_where(error)}"
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         return f"{point.value} is not a dataclass of settings"
     into[point.name] = cls
     return None
+
+
+def _where(error: Exception) -> str:
+    """The line of the plugin, or of what it imports, that raised `error`; nothing if no line of it has run."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    *_, last = lines
+    ours = {__file__, metadata.__file__, importlib.__file__}
+    return "" if last.filename in ours else f" ({last.filename}, line {last.lineno})"
 
 
 @functools.cache
