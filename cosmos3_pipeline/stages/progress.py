@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -33,11 +34,19 @@ class Silent:
         yield lambda units=1: None
 
 
-class Bars:
-    """One line per block of work on `console`, with a bar, the count and the time."""
+# How often a block of work that takes long is told of where its bar cannot move.
+SECONDS_BETWEEN_LINES = 30.0
 
-    def __init__(self, console: Console) -> None:
+
+class Bars:
+    """One line per block of work on `console`, with a bar, the count and the time.
+
+    Where the console is no terminal the bar is there only at the end; meanwhile a plain line comes now and then.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock = clock
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
@@ -45,4 +54,14 @@ class Bars:
         columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(what, total=total)
-            yield lambda units=1: progress.advance(task, units)
+            started = told = self._clock()
+
+            def advance(units: int = 1) -> None:
+                nonlocal told
+                progress.advance(task, units)
+                now, done = self._clock(), int(progress.tasks[0].completed)
+                if not self._console.is_terminal and done < total and now - told >= SECONDS_BETWEEN_LINES:
+                    told = now
+                    self._console.print(f"{what}: {done} of {total} after {now - started:.0f} s")
+
+            yield advance

@@ -351,3 +351,14 @@ def test_the_bar_shows_what_is_done() -> None:
         advance()
         advance(8)
     assert "decoded frames" in screen.getvalue() and "9/9" in screen.getvalue()
+
+
+def test_where_no_bar_moves_a_line_comes_now_and_then() -> None:
+    for terminal in (False, True):
+        screen, seconds = io.StringIO(), iter((100.0, 101.0, 131.0, 132.0, 170.0, 171.0))
+        console = Console(file=screen, width=100, force_terminal=terminal)
+        with Bars(console, seconds.__next__).track("benchmark", 9) as advance:
+            for units in (2, 2, 2, 2, 1):
+                advance(units)
+        told = [line for line in screen.getvalue().splitlines() if " of " in line]
+        assert told == ([] if terminal else ["benchmark: 4 of 9 after 31 s", "benchmark: 8 of 9 after 70 s"])
