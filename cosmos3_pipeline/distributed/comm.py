@@ -121,6 +121,14 @@ class Comm:
     def is_root(self) -> bool:
         return self.rank == 0
 
+    @property
+    def reads_memory(self) -> bool:
+        """Whether this rank and every other one read large messages on CPU out of each other's memory.
+
+        Where they do not, such messages go through gloo.
+        """
+        return self._board is not None and len(self._local.readable) == self.size - 1
+
     def _ready(self) -> None:
         if self._broken:
             self._connect()

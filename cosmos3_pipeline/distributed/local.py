@@ -68,11 +68,11 @@ class LocalLinks:
             for peer, process in processes.items()
             for lane in range(lanes)
         }
-        self._readable = self._readable_both_ways(store, rank, processes)
+        # The ranks that can read the memory of this one and whose memory this one can read.
+        self.readable = self._readable_both_ways(store, rank, processes)
 
     @staticmethod
     def _readable_both_ways(store: Store, rank: int, processes: Mapping[int, Process]) -> set[int]:
-        """The ranks that can read the memory of this one and whose memory this one can read."""
         for peer, process in processes.items():
             store.set(f"reads/{rank}-{peer}", str(process.is_readable))
         both = str(True).encode()
@@ -86,7 +86,7 @@ class LocalLinks:
         """Whether messages like `tensor` to and from `peer` go this way; the same on both sides."""
         if (peer, 0) not in self._channels or not tensor.nbytes:
             return False
-        return tensor.nbytes <= SMALL_BYTES or peer in self._readable
+        return tensor.nbytes <= SMALL_BYTES or peer in self.readable
 
     def send(self, tensor: Tensor, peer: int, lane: int) -> Transfer:
         """Start sending a contiguous `tensor`, not to be written until the transfer has been waited for."""

@@ -44,6 +44,7 @@ def _everyone_to_everyone(rank: int, blind: tuple[int, ...]) -> bool:
     _no_reading(*blind)
     comm = Comm()
     others = [peer for peer in range(comm.size) if peer != rank]
+    assert comm.reads_memory == (not blind)
     for size in (1, SMALL_BYTES, SMALL_BYTES + 1):
         message = torch.empty(size, dtype=torch.uint8)
         for peer in others:

@@ -181,7 +181,7 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
     one["absent"] = {"distvae": "No module named 'distvae'"}
     verdicts = judge([case("one", target("speed", "diffusers", at_least=1.9))], {"one": one})
     machine = {
-        "processor": "a processor",
+        **{"device": "cpu", "processor": "a processor", "reads_memory": [True, True]},
         **{"cores": 2, "threads_per_rank": 1, "instructions": "AVX2", "load_before": 0.5, "pinned_to": [[0], [1]]},
         "versions": {"torch": "2.13.0", "diffusers": "0.42.1", "distvae": None, "matplotlib": None},
     }
@@ -206,6 +206,11 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
     assert "- distvae was not run: No module named 'distvae'" in text
     assert "fewer than 5: provisional" in text and "of roofline" not in text
     assert "There are no plots: matplotlib is not installed." in text
+    assert "large messages read out of the sender's memory, on a processor" in text
+    apart = markdown({**whole, "machine": {**machine, "reads_memory": [True, False]}})
+    assert "large messages sent through gloo" in apart
+    for other in ({"ranks": 1}, {"machine": {**machine, "device": "NVIDIA H200"}}):
+        assert "large messages" not in markdown({**whole, **other})
     assert "Not finished" not in text
     assert markdown({**whole, "not_run": ["two", "three"]}).startswith("**Not finished.** Not run: two, three.")
 

@@ -41,8 +41,11 @@ def pinned(threads: int) -> Iterator[list[int]]:
         os.sched_setaffinity(0, before)
 
 
-def machine(device: torch.device, threads: int, cores: list[list[int]]) -> dict[str, Any]:
-    """Processor, memory, versions, threads and own cores of each rank, and the load of the last minute before."""
+def machine(device: torch.device, threads: int, cores: list[list[int]], reads: list[bool]) -> dict[str, Any]:
+    """Processor, memory, versions, threads and own cores of each rank, and the load of the last minute before.
+
+    `reads`: which ranks read large messages out of their senders' memory.
+    """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": _processor(),
@@ -51,6 +54,7 @@ def machine(device: torch.device, threads: int, cores: list[list[int]]) -> dict[
         "system": platform.platform(),
         "threads_per_rank": threads,
         "pinned_to": cores,
+        "reads_memory": reads,
         "load_before": os.getloadavg()[0],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "versions": {**versions(), **{name: _installed(name) for name in OPTIONAL}},

@@ -49,10 +49,10 @@ def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | 
         joined_world(device=topology["device"], threads=threads) as device,
         torch.no_grad(),
     ):
-        about = machine(device, threads, everyones(cores))
         agreed = everyones((output, digest_of(plain)))
         refuse_other_configs([digest for _, digest in agreed])
         world = World.join(device)
+        about = machine(device, threads, everyones(cores), everyones(world.comm.reads_memory))
         reporter: Reporter = Bars(Console(stderr=True)) if world.is_root else Silent()
         cases = cases_of(bench)
         with reporter.track("benchmark", sum(units(case, bench) for case in cases)) as advance:

@@ -75,14 +75,19 @@ def about(report: Mapping[str, Any]) -> str:
         rounds += f" (fewer than {FEWEST_ROUNDS}: provisional)"
     threads = f"{m['threads_per_rank']} thread{'s' * (m['threads_per_rank'] > 1)} per rank"
     threads += " on cores of its own" if all(m["pinned_to"]) else ", not pinned to cores"
+    messages = ""
+    if report["ranks"] > 1 and m["device"] == "cpu":
+        way = "read out of the sender's memory" if all(m["reads_memory"]) else "sent through gloo"
+        messages = f", large messages {way}"
     left = report["not_run"]
     unfinished = f"**Not finished.** Not run: {', '.join(left)}.\n\n" if left else ""
     without = "" if m["versions"]["matplotlib"] else "\n\nThere are no plots: matplotlib is not installed."
     return (
         f"{unfinished}"
         f"VAE of width {report['width']} ({vae['base_dim']}/{vae['decoder_base_dim']}), random weights; "
-        f"medians and least to most of {rounds}; {report['ranks']} ranks, {threads}, on {m['processor']} with "
-        f"{m['cores']} cores ({m['instructions']}), load {m['load_before']:.2f} before the start; {versions}.\n\n"
+        f"medians and least to most of {rounds}; {report['ranks']} ranks, {threads}{messages}, on "
+        f"{m['processor']} with {m['cores']} cores ({m['instructions']}), "
+        f"load {m['load_before']:.2f} before the start; {versions}.\n\n"
         "Peak bytes are those of tensors, rank by rank, and weights those that a rank reads; what the convolution "
         "library keeps is not counted. `differs by`: the largest difference from diffusers' result in that dtype."
         f"{without}"
