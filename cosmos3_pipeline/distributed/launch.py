@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,10 +22,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.failure import RankFailed
 
 # The seconds that ranks of a broken world get to end by themselves before they are killed.
 SHUTDOWN_SECONDS = 5
+
+# What a rank raises because another one has failed.
+_CONSEQUENCES = {kind.__name__ for kind in (PeerFailed, PeerLost, RunStopped)}
 
 
 def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int) -> None:
@@ -51,10 +56,12 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int) -> None:
             shutdown_timeout=SHUTDOWN_SECONDS,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        _launch(config, entry, payload, ranks)
+        _launch(config, entry, payload, ranks, Path(folder))
 
 
-def _launch(config: LaunchConfig, entry: Callable[..., None], payload: tuple[Any, ...], ranks: int) -> None:
+def _launch(
+    config: LaunchConfig, entry: Callable[..., None], payload: tuple[Any, ...], ranks: int, folder: Path
+) -> None:
     try:
         elastic_launch(config, _recorded)(entry, *payload)
     except SignalException as stop:
@@ -63,13 +70,36 @@ def _launch(config: LaunchConfig, entry: Callable[..., None], payload: tuple[Any
             raise KeyboardInterrupt from None
         raise SystemExit(128 + stop.sigval) from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _cause(error, folder)
         raise RankFailed(rank, ranks, _words(failure)) from None
 
 
 @record  # writes the traceback of a rank that raises to where the launcher finds it
 def _recorded(entry: Callable[..., None], *payload: Any) -> None:
     entry(*payload)
+
+
+def _cause(error: ChildFailedError, folder: Path) -> tuple[int, ProcessFailure]:
+    """The rank that failed by itself and before any other, and how. `folder` has what the ranks wrote.
+
+    The launcher names the one whose process had ended first. That may be one that only lost its peer: a rank that
+    raises takes a while to end, and its connections are closed long before.
+    """
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        return rank, failure
+    raised = [
+        ProcessFailure(int(file.parent.name), -1, failure.exitcode, str(file))
+        for file in sorted(folder.rglob("error.json"), key=lambda file: file.stat().st_mtime_ns)
+        if file.stat().st_size  # a rank that was stopped while it wrote has left an empty one
+    ]
+    cause = next((each for each in raised if _kind(each) not in _CONSEQUENCES), failure)
+    return cause.local_rank, cause
+
+
+def _kind(failure: ProcessFailure) -> str:
+    """The name of the exception that `record` wrote."""
+    return str(failure.error_file_data["message"]["message"]).partition(":")[0]
 
 
 def _words(failure: ProcessFailure) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import signal
 import time
@@ -10,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from cosmos3_pipeline.distributed.failure import RankFailed
-from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
+from cosmos3_pipeline.distributed.launch import _cause, joined_world, run_ranks
 
 
 def add_up(folder: str) -> None:
@@ -27,7 +30,11 @@ def break_one(folder: str, how: str) -> None:
         (Path(folder) / f"pid{dist.get_rank()}").write_text(str(os.getpid()))
         dist.barrier()
         if dist.get_rank() == 1:
-            if how == "raise":
+            if how == "linger":
+                # Its connections are closed long before it has ended. The last that is registered comes first.
+                atexit.register(time.sleep, 60)
+                atexit.register(dist.destroy_process_group)
+            if how in ("raise", "linger"):
                 raise ValueError("the latent is cursed")
             os.kill(os.getpid(), signal.SIGKILL)
         dist.recv(torch.zeros(1), src=1)
@@ -46,7 +53,9 @@ def test_ranks_form_one_world(tmp_path: Path) -> None:
     assert [(tmp_path / f"rank{r}").read_text() for r in range(3)] == ["6.0"] * 3
 
 
-@pytest.mark.parametrize(("how", "said"), [("raise", "the latent is cursed"), ("kill", "signal 9")])
+@pytest.mark.parametrize(
+    ("how", "said"), [("raise", "the latent is cursed"), ("linger", "the latent is cursed"), ("kill", "signal 9")]
+)
 def test_a_broken_rank_ends_the_run_with_its_own_words(tmp_path: Path, how: str, said: str) -> None:
     started = time.monotonic()
     with pytest.raises(RankFailed) as caught:
@@ -54,6 +63,36 @@ def test_a_broken_rank_ends_the_run_with_its_own_words(tmp_path: Path, how: str,
     assert time.monotonic() - started < 60
     assert caught.value.rank == 1
     assert said in caught.value.traceback
-    assert ("break_one" in caught.value.traceback) == (how == "raise")
+    assert ("break_one" in caught.value.traceback) == (how != "kill")
     pids = [int((tmp_path / f"pid{r}").read_text()) for r in range(3)]
     assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("written", "exit_code", "cause"),
+    [
+        ({0: "RuntimeError: connection closed", 1: "ValueError: cursed"}, 1, 0),
+        ({1: "ValueError: cursed", 0: "RuntimeError: connection closed"}, 1, 1),
+        ({0: "PeerFailed: rank 1 of the group failed", 1: "ValueError: cursed"}, 1, 1),
+        ({0: "PeerLost: rank 0 lost the connection", 2: "RunStopped: by rank 1"}, 1, 0),
+        ({1: "", 0: "RuntimeError: connection closed"}, 1, 0),
+        ({1: "RuntimeError: connection closed"}, -9, 0),
+        ({}, 3, 0),
+    ],
+)
+def test_the_cause_is_whoever_failed_first_and_by_itself(
+    written: dict[int, str], exit_code: int, cause: int, tmp_path: Path
+) -> None:
+    """`written` in this order; of rank 0 the launcher saw first that it had ended."""
+    for second, (rank, words) in enumerate(written.items()):
+        file = tmp_path / "run" / str(rank) / "error.json"
+        file.parent.mkdir(parents=True)
+        told = {"message": words, "extraInfo": {"py_callstack": words, "timestamp": "7"}}
+        file.write_text(json.dumps({"message": told}) if words else "")
+        os.utime(file, ns=(second, second))
+    seen = ProcessFailure(0, 4711, exit_code, str(tmp_path / "run" / "0" / "error.json"))
+    rank, failure = _cause(ChildFailedError("ranks", {0: seen}), tmp_path)
+    assert rank == cause
+    assert failure.exitcode == exit_code
+    if cause in written:
+        assert failure.error_file_data["message"]["message"] == written[cause]
