@@ -74,10 +74,13 @@ def _load(point: EntryPoint, into: dict[str, type]) -> str | None:
 
 def _where(error: Exception) -> str:
     """The line of the plugin, or of what it imports, that raised `error`; nothing if no line of it has run."""
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    *_, last = lines
-    ours = {__file__, metadata.__file__, importlib.__file__}
-    return "" if last.filename in ours else f" ({last.filename}, line {last.lineno})"
+    importing = {__file__, metadata.__file__, importlib.__file__}
+    lines = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in importing and not frame.filename.startswith("<")  # frozen parts of Python
+    ]
+    return f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
 
 
 @functools.cache

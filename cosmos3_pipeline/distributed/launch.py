@@ -5,6 +5,7 @@ A rank that raises brings the others down at once, and its own traceback is what
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -91,10 +92,19 @@ def _cause(error: ChildFailedError, folder: Path) -> tuple[int, ProcessFailure]:
     raised = [
         ProcessFailure(int(file.parent.name), -1, failure.exitcode, str(file))
         for file in sorted(folder.rglob("error.json"), key=lambda file: file.stat().st_mtime_ns)
-        if file.stat().st_size  # a rank that was stopped while it wrote has left an empty one
+        if _is_whole(file)
     ]
     cause = next((each for each in raised if _kind(each) not in _CONSEQUENCES), failure)
     return cause.local_rank, cause
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the rank that wrote it came to its end, before it was stopped because another one had failed."""
+    try:
+        json.loads(file.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def _kind(failure: ProcessFailure) -> str:

@@ -10,6 +10,9 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+# How often a block of work that takes long is told of where its bar cannot move.
+SECONDS_BETWEEN_LINES = 30.0
+
 
 class Advance(Protocol):
     """Reports that `units` more are done."""
@@ -32,10 +35,6 @@ class Silent:
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
         yield lambda units=1: None
-
-
-# How often a block of work that takes long is told of where its bar cannot move.
-SECONDS_BETWEEN_LINES = 30.0
 
 
 class Bars:

@@ -76,6 +76,7 @@ def test_a_broken_rank_ends_the_run_with_its_own_words(tmp_path: Path, how: str,
         ({0: "PeerFailed: rank 1 of the group failed", 1: "ValueError: cursed"}, 1, 1),
         ({0: "PeerLost: rank 0 lost the connection", 2: "RunStopped: by rank 1"}, 1, 0),
         ({1: "", 0: "RuntimeError: connection closed"}, 1, 0),
+        ({1: "cut off", 0: "RuntimeError: connection closed"}, 1, 0),
         ({1: "RuntimeError: connection closed"}, -9, 0),
         ({}, 3, 0),
     ],
@@ -88,7 +89,8 @@ def test_the_cause_is_whoever_failed_first_and_by_itself(
         file = tmp_path / "run" / str(rank) / "error.json"
         file.parent.mkdir(parents=True)
         told = {"message": words, "extraInfo": {"py_callstack": words, "timestamp": "7"}}
-        file.write_text(json.dumps({"message": told}) if words else "")
+        whole = json.dumps({"message": told})
+        file.write_text({"": "", "cut off": whole[:-5]}.get(words, whole))
         os.utime(file, ns=(second, second))
     seen = ProcessFailure(0, 4711, exit_code, str(tmp_path / "run" / "0" / "error.json"))
     rank, failure = _cause(ChildFailedError("ranks", {0: seen}), tmp_path)

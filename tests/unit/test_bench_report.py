@@ -208,7 +208,7 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
     assert "There are no plots: matplotlib is not installed." in text
     assert "large messages read out of the sender's memory, on a processor" in text
     apart = markdown({**whole, "machine": {**machine, "reads_memory": [True, False]}})
-    assert "large messages sent through gloo" in apart
+    assert "1 thread per rank on cores of its own, some or all large messages sent through gloo" in apart
     for other in ({"ranks": 1}, {"machine": {**machine, "device": "NVIDIA H200"}}):
         assert "large messages" not in markdown({**whole, **other})
     assert "Not finished" not in text

@@ -29,6 +29,10 @@ def undiscovered() -> Iterator[None]:
     [
         ("\n\nimport torch_is_missing\n", "No module named 'torch_is_missing' ({file}, line 3)"),
         ("def f():\n    raise OSError('gone')\nf()\nclass Mine: pass\n", "OSError: gone ({file}, line 2)"),
+        (
+            "import importlib\nimportlib.import_module('torch_is_missing')\n",
+            "No module named 'torch_is_missing' ({file}, line 2)",
+        ),
         ("class Mine\n", "SyntaxError: expected ':' (theirs.py, line 1)"),
         ("", "module 'theirs' has no attribute 'Mine'"),
         ("class Mine: pass\n", "theirs:Mine is not a dataclass of settings"),

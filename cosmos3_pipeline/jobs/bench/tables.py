@@ -77,8 +77,9 @@ def about(report: Mapping[str, Any]) -> str:
     threads += " on cores of its own" if all(m["pinned_to"]) else ", not pinned to cores"
     messages = ""
     if report["ranks"] > 1 and m["device"] == "cpu":
-        way = "read out of the sender's memory" if all(m["reads_memory"]) else "sent through gloo"
-        messages = f", large messages {way}"
+        messages = ", some or all large messages sent through gloo"
+        if all(m["reads_memory"]):
+            messages = ", large messages read out of the sender's memory"
     left = report["not_run"]
     unfinished = f"**Not finished.** Not run: {', '.join(left)}.\n\n" if left else ""
     without = "" if m["versions"]["matplotlib"] else "\n\nThere are no plots: matplotlib is not installed."
