@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
 from typing import Generic, TypeVar
 
 import torch
@@ -246,8 +245,6 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         super().__init__(op, weights)
         weight, bias = self._tensors(weights)
         self._convs = [kernels.Convolution(w, bias) for w in kernels.upsampling_weights(weight)]
-        # The end of a shortcut that comes right after it: adding while interleaving saves a way through memory.
-        self.duplicate: DuplicateUp | None = None
 
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
@@ -255,18 +252,42 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         cut = frames.room.margins
         _fill_margins(frames, cut, flow.exchange)
         out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
-        kept = None if self.duplicate is None else flow.shortcuts.pop()
+        kept = None if self.op.duplicates is None else flow.shortcuts.pop()
         for i, conv in enumerate(self._convs):
             row, col = divmod(i, 2)
             # One output more than needed on each axis: the kernel is even and the padding symmetric.
             part = conv(frames.buffer, padding=(1 - cut.top, 1 - cut.left))[:, :, row : row + h, col : col + w]
             place = out[:, :, :, row, :, col]
-            if self.duplicate is None or kept is None:
+            if kept is None:
                 place.copy_(part)
             else:
-                self.duplicate.add(part, kept, row, col, first=flow.first, out=place)
+                self._add(part, kept, row, col, first=flow.first, out=place)
             del part  # before the next one is made
         flow.at = Frames(out.view(b, t, 2 * h, 2 * w, -1))
+
+    def _add(self, part: Tensor, kept: Tensor, row: int, col: int, *, first: bool, out: Tensor) -> None:
+        """`out` = `part`, the outputs at one offset of the upsampled grid, + their copies of `kept`.
+
+        All are [B, T, H, W, C] on the small rows and columns.
+        """
+        added = self._duplicates()
+        dropped = added.factor_t - 1 if first else 0
+        for time in range(dropped, added.factor_t):
+            frames = slice(time - dropped, None, added.factor_t - dropped)
+            torch.add(part[:, frames], self._copy(kept, time, row, col), out=out[:, frames])
+
+    def _copy(self, kept: Tensor, time: int, row: int, col: int) -> Tensor:
+        """The kept channels that fall on the output channels at one offset of the upsampled grid."""
+        added = self._duplicates()
+        offset = (time * added.factor_s + row) * added.factor_s + col
+        if added.factor % added.copies == 0:
+            return kept[..., offset // added.copies :: added.factor // added.copies]
+        outputs = torch.arange(self.op.target.channels, device=kept.device)
+        return kept.index_select(-1, (outputs * added.factor + offset) // added.copies)
+
+    def _duplicates(self) -> ops.Duplicates:
+        assert self.op.duplicates is not None
+        return self.op.duplicates
 
 
 class SpatialDown(BoundOp[ops.SpatialDown]):
@@ -289,43 +310,6 @@ class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
     def run(self, flow: Flow) -> None:
         x = _take(flow, NO_ROOM).buffer
         flow.shortcuts.append(x if self._conv is None else self._conv(x))
-
-
-class DuplicateUp(BoundOp[ops.DuplicateUp]):
-    def run(self, flow: Flow) -> None:
-        kept = flow.shortcuts.pop()
-        out, fs = flow.at.inner, self.op.factor_s
-        b, t, h, w, c = out.shape
-        grid = out.view(b, t, h // fs, fs, w // fs, fs, c)
-        for row, col in product(range(fs), range(fs)):
-            part = grid[:, :, :, row, :, col]
-            self.add(part, kept, row, col, first=flow.first, out=part)
-
-    def add(self, part: Tensor, kept: Tensor, row: int, col: int, *, first: bool, out: Tensor) -> None:
-        """`out` = the copies of `kept` that belong to `part` + `part`: the outputs at one offset of the grid.
-
-        Both are [B, T, H, W, C] on the kept rows and columns.
-        """
-        dropped = self.op.factor_t - 1 if first else 0
-        for time in range(dropped, self.op.factor_t):
-            frames = slice(time - dropped, None, self.op.factor_t - dropped)
-            torch.add(part[:, frames], self._copy(kept, time, row, col), out=out[:, frames])
-
-    def _copy(self, kept: Tensor, time: int, row: int, col: int) -> Tensor:
-        """The kept channels that fall on the output channels at one offset of the upsampled grid."""
-        factor, copies = self.op.factor, self.op.copies
-        offset = (time * self.op.factor_s + row) * self.op.factor_s + col
-        if factor % copies == 0:
-            return kept[..., offset // copies :: factor // copies]
-        outputs = torch.arange(self.op.target.channels, device=kept.device)
-        return kept.index_select(-1, (outputs * factor + offset) // copies)
-
-
-class Done(BoundOp[ops.Op]):
-    """An op that the one before it has done along with its own."""
-
-    def run(self, flow: Flow) -> None:
-        pass
 
 
 class AverageDown(BoundOp[ops.AverageDown]):
@@ -368,7 +352,6 @@ _BOUND: dict[type[ops.Op], type[BoundOp]] = {  # type: ignore[type-arg]
     ops.SpatialUp: SpatialUp,
     ops.SpatialDown: SpatialDown,
     ops.ShortcutBegin: ShortcutBegin,
-    ops.DuplicateUp: DuplicateUp,
     ops.AverageDown: AverageDown,
     ops.Patchify: Patchify,
     ops.Unpatchify: Unpatchify,
@@ -377,9 +360,4 @@ _BOUND: dict[type[ops.Op], type[BoundOp]] = {  # type: ignore[type-arg]
 
 def bind(run: Sequence[ops.Op], weights: Mapping[str, Tensor]) -> list[BoundOp[ops.Op]]:
     """The runnable form of a run of ops, holding their tensors out of `weights`."""
-    bound = [_BOUND[type(op)](op, weights) for op in run]
-    for i, (op, following) in enumerate(pairwise(bound), 1):
-        if isinstance(op, SpatialUp) and isinstance(following, DuplicateUp):
-            op.duplicate = following
-            bound[i] = Done(following.op, weights)
-    return bound
+    return [_BOUND[type(op)](op, weights) for op in run]

@@ -14,7 +14,6 @@ from cosmos3_pipeline.vae.ops import (
     Attention,
     AverageDown,
     Conv,
-    DuplicateUp,
     LatentShape,
     NormSilu,
     Op,
@@ -155,14 +154,12 @@ class _Walk:
                 shortcuts = [*shortcuts, kept]
                 room_after, out, scratch = NO_ROOM, at, 0
                 alive = [at, *shortcuts]
-            elif isinstance(op, DuplicateUp | AverageDown):
-                room_after, out, scratch = room, at, self._shortcut_scratch(op)
-            elif closed is not None and all(closed is not outer for outer in shortcuts):
+            elif isinstance(op, AverageDown):
+                room_after, out, scratch = room, at, self._average_scratch(op)
+            elif isinstance(op, Conv) and closed is not None and all(closed is not outer for outer in shortcuts):
                 room_after, out, scratch = NO_ROOM, closed, 0  # a convolution adds onto what was kept
             else:
                 room_after, out, scratch = NO_ROOM, [self._size(op.target)], self._scratch(op)
-                if isinstance(op, SpatialUp) and isinstance(following, DuplicateUp):
-                    scratch += self._shortcut_scratch(following)  # done along with it
             peak = max(peak, self._alive([*alive, out]) + scratch * element)
             at, room = out, room_after
         return peak
@@ -201,14 +198,9 @@ class _Walk:
         rows = min(h, max(1, NORM_BLOCK_ELEMENTS // (w * c)))
         return rows * w * c * 4 * (1 if self._latent.element_bytes == 4 else 2)
 
-    def _shortcut_scratch(self, op: DuplicateUp | AverageDown) -> int:
+    def _average_scratch(self, op: AverageDown) -> int:
+        """The kept values padded in time, then their copy in groups; the unpadded ones are gone by then."""
         kept = self._size(op.kept)
-        if isinstance(op, DuplicateUp):
-            if op.factor % op.copies == 0:
-                return 0  # added from views
-            # One offset of the upsampled grid at a time: the kept grid with the output's channels.
-            return kept // op.kept.channels * op.target.channels
-        # The kept values padded in time, then their copy in groups; the unpadded ones are gone by then.
         _, t, *_ = self._shape(op.kept)
         padded = kept // t * (t + -t % op.factor_t)
         return 2 * padded - kept + self._size(op.target)
@@ -220,7 +212,12 @@ class _Walk:
             return target  # the pairs of frames before they are interleaved
         if isinstance(op, SpatialUp):
             b, t, h, w, _ = self._shape(op.source)
-            return b * t * (h + 1) * (w + 1) * op.target.channels
+            part = b * t * (h + 1) * (w + 1) * op.target.channels
+            added = op.duplicates
+            if added is None or added.factor % added.copies == 0:
+                return part  # what is added are views
+            # One offset of the upsampled grid at a time: the kept grid with the output's channels.
+            return part + self._size(added.kept) // added.kept.channels * op.target.channels
         if isinstance(op, Attention):
             # The normed input, then q, k, v; the mixed values and their projection replace the former.
             return 5 * target

@@ -247,13 +247,41 @@ class TimeDown(Op):
         return 2 * 3 * self.source.channels * self.target.channels * self._pixels(latent, first=False)
 
 
+@dataclass(frozen=True)
+class Duplicates:
+    """What a shortcut adds to an upsampling: each value of `kept` copied over `factor_t` x `factor_s`^2 outputs.
+
+    copies: consecutive entries of (channel, time, row, column) that one kept channel fills.
+    Source: `DupUp3D`. On the first chunk the first `factor_t - 1` copies in time are dropped.
+    """
+
+    kept: TensorSpec
+    factor_t: int
+    factor_s: int
+    copies: int
+
+    @property
+    def factor(self) -> int:
+        """Outputs of one channel that fall on one place of the kept grid."""
+        return self.factor_t * self.factor_s**2
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpatialUp(Op):
     """Nearest-neighbour doubling of rows and columns, then a 3 x 3 convolution.
 
     The executor does both at once as four 2 x 2 convolutions of the small picture, one per output parity, whose
     taps are sums of the nine: 16 multiplications per small pixel instead of 36.
+
+    With `duplicates` it closes a shortcut across itself; one op, because adding while the four are interleaved
+    saves a way through memory.
     """
+
+    duplicates: Duplicates | None = None
+
+    @property
+    def closes(self) -> bool:
+        return self.duplicates is not None
 
     @property
     def margins(self) -> Margins:
@@ -296,32 +324,6 @@ class ShortcutBegin(Op):
         if not self.weights:
             return 0
         return 2 * self.source.channels * self.kept.elements(latent, first=first)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DuplicateUp(Op):
-    """Closes a shortcut across an upsampling: each kept value is copied over `factor_t` x `factor_s`^2 outputs.
-
-    Source: `DupUp3D`. On the first chunk the first `factor_t - 1` copies in time are dropped.
-    """
-
-    kept: TensorSpec
-    factor_t: int
-    factor_s: int
-
-    @property
-    def closes(self) -> bool:
-        return True
-
-    @property
-    def factor(self) -> int:
-        """Outputs of one channel that fall on one place of the kept grid."""
-        return self.factor_t * self.factor_s**2
-
-    @property
-    def copies(self) -> int:
-        """Consecutive entries of (channel, time, row, column) that one kept channel fills."""
-        return self.target.channels * self.factor // self.kept.channels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from cosmos3_pipeline.vae.ops import (
     Attention,
     AverageDown,
     Conv,
-    DuplicateUp,
+    Duplicates,
     LatentShape,
     NormSilu,
     Op,
@@ -182,9 +182,7 @@ def decoder_program(config: Mapping[str, Any]) -> Program:
             build.residual(f"{block}.resnets.{j}", width)
         if up:
             resample = f"{block}.upsampler" if c.is_residual else f"{block}.upsamplers.0"
-            build.up(resample, width if c.is_residual else width // 2, doubles_time=ft == 2)
-        if shortcut:
-            build.duplicate_up(f"{block}.avg_shortcut", ft, 2)
+            build.up(resample, width if c.is_residual else width // 2, doubles_time=ft == 2, duplicates=shortcut)
     build.norm("decoder.norm_out")
     build.conv("decoder.conv_out", c.out_channels, (3, 3, 3))
     build.unpatchify(c.patch)
@@ -379,15 +377,24 @@ class _Builder:
         self.attention(f"{name}.attentions.0")
         self.residual(f"{name}.resnets.1", self.at.channels)
 
-    def up(self, name: str, channels: int, *, doubles_time: bool) -> None:
-        width = self.at.channels
+    def up(self, name: str, channels: int, *, doubles_time: bool, duplicates: bool) -> None:
+        """Twice the rows and columns, and frames; `duplicates` closes the shortcut around it."""
+        width, kept = self.at.channels, self._open.pop() if duplicates else None
         if doubles_time:
             weights = conv_weights(f"{name}.time_conv", 2 * width, width, (3, 1, 1))
             target = self._step(frames=2 * self.at.frames)
             self._add(TimeUp(name=f"{name}.time_conv", source=self.at, target=target, weights=weights))
         weights = conv_weights(f"{name}.resample.1", channels, width, (3, 3))
         target = self._step(channels=channels, scale=2 * self.at.scale)
-        self._add(SpatialUp(name=f"{name}.resample", source=self.at, target=target, weights=weights))
+        self._add(
+            SpatialUp(
+                name=f"{name}.resample",
+                source=self.at,
+                target=target,
+                weights=weights,
+                duplicates=None if kept is None else _duplicates(name, kept, channels, 2 if doubles_time else 1),
+            )
+        )
 
     def down(self, name: str, *, halves_time: bool) -> None:
         width = self.at.channels
@@ -398,16 +405,6 @@ class _Builder:
             weights = conv_weights(f"{name}.time_conv", width, width, (3, 1, 1))
             target = self._step(frames=self.at.frames // 2)
             self._add(TimeDown(name=f"{name}.time_conv", source=self.at, target=target, weights=weights))
-
-    def duplicate_up(self, name: str, factor_t: int, factor_s: int) -> None:
-        kept, at = self._open.pop(), self.at
-        if at.channels * factor_t * factor_s**2 % kept.channels:
-            raise ProgramError(
-                f"{name} goes from {kept.channels} to {at.channels} channels; it copies each channel "
-                f"{at.channels} x {factor_t * factor_s**2} / {kept.channels} times, which is not whole; "
-                "give base_dim and dim_mult whose widths divide"
-            )
-        self._add(DuplicateUp(name=name, source=at, target=at, kept=kept, factor_t=factor_t, factor_s=factor_s))
 
     def average_down(self, name: str, factor_t: int, factor_s: int) -> None:
         kept, at = self._open.pop(), self.at
@@ -426,3 +423,15 @@ class _Builder:
     def unpatchify(self, patch: int) -> None:
         target = self._step(channels=self.at.channels // patch**2, scale=self.at.scale * patch)
         self._add(Unpatchify(name="unpatchify", source=self.at, target=target, patch=patch))
+
+
+def _duplicates(name: str, kept: TensorSpec, channels: int, factor_t: int) -> Duplicates:
+    """The shortcut around the upsampling `name` to `channels`, which doubles rows and columns."""
+    factor = factor_t * 4
+    if channels * factor % kept.channels:
+        raise ProgramError(
+            f"the shortcut around {name} goes from {kept.channels} to {channels} channels; it copies each channel "
+            f"{channels} x {factor} / {kept.channels} times, which is not whole; "
+            "give base_dim and dim_mult whose widths divide"
+        )
+    return Duplicates(kept, factor_t, 2, copies=channels * factor // kept.channels)

@@ -66,7 +66,7 @@ def test_a_fault_in_a_file_names_the_file() -> None:
         pytest.param(
             ["topology=cpu_x4", "topology.ranks_per_node=100"],
             "vae.decode=LayerPipeline",
-            "87 ranks or fewer",
+            "84 ranks or fewer",
             id="more ranks than the strategy can use",
         ),
         pytest.param(["plan.search=true"], "plan.search=true with job=generate", "job=plan", id="search in a run"),

@@ -129,7 +129,7 @@ def check_ops(program: Program, seen: Seen, latent: LatentShape, chunks: int) ->
                     shape = (shape[0], 2 * shape[1], *shape[2:4], shape[4] // 2)
             else:
                 shape, flops = calls[chunk], seen.flops_of[name][chunk]
-            if isinstance(op, ops.DuplicateUp | ops.AverageDown):
+            if isinstance(op, ops.AverageDown):
                 flops = 0
             if isinstance(op, ops.ShortcutBegin) and not op.weights:
                 continue

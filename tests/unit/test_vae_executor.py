@@ -13,8 +13,7 @@ from test_program import attention_in_encoder
 from torch import Tensor
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.vae import ParallelVAE, ops
-from cosmos3_pipeline.vae.bound_ops import Done, bind
+from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.kernels import Convolution
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
@@ -87,18 +86,6 @@ def test_a_convolution_adds_in_place(dtype: torch.dtype) -> None:
     expected = conv(x, padding=(1, 1)).double() + kept.double()
     # In bfloat16 the sum is rounded once or, by this expectation, the convolution before it.
     assert (onto.double() - expected).abs().max() <= (0.2 if dtype == torch.bfloat16 else 1e-5)
-
-
-def test_a_shortcut_is_added_while_an_upsampling_interleaves() -> None:
-    vae = make_vae(CONFIGS["wan22"])
-    program = decoder_program(vae.config)
-    bound = bind(program.ops, vae.state_dict())
-    pairs = [i for i, op in enumerate(program.ops) if isinstance(op, ops.DuplicateUp)]
-    assert pairs
-    for i in pairs:
-        assert isinstance(bound[i], Done)
-        assert bind(program.ops[i : i + 1], {})[0].op is program.ops[i]
-        assert not isinstance(bind(program.ops[i : i + 1], {})[0], Done)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

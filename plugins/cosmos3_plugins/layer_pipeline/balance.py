@@ -9,7 +9,6 @@ from itertools import accumulate, pairwise
 
 from cosmos3_pipeline.vae.ops import (
     AverageDown,
-    DuplicateUp,
     LatentShape,
     NormSilu,
     Op,
@@ -27,11 +26,12 @@ LARGE_PIXELS = 1024
 # within 1.3% of what they took on one core. Weights of an op up to so many stay in a cache.
 _FLOPS_PER_WEIGHT = 60
 _CACHED_WEIGHTS = 1 << 20
-# Output channels of one vector of a convolution kernel, how many vectors it needs for its full rate, and what a
-# product costs with fewer. From oneDNN with AVX-512: 265 GFLOP/s from 48 channels on, 175 at 24 and at 12.
+# Output channels of one vector of a convolution kernel, and what a product costs with one or two vectors, which do
+# not reach the full rate, and where the last is not full. From oneDNN with AVX-512 in a decode: 240 GFLOP/s at 48
+# channels and more, 228 at 32, 190 at 40, 153 at 24, 148 at 12; at 16, alone, 205.
 _CHANNEL_BLOCK = 16
-_FULL_RATE_BLOCKS = 3
-_FEW_CHANNELS = 1.13
+_FEW_BLOCKS = {1: 1.15, 2: 1.05}
+_PART_OF_A_BLOCK = 1.07
 # How often an op goes through its input and output; a convolution does so once. Interleaving what was computed and
 # averaging are ways through memory of their own; a norm's passes but the first and the last find it in a cache.
 _PASSES = {NormSilu: 2.5, SpatialUp: 4.0, TimeUp: 3.0, AverageDown: 3.0}
@@ -61,7 +61,8 @@ def _of(pixels: int) -> LatentShape:
 def _filled(channels: int) -> float:
     """What `channels` outputs cost a convolution kernel by what they need: it computes them in whole blocks."""
     blocks = math.ceil(channels / _CHANNEL_BLOCK)
-    return blocks * _CHANNEL_BLOCK / channels * (_FEW_CHANNELS if blocks < _FULL_RATE_BLOCKS else 1)
+    part = _PART_OF_A_BLOCK if channels % _CHANNEL_BLOCK else 1.0
+    return _FEW_BLOCKS.get(blocks, 1.0) * part * blocks * _CHANNEL_BLOCK / channels
 
 
 def _weights_read(op: Op) -> int:
@@ -71,10 +72,9 @@ def _weights_read(op: Op) -> int:
 def _elements_touched(op: Op, latent: LatentShape) -> float:
     if isinstance(op, ShortcutBegin) and not op.weights:
         return 0  # keeps its input as it is
-    if isinstance(op, DuplicateUp):
-        return op.kept.elements(latent, first=False)  # added while its input is written
     elements = op.source.elements(latent, first=False) + op.target.elements(latent, first=False)
-    return _PASSES.get(type(op), 1.0) * elements
+    added = op.duplicates if isinstance(op, SpatialUp) else None
+    return _PASSES.get(type(op), 1.0) * elements + (added.kept.elements(latent, first=False) if added else 0)
 
 
 @cache
