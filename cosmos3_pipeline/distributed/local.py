@@ -7,10 +7,12 @@ late: a halo row took about 1.1 ms between two busy cores, and takes 0.1 ms in t
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -24,6 +26,10 @@ from cosmos3_pipeline.distributed.peer_memory import Process
 
 # By which a connection begins: the rank, and the number among its connections.
 _HELLO = struct.Struct("!II")
+
+# So long a rank asks again and again before it sleeps: being woken takes a core that idles as long as a halo row's
+# journey. Decoding 3 latent frames of 24 x 20 in two slabs takes 1% less time with it, of 9 x 8 3%.
+_AWAKE_SECONDS = 100e-6
 
 
 class Transfer:
@@ -110,7 +116,11 @@ class LocalLinks:
         if not waiting:
             raise RuntimeError("the connections to the other ranks of this machine were closed")
         seconds = default_pg_timeout.total_seconds()
-        found = ready.poll(1000 * seconds)
+        found, until = ready.poll(0), time.perf_counter() + _AWAKE_SECONDS
+        while not found and time.perf_counter() < until:
+            os.sched_yield()  # where ranks share a core, to the one that is waited for
+            found = ready.poll(0)
+        found = found or ready.poll(1000 * seconds)
         if not found:
             peers = sorted({channel.peer for channel in waiting.values()})
             raise RuntimeError(f"no message from ranks {peers} within {seconds:.0f} s")
