@@ -198,11 +198,7 @@ class Comm:
         """
         tensors = [tensor for tensor, _ in (*receives, *sends)]
         for tensor in tensors:
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} in a message; its "
-                    "bytes do not lie side by side; send tensor.contiguous(), and receive into a buffer of its own"
-                )
+            _check_contiguous(tensor)
         if not tensors:
             return Pending(self, [], [])
         assert self._board is not None, "a Comm of one rank has nobody to exchange with"
@@ -238,18 +234,27 @@ class Comm:
         return works
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere."""
+        """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere.
+
+        On CPU from the one to each: between ranks of one machine that is quicker than gloo's collective. Raises
+        ValueError for a tensor that is not contiguous.
+        """
+        _check_contiguous(tensor)
         if self._board is None:
             return
-        if self.rank == source:
+        gives = self.rank == source
+        if gives:
             self.ledger.record("broadcast", tensor.nbytes)
+        sends = [(tensor, peer) for peer in range(self.size) if gives and peer != source]
+        receives = [] if gives else [(tensor, source)]
 
-        def start() -> Any:
+        def start() -> Sequence[Work]:
             if _on_cpu(tensor):
-                return self._gloo.broadcast(tensor, source)
-            return dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
+                return self._start_on_cpu(sends, receives, _PAYLOAD)
+            work = dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
+            return [work] if work is not None else []
 
-        self._pending([self._translated(start)], [tensor]).wait()
+        self._pending(self._translated(start), [tensor]).wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, by rank; same shape and dtype everywhere."""
@@ -286,6 +291,14 @@ class Comm:
                 "died or the network is down, so the run cannot go on; look for the first rank that ended, or for "
                 "memory that ran out"
             ) from error
+
+
+def _check_contiguous(tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} in a message; its "
+            "bytes do not lie side by side; send tensor.contiguous(), and receive into a buffer of its own"
+        )
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -1,7 +1,8 @@
-"""A tensor that the root fills and every rank then has: ranks of one machine map it, others receive it."""
+"""A tensor that the root fills and every rank then has: mapped, if it is large, by all of one machine, or sent."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections.abc import Sequence
@@ -13,8 +14,14 @@ from torch import Tensor
 
 from cosmos3_pipeline.distributed.comm import Comm
 
-# From here on, agreeing on a memory that all map takes less than sending the tensor.
+# From here on, agreeing on a memory that all map takes less than sending the tensor by gloo; and less than letting
+# each rank read it out of the root's memory: pages that all can map come new from the system each time, while
+# smaller tensors are mostly taken from memory that a process has kept.
 SHARED_BYTES = 1 << 20
+SHARED_BYTES_IF_READABLE = 32 << 20
+
+# Of <sys/mman.h>, from Linux 5.14 on: make pages that can be written.
+_POPULATE_WRITE = 23
 
 # Differs between machines, and from one start of a machine to the next.
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -24,8 +31,8 @@ class RootTensor:
     """A tensor of `shape`, `like` another in dtype and device.
 
     The root writes into `tensor` (None on the other ranks); then `everywhere` gives it to every rank of `comm`.
-    Where they are on one machine and on CPU, nothing is copied: each maps the memory that the root has filled,
-    copy on write, so that what a rank does to its tensor is its own affair.
+    Where they are on one machine and on CPU, a large one is not copied: each maps the memory that the root has
+    filled, copy on write, so that what a rank does to its tensor is its own affair.
     """
 
     def __init__(self, comm: Comm, shape: Sequence[int], *, like: Tensor) -> None:
@@ -35,12 +42,14 @@ class RootTensor:
         self._memory: _Memory | None = None
         self.tensor: Tensor | None = None
         if comm.is_root:
-            if self._worth_sharing:
+            if self._worth_sharing and (not comm.reads_memory or self._nbytes >= SHARED_BYTES_IF_READABLE):
                 self._memory = _Memory.made(self._nbytes)
             if self._memory is None:
                 self.tensor = like.new_empty(self._shape)
             else:
                 self.tensor = self._mapped(self._memory.place, private=False)
+                # Now, where the root of a line has nothing to do, not one by one while chunks are written.
+                _make_pages(self.tensor)
 
     @property
     def _nbytes(self) -> int:
@@ -107,6 +116,12 @@ class _Memory:
         number = os.memfd_create("cosmos3")
         os.truncate(number, nbytes)
         return cls(number)
+
+
+def _make_pages(tensor: Tensor) -> None:
+    """Of a mapped tensor, all at once. Where the system cannot, each is made when it is first written."""
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), _POPULATE_WRITE)
 
 
 def _boot() -> str:

@@ -12,7 +12,7 @@ from vae_models import WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.distributed import root_tensor
 from cosmos3_pipeline.distributed.comm import Comm
-from cosmos3_pipeline.distributed.root_tensor import SHARED_BYTES, RootTensor
+from cosmos3_pipeline.distributed.root_tensor import SHARED_BYTES, SHARED_BYTES_IF_READABLE, RootTensor
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
@@ -24,13 +24,16 @@ def _picture(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _given(
-    rank: int, elements: int, dtype: torch.dtype, apart: int | None
+    rank: int, elements: int, dtype: torch.dtype, apart: int | None, readable: bool
 ) -> tuple[bool, bool, dict[str, object]]:
     """Whether this rank has what the root wrote, before and after every rank has written into its own."""
     if rank == apart:
         root_tensor._boot = lambda: "of another machine"
     comm, expected = Comm(), _picture(elements, dtype)
-    if apart is None and expected.nbytes >= SHARED_BYTES:
+    Comm.reads_memory = readable  # type: ignore[method-assign,assignment]
+    if expected.nbytes < (SHARED_BYTES_IF_READABLE if readable else SHARED_BYTES):
+        RootTensor._mapped = None  # type: ignore[method-assign,assignment]
+    elif apart is None:
         comm.broadcast = None  # type: ignore[method-assign,assignment] # nothing is sent
     with comm.run():
         whole = RootTensor(comm, expected.shape, like=expected)
@@ -49,7 +52,16 @@ def _given(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nbytes", [SHARED_BYTES - 8, SHARED_BYTES, 3 * SHARED_BYTES + 8])
 def test_every_rank_has_its_own(nbytes: int, dtype: torch.dtype, apart: int | None) -> None:
-    results = run_on_ranks(_given, 3, nbytes // dtype.itemsize, dtype, apart)
+    _check_given(nbytes, dtype, apart, readable=False)
+
+
+@pytest.mark.parametrize("nbytes", [SHARED_BYTES_IF_READABLE - 8, SHARED_BYTES_IF_READABLE])
+def test_what_can_be_read_out_of_the_roots_memory_is_mapped_only_if_it_is_larger(nbytes: int) -> None:
+    _check_given(nbytes, torch.float32, None, readable=True)
+
+
+def _check_given(nbytes: int, dtype: torch.dtype, apart: int | None, *, readable: bool) -> None:
+    results = run_on_ranks(_given, 3, nbytes // dtype.itemsize, dtype, apart, readable)
     assert [(same, own) for same, own, _ in results] == [(True, True)] * 3
     # However it got there, the root has handed it out once.
     assert [counts.get("broadcast") for _, _, counts in results] == [{"calls": 1, "bytes": nbytes}, None, None]
@@ -60,7 +72,7 @@ def _again_and_again(rank: int) -> tuple[int, int]:
     comm, counts = Comm(), []
     for _ in range(5):
         with comm.run():
-            whole = RootTensor(comm, (SHARED_BYTES,), like=torch.empty(0))
+            whole = RootTensor(comm, (SHARED_BYTES_IF_READABLE // 4,), like=torch.empty(0))
             if whole.tensor is not None:
                 whole.tensor.fill_(1)
             whole.everywhere()

@@ -221,6 +221,8 @@ def _comm(rank: int) -> None:
         assert int(received[0, 0]) == (rank - 1) % 3
         comm.broadcast(mine, source=2)
         assert int(mine[0, 0]) == 2
+        with pytest.raises(ValueError, match=r"send tensor\.contiguous"):
+            comm.broadcast(mine.t())
     counts = comm.ledger.as_dict()
     assert counts["send"] == counts["recv"] == counts["all_gather"] == {"calls": 1, "bytes": 24}
     assert ("broadcast" in counts) == (rank == 2)
