@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cosmos3_pipeline.distributed.comm import Comm
 
-# From here on, agreeing on a memory that all map takes less than sending the tensor by gloo; and less than letting
-# each rank read it out of the root's memory: pages that all can map come new from the system each time, while
-# smaller tensors are mostly taken from memory that a process has kept.
+# From how many bytes on it takes less to agree on a memory that all map than to send the tensor by gloo, and than
+# to let each rank read it out of the root's memory. Pages that all can map come new from the system every time;
+# what is smaller than 32 MiB is mostly taken from memory that a process has kept.
 SHARED_BYTES = 1 << 20
 SHARED_BYTES_IF_READABLE = 32 << 20
 
