@@ -35,7 +35,7 @@ from cosmos3_pipeline.distributed.local import LocalLinks, Transfer
 T = TypeVar("T")
 
 # What a message on CPU is: a lane of its own for each, which is also gloo's tag.
-_PAYLOAD, _AGREEMENT = 0, 1
+_PAYLOAD, _AGREEMENT, _BROADCAST = 0, 1, 2
 
 # Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
 LAST_WORDS_SECONDS = 1.0
@@ -104,8 +104,9 @@ class Comm:
         store = PrefixStore(name, _get_default_store())
         # Any: PyTorch's stubs leave out the methods that every backend has.
         self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=default_pg_timeout)
-        # Two lanes, so that a rank that is out of step never takes payload for an agreement.
-        self._local = LocalLinks(PrefixStore("local", store), self.rank, self.size, lanes=2)
+        # Lanes, so that a rank that is out of step never takes payload for an agreement, and a broadcast passes
+        # messages that are still under way.
+        self._local = LocalLinks(PrefixStore("local", store), self.rank, self.size, lanes=3)
         self._board = Board(store)
         self._run = 0
         self._broken = False
@@ -250,7 +251,7 @@ class Comm:
 
         def start() -> Sequence[Work]:
             if _on_cpu(tensor):
-                return self._start_on_cpu(sends, receives, _PAYLOAD)
+                return self._start_on_cpu(sends, receives, _BROADCAST)
             work = dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
             return [work] if work is not None else []
 

@@ -378,7 +378,7 @@ class _Builder:
         self.residual(f"{name}.resnets.1", self.at.channels)
 
     def up(self, name: str, channels: int, *, doubles_time: bool, duplicates: bool) -> None:
-        """Twice the rows and columns, and frames; `duplicates` closes the shortcut around it."""
+        """Doubles rows and columns, and frames if asked; with `duplicates` it closes the shortcut around it."""
         width, kept = self.at.channels, self._open.pop() if duplicates else None
         if doubles_time:
             weights = conv_weights(f"{name}.time_conv", 2 * width, width, (3, 1, 1))

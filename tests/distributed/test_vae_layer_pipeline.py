@@ -223,10 +223,22 @@ def _comm(rank: int) -> None:
         assert int(mine[0, 0]) == 2
         with pytest.raises(ValueError, match=r"send tensor\.contiguous"):
             comm.broadcast(mine.t())
+        # A message that is sent after a broadcast may be awaited from before it.
+        given, late = torch.full((2, 3), 7.0), torch.full((2, 3), 8.0)
+        pending = comm.exchange(receives=[(received, 0)]) if rank else None
+        comm.broadcast(given if rank == 0 else mine)
+        if rank == 0:
+            comm.exchange([(late, 1), (late, 2)]).wait()
+        elif pending is not None:
+            pending.wait()
+            assert (int(mine[0, 0]), int(received[0, 0])) == (7, 8)
     counts = comm.ledger.as_dict()
-    assert counts["send"] == counts["recv"] == counts["all_gather"] == {"calls": 1, "bytes": 24}
-    assert ("broadcast" in counts) == (rank == 2)
-    assert comm.ledger.sent_bytes == (72 if rank == 2 else 48)
+    # Rank 0 has sent twice more, and the others have each received once more.
+    assert counts["send"] == ({"calls": 3, "bytes": 72} if rank == 0 else {"calls": 1, "bytes": 24})
+    assert counts["recv"] == ({"calls": 1, "bytes": 24} if rank == 0 else {"calls": 2, "bytes": 48})
+    assert counts["all_gather"] == {"calls": 1, "bytes": 24}
+    assert counts.get("broadcast") == ({"calls": 1, "bytes": 24} if rank in (0, 2) else None)
+    assert comm.ledger.sent_bytes == (120, 48, 72)[rank]
 
 
 def test_comm_moves_and_counts() -> None:
