@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_pipeline.vae import kernels, ops
+from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
 from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
 from cosmos3_pipeline.vae.frames import Frames, HaloExchange, with_room
 from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
@@ -148,7 +149,7 @@ def _area(part: _Part) -> int:
 class Conv(BoundOp[ops.Conv]):
     def __init__(self, op: ops.Conv, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
-        self._conv = kernels.Convolution(*self._tensors(weights))
+        self._conv = Convolution(*self._tensors(weights))
 
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
@@ -211,7 +212,7 @@ class Attention(BoundOp[ops.Attention]):
 class TimeUp(BoundOp[ops.TimeUp]):
     def __init__(self, op: ops.TimeUp, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
-        self._conv = kernels.Convolution(*self._tensors(weights))
+        self._conv = Convolution(*self._tensors(weights))
 
     def run(self, flow: Flow) -> None:
         if flow.first:
@@ -229,7 +230,7 @@ class TimeUp(BoundOp[ops.TimeUp]):
 class TimeDown(BoundOp[ops.TimeDown]):
     def __init__(self, op: ops.TimeDown, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
-        self._conv = kernels.Convolution(*self._tensors(weights))
+        self._conv = Convolution(*self._tensors(weights))
 
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
@@ -244,7 +245,7 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
     def __init__(self, op: ops.SpatialUp, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
         weight, bias = self._tensors(weights)
-        self._convs = [kernels.Convolution(w, bias) for w in kernels.upsampling_weights(weight)]
+        self._convs = [Convolution(w, bias) for w in upsampling_weights(weight)]
 
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
@@ -294,7 +295,7 @@ class SpatialDown(BoundOp[ops.SpatialDown]):
     def __init__(self, op: ops.SpatialDown, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
         weight, bias = self._tensors(weights)
-        self._conv = kernels.Convolution(weight.unsqueeze(2), bias)
+        self._conv = Convolution(weight.unsqueeze(2), bias)
 
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
@@ -305,7 +306,7 @@ class SpatialDown(BoundOp[ops.SpatialDown]):
 class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
     def __init__(self, op: ops.ShortcutBegin, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
-        self._conv = kernels.Convolution(*self._tensors(weights)) if op.weights else None
+        self._conv = Convolution(*self._tensors(weights)) if op.weights else None
 
     def run(self, flow: Flow) -> None:
         x = _take(flow, NO_ROOM).buffer

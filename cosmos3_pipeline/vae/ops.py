@@ -153,7 +153,10 @@ class Op:
         return sum(w.elements for w in self.weights)
 
     def flops(self, latent: LatentShape, *, first: bool) -> int:
-        """Multiplications and additions of its convolutions and matrix products as the executor does them."""
+        """Multiplications and additions of its convolutions and matrix products as the executor does them.
+
+        But every tap of every frame counts, also where a CPU makes two frames with a third fewer.
+        """
         return 0
 
     def module_flops(self, latent: LatentShape, *, first: bool) -> int:

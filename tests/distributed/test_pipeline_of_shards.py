@@ -30,7 +30,7 @@ def test_it_is_diffusers_picture_and_the_plan(groups: int, ranks: int, names: li
 class CutWhereDealt(PipelineOfShards):
     """Two groups, of which one hands over what the other deals anew at once."""
 
-    def runs(self, program: Program) -> tuple[tuple[int, int], ...]:
+    def runs(self, program: Program, element_bytes: int) -> tuple[tuple[int, int], ...]:
         cut = deals(program, Grid.of(5, 4, 2, 1), 0)[-1].start
         return (cut, len(program)), (0, cut)
 

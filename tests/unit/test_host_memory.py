@@ -13,7 +13,7 @@ import pytest
 import torch
 from vae_models import WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.vae import ParallelVAE, executor, host_memory, kernels, weights
+from cosmos3_pipeline.vae import ParallelVAE, convolution, executor, host_memory, weights
 from cosmos3_pipeline.vae.host_memory import SETTINGS
 from cosmos3_plugins.replicated import Replicated
 
@@ -137,8 +137,10 @@ def test_ops_keep_large_buffers_and_reordered_weights_live_long(monkeypatch: pyt
         return noted
 
     monkeypatch.setattr(executor, "keeping_large_buffers", block("kept"))
-    monkeypatch.setattr(kernels, "long_lived", block("long-lived"))
-    monkeypatch.setattr(kernels.Convolution, "__call__", noting("convolution", kernels.Convolution.__call__))
+    monkeypatch.setattr(convolution, "long_lived", block("long-lived"))
+    monkeypatch.setattr(
+        convolution.Convolution, "__call__", noting("convolution", convolution.Convolution.__call__)
+    )
     name = "mkldnn_reorder_conv3d_weight"
     monkeypatch.setattr(torch._C._nn, name, noting("reordering", getattr(torch._C._nn, name)))
     vae = ParallelVAE(make_vae(vae_config(WAN22)), Replicated(), Replicated())

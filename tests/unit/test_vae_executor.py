@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_program import attention_in_encoder
 from torch import Tensor
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.executor import Slice
-from cosmos3_pipeline.vae.kernels import Convolution
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
@@ -75,17 +73,6 @@ def test_what_crosses_a_cut_can_be_sent(name: str, direction: str) -> None:
             given = latent_chunk(z, index) if direction == "decode" else picture_chunk(x, index)
             for portion in part.portions([[given]], state):
                 assert all(tensor.is_contiguous() for tensor in portion), program.ops[cut - 1].name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_convolution_adds_in_place(dtype: torch.dtype) -> None:
-    weight, bias = torch.randn(5, 4, 3, 3, 3).to(dtype), torch.randn(5).to(dtype)
-    x, kept = torch.randn(2, 4, 6, 5, 4).to(dtype), torch.randn(2, 2, 6, 5, 5).to(dtype)
-    conv, onto = Convolution(weight, bias), kept.clone()
-    assert conv(x, padding=(1, 1), onto=onto) is onto
-    expected = conv(x, padding=(1, 1)).double() + kept.double()
-    # In bfloat16 the sum is rounded once or, by this expectation, the convolution before it.
-    assert (onto.double() - expected).abs().max() <= (0.2 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -272,24 +259,3 @@ def test_slabs_make_the_same_picture(
     for i in range(3):
         joined = torch.cat([result[i] for result in results], dim=out_dim)
         assert (joined - expected[i]).abs().max() <= 1e-5
-
-
-def test_a_convolution_serves_clips_of_any_size_one_after_the_other() -> None:
-    weight, bias = torch.randn(24, 16, 3, 3, 3) / 20, torch.randn(24)
-    convolution = Convolution(weight, bias)
-    for frames, rows, taps in [
-        (1, 5, 1),
-        (3, 5, 0),
-        (1, 9, 1),
-        (6, 9, 0),
-        (1, 5, 1),
-        (1, 7, 1),
-        (3, 4, 0),
-        (4, 9, 0),
-    ]:
-        x = torch.randn(1, frames, rows, 6, 16)
-        expected = F.conv3d(x.permute(0, 4, 1, 2, 3), weight[:, :, -taps:], bias, padding=(0, 1, 1))
-        made = convolution(x, padding=(1, 1), taps=taps)
-        assert torch.allclose(made.permute(0, 4, 1, 2, 3), expected, atol=1e-5)
-    # The weight is held in oneDNN's order, and of its copies for other shapes the last two.
-    assert convolution._given is None and len(convolution._packed) == 2

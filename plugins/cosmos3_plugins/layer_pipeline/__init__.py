@@ -82,14 +82,15 @@ class LayerPipeline(Strategy):
                 f"layer_pipeline over {ranks} ranks; the {program.direction}r has {len(program)} ops and each "
                 f"rank needs one; use {len(program)} ranks or fewer"
             )
-        return tuple(reversed(balanced_runs(program, ranks, self.flops_per_element, self._pixels(shape))))
+        sizes = self._pixels(shape), shape.element_bytes
+        return tuple(reversed(balanced_runs(program, ranks, self.flops_per_element, *sizes)))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which ops. Raises StrategyError for more ranks than ops."""
         runs = self.runs(program, shape, ranks)
         chunks = program.chunks(shape)
         shares = tuple(self._share(program, shape, rank, runs[rank], ranks) for rank in range(ranks))
-        costs = op_costs(program, self.flops_per_element, self._pixels(shape))
+        costs = op_costs(program, self.flops_per_element, self._pixels(shape), shape.element_bytes)
         stage = [sum(costs[start:stop]) for start, stop in runs]
         balance = sum(stage) / (ranks * max(stage))
         speed_up = ranks * balance * chunks / (chunks + program.waits(start for start, _ in runs if start))

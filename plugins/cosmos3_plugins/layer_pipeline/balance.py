@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 
+from cosmos3_pipeline.vae.footprint import makes_frame_pairs
 from cosmos3_pipeline.vae.ops import (
     AverageDown,
+    Conv,
     LatentShape,
     NormSilu,
     Op,
@@ -35,27 +37,45 @@ _PART_OF_A_BLOCK = 1.07
 # How often an op goes through its input and output; a convolution does so once. Interleaving what was computed and
 # averaging are ways through memory of their own; a norm's passes but the first and the last find it in a cache.
 _PASSES = {NormSilu: 2.5, SpatialUp: 4.0, TimeUp: 3.0, AverageDown: 3.0}
+# Where a convolution makes two frames at a time: the part of its products that is left, how many weights there are
+# for one, and its ways through input and output, most of them for sums and differences of frames.
+_PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES = 2 / 3, 4 / 3, 3.5
 # How far beyond the best slowest run a division may go if it then sends less.
 _SLACK = 1.01
 
 
 @cache
-def op_costs(program: Program, flops_per_element: float, pixels: int = LARGE_PIXELS) -> tuple[float, ...]:
+def op_costs(
+    program: Program, flops_per_element: float, pixels: int = LARGE_PIXELS, element_bytes: int = 4
+) -> tuple[float, ...]:
     """Cost of each op on a later chunk of `pixels` latent pixels, in FLOPs.
 
-    Touching an element of an activation counts `flops_per_element`.
+    Touching an element of an activation counts `flops_per_element`. In float32, of 4 `element_bytes`, the
+    convolutions are those of a CPU, which makes two frames at a time.
     """
-    latent = _of(pixels)
-    return tuple(
-        op.flops(latent, first=False) * _filled(op.target.channels)
-        + flops_per_element * _elements_touched(op, latent)
-        + _weights_read(op) * _FLOPS_PER_WEIGHT * program.portions_at(number + 1, first=False)
-        for number, op in enumerate(program.ops)
-    )
+    latent = _of(pixels, element_bytes)
+    costs = []
+    for number, op in enumerate(program.ops):
+        portions = program.portions_at(number + 1, first=False)
+        products, weights, passes = 1.0, 1.0, _PASSES.get(type(op), 1.0)
+        if isinstance(op, Conv) and _makes_pairs(op, latent, portions):
+            products, weights, passes = _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES
+        costs.append(
+            products * op.flops(latent, first=False) * _filled(op.target.channels)
+            + flops_per_element * _elements_touched(op, latent, passes)
+            + weights * _weights_read(op) * _FLOPS_PER_WEIGHT * portions
+        )
+    return tuple(costs)
 
 
-def _of(pixels: int) -> LatentShape:
-    return LatentShape(batch=1, frames=2, rows=1, cols=pixels)
+def _of(pixels: int, element_bytes: int) -> LatentShape:
+    return LatentShape(batch=1, frames=2, rows=1, cols=pixels, element_bytes=element_bytes)
+
+
+def _makes_pairs(op: Conv, latent: LatentShape, portions: int) -> bool:
+    _, frames, rows, cols, channels = op.target.shape(latent, first=False)
+    pairs = makes_frame_pairs(op.source.channels, channels, op.kernel, frames // portions, rows * cols)
+    return latent.element_bytes == 4 and pairs
 
 
 def _filled(channels: int) -> float:
@@ -69,26 +89,30 @@ def _weights_read(op: Op) -> int:
     return max(0, op.weight_elements - _CACHED_WEIGHTS)
 
 
-def _elements_touched(op: Op, latent: LatentShape) -> float:
+def _elements_touched(op: Op, latent: LatentShape, passes: float) -> float:
     if isinstance(op, ShortcutBegin) and not op.weights:
         return 0  # keeps its input as it is
     elements = op.source.elements(latent, first=False) + op.target.elements(latent, first=False)
     added = op.duplicates if isinstance(op, SpatialUp) else None
-    return _PASSES.get(type(op), 1.0) * elements + (added.kept.elements(latent, first=False) if added else 0)
+    return passes * elements + (added.kept.elements(latent, first=False) if added else 0)
 
 
 @cache
 def balanced_runs(
-    program: Program, ranks: int, flops_per_element: float, pixels: int = LARGE_PIXELS
+    program: Program,
+    ranks: int,
+    flops_per_element: float,
+    pixels: int = LARGE_PIXELS,
+    element_bytes: int = 4,
 ) -> tuple[tuple[int, int], ...]:
     """`ranks` runs [start, stop) that cover the program in order, the costliest as cheap as possible.
 
     Among divisions within 1% of that, the one whose cuts are crossed by the least data. `ranks` <= ops.
     """
-    costs = op_costs(program, flops_per_element, pixels)
+    costs = op_costs(program, flops_per_element, pixels, element_bytes)
+    latent = _of(pixels, element_bytes)
     crossing = [
-        sum(spec.elements(_of(pixels), first=False) for spec in program.carried(cut))
-        for cut in range(len(program))
+        sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
     ]
     limit = _SLACK * _cheapest_maximum(costs, ranks)
     cuts = _least_crossing(costs, crossing, ranks, limit)

@@ -14,8 +14,6 @@ from cosmos3_pipeline.vae.weights import BoundVae
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.line import Place
 
-_ANY_CLIP = LatentShape(1, 1, 1, 1)
-
 
 class Stage:
     """The ops of one rank. Chunks come from the rank above and go to the rank below; the root is at the end."""
@@ -28,7 +26,10 @@ class Stage:
         self._program = vae.program(direction)
         self._bound: tuple[tuple[int, int], Place] | None = None
         if not strategy.depends_on_clip:
-            self._place(_ANY_CLIP)
+            self._place(self._latent(1, 1, 1, 1))
+
+    def _latent(self, batch: int, frames: int, rows: int, cols: int) -> LatentShape:
+        return LatentShape(batch, frames, rows, cols, self._vae.dtype.itemsize)
 
     def _place(self, latent: LatentShape) -> Place:
         """This rank's place in the line for a clip of `latent`, the ops of which are then bound."""
@@ -48,7 +49,7 @@ class Stage:
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields the picture on the root; the other ranks send what they compute and yield nothing."""
-        latent = LatentShape(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
+        latent = self._latent(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
         for picture in self._place(latent).outputs(latent, z.shape[2], lambda index: latent_chunk(z, index)):
             yield as_pixels(picture, pixels)
 
@@ -56,7 +57,7 @@ class Stage:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], computed by the root and broadcast."""
         chunks, scale = picture_chunks(x.shape[2]), self._program.spatial
         frames = 1 + (chunks - 1) * self._program.latents_per_chunk
-        latent = LatentShape(x.shape[0], frames, x.shape[3] // scale, x.shape[4] // scale)
+        latent = self._latent(x.shape[0], frames, x.shape[3] // scale, x.shape[4] // scale)
         parts = list(self._place(latent).outputs(latent, chunks, lambda index: picture_chunk(x, index)))
         shape = (latent.batch, 2 * self._program.z_dim, frames, latent.rows, latent.cols)
         if self._comm.is_root:

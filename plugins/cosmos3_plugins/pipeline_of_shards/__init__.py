@@ -63,8 +63,8 @@ class PipelineOfShards(Strategy):
             )
         return ranks // self.groups
 
-    def runs(self, program: Program) -> tuple[tuple[int, int], ...]:
-        """The run [start, stop) of each group, balanced for large pictures.
+    def runs(self, program: Program, element_bytes: int) -> tuple[tuple[int, int], ...]:
+        """The run [start, stop) of each group, balanced for large pictures of elements of so many bytes.
 
         Raises StrategyError for more groups than ops.
         """
@@ -73,12 +73,14 @@ class PipelineOfShards(Strategy):
                 f"pipeline_of_shards.groups={self.groups}; the {program.direction}r has {len(program)} ops and "
                 f"each group needs one; use {len(program)} groups or fewer"
             )
-        return tuple(reversed(balanced_runs(program, self.groups, LayerPipeline().flops_per_element)))
+        flops_per_element = LayerPipeline().flops_per_element
+        found = balanced_runs(program, self.groups, flops_per_element, element_bytes=element_bytes)
+        return tuple(reversed(found))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which ops and rows. Raises StrategyError for groups or rows that do not suffice."""
         shards = self.shards(ranks)
-        runs = self.runs(program)
+        runs = self.runs(program, shape.element_bytes)
         if shards > shape.rows:
             raise StrategyError(
                 f"pipeline_of_shards.groups={self.groups} over {ranks} ranks on a latent of {shape.rows} rows; "
@@ -136,4 +138,5 @@ class PipelineOfShards(Strategy):
         from cosmos3_plugins.pipeline_of_shards.runner import ShardStage
 
         group = comm.rank // self.shards(comm.size)
-        return ShardStage(vae, comm, direction, self.runs(vae.program(direction))[group], groups=self.groups)
+        runs = self.runs(vae.program(direction), vae.dtype.itemsize)
+        return ShardStage(vae, comm, direction, runs[group], groups=self.groups)

@@ -1,0 +1,240 @@
+"""Convolution with its weights bound; the only place that picks kernels for it.
+
+Every strategy and the replicated reference run these, so a faster kernel changes all of them alike and their
+outputs stay comparable bit for bit. Activations are channels-last and contiguous: [B, T, H, W, C].
+
+On CPU they call oneDNN directly with weights reordered once. PyTorch's own choice falls back to a slow kernel for
+small inputs, and reorders the weights at every call. In float32 they make two frames out of four convolutions of
+one frame each where the three taps of both would be six:
+
+    y0 = w0 x0 + w1 x1 + w2 x2        y1 = w0 x1 + w1 x2 + w2 x3
+    a = (w0 + w1 + w2) / 2 (x1 + x2)  b = (w0 - w1 + w2) / 2 (x2 - x1)
+    y0 = a + b + w0 (x0 - x2)         y1 = a - b + w2 (x3 - x1)
+
+(Winograd's F(2, 3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). It rounds as the
+convolution itself does, see the test; in bfloat16 the sums of frames and of weights would be rounded as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosmos3_pipeline.vae.footprint import makes_frame_pairs
+from cosmos3_pipeline.vae.host_memory import long_lived
+
+# The shapes of a clip: its first chunk's and the later ones'.
+_SHAPES = 2
+
+# What is reordered: all taps, one of them, and the two that both frames of a pair share.
+_WHOLE, _FIRST, _LAST, _SUM, _DIFFERENCE = "whole", "first", "last", "sum", "difference"
+_OF_PAIRS = (_FIRST, _SUM, _DIFFERENCE, _LAST)
+
+_Key = tuple[str, tuple[int, ...]]  # what is reordered, and for frames [B, C, T, H, W] of which shape
+
+
+class Convolution:
+    """A 3D convolution over channels-last activations, its weights bound and reordered on first use.
+
+    `weight` is [O, I, kt, kh, kw], `bias` [O]. It is let go once it can be put together from what was reordered.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self._shape = tuple(weight.shape)
+        self._given: Tensor | None = weight
+        self._middle: Tensor | None = None  # of three taps, beside the other two of a pair of frames
+        self._bias = bias
+        self._packed: dict[_Key, Tensor] = {}
+        self._used: list[list[_Key]] = []  # by the shapes that were used last
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        padding: tuple[int, int] = (0, 0),
+        stride: tuple[int, int, int] = (1, 1, 1),
+        taps: int = 0,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, H, W, I] -> [B, T', H', W', O]; `padding` adds zero rows and columns on both sides.
+
+        `taps` > 0 computes only the last `taps` temporal taps: right where the frames before are zeros.
+        The result is added `onto` [B, T', H', W', O], contiguous, which is returned; oneDNN rounds the sum once.
+        """
+        taps = taps or self._shape[2]
+        pad = (0, *padding)
+        frames = x.permute(0, 4, 1, 2, 3)
+        if not _onednn(x):
+            out = F.conv3d(frames, self._weight()[:, :, -taps:], self._bias, stride=stride, padding=pad)
+            out = _channels_last(out)
+            return out if onto is None else onto.add_(out)
+        if stride == (1, 1, 1) and self._pairs(x, taps, padding):
+            return self._in_pairs(x, pad, onto)
+        (packed,) = self._pack([_WHOLE if taps == self._shape[2] else _LAST], tuple(frames.shape), pad, stride)
+        if onto is None:
+            return _convolved(x, packed, self._bias, pad, stride)
+        # Where the sum was is still in a cache when it is written, and no memory is needed for another tensor.
+        _convolved_onto(onto, x, packed, self._bias, pad, stride)
+        return onto
+
+    def _pairs(self, x: Tensor, taps: int, padding: tuple[int, int]) -> bool:
+        """Whether two frames are made at a time."""
+        batch, frames, rows, cols, _ = x.shape
+        outputs, inputs, kernel_taps, height, width = self._shape
+        pixels = (rows + 2 * padding[0] - height + 1) * (cols + 2 * padding[1] - width + 1)
+        return (
+            x.dtype == torch.float32
+            and batch == 1
+            and taps == kernel_taps
+            and makes_frame_pairs(inputs, outputs, (kernel_taps, height, width), frames - kernel_taps + 1, pixels)
+        )
+
+    def _in_pairs(self, x: Tensor, pad: tuple[int, int, int], onto: Tensor | None) -> Tensor:
+        given = x.new_empty(1, 1, *x.shape[2:])  # what is convolved: sums and differences of two frames
+        frame = tuple(given.permute(0, 4, 1, 2, 3).shape)
+        first, total, difference, last = self._pack(_OF_PAIRS, frame, pad, (1, 1, 1))
+        out = onto
+        for time in range(0, x.shape[1] - 2, 2):
+            x0, x1, x2, x3 = x[:, time : time + 4].split(1, dim=1)
+            a = _convolved(torch.add(x1, x2, out=given), total, None, pad)
+            b = _convolved(torch.sub(x2, x1, out=given), difference, None, pad)
+            if out is None:
+                out = x.new_empty(1, x.shape[1] - 2, *a.shape[2:])
+            y0, y1 = out[:, time : time + 2].split(1, dim=1)
+            if onto is None:
+                torch.add(a, b, out=y0)
+                torch.sub(a, b, out=y1)
+            else:
+                y0.add_(a).add_(b)
+                y1.add_(a).sub_(b)
+            del a, b
+            _convolved_onto(y0, torch.sub(x0, x2, out=given), first, self._bias, pad)
+            _convolved_onto(y1, torch.sub(x3, x1, out=given), last, self._bias, pad)
+        assert out is not None
+        return out
+
+    def _pack(
+        self,
+        names: list[str] | tuple[str, ...],
+        frames: tuple[int, ...],
+        pad: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> list[Tensor]:
+        """What `names` say of the weight, in the order that oneDNN wants for frames of this shape.
+
+        Which order is best depends on the shape, and weights in another would be reordered at every call. Kept for
+        the shapes that were used last.
+        """
+        keys = [(name, frames) for name in names]
+        if keys not in self._used:
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv3d_weight
+            with long_lived():
+                weight = self._weight()
+                for name in names:
+                    if (name, frames) not in self._packed:
+                        part = _part(weight, name).contiguous().to_mkldnn()
+                        self._packed[name, frames] = reorder(part, pad, stride, (1, 1, 1), 1, list(frames))
+                self._used.append(keys)
+                self._let_go(weight)
+        elif self._used[-1] != keys:
+            self._used.append(self._used.pop(self._used.index(keys)))  # the last used is last
+        return [self._packed[key] for key in keys]
+
+    def _let_go(self, weight: Tensor) -> None:
+        """Drop what is of other shapes than those used last, and `weight` itself if the rest has all of it."""
+        whole = [keys for keys in self._used if _has_all(keys)]
+        self._used = self._used[-_SHAPES:]
+        if whole and whole[-1] not in self._used:
+            self._used[0] = whole[-1]
+        self._packed = {key: self._packed[key] for keys in self._used for key in keys}
+        self._given = None if whole else weight
+        if not whole or _WHOLE in {name for name, _ in self._packed}:
+            self._middle = None
+        elif self._middle is None:
+            self._middle = weight[:, :, 1:2].contiguous().to_mkldnn()
+
+    def _weight(self) -> Tensor:
+        if self._given is not None:
+            return self._given
+        held = {name: packed for (name, _), packed in self._packed.items()}
+        if _WHOLE in held:
+            return held[_WHOLE].to_dense()
+        assert self._middle is not None
+        return torch.cat([held[_FIRST].to_dense(), self._middle.to_dense(), held[_LAST].to_dense()], dim=2)
+
+
+def _has_all(keys: list[_Key]) -> bool:
+    """Whether the whole weight can be put together from them (and the middle tap)."""
+    return len(keys) > 1 or keys[0][0] == _WHOLE
+
+
+def _part(weight: Tensor, name: str) -> Tensor:
+    """What `name` says of a weight [O, I, kt, kh, kw]."""
+    if name == _WHOLE:
+        return weight
+    first, last = weight[:, :, :1], weight[:, :, -1:]
+    if name in (_FIRST, _LAST):
+        return first if name == _FIRST else last
+    outer, middle = first + last, weight[:, :, 1:2]
+    return (outer + middle if name == _SUM else outer - middle) / 2
+
+
+def _convolved(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    pad: tuple[int, int, int],
+    stride: tuple[int, int, int] = (1, 1, 1),
+) -> Tensor:
+    geometry = (pad, stride, (1, 1, 1), 1)
+    frames = x.permute(0, 4, 1, 2, 3)
+    return _channels_last(torch.ops.mkldnn._convolution_pointwise(frames, packed, bias, *geometry, "none", [], ""))
+
+
+def _convolved_onto(
+    onto: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    pad: tuple[int, int, int],
+    stride: tuple[int, int, int] = (1, 1, 1),
+) -> None:
+    geometry = (pad, stride, (1, 1, 1), 1)
+    target, frames = onto.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3)
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        target, frames, packed, bias, *geometry, "add", 1.0, None, [], None
+    )
+
+
+def _channels_last(out: Tensor) -> Tensor:
+    return out.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _onednn(x: Tensor) -> bool:
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if x.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32
+
+
+def upsampling_weights(weight: Tensor) -> list[Tensor]:
+    """The four 2 x 2 kernels, [O, I, 1, 2, 2], that equal doubling the picture and a 3 x 3 `weight` [O, I, 3, 3].
+
+    In order of (row parity, column parity) of the output. An even output row reads the small rows above and at it
+    (taps 0 and 1 + 2), an odd one those at and below it (taps 0 + 1 and 2). Summed in float32.
+    """
+
+    def fold(w: Tensor, dim: int, odd: int) -> Tensor:
+        a, b, c = w.unbind(dim)
+        return torch.stack((a + b, c) if odd else (a, b + c), dim)
+
+    full = weight.float()
+    return [
+        fold(fold(full, 2, row), 3, col).to(weight.dtype).unsqueeze(2).contiguous()
+        for row in (0, 1)
+        for col in (0, 1)
+    ]

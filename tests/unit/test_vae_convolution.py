@@ -1,0 +1,163 @@
+"""The convolution that every op runs: against PyTorch's in float64, one frame and two at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from test_vae_executor import CONFIGS, picture_of
+from torch import Tensor
+from vae_models import make_vae
+
+from cosmos3_pipeline.vae import ParallelVAE, footprint
+from cosmos3_pipeline.vae.convolution import Convolution
+from cosmos3_plugins.replicated import Replicated
+
+IN_PAIRS = {"first", "sum", "difference", "last"}
+
+
+@pytest.fixture
+def always_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two frames at a time however little there is to compute."""
+    monkeypatch.setattr(footprint, "_PAIR_FLOPS", 0)
+    monkeypatch.setattr(footprint, "_PAIR_PIXELS", 0)
+
+
+def exact(weight: Tensor, bias: Tensor, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """PyTorch's convolution of [B, T, H, W, I] in float64."""
+    frames = x.double().permute(0, 4, 1, 2, 3)
+    return F.conv3d(frames, weight.double(), bias.double(), padding=(0, *padding)).permute(0, 2, 3, 4, 1)
+
+
+def reordered(convolution: Convolution) -> set[str]:
+    return {name for name, _ in convolution._packed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_convolution_adds_in_place(dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(5, 4, 3, 3, 3).to(dtype), torch.randn(5).to(dtype)
+    x, kept = torch.randn(2, 4, 6, 5, 4).to(dtype), torch.randn(2, 2, 6, 5, 5).to(dtype)
+    conv, onto = Convolution(weight, bias), kept.clone()
+    assert conv(x, padding=(1, 1), onto=onto) is onto
+    expected = conv(x, padding=(1, 1)).double() + kept.double()
+    # In bfloat16 the sum is rounded once or, by this expectation, the convolution before it.
+    assert (onto.double() - expected).abs().max() <= (0.2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_convolution_serves_clips_of_any_size_one_after_the_other() -> None:
+    weight, bias = torch.randn(24, 16, 3, 3, 3) / 20, torch.randn(24)
+    convolution = Convolution(weight, bias)
+    for frames, rows, taps in [
+        (1, 5, 1),
+        (3, 5, 0),
+        (1, 9, 1),
+        (6, 9, 0),
+        (1, 5, 1),
+        (1, 7, 1),
+        (3, 4, 0),
+        (4, 9, 0),
+    ]:
+        x = torch.randn(1, frames, rows, 6, 16)
+        expected = F.conv3d(x.permute(0, 4, 1, 2, 3), weight[:, :, -taps:], bias, padding=(0, 1, 1))
+        made = convolution(x, padding=(1, 1), taps=taps)
+        assert torch.allclose(made.permute(0, 4, 1, 2, 3), expected, atol=1e-5)
+    # The weight is held in oneDNN's order, and of its copies for other shapes the last two.
+    assert convolution._given is None and len(convolution._packed) == 2
+
+
+@given(data=st.data())
+def test_two_frames_at_a_time_are_the_convolution(data: st.DataObject) -> None:
+    def drawn(most: int, least: int = 1) -> int:
+        return data.draw(st.integers(least, most))
+
+    inputs, outputs, rows, cols = drawn(20), drawn(20), drawn(9), drawn(9)
+    frames, padding = 2 * drawn(3), (drawn(1, 0), drawn(1, 0))
+    generator = torch.Generator().manual_seed(drawn(1000))
+    weight = torch.randn(outputs, inputs, 3, 3, 3, generator=generator) / (27 * inputs) ** 0.5
+    bias = torch.randn(outputs, generator=generator)
+    size = (rows + 2 - 2 * padding[0], cols + 2 - 2 * padding[1])
+    x = torch.randn(1, frames + 2, *size, inputs, generator=generator)
+    kept = torch.randn(1, frames, rows, cols, outputs, generator=generator)
+    expected = exact(weight, bias, x, padding)
+    convolution, onto = Convolution(weight, bias), kept.clone()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(footprint, "_PAIR_FLOPS", 0)
+        patched.setattr(footprint, "_PAIR_PIXELS", 0)
+        made = convolution(x, padding=padding)
+        assert convolution(x, padding=padding, onto=onto) is onto
+    assert reordered(convolution) == IN_PAIRS
+    assert made.is_contiguous() and made.shape == expected.shape
+    assert (made - expected).abs().max() <= 1e-5
+    assert (onto - kept - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "rows", "cols"), [(48, 48, 40, 40), (160, 96, 16, 24)])
+def test_large_ones_are_made_in_pairs_and_round_no_worse(inputs: int, outputs: int, rows: int, cols: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, 3, 3, 3, generator=generator) / (27 * inputs) ** 0.5
+    bias = torch.randn(outputs, generator=generator)
+    x = torch.randn(1, 6, rows, cols, inputs, generator=generator)
+    expected = exact(weight, bias, x, (1, 1))
+    pairs, one = Convolution(weight, bias), Convolution(weight, bias)
+    made = pairs(x, padding=(1, 1))
+    frame_by_frame = torch.cat([one(x[:, t : t + 3].clone(), padding=(1, 1)) for t in range(4)], dim=1)
+    assert reordered(pairs) == IN_PAIRS and reordered(one) == {"whole"}
+    errors = [(found - expected).pow(2).mean().sqrt() for found in (made, frame_by_frame)]
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+def test_only_float32_by_itself_and_an_even_number_of_frames_are_made_in_pairs(always_in_pairs: None) -> None:
+    weight, bias = torch.randn(8, 8, 3, 3, 3) / 15, torch.randn(8)
+    for x in (torch.randn(1, 5, 4, 4, 8), torch.randn(2, 4, 4, 4, 8), torch.randn(1, 4, 4, 4, 8).bfloat16()):
+        convolution = Convolution(weight.to(x.dtype), bias.to(x.dtype))
+        made = convolution(x, padding=(1, 1))
+        assert reordered(convolution) == {"whole"}
+        assert (made - exact(weight, bias, x, (1, 1))).abs().max() <= (1e-5 if x.dtype == torch.float32 else 0.1)
+
+
+def test_the_weight_is_the_same_after_any_clips(always_in_pairs: None) -> None:
+    weight, bias = torch.randn(8, 8, 3, 3, 3) / 15, torch.randn(8)
+    convolution = Convolution(weight.clone(), bias)
+    pairs, one_by_one, first = (4, 0), (3, 0), (1, 1)
+    for (frames, taps), rows in [
+        (first, 5),
+        (pairs, 5),
+        (first, 7),
+        (pairs, 7),
+        (one_by_one, 7),
+        (first, 4),
+        (first, 3),
+        (pairs, 3),
+        (one_by_one, 3),
+    ]:
+        x = torch.randn(1, frames, rows, 6, 8)
+        made = convolution(x, padding=(1, 1), taps=taps)
+        assert (made - exact(weight[:, :, -taps:], bias, x, (1, 1))).abs().max() <= 1e-5
+        assert torch.equal(convolution._weight(), weight)
+        # No more than the four of two shapes, and not beside them what they can be put together to.
+        assert len(convolution._packed) <= 8
+        assert (convolution._given is None) == (reordered(convolution) != {"last"}), "held twice, or not at all"
+
+
+def test_a_first_chunk_and_later_ones_share_the_last_tap(always_in_pairs: None) -> None:
+    convolution = Convolution(torch.randn(8, 8, 3, 3, 3), torch.randn(8))
+    convolution(torch.randn(1, 1, 5, 6, 8), padding=(1, 1), taps=1)
+    convolution(torch.randn(1, 4, 5, 6, 8), padding=(1, 1))
+    assert sorted(name for name, _ in convolution._packed) == sorted(IN_PAIRS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_vae_that_makes_frames_in_pairs_is_that_of_diffusers(name: str, always_in_pairs: None) -> None:
+    vae = make_vae(CONFIGS[name])
+    torch.manual_seed(0)
+    z, x = torch.randn(1, vae.config.z_dim, 4, 5, 3), picture_of(vae, frames=9)
+    ours = ParallelVAE(vae, Replicated(), Replicated())
+    expected = vae.decode(z).sample
+    assert expected.std() > 0.2
+    assert (expected.abs() >= 1).float().mean() < 0.1
+    assert (ours.decode(z).sample - expected).abs().max() <= 1e-5
+    if not vae.config.attn_scales:
+        moments = vae.encode(x).latent_dist.parameters
+        assert (ours.encode(x).latent_dist.parameters - moments).abs().max() <= 1e-5
