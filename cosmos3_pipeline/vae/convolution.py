@@ -17,13 +17,15 @@ convolution itself does, see the test; in bfloat16 the sums of frames and of wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos3_pipeline.vae.footprint import makes_frame_pairs
+from cosmos3_pipeline.vae.footprint import makes_frame_pairs, pair_band
 from cosmos3_pipeline.vae.host_memory import long_lived
 
 # The shapes of a clip: its first chunk's and the later ones'.
@@ -72,7 +74,7 @@ class Convolution:
             out = _channels_last(out)
             return out if onto is None else onto.add_(out)
         if stride == (1, 1, 1) and self._pairs(x, taps, padding):
-            return self._in_pairs(x, pad, onto)
+            return self._in_pairs(x, padding, onto)
         (packed,) = self._pack([_WHOLE if taps == self._shape[2] else _LAST], tuple(frames.shape), pad, stride)
         if onto is None:
             return _convolved(x, packed, self._bias, pad, stride)
@@ -92,33 +94,34 @@ class Convolution:
             and makes_frame_pairs(inputs, outputs, (kernel_taps, height, width), frames - kernel_taps + 1, pixels)
         )
 
-    def _in_pairs(self, x: Tensor, pad: tuple[int, int, int], onto: Tensor | None) -> Tensor:
-        given = x.new_empty(1, 1, *x.shape[2:])  # what is convolved: sums and differences of two frames
-        frame = tuple(given.permute(0, 4, 1, 2, 3).shape)
-        first, total, difference, last = self._pack(_OF_PAIRS, frame, pad, (1, 1, 1))
-        out = onto
-        for time in range(0, x.shape[1] - 2, 2):
-            x0, x1, x2, x3 = x[:, time : time + 4].split(1, dim=1)
-            a = _convolved(torch.add(x1, x2, out=given), total, None, pad)
-            b = _convolved(torch.sub(x2, x1, out=given), difference, None, pad)
-            if out is None:
-                out = x.new_empty(1, x.shape[1] - 2, *a.shape[2:])
-            y0, y1 = out[:, time : time + 2].split(1, dim=1)
-            if onto is None:
-                torch.add(a, b, out=y0)
-                torch.sub(a, b, out=y1)
-            else:
-                y0.add_(a).add_(b)
-                y1.add_(a).sub_(b)
-            del a, b
-            _convolved_onto(y0, torch.sub(x0, x2, out=given), first, self._bias, pad)
-            _convolved_onto(y1, torch.sub(x3, x1, out=given), last, self._bias, pad)
-        assert out is not None
+    def _in_pairs(self, x: Tensor, padding: tuple[int, int], onto: Tensor | None) -> Tensor:
+        """Two frames at a time, in bands of rows whose sums and differences stay in a core's cache."""
+        outputs, inputs, taps, height, width = self._shape
+        rows, cols = x.shape[2] + 2 * padding[0] - height + 1, x.shape[3] + 2 * padding[1] - width + 1
+        out = x.new_empty(1, x.shape[1] - taps + 1, rows, cols, outputs) if onto is None else onto
+        band = pair_band(inputs, outputs, (taps, height, width), rows, cols)
+        pad, read = (0, *padding), x.shape[2]
+        if band < rows:
+            pad, read = (0, 0, padding[1]), band + height - 1  # with rows of zeros at the picture's edge
+        given = x.new_empty(1, 1, read, *x.shape[3:])
+        packed = self._pack(_OF_PAIRS, tuple(given.permute(0, 4, 1, 2, 3).shape), pad, (1, 1, 1))
+        for time in range(0, out.shape[1], 2):
+            for top in range(0, rows, band):
+                end = min(top + band, rows)
+                first, last = top - padding[0], end - padding[0] + height - 1  # the rows that are read
+                if band == rows:
+                    first, last = 0, x.shape[2]
+                there = slice(max(first, 0), min(last, x.shape[2]))
+                space = given[:, :, : last - first]
+                space[:, :, : there.start - first].zero_()
+                space[:, :, there.stop - first :].zero_()
+                pair = _Pair(space, slice(there.start - first, there.stop - first), packed, self._bias, pad)
+                pair.make(x[:, time : time + 4, there], out[:, time : time + 2, top:end], adds=onto is not None)
         return out
 
     def _pack(
         self,
-        names: list[str] | tuple[str, ...],
+        names: Sequence[str],
         frames: tuple[int, ...],
         pad: tuple[int, ...],
         stride: tuple[int, ...],
@@ -180,6 +183,42 @@ def _part(weight: Tensor, name: str) -> Tensor:
         return first if name == _FIRST else last
     outer, middle = first + last, weight[:, :, 1:2]
     return (outer + middle if name == _SUM else outer - middle) / 2
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Makes two frames, or a band of them. `space` [1, 1, H, W, I] is for what is convolved, in its rows `inner`.
+
+    packed: the first tap, the sum, the difference and the last tap.
+    """
+
+    space: Tensor
+    inner: slice
+    packed: Sequence[Tensor]
+    bias: Tensor
+    pad: tuple[int, int, int]
+
+    def make(self, x: Tensor, y: Tensor, *, adds: bool) -> None:
+        """y [1, 2, H', W', O] of the four frames x [1, 4, h, W, I]; added to what is there if `adds`."""
+        inner = self.space[:, :, self.inner]
+        first, total, difference, last = self.packed
+        x0, x1, x2, x3 = x.split(1, dim=1)
+        y0, y1 = y.split(1, dim=1)
+        torch.add(x1, x2, out=inner)
+        a = _convolved(self.space, total, None, self.pad)
+        torch.sub(x2, x1, out=inner)
+        b = _convolved(self.space, difference, None, self.pad)
+        if adds:
+            y0.add_(a).add_(b)
+            y1.add_(a).sub_(b)
+        else:
+            torch.add(a, b, out=y0)
+            torch.sub(a, b, out=y1)
+        del a, b
+        torch.sub(x0, x2, out=inner)
+        _convolved_onto(y0, self.space, first, self.bias, self.pad)
+        torch.sub(x3, x1, out=inner)
+        _convolved_onto(y1, self.space, last, self.bias, self.pad)
 
 
 def _convolved(

@@ -6,6 +6,7 @@ what each op allocates. Not counted: what a convolution library keeps for itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -37,6 +38,10 @@ NORM_BLOCK_ELEMENTS = 1 << 17
 # reading weights, of which there are a third more. Timed with 12 to 1024 channels.
 _PAIR_FLOPS = 150_000_000
 _PAIR_PIXELS = 48
+# Elements of a band of a frame, of its input or output, that a pair is made of at once: a megabyte, so that sums
+# and differences stay in a cache. Kernels of more weights than this would be read too often.
+_BAND_ELEMENTS = 1 << 18
+_BAND_WEIGHTS = 1 << 17
 
 NO_DEALS: Mapping[int, LatentShape] = MappingProxyType({})
 
@@ -50,6 +55,15 @@ def makes_frame_pairs(inputs: int, outputs: int, kernel: tuple[int, int, int], f
     flops = 4 * inputs * outputs * taps * rows * cols * pixels
     enough = flops >= _PAIR_FLOPS and pixels >= _PAIR_PIXELS
     return taps == 3 and rows * cols > 1 and frames > 0 and frames % 2 == 0 and enough
+
+
+def pair_band(inputs: int, outputs: int, kernel: tuple[int, int, int], rows: int, cols: int) -> int:
+    """How many of the `rows` of a pair of frames are made at once; the last band may have fewer."""
+    _, height, width = kernel
+    most = max(1, _BAND_ELEMENTS // (cols * max(inputs, outputs)))
+    if inputs * outputs * height * width > _BAND_WEIGHTS or most >= rows:
+        return rows
+    return math.ceil(rows / math.ceil(rows / most))
 
 
 def activation_bytes(
@@ -252,6 +266,7 @@ class _Walk:
         # In float32 as on a CPU; accelerators are for bfloat16, and make all frames at once.
         if self._first or b > 1 or self._latent.element_bytes != 4 or not pairs:
             return 0
-        m = self._room(op).margins
-        given = (m.top + h + m.bottom) * (m.left + w + m.right) * op.source.channels
-        return given + 2 * h * w * c
+        m, band = self._room(op).margins, pair_band(op.source.channels, c, op.kernel, h, w)
+        above = m.top + m.bottom if band == h else op.kernel[1] - 1
+        given = (band + above) * (m.left + w + m.right) * op.source.channels
+        return given + 2 * band * w * c

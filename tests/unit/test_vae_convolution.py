@@ -72,7 +72,7 @@ def test_two_frames_at_a_time_are_the_convolution(data: st.DataObject) -> None:
     def drawn(most: int, least: int = 1) -> int:
         return data.draw(st.integers(least, most))
 
-    inputs, outputs, rows, cols = drawn(20), drawn(20), drawn(9), drawn(9)
+    inputs, outputs, rows, cols, band = drawn(20), drawn(20), drawn(9), drawn(9), drawn(10)
     frames, padding = 2 * drawn(3), (drawn(1, 0), drawn(1, 0))
     generator = torch.Generator().manual_seed(drawn(1000))
     weight = torch.randn(outputs, inputs, 3, 3, 3, generator=generator) / (27 * inputs) ** 0.5
@@ -85,6 +85,7 @@ def test_two_frames_at_a_time_are_the_convolution(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(footprint, "_PAIR_FLOPS", 0)
         patched.setattr(footprint, "_PAIR_PIXELS", 0)
+        patched.setattr(footprint, "_BAND_ELEMENTS", band * cols * max(inputs, outputs))
         made = convolution(x, padding=padding)
         assert convolution(x, padding=padding, onto=onto) is onto
     assert reordered(convolution) == IN_PAIRS
