@@ -11,8 +11,9 @@ one frame each where the three taps of both would be six:
     a = (w0 + w1 + w2) / 2 (x1 + x2)  b = (w0 - w1 + w2) / 2 (x2 - x1)
     y0 = a + b + w0 (x0 - x2)         y1 = a - b + w2 (x3 - x1)
 
-(Winograd's F(2, 3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). It rounds as the
-convolution itself does, see the test; in bfloat16 the sums of frames and of weights would be rounded as well.
+(Winograd's F(2, 3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). Its distance from
+the result in float64 was 0.7 to 1.4 times that of the plain convolution, the least with few channels. In bfloat16
+the sums of frames and of weights would be rounded as well.
 """
 
 from __future__ import annotations
