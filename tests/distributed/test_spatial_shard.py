@@ -28,6 +28,8 @@ CASES: dict[str, Case] = {
     "wan21": (vae_config(WAN21, temperal_downsample=[True, False, True]), torch.float32, 3, (6, 7), 1),
     "wan21 batch": (vae_config(WAN21), torch.float32, 2, (5, 4), 2),
     "wan21 bf16": (vae_config(WAN21), torch.bfloat16, 2, (4, 4), 1),
+    # So large that convolutions make two frames at a time, on slabs of different heights.
+    "wan22 pairs": (vae_config(WAN22, base_dim=24, decoder_base_dim=24), torch.float32, 3, (13, 6), 1),
 }
 
 

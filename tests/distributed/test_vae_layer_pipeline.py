@@ -71,24 +71,25 @@ def test_equal_to_replicated_and_to_the_plan(ranks: int) -> None:
     run_on_ranks(_both_ways, ranks, ranks, timeout=90)
 
 
-def _two_sizes(rank: int) -> list[tuple[int, int]]:
+def _two_sizes(rank: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     config = vae_config(WAN22, decoder_base_dim=64)
-    model = make_vae(config)
+    model = make_vae(config, dtype=dtype)
     alone = ParallelVAE(model, Replicated(), Replicated())
     piped = ParallelVAE(model, LayerPipeline(), LayerPipeline())
     runs = []
     for rows, cols in ((1, 2), (12, 10), (1, 2)):
-        z = torch.randn(1, config["z_dim"], 3, rows, cols, generator=torch.Generator().manual_seed(rows))
+        z = torch.randn(1, config["z_dim"], 3, rows, cols, generator=torch.Generator().manual_seed(rows)).to(dtype)
         assert torch.equal(piped.decode(z).sample, alone.decode(z).sample)
         run, place = piped._runners["decode"]._bound  # type: ignore[attr-defined]
-        share = piped.plan("decode", LatentShape(1, 3, rows, cols)).shares[rank]
+        share = piped.plan("decode", LatentShape(1, 3, rows, cols, dtype.itemsize)).shares[rank]
         assert (run, place._slice.weight_bytes) == (share.ops, share.weight_bytes)
         runs.append(run)
     return runs
 
 
-def test_a_small_picture_is_divided_by_the_weights_too() -> None:
-    last, first = run_on_ranks(_two_sizes, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_picture_is_divided_by_the_weights_too(dtype: torch.dtype) -> None:
+    last, first = run_on_ranks(_two_sizes, 2, dtype)
     for runs in (last, first):
         assert runs[0] == runs[2] != runs[1]
     # The early ops have most of the weights, so for few pixels the first stage has fewer of them.
