@@ -32,7 +32,7 @@ class Exchange:
         slots = out.split(list(received))
         peers = [rank for rank in range(self.ranks) if rank != self.rank]
         pending = self._comm.exchange(
-            sends=[(parts[peer].contiguous(), peer) for peer in peers if parts[peer].numel()],
+            sends=[(parts[peer], peer) for peer in peers if parts[peer].numel()],
             receives=[(slots[peer], peer) for peer in peers if received[peer]],
         )
         slots[self.rank].copy_(parts[self.rank].reshape(-1))

@@ -6,11 +6,13 @@ sender's memory, and returns a receipt.
 
 from __future__ import annotations
 
+import ctypes
 import select
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ from cosmos3_pipeline.distributed.peer_memory import Process
 
 # What a socket's buffer takes at once, so that a message leaves without its receiver's help.
 SMALL_BYTES = 192 << 10
+# A message in more places than this is copied together: each costs time, and a system call takes 1024 at most.
+MOST_PLACES = 64
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -29,17 +33,79 @@ _RECEIPT = b"r"
 
 
 class Message:
-    """A contiguous tensor under way; `done` when it has left or arrived."""
+    """A tensor under way, of any strides; `done` when it has left or, if it `arrives`, arrived.
 
-    def __init__(self, tensor: Tensor) -> None:
-        # Bytes, because NumPy knows no bfloat16.
-        data: Any = tensor.view(-1).view(torch.uint8).numpy()
-        self.data = memoryview(data)
-        self.is_small = tensor.nbytes <= SMALL_BYTES
-        self.address = bytearray(tensor.data_ptr().to_bytes(_ADDRESS_BYTES))
-        # What has yet to go through the socket.
-        self.rest = self.data if self.is_small else memoryview(self.address)
+    It goes straight out of and into its places in memory. One in very many places goes through a contiguous copy,
+    and so does a large one with gaps that leaves, because one address says where it is.
+    """
+
+    def __init__(self, tensor: Tensor, *, arrives: bool = False) -> None:
+        nbytes = tensor.nbytes
+        self.is_small = nbytes <= SMALL_BYTES
         self.done = False
+        self._memory = tensor
+        self._target: Tensor | None = None  # of a copy that arrives
+        offsets = _offsets(tensor.shape, tensor.stride(), tensor.element_size())
+        if len(offsets) > (MOST_PLACES if self.is_small or arrives else 1):
+            offsets = (0,)
+            if arrives:
+                self._target = tensor
+                self._memory = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            else:
+                self._memory = tensor.contiguous()
+        start, self._length = self._memory.data_ptr(), nbytes // len(offsets)
+        self._places = [start + offset for offset in offsets]
+        # What has yet to go through the socket: the message, or the address of a large one.
+        self.rest: list[Any]
+        if self.is_small:
+            array = _bytes_array(self._length)
+            self.rest = [array.from_address(place) for place in self._places]
+        else:
+            self._address = bytearray(start.to_bytes(_ADDRESS_BYTES))
+            self.rest = [self._address]
+
+    def went(self, count: int) -> bool:
+        """`count` more bytes have gone through the socket; whether these were the last."""
+        rest = self.rest
+        while rest and count >= len(rest[0]):
+            count -= len(rest.pop(0))
+        if count:
+            rest[0] = memoryview(rest[0])[count:]
+        return not rest
+
+    def read_from(self, process: Process) -> None:
+        """Read a large message, of which the address has arrived, out of the sender's memory."""
+        address = int.from_bytes(self._address)
+        for number, place in enumerate(self._places):
+            process.read(address + number * self._length, place, self._length)
+
+    def finish(self) -> None:
+        """It has left or arrived."""
+        if self._target is not None:
+            self._target.copy_(self._memory)
+        self.done = True
+
+
+@lru_cache(maxsize=1 << 10)  # since the next chunk's tensors lie as this one's do
+def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Where the elements of a tensor, each of `size` bytes, lie in order, in bytes from its first one.
+
+    Equally many lie at each place without a gap.
+    """
+    length, offsets = size, [0]
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count == 1:
+            continue
+        if length == stride * size and len(offsets) == 1:
+            length *= count
+        else:
+            offsets = [i * stride * size + offset for i in range(count) for offset in offsets]
+    return tuple(offsets)
+
+
+@lru_cache(maxsize=1 << 10)
+def _bytes_array(count: int) -> Any:
+    return ctypes.c_char * count
 
 
 class Channel:
@@ -98,28 +164,28 @@ class Channel:
     def _write(self) -> None:
         while self._leaving:
             message = self._leaving[0]
-            sent = self._tried(self._link.send, message.rest)
+            sent = self._tried(self._link.sendmsg, message.rest)
             if sent is None:
                 return
-            message.rest = message.rest[sent:]
-            if not message.rest:
+            if message.went(sent):
                 self._leaving.popleft()
-                message.done = message.is_small
-                if not message.is_small:
+                if message.is_small:
+                    message.finish()
+                else:
                     self._lent.append(message)
 
     def _read(self) -> None:
         while self._arriving:
             message = self._arriving[0]
-            taken = self._tried(self._link.recv_into, message.rest)
+            taken = self._tried(self._link.recvmsg_into, message.rest)
             if taken is None:
                 return
-            message.rest = message.rest[self._some(taken) :]
-            if not message.rest:
+            if message.went(self._some(taken[0])):
                 self._arriving.popleft()
-                message.done = message.is_small
-                if not message.is_small:
-                    self._process.read(int.from_bytes(message.address), message.data)
+                if message.is_small:
+                    message.finish()
+                else:
+                    message.read_from(self._process)
                     self._read_out.append(message)
 
     def _confirm(self) -> None:
@@ -127,7 +193,7 @@ class Channel:
         while self._read_out:
             if self._tried(self._receipts.send, _RECEIPT) is None:
                 return
-            self._read_out.popleft().done = True
+            self._read_out.popleft().finish()
 
     def _take_receipts(self) -> None:
         while self._lent:
@@ -135,7 +201,7 @@ class Channel:
             if receipts is None:
                 return
             for _ in range(self._some(len(receipts))):
-                self._lent.popleft().done = True
+                self._lent.popleft().finish()
 
     def _tried(self, call: Callable[[A], T], argument: A) -> T | None:
         """What a socket's `call` returns; None when it cannot do anything now."""

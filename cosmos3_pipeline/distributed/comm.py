@@ -33,6 +33,7 @@ from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.local import LocalLinks, Transfer
 
 T = TypeVar("T")
+Region = tuple[Tensor, int]  # a tensor, or part of one, and the rank that it goes to or comes from
 
 # What a message on CPU is: a lane of its own for each, which is also gloo's tag.
 _PAYLOAD, _AGREEMENT, _BROADCAST = 0, 1, 2
@@ -52,22 +53,38 @@ class Work(Protocol):
 class Pending:
     """Messages under way. Their tensors must not be written (sends) or read (receives) before `wait` returns."""
 
-    def __init__(self, comm: Comm, works: Sequence[Work], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, comm: Comm) -> None:
         self._comm = comm
-        # A rank that sits in gloo's wait moves nothing of its own, for which another rank may be waiting.
-        self._works = sorted(works, key=lambda work: not isinstance(work, Transfer))
-        self._tensors = list(tensors)
+        self._works: list[Work] = []
+        self._tensors: list[Tensor] = []
+        self._landings: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, work: Work, tensors: Sequence[Tensor]) -> None:
+        """Wait for `work` too, which needs the memory of `tensors`."""
+        self._works.append(work)
+        self._tensors += tensors
+
+    def landing(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor for what is received into `tensor`, which gets it in `wait`; itself without gaps."""
+        if tensor.is_contiguous():
+            return tensor
+        landing = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        self._landings.append((tensor, landing))
+        return landing
 
     def wait(self) -> None:
         """Return when all have arrived. Raises PeerFailed, PeerLost or RunStopped when they never will."""
         while self._works:
             self._comm._translated(self._works.pop(0).wait)
-        self._tensors.clear()
+        for tensor, landing in self._landings:
+            tensor.copy_(landing)
+        self.drop()
 
     def drop(self) -> None:
         """Forget the messages: nobody will wait for them, and they no longer hold the connections open."""
         self._works.clear()
         self._tensors.clear()
+        self._landings.clear()
 
 
 class Comm:
@@ -185,54 +202,57 @@ class Comm:
         parts = [mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes)]
         others = [rank for rank in range(self.size) if rank != self.rank]
         sends, receives = [(mine, rank) for rank in others], [(parts[rank], rank) for rank in others]
-        self._pending(self._translated(lambda: self._start_on_cpu(sends, receives, _AGREEMENT)), parts).wait()
+        self._started(lambda pending: self._start_on_cpu(pending, sends, receives, _AGREEMENT)).wait()
         return parts
 
-    def exchange(
-        self, sends: Sequence[tuple[Tensor, int]] = (), receives: Sequence[tuple[Tensor, int]] = ()
-    ) -> Pending:
+    def exchange(self, sends: Sequence[Region] = (), receives: Sequence[Region] = ()) -> Pending:
         """Start sending each tensor to its rank and receiving into each buffer from its rank.
 
-        Between two ranks messages arrive in the order in which they are sent. A large one between ranks of a
-        machine leaves while its receiver waits for messages: wait for it before a collective. Raises
-        ValueError for a tensor that is not contiguous.
+        They may have any strides; what has gaps is copied together where its way asks for that. Between two ranks
+        messages arrive in the order in which they are sent. A large one between ranks of a machine leaves while
+        its receiver waits for messages: wait for it before a collective.
         """
-        tensors = [tensor for tensor, _ in (*receives, *sends)]
-        for tensor in tensors:
-            _check_contiguous(tensor)
-        if not tensors:
-            return Pending(self, [], [])
+        if not sends and not receives:
+            return Pending(self)
         assert self._board is not None, "a Comm of one rank has nobody to exchange with"
-        if not _on_cpu(tensors[0]):
-            # An accelerator's messages do not fail when their peer has gone. On CPU they do, and asking the store
-            # would cost more than the message.
-            self._board.raise_if_over(self._run)
         for kind, messages in (("recv", receives), ("send", sends)):
             for tensor, _ in messages:
                 self.ledger.record(kind, tensor.nbytes)
-        works = self._translated(lambda: self._start(sends, receives))
-        return self._pending(works, tensors)
+        if _on_cpu(*(tensor for tensor, _ in (*sends, *receives))):
+            return self._started(lambda pending: self._start_on_cpu(pending, sends, receives, _PAYLOAD))
+        # An accelerator's messages do not fail when their peer has gone. On CPU they do, and asking the store
+        # would cost more than the message.
+        self._board.raise_if_over(self._run)
+        return self._started(lambda pending: self._start_on_accelerator(pending, sends, receives))
 
-    def _start(
-        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
-    ) -> Sequence[Work]:
-        if all(_on_cpu(tensor) for tensor, _ in (*sends, *receives)):
-            return self._start_on_cpu(sends, receives, _PAYLOAD)
-        operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in receives]
-        operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in sends]
-        return dist.batch_isend_irecv(operations)
+    def _start_on_accelerator(self, pending: Pending, sends: Sequence[Region], receives: Sequence[Region]) -> None:
+        landings = [(pending.landing(tensor), peer) for tensor, peer in receives]
+        leaving = [(tensor.contiguous(), peer) for tensor, peer in sends]
+        operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in landings]
+        operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in leaving]
+        tensors = [tensor for tensor, _ in (*landings, *leaving)]
+        for work in dist.batch_isend_irecv(operations):
+            pending.add(work, tensors)
 
     def _start_on_cpu(
-        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], lane: int
-    ) -> Sequence[Work]:
-        local, works = self._local, list[Work]()
-        for tensor, peer in receives:
-            here = local.carries(tensor, peer)
-            works.append(local.receive(tensor, peer, lane) if here else self._gloo.recv([tensor], peer, lane))
+        self, pending: Pending, sends: Sequence[Region], receives: Sequence[Region], lane: int
+    ) -> None:
+        local = Transfer(self._local)
+        # First, because a rank that sits in gloo's wait moves nothing of its own, for which others may be waiting.
+        pending.add(local, [])
+        # What others wait for leaves before this rank makes ready for what it waits for itself.
         for tensor, peer in sends:
-            here = local.carries(tensor, peer)
-            works.append(local.send(tensor, peer, lane) if here else self._gloo.send([tensor], peer, lane))
-        return works
+            if self._local.carries(tensor, peer):
+                local.send(tensor, peer, lane)
+            else:
+                leaving = tensor.contiguous()
+                pending.add(self._gloo.send([leaving], peer, lane), [leaving])
+        for tensor, peer in receives:
+            if self._local.carries(tensor, peer):
+                local.receive(tensor, peer, lane)
+            else:
+                landing = pending.landing(tensor)
+                pending.add(self._gloo.recv([landing], peer, lane), [landing])
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere.
@@ -249,13 +269,15 @@ class Comm:
         sends = [(tensor, peer) for peer in range(self.size) if gives and peer != source]
         receives = [] if gives else [(tensor, source)]
 
-        def start() -> Sequence[Work]:
+        def start(pending: Pending) -> None:
             if _on_cpu(tensor):
-                return self._start_on_cpu(sends, receives, _BROADCAST)
+                self._start_on_cpu(pending, sends, receives, _BROADCAST)
+                return
             work = dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
-            return [work] if work is not None else []
+            if work is not None:
+                pending.add(work, [tensor])
 
-        self._pending(self._translated(start), [tensor]).wait()
+        self._started(start).wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, by rank; same shape and dtype everywhere."""
@@ -264,17 +286,21 @@ class Comm:
         self.ledger.record("all_gather", tensor.nbytes)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
 
-        def start() -> Any:
+        def start(pending: Pending) -> None:
             if _on_cpu(tensor):
-                return self._gloo.allgather([parts], [tensor])
-            return dist.all_gather(parts, tensor, group=self._group, async_op=True)
+                work = self._gloo.allgather([parts], [tensor])
+            else:
+                work = dist.all_gather(parts, tensor, group=self._group, async_op=True)
+            pending.add(work, [*parts, tensor])
 
-        self._pending([self._translated(start)], [*parts, tensor]).wait()
+        self._started(start).wait()
         return parts
 
-    def _pending(self, works: Sequence[Work], tensors: Sequence[Tensor]) -> Pending:
-        pending = Pending(self, works, tensors)
+    def _started(self, start: Callable[[Pending], None]) -> Pending:
+        """What `start` has begun and put there."""
+        pending = Pending(self)
         self._under_way.add(pending)
+        self._translated(lambda: start(pending))
         return pending
 
     def _translated(self, call: Callable[[], T]) -> T:
@@ -302,8 +328,8 @@ def _check_contiguous(tensor: Tensor) -> None:
         )
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+def _on_cpu(*tensors: Tensor) -> bool:
+    return all(tensor.is_cpu for tensor in tensors)
 
 
 _made: dict[tuple[int, ...], int] = {}

@@ -33,16 +33,33 @@ _AWAKE_SECONDS = 100e-6
 
 
 class Transfer:
-    """A message under way, and what moves it while somebody waits."""
+    """Messages under way, and what moves them while somebody waits."""
 
-    def __init__(self, links: LocalLinks, message: Message) -> None:
+    def __init__(self, links: LocalLinks) -> None:
         self._links = links
-        self._message = message
+        self._messages: list[tuple[Message, Channel]] = []
+
+    def send(self, tensor: Tensor, peer: int, lane: int) -> None:
+        """Start sending `tensor`, not to be written until the transfer has been waited for."""
+        channel = self._links.channels[peer, lane]
+        message = Message(tensor)
+        self._messages.append((message, channel))
+        channel.send(message)
+
+    def receive(self, tensor: Tensor, peer: int, lane: int) -> None:
+        """Start receiving into `tensor`."""
+        channel = self._links.channels[peer, lane]
+        message = Message(tensor, arrives=True)
+        self._messages.append((message, channel))
+        channel.receive(message)
 
     def wait(self) -> None:
-        """Return when it has left or arrived. Raises RuntimeError when it never will."""
-        while not self._message.done:
-            self._links.move()
+        """Return when all have left or arrived. Raises RuntimeError when they never will."""
+        for message, channel in self._messages:
+            if not message.done:
+                channel.move()  # most have come by now: no need to ask what has
+            while not message.done:
+                self._links.move()
 
 
 class LocalLinks:
@@ -69,7 +86,7 @@ class LocalLinks:
                 link, _address = listener.accept()
                 ends[_HELLO.unpack(link.recv(_HELLO.size))] = link
         processes = {peer: Process(*peers[peer][1:]) for peer, number in ends if not number}
-        self._channels = {
+        self.channels = {
             (peer, lane): Channel(peer, process, ends[peer, 2 * lane], ends[peer, 2 * lane + 1])
             for peer, process in processes.items()
             for lane in range(lanes)
@@ -90,26 +107,14 @@ class LocalLinks:
 
     def carries(self, tensor: Tensor, peer: int) -> bool:
         """Whether messages like `tensor` to and from `peer` go this way; the same on both sides."""
-        if (peer, 0) not in self._channels or not tensor.nbytes:
+        if (peer, 0) not in self.channels or not tensor.nbytes:
             return False
         return tensor.nbytes <= SMALL_BYTES or peer in self.readable
-
-    def send(self, tensor: Tensor, peer: int, lane: int) -> Transfer:
-        """Start sending a contiguous `tensor`, not to be written until the transfer has been waited for."""
-        message = Message(tensor)
-        self._channels[peer, lane].send(message)
-        return Transfer(self, message)
-
-    def receive(self, tensor: Tensor, peer: int, lane: int) -> Transfer:
-        """Start receiving into a contiguous `tensor`."""
-        message = Message(tensor)
-        self._channels[peer, lane].receive(message)
-        return Transfer(self, message)
 
     def move(self) -> None:
         """Wait until something can be moved, and move it."""
         ready, waiting = select.poll(), {}
-        for channel in self._channels.values():
+        for channel in self.channels.values():
             for number, events in channel.awaited():
                 ready.register(number, events)
                 waiting[number] = channel
@@ -129,9 +134,9 @@ class LocalLinks:
 
     def close(self) -> None:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
-        for channel in self._channels.values():
+        for channel in self.channels.values():
             channel.close()
-        self._channels.clear()
+        self.channels.clear()
 
 
 def _listening(listener: socket.socket, address: str, size: int) -> str:

@@ -65,18 +65,20 @@ class Process:
         """Whether this process may read the memory of that one."""
         if _libc() is None:
             return False
-        found = bytearray(_PROBE_BYTES)
+        found = ctypes.create_string_buffer(_PROBE_BYTES)
         try:
-            self.read(self.probe_address, memoryview(found))
+            self.read(self.probe_address, ctypes.addressof(found), _PROBE_BYTES)
         except RuntimeError:
             return False
-        return found.hex() == self.probe  # where containers share a folder, the number may be another process's
+        return (
+            found.raw.hex() == self.probe
+        )  # where containers share a folder, the number may be another process's
 
-    def read(self, address: int, into: memoryview) -> None:
-        """Fill `into` by what that process has at `address`. Raises RuntimeError when that cannot be read."""
-        base, length, done = ctypes.addressof(ctypes.c_char.from_buffer(into)), len(into), 0
-        while done < length:
-            here, there = _Extent(base + done, length - done), _Extent(address + done, length - done)
+    def read(self, address: int, place: int, nbytes: int) -> None:
+        """Copy what that process has at `address` to `place` of this one. Raises RuntimeError where it may not."""
+        done = 0
+        while done < nbytes:
+            here, there = _Extent(place + done, nbytes - done), _Extent(address + done, nbytes - done)
             count = _libc().process_vm_readv(self.pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
             if count <= 0:
                 reason = os.strerror(ctypes.get_errno())

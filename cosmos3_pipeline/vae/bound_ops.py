@@ -16,7 +16,7 @@ from torch import Tensor
 from cosmos3_pipeline.vae import kernels, ops
 from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
 from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
-from cosmos3_pipeline.vae.frames import Frames, HaloExchange, with_room
+from cosmos3_pipeline.vae.frames import Arrival, Frames, HaloExchange, with_room
 from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
 
 # On CPU, a norm of so many blocks or fewer is one call: it then takes a millisecond or so, and computing the edges
@@ -69,9 +69,9 @@ def _take(flow: Flow, room: Room) -> Frames:
     """The activation with `room` around it; copied only if whoever wrote it did not leave that room."""
     if flow.at.room == room:
         return flow.at
-    assert flow.at.arrive is None, "margins are on their way into a room that is not the one wanted"
+    assert flow.at.arrival is None, "margins are on their way into a room that is not the one wanted"
     inner = flow.at.inner
-    frames = with_room(inner, tuple(inner.shape), room)
+    frames = with_room(inner, tuple(inner.shape), room, flow.exchange)
     frames.inner.copy_(inner)
     flow.at = frames
     return frames
@@ -86,12 +86,10 @@ def _cut_sides(margins: Margins, exchange: HaloExchange | None) -> Margins:
     return Margins(top, bottom, left, right)
 
 
-def _fill_margins(frames: Frames, margins: Margins, exchange: HaloExchange | None) -> None:
-    if frames.arrive is not None:
-        frames.arrive()
-        frames.arrive = None
-    elif exchange is not None and margins:
-        exchange.start(frames.chunk, margins)()
+def _begin(frames: Frames, margins: Margins, exchange: HaloExchange | None) -> None:
+    """Let neighbours' rows come into the margins, which is done once."""
+    if frames.arrival is None and exchange is not None and margins:
+        frames.arrival = Arrival(exchange.coming(margins), exchange.start(frames.chunk, margins))
 
 
 def _recall(flow: Flow, name: str, frames: Frames) -> None:
@@ -156,13 +154,18 @@ class Conv(BoundOp[ops.Conv]):
         cut = frames.room.margins
         if frames.room.front:
             _recall(flow, self.op.name, frames)
-        _fill_margins(frames, cut, flow.exchange)
+        _begin(frames, cut, flow.exchange)
+        own = self.op.margins
+        out = self._conv(
+            frames.buffer,
+            padding=(own.top - cut.top, own.left - cut.left),
+            taps=1 if flow.first else 0,
+            onto=_closed(flow) if self.op.adds_shortcut else None,
+            arrival=frames.arrival,
+        )
         if self.op.cached_frames:
             _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
-        own = self.op.margins
-        padding = (own.top - cut.top, own.left - cut.left)
-        onto = _closed(flow) if self.op.adds_shortcut else None
-        flow.at = Frames(self._conv(frames.buffer, padding=padding, taps=1 if flow.first else 0, onto=onto))
+        flow.at = Frames(out)
 
 
 class NormSilu(BoundOp[ops.NormSilu]):
@@ -173,16 +176,15 @@ class NormSilu(BoundOp[ops.NormSilu]):
 
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
-        frames = with_room(x, tuple(x.shape), flow.room)
+        frames = with_room(x, tuple(x.shape), flow.room, flow.exchange)
         out, margins = frames.inner, flow.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
         if x.device.type == "cpu" and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for rows, cols in edges:
             kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
-        if flow.exchange is not None and margins:
-            # What the neighbours wait for is ready: it travels while the rest is computed.
-            frames.arrive = flow.exchange.start(frames.chunk, margins)
+        # What the neighbours wait for is ready: it travels while the rest is computed.
+        _begin(frames, margins, flow.exchange)
         for rows, cols in rest:
             kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
         flow.at = frames
@@ -241,6 +243,14 @@ class TimeDown(BoundOp[ops.TimeDown]):
             flow.at = Frames(self._conv(frames.buffer, stride=(2, 1, 1)))
 
 
+def _reads(row: int, col: int, margins: Margins) -> bool:
+    """Whether the outputs of an upsampling at one offset of its grid are made of `margins` too.
+
+    Those in even rows read the input's row above theirs, those in odd ones the row below; so do columns.
+    """
+    return bool((margins.bottom if row else margins.top) or (margins.right if col else margins.left))
+
+
 class SpatialUp(BoundOp[ops.SpatialUp]):
     def __init__(self, op: ops.SpatialUp, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
@@ -250,21 +260,32 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
         b, t, h, w, _ = frames.inner.shape
-        cut = frames.room.margins
-        _fill_margins(frames, cut, flow.exchange)
+        _begin(frames, frames.room.margins, flow.exchange)
         out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
         kept = None if self.op.duplicates is None else flow.shortcuts.pop()
-        for i, conv in enumerate(self._convs):
-            row, col = divmod(i, 2)
-            # One output more than needed on each axis: the kernel is even and the padding symmetric.
-            part = conv(frames.buffer, padding=(1 - cut.top, 1 - cut.left))[:, :, row : row + h, col : col + w]
-            place = out[:, :, :, row, :, col]
-            if kept is None:
-                place.copy_(part)
-            else:
-                self._add(part, kept, row, col, first=flow.first, out=place)
-            del part  # before the next one is made
+        offsets = [(row, col) for row in (0, 1) for col in (0, 1)]
+        # What reads nothing that is on its way is made before that is waited for.
+        early = [at for at in offsets if frames.arrival is not None and not _reads(*at, frames.arrival.margins)]
+        for at in early:
+            self._make(*at, frames, kept, first=flow.first, out=out)
+        if frames.arrival is not None:
+            frames.arrival.wait()
+        for at in offsets:
+            if at not in early:
+                self._make(*at, frames, kept, first=flow.first, out=out)
         flow.at = Frames(out.view(b, t, 2 * h, 2 * w, -1))
+
+    def _make(self, row: int, col: int, frames: Frames, kept: Tensor | None, *, first: bool, out: Tensor) -> None:
+        """The outputs at one offset of the upsampled grid, into `out` [B, T, H, 2, W, 2, C]."""
+        _, _, h, w, _ = frames.inner.shape
+        cut = frames.room.margins
+        # One output more than needed on each axis: the kernel is even and the padding symmetric.
+        outputs = self._convs[2 * row + col](frames.buffer, padding=(1 - cut.top, 1 - cut.left))
+        part, place = outputs[:, :, row : row + h, col : col + w], out[:, :, :, row, :, col]
+        if kept is None:
+            place.copy_(part)
+        else:
+            self._add(part, kept, row, col, first=first, out=place)
 
     def _add(self, part: Tensor, kept: Tensor, row: int, col: int, *, first: bool, out: Tensor) -> None:
         """`out` = `part`, the outputs at one offset of the upsampled grid, + their copies of `kept`.
@@ -299,8 +320,8 @@ class SpatialDown(BoundOp[ops.SpatialDown]):
 
     def run(self, flow: Flow) -> None:
         frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
-        _fill_margins(frames, _cut_sides(self.op.margins, flow.exchange), flow.exchange)
-        flow.at = Frames(self._conv(frames.buffer, stride=(1, 2, 2)))
+        _begin(frames, _cut_sides(self.op.margins, flow.exchange), flow.exchange)
+        flow.at = Frames(self._conv(frames.buffer, stride=(1, 2, 2), arrival=frames.arrival))
 
 
 class ShortcutBegin(BoundOp[ops.ShortcutBegin]):

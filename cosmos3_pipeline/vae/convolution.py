@@ -27,7 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos3_pipeline.vae.footprint import makes_frame_pairs, pair_band
+from cosmos3_pipeline.vae.frames import Arrival
 from cosmos3_pipeline.vae.host_memory import long_lived
+from cosmos3_pipeline.vae.ops import Margins
 
 # The shapes of a clip: its first chunk's and the later ones'.
 _SHAPES = 2
@@ -61,21 +63,25 @@ class Convolution:
         stride: tuple[int, int, int] = (1, 1, 1),
         taps: int = 0,
         onto: Tensor | None = None,
+        arrival: Arrival | None = None,
     ) -> Tensor:
         """[B, T, H, W, I] -> [B, T', H', W', O]; `padding` adds zero rows and columns on both sides.
 
         `taps` > 0 computes only the last `taps` temporal taps: right where the frames before are zeros.
         The result is added `onto` [B, T', H', W', O], contiguous, which is returned; oneDNN rounds the sum once.
+        `arrival` is of the outer rows and columns of x, and waited for as late as can be.
         """
         taps = taps or self._shape[2]
+        if _onednn(x) and stride == (1, 1, 1) and self._pairs(x, taps, padding):
+            return self._in_pairs(x, padding, onto, arrival)
+        if arrival is not None:
+            arrival.wait()
         pad = (0, *padding)
         frames = x.permute(0, 4, 1, 2, 3)
         if not _onednn(x):
             out = F.conv3d(frames, self._weight()[:, :, -taps:], self._bias, stride=stride, padding=pad)
             out = _channels_last(out)
             return out if onto is None else onto.add_(out)
-        if stride == (1, 1, 1) and self._pairs(x, taps, padding):
-            return self._in_pairs(x, padding, onto)
         (packed,) = self._pack([_WHOLE if taps == self._shape[2] else _LAST], tuple(frames.shape), pad, stride)
         if onto is None:
             return _convolved(x, packed, self._bias, pad, stride)
@@ -95,29 +101,32 @@ class Convolution:
             and makes_frame_pairs(inputs, outputs, (kernel_taps, height, width), frames - kernel_taps + 1, pixels)
         )
 
-    def _in_pairs(self, x: Tensor, padding: tuple[int, int], onto: Tensor | None) -> Tensor:
+    def _in_pairs(
+        self, x: Tensor, padding: tuple[int, int], onto: Tensor | None, arrival: Arrival | None
+    ) -> Tensor:
         """Two frames at a time, in bands of rows whose sums and differences stay in a core's cache."""
         outputs, inputs, taps, height, width = self._shape
         rows, cols = x.shape[2] + 2 * padding[0] - height + 1, x.shape[3] + 2 * padding[1] - width + 1
         out = x.new_empty(1, x.shape[1] - taps + 1, rows, cols, outputs) if onto is None else onto
-        band = pair_band(inputs, outputs, (taps, height, width), rows, cols)
+        size = pair_band(inputs, outputs, (taps, height, width), rows, cols)
         pad, read = (0, *padding), x.shape[2]
-        if band < rows:
-            pad, read = (0, 0, padding[1]), band + height - 1  # with rows of zeros at the picture's edge
-        given = x.new_empty(1, 1, read, *x.shape[3:])
-        packed = self._pack(_OF_PAIRS, tuple(given.permute(0, 4, 1, 2, 3).shape), pad, (1, 1, 1))
-        for time in range(0, out.shape[1], 2):
-            for top in range(0, rows, band):
-                end = min(top + band, rows)
-                first, last = top - padding[0], end - padding[0] + height - 1  # the rows that are read
-                if band == rows:
-                    first, last = 0, x.shape[2]
-                there = slice(max(first, 0), min(last, x.shape[2]))
-                space = given[:, :, : last - first]
-                space[:, :, : there.start - first].zero_()
-                space[:, :, there.stop - first :].zero_()
-                pair = _Pair(space, slice(there.start - first, there.stop - first), packed, self._bias, pad)
-                pair.make(x[:, time : time + 4, there], out[:, time : time + 2, top:end], adds=onto is not None)
+        if size < rows:
+            pad, read = (0, 0, padding[1]), size + height - 1  # with rows of zeros at the picture's edge
+        space = x.new_empty(1, 1, read, *x.shape[3:])
+        packed = self._pack(_OF_PAIRS, tuple(space.permute(0, 4, 1, 2, 3).shape), pad, (1, 1, 1))
+        pairs = _Pairs(x, out, onto is not None, space, packed, self._bias, pad)
+        bands = [_Band(slice(0, rows), slice(0, x.shape[2]))]
+        if size < rows:
+            bands = [_band(top, min(top + size, rows), height, padding[0]) for top in range(0, rows, size)]
+        # What reads nothing that is on its way is made before that is waited for.
+        early = [band for band in bands if arrival is not None and _is_within(band, x, arrival.margins)]
+        for band in early:
+            pairs.make(band)
+        if arrival is not None:
+            arrival.wait()
+        for band in bands:
+            if band not in early:
+                pairs.make(band)
         return out
 
     def _pack(
@@ -187,29 +196,64 @@ def _part(weight: Tensor, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """Makes two frames, or a band of them. `space` [1, 1, H, W, I] is for what is convolved, in its rows `inner`.
+class _Band:
+    """Rows of the output, and the rows of the input that they are made of; some may lie beyond the input."""
 
-    packed: the first tap, the sum, the difference and the last tap.
+    made: slice
+    read: slice
+
+
+def _band(top: int, end: int, height: int, padding: int) -> _Band:
+    """The band of the rows [top, end) of an output, with a kernel of `height` rows."""
+    return _Band(slice(top, end), slice(top - padding, end - padding + height - 1))
+
+
+def _is_within(band: _Band, x: Tensor, margins: Margins) -> bool:
+    """Whether the band reads nothing of the `margins` of x."""
+    rows = x.shape[2]
+    first, last = max(band.read.start, 0), min(band.read.stop, rows)
+    across = margins.left or margins.right
+    return not across and first >= margins.top and last <= rows - margins.bottom
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Makes the frames y [1, T, H', W', O] of x [1, T + 2, H, W, I], two at a time.
+
+    They are added to what y holds if `adds`. `space` [1, 1, h, W, I] is for what is convolved. `packed` are the
+    first tap, the sum, the difference and the last tap.
     """
 
+    x: Tensor
+    y: Tensor
+    adds: bool
     space: Tensor
-    inner: slice
     packed: Sequence[Tensor]
     bias: Tensor
     pad: tuple[int, int, int]
 
-    def make(self, x: Tensor, y: Tensor, *, adds: bool) -> None:
-        """y [1, 2, H', W', O] of the four frames x [1, 4, h, W, I]; added to what is there if `adds`."""
-        inner = self.space[:, :, self.inner]
+    def make(self, band: _Band) -> None:
+        """Make a band of every frame."""
+        first, last = band.read.start, band.read.stop
+        there = slice(max(first, 0), min(last, self.x.shape[2]))
+        space = self.space[:, :, : last - first]
+        space[:, :, : there.start - first].zero_()
+        space[:, :, there.stop - first :].zero_()
+        inner = space[:, :, there.start - first : there.stop - first]
+        x = self.x[:, :, there].split(1, dim=1)
+        y = self.y[:, :, band.made].split(1, dim=1)
+        for time in range(0, len(y), 2):
+            self._pair(x[time : time + 4], y[time : time + 2], space, inner)
+
+    def _pair(self, x: Sequence[Tensor], y: Sequence[Tensor], space: Tensor, inner: Tensor) -> None:
+        """Two frames of the four that they read. `inner` are the rows of `space` that are not zeros."""
         first, total, difference, last = self.packed
-        x0, x1, x2, x3 = x.split(1, dim=1)
-        y0, y1 = y.split(1, dim=1)
+        (x0, x1, x2, x3), (y0, y1) = x, y
         torch.add(x1, x2, out=inner)
-        a = _convolved(self.space, total, None, self.pad)
+        a = _convolved(space, total, None, self.pad)
         torch.sub(x2, x1, out=inner)
-        b = _convolved(self.space, difference, None, self.pad)
-        if adds:
+        b = _convolved(space, difference, None, self.pad)
+        if self.adds:
             y0.add_(a).add_(b)
             y1.add_(a).sub_(b)
         else:
@@ -217,9 +261,9 @@ class _Pair:
             torch.sub(a, b, out=y1)
         del a, b
         torch.sub(x0, x2, out=inner)
-        _convolved_onto(y0, self.space, first, self.bias, self.pad)
+        _convolved_onto(y0, space, first, self.bias, self.pad)
         torch.sub(x3, x1, out=inner)
-        _convolved_onto(y1, self.space, last, self.bias, self.pad)
+        _convolved_onto(y1, space, last, self.bias, self.pad)
 
 
 def _convolved(

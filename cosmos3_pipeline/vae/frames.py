@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
+from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
 class HaloExchange(Protocol):
@@ -24,11 +24,15 @@ class HaloExchange(Protocol):
     rows: bool
     cols: bool
 
+    def coming(self, margins: Margins) -> Margins:
+        """Those of a slab's `margins` that neighbours fill; the others lie at the edge of the picture."""
+        ...
+
     def start(self, padded: Tensor, margins: Margins) -> Callable[[], None]:
         """Begin filling the margins of `padded` [B, T, top + H + bottom, left + W + right, C] in place.
 
-        The middle holds this rank's slab; the margins hold zeros, which is right at the edge of the picture.
-        `margins` is zero on sides that are not cut. The returned call waits until the margins are filled.
+        The middle holds this rank's slab, margins at the edge of the picture zeros. `margins` is zero on sides
+        that are not cut. The returned call waits until those that are `coming` are filled.
         """
         ...
 
@@ -41,17 +45,25 @@ class HaloExchange(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """Neighbours' rows and columns on their way into `margins` of an activation; `wait` until they are there."""
+
+    margins: Margins
+    wait: Callable[[], None]
+
+
 @dataclass
 class Frames:
     """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`.
 
-    `arrive`, when it is set, waits until neighbours' rows have filled the margins; that was begun early, so that
-    they travel while the rest of the activation is computed.
+    `arrival`, when it is set, is of neighbours' rows into the margins; that was begun early, so that they travel
+    while the rest of the activation is computed.
     """
 
     buffer: Tensor
     room: Room = NO_ROOM
-    arrive: Callable[[], None] | None = None
+    arrival: Arrival | None = None
 
     @property
     def inner(self) -> Tensor:
@@ -65,19 +77,23 @@ class Frames:
         return self.buffer[:, self.room.front :]
 
 
-def with_room(like: Tensor, shape: tuple[int, ...], room: Room) -> Frames:
-    """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, its margins zero, `like` in dtype."""
+def with_room(like: Tensor, shape: tuple[int, ...], room: Room, exchange: HaloExchange | None = None) -> Frames:
+    """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, `like` another in dtype.
+
+    Its margins are zero but for those that `exchange` will fill.
+    """
     b, t, h, w, c = shape
     m = room.margins
     buffer = like.new_empty(b, room.front + t, m.top + h + m.bottom, m.left + w + m.right, c)
     frames = Frames(buffer, room)
     chunk = frames.chunk
-    if m.top:
+    coming = NO_MARGINS if exchange is None else exchange.coming(m)
+    if m.top > coming.top:
         chunk[:, :, : m.top].zero_()
-    if m.bottom:
+    if m.bottom > coming.bottom:
         chunk[:, :, m.top + h :].zero_()
-    if m.left:
+    if m.left > coming.left:
         chunk[:, :, :, : m.left].zero_()
-    if m.right:
+    if m.right > coming.right:
         chunk[:, :, :, m.left + w :].zero_()
     return frames

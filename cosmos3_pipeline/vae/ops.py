@@ -51,6 +51,10 @@ class Margins:
     def __bool__(self) -> bool:
         return any((self.top, self.bottom, self.left, self.right))
 
+    def on(self, top: bool, bottom: bool, left: bool, right: bool) -> Margins:
+        """Those on some of the sides."""
+        return Margins(self.top * top, self.bottom * bottom, self.left * left, self.right * right)
+
 
 NO_MARGINS = Margins()
 

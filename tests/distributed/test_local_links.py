@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import random
 import time
@@ -10,11 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import run_on_ranks
 
-from cosmos3_pipeline.distributed import peer_memory
+from cosmos3_pipeline.distributed import channel, peer_memory
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
-from cosmos3_pipeline.distributed.channel import SMALL_BYTES
+from cosmos3_pipeline.distributed.channel import MOST_PLACES, SMALL_BYTES
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.distributed.peer_memory import Process
 
@@ -87,22 +91,88 @@ def _one_leaves(rank: int) -> str:
     return "nothing"
 
 
-def _scattered(rank: int) -> str:
-    comm, columns = Comm(), torch.zeros(4, 4)[:, :2]
-    try:
+# What halos, rows of a whole and columns look like: (shape of a whole, its part), small and large, in few places
+# and in many.
+PARTS = [
+    ((1, 2, 6, 40, 3), (slice(None), slice(None), slice(1, 2))),
+    ((1, 2, 6, 40, 3), (slice(None), slice(None), slice(None), slice(4, 5))),
+    ((1, 3, 90, 50, 8), (slice(None), slice(None), slice(20, 89))),
+    ((1, MOST_PLACES + 1, 4, 2), (slice(None), slice(None), slice(1, 3))),
+    ((1, MOST_PLACES + 1, 400, 8), (slice(None), slice(None), slice(1, 399))),
+    ((1, 4, 300, 100), (slice(None), slice(None), slice(7, 300), slice(0, 99))),
+    ((5, 4), (slice(2, 2),)),
+]
+
+
+def _parts(rank: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
+    generator = torch.Generator().manual_seed(rank)
+    return [(torch.randn(shape, generator=generator).to(dtype), part) for shape, part in PARTS]
+
+
+def _parts_into_parts(rank: int, blind: tuple[int, ...], dtype: torch.dtype, rounds: int) -> bool:
+    """Parts of tensors go straight into parts of others, and nothing beside those changes."""
+    _no_reading(*blind)
+    comm, given, expected = Comm(), _parts(rank, dtype), _parts(1 - rank, dtype)
+    for _ in range(rounds):
         with comm.run():
-            if rank == 1:
-                comm.exchange(sends=[(columns, 0)]).wait()
-            comm.exchange(receives=[(torch.empty(4, 2), 1)]).wait()
-    except (PeerFailed, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+            wholes = [torch.full_like(whole, -1.0) for whole, _ in given]
+            receives = [(whole[part], 1 - rank) for whole, (_, part) in zip(wholes, expected, strict=True)]
+            comm.exchange([(whole[part], 1 - rank) for whole, part in given], receives).wait()
+        for whole, (there, part) in zip(wholes, expected, strict=True):
+            right = torch.full_like(there, -1.0)
+            right[part] = there[part]
+            if not torch.equal(whole, right):
+                return False
+    return True
 
 
-def test_a_tensor_with_gaps_is_refused_by_whoever_sends_it() -> None:
-    waiting, sending = run_on_ranks(_scattered, 2)
-    assert sending.startswith("ValueError: a tensor of shape (4, 2) and strides (4, 1) in a message;")
-    assert waiting.startswith("PeerFailed") and "send tensor.contiguous()" in waiting
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blind", [(), (0, 1)], ids=["all_may_read", "none_may"])
+def test_parts_of_tensors_arrive_in_parts_of_others(blind: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert run_on_ranks(_parts_into_parts, 2, blind, dtype, 3) == [True, True]
+
+
+def _flood(rank: int) -> bool:
+    """Small messages, each in many places, of which none is taken at first: the socket is full midway."""
+    comm, count = Comm(), 100
+    whole = torch.arange(2 * MOST_PLACES * 300, dtype=torch.int32).view(2 * MOST_PLACES, 300)
+    part = whole[::2, :299]
+    assert part.nbytes < SMALL_BYTES < count * part.nbytes
+    with comm.run():
+        if rank == 0:
+            leaving = comm.exchange(sends=[(part, 1)] * count)
+            comm.agree(None)
+            leaving.wait()
+            return True
+        comm.agree(None)
+        buffers = [torch.zeros_like(whole) for _ in range(count)]
+        comm.exchange(receives=[(buffer[::2, :299], 0) for buffer in buffers]).wait()
+    return all(torch.equal(buffer[::2, :299], part) and not buffer[1::2].any() for buffer in buffers)
+
+
+def test_messages_in_many_places_go_on_where_a_full_socket_stopped_them() -> None:
+    assert run_on_ranks(_flood, 2) == [True, True]
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), max_size=5),
+    random=st.randoms(use_true_random=False),
+    dtype=st.sampled_from([*DTYPES, torch.int64]),
+)
+def test_the_places_of_a_tensor_hold_its_elements_in_order(
+    shape: list[int], random: random.Random, dtype: torch.dtype
+) -> None:
+    tensor = torch.arange(math.prod(shape)).to(dtype).reshape(shape)
+    for dim, size in enumerate(shape):
+        start = random.randrange(size)
+        tensor = tensor.narrow(dim, start, random.randint(1, size - start))
+    if random.random() < 0.5:
+        tensor = tensor.permute(random.sample(range(tensor.dim()), tensor.dim()))
+    offsets = channel._offsets(tensor.shape, tensor.stride(), tensor.element_size())
+    length, start = tensor.nbytes // len(offsets), tensor.data_ptr()
+    held = b"".join(ctypes.string_at(start + offset, length) for offset in offsets)
+    assert held == bytes(torch.tensor(tensor.flatten().tolist(), dtype=dtype).view(torch.uint8).tolist())
+    assert len(offsets) == 1 or not tensor.is_contiguous()
 
 
 @pytest.mark.parametrize("blind", [(), (1,), (0, 1, 2)], ids=["all_may_read", "one_may_not", "none_may"])
@@ -183,9 +253,9 @@ def test_a_process_is_readable_only_if_it_is_the_one_that_was_meant() -> None:
     assert not replace(own, probe="00" * 16).is_readable
     assert not replace(own, probe_address=8).is_readable
     assert not replace(own, pid=2**22 + 1).is_readable
-    into = bytearray(8)
+    into = torch.empty(8, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=f"the memory of process {own.pid} cannot be read"):
-        own.read(8, memoryview(into))
+        own.read(8, into.data_ptr(), 8)
 
 
 def test_without_the_system_call_nothing_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ from test_vae_executor import CONFIGS, picture_of
 from torch import Tensor
 from vae_models import make_vae
 
-from cosmos3_pipeline.vae import ParallelVAE, footprint
+from cosmos3_pipeline.vae import ParallelVAE, convolution, footprint
 from cosmos3_pipeline.vae.convolution import Convolution
+from cosmos3_pipeline.vae.frames import Arrival
+from cosmos3_pipeline.vae.ops import Margins
 from cosmos3_plugins.replicated import Replicated
 
 IN_PAIRS = {"first", "sum", "difference", "last"}
@@ -111,6 +113,49 @@ def test_large_ones_are_made_in_pairs_and_round_much_as_one_frame_does(
     assert reordered(pairs) == IN_PAIRS and reordered(one) == {"whole"}
     errors = [(found - expected).pow(2).mean().sqrt() for found in (made, frame_by_frame)]
     assert 0 < errors[0] <= 1.5 * errors[1]
+
+
+@given(
+    rows=st.integers(1, 12),
+    cols=st.integers(1, 4),
+    frames=st.sampled_from([1, 2, 3, 4]),
+    margins=st.builds(Margins, *[st.integers(0, 2)] * 2, *[st.integers(0, 1)] * 2),
+    band=st.integers(1, 6),
+    adds=st.booleans(),
+)
+def test_what_is_on_its_way_is_waited_for_once_and_not_before_it_must_be(
+    rows: int, cols: int, frames: int, margins: Margins, band: int, adds: bool
+) -> None:
+    weight, bias = torch.randn(6, 4, 3, 3, 3), torch.randn(6)
+    height, width = margins.top + rows + margins.bottom, margins.left + cols + margins.right
+    x = torch.randn(1, frames + 2, height, width, 4)
+    late = x.clone()
+    late[:, :, : margins.top] = late[:, :, height - margins.bottom :] = torch.nan
+    late[:, :, :, : margins.left] = late[:, :, :, width - margins.right :] = torch.nan
+    kept = torch.randn(1, frames, height, width, 6) if adds else None
+    bands: list[slice] = []
+    made_before: list[int] = []
+
+    def wait() -> None:
+        made_before.append(len(bands))
+        late.copy_(x)
+
+    make = convolution._Pairs.make
+
+    def made(pairs: convolution._Pairs, one: convolution._Band) -> None:
+        bands.append(one.made)
+        make(pairs, one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_PAIR_FLOPS", 0), ("_PAIR_PIXELS", 0), ("_BAND_ELEMENTS", band * width * 6)):
+            patch.setattr(footprint, name, value)
+        expected = Convolution(weight, bias)(x, padding=(1, 1), onto=None if kept is None else kept.clone())
+        patch.setattr(convolution._Pairs, "make", made)
+        found = Convolution(weight, bias)(late, padding=(1, 1), onto=kept, arrival=Arrival(margins, wait))
+    assert torch.equal(found, expected)
+    outer = {*range(margins.top), *range(height - margins.bottom, height)}
+    inside = [one for one in bands if not outer & {*range(one.start - 1, one.stop + 1)}]
+    assert made_before == [0 if margins.left or margins.right else len(inside)]
 
 
 def test_only_float32_by_itself_and_an_even_number_of_frames_are_made_in_pairs(always_in_pairs: None) -> None:

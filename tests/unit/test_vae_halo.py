@@ -23,6 +23,9 @@ class Watching:
 
     rows = cols = True
 
+    def coming(self, margins: Margins) -> Margins:
+        return margins
+
     def start(self, padded: Tensor, margins: Margins) -> Callable[[], None]:
         self.seen, self.waited = padded.clone(), False
         return self.finish
@@ -69,9 +72,9 @@ def test_what_neighbours_read_is_there_when_it_leaves(
     made = run(Room(front, margins), exchange)
     assert torch.equal(made.inner, whole.inner)
     if not margins:
-        assert made.arrive is None
+        assert made.arrival is None
         return
-    assert made.arrive is not None and not exchange.waited
+    assert made.arrival is not None and made.arrival.margins == margins and not exchange.waited
     inner = height - sum(rows) > 0 and width - sum(cols) > 0
     assert torch.equal(Frames(exchange.seen, Room(0, margins)).inner, whole.inner) == (at_once > 0 or not inner)
     # The neighbour above reads as many of the first rows as it has margin below itself, and so on around.

@@ -45,7 +45,7 @@ class Turns:
                 # One picture may be under way while the next is computed; more would pile up in memory.
                 if leaving is not None:
                     leaving.wait()
-                leaving = self._comm.exchange(sends=[(chunk.contiguous(), 0)])
+                leaving = self._comm.exchange(sends=[(chunk, 0)])
         if leaving is not None:
             leaving.wait()
         if self._comm.is_root:

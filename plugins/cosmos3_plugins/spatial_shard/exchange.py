@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cosmos3_pipeline.distributed.comm import Comm
@@ -12,30 +12,15 @@ from cosmos3_pipeline.vae.executor import Slice, SliceState
 from cosmos3_pipeline.vae.ops import Margins
 from cosmos3_plugins.spatial_shard.slabs import Grid, Run, Slab, inner_edge, moved
 
-Region = tuple[Tensor, int]  # part of a tensor, with any strides, and the rank that it goes to or comes from
+_Part = tuple[slice, slice, int]  # rows and columns of an activation, and the rank that they go to or come from
 
 
-def transfer(comm: Comm, sends: Sequence[Region], receives: Sequence[Region]) -> Callable[[], None]:
-    """Start sending and receiving regions; when the returned call returns, they have left and arrived.
+@dataclass(frozen=True)
+class _Halo:
+    """What of an activation with margins goes to neighbours, and what comes from them."""
 
-    Regions must not be written (sends) or read (receives) before that.
-    """
-    landings = [
-        (
-            region if region.is_contiguous() else torch.empty_like(region, memory_format=torch.contiguous_format),
-            peer,
-        )
-        for region, peer in receives
-    ]
-    pending = comm.exchange([(region.contiguous(), peer) for region, peer in sends], landings)
-
-    def finish() -> None:
-        pending.wait()
-        for (region, _), (landing, _) in zip(receives, landings, strict=True):
-            if landing is not region:
-                region.copy_(landing)
-
-    return finish
+    given: list[_Part]
+    taken: list[_Part]
 
 
 def slab_of(whole: Tensor, slab: Slab, scale: int, dim: int) -> Tensor:
@@ -64,26 +49,40 @@ class SlabExchange:
         self._base = base
         self._index = comm.rank - base
         self._slab = grid.slab(self._index)
+        row, col = divmod(self._index, len(grid.cols))
+        self._neighbours = (row > 0, row + 1 < len(grid.rows), col > 0, col + 1 < len(grid.cols))
+        self._halos: dict[tuple[int, int, Margins], _Halo] = {}
+
+    def coming(self, margins: Margins) -> Margins:
+        """Those of `margins` on the sides where this slab has a neighbour."""
+        return margins.on(*self._neighbours)
 
     def start(self, padded: Tensor, margins: Margins) -> Callable[[], None]:
         """Begin filling `margins` of `padded` [B, T, rows, columns, C], corners included, all in one round."""
-        m = margins
-        height = padded.shape[2] - m.top - m.bottom
-        width = padded.shape[3] - m.left - m.right
-        sends, receives = [], []
+        size = (padded.shape[2], padded.shape[3], margins)
+        halo = self._halos.get(size)
+        if halo is None:  # kept, because a halo's journey takes hardly longer than finding out where it begins
+            halo = self._halos[size] = self._halo(*size)
+        return self._comm.exchange(
+            [(padded[:, :, rows, cols], rank) for rows, cols, rank in halo.given],
+            [(padded[:, :, rows, cols], rank) for rows, cols, rank in halo.taken],
+        ).wait
+
+    def _halo(self, rows: int, cols: int, m: Margins) -> _Halo:
+        height, width = rows - m.top - m.bottom, cols - m.left - m.right
+        given, taken = list[_Part](), list[_Part]()
         for down, right, index in self.grid.neighbours(self._index):
-            rows = inner_edge(m.top, height, m.top, m.bottom, down)
-            cols = inner_edge(m.left, width, m.left, m.right, right)
-            given = padded[:, :, slice(*rows), slice(*cols)]
-            rows = {-1: (0, m.top), 0: rows, 1: (m.top + height, m.top + height + m.bottom)}[down]
-            cols = {-1: (0, m.left), 0: cols, 1: (m.left + width, m.left + width + m.right)}[right]
-            taken = padded[:, :, slice(*rows), slice(*cols)]
+            peer = self._base + index
+            high = inner_edge(m.top, height, m.top, m.bottom, down)
+            wide = inner_edge(m.left, width, m.left, m.right, right)
             # A margin on one side only (stride 2) is a message in one direction only.
-            if given.numel():
-                sends.append((given, self._base + index))
-            if taken.numel():
-                receives.append((taken, self._base + index))
-        return transfer(self._comm, sends, receives)
+            if high[0] < high[1] and wide[0] < wide[1]:
+                given.append((slice(*high), slice(*wide), peer))
+            high = {-1: (0, m.top), 0: high, 1: (m.top + height, rows)}[down]
+            wide = {-1: (0, m.left), 0: wide, 1: (m.left + width, cols)}[right]
+            if high[0] < high[1] and wide[0] < wide[1]:
+                taken.append((slice(*high), slice(*wide), peer))
+        return _Halo(given, taken)
 
     def gather(self, slab: Tensor) -> Tensor:
         """Slabs [B, T, h, w, C] to whole frames [B, T, H, W, C] on every rank of the grid."""
@@ -92,11 +91,10 @@ class SlabExchange:
         whole = slab.new_empty(b, t, *self.grid.extent(scale), c)
         self.own(whole).copy_(slab)
         others = [i for i in range(len(self.grid)) if i != self._index]
-        transfer(
-            self._comm,
+        self._comm.exchange(
             [(slab, self._base + i) for i in others],
             [(slab_of(whole, self.grid.slab(i), scale, 2), self._base + i) for i in others],
-        )()
+        ).wait()
         return whole
 
     def dealt(self, part: Tensor, before: Grid, scale: int) -> Tensor:
@@ -110,15 +108,14 @@ class SlabExchange:
         # Going back from this grid to `before`, what would leave is what comes now.
         leaving = moved(before, self.grid, self._index, scale)
         coming = moved(self.grid, before, self._index, scale)
-        arrive = transfer(
-            self._comm,
+        arriving = self._comm.exchange(
             [(_within(part, old, slab), self._base + other) for other, slab in leaving],
             [(_within(dealt, new, slab), self._base + other) for other, slab in coming],
         )
         kept = old.common(new)
         if kept is not None:
             _within(dealt, new, kept).copy_(_within(part, old, kept))
-        arrive()
+        arriving.wait()
         return dealt
 
     def own(self, whole: Tensor) -> Tensor:
@@ -195,7 +192,7 @@ class Collector:
             yield last
 
     def _send(self, part: Tensor) -> Callable[[], None]:
-        return transfer(self._comm, [(part, 0)], [])
+        return self._comm.exchange([(part, 0)]).wait
 
     def _receive(self, part: Tensor, dim: int) -> Callable[[], Tensor]:
         """Start receiving the others' slabs; the returned call gives the whole."""
@@ -204,11 +201,11 @@ class Collector:
         shape[dim : dim + 2] = self._grid.extent(scale)
         whole = part.new_empty(shape)
         regions = [slab_of(whole, self._grid.slab(i), scale, dim) for i in range(len(self._grid))]
-        arrive = transfer(self._comm, [], [(regions[i], i) for i in range(1, len(regions))])
+        arriving = self._comm.exchange(receives=[(regions[i], i) for i in range(1, len(regions))])
         regions[0].copy_(part)
 
         def finish() -> Tensor:
-            arrive()
+            arriving.wait()
             return whole
 
         return finish
