@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,21 @@ def run_case(overrides: list[str]) -> dict[str, Any]:
 
 def _words(problem: Any, error: Exception) -> dict[str, str]:
     if problem is None:
-        return {"what": f"{type(error).__name__}: {error}".splitlines()[0], "why": "", "works": ""}
+        first, *rest = f"{type(error).__name__}: {error}".splitlines()
+        told = [" ".join(line.split()) for line in rest if line.strip()]
+        return {"what": first, "why": "; ".join([*told, *_raised_in(error)]), "works": ""}
     return {part: str(getattr(problem, part, "")) for part in ("what", "why", "works")}
+
+
+def _raised_in(error: Exception) -> list[str]:
+    """The last line of the revision's own code that the error came through, if it did."""
+    import cosmos3_pipeline
+
+    root = Path(cosmos3_pipeline.__file__).parents[1]
+    places = [(Path(frame.filename), frame) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [(path.relative_to(root), frame) for path, frame in places if path.is_relative_to(root)]
+    own = [(path, frame) for path, frame in own if path.parts[-2:] != ("review", "worker.py")]
+    return [f"raised in {path}, line {frame.lineno}, by {frame.name}()" for path, frame in own[-1:]]
 
 
 def _plan(cfg: Any) -> dict[str, Any] | None:

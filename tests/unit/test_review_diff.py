@@ -125,6 +125,28 @@ def test_nothing_changes_between_a_commit_and_its_own_tree(repository: Path) -> 
     assert "Nothing changes" in done.stdout and "`HEAD` -> `working tree`" in done.stdout
 
 
+def test_an_error_in_the_code_of_a_revision_is_told_whole_and_with_its_place(repository: Path) -> None:
+    (repository / "cosmos3_pipeline" / "plan" / "__init__.py").write_text(
+        "def plan_of(cfg):\n"
+        "    if cfg.topology.ulysses > 1:\n"
+        '        raise ZeroDivisionError("no paint left\\n\\n   in the  bucket")\n'
+        '    return {"summary": {}}\n'
+    )
+    commit(repository, "a mistake")
+    done = run("diff", "HEAD~1..HEAD", "--format", "json", cwd=repository)
+    assert done.returncode == 2, done.stderr
+    broken = json.loads(done.stdout)["broken"]
+    assert {case["case"] for case in broken} == {"topology=h200_x4", "nano_h200_x4"}
+    for case in broken:
+        assert case["problems"] == [
+            {
+                "what": "ZeroDivisionError: no paint left",
+                "why": "in the bucket; raised in cosmos3_pipeline/plan/__init__.py, line 3, by plan_of()",
+                "works": "",
+            }
+        ]
+
+
 def test_code_that_does_not_start_is_an_error_of_the_comparison(repository: Path) -> None:
     (repository / "cosmos3_pipeline" / "config" / "plugins.py").write_text("import no_such_module\n")
     done = run("diff", cwd=repository)
