@@ -1,10 +1,11 @@
 """What one rank of a shard group does for one chunk: computing, rounds of messages, and where it waits for them.
 
 The order is the executor's (`vae/bound_ops.py`): a norm computes the rows that neighbours wait for first, and they
-travel while it computes the rest; what reads a halo waits for it; attention gathers whole frames, on every rank.
+travel while it computes the rest; what reads a halo waits for it; attention gathers whole frames, for its keys and
+values.
 
-Not followed: on CPU a norm is one call unless the slab is large (`bound_ops.NORM_BLOCKS_AT_ONCE`), and its halo
-travels only after it.
+Not followed: a convolution makes what it can before it waits. On CPU a norm is one call unless the slab is large
+(`bound_ops.NORM_BLOCKS_AT_ONCE`), and its halo travels only after it.
 """
 
 from __future__ import annotations
@@ -131,8 +132,7 @@ class Chunk:
             if index > start:
                 steps += self._dealing(index, parts)
             if isinstance(op, Attention) and self._others:
-                whole = self._costs.seconds(index, self._shape.rows, self._first) / parts
-                steps += [self._gather(index), Arrive.ALL, whole]
+                steps += [self._gather(index), Arrive.ALL, self._attention(index, op)]
                 continue
             halo = self._halo(index)
             if halo is not None:
@@ -157,6 +157,13 @@ class Chunk:
         scale = self._ops[index].source.scale
         rows = part_of(self._own, index, scale).area / (scale**2 * self._shape.cols)
         return self._costs.seconds(index, share * rows, self._first) / self._parts
+
+    def _attention(self, index: int, op: Attention) -> float:
+        """Seconds of a portion, of those that it takes on whole frames."""
+        whole = self._costs.seconds(index, self._shape.rows, self._first) / self._parts
+        pixels = self._shape.rows * self._shape.cols * op.source.scale**2
+        own = part_of(self._own, index, op.source.scale).area
+        return whole * op.frame_flops(own, pixels) / op.frame_flops(pixels, pixels)
 
     def _parts_of(self, index: int, scale: int) -> tuple[Part, list[tuple[int, Part]]]:
         """This rank's slab of op `index`, and those of the others."""

@@ -201,13 +201,9 @@ class Attention(BoundOp[ops.Attention]):
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
         normed = kernels.rms_norm(x, self._gamma).to(x.dtype)
-        if flow.exchange is None:
-            mixed = kernels.attention(normed, self._qkv, self._proj)
-        else:
-            # The normed frame is half of K and V, and attention is a thousandth of the arithmetic: every rank does
-            # the whole frame, so its rounding does not depend on the cut.
-            whole = flow.exchange.gather(normed)
-            mixed = flow.exchange.own(kernels.attention(whole, self._qkv, self._proj))
+        # Keys and values are those of whole frames; the normed ones are half of what these are.
+        whole = normed if flow.exchange is None else flow.exchange.gather(normed)
+        mixed = kernels.attention(normed, whole, self._qkv, self._proj)
         flow.at = Frames(x + mixed)
 
 

@@ -40,10 +40,6 @@ class HaloExchange(Protocol):
         """The whole frames [B, T, H, W, C] of which every rank holds a slab, on every rank."""
         ...
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's slab of whole frames; the inverse of `gather`."""
-        ...
-
 
 @dataclass(frozen=True)
 class Arrival:

@@ -44,12 +44,15 @@ def _frames(x: Tensor) -> list[Tensor]:
     return [frame for clip in x.unbind(0) for frame in clip.unbind(0)]
 
 
-def attention(x: Tensor, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]) -> Tensor:
-    """Single-head self-attention over the pixels of each frame of x [B, T, H, W, C], without residual.
+def attention(own: Tensor, whole: Tensor, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]) -> Tensor:
+    """Single-head self-attention within each frame, without residual, for the pixels `own` [B, T, h, w, C].
 
-    `qkv` and `proj` are (weight, bias) of linear maps C -> 3C and C -> C. Source: `WanAttentionBlock`.
+    `whole` [B, T, H, W, C] are the frames of which they are part. `qkv` and `proj` are (weight, bias) of linear
+    maps C -> 3C and C -> C. Source: `WanAttentionBlock`.
     """
-    b, t, h, w, c = x.shape
-    q, k, v = F.linear(x.reshape(b * t, 1, h * w, c), *qkv).chunk(3, dim=-1)
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    return F.linear(mixed, *proj).reshape(b, t, h, w, c)
+    b, t, _, _, c = own.shape
+    (weight, bias), of_frames = qkv, (b * t, 1, -1, c)
+    queries = F.linear(own.reshape(of_frames), weight[:c], bias[:c])
+    keys, values = F.linear(whole.reshape(of_frames), weight[c:], bias[c:]).chunk(2, dim=-1)
+    mixed = F.scaled_dot_product_attention(queries, keys, values)
+    return F.linear(mixed, *proj).reshape(own.shape)

@@ -215,9 +215,13 @@ class Attention(Op):
     """Single-head self-attention over the pixels of each frame, with its norm, projections and residual."""
 
     def flops(self, latent: LatentShape, *, first: bool) -> int:
-        b, t, h, w, c = self.source.shape(latent, first=first)
-        pixels = h * w
-        return b * t * (8 * pixels * c * c + 4 * pixels * pixels * c)
+        b, t, h, w, _ = self.source.shape(latent, first=first)
+        return b * t * self.frame_flops(h * w, h * w)
+
+    def frame_flops(self, queries: int, pixels: int) -> int:
+        """Of one frame of so many `pixels`, for `queries` of them; keys and values are those of all."""
+        c = self.source.channels
+        return 4 * (queries + pixels) * c * c + 4 * queries * pixels * c
 
 
 @dataclass(frozen=True, kw_only=True)

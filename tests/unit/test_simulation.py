@@ -130,13 +130,21 @@ def test_ranks_of_different_nodes_have_the_link_between_nodes() -> None:
 NORMS = sum(isinstance(op, NormSilu) for op in DECODER.ops)
 
 
+def attention_of(ranks: int, shape: LatentShape = SHAPE) -> float:
+    """The attention that so many ranks do together on even slabs, in that of one. Keys are all on each."""
+    (op,) = (op for op in DECODER.ops if isinstance(op, Attention))
+    pixels, channels = shape.rows * shape.cols * op.source.scale**2, op.source.channels
+    projected = (2 * pixels + 2 * ranks * pixels) * channels**2  # queries and outputs, keys and values
+    return (projected + 2 * pixels**2 * channels) / (4 * pixels * channels**2 + 2 * pixels**2 * channels)
+
+
 def test_two_slabs_by_hand() -> None:
     # Norms compute what the neighbour waits for first, so that its halo is there before they end. What nothing
     # hides: the halos of conv_in and of the three upsamplings, attention's frames, and the other half of the last
-    # picture. Attention is computed whole by both.
+    # picture. Both compute the keys and values of attention.
     plan = SpatialShard().plan(DECODER, SHAPE, 2)
     link = Link(0.01, 1e30)
-    computing = 1 + (len(DECODER) - 1) / 2
+    computing = (attention_of(2) + len(DECODER) - 1) / 2
     hidden = simulate(DECODER, SHAPE, plan, even(), link)
     assert hidden.seconds == pytest.approx(3 * (computing + 5 * 0.01) + 0.01)
     waited = simulate(DECODER, SHAPE, plan, even(), link, overlaps=False)
@@ -146,7 +154,7 @@ def test_two_slabs_by_hand() -> None:
 def test_a_norm_in_two_parts_pays_its_fixed_cost_twice() -> None:
     plan = SpatialShard().plan(DECODER, SHAPE, 2)
     found = simulate(DECODER, SHAPE, plan, even(fixed=1.0), FREE)
-    assert found.seconds == pytest.approx(3 * (len(DECODER) + NORMS))
+    assert found.seconds == pytest.approx(3 * (attention_of(2) / 2 + len(DECODER) - 1 + NORMS))
 
 
 def test_a_slab_that_is_all_edge_hides_nothing() -> None:
@@ -156,7 +164,8 @@ def test_a_slab_that_is_all_edge_hides_nothing() -> None:
     costs = Given(DECODER, [1.0] * len(DECODER), rows=2, fixed=1.0)
     found = simulate(DECODER, shape, plan, costs, Link(0.01, 1e30))
     smallest = sum(isinstance(op, NormSilu) and op.source.scale == 1 for op in DECODER.ops)
-    assert found.seconds == pytest.approx(len(DECODER) + NORMS - smallest + (6 + smallest) * 0.01)
+    computing = attention_of(2, shape) / 2 + len(DECODER) - 1 + NORMS - smallest
+    assert found.seconds == pytest.approx(computing + (6 + smallest) * 0.01)
 
 
 def test_a_rank_sends_one_message_at_a_time_and_takes_in_one() -> None:
@@ -313,13 +322,13 @@ def test_work_is_conserved(program: Program, whole: list[float], link: Link, ran
     costs = Given(program, whole)
     line = LayerPipeline().plan(program, SHAPE, ranks)
     assert sum(simulate(program, SHAPE, line, costs, link).busy_s) == pytest.approx(costs.clip_seconds(SHAPE))
-    # In slabs too, but attention, which every rank computes for the whole frame.
+    # In slabs too, but the keys and values of attention, which every rank computes for the whole frame.
     attention = sum(
         3 * seconds for seconds, op in zip(whole, program.ops, strict=True) if isinstance(op, Attention)
     )
     slabs = SpatialShard().plan(program, SHAPE, ranks)
     busy = simulate(program, SHAPE, slabs, costs, link).busy_s
-    assert sum(busy) == pytest.approx(costs.clip_seconds(SHAPE) + (ranks - 1) * attention)
+    assert sum(busy) == pytest.approx(costs.clip_seconds(SHAPE) + (attention_of(ranks) - 1) * attention)
 
 
 @settings(deadline=None, max_examples=30)

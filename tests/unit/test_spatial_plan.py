@@ -192,15 +192,15 @@ def test_halos_of_720p_over_two_ranks_are_one_row_per_convolution_and_frame() ->
 def test_shares_add_up(base: dict[str, Any], make_program: Any) -> None:
     program = make_program(vae_config(base))
     shape = LatentShape(2, 3, 7, 9)
-    attention = sum(
-        op.flops(shape, first=first) * chunks
+    keys_and_values = sum(
+        4 * op.source.elements(shape, first=first) * op.source.channels * chunks
         for op in program.ops
         if isinstance(op, Attention)
         for first, chunks in ((True, 1), (False, program.chunks(shape) - 1))
     )
     for axis, ranks in (("height", 1), ("height", 3), ("width", 4), ("grid", 6)):
         shares = SpatialShard(axis).plan(program, shape, ranks).shares
-        # Every rank does all of the attention.
-        assert sum(s.flops for s in shares) == program.flops(shape) + (ranks - 1) * attention
+        # Of attention every rank makes the keys and values of whole frames.
+        assert sum(s.flops for s in shares) == program.flops(shape) + (ranks - 1) * keys_and_values
         assert {s.weight_bytes for s in shares} == {4 * program.weight_elements()}
     assert SpatialShard().plan(program, shape, 1).shares[0].sent_bytes == 0

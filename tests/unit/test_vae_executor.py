@@ -220,12 +220,6 @@ class _Side:
     def gather(self, slab: Tensor) -> Tensor:
         return torch.cat(self.slabs.share(self.index, slab), dim=2 if self.rows else 3)
 
-    def own(self, whole: Tensor) -> Tensor:
-        dim = 2 if self.rows else 3
-        scale = whole.shape[dim] // self.slabs.edges[-1]
-        low, high = (edge * scale for edge in self.slabs.edges[self.index : self.index + 2])
-        return whole.narrow(dim, low, high - low)
-
 
 @pytest.fixture(params=["frame by frame", "pairs in bands"])
 def bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,6 @@ class Watching:
     def gather(self, slab: Tensor) -> Tensor:
         raise AssertionError("a norm gathers nothing")
 
-    own = gather
-
 
 OP = next(op for op in decoder_program(vae_config(WAN22)).ops if isinstance(op, ops.NormSilu))
 SIDES = st.sampled_from([(0, 0), (1, 1), (0, 1), (1, 0), (2, 1)])

@@ -89,7 +89,7 @@ class SlabExchange:
         scale = slab.shape[2] * self._slab.unit // self._slab.height
         b, t, _, _, c = slab.shape
         whole = slab.new_empty(b, t, *self.grid.extent(scale), c)
-        self.own(whole).copy_(slab)
+        slab_of(whole, self._slab, scale, 2).copy_(slab)
         others = [i for i in range(len(self.grid)) if i != self._index]
         self._comm.exchange(
             [(slab, self._base + i) for i in others],
@@ -117,10 +117,6 @@ class SlabExchange:
             _within(dealt, new, kept).copy_(_within(part, old, kept))
         arriving.wait()
         return dealt
-
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's slab of whole frames [B, T, H, W, C]; a view."""
-        return slab_of(whole, self._slab, whole.shape[2] // self.grid.extent(1)[0], 2)
 
 
 class SlabRun:

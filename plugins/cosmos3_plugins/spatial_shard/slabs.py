@@ -281,13 +281,14 @@ def slab_work(program: Program, whole: LatentShape, run: Run, index: int) -> Sla
         program, entering, start, stop, cut_rows=grid.cuts_rows, cut_cols=grid.cuts_cols, deals=slabs
     )
     sent = dealing_traffic(program, whole, run, index)
-    flops = 0
+    flops = attention = 0
     for one in run.stretches:
         sent += slab_traffic(program, whole, one.grid, index, one.start, one.stop)
+        attention = max(attention, attention_bytes(program, whole, one.grid, index, one.start, one.stop))
         flops += slab_flops(program, whole, one.grid.slab(index), one.start, one.stop)
     return SlabWork(
         flops=flops,
-        activation_bytes=max(peak, attention_bytes(program, whole, start, stop)),
+        activation_bytes=max(peak, attention),
         sent=sent,
         entering=entering,
         leaving=run.leaving.slab(index).latent(whole),
@@ -306,23 +307,36 @@ def deals(program: Program, latent: Grid, index: int) -> tuple[Deal, ...]:
 
 
 def slab_flops(program: Program, whole: LatentShape, slab: Slab, start: int, stop: int) -> int:
-    """FLOPs of ops [start, stop) on one slab over a clip; attention is done for the whole frame on every slab."""
+    """FLOPs of ops [start, stop) on one slab over a clip; attention has the keys and values of whole frames."""
     later = program.chunks(whole) - 1
-    part = slab.latent(whole)
-    total = 0
-    for op in program.ops[start:stop]:
-        seen = whole if isinstance(op, Attention) else part
-        total += op.flops(seen, first=True) + (later and later * op.flops(seen, first=False))
-    return total
+    return sum(
+        _flops(op, whole, slab, first=True) + (later and later * _flops(op, whole, slab, first=False))
+        for op in program.ops[start:stop]
+    )
 
 
-def attention_bytes(program: Program, whole: LatentShape, start: int, stop: int) -> int:
-    """Bytes alive during the costliest attention of ops [start, stop): whole frames, q, k, v and what follows."""
+def _flops(op: Op, whole: LatentShape, slab: Slab, *, first: bool) -> int:
+    if not isinstance(op, Attention):
+        return op.flops(slab.latent(whole), first=first)
+    (b, t, h, w, _), (_, _, height, width, _) = (
+        op.source.shape(latent, first=first) for latent in (slab.latent(whole), whole)
+    )
+    return b * t * op.frame_flops(h * w, height * width)
+
+
+def attention_bytes(program: Program, whole: LatentShape, grid: Grid, index: int, start: int, stop: int) -> int:
+    """Bytes alive during the costliest attention of ops [start, stop): whole frames, their keys and values.
+
+    And of the slab the input, normed, the queries and what becomes of them.
+    """
     first = program.chunks(whole) == 1
-    frames = [
-        op.source.elements(whole, first=first) for op in program.ops[start:stop] if isinstance(op, Attention)
+    found = [
+        4 * op.source.elements(grid.slab(index).latent(whole), first=first)
+        + 3 * op.source.elements(whole, first=first) * (len(grid) > 1)
+        for op in program.ops[start:stop]
+        if isinstance(op, Attention)
     ]
-    return 6 * max(frames, default=0) * whole.element_bytes
+    return max(found, default=0) * whole.element_bytes
 
 
 def picture_bytes(program: Program, part: LatentShape) -> int:
