@@ -46,7 +46,7 @@ class Message:
         self._memory = tensor
         self._target: Tensor | None = None  # of a copy that arrives
         offsets = _offsets(tensor.shape, tensor.stride(), tensor.element_size())
-        if len(offsets) > (MOST_PLACES if self.is_small or arrives else 1):
+        if not offsets or (len(offsets) > 1 and not self.is_small and not arrives):
             offsets = (0,)
             if arrives:
                 self._target = tensor
@@ -90,7 +90,7 @@ class Message:
 def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> tuple[int, ...]:
     """Where the elements of a tensor, each of `size` bytes, lie in order, in bytes from its first one.
 
-    Equally many lie at each place without a gap.
+    Equally many lie at each place without a gap. Empty when there are more places than MOST_PLACES.
     """
     length, offsets = size, [0]
     for count, stride in zip(reversed(shape), reversed(strides), strict=True):
@@ -98,6 +98,8 @@ def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> tup
             continue
         if length == stride * size and len(offsets) == 1:
             length *= count
+        elif count * len(offsets) > MOST_PLACES:
+            return ()
         else:
             offsets = [i * stride * size + offset for i in range(count) for offset in offsets]
     return tuple(offsets)

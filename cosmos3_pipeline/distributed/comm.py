@@ -17,6 +17,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -29,6 +30,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped
+from cosmos3_pipeline.distributed.channel import Message
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.local import LocalLinks, Transfer
 
@@ -202,15 +204,15 @@ class Comm:
         parts = [mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes)]
         others = [rank for rank in range(self.size) if rank != self.rank]
         sends, receives = [(mine, rank) for rank in others], [(parts[rank], rank) for rank in others]
-        self._started(lambda pending: self._start_on_cpu(pending, sends, receives, _AGREEMENT)).wait()
+        self._exchange_on_cpu(sends, receives, _AGREEMENT).wait()
         return parts
 
     def exchange(self, sends: Sequence[Region] = (), receives: Sequence[Region] = ()) -> Pending:
         """Start sending each tensor to its rank and receiving into each buffer from its rank.
 
-        They may have any strides; what has gaps is copied together where its way asks for that. Between two ranks
-        messages arrive in the order in which they are sent. A large one between ranks of a machine leaves while
-        its receiver waits for messages: wait for it before a collective.
+        They may have any strides; what has gaps is copied for an accelerator or gloo, and where it lies in very
+        many places. Between two ranks messages arrive in the order in which they are sent. A large one between
+        ranks of a machine leaves while its receiver waits for messages: wait for it before a collective.
         """
         if not sends and not receives:
             return Pending(self)
@@ -219,40 +221,38 @@ class Comm:
             for tensor, _ in messages:
                 self.ledger.record(kind, tensor.nbytes)
         if _on_cpu(*(tensor for tensor, _ in (*sends, *receives))):
-            return self._started(lambda pending: self._start_on_cpu(pending, sends, receives, _PAYLOAD))
+            return self._exchange_on_cpu(sends, receives, _PAYLOAD)
         # An accelerator's messages do not fail when their peer has gone. On CPU they do, and asking the store
         # would cost more than the message.
         self._board.raise_if_over(self._run)
-        return self._started(lambda pending: self._start_on_accelerator(pending, sends, receives))
-
-    def _start_on_accelerator(self, pending: Pending, sends: Sequence[Region], receives: Sequence[Region]) -> None:
+        pending = self._pending()
         landings = [(pending.landing(tensor), peer) for tensor, peer in receives]
         leaving = [(tensor.contiguous(), peer) for tensor, peer in sends]
         operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in landings]
         operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in leaving]
         tensors = [tensor for tensor, _ in (*landings, *leaving)]
-        for work in dist.batch_isend_irecv(operations):
+        for work in self._translated(partial(dist.batch_isend_irecv, operations)):
             pending.add(work, tensors)
+        return pending
 
-    def _start_on_cpu(
-        self, pending: Pending, sends: Sequence[Region], receives: Sequence[Region], lane: int
-    ) -> None:
-        local = Transfer(self._local)
+    def _exchange_on_cpu(self, sends: Sequence[Region], receives: Sequence[Region], lane: int) -> Pending:
+        pending, transfer = self._pending(), Transfer(self._local)
         # First, because a rank that sits in gloo's wait moves nothing of its own, for which others may be waiting.
-        pending.add(local, [])
+        pending.add(transfer, [])
         # What others wait for leaves before this rank makes ready for what it waits for itself.
         for tensor, peer in sends:
             if self._local.carries(tensor, peer):
-                local.send(tensor, peer, lane)
+                self._translated(partial(transfer.send, Message(tensor), peer, lane))
             else:
                 leaving = tensor.contiguous()
-                pending.add(self._gloo.send([leaving], peer, lane), [leaving])
+                pending.add(self._translated(partial(self._gloo.send, [leaving], peer, lane)), [leaving])
         for tensor, peer in receives:
             if self._local.carries(tensor, peer):
-                local.receive(tensor, peer, lane)
+                transfer.receive(Message(tensor, arrives=True), peer, lane)
             else:
                 landing = pending.landing(tensor)
-                pending.add(self._gloo.recv([landing], peer, lane), [landing])
+                pending.add(self._translated(partial(self._gloo.recv, [landing], peer, lane)), [landing])
+        return pending
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere.
@@ -266,18 +266,17 @@ class Comm:
         gives = self.rank == source
         if gives:
             self.ledger.record("broadcast", tensor.nbytes)
-        sends = [(tensor, peer) for peer in range(self.size) if gives and peer != source]
-        receives = [] if gives else [(tensor, source)]
-
-        def start(pending: Pending) -> None:
-            if _on_cpu(tensor):
-                self._start_on_cpu(pending, sends, receives, _BROADCAST)
-                return
-            work = dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
-            if work is not None:
-                pending.add(work, [tensor])
-
-        self._started(start).wait()
+        if _on_cpu(tensor):
+            sends = [(tensor, peer) for peer in range(self.size) if gives and peer != source]
+            receives = [] if gives else [(tensor, source)]
+            self._exchange_on_cpu(sends, receives, _BROADCAST).wait()
+            return
+        pending = self._pending()
+        call = partial(dist.broadcast, tensor, group=self._group, group_src=source, async_op=True)
+        work = self._translated(call)
+        if work is not None:
+            pending.add(work, [tensor])
+        pending.wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, by rank; same shape and dtype everywhere."""
@@ -286,25 +285,25 @@ class Comm:
         self.ledger.record("all_gather", tensor.nbytes)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
 
-        def start(pending: Pending) -> None:
-            if _on_cpu(tensor):
-                work = self._gloo.allgather([parts], [tensor])
-            else:
-                work = dist.all_gather(parts, tensor, group=self._group, async_op=True)
-            pending.add(work, [*parts, tensor])
-
-        self._started(start).wait()
+        if _on_cpu(tensor):
+            call = partial(self._gloo.allgather, [parts], [tensor])
+        else:
+            call = partial(dist.all_gather, parts, tensor, group=self._group, async_op=True)
+        pending = self._pending()
+        pending.add(self._translated(call), [*parts, tensor])
+        pending.wait()
         return parts
 
-    def _started(self, start: Callable[[Pending], None]) -> Pending:
-        """What `start` has begun and put there."""
+    def _pending(self) -> Pending:
         pending = Pending(self)
         self._under_way.add(pending)
-        self._translated(lambda: start(pending))
         return pending
 
     def _translated(self, call: Callable[[], T]) -> T:
-        """The result of `call`; a connection error becomes the reason that the peer left, or PeerLost."""
+        """The result of `call`; a connection error becomes the reason that the peer left, or PeerLost.
+
+        Nothing that allocates belongs into `call`: to run out of memory is a RuntimeError as well.
+        """
         try:
             return call()
         except RuntimeError as error:
@@ -323,8 +322,8 @@ class Comm:
 def _check_contiguous(tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} in a message; its "
-            "bytes do not lie side by side; send tensor.contiguous(), and receive into a buffer of its own"
+            f"a broadcast of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}, whose bytes "
+            "do not lie side by side; give tensor.contiguous(), and on the other ranks a buffer of its own"
         )
 
 

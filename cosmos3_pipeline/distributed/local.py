@@ -39,17 +39,15 @@ class Transfer:
         self._links = links
         self._messages: list[tuple[Message, Channel]] = []
 
-    def send(self, tensor: Tensor, peer: int, lane: int) -> None:
-        """Start sending `tensor`, not to be written until the transfer has been waited for."""
+    def send(self, message: Message, peer: int, lane: int) -> None:
+        """Start sending; its tensor is not to be written until the transfer has been waited for."""
         channel = self._links.channels[peer, lane]
-        message = Message(tensor)
         self._messages.append((message, channel))
         channel.send(message)
 
-    def receive(self, tensor: Tensor, peer: int, lane: int) -> None:
-        """Start receiving into `tensor`."""
+    def receive(self, message: Message, peer: int, lane: int) -> None:
+        """Start receiving."""
         channel = self._links.channels[peer, lane]
-        message = Message(tensor, arrives=True)
         self._messages.append((message, channel))
         channel.receive(message)
 

@@ -70,9 +70,8 @@ class Process:
             self.read(self.probe_address, ctypes.addressof(found), _PROBE_BYTES)
         except RuntimeError:
             return False
-        return (
-            found.raw.hex() == self.probe
-        )  # where containers share a folder, the number may be another process's
+        # Where containers share a folder, the number may be another process's.
+        return found.raw.hex() == self.probe
 
     def read(self, address: int, place: int, nbytes: int) -> None:
         """Copy what that process has at `address` to `place` of this one. Raises RuntimeError where it may not."""

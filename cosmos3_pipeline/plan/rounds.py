@@ -159,7 +159,7 @@ class Chunk:
         return self._costs.seconds(index, share * rows, self._first) / self._parts
 
     def _attention(self, index: int, op: Attention) -> float:
-        """Seconds of a portion, of those that it takes on whole frames."""
+        """Seconds of a portion on this slab: their part, by FLOPs, of those of whole frames."""
         whole = self._costs.seconds(index, self._shape.rows, self._first) / self._parts
         pixels = self._shape.rows * self._shape.cols * op.source.scale**2
         own = part_of(self._own, index, op.source.scale).area

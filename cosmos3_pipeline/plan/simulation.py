@@ -8,7 +8,8 @@ What a rank does is read off its share of the plan, so a third party's strategy 
 - Ranks that each do everything, or whose picture is approximate, work on pieces that do not see each other.
 
 The order of computing, sending and waiting is that of the runners: `Place` of layer_pipeline, `SlabExchange` and
-`Collector` of spatial_shard, and the executor's norms, which compute first what a neighbour waits for.
+`Collector` of spatial_shard, and the executor's norms, which compute first what a neighbour waits for. Not that of
+its convolutions, which make what they can before they wait.
 """
 
 from __future__ import annotations

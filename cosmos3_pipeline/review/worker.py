@@ -92,10 +92,14 @@ def _raised_in(error: Exception) -> list[str]:
     import cosmos3_pipeline
 
     root = Path(cosmos3_pipeline.__file__).parents[1]
-    places = [(Path(frame.filename), frame) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [(path.relative_to(root), frame) for path, frame in places if path.is_relative_to(root)]
-    own = [(path, frame) for path, frame in own if path.parts[-2:] != ("review", "worker.py")]
-    return [f"raised in {path}, line {frame.lineno}, by {frame.name}()" for path, frame in own[-1:]]
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        own = any(path.is_relative_to(root / part) for part in ("cosmos3_pipeline", "plugins"))
+        if own and path.name != Path(__file__).name:
+            verb = "raised" if frame is frames[-1] else "came up"
+            return [f"{verb} in {path.relative_to(root)}, line {frame.lineno}, in {frame.name}()"]
+    return []
 
 
 def _plan(cfg: Any) -> dict[str, Any] | None:

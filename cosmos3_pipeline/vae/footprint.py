@@ -75,15 +75,17 @@ def activation_bytes(
     cut_rows: bool = False,
     cut_cols: bool = False,
     deals: Mapping[int, LatentShape] = NO_DEALS,
+    whole: LatentShape | None = None,
 ) -> int:
     """Peak bytes beyond the weights while the ops [start, stop) run over a clip, portion by portion.
 
     `latent` is the slab that is run: with `cut_rows` or `cut_cols` its ops also hold the neighbours' margins.
-    `deals`: from which ops on another slab is run instead, which is copied together from what was there.
+    `deals`: from which ops on another slab is run instead, which is copied together from what was there. `whole`:
+    of which it is a slab, so that attention gathers its frames.
     """
     stop = len(program) if stop is None else stop
     chunks = program.chunks(latent)
-    walk = _Walk(program, latent, start, stop, deals, cut_rows=cut_rows, cut_cols=cut_cols)
+    walk = _Walk(program, latent, start, stop, deals, whole, cut_rows=cut_rows, cut_cols=cut_cols)
     peak = walk.chunk(first=True, last=chunks == 1)
     if chunks > 1:
         # The frames kept by the ops already run are replaced in place, so the third chunk is like the second.
@@ -101,6 +103,7 @@ class _Walk:
         start: int,
         stop: int,
         deals: Mapping[int, LatentShape],
+        whole: LatentShape | None,
         *,
         cut_rows: bool,
         cut_cols: bool,
@@ -108,6 +111,7 @@ class _Walk:
         self._program = program
         self._latent = latent
         self._deals = {start: latent, **deals}
+        self._whole = whole
         self._start = start
         self._ops = program.ops[start:stop]
         self._cuts = {"cut_rows": cut_rows, "cut_cols": cut_cols}
@@ -250,8 +254,12 @@ class _Walk:
             # One offset of the upsampled grid at a time: the kept grid with the output's channels.
             return part + self._size(added.kept) // added.kept.channels * op.target.channels
         if isinstance(op, Attention):
-            # The normed input, then q, k, v; the mixed values and their projection replace the former.
-            return 5 * target
+            # The normed input, queries and mixed values of the slab; keys and values of whole frames, which are
+            # gathered if they are more than the slab.
+            if self._whole is None:
+                return 5 * target
+            frames = op.target.elements(self._whole, first=self._first) // self._parts
+            return 3 * target + 3 * frames
         if isinstance(op, Unpatchify | Patchify):
             return 0
         if isinstance(op, Conv):

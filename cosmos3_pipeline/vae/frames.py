@@ -76,14 +76,16 @@ class Frames:
 def with_room(like: Tensor, shape: tuple[int, ...], room: Room, exchange: HaloExchange | None = None) -> Frames:
     """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, `like` another in dtype.
 
-    Its margins are zero but for those that `exchange` will fill.
+    Its margins are zero but, on CPU, for those that `exchange` will fill: a convolution that does not wait for
+    these reads them all the same, for outputs that nobody uses, and on an accelerator not every kernel computes
+    each output by itself.
     """
     b, t, h, w, c = shape
     m = room.margins
     buffer = like.new_empty(b, room.front + t, m.top + h + m.bottom, m.left + w + m.right, c)
     frames = Frames(buffer, room)
     chunk = frames.chunk
-    coming = NO_MARGINS if exchange is None else exchange.coming(m)
+    coming = exchange.coming(m) if exchange is not None and buffer.is_cpu else NO_MARGINS
     if m.top > coming.top:
         chunk[:, :, : m.top].zero_()
     if m.bottom > coming.bottom:

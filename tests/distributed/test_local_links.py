@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ranks import run_on_ranks
 
 from cosmos3_pipeline.distributed import channel, peer_memory
+from cosmos3_pipeline.distributed import comm as comm_module
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
 from cosmos3_pipeline.distributed.channel import MOST_PLACES, SMALL_BYTES
 from cosmos3_pipeline.distributed.comm import Comm
@@ -109,27 +110,78 @@ def _parts(rank: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, tuple[slic
     return [(torch.randn(shape, generator=generator).to(dtype), part) for shape, part in PARTS]
 
 
-def _parts_into_parts(rank: int, blind: tuple[int, ...], dtype: torch.dtype, rounds: int) -> bool:
-    """Parts of tensors go straight into parts of others, and nothing beside those changes."""
+def _parts_into_parts(rank: int, blind: tuple[int, ...], dtype: torch.dtype, gaps: str, accelerator: bool) -> bool:
+    """Parts of tensors go straight into parts of others, and nothing beside those changes.
+
+    With gaps on both sides, where they are sent or where they arrive. `accelerator`: as between its tensors, by
+    PyTorch's own calls.
+    """
     _no_reading(*blind)
+    if accelerator:
+        comm_module._on_cpu = lambda *tensors: False
     comm, given, expected = Comm(), _parts(rank, dtype), _parts(1 - rank, dtype)
-    for _ in range(rounds):
+    if accelerator:  # which have no message of nothing
+        given, expected = (
+            [(whole, part) for whole, part in parts if whole[part].numel()] for parts in (given, expected)
+        )
+    for _ in range(3):
         with comm.run():
-            wholes = [torch.full_like(whole, -1.0) for whole, _ in given]
-            receives = [(whole[part], 1 - rank) for whole, (_, part) in zip(wholes, expected, strict=True)]
-            comm.exchange([(whole[part], 1 - rank) for whole, part in given], receives).wait()
-        for whole, (there, part) in zip(wholes, expected, strict=True):
+            wholes = [torch.full_like(whole, -1.0) for whole, _ in expected]
+            sends = [whole[part] for whole, part in given]
+            receives = [whole[part] for whole, (_, part) in zip(wholes, expected, strict=True)]
+            if gaps == "there":
+                sends = [part.contiguous() for part in sends]
+            if gaps == "here":
+                receives = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in receives]
+            comm.exchange([(part, 1 - rank) for part in sends], [(part, 1 - rank) for part in receives]).wait()
+        for whole, received, (there, part) in zip(wholes, receives, expected, strict=True):
             right = torch.full_like(there, -1.0)
-            right[part] = there[part]
-            if not torch.equal(whole, right):
+            if gaps != "here":
+                right[part] = there[part]
+            if not (torch.equal(received, there[part]) and torch.equal(whole, right)):
                 return False
     return True
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gaps", ["here and there", "here", "there"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("blind", [(), (0, 1)], ids=["all_may_read", "none_may"])
-def test_parts_of_tensors_arrive_in_parts_of_others(blind: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert run_on_ranks(_parts_into_parts, 2, blind, dtype, 3) == [True, True]
+def test_parts_of_tensors_arrive_in_parts_of_others(blind: tuple[int, ...], dtype: torch.dtype, gaps: str) -> None:
+    assert run_on_ranks(_parts_into_parts, 2, blind, dtype, gaps, False) == [True, True]
+
+
+def test_parts_of_an_accelerators_tensors_arrive_in_parts_of_others() -> None:
+    assert run_on_ranks(_parts_into_parts, 2, (), torch.float32, "here and there", True) == [True, True]
+
+
+def _no_room(rank: int) -> list[str]:
+    """One rank has no memory for the copy of a message; the next run goes on."""
+    comm, told = Comm(), []
+    columns = torch.arange(2.0 * SMALL_BYTES).view(-1, 2)[:, :1]
+    contiguous = torch.Tensor.contiguous
+    for full in (True, False):
+        buffer = torch.zeros(SMALL_BYTES, 1)
+        if full and rank == 1:
+            torch.Tensor.contiguous = _out_of_memory  # type: ignore[assignment, method-assign]
+        try:
+            with comm.run():
+                if rank == 1:
+                    comm.exchange(sends=[(columns, 0)]).wait()
+                else:
+                    comm.exchange(receives=[(buffer, 1)]).wait()
+            told.append("equal" if rank or torch.equal(buffer, columns) else "different")
+        except RuntimeError as error:
+            told.append(type(error).__name__)
+        torch.Tensor.contiguous = contiguous  # type: ignore[method-assign]
+    return told
+
+
+def _out_of_memory(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no paint left")
+
+
+def test_a_rank_without_memory_for_a_message_is_not_one_that_was_lost() -> None:
+    assert run_on_ranks(_no_room, 2) == [["PeerFailed", "equal"], ["OutOfMemoryError", "equal"]]
 
 
 def _flood(rank: int) -> bool:
@@ -155,7 +207,7 @@ def test_messages_in_many_places_go_on_where_a_full_socket_stopped_them() -> Non
 
 
 @given(
-    shape=st.lists(st.integers(1, 4), max_size=5),
+    shape=st.lists(st.integers(1, 4), max_size=3),
     random=st.randoms(use_true_random=False),
     dtype=st.sampled_from([*DTYPES, torch.int64]),
 )
@@ -173,6 +225,16 @@ def test_the_places_of_a_tensor_hold_its_elements_in_order(
     held = b"".join(ctypes.string_at(start + offset, length) for offset in offsets)
     assert held == bytes(torch.tensor(tensor.flatten().tolist(), dtype=dtype).view(torch.uint8).tolist())
     assert len(offsets) == 1 or not tensor.is_contiguous()
+
+
+def test_of_a_tensor_in_very_many_places_none_is_told() -> None:
+    for shape, strides in (
+        ((MOST_PLACES + 1, 3), (4, 1)),
+        ((1 << 40, 3), (4, 1)),
+        ((2, MOST_PLACES, 2), (999, 3, 1)),
+    ):
+        assert channel._offsets(shape, strides, 4) == ()
+    assert len(channel._offsets((MOST_PLACES, 3), (4, 1), 4)) == MOST_PLACES
 
 
 @pytest.mark.parametrize("blind", [(), (1,), (0, 1, 2)], ids=["all_may_read", "one_may_not", "none_may"])

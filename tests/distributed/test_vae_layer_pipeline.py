@@ -222,7 +222,7 @@ def _comm(rank: int) -> None:
         assert int(received[0, 0]) == (rank - 1) % 3
         comm.broadcast(mine, source=2)
         assert int(mine[0, 0]) == 2
-        with pytest.raises(ValueError, match=r"send tensor\.contiguous"):
+        with pytest.raises(ValueError, match=r"give tensor\.contiguous"):
             comm.broadcast(mine.t())
         # A message that is sent after a broadcast may be awaited from before it.
         given, late = torch.full((2, 3), 7.0), torch.full((2, 3), 8.0)

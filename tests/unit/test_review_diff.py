@@ -141,10 +141,32 @@ def test_an_error_in_the_code_of_a_revision_is_told_whole_and_with_its_place(rep
         assert case["problems"] == [
             {
                 "what": "ZeroDivisionError: no paint left",
-                "why": "in the bucket; raised in cosmos3_pipeline/plan/__init__.py, line 3, by plan_of()",
+                "why": "in the bucket; raised in cosmos3_pipeline/plan/__init__.py, line 3, in plan_of()",
                 "works": "",
             }
         ]
+
+
+def test_an_error_in_a_library_is_placed_where_the_working_tree_called_it(repository: Path) -> None:
+    library = repository / ".venv" / "site-packages"
+    library.mkdir(parents=True)
+    (library / "bucket.py").write_text('def paint():\n    raise ValueError("empty")\n')
+    (repository / "cosmos3_pipeline" / "plan" / "__init__.py").write_text(
+        "import sys\ndef plan_of(cfg):\n"
+        '    sys.path.append(str(__import__("pathlib").Path(__file__).parents[2] / ".venv" / "site-packages"))\n'
+        "    import bucket\n    return bucket.paint()\n"
+    )
+    done = run("diff", "HEAD", "--format", "json", cwd=repository)
+    problems = [case["problems"] for case in json.loads(done.stdout)["broken"]]
+    assert problems and all(
+        problem
+        == {
+            "what": "ValueError: empty",
+            "why": "came up in cosmos3_pipeline/plan/__init__.py, line 5, in plan_of()",
+            "works": "",
+        }
+        for (problem,) in problems
+    )
 
 
 def test_code_that_does_not_start_is_an_error_of_the_comparison(repository: Path) -> None:

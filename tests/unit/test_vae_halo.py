@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vae_models import WAN22, vae_config
+from vae_models import WAN21, WAN22, vae_config
 
-from cosmos3_pipeline.vae import bound_ops, ops
+from cosmos3_pipeline.vae import bound_ops, convolution, footprint, ops
 from cosmos3_pipeline.vae.bound_ops import Flow, NormSilu
 from cosmos3_pipeline.vae.frames import Frames
 from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
@@ -84,3 +84,59 @@ def test_what_neighbours_read_is_there_when_it_leaves(
         (slice(None), slice(width - margins.left, None)),
     ):
         assert torch.equal(seen[:, :, part[0], part[1]], whole.inner[:, :, part[0], part[1]])
+
+
+class Beside(Watching):
+    """With neighbours on some of the sides (top, bottom, left, right)."""
+
+    def __init__(self, sides: tuple[bool, bool, bool, bool]) -> None:
+        self.sides = sides
+
+    def coming(self, margins: Margins) -> Margins:
+        return margins.on(*self.sides)
+
+
+@pytest.mark.parametrize(
+    ("sides", "before"),
+    [
+        ((False, True, False, False), 2),  # below: even rows look up
+        ((True, False, False, False), 2),
+        ((True, True, False, False), 0),
+        ((False, True, True, False), 1),
+        ((True, True, True, True), 0),
+    ],
+)
+def test_an_upsampling_makes_what_looks_the_other_way_before_it_waits(
+    monkeypatch: pytest.MonkeyPatch, sides: tuple[bool, bool, bool, bool], before: int
+) -> None:
+    op = next(op for op in decoder_program(vae_config(WAN21)).ops if isinstance(op, ops.SpatialUp))
+    bound = bound_ops.SpatialUp(op, {w.name: torch.randn(w.shape) for w in op.weights})
+    exchange, made = Beside(sides), list[bool]()
+    make = bound_ops.SpatialUp._make
+    monkeypatch.setattr(
+        bound_ops.SpatialUp,
+        "_make",
+        lambda self, *args, **kwargs: (made.append(exchange.waited), make(self, *args, **kwargs)),
+    )
+    x = torch.randn(1, 1, 4, 3, op.source.channels)
+    bound.run(Flow(Frames(x), [], {}, first=True, last=True, exchange=exchange, room=NO_ROOM))
+    assert made == [False] * before + [True] * (4 - before)
+
+
+def test_a_convolution_makes_the_bands_inside_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = next(
+        op for op in decoder_program(vae_config(WAN22)).ops if isinstance(op, ops.Conv) and op.cached_frames == 2
+    )
+    for name, value in (("_PAIR_FLOPS", 0), ("_PAIR_PIXELS", 0), ("_BAND_ELEMENTS", 1)):
+        monkeypatch.setattr(footprint, name, value)
+    bound = bound_ops.Conv(op, {w.name: torch.randn(w.shape) for w in op.weights})
+    exchange, made = Beside((True, True, False, False)), list[bool]()
+    exchange.cols = False
+    make = convolution._Pairs.make
+    monkeypatch.setattr(
+        convolution._Pairs, "make", lambda self, band: (made.append(exchange.waited), make(self, band))
+    )
+    x = torch.randn(1, 2, 5, 3, op.source.channels)
+    flow = Flow(Frames(x), [], {}, first=False, last=False, exchange=exchange, room=NO_ROOM)
+    bound.run(flow)
+    assert made == [False] * 3 + [True] * 2  # bands of one row: the first and the last read neighbours' rows

@@ -278,17 +278,23 @@ def slab_work(program: Program, whole: LatentShape, run: Run, index: int) -> Sla
     start, stop = run.stretches[0].start, run.stretches[-1].stop
     entering = grid.slab(index).latent(whole)
     peak = activation_bytes(
-        program, entering, start, stop, cut_rows=grid.cuts_rows, cut_cols=grid.cuts_cols, deals=slabs
+        program,
+        entering,
+        start,
+        stop,
+        cut_rows=grid.cuts_rows,
+        cut_cols=grid.cuts_cols,
+        deals=slabs,
+        whole=whole if len(grid) > 1 else None,
     )
     sent = dealing_traffic(program, whole, run, index)
-    flops = attention = 0
+    flops = 0
     for one in run.stretches:
         sent += slab_traffic(program, whole, one.grid, index, one.start, one.stop)
-        attention = max(attention, attention_bytes(program, whole, one.grid, index, one.start, one.stop))
         flops += slab_flops(program, whole, one.grid.slab(index), one.start, one.stop)
     return SlabWork(
         flops=flops,
-        activation_bytes=max(peak, attention),
+        activation_bytes=peak,
         sent=sent,
         entering=entering,
         leaving=run.leaving.slab(index).latent(whole),
@@ -322,21 +328,6 @@ def _flops(op: Op, whole: LatentShape, slab: Slab, *, first: bool) -> int:
         op.source.shape(latent, first=first) for latent in (slab.latent(whole), whole)
     )
     return b * t * op.frame_flops(h * w, height * width)
-
-
-def attention_bytes(program: Program, whole: LatentShape, grid: Grid, index: int, start: int, stop: int) -> int:
-    """Bytes alive during the costliest attention of ops [start, stop): whole frames, their keys and values.
-
-    And of the slab the input, normed, the queries and what becomes of them.
-    """
-    first = program.chunks(whole) == 1
-    found = [
-        4 * op.source.elements(grid.slab(index).latent(whole), first=first)
-        + 3 * op.source.elements(whole, first=first) * (len(grid) > 1)
-        for op in program.ops[start:stop]
-        if isinstance(op, Attention)
-    ]
-    return max(found, default=0) * whole.element_bytes
 
 
 def picture_bytes(program: Program, part: LatentShape) -> int:
