@@ -96,7 +96,7 @@ def _raised_in(error: Exception) -> list[str]:
     for frame in reversed(frames):
         path = Path(frame.filename)
         own = any(path.is_relative_to(root / part) for part in ("cosmos3_pipeline", "plugins"))
-        if own and path.name != Path(__file__).name:
+        if own and path.resolve() != Path(__file__).resolve():
             verb = "raised" if frame is frames[-1] else "came up"
             return [f"{verb} in {path.relative_to(root)}, line {frame.lineno}, in {frame.name}()"]
     return []

@@ -227,6 +227,17 @@ def test_the_places_of_a_tensor_hold_its_elements_in_order(
     assert len(offsets) == 1 or not tensor.is_contiguous()
 
 
+def test_only_what_must_be_is_copied() -> None:
+    whole = torch.zeros(2, 64, 400, 8)
+    small, large = whole[:, :1], whole[:, :60]
+    assert small.nbytes <= SMALL_BYTES < large.nbytes and not small.is_contiguous() and not large.is_contiguous()
+    for part, arrives in ((small, False), (small, True), (large, True), (large[:1], False)):
+        assert channel.Message(part, arrives=arrives)._memory is part
+    columns = whole[:, :, :, :1]
+    for part, arrives in ((large, False), (columns, False), (columns, True)):
+        assert channel.Message(part, arrives=arrives)._memory is not part
+
+
 def test_of_a_tensor_in_very_many_places_none_is_told() -> None:
     for shape, strides in (
         ((MOST_PLACES + 1, 3), (4, 1)),

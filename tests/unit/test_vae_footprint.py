@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.footprint import activation_bytes
-from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.frames import HaloExchange
+from cosmos3_pipeline.vae.kernels import rms_norm
+from cosmos3_pipeline.vae.ops import Attention, LatentShape, Margins
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import decoder_program, encoder_program
 from cosmos3_plugins.replicated import Replicated
 
 
-def measured(part: Slice, chunks: list[list[list[torch.Tensor]]], weights: dict[str, torch.Tensor]) -> int:
+def measured(
+    part: Slice,
+    chunks: list[list[list[torch.Tensor]]],
+    weights: dict[str, torch.Tensor],
+    exchange: HaloExchange | None = None,
+) -> int:
     """Peak bytes of a slice that is given the portions of `chunks`, each some tensors."""
     known = [*weights.values(), *(tensor for chunk in chunks for tensors in chunk for tensor in tensors)]
     # The first pass reorders weights, which is not activation.
@@ -26,7 +35,8 @@ def measured(part: Slice, chunks: list[list[list[torch.Tensor]]], weights: dict[
         state = part.state(len(chunks))
         with LiveBytes(known) as live:
             for chunk in chunks:
-                for _ in part.portions(([tensor.clone() for tensor in tensors] for tensors in chunk), state):
+                given = ([tensor.clone() for tensor in tensors] for tensors in chunk)
+                for _ in part.portions(given, state, exchange):
                     pass
     return live.peak
 
@@ -62,6 +72,53 @@ def test_planned_activations_are_within_15_percent(
         planned = activation_bytes(program, latent, cut)
         peak = measured(Slice(program, cut, len(program), weights), crossing, weights)
         assert abs(planned / peak - 1) <= 0.15, (cut, planned, peak)
+
+
+class Above:
+    """The exchange of the first rows of a picture, of which `rest` [B, T, H, W, C] are those below."""
+
+    rows, cols = True, False
+
+    def __init__(self, rest: torch.Tensor) -> None:
+        self.rest = rest
+
+    def coming(self, margins: Margins) -> Margins:
+        return margins.on(False, True, False, False)
+
+    def start(self, padded: torch.Tensor, margins: Margins) -> Callable[[], None]:
+        raise AssertionError("attention reads no margins")
+
+    def gather(self, slab: torch.Tensor) -> torch.Tensor:
+        return torch.cat([slab, self.rest], dim=2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_attention_of_a_slab_is_for_its_own_pixels_and_takes_the_memory_planned(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = vae_config(WAN22, decoder_base_dim=32)
+    program, weights = decoder_program(config), make_vae(config).state_dict()
+    (number,) = (i for i, op in enumerate(program.ops) if isinstance(op, Attention))
+    whole, slab = LatentShape(1, 1, 12, 10), LatentShape(1, 1, rows, 10)
+    (shape,) = program.carried_shapes(number, whole, first=True)
+    x = torch.randn(shape)
+    part = Slice(program, number, number + 1, weights)
+    (expected,) = part.run([x.clone()], part.state(1))
+    seen = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v: (seen.append((q.shape[-2], k.shape[-2], v.shape[-2])), attend(q, k, v))[1],
+    )
+    gamma = weights[program.ops[number].weights[0].name].flatten()
+    exchange = Above(rms_norm(x[:, :, rows:], gamma))
+    (found,) = part.run([x[:, :, :rows].clone()], part.state(1), exchange)
+    assert seen == [(rows * 10, 120, 120)]
+    assert (found - expected[:, :, :rows]).abs().max() <= 1e-5
+    planned = activation_bytes(program, slab, number, number + 1, cut_rows=True, whole=whole)
+    peak = measured(part, [[[x[:, :, :rows].clone()]]], weights, exchange)
+    assert abs(planned / peak - 1) <= 0.15, (planned, peak)
 
 
 def test_activations_do_not_grow_with_the_clip() -> None:
