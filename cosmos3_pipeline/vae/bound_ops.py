@@ -28,8 +28,7 @@ NORM_BLOCKS_AT_ONCE = 8
 class Flow:
     """One chunk on its way through a slice: the activation, the open shortcuts, and where in the clip it is.
 
-    `cache` maps an op's name to the frames that it keeps for the next chunk; `room` is what the next op wants
-    around its input.
+    `cache` maps an op's name to the frames that it keeps for the next chunk; `following` is the op after this one.
     """
 
     at: Frames
@@ -38,7 +37,13 @@ class Flow:
     first: bool
     last: bool
     exchange: HaloExchange | None
-    room: Room
+    following: BoundOp[ops.Op] | None = None
+
+    def room_around(self, x: Tensor) -> Room:
+        """The room that the next op wants around an input of the shape of x."""
+        if self.following is None:
+            return NO_ROOM
+        return self.following.room(x, first=self.first, exchange=self.exchange)
 
 
 _Part = tuple[slice, slice]
@@ -51,8 +56,8 @@ class BoundOp(ABC, Generic[OpT]):
     def __init__(self, op: OpT, weights: Mapping[str, Tensor]) -> None:
         self.op = op
 
-    def room(self, *, first: bool, exchange: HaloExchange | None) -> Room:
-        """The room that `run` wants around its input."""
+    def room(self, x: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
+        """The room that `run` wants around its input, which is of the shape of x."""
         if exchange is None:
             return self.op.room(first=first)
         return self.op.room(first=first, cut_rows=exchange.rows, cut_cols=exchange.cols)
@@ -113,6 +118,12 @@ def _remember(flow: Flow, name: str, buffer: Tensor, count: int) -> None:
     flow.cache[name][:, count - have :].copy_(buffer[:, -have:])
 
 
+def _may_stay(flow: Flow, frames: Tensor, count: int) -> bool:
+    """Whether `frames` can be kept for the next chunk as they are: `count` of them, in a memory of their own."""
+    alone = frames.untyped_storage().nbytes() == frames.nbytes
+    return frames.shape[1] == count and alone and not any(_same_memory(frames, kept) for kept in flow.shortcuts)
+
+
 def _closed(flow: Flow) -> Tensor:
     """What the shortcut opened last has kept, to be overwritten; a copy if an outer one has kept the same."""
     kept = flow.shortcuts.pop()
@@ -149,22 +160,31 @@ class Conv(BoundOp[ops.Conv]):
         super().__init__(op, weights)
         self._conv = Convolution(*self._tensors(weights))
 
+    def room(self, x: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
+        """None in front where frames are made in pairs: these read the kept frames where they are."""
+        room = super().room(x, first=first, exchange=exchange)
+        return Room(0, room.margins) if self._conv.makes_pairs(x) else room
+
     def run(self, flow: Flow) -> None:
-        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
-        cut = frames.room.margins
+        x, name, kept = flow.at.inner, self.op.name, self.op.cached_frames
+        apart = self._conv.makes_pairs(x)
+        frames = _take(flow, self.room(x, first=flow.first, exchange=flow.exchange))
+        cut, own = frames.room.margins, self.op.margins
         if frames.room.front:
-            _recall(flow, self.op.name, frames)
+            _recall(flow, name, frames)
         _begin(frames, cut, flow.exchange)
-        own = self.op.margins
         out = self._conv(
             frames.buffer,
+            before=flow.cache[name] if apart else None,
             padding=(own.top - cut.top, own.left - cut.left),
             taps=1 if flow.first else 0,
             onto=_closed(flow) if self.op.adds_shortcut else None,
             arrival=frames.arrival,
         )
-        if self.op.cached_frames:
-            _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
+        if apart and not flow.last and _may_stay(flow, frames.buffer, kept):
+            flow.cache[name] = frames.buffer
+        elif kept:
+            _remember(flow, name, frames.buffer, kept)
         flow.at = Frames(out)
 
 
@@ -176,8 +196,8 @@ class NormSilu(BoundOp[ops.NormSilu]):
 
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
-        frames = with_room(x, tuple(x.shape), flow.room, flow.exchange)
-        out, margins = frames.inner, flow.room.margins
+        frames = with_room(x, tuple(x.shape), flow.room_around(x), flow.exchange)
+        out, margins = frames.inner, frames.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
         if x.device.type == "cpu" and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
@@ -215,7 +235,7 @@ class TimeUp(BoundOp[ops.TimeUp]):
     def run(self, flow: Flow) -> None:
         if flow.first:
             return  # passes unchanged, and is not remembered: the next chunk sees zeros
-        frames = _take(flow, self.room(first=False, exchange=flow.exchange))
+        frames = _take(flow, self.room(flow.at.inner, first=False, exchange=flow.exchange))
         _recall(flow, self.op.name, frames)
         _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
         pairs = self._conv(frames.buffer)
@@ -231,7 +251,7 @@ class TimeDown(BoundOp[ops.TimeDown]):
         self._conv = Convolution(*self._tensors(weights))
 
     def run(self, flow: Flow) -> None:
-        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
+        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
         if not flow.first:
             _recall(flow, self.op.name, frames)
         _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
@@ -254,7 +274,7 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         self._convs = [Convolution(w, bias) for w in upsampling_weights(weight)]
 
     def run(self, flow: Flow) -> None:
-        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
+        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
         b, t, h, w, _ = frames.inner.shape
         _begin(frames, frames.room.margins, flow.exchange)
         out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
@@ -315,7 +335,7 @@ class SpatialDown(BoundOp[ops.SpatialDown]):
         self._conv = Convolution(weight.unsqueeze(2), bias)
 
     def run(self, flow: Flow) -> None:
-        frames = _take(flow, self.room(first=flow.first, exchange=flow.exchange))
+        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
         _begin(frames, _cut_sides(self.op.margins, flow.exchange), flow.exchange)
         flow.at = Frames(self._conv(frames.buffer, stride=(1, 2, 2), arrival=frames.arrival))
 

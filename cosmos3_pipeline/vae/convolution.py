@@ -55,10 +55,25 @@ class Convolution:
         self._packed: dict[_Key, Tensor] = {}
         self._used: list[list[_Key]] = []  # by the shapes that were used last
 
+    def makes_pairs(self, x: Tensor) -> bool:
+        """Whether it makes as many frames as x [B, T, H, W, I], and as large, two at a time.
+
+        It then wants those before x apart.
+        """
+        batch, frames, rows, cols, _ = x.shape
+        outputs, inputs, *kernel = self._shape
+        return (
+            _onednn(x)
+            and x.dtype == torch.float32
+            and batch == 1
+            and makes_frame_pairs(inputs, outputs, (kernel[0], kernel[1], kernel[2]), frames, rows * cols)
+        )
+
     def __call__(
         self,
         x: Tensor,
         *,
+        before: Tensor | None = None,
         padding: tuple[int, int] = (0, 0),
         stride: tuple[int, int, int] = (1, 1, 1),
         taps: int = 0,
@@ -67,13 +82,15 @@ class Convolution:
     ) -> Tensor:
         """[B, T, H, W, I] -> [B, T', H', W', O]; `padding` adds zero rows and columns on both sides.
 
-        `taps` > 0 computes only the last `taps` temporal taps: right where the frames before are zeros.
+        x begins with the frames before those that are made, or they are given apart as `before`: to make pairs of
+        frames (`makes_pairs`), for which no copy has to put them side by side. `taps` > 0 computes only the last
+        `taps` temporal taps: right where the frames before are zeros.
         The result is added `onto` [B, T', H', W', O], contiguous, which is returned; oneDNN rounds the sum once.
         `arrival` is of the outer rows and columns of x, and waited for as late as can be.
         """
         taps = taps or self._shape[2]
-        if _onednn(x) and stride == (1, 1, 1) and self._pairs(x, taps, padding):
-            return self._in_pairs(x, padding, onto, arrival)
+        if before is not None:
+            return self._in_pairs(before, x, padding, onto, arrival)
         if arrival is not None:
             arrival.wait()
         pad = (0, *padding)
@@ -89,32 +106,25 @@ class Convolution:
         _convolved_onto(onto, x, packed, self._bias, pad, stride)
         return onto
 
-    def _pairs(self, x: Tensor, taps: int, padding: tuple[int, int]) -> bool:
-        """Whether two frames are made at a time."""
-        batch, frames, rows, cols, _ = x.shape
-        outputs, inputs, kernel_taps, height, width = self._shape
-        pixels = (rows + 2 * padding[0] - height + 1) * (cols + 2 * padding[1] - width + 1)
-        return (
-            x.dtype == torch.float32
-            and batch == 1
-            and taps == kernel_taps
-            and makes_frame_pairs(inputs, outputs, (kernel_taps, height, width), frames - kernel_taps + 1, pixels)
-        )
-
     def _in_pairs(
-        self, x: Tensor, padding: tuple[int, int], onto: Tensor | None, arrival: Arrival | None
+        self,
+        before: Tensor,
+        x: Tensor,
+        padding: tuple[int, int],
+        onto: Tensor | None,
+        arrival: Arrival | None,
     ) -> Tensor:
         """Two frames at a time, in bands of rows whose sums and differences stay in a core's cache."""
         outputs, inputs, taps, height, width = self._shape
         rows, cols = x.shape[2] + 2 * padding[0] - height + 1, x.shape[3] + 2 * padding[1] - width + 1
-        out = x.new_empty(1, x.shape[1] - taps + 1, rows, cols, outputs) if onto is None else onto
+        out = x.new_empty(1, x.shape[1], rows, cols, outputs) if onto is None else onto
         size = pair_band(inputs, outputs, (taps, height, width), rows, cols)
         pad, read = (0, *padding), x.shape[2]
         if size < rows:
             pad, read = (0, 0, padding[1]), size + height - 1  # with rows of zeros at the picture's edge
         space = x.new_empty(1, 1, read, *x.shape[3:])
         packed = self._pack(_OF_PAIRS, tuple(space.permute(0, 4, 1, 2, 3).shape), pad, (1, 1, 1))
-        pairs = _Pairs(x, out, onto is not None, space, packed, self._bias, pad)
+        pairs = _Pairs((before, x), out, onto is not None, space, packed, self._bias, pad)
         bands = [_Band(slice(0, rows), slice(0, x.shape[2]))]
         if size < rows:
             bands = [_band(top, min(top + size, rows), height, padding[0]) for top in range(0, rows, size)]
@@ -218,13 +228,13 @@ def _is_within(band: _Band, x: Tensor, margins: Margins) -> bool:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Makes the frames y [1, T, H', W', O] of x [1, T + 2, H, W, I], two at a time.
+    """Makes the frames y [1, T, H', W', O] of x, [1, 2, H, W, I] and [1, T, H, W, I], two at a time.
 
     They are added to what y holds if `adds`. `space` [1, 1, h, W, I] is for what is convolved. `packed` are the
     first tap, the sum, the difference and the last tap.
     """
 
-    x: Tensor
+    x: tuple[Tensor, Tensor]
     y: Tensor
     adds: bool
     space: Tensor
@@ -235,12 +245,12 @@ class _Pairs:
     def make(self, band: _Band) -> None:
         """Make a band of every frame."""
         first, last = band.read.start, band.read.stop
-        there = slice(max(first, 0), min(last, self.x.shape[2]))
+        there = slice(max(first, 0), min(last, self.x[1].shape[2]))
         space = self.space[:, :, : last - first]
         space[:, :, : there.start - first].zero_()
         space[:, :, there.stop - first :].zero_()
         inner = space[:, :, there.start - first : there.stop - first]
-        x = self.x[:, :, there].split(1, dim=1)
+        x = [frame for part in self.x for frame in part[:, :, there].split(1, dim=1)]
         y = self.y[:, :, band.made].split(1, dim=1)
         for time in range(0, len(y), 2):
             self._pair(x[time : time + 4], y[time : time + 2], space, inner)

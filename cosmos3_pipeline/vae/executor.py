@@ -24,7 +24,7 @@ from torch import Tensor
 from cosmos3_pipeline.vae.bound_ops import BoundOp, Flow, bind
 from cosmos3_pipeline.vae.frames import Frames, HaloExchange
 from cosmos3_pipeline.vae.host_memory import keeping_large_buffers
-from cosmos3_pipeline.vae.ops import NO_ROOM, Op
+from cosmos3_pipeline.vae.ops import Op
 from cosmos3_pipeline.vae.program import Program
 
 
@@ -77,8 +77,8 @@ class Slice:
         """Run the slice on the next chunk, portion by portion.
 
         `given` are the portions that cross the cut before `start`, each the list of its tensors; the lists are
-        emptied and the tensors may be overwritten, so that each is freed as soon as it has been used. Yields those
-        that cross the cut at `stop`.
+        emptied, so that each is freed as soon as it has been used, and the tensors may be overwritten, or kept for
+        the next chunk. Yields those that cross the cut at `stop`.
         """
         assert state.done < state.chunks, f"the state is for {state.chunks} chunks, all of which have run"
         first, last = state.done == 0, state.done == state.chunks - 1
@@ -122,12 +122,11 @@ class Slice:
             first=first,
             last=last,
             exchange=exchange,
-            room=NO_ROOM,
         )
         tensors.clear()
         with keeping_large_buffers():
             for op, following in zip(ops, [*ops[1:], None], strict=True):
-                flow.room = NO_ROOM if following is None else following.room(first=first, exchange=exchange)
+                flow.following = following
                 op.run(flow)
             return [flow.at.inner.contiguous(), *flow.shortcuts]
 

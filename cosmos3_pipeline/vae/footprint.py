@@ -200,7 +200,15 @@ class _Walk:
         return peak
 
     def _room(self, op: Op) -> Room:
-        return op.room(first=self._first, **self._cuts)
+        room = op.room(first=self._first, **self._cuts)
+        # Pairs are made of kept frames where these are.
+        return Room(0, room.margins) if isinstance(op, Conv) and self._makes_pairs(op) else room
+
+    def _makes_pairs(self, op: Conv) -> bool:
+        """In float32 as on a CPU; accelerators are for bfloat16, and make all frames at once."""
+        b, t, h, w, c = self._shape(op.target)
+        pairs = makes_frame_pairs(op.source.channels, c, op.kernel, t, h * w)
+        return pairs and b == 1 and self._latent.element_bytes == 4 and not self._first
 
     def _shape(self, spec: TensorSpec) -> Shape:
         b, t, h, w, c = spec.shape(self._latent, first=self._first)
@@ -269,11 +277,9 @@ class _Walk:
 
     def _pair_scratch(self, op: Conv) -> int:
         """What is convolved, and what both frames have in common, where a convolution makes two at a time."""
-        b, t, h, w, c = self._shape(op.target)
-        pairs = makes_frame_pairs(op.source.channels, c, op.kernel, t, h * w)
-        # In float32 as on a CPU; accelerators are for bfloat16, and make all frames at once.
-        if self._first or b > 1 or self._latent.element_bytes != 4 or not pairs:
+        if not self._makes_pairs(op):
             return 0
+        _, _, h, w, c = self._shape(op.target)
         m, band = self._room(op).margins, pair_band(op.source.channels, c, op.kernel, h, w)
         above = m.top + m.bottom if band == h else op.kernel[1] - 1
         given = (band + above) * (m.left + w + m.right) * op.source.channels

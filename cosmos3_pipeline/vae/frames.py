@@ -1,7 +1,7 @@
 """Activations in buffers with room around them, and the seam through which a slab gets its neighbours' rows.
 
 A convolution reads frames before its chunk and, on a slab, rows beyond it. Its input is therefore written at once
-into a buffer that has room for both, instead of being copied into one later.
+into a buffer that has room for what it wants beside it, instead of being copied into one later.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,12 @@ from test_vae_executor import CONFIGS, picture_of
 from torch import Tensor
 from vae_models import make_vae
 
-from cosmos3_pipeline.vae import ParallelVAE, convolution, footprint
+from cosmos3_pipeline.vae import ParallelVAE, bound_ops, convolution, footprint
+from cosmos3_pipeline.vae.bound_ops import Flow
 from cosmos3_pipeline.vae.convolution import Convolution
-from cosmos3_pipeline.vae.frames import Arrival
-from cosmos3_pipeline.vae.ops import Margins
+from cosmos3_pipeline.vae.frames import Arrival, Frames
+from cosmos3_pipeline.vae.ops import Conv, Margins
+from cosmos3_pipeline.vae.program import decoder_program
 from cosmos3_plugins.replicated import Replicated
 
 IN_PAIRS = {"first", "sum", "difference", "last"}
@@ -31,6 +35,13 @@ def exact(weight: Tensor, bias: Tensor, x: Tensor, padding: tuple[int, int]) -> 
     """PyTorch's convolution of [B, T, H, W, I] in float64."""
     frames = x.double().permute(0, 4, 1, 2, 3)
     return F.conv3d(frames, weight.double(), bias.double(), padding=(0, *padding)).permute(0, 2, 3, 4, 1)
+
+
+def made_of(convolution: Convolution, x: Tensor, **options: Any) -> Tensor:
+    """Of the frames x [B, T + 2, H, W, I], the first two of which are given apart where pairs are made."""
+    if not options.get("taps") and convolution.makes_pairs(x[:, 2:]):
+        return convolution(x[:, 2:], before=x[:, :2], **options)
+    return convolution(x, **options)
 
 
 def reordered(convolution: Convolution) -> set[str]:
@@ -88,8 +99,8 @@ def test_two_frames_at_a_time_are_the_convolution(data: st.DataObject) -> None:
         patched.setattr(footprint, "_PAIR_FLOPS", 0)
         patched.setattr(footprint, "_PAIR_PIXELS", 0)
         patched.setattr(footprint, "_BAND_ELEMENTS", band * cols * max(inputs, outputs))
-        made = convolution(x, padding=padding)
-        assert convolution(x, padding=padding, onto=onto) is onto
+        made = made_of(convolution, x, padding=padding)
+        assert made_of(convolution, x, padding=padding, onto=onto) is onto
     assert reordered(convolution) == IN_PAIRS
     assert made.is_contiguous() and made.shape == expected.shape
     assert (made - expected).abs().max() <= 1e-5
@@ -108,7 +119,7 @@ def test_large_ones_are_made_in_pairs_and_round_much_as_one_frame_does(
     x = torch.randn(1, 6, rows, cols, inputs, generator=generator)
     expected = exact(weight, bias, x, (1, 1))
     pairs, one = Convolution(weight, bias), Convolution(weight, bias)
-    made = pairs(x, padding=(1, 1))
+    made = made_of(pairs, x, padding=(1, 1))
     frame_by_frame = torch.cat([one(x[:, t : t + 3].clone(), padding=(1, 1)) for t in range(4)], dim=1)
     assert reordered(pairs) == IN_PAIRS and reordered(one) == {"whole"}
     errors = [(found - expected).pow(2).mean().sqrt() for found in (made, frame_by_frame)]
@@ -149,9 +160,11 @@ def test_what_is_on_its_way_is_waited_for_once_and_not_before_it_must_be(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_PAIR_FLOPS", 0), ("_PAIR_PIXELS", 0), ("_BAND_ELEMENTS", band * width * 6)):
             patch.setattr(footprint, name, value)
-        expected = Convolution(weight, bias)(x, padding=(1, 1), onto=None if kept is None else kept.clone())
+        onto = None if kept is None else kept.clone()
+        expected = made_of(Convolution(weight, bias), x, padding=(1, 1), onto=onto)
         patch.setattr(convolution._Pairs, "make", made)
-        found = Convolution(weight, bias)(late, padding=(1, 1), onto=kept, arrival=Arrival(margins, wait))
+        arrival = Arrival(margins, wait)
+        found = made_of(Convolution(weight, bias), late, padding=(1, 1), onto=kept, arrival=arrival)
     assert torch.equal(found, expected)
     outer = {*range(margins.top), *range(height - margins.bottom, height)}
     inside = [one for one in bands if not outer & {*range(one.start - 1, one.stop + 1)}]
@@ -162,7 +175,7 @@ def test_only_float32_by_itself_and_an_even_number_of_frames_are_made_in_pairs(a
     weight, bias = torch.randn(8, 8, 3, 3, 3) / 15, torch.randn(8)
     for x in (torch.randn(1, 5, 4, 4, 8), torch.randn(2, 4, 4, 4, 8), torch.randn(1, 4, 4, 4, 8).bfloat16()):
         convolution = Convolution(weight.to(x.dtype), bias.to(x.dtype))
-        made = convolution(x, padding=(1, 1))
+        made = made_of(convolution, x, padding=(1, 1))
         assert reordered(convolution) == {"whole"}
         assert (made - exact(weight, bias, x, (1, 1))).abs().max() <= (1e-5 if x.dtype == torch.float32 else 0.1)
 
@@ -183,7 +196,7 @@ def test_the_weight_is_the_same_after_any_clips(always_in_pairs: None) -> None:
         (one_by_one, 3),
     ]:
         x = torch.randn(1, frames, rows, 6, 8)
-        made = convolution(x, padding=(1, 1), taps=taps)
+        made = made_of(convolution, x, padding=(1, 1), taps=taps)
         assert (made - exact(weight[:, :, -taps:], bias, x, (1, 1))).abs().max() <= 1e-5
         assert torch.equal(convolution._weight(), weight)
         # No more than the four of two shapes, and not beside them what they can be put together to.
@@ -194,8 +207,36 @@ def test_the_weight_is_the_same_after_any_clips(always_in_pairs: None) -> None:
 def test_a_first_chunk_and_later_ones_share_the_last_tap(always_in_pairs: None) -> None:
     convolution = Convolution(torch.randn(8, 8, 3, 3, 3), torch.randn(8))
     convolution(torch.randn(1, 1, 5, 6, 8), padding=(1, 1), taps=1)
-    convolution(torch.randn(1, 4, 5, 6, 8), padding=(1, 1))
+    made_of(convolution, torch.randn(1, 4, 5, 6, 8), padding=(1, 1))
     assert sorted(name for name, _ in convolution._packed) == sorted(IN_PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("frames", "given", "stays"),
+    [(2, 2, True), (2, 3, False), (4, 4, False)],
+    ids=["as they are", "part of more", "the last of more"],
+)
+@pytest.mark.parametrize("shortcut", [False, True], ids=["", "which a shortcut has"])
+def test_frames_of_pairs_are_kept_without_a_copy_if_nothing_else_would_stay(
+    frames: int, given: int, stays: bool, shortcut: bool, always_in_pairs: None
+) -> None:
+    ops = decoder_program(CONFIGS["wan22"]).ops
+    op = next(op for op in ops if isinstance(op, Conv) and op.cached_frames == 2 and not op.adds_shortcut)
+    weights = {w.name: torch.randn(w.shape) / 20 for w in op.weights}
+    bound = bound_ops.Conv(op, weights)
+    x = torch.randn(1, given, 4, 3, op.source.channels)[:, -frames:]
+    before = torch.randn(1, 2, 4, 3, op.source.channels)
+    old, sides = before.clone(), [x] if shortcut else []
+    flow = Flow(Frames(x), sides, {op.name: before}, first=False, last=False, exchange=None)
+    bound.run(flow)
+    kept = flow.cache[op.name]
+    assert torch.equal(kept, x[:, -2:]) and kept.untyped_storage().nbytes() == kept.nbytes
+    assert (kept.data_ptr() == x.data_ptr()) == (stays and not shortcut)
+    expected = exact(*weights.values(), torch.cat([old, x], dim=1), (1, 1))
+    assert (flow.at.inner - expected).abs().max() <= 1e-5
+    flow = Flow(Frames(x), [], flow.cache, first=False, last=True, exchange=None)
+    bound.run(flow)
+    assert not flow.cache
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -13,7 +13,7 @@ from vae_models import WAN21, WAN22, vae_config
 
 from cosmos3_pipeline.vae import bound_ops, convolution, footprint, ops
 from cosmos3_pipeline.vae.bound_ops import Flow, NormSilu
-from cosmos3_pipeline.vae.frames import Frames
+from cosmos3_pipeline.vae.frames import Frames, HaloExchange
 from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
 from cosmos3_pipeline.vae.program import decoder_program
 
@@ -35,6 +35,19 @@ class Watching:
 
     def gather(self, slab: Tensor) -> Tensor:
         raise AssertionError("a norm gathers nothing")
+
+
+class Wanting(bound_ops.BoundOp[ops.Op]):
+    """An op that wants `room` around its input."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    def room(self, x: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
+        return self._room
+
+    def run(self, flow: Flow) -> None:
+        raise AssertionError("not to be run")
 
 
 OP = next(op for op in decoder_program(vae_config(WAN22)).ops if isinstance(op, ops.NormSilu))
@@ -61,7 +74,7 @@ def test_what_neighbours_read_is_there_when_it_leaves(
     bound = NormSilu(OP, {OP.weights[0].name: gamma})
 
     def run(room: Room, exchange: Watching | None) -> Frames:
-        flow = Flow(Frames(x.clone()), [], {}, first=True, last=True, exchange=exchange, room=room)
+        flow = Flow(Frames(x.clone()), [], {}, first=True, last=True, exchange=exchange, following=Wanting(room))
         bound.run(flow)
         return flow.at
 
@@ -119,7 +132,7 @@ def test_an_upsampling_makes_what_looks_the_other_way_before_it_waits(
         lambda self, *args, **kwargs: (made.append(exchange.waited), make(self, *args, **kwargs)),
     )
     x = torch.randn(1, 1, 4, 3, op.source.channels)
-    bound.run(Flow(Frames(x), [], {}, first=True, last=True, exchange=exchange, room=NO_ROOM))
+    bound.run(Flow(Frames(x), [], {}, first=True, last=True, exchange=exchange))
     assert made == [False] * before + [True] * (4 - before)
 
 
@@ -137,6 +150,7 @@ def test_a_convolution_makes_the_bands_inside_before_it_waits(monkeypatch: pytes
         convolution._Pairs, "make", lambda self, band: (made.append(exchange.waited), make(self, band))
     )
     x = torch.randn(1, 2, 5, 3, op.source.channels)
-    flow = Flow(Frames(x), [], {}, first=False, last=False, exchange=exchange, room=NO_ROOM)
+    kept = {op.name: torch.randn(1, 2, 7, 3, op.source.channels)}
+    flow = Flow(Frames(x), [], kept, first=False, last=False, exchange=exchange)
     bound.run(flow)
     assert made == [False] * 3 + [True] * 2  # bands of one row: the first and the last read neighbours' rows

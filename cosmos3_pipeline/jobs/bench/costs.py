@@ -40,9 +40,9 @@ class TimedOp:
         """Seconds of each later chunk."""
         return [sum(self._later[i : i + self._portions]) for i in range(0, len(self._later), self._portions)]
 
-    def room(self, *, first: bool, exchange: HaloExchange | None) -> Room:
+    def room(self, x: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
         """As the op's."""
-        return self._op.room(first=first, exchange=exchange)
+        return self._op.room(x, first=first, exchange=exchange)
 
     def run(self, flow: Flow) -> None:
         """Run the op on the chunk, in its place among the others, where its input is as warm as in a real run."""

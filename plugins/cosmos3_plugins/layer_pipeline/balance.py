@@ -40,7 +40,7 @@ _PART_OF_A_BLOCK = 1.07
 _PASSES = {NormSilu: 2.5, SpatialUp: 4.0, TimeUp: 3.0, AverageDown: 3.0}
 # Where a convolution makes two frames at a time: the part of its products that is left, how many weights there are
 # for one, and its ways through input and output, most of them for sums and differences of frames.
-_PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES = 2 / 3, 4 / 3, 3.5
+_PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES = 2 / 3, 4 / 3, 2.5
 # How far beyond the best slowest run a division may go if it then sends less.
 _SLACK = 1.01
 
