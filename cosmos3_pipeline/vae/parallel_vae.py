@@ -88,6 +88,7 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._device = device or (torch.device("cpu") if loaded is None else loaded.device)
         self._weights = weights
         self._released = False
+        self._vae: BoundVae | None = None
         self._runners: dict[Direction, Runner] = {}
         self._honoured: set[tuple[Direction, str, LatentShape]] = set()
         self._comm: Comm | None = None
@@ -218,13 +219,16 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     f"{moved.dtype} on {moved.device} could be made are gone; move it before release()"
                 )
             self._dtype, self._device = moved.dtype, moved.device
+            self._vae = None
             self._runners.clear()
         super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
         return self
 
     def _bound(self) -> BoundVae:
-        weights = self._weights or ModuleWeights(self.autoencoder)
-        return BoundVae(self.config, weights, dtype=self._dtype, device=self._device)
+        if self._vae is None:
+            weights = self._weights or ModuleWeights(self.autoencoder)
+            self._vae = BoundVae(self.config, weights, dtype=self._dtype, device=self._device)
+        return self._vae
 
     def _runner(self, direction: Direction) -> Runner:
         if direction not in self._runners:

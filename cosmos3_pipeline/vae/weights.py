@@ -99,10 +99,13 @@ class BoundVae:
         self.device = device
         self._config = config
         self._source = source
+        self._programs: dict[Direction, Program] = {}
 
     def program(self, direction: Direction) -> Program:
         """The ops of `direction`."""
-        return program_for(direction, self._config)
+        if direction not in self._programs:  # making it takes as long as several ops of a small picture
+            self._programs[direction] = program_for(direction, self._config)
+        return self._programs[direction]
 
     def slice(self, direction: Direction, start: int = 0, stop: int | None = None) -> Slice:
         """The ops [start, stop) of `direction`, holding their weights and no others."""

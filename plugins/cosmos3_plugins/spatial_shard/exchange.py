@@ -120,7 +120,7 @@ class SlabExchange:
 
 
 class SlabRun:
-    """A run of ops on this rank's slabs, to be used like the executor's `Slice`, of which it has one a stretch.
+    """The ops of `run` on this rank's slabs; used like the executor's `Slice`, of which it has one a stretch.
 
     Slab i is on rank `base` + i of `comm`.
     """
@@ -128,7 +128,7 @@ class SlabRun:
     def __init__(self, comm: Comm, slices: Sequence[Slice], run: Run, *, base: int = 0) -> None:
         self.program = slices[0].program
         self.start = slices[0].start
-        self._entering = run.entering
+        self.run = run
         self._slices = slices
         self._exchanges = [SlabExchange(comm, one.grid, base=base) for one in run.stretches]
 
@@ -138,7 +138,7 @@ class SlabRun:
 
     def portions(self, given: Iterable[list[Tensor]], state: list[SliceState]) -> Iterator[list[Tensor]]:
         """As `Slice.portions`, on the slabs of the run."""
-        grid = self._entering
+        grid = self.run.entering
         for part, own, exchange in zip(self._slices, state, self._exchanges, strict=True):
             if exchange.grid != grid:
                 given = self._dealt(given, grid, exchange, self.program.carried(part.start)[0].scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, 
 from cosmos3_pipeline.vae.strategy import Direction, Pixels
 from cosmos3_pipeline.vae.weights import BoundVae
 from cosmos3_plugins.spatial_shard.exchange import Collector, SlabRun, slab_of
-from cosmos3_plugins.spatial_shard.slabs import Grid, Run, run_of, stretches_of
+from cosmos3_plugins.spatial_shard.slabs import Grid, run_of, stretches_of
 
 # Where the rows are, with the columns next to them.
 PICTURE_ROWS = 3  # of a latent or a float picture [B, C, T, H, W]
@@ -26,15 +27,21 @@ class ShardRunner:
         self, vae: BoundVae, comm: Comm, direction: Direction, grid_of: Callable[[int, int], Grid]
     ) -> None:
         self._comm = comm
-        self._grid_of = grid_of
-        self._program = vae.program(direction)
-        self._slices = [vae.slice(direction, start, stop) for start, stop, _ in stretches_of(self._program)]
+        self._program = program = vae.program(direction)
+        slices = [vae.slice(direction, start, stop) for start, stop, _ in stretches_of(program)]
+
+        def on_slab(rows: int, cols: int) -> SlabRun:
+            return SlabRun(comm, slices, run_of(program, grid_of(rows, cols)))
+
+        # Remembered: to find a small picture's slabs and halos takes as long as several ops on them.
+        self._on_slab = lru_cache(on_slab)
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields each portion of the picture on the root; the other ranks send theirs and yield nothing."""
-        run = run_of(self._program, self._grid_of(z.shape[3], z.shape[4]))
+        part = self._on_slab(z.shape[3], z.shape[4])
+        run = part.run
         z = slab_of(z, run.entering.slab(self._comm.rank), 1, PICTURE_ROWS)
-        pictures = self._outputs(run, z.shape[2], lambda index: latent_chunk(z, index))
+        pictures = self._outputs(part, z.shape[2], lambda index: latent_chunk(z, index))
         parts = (as_pixels(picture, pixels) for picture in pictures)
         dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
         yield from Collector(self._comm, run.leaving).collected(parts, dim=dim)
@@ -44,17 +51,18 @@ class ShardRunner:
         program = self._program
         scale, chunks = program.spatial, picture_chunks(x.shape[2])
         rows, cols = x.shape[3] // scale, x.shape[4] // scale
-        run = run_of(program, self._grid_of(rows, cols))
+        on_slab = self._on_slab(rows, cols)
+        run = on_slab.run
         own = slab_of(x, run.entering.slab(self._comm.rank), scale, PICTURE_ROWS)
-        part = torch.cat(list(self._outputs(run, chunks, lambda index: picture_chunk(own, index))), dim=1)
+        part = torch.cat(list(self._outputs(on_slab, chunks, lambda index: picture_chunk(own, index))), dim=1)
         frames = 1 + (chunks - 1) * program.latents_per_chunk
         wholes = list(Collector(self._comm, run.leaving).collected([part], dim=PIXEL_ROWS))
         whole = wholes[0] if wholes else x.new_empty(x.shape[0], frames, rows, cols, 2 * program.z_dim)
         self._comm.broadcast(whole)
         return whole.permute(0, 4, 1, 2, 3).contiguous()
 
-    def _outputs(self, run: Run, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
-        part = SlabRun(self._comm, self._slices, run)
+    @staticmethod
+    def _outputs(part: SlabRun, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
         state = part.state(chunks)
         for index in range(chunks):
             for (result,) in part.portions([[source(index)]], state):
