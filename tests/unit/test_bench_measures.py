@@ -20,10 +20,11 @@ from cosmos3_pipeline.jobs.bench import rank as bench_rank
 from cosmos3_pipeline.jobs.bench import roofline
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
-from cosmos3_pipeline.jobs.bench.costs import CHUNKS, op_costs
+from cosmos3_pipeline.jobs.bench.costs import CHUNKS, case_costs
 from cosmos3_pipeline.jobs.bench.given import Given, given_for
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.jobs.bench.machine import pinned
+from cosmos3_pipeline.jobs.bench.messages import Halos
 from cosmos3_pipeline.jobs.bench.rank import Bench
 from cosmos3_pipeline.jobs.bench.roofline import ConvShape, Roofline, convolutions, shapes_of, ways
 from cosmos3_pipeline.jobs.bench.suite import Case
@@ -32,7 +33,7 @@ from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
 from cosmos3_pipeline.jobs.ranks import resolved
 from cosmos3_pipeline.vae import ops
-from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.ops import LatentShape, Margins
 from cosmos3_pipeline.vae.program import program_for
 
 CPU = torch.device("cpu")
@@ -250,11 +251,53 @@ def test_a_peer_that_cannot_is_absent_and_ours_that_cannot_ends_the_run(autoenco
 
 def test_the_seconds_of_every_op_on_all_rows_and_on_half(autoencoders: Autoencoders, world: World) -> None:
     with torch.no_grad():
-        found = op_costs(TINY, autoencoders, world, LatentShape(1, 1, 3, 2), rounds=1)
+        costs = case_costs(TINY, autoencoders, world, LatentShape(1, 1, 3, 2), rounds=1)
+    found = costs["ops"]
     names = [op.name for op in program_for("decode", TINY).ops]
     assert CHUNKS > 2
     assert [(op["name"], op["rows"]) for op in found] == [(name, rows) for rows in (3, 2) for name in names]
     assert all(op["first_s"] > 0 and op["later_s"] > 0 for op in found)
+    assert costs["message_s"] is None  # one rank has nobody to send to
+
+
+class Posted:
+    """A `Comm` of rank 2k or 2k + 1 whose neighbour's halo is all sevens."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.sent: list[tuple[Tensor, int]] = []
+
+    def exchange(self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> Posted:
+        self.sent += [(tensor.clone(), peer) for tensor, peer in sends]
+        for tensor, _ in receives:
+            tensor.fill_(7.0)
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_halos_whose_messages_are_timed_are_those_of_two_slabs(rank: int) -> None:
+    comm, margins = Posted(rank), Margins(1, 1, 0, 0)
+    halos = Halos(comm)  # type: ignore[arg-type]
+    padded = torch.arange(5.0).view(1, 1, 5, 1, 1).clone()
+    assert halos.coming(margins) == (Margins(1, 0, 0, 0) if rank else Margins(0, 1, 0, 0))
+    halos.start(padded, margins)()
+    ((sent, peer),) = comm.sent
+    assert peer == 1 - rank and sent.flatten().tolist() == ([1.0] if rank else [3.0])
+    assert padded.flatten().tolist() == ([7.0, 1, 2, 3, 4] if rank else [0.0, 1, 2, 3, 7])
+    assert len(halos.seconds) == 1 and halos.seconds[0] > 0
+
+
+def test_the_last_of_three_ranks_has_no_neighbour() -> None:
+    comm = Posted(2)
+    comm.size = 3
+    halos = Halos(comm)  # type: ignore[arg-type]
+    halos.start(torch.zeros(1, 1, 5, 1, 1), Margins(1, 1, 0, 0))()
+    assert not halos.coming(Margins(1, 1, 0, 0)) and not comm.sent and not halos.seconds
 
 
 def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
@@ -269,12 +312,12 @@ def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
             held.extend(weakref.ref(one) for one in (self, contestant, contestant.weights))
             return contestant
 
-    def timing(*args: object) -> list[Any]:
+    def timing(*args: object) -> dict[str, Any]:
         assert len(held) == 6 and all(one() is None for one in held)
-        return ["timed"]
+        return {"ops": ["timed"]}
 
     monkeypatch.setattr(bench_rank, "Factory", Watched)
-    monkeypatch.setattr(bench_rank, "op_costs", timing)
+    monkeypatch.setattr(bench_rank, "case_costs", timing)
     plain = {"bench": {"rounds": 1, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
     bench = Bench(plain, TINY, world, autoencoders, advance=lambda steps=1: None)
     with torch.no_grad():

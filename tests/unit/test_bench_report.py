@@ -242,7 +242,10 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
     measured = {
         "vae": dimensions,
         "cases": {one.name: report(**rows)},
-        "costs": {"cases": {one.name: {"ops": ops}}, "link": {"latency_s": 1e-6, "bytes_per_s": 1e12}},
+        "costs": {
+            "cases": {one.name: {"ops": ops, "message_s": None}},
+            "link": {"latency_s": 1e-6, "bytes_per_s": 1e12},
+        },
     }
     found = simulated([one], plain, measured)
     assert found is not None
@@ -253,5 +256,10 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
     assert speed_ups["layer_pipeline"]["1"] == pytest.approx(1) == speed_ups["spatial_shard"]["1"]
     assert 1 < speed_ups["layer_pipeline"]["2"] < 2
     assert speed_ups["spatial_shard"]["8"] > 1 and speed_ups["spatial_shard"]["16"] is None  # of 12 rows
+    measured["costs"]["cases"][one.name]["message_s"] = 1.0  # from the computing of both ranks, for each message
+    slower = simulated([one], plain, measured)
+    assert slower is not None and slower["runs"][0]["simulated_s"] == alone["simulated_s"]
+    messages = 1 + 15 * 2
+    assert slower["runs"][1]["simulated_s"] - pipeline["simulated_s"] == pytest.approx(messages, rel=0.1)
     measured["costs"]["link"] = None
     assert simulated([one], plain, measured) is None

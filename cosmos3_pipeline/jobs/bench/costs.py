@@ -1,4 +1,4 @@
-"""What a simulation of other numbers of ranks needs: the seconds of each op, and of a message, on this machine."""
+"""What a simulation of other numbers of ranks needs: the seconds of each op, and of the messages between ops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.jobs.bench.messages import Halos
 from cosmos3_pipeline.jobs.bench.weights import Autoencoders
 from cosmos3_pipeline.jobs.bench.world import World
 from cosmos3_pipeline.vae.bound_ops import BoundOp, Flow
@@ -21,8 +22,6 @@ from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.weights import ModuleWeights
 
 CHUNKS = 4  # of the clip of which the ops are timed: one first, three later ones
-SMALL_MESSAGE, LARGE_MESSAGE = 8, 1 << 22  # bytes
-PINGS = 50
 
 
 class TimedOp:
@@ -66,13 +65,16 @@ class TimedSlice(Slice):
         return ops
 
 
-def op_costs(
+def case_costs(
     dimensions: Mapping[str, Any], autoencoders: Autoencoders, world: World, latent: LatentShape, rounds: int
-) -> list[dict[str, Any]]:
-    """Seconds of each op of the decoder, in a first and a later chunk, on all rows of `latent` and on half.
+) -> dict[str, Any]:
+    """`ops`: seconds of each op of the decoder, in a first and a later chunk, on all rows of `latent` and on half.
 
     Every rank runs the same at the same time, as in a real run: what they do to each other's memory traffic is
     in the numbers. Medians over the rounds and chunks, then the mean of the ranks.
+
+    `message_s`: what a message of a halo takes from the computing of each of its ranks, in its place between the
+    ops on half of the rows, where it finds nothing of its own in a cache. None with one rank.
     """
     slabs = sorted({latent.rows, (latent.rows + 1) // 2}, reverse=True)
     program = program_for("decode", dimensions)
@@ -80,68 +82,38 @@ def op_costs(
     weights = ModuleWeights(autoencoders.model(torch.float32)).load(
         names, dtype=torch.float32, device=world.device
     )
-    found = []
+    found, message = [], None
     for slab in slabs:
         part = TimedSlice(program, 0, len(program), weights)
         z = torch.randn(1, program.z_dim, CHUNKS, slab, latent.cols, generator=torch.Generator().manual_seed(0))
-        _run(part, z.to(world.device))
+        z = z.to(world.device)
+        _run(part, z)
         ops = part.timed()
         for _ in range(rounds):
             world.wait()
-            _run(part, z.to(world.device))
+            _run(part, z)
         own = [(statistics.median(op.first), statistics.median(op.later)) for op in ops]
         everyone = world.comm.agree(own)
         for index, op in enumerate(ops):
             first, later = (statistics.mean(rank[index][i] for rank in everyone) for i in range(2))
             found.append({"name": op.name, "rows": slab, "first_s": first, "later_s": later})
-    return found
+        if slab == slabs[-1] and world.comm.size > 1:
+            message = _message_seconds(part, z, world)
+    return {"ops": found, "message_s": message}
 
 
-def _run(part: Slice, z: Tensor) -> None:
+def _message_seconds(part: Slice, z: Tensor, world: World) -> float:
+    """What a message takes from computing, half of what both of a halo do: the root's median."""
+    with world.comm.run():
+        _run(part, z, Halos(world.comm))
+        halos = Halos(world.comm)
+        _run(part, z, halos)
+    return float(world.comm.agree(statistics.median(halos.seconds or [0.0]) / 2)[0])
+
+
+def _run(part: Slice, z: Tensor, exchange: HaloExchange | None = None) -> None:
     """Decode latents [1, C, T, h, w] and forget the picture."""
     state = part.state(z.shape[2])
     for index in range(z.shape[2]):
-        for _ in part.portions([[latent_chunk(z, index)]], state):
+        for _ in part.portions([[latent_chunk(z, index)]], state, exchange):
             pass
-
-
-def link_costs(world: World) -> dict[str, float] | None:
-    """Of messages between the first two ranks, one way: the arguments of `plan.simulation.Link`.
-
-    The seconds of an empty one and the bytes per second of a large one; and what a message takes from the
-    computing of each of its ranks, which is the processor's seconds, since on CPU their cores copy it.
-    """
-    if world.comm.size == 1:
-        return None
-    with world.comm.run():
-        small, large = (_one_way(world, size) for size in (SMALL_MESSAGE, LARGE_MESSAGE))
-    # What the root has measured is what counts; the others only answer.
-    (latency, busy), (arrival, busy_large) = world.comm.agree((small, large))[0]
-    return {
-        "latency_s": latency,
-        "bytes_per_s": LARGE_MESSAGE / max(arrival - latency, 1e-9),
-        "busy_s": busy,
-        "busy_s_per_byte": max(busy_large - busy, 0.0) / LARGE_MESSAGE,
-    }
-
-
-def _one_way(world: World, size: int) -> tuple[float, float]:
-    """Seconds in which a message of `size` bytes goes to the next rank: half of there and back.
-
-    On the clock (median), and of this rank's processor (mean).
-    """
-    comm, ball = world.comm, torch.zeros(size, dtype=torch.uint8, device=world.device)
-    if comm.rank > 1:
-        return 0.0, 0.0
-    seconds, processor = [], time.process_time()
-    for _ in range(PINGS):
-        started = time.perf_counter()
-        if comm.rank == 0:
-            comm.exchange(sends=[(ball, 1)]).wait()
-            comm.exchange(receives=[(ball, 1)]).wait()
-        else:
-            comm.exchange(receives=[(ball, 0)]).wait()
-            comm.exchange(sends=[(ball, 0)]).wait()
-        world.finish()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds) / 2, (time.process_time() - processor) / PINGS / 2

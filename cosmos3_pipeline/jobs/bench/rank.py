@@ -17,10 +17,11 @@ from rich.console import Console
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.jobs.bench import MARKDOWN_FILE, REPORT_FILE
 from cosmos3_pipeline.jobs.bench.contestants import Factory
-from cosmos3_pipeline.jobs.bench.costs import link_costs, op_costs
+from cosmos3_pipeline.jobs.bench.costs import case_costs
 from cosmos3_pipeline.jobs.bench.given import given_for
 from cosmos3_pipeline.jobs.bench.judge import judge
 from cosmos3_pipeline.jobs.bench.machine import machine, pinned
+from cosmos3_pipeline.jobs.bench.messages import link_costs
 from cosmos3_pipeline.jobs.bench.plots import draw
 from cosmos3_pipeline.jobs.bench.simulated import simulated
 from cosmos3_pipeline.jobs.bench.suite import Case, cases_of
@@ -132,7 +133,7 @@ class Bench:
             self.costs[case.name] = {
                 "latent_rows": case.shape.rows,
                 "latent_cols": case.shape.cols,
-                "ops": op_costs(self.dimensions, self.autoencoders, self.world, case.shape, bench["rounds"]),
+                **case_costs(self.dimensions, self.autoencoders, self.world, case.shape, bench["rounds"]),
             }
         self.advance()
         return report

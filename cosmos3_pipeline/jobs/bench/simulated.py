@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cosmos3_pipeline.config.plugins import discover
@@ -29,9 +29,11 @@ class Simulation:
     @classmethod
     def of(cls, case: Case, dimensions: Mapping[str, Any], costs: Mapping[str, Any]) -> Simulation:
         """From `costs` of bench.json."""
-        ops = costs["cases"][case.name]["ops"]
-        samples = [(op["name"], op["rows"], op["first_s"], op["later_s"]) for op in ops]
-        return cls(case, MeasuredCosts(program_for("decode", dimensions), samples), Link(**costs["link"]))
+        measured, link = costs["cases"][case.name], Link(**costs["link"])
+        samples = [(op["name"], op["rows"], op["first_s"], op["later_s"]) for op in measured["ops"]]
+        if measured["message_s"] is not None:
+            link = replace(link, busy_s=measured["message_s"])
+        return cls(case, MeasuredCosts(program_for("decode", dimensions), samples), link)
 
     def seconds(self, strategy: Strategy, ranks: int) -> float:
         """Of a decode by `ranks` ranks. Raises StrategyError and SimulationError for what cannot be."""
