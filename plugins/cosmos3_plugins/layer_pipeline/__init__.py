@@ -23,7 +23,7 @@ from cosmos3_pipeline.vae.strategy import (
     StrategyError,
     StrategyPlan,
 )
-from cosmos3_plugins.layer_pipeline.balance import LARGE_PIXELS, balanced_runs, op_costs
+from cosmos3_plugins.layer_pipeline.balance import LARGE_PIXELS, balanced_runs, op_costs, speed_up
 
 if TYPE_CHECKING:
     from cosmos3_pipeline.distributed.comm import Comm
@@ -93,9 +93,9 @@ class LayerPipeline(Strategy):
         costs = op_costs(program, self.flops_per_element, self._pixels(shape), shape.element_bytes)
         stage = [sum(costs[start:stop]) for start, stop in runs]
         balance = sum(stage) / (ranks * max(stage))
-        speed_up = ranks * balance * chunks / (chunks + program.waits(start for start, _ in runs if start))
         note = (
-            f"{chunks} chunks through {ranks} stages, balance {balance:.0%}: at best {speed_up:.2f} times one rank"
+            f"{chunks} chunks through {ranks} stages, balance {balance:.0%}: "
+            f"at best {speed_up(program, costs, runs, chunks):.2f} times one rank"
         )
         return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
 

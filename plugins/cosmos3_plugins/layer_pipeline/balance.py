@@ -1,9 +1,9 @@
-"""Cutting a program into contiguous runs of nearly equal cost."""
+"""Cutting a program into contiguous runs, the ranks of a line, such that the line ends as early as possible."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -24,10 +24,10 @@ from cosmos3_pipeline.vae.program import Program
 # attention, a thousandth of them; so one division serves all larger clips, which share one set of weights.
 LARGE_PIXELS = 1024
 # Multiplications and additions in the time in which one weight is read from memory, which each portion of a
-# chunk does anew. Fitted: the share of the ops before a cut in the middle is then within 1.4% of what they took
-# on one core, at decoder widths from 24 to 256; at 160, and where a picture is tiny (24: 12 x 9, 256: 4 x 2),
-# within 3%. Weights of an op up to so many stay in a cache.
-_FLOPS_PER_WEIGHT = 60
+# chunk does anew, and partly while it computes: of both an op takes the root of the sum of squares. Fitted: the
+# share of the ops before a cut in the middle is then within 0.7% of what they took on one core, at decoder widths
+# from 24 to 256 with 8 to 480 pixels; within 1.2% at 160 with 20. Weights of an op up to so many stay in a cache.
+_FLOPS_PER_WEIGHT = 105
 _CACHED_WEIGHTS = 1 << 20
 # Output channels of one vector of a convolution kernel, and what a product costs with one or two vectors, which do
 # not reach the full rate, and where the last is not full. From oneDNN with AVX-512 in a decode: 240 GFLOP/s at 48
@@ -41,8 +41,10 @@ _PASSES = {NormSilu: 2.5, SpatialUp: 4.0, TimeUp: 3.0, AverageDown: 3.0}
 # Where a convolution makes two frames at a time: the part of its products that is left, how many weights there are
 # for one, and its ways through input and output, most of them for sums and differences of frames.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES = 2 / 3, 4 / 3, 2.5
-# How far beyond the best slowest run a division may go if it then sends less.
-_SLACK = 1.01
+# Chunks of the clip that a line is divided for: 125 frames of video. The same for all clips, which share weights.
+_CHUNKS = 32
+# How far beyond the least cost of the costliest run a division may go if it then sends less.
+_SLACK = 1.002
 
 
 @cache
@@ -61,11 +63,9 @@ def op_costs(
         products, weights, passes = 1.0, 1.0, _PASSES.get(type(op), 1.0)
         if isinstance(op, Conv) and _makes_pairs(op, latent, portions):
             products, weights, passes = _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES
-        costs.append(
-            products * op.flops(latent, first=False) * _filled(op.target.channels)
-            + flops_per_element * _elements_touched(op, latent, passes)
-            + weights * _weights_read(op) * _FLOPS_PER_WEIGHT * portions
-        )
+        computing = products * op.flops(latent, first=False) * _filled(op.target.channels)
+        reading = weights * _weights_read(op) * _FLOPS_PER_WEIGHT * portions
+        costs.append(math.hypot(computing, reading) + flops_per_element * _elements_touched(op, latent, passes))
     return tuple(costs)
 
 
@@ -106,11 +106,14 @@ def balanced_runs(
     pixels: int = LARGE_PIXELS,
     element_bytes: int = 4,
 ) -> tuple[tuple[int, int], ...]:
-    """`ranks` runs [start, stop) that cover the program in order, the costliest as cheap as possible.
+    """`ranks` runs [start, stop) that cover the program in order, with which a line ends earliest. `ranks` <= ops.
 
-    Among divisions within 1% of that, the one whose cuts are crossed by the least data. `ranks` <= ops.
+    Among divisions that are hardly later than that, the one whose cuts are crossed by the least data.
     """
-    costs = op_costs(program, flops_per_element, pixels, element_bytes)
+    chunk = op_costs(program, flops_per_element, pixels, element_bytes)
+    # A rank begins when a portion has passed the ops before its own, and when it has ended, one has yet to pass
+    # those after them. So the line ends by the rank that computes longest, if what one portion takes is left out.
+    costs = [_CHUNKS * cost - alone for cost, alone in zip(chunk, _portion_costs(program, chunk), strict=True)]
     latent = _of(pixels, element_bytes)
     crossing = [
         sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
@@ -118,6 +121,21 @@ def balanced_runs(
     limit = _SLACK * _cheapest_maximum(costs, ranks)
     cuts = _least_crossing(costs, crossing, ranks, limit)
     return tuple(pairwise(cuts))
+
+
+def speed_up(program: Program, costs: Sequence[float], runs: Iterable[tuple[int, int]], chunks: int) -> float:
+    """How many times as fast as one rank a line of `runs` is at best, whose messages take no time.
+
+    `costs` are those of `op_costs`; all chunks count as later ones.
+    """
+    portion = _portion_costs(program, costs) if chunks > 1 else costs
+    longest = max(sum(chunks * costs[op] - portion[op] for op in range(*run)) for run in runs)
+    return chunks * sum(costs) / (sum(portion) + longest)
+
+
+def _portion_costs(program: Program, costs: Sequence[float]) -> list[float]:
+    """Of each op for one of the portions in which it sees a chunk."""
+    return [cost / program.portions_at(number + 1, first=False) for number, cost in enumerate(costs)]
 
 
 def _cheapest_maximum(costs: Sequence[float], ranks: int) -> float:
