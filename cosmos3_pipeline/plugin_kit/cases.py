@@ -118,7 +118,8 @@ CLIP = Case("clip", WAN22, "float32", batch=1, frames=5, rows=5, cols=4)
 CASES = (
     CLIP,  # five chunks: no number of ranks from 2 to 4 divides them, nor the rows
     Case("image", WAN22, "float32", batch=1, frames=1, rows=7, cols=5),
-    Case("tall", WAN22, "float32", batch=1, frames=2, rows=35, cols=3),  # more than one tile, either way
+    # More than one tile, either way; and large enough for convolutions that make frames in pairs.
+    Case("tall", WAN22, "float32", batch=1, frames=2, rows=35, cols=5),
     Case("two clips", WAN21, "float32", batch=2, frames=4, rows=4, cols=7),
     Case("bfloat16", WAN22, "bfloat16", batch=1, frames=4, rows=6, cols=4),
 )

@@ -118,10 +118,10 @@ def _remember(flow: Flow, name: str, buffer: Tensor, count: int) -> None:
     flow.cache[name][:, count - have :].copy_(buffer[:, -have:])
 
 
-def _may_stay(flow: Flow, frames: Tensor, count: int) -> bool:
-    """Whether `frames` can be kept for the next chunk as they are: `count` of them, in a memory of their own."""
-    alone = frames.untyped_storage().nbytes() == frames.nbytes
-    return frames.shape[1] == count and alone and not any(_same_memory(frames, kept) for kept in flow.shortcuts)
+def _may_stay(flow: Flow, buffer: Tensor, count: int) -> bool:
+    """Whether `buffer` can be kept for the next chunk as it is: `count` frames, in a memory of their own."""
+    alone = buffer.untyped_storage().nbytes() == buffer.nbytes
+    return buffer.shape[1] == count and alone and not any(_same_memory(buffer, kept) for kept in flow.shortcuts)
 
 
 def _closed(flow: Flow) -> Tensor:
@@ -166,10 +166,10 @@ class Conv(BoundOp[ops.Conv]):
         return Room(0, room.margins) if self._conv.makes_pairs(x) else room
 
     def run(self, flow: Flow) -> None:
-        x, name, kept = flow.at.inner, self.op.name, self.op.cached_frames
-        apart = self._conv.makes_pairs(x)
-        frames = _take(flow, self.room(x, first=flow.first, exchange=flow.exchange))
+        name, count = self.op.name, self.op.cached_frames
+        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
         cut, own = frames.room.margins, self.op.margins
+        apart = not flow.first and count > frames.room.front
         if frames.room.front:
             _recall(flow, name, frames)
         _begin(frames, cut, flow.exchange)
@@ -181,10 +181,10 @@ class Conv(BoundOp[ops.Conv]):
             onto=_closed(flow) if self.op.adds_shortcut else None,
             arrival=frames.arrival,
         )
-        if apart and not flow.last and _may_stay(flow, frames.buffer, kept):
+        if apart and not flow.last and _may_stay(flow, frames.buffer, count):
             flow.cache[name] = frames.buffer
-        elif kept:
-            _remember(flow, name, frames.buffer, kept)
+        elif count:
+            _remember(flow, name, frames.buffer, count)
         flow.at = Frames(out)
 
 

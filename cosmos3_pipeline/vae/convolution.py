@@ -88,9 +88,10 @@ class Convolution:
         The result is added `onto` [B, T', H', W', O], contiguous, which is returned; oneDNN rounds the sum once.
         `arrival` is of the outer rows and columns of x, and waited for as late as can be.
         """
-        taps = taps or self._shape[2]
         if before is not None:
+            assert not taps and stride == (1, 1, 1), "pairs of frames are made with all taps, and of every frame"
             return self._in_pairs(before, x, padding, onto, arrival)
+        taps = taps or self._shape[2]
         if arrival is not None:
             arrival.wait()
         pad = (0, *padding)

@@ -88,7 +88,7 @@ def activation_bytes(
     walk = _Walk(program, latent, start, stop, deals, whole, cut_rows=cut_rows, cut_cols=cut_cols)
     peak = walk.chunk(first=True, last=chunks == 1)
     if chunks > 1:
-        # The frames kept by the ops already run are replaced in place, so the third chunk is like the second.
+        # The frames kept by the ops already run are replaced by as many, so the third chunk is like the second.
         peak = max(peak, walk.chunk(first=False, last=False))
     return peak
 

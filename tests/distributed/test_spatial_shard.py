@@ -208,6 +208,26 @@ def test_a_rank_that_fails_or_stops_in_mid_stream_holds_nobody_up(broken: int, w
         assert abs(again - plain(expected_of("wan22", "decode")[0])).max() <= 1e-5
 
 
+def _sizes(rank: int) -> list[float]:
+    """How far two ranks are from one, clip after clip of other sizes with the same VAE."""
+    config = vae_config(WAN22)
+    model = make_vae(config)
+    vae, alone = ParallelVAE(model, SpatialShard(), SpatialShard()), ParallelVAE(model, Replicated(), Replicated())
+    found = []
+    for rows, cols in ((4, 3), (4, 5), (7, 3), (4, 3)):
+        z = torch.randn(1, config["z_dim"], 2, rows, cols, generator=torch.Generator().manual_seed(cols))
+        x = alone.decode(z).sample
+        found.append(float((vae.decode(z).sample - x).abs().max()))
+        moments = alone.encode(x).latent_dist.parameters
+        found.append(float((vae.encode(x).latent_dist.parameters - moments).abs().max()))
+    return found
+
+
+def test_one_vae_serves_clips_of_any_size() -> None:
+    for distances in run_on_ranks(_sizes, 2):
+        assert max(distances) <= 1e-5
+
+
 def peak_bytes(rank: int, strategy: Strategy, rows: int, cols: int, frames: int) -> list[tuple[int, int]]:
     """(planned, alive at once) of decoding a stream and of encoding, without the check of the input."""
     config = vae_config(WAN22, base_dim=24, decoder_base_dim=24)

@@ -38,7 +38,7 @@ def test_two_cases_on_two_ranks(tmp_path: Path) -> None:
     assert report["not_run"] == []
     costs = report["costs"]
     assert {op["rows"] for op in costs["cases"]["layer_pipeline"]["ops"]} == {4, 2}
-    assert all(case["message_s"] > 0 for case in costs["cases"].values())
+    assert all(case["message"]["seconds"] > 0 < case["message"]["bytes"] for case in costs["cases"].values())
     assert costs["link"]["latency_s"] > 0 and costs["link"]["bytes_per_s"] > 1e6
     for target in report["targets"]:
         assert (target["met"] is None) == (target["over"] in case["absent"])

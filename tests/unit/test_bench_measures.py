@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from toy_runs import toy_dimensions
 from vae_models import WAN21, WAN22
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.jobs.bench import costs as bench_costs
 from cosmos3_pipeline.jobs.bench import rank as bench_rank
 from cosmos3_pipeline.jobs.bench import roofline
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
@@ -257,7 +260,7 @@ def test_the_seconds_of_every_op_on_all_rows_and_on_half(autoencoders: Autoencod
     assert CHUNKS > 2
     assert [(op["name"], op["rows"]) for op in found] == [(name, rows) for rows in (3, 2) for name in names]
     assert all(op["first_s"] > 0 and op["later_s"] > 0 for op in found)
-    assert costs["message_s"] is None  # one rank has nobody to send to
+    assert costs["message"] is None  # one rank has nobody to send to
 
 
 class Posted:
@@ -281,15 +284,47 @@ class Posted:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_halos_whose_messages_are_timed_are_those_of_two_slabs(rank: int) -> None:
-    comm, margins = Posted(rank), Margins(1, 1, 0, 0)
+    comm, margins = Posted(rank), Margins(top=1, bottom=2)
     halos = Halos(comm)  # type: ignore[arg-type]
-    padded = torch.arange(5.0).view(1, 1, 5, 1, 1).clone()
-    assert halos.coming(margins) == (Margins(1, 0, 0, 0) if rank else Margins(0, 1, 0, 0))
+    padded = torch.arange(7.0).view(1, 1, 7, 1, 1).clone()  # of which 1 to 4 are the slab's own
+    assert halos.coming(margins) == (Margins(top=1) if rank else Margins(bottom=2))
     halos.start(padded, margins)()
     ((sent, peer),) = comm.sent
-    assert peer == 1 - rank and sent.flatten().tolist() == ([1.0] if rank else [3.0])
-    assert padded.flatten().tolist() == ([7.0, 1, 2, 3, 4] if rank else [0.0, 1, 2, 3, 7])
+    # The upper slab has two rows below it, which the lower one gives; the lower has one above it.
+    assert peer == 1 - rank and sent.flatten().tolist() == ([1.0, 2.0] if rank else [4.0])
+    assert padded.flatten().tolist() == ([7.0, 1, 2, 3, 4, 5, 6] if rank else [0.0, 1, 2, 3, 4, 7, 7])
     assert len(halos.seconds) == 1 and halos.seconds[0] > 0
+    assert halos.nbytes == ([4] if rank else [8])
+
+
+def test_of_a_halo_each_message_takes_half_and_the_rank_that_waits_counts_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Ran(Halos):
+        def start(self, padded: Tensor, margins: Margins) -> Callable[[], None]:
+            self.seconds.append(6.0 if ran else 100.0)  # not what the first run takes, which is a warm-up
+            self.nbytes.append(80)
+            return lambda: None
+
+    class Three:
+        rank, size = 0, 3
+
+        def run(self) -> Any:
+            return nullcontext()
+
+        def agree(self, value: Any) -> list[Any]:
+            return [value, (9.0, 80.0), []]  # the last has no neighbour
+
+    def run(part: Any, z: Any, halos: Halos) -> None:
+        halos.start(z, Margins(1, 1))
+        ran.append(halos)
+
+    ran: list[Halos] = []
+    monkeypatch.setattr(bench_costs, "Halos", Ran)
+    monkeypatch.setattr(bench_costs, "_run", run)
+    world = SimpleNamespace(comm=Three())
+    assert bench_costs._message(None, torch.zeros(1), world) == {"seconds": 3.0, "bytes": 80}  # type: ignore[arg-type]
+    assert len(ran) == 2
 
 
 def test_the_last_of_three_ranks_has_no_neighbour() -> None:

@@ -243,7 +243,7 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
         "vae": dimensions,
         "cases": {one.name: report(**rows)},
         "costs": {
-            "cases": {one.name: {"ops": ops, "message_s": None}},
+            "cases": {one.name: {"ops": ops, "message": None}},
             "link": {"latency_s": 1e-6, "bytes_per_s": 1e12},
         },
     }
@@ -256,7 +256,9 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
     assert speed_ups["layer_pipeline"]["1"] == pytest.approx(1) == speed_ups["spatial_shard"]["1"]
     assert 1 < speed_ups["layer_pipeline"]["2"] < 2
     assert speed_ups["spatial_shard"]["8"] > 1 and speed_ups["spatial_shard"]["16"] is None  # of 12 rows
-    measured["costs"]["cases"][one.name]["message_s"] = 1.0  # from the computing of both ranks, for each message
+    link = measured["costs"]["link"]
+    link["busy_s_per_byte"] = 1e-12
+    measured["costs"]["cases"][one.name]["message"] = {"seconds": 1.1, "bytes": 1e11}  # of which 0.1 s for bytes
     slower = simulated([one], plain, measured)
     assert slower is not None and slower["runs"][0]["simulated_s"] == alone["simulated_s"]
     messages = 1 + 15 * 2

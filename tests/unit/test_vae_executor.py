@@ -116,7 +116,7 @@ def chunks_of(program: Program, vae: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("make_program", [decoder_program, encoder_program])
 @pytest.mark.parametrize("name", ["wan22", "wan21"])
-def test_any_cut_gives_the_same_bits(name: str, make_program: Callable[..., Program]) -> None:
+def test_any_cut_gives_the_same_bits(name: str, make_program: Callable[..., Program], bands: None) -> None:
     vae = make_vae(CONFIGS[name])
     program = make_program(vae.config)
     weights = vae.state_dict()

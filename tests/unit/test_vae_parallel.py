@@ -17,7 +17,7 @@ from cosmos3_pipeline.vae.inputs import VaeInputError
 from cosmos3_pipeline.vae.program import Program, decoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.balance import balanced_runs, op_costs
+from cosmos3_plugins.layer_pipeline.balance import best_runs, op_costs, speed_up
 from cosmos3_plugins.replicated import Replicated
 
 CONFIG = vae_config(WAN22)
@@ -190,11 +190,23 @@ def test_layer_pipeline_settled_keeps_its_runs_for_any_clip() -> None:
 def test_layer_pipeline_is_balanced_within_one_op(ranks: int) -> None:
     program = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
     costs = op_costs(program, 40.0)
-    runs = balanced_runs(program, ranks, 40.0)
+    runs = best_runs(program, ranks, 40.0)
     assert [runs[0][0], *(stop for _, stop in runs)] == [*(start for start, _ in runs), len(program)]
     assert max(sum(costs[a:b]) for a, b in runs) <= 1.01 * (sum(costs) / ranks + max(costs))
     shares = LayerPipeline().plan(program, LatentShape(1, 48, 45, 80, 2), ranks).shares
     assert sum(share.flops for share in shares) == program.flops(LatentShape(1, 48, 45, 80, 2))
+
+
+@pytest.mark.parametrize("frames", [1, 4, 48])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_layer_pipeline_promises_what_its_line_can_do(frames: int, element_bytes: int) -> None:
+    program = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
+    shape = LatentShape(1, frames, 5, 4, element_bytes)
+    plan = LayerPipeline(flops_per_element=30.0).plan(program, shape, 3)
+    costs = op_costs(program, 30.0, 20, element_bytes)
+    promised = speed_up(program, costs, [share.ops for share in plan.shares], frames)
+    assert plan.note.endswith(f": at best {promised:.2f} times one rank")
+    assert 1 <= promised <= 3 and (promised == 1) == (frames == 1)
 
 
 def test_exactness_is_ordered() -> None:

@@ -73,8 +73,8 @@ def case_costs(
     Every rank runs the same at the same time, as in a real run: what they do to each other's memory traffic is
     in the numbers. Medians over the rounds and chunks, then the mean of the ranks.
 
-    `message_s`: what a message of a halo takes from the computing of each of its ranks, in its place between the
-    ops on half of the rows, where it finds nothing of its own in a cache. None with one rank.
+    `message`: the `seconds` that a message of a halo takes each of its ranks, in its place between the ops on half
+    of the rows, where it finds nothing of its own in a cache, and its `bytes`. None with one rank.
     """
     slabs = sorted({latent.rows, (latent.rows + 1) // 2}, reverse=True)
     program = program_for("decode", dimensions)
@@ -98,17 +98,19 @@ def case_costs(
             first, later = (statistics.mean(rank[index][i] for rank in everyone) for i in range(2))
             found.append({"name": op.name, "rows": slab, "first_s": first, "later_s": later})
         if slab == slabs[-1] and world.comm.size > 1:
-            message = _message_seconds(part, z, world)
-    return {"ops": found, "message_s": message}
+            message = _message(part, z, world)
+    return {"ops": found, "message": message}
 
 
-def _message_seconds(part: Slice, z: Tensor, world: World) -> float:
-    """What a message takes from computing, half of what both of a halo do: the root's median."""
+def _message(part: Slice, z: Tensor, world: World) -> dict[str, float]:
+    """Half of what both messages of a halo take: medians of the rank that takes least, as it waits for nobody."""
     with world.comm.run():
         _run(part, z, Halos(world.comm))
         halos = Halos(world.comm)
         _run(part, z, halos)
-    return float(world.comm.agree(statistics.median(halos.seconds or [0.0]) / 2)[0])
+    own = halos.seconds and (statistics.median(halos.seconds) / 2, statistics.median(halos.nbytes))
+    seconds, nbytes = min(found for found in world.comm.agree(own) if found)
+    return {"seconds": seconds, "bytes": nbytes}
 
 
 def _run(part: Slice, z: Tensor, exchange: HaloExchange | None = None) -> None:

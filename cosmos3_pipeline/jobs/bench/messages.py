@@ -63,8 +63,8 @@ def _one_way(world: World, size: int) -> tuple[float, float]:
 class Halos:
     """Halo rows between ranks 2k and 2k + 1, of which the first has the upper slab: a `HaloExchange`.
 
-    `seconds` notes what the messages of one take from this rank's computing: to start them, and to end them when
-    a convolution waits for them.
+    `seconds` notes what both messages of one take this rank: to start them, and to end them when a convolution
+    waits for them; `nbytes` how large each is.
     """
 
     rows, cols = True, False
@@ -74,6 +74,7 @@ class Halos:
         self._peer = comm.rank ^ 1
         self._is_lower = comm.rank > self._peer
         self.seconds: list[float] = []
+        self.nbytes: list[int] = []
 
     def coming(self, margins: Margins) -> Margins:
         """The side where the other slab is."""
@@ -98,6 +99,7 @@ class Halos:
             waited = time.perf_counter()
             pending.wait()
             self.seconds.append(begun - started + time.perf_counter() - waited)
+            self.nbytes.append(padded[:, :, taken].nbytes)
 
         return wait
 

@@ -31,8 +31,9 @@ class Simulation:
         """From `costs` of bench.json."""
         measured, link = costs["cases"][case.name], Link(**costs["link"])
         samples = [(op["name"], op["rows"], op["first_s"], op["later_s"]) for op in measured["ops"]]
-        if measured["message_s"] is not None:
-            link = replace(link, busy_s=measured["message_s"])
+        if measured["message"] is not None:
+            seconds, nbytes = measured["message"]["seconds"], measured["message"]["bytes"]
+            link = replace(link, busy_s=max(0.0, seconds - nbytes * link.busy_s_per_byte))
         return cls(case, MeasuredCosts(program_for("decode", dimensions), samples), link)
 
     def seconds(self, strategy: Strategy, ranks: int) -> float:

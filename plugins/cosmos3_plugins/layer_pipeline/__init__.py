@@ -23,7 +23,7 @@ from cosmos3_pipeline.vae.strategy import (
     StrategyError,
     StrategyPlan,
 )
-from cosmos3_plugins.layer_pipeline.balance import LARGE_PIXELS, balanced_runs, op_costs, speed_up
+from cosmos3_plugins.layer_pipeline.balance import LARGE_PIXELS, best_runs, op_costs, speed_up
 
 if TYPE_CHECKING:
     from cosmos3_pipeline.distributed.comm import Comm
@@ -34,11 +34,11 @@ __all__ = ["LayerPipeline"]
 
 @dataclass
 class LayerPipeline(Strategy):
-    """Runs of ops balanced by cost.
+    """Runs of ops, divided such that a clip ends early.
 
     flops_per_element: the arithmetic that costs as much time as reading or writing one element; decides how much
-    norms and other memory-bound ops weigh when the runs are balanced.
-    pixels: latent pixels of a frame that the runs are balanced for; 0 means those of each clip. Where they are
+    norms and other memory-bound ops weigh when the ops are divided.
+    pixels: latent pixels of a frame that the ops are divided for; 0 means those of each clip. Where they are
     few, early ops, which have most of the weights, take as long as reading these takes. From 1024 pixels on the
     runs are always the same; before, clips of two sizes may need two divisions, for which weights are bound anew.
     """
@@ -83,7 +83,7 @@ class LayerPipeline(Strategy):
                 f"rank needs one; use {len(program)} ranks or fewer"
             )
         sizes = self._pixels(shape), shape.element_bytes
-        return tuple(reversed(balanced_runs(program, ranks, self.flops_per_element, *sizes)))
+        return tuple(reversed(best_runs(program, ranks, self.flops_per_element, *sizes)))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which ops. Raises StrategyError for more ranks than ops."""

@@ -99,16 +99,16 @@ def _elements_touched(op: Op, latent: LatentShape, passes: float) -> float:
 
 
 @cache
-def balanced_runs(
+def best_runs(
     program: Program,
     ranks: int,
     flops_per_element: float,
     pixels: int = LARGE_PIXELS,
     element_bytes: int = 4,
 ) -> tuple[tuple[int, int], ...]:
-    """`ranks` runs [start, stop) that cover the program in order, with which a line ends earliest. `ranks` <= ops.
+    """`ranks` runs [start, stop) that cover the program in order, with which a clip of 32 chunks ends earliest.
 
-    Among divisions that are hardly later than that, the one whose cuts are crossed by the least data.
+    Among divisions that are hardly later, the one whose cuts are crossed by the least data. `ranks` <= ops.
     """
     chunk = op_costs(program, flops_per_element, pixels, element_bytes)
     # A rank begins when a portion has passed the ops before its own, and when it has ended, one has yet to pass

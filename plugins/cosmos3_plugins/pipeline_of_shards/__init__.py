@@ -22,7 +22,7 @@ from cosmos3_pipeline.vae.strategy import (
     StrategyPlan,
 )
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.balance import balanced_runs
+from cosmos3_plugins.layer_pipeline.balance import best_runs
 from cosmos3_plugins.spatial_shard.slabs import (
     Grid,
     Traffic,
@@ -64,7 +64,7 @@ class PipelineOfShards(Strategy):
         return ranks // self.groups
 
     def runs(self, program: Program, element_bytes: int) -> tuple[tuple[int, int], ...]:
-        """The run [start, stop) of each group, balanced for large pictures of elements of so many bytes.
+        """The run [start, stop) of each group, divided for large pictures of elements of so many bytes.
 
         Raises StrategyError for more groups than ops.
         """
@@ -74,7 +74,7 @@ class PipelineOfShards(Strategy):
                 f"each group needs one; use {len(program)} groups or fewer"
             )
         flops_per_element = LayerPipeline().flops_per_element
-        found = balanced_runs(program, self.groups, flops_per_element, element_bytes=element_bytes)
+        found = best_runs(program, self.groups, flops_per_element, element_bytes=element_bytes)
         return tuple(reversed(found))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:

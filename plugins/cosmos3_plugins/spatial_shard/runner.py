@@ -30,33 +30,31 @@ class ShardRunner:
         self._program = program = vae.program(direction)
         slices = [vae.slice(direction, start, stop) for start, stop, _ in stretches_of(program)]
 
-        def on_slab(rows: int, cols: int) -> SlabRun:
+        def slab_run(rows: int, cols: int) -> SlabRun:
             return SlabRun(comm, slices, run_of(program, grid_of(rows, cols)))
 
         # Remembered: to find a small picture's slabs and halos takes as long as several ops on them.
-        self._on_slab = lru_cache(on_slab)
+        self._slab_run = lru_cache(slab_run)
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields each portion of the picture on the root; the other ranks send theirs and yield nothing."""
-        part = self._on_slab(z.shape[3], z.shape[4])
-        run = part.run
-        z = slab_of(z, run.entering.slab(self._comm.rank), 1, PICTURE_ROWS)
+        part = self._slab_run(z.shape[3], z.shape[4])
+        z = slab_of(z, part.run.entering.slab(self._comm.rank), 1, PICTURE_ROWS)
         pictures = self._outputs(part, z.shape[2], lambda index: latent_chunk(z, index))
         parts = (as_pixels(picture, pixels) for picture in pictures)
         dim = PIXEL_ROWS if pixels == "uint8" else PICTURE_ROWS
-        yield from Collector(self._comm, run.leaving).collected(parts, dim=dim)
+        yield from Collector(self._comm, part.run.leaving).collected(parts, dim=dim)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w], put together on the root and broadcast."""
         program = self._program
         scale, chunks = program.spatial, picture_chunks(x.shape[2])
         rows, cols = x.shape[3] // scale, x.shape[4] // scale
-        on_slab = self._on_slab(rows, cols)
-        run = on_slab.run
-        own = slab_of(x, run.entering.slab(self._comm.rank), scale, PICTURE_ROWS)
-        part = torch.cat(list(self._outputs(on_slab, chunks, lambda index: picture_chunk(own, index))), dim=1)
+        part = self._slab_run(rows, cols)
+        own = slab_of(x, part.run.entering.slab(self._comm.rank), scale, PICTURE_ROWS)
+        moments = torch.cat(list(self._outputs(part, chunks, lambda index: picture_chunk(own, index))), dim=1)
         frames = 1 + (chunks - 1) * program.latents_per_chunk
-        wholes = list(Collector(self._comm, run.leaving).collected([part], dim=PIXEL_ROWS))
+        wholes = list(Collector(self._comm, part.run.leaving).collected([moments], dim=PIXEL_ROWS))
         whole = wholes[0] if wholes else x.new_empty(x.shape[0], frames, rows, cols, 2 * program.z_dim)
         self._comm.broadcast(whole)
         return whole.permute(0, 4, 1, 2, 3).contiguous()
