@@ -11,7 +11,10 @@ import pytest
 
 from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.plugin_kit import ranks as kit_ranks
+from cosmos3_pipeline.plugin_kit.cases import CASES, Case
 from cosmos3_pipeline.plugin_kit.subject import Subject, SubjectError
+from cosmos3_pipeline.vae.footprint import makes_frame_pairs
+from cosmos3_pipeline.vae.ops import Conv
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,3 +113,17 @@ def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "give --strategy package:Class" in done.stdout + done.stderr
+
+
+def test_some_clip_of_the_kit_makes_frames_in_pairs_and_some_does_not() -> None:
+    def makes_pairs(case: Case) -> bool:
+        program = case.program("decode")
+        makes = False
+        for number, op in enumerate(program.ops):
+            if isinstance(op, Conv) and case.dtype == "float32" and case.batch == 1 and case.chunks() > 1:
+                _, frames, rows, cols, outputs = op.target.shape(case.shape, first=False)
+                frames //= program.portions_at(number + 1, first=False)
+                makes |= makes_frame_pairs(op.source.channels, outputs, op.kernel, frames, rows * cols)
+        return makes
+
+    assert [case.name for case in CASES if makes_pairs(case)] == ["tall"]

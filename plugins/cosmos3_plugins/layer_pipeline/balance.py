@@ -25,8 +25,8 @@ from cosmos3_pipeline.vae.program import Program
 LARGE_PIXELS = 1024
 # Multiplications and additions in the time in which one weight is read from memory, which each portion of a
 # chunk does anew, and partly while it computes: of both an op takes the root of the sum of squares. Fitted: the
-# share of the ops before a cut in the middle is then within 0.7% of what they took on one core, at decoder widths
-# from 24 to 256 with 8 to 480 pixels; within 1.2% at 160 with 20. Weights of an op up to so many stay in a cache.
+# share of the ops before a cut in the middle is then within 0.8% of what they took on one core, at decoder widths
+# from 16 to 256 with 8 to 780 pixels; within 1.4% at 160 with 20. Weights of an op up to so many stay in a cache.
 _FLOPS_PER_WEIGHT = 105
 _CACHED_WEIGHTS = 1 << 20
 # Output channels of one vector of a convolution kernel, and what a product costs with one or two vectors, which do
@@ -106,7 +106,7 @@ def best_runs(
     pixels: int = LARGE_PIXELS,
     element_bytes: int = 4,
 ) -> tuple[tuple[int, int], ...]:
-    """`ranks` runs [start, stop) that cover the program in order, with which a clip of 32 chunks ends earliest.
+    """`ranks` runs [start, stop) that cover the program in order, with which a clip of `_CHUNKS` ends earliest.
 
     Among divisions that are hardly later, the one whose cuts are crossed by the least data. `ranks` <= ops.
     """
