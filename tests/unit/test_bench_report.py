@@ -17,6 +17,7 @@ from cosmos3_pipeline.jobs.bench.tables import case_table, markdown
 from cosmos3_pipeline.plan.checks import compose_checked
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import program_for
+from cosmos3_plugins.layer_pipeline import LayerPipeline
 
 
 def bench(*overrides: str) -> dict[str, Any]:
@@ -261,7 +262,8 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
     measured["costs"]["cases"][one.name]["message"] = {"seconds": 1.1, "bytes": 1e11}  # of which 0.1 s for bytes
     slower = simulated([one], plain, measured)
     assert slower is not None and slower["runs"][0]["simulated_s"] == alone["simulated_s"]
-    messages = 1 + 15 * 2
+    line = LayerPipeline().plan(program_for("decode", dimensions), one.shape, 2)
+    messages = line.shares[1].sent_messages
     assert slower["runs"][1]["simulated_s"] - pipeline["simulated_s"] == pytest.approx(messages, rel=0.1)
     measured["costs"]["link"] = None
     assert simulated([one], plain, measured) is None

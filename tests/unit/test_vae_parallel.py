@@ -189,7 +189,7 @@ def test_layer_pipeline_settled_keeps_its_runs_for_any_clip() -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])
 def test_layer_pipeline_is_balanced_within_one_op(ranks: int) -> None:
     program = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
-    costs = op_costs(program, 40.0)
+    costs = op_costs(program, 40.0).later
     runs = best_runs(program, ranks, 40.0)
     assert [runs[0][0], *(stop for _, stop in runs)] == [*(start for start, _ in runs), len(program)]
     assert max(sum(costs[a:b]) for a, b in runs) <= 1.01 * (sum(costs) / ranks + max(costs))
@@ -206,7 +206,7 @@ def test_layer_pipeline_promises_what_its_line_can_do(frames: int, element_bytes
     costs = op_costs(program, 30.0, 20, element_bytes)
     promised = speed_up(program, costs, [share.ops for share in plan.shares], frames)
     assert plan.note.endswith(f": at best {promised:.2f} times one rank")
-    assert 1 <= promised <= 3 and (promised == 1) == (frames == 1)
+    assert promised == pytest.approx(1) if frames == 1 else 1 < promised <= 3
 
 
 def test_exactness_is_ordered() -> None:

@@ -91,7 +91,7 @@ class LayerPipeline(Strategy):
         chunks = program.chunks(shape)
         shares = tuple(self._share(program, shape, rank, runs[rank], ranks) for rank in range(ranks))
         costs = op_costs(program, self.flops_per_element, self._pixels(shape), shape.element_bytes)
-        stage = [sum(costs[start:stop]) for start, stop in runs]
+        stage = [sum(costs.later[start:stop]) for start, stop in runs]
         balance = sum(stage) / (ranks * max(stage))
         note = (
             f"{chunks} chunks through {ranks} stages, balance {balance:.0%}: "
