@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from cosmos3_pipeline.plan.events import Clock, Message, Process
@@ -16,7 +17,7 @@ from cosmos3_pipeline.plan.op_costs import OpCosts
 from cosmos3_pipeline.plan.rounds import Chunk, Parcel, Round, Step, part_of
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_pipeline.vae.strategy import Exactness, RankShare, StrategyPlan
+from cosmos3_pipeline.vae.strategy import Exactness, RankShare, StrategyPlan, ops_on
 
 
 class SimulationError(ValueError):
@@ -30,7 +31,8 @@ def groups_of(program: Program, shape: LatentShape, plan: StrategyPlan) -> list[
     picture once.
     """
     runs = sorted({share.ops for share in plan.shares})
-    edges = [0, *(stop for _, stop in runs)]
+    in_turn = {one.op for share in plan.shares for one in share.turns}
+    edges = [0, *(stop - (stop - 1 in in_turn) for _, stop in runs)]
     if [start for start, _ in runs] != edges[:-1] or edges[-1] != len(program):
         raise _unknown(plan, f"have the runs of ops {', '.join(map(_text, runs))} of {len(program)}")
     if plan.shares[0].ops != runs[-1]:
@@ -133,17 +135,10 @@ class Line(Schedule):
         place = next(i for i, group in enumerate(self._groups) if any(share.rank == rank for share in group))
         group = self._groups[place]
         own = next(share for share in group if share.rank == rank)
-        portions = {
-            first: Chunk(self._program, self._shape, self._costs, group, own, first=first).portions()
-            for first in (True, False)
-        }
+        portions: dict[tuple[bool, tuple[int, int]], list[list[Step]]] = {}
         above = self._groups[place - 1] if place else ()
         below = self._groups[place + 1] if place + 1 < len(self._groups) else ()
-        expected = deque(
-            self._crossing(own.ops[0], own, above, first=index == 0)
-            for index in range(self._chunks)
-            for _ in range(self._program.portions_at(own.ops[0], first=index == 0))
-        )
+        expected = deque(parcels for index in range(self._chunks) for parcels in self._coming(own, above, index))
         arriving: list[Message] = []
         leaving: list[Message] = []
         collected: deque[list[Message]] = deque()
@@ -151,8 +146,13 @@ class Line(Schedule):
             yield from self._start(rank, (), expected.popleft(), arriving)
         for index in range(self._chunks):
             first = index == 0
-            given = self._program.portions_at(own.ops[0], first=first)
-            for number, steps in enumerate(portions[first]):
+            ops = ops_on(index, own.ops, own.turns)
+            given = self._program.portions_at(ops[0], first=first)
+            if (first, ops) not in portions:
+                now = replace(own, ops=ops)
+                chunk = Chunk(self._program, self._shape, self._costs, group, now, first=first)
+                portions[first, ops] = chunk.portions()
+            for number, steps in enumerate(portions[first, ops]):
                 if number < given:
                     if not self._overlaps:
                         yield from self._start(rank, (), expected.popleft(), arriving)
@@ -175,7 +175,8 @@ class Line(Schedule):
                 yield from _all(leaving)
                 parcels = [(0, self._picture_bytes(own, first=first))]
                 if below:
-                    parcels = self._crossing(own.ops[1], own, below, first=first)
+                    parcels = self._crossing(ops[1], own, below, first=first)
+                    parcels += self._kept(own, below, index) if number == 0 else []
                 yield from self._start(rank, parcels, (), leaving)
                 if not self._overlaps:
                     yield from _all(leaving)
@@ -183,6 +184,25 @@ class Line(Schedule):
             yield from _all(last)
             self.done.append(self._clock.now)
         yield from _all(leaving)
+
+    def _coming(self, own: RankShare, above: Sequence[RankShare], index: int) -> Iterator[list[Parcel]]:
+        """What comes from above for a chunk, portion by portion."""
+        first, (start, _) = index == 0, ops_on(index, own.ops, own.turns)
+        for number in range(self._program.portions_at(start, first=first)):
+            parcels = self._crossing(start, own, above, first=first)
+            if number == 0:
+                parcels += [(other.rank, n) for other in above for _, n in self._kept(other, [own], index)]
+            yield parcels
+
+    def _kept(self, own: RankShare, below: Sequence[RankShare], index: int) -> list[Parcel]:
+        """What `own` sends with the first portion of a chunk, of which the rank below runs an op in its turn."""
+        shapes = [
+            self._program.kept_shape(one.op, self._shape)
+            for one in own.turns
+            if one.op != own.ops[0] and one.hands_over(index)
+        ]
+        size = self._shape.element_bytes
+        return [(other.rank, size * math.prod(shape)) for other in below for shape in shapes if shape]
 
     def _run(self, rank: int, steps: Sequence[Step]) -> Process:
         under_way: list[Message] = []

@@ -43,7 +43,7 @@ class VaeStage:
     def fill(self) -> float:
         """Time over the slowest rank's busy time: where ranks own runs of ops, the last waits for the first."""
         cuts = {share.ops[0] for share in self.plan.shares if share.ops[0]}
-        return 1 + self.program.waits(cuts) / self.program.chunks(self.shape)
+        return 1 + self.program.waits(cuts, self.shape) / self.program.chunks(self.shape)
 
     def bounds(
         self, rank: int, accelerator: Accelerator, dtype: Dtype, *, crosses_nodes: bool
@@ -68,7 +68,13 @@ class VaeStage:
             peak_bytes=held + share.activation_bytes,
             sent=Wire(share.sent_bytes, share.sent_messages),
             seconds=self.bounds(rank, accelerator_of(cfg), cfg.model.vae_dtype, crosses_nodes=crosses),
-            share={"ops": list(share.ops), "rows": list(share.rows), "cols": list(share.cols)},
+            share={
+                "ops": list(share.ops),
+                "rows": list(share.rows),
+                "cols": list(share.cols),
+                # [op, of so many chunks, it runs so many]
+                "turns": [[one.op, one.of, one.chunks_of(share.ops)] for one in share.turns],
+            },
         )
 
 

@@ -61,13 +61,13 @@ def break_one_rank(subject: Subject, case: Case, direction: Direction, broken: i
     run = Slice.portions
 
     def breaking(
-        self: Slice, portions: Iterable[list[Tensor]], state: Any, exchange: Any = None
+        self: Slice, portions: Iterable[list[Tensor]], state: Any, exchange: Any = None, **ops: Any
     ) -> Iterator[list[Tensor]]:
         nonlocal injected
         if state.done or state.chunks == 1:
             injected = True
             raise InjectedFault("the kit broke this rank")
-        return run(self, portions, state, exchange)
+        return run(self, portions, state, exchange, **ops)
 
     given = case.latents(SEED) if direction == "decode" else case.picture(SEED)
     if dist.get_rank() == broken:

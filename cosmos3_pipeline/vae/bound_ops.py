@@ -66,6 +66,20 @@ class BoundOp(ABC, Generic[OpT]):
     def run(self, flow: Flow) -> None:
         """Replace `flow.at` by the op's output."""
 
+    def pass_by(self, flow: Flow) -> None:
+        """Another rank runs it on this chunk: only keep what it needs for the next one, in a memory of its own."""
+        name, count = self.op.name, self.op.cached_frames
+        if not count:
+            return
+        x = flow.at.inner
+        before = flow.cache.pop(name, None)
+        if flow.last:
+            return
+        if before is None:
+            before = x.new_zeros(x.shape[0], count, *x.shape[2:])
+        kept = x[:, -count:] if x.shape[1] >= count else torch.cat((before[:, x.shape[1] :], x), dim=1)
+        flow.cache[name] = kept.clone(memory_format=torch.contiguous_format)
+
     def _tensors(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         return [weights[w.name] for w in self.op.weights]
 

@@ -15,7 +15,7 @@ ranks: a strategy that cuts the picture gives an `exchange`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,34 +72,54 @@ class Slice:
         return [torch.cat(portions, dim=2 if picture else 1) for portions in zip(*results, strict=True)]
 
     def portions(
-        self, given: Iterable[list[Tensor]], state: SliceState, exchange: HaloExchange | None = None
+        self,
+        given: Iterable[list[Tensor]],
+        state: SliceState,
+        exchange: HaloExchange | None = None,
+        *,
+        run: tuple[int, int] | None = None,
     ) -> Iterator[list[Tensor]]:
         """Run the slice on the next chunk, portion by portion.
 
         `given` are the portions that cross the cut before `start`, each the list of its tensors; the lists are
         emptied, so that each is freed as soon as it has been used, and the tensors may be overwritten, or kept for
         the next chunk. Yields those that cross the cut at `stop`.
+
+        `run` [start, stop): those of its ops that it runs on this chunk, the others being run by other ranks. Of
+        those after the run it keeps what they need for the next chunk; for those before it, see `keep`.
         """
         assert state.done < state.chunks, f"the state is for {state.chunks} chunks, all of which have run"
+        start, stop = run or (self.start, self.stop)
+        ops, passed = self._ops[start - self.start : stop - self.start], self._ops[stop - self.start :]
         first, last = state.done == 0, state.done == state.chunks - 1
-        early = max(0, self.program.portions_from - self.start)
+        early = max(0, self.program.portions_from - start)
         parts = self.program.portions_at(len(self.program), first=first)
         done = 0
         for tensors in given:
-            whole = self._through(self._ops[:early], tensors, state, exchange, first=first, last=last)
-            if early >= len(self._ops):
+            ends = early >= len(ops)
+            whole = self._through(
+                ops[:early], tensors, state, exchange, first=first, last=last, passed=passed if ends else []
+            )
+            if ends:
                 yield whole
                 continue
             # Where the slice begins before the ops that see portions, no shortcut is open at the first of these.
             given_late = [whole]
-            if self.start <= self.program.portions_from and parts > 1:
+            if start <= self.program.portions_from and parts > 1:
                 given_late = [[portion] for portion in _cut(whole.pop(), parts)]
             for portion in given_late:
                 done += 1
-                yield self._through(
-                    self._ops[early:], portion, state, exchange, first=first, last=last and done == parts
-                )
+                ended = last and done == parts
+                yield self._through(ops[early:], portion, state, exchange, first=first, last=ended, passed=passed)
         state.done += 1
+
+    def kept(self, number: int, state: SliceState) -> Tensor:
+        """What op `number` has kept from the chunk before, for a rank that runs it on the next one."""
+        return state.cache[self.program.ops[number].name]
+
+    def keep(self, number: int, state: SliceState, kept: Tensor) -> None:
+        """Op `number` has been run by another rank on the chunk before, and `kept` this for the next one."""
+        state.cache[self.program.ops[number].name] = kept
 
     @torch.no_grad()
     def _through(
@@ -111,8 +131,9 @@ class Slice:
         *,
         first: bool,
         last: bool,
+        passed: Sequence[BoundOp[Op]] = (),
     ) -> list[Tensor]:
-        """`tensors` after `ops`; the list is emptied."""
+        """`tensors` after `ops`; the list is emptied. Others run those that are `passed` by."""
         if not ops:
             return tensors
         flow = Flow(
@@ -128,6 +149,8 @@ class Slice:
             for op, following in zip(ops, [*ops[1:], None], strict=True):
                 flow.following = following
                 op.run(flow)
+            for op in passed:
+                op.pass_by(flow)
             return [flow.at.inner.contiguous(), *flow.shortcuts]
 
 

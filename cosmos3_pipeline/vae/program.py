@@ -132,18 +132,31 @@ class Program:
         later = self.chunks(latent) - 1
         return 1 + later * self.portions_at(cut, first=False)
 
-    def waits(self, cuts: Iterable[int]) -> float:
+    def waits(self, cuts: Iterable[int], latent: LatentShape) -> float:
         """Chunks by which a line of stages, cut before the ops `cuts`, ends later than its slowest stage.
 
         Each stage begins with the first portion that it gets, and has the last one for itself.
         """
-        return sum(1 / self.portions_at(cut, first=False) for cut in cuts)
+        return sum(1 / self.portions_at(cut, first=self.chunks(latent) == 1) for cut in cuts)
 
     def carried_shapes(self, cut: int, latent: LatentShape, *, first: bool) -> tuple[Shape, ...]:
         """[B, T, H, W, C] of each tensor that crosses the cut before op `cut`, for one portion of a chunk."""
         parts = self.portions_at(cut, first=first)
         shapes = (spec.shape(latent, first=first) for spec in self._carried[cut])
         return tuple((b, t // parts, h, w, c) for b, t, h, w, c in shapes)
+
+    def kept_shape(self, number: int, latent: LatentShape) -> Shape | None:
+        """[B, T, H, W, C] of what op `number` keeps from one chunk for the next; None when nothing."""
+        op = self.ops[number]
+        b, _, h, w, c = op.source.shape(latent, first=False)
+        return (b, op.cached_frames, h, w, c) if op.cached_frames else None
+
+    def can_take_turns(self, number: int) -> bool:
+        """Whether another rank can run op `number` on the next chunk: if it keeps nothing but its last frames.
+
+        Those that double or halve the frames keep others after the first chunk.
+        """
+        return not isinstance(self.ops[number], TimeUp | TimeDown)
 
     def portion_elements(self, cut: int, latent: LatentShape, *, first: bool) -> int:
         """Elements that cross the cut before op `cut` with one portion of a chunk."""

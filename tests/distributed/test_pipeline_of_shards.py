@@ -11,7 +11,7 @@ from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import StrategyError
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.balance import LARGE_PIXELS
+from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.spatial_shard import SpatialShard
 from cosmos3_plugins.spatial_shard.slabs import Grid, deals
@@ -49,7 +49,7 @@ def test_one_group_is_spatial_shard_and_one_rank_a_group_is_layer_pipeline() -> 
     shape = LatentShape(1, 5, 7, 6)
     for program in (DECODER, ENCODER):
         assert PipelineOfShards(1).plan(program, shape, 3).shares == SpatialShard().plan(program, shape, 3).shares
-        line = LayerPipeline(pixels=LARGE_PIXELS)
+        line = LayerPipeline(pixels=LARGE_PIXELS, takes_turns=False)
         assert PipelineOfShards(4).plan(program, shape, 4).shares == line.plan(program, shape, 4).shares
 
 

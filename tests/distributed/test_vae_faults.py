@@ -82,10 +82,10 @@ def _break(at: int, how: Any) -> None:
     """Make the next slice that runs chunk `at` end in `how` instead."""
     run = Slice.portions
 
-    def broken(self: Slice, given: Any, state: Any, exchange: Any = None) -> Any:
+    def broken(self: Slice, given: Any, state: Any, exchange: Any = None, **ops: Any) -> Any:
         if state.done == at:
             how()
-        return run(self, given, state, exchange)
+        return run(self, given, state, exchange, **ops)
 
     Slice.portions = broken  # type: ignore[method-assign]
 

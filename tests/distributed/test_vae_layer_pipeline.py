@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
-from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError
+from cosmos3_pipeline.vae.program import Program, decoder_program
+from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError, Turns
 from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.layer_pipeline.balance import Run
 from cosmos3_plugins.replicated import Replicated
 
 # name, config, dtype, latent frames, latent rows and columns, batch
@@ -27,13 +30,31 @@ CASES = [
 ]
 
 
-def _both_ways(rank: int, ranks: int) -> list[dict[str, Any]]:
+@dataclass
+class InTurn(LayerPipeline):
+    """Neighbours run the op between them in turn, whatever it is worth: the first from `op` on that can be."""
+
+    op: int = 2
+    before: int = 1
+
+    def runs(self, program: Program, shape: LatentShape, ranks: int) -> tuple[Run, ...]:
+        step = (len(program) - self.op - 1) // (ranks - 1)
+        starts = [self.op + step * i for i in range(ranks - 1)]
+        shared = [next(n for n in range(start, len(program) - 1) if program.can_take_turns(n)) for start in starts]
+        turns = [Turns(number, self.before, 3) for number in shared]
+        edges = [*((0 if i == 0 else shared[i - 1], number + 1) for i, number in enumerate(shared))]
+        runs = [*edges, (shared[-1], len(program))]
+        found = [Run(ops, tuple(one for one in turns if ops[0] <= one.op < ops[1])) for ops in runs]
+        return tuple(reversed(found))
+
+
+def _both_ways(rank: int, ranks: int, strategy: LayerPipeline) -> list[dict[str, Any]]:
     seen = []
     for seed, (name, config, dtype, frames, (rows, cols), batch) in enumerate(CASES):
         model = make_vae(config, seed=seed, dtype=dtype)
         # The reference runs in every rank alone.
         alone = ParallelVAE(model, Replicated(), Replicated())
-        piped = ParallelVAE(model, LayerPipeline(), LayerPipeline())
+        piped = ParallelVAE(model, strategy, strategy)
         torch.manual_seed(seed)
         z = torch.randn(batch, config["z_dim"], frames, rows, cols).to(dtype)
         size = piped._bound().program("encode").spatial
@@ -68,7 +89,14 @@ def _both_ways(rank: int, ranks: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_equal_to_replicated_and_to_the_plan(ranks: int) -> None:
-    run_on_ranks(_both_ways, ranks, ranks, timeout=90)
+    run_on_ranks(_both_ways, ranks, ranks, LayerPipeline(), timeout=90)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "op", "before"), [(2, 1, 2), (2, 14, 1), (2, 15, 2), (2, 16, 1), (3, 3, 2), (4, 6, 1)]
+)
+def test_ops_in_turn_are_equal_to_replicated_and_to_the_plan(ranks: int, op: int, before: int) -> None:
+    run_on_ranks(_both_ways, ranks, ranks, InTurn(op=op, before=before), timeout=90)
 
 
 def _two_sizes(rank: int, dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -82,8 +110,8 @@ def _two_sizes(rank: int, dtype: torch.dtype) -> list[tuple[int, int]]:
         assert torch.equal(piped.decode(z).sample, alone.decode(z).sample)
         run, place = piped._runners["decode"]._bound  # type: ignore[attr-defined]
         share = piped.plan("decode", LatentShape(1, 3, rows, cols, dtype.itemsize)).shares[rank]
-        assert (run, place._slice.weight_bytes) == (share.ops, share.weight_bytes)
-        runs.append(run)
+        assert (run.ops, run.turns, place._slice.weight_bytes) == (share.ops, share.turns, share.weight_bytes)
+        runs.append(run.ops)
     return runs
 
 
@@ -101,13 +129,13 @@ def _stream_memory(rank: int) -> tuple[list[int], int]:
     model = make_vae(config)
     vae = ParallelVAE(model, LayerPipeline(), LayerPipeline())
     peaks = []
-    for frames in (8, 8, 64):
+    for frames in (17, 17, 64):  # so many that an op in turn has been handed over
         z = torch.randn(1, config["z_dim"], frames, 6, 6)
         with LiveBytes([*model.state_dict().values(), z]) as live:
             for _ in vae.decode_stream(z):
                 pass
         peaks.append(live.peak)
-    planned = vae.plan("decode", LatentShape(1, 8, 6, 6)).shares[rank].activation_bytes
+    planned = vae.plan("decode", LatentShape(1, 17, 6, 6)).shares[rank].activation_bytes
     return peaks[1:], planned  # the first call binds and reorders weights
 
 
@@ -146,7 +174,8 @@ def test_release_leaves_each_rank_its_own_weights() -> None:
         assert left == 0
         assert same
     total = sum(p.numel() for part in (model.decoder, model.post_quant_conv) for p in part.parameters())
-    assert sum(share.weight_bytes for share in shares) == 4 * total
+    twice = sum(program.ops[number].weight_elements for number in {one.op for s in shares for one in s.turns})
+    assert sum(share.weight_bytes for share in shares) == 4 * (total + twice)
 
 
 def _read_weights(rank: int, folder: str) -> tuple[set[str], torch.Tensor]:
@@ -170,8 +199,11 @@ def test_from_a_folder_each_rank_reads_only_its_own(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     outcomes = run_on_ranks(_read_weights, 2, str(tmp_path))
     decoder = {n for n in model.state_dict() if n.startswith(("decoder", "post_quant"))}
-    assert outcomes[0][0].isdisjoint(outcomes[1][0])
     assert outcomes[0][0] | outcomes[1][0] == decoder
+    program = decoder_program(model.config)
+    share = LayerPipeline().plan(program, LatentShape(1, 2, 3, 2), 2).shares[0]
+    in_turn = {weight.name for one in share.turns for weight in program.ops[one.op].weights}
+    assert outcomes[0][0] & outcomes[1][0] == in_turn
     z = torch.randn(1, model.config.z_dim, 2, 3, 2, generator=torch.Generator().manual_seed(0))
     expected = ParallelVAE(model, Replicated(), Replicated()).decode(z).sample
     for _, picture in outcomes:

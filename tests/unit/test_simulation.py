@@ -19,7 +19,8 @@ from cosmos3_pipeline.vae.ops import Attention, NormSilu
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, RankShare, Strategy, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.balance import ChunkCosts, op_costs, speed_up
+from cosmos3_plugins.layer_pipeline.balance import Run, speed_up
+from cosmos3_plugins.layer_pipeline.costs import ChunkCosts, op_costs
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
@@ -333,8 +334,8 @@ class CutAt(LayerPipeline):
 
     cut: int = 1
 
-    def runs(self, program: Program, shape: LatentShape, ranks: int) -> tuple[tuple[int, int], ...]:
-        return (self.cut, len(program)), (0, self.cut)
+    def runs(self, program: Program, shape: LatentShape, ranks: int) -> tuple[Run, ...]:
+        return Run((self.cut, len(program))), Run((0, self.cut))
 
 
 @pytest.mark.parametrize("pixels", [8, 36, 480])
@@ -359,7 +360,7 @@ def test_the_best_that_a_plan_promises_is_what_a_line_without_journeys_takes(
 ) -> None:
     shape = replace(SHAPE, frames=frames)
     plan, costs = LayerPipeline().plan(program, shape, ranks), ChunkCosts(tuple(first), tuple(later))
-    promised = costs.of_clip(frames) / speed_up(program, costs, [one.ops for one in plan.shares], frames)
+    promised = costs.of_clip(frames) / speed_up(program, costs, plan.shares, frames)
     found = simulate(program, shape, plan, Given(program, later, first=first), FREE).seconds
     assert found == pytest.approx(promised)
 
@@ -385,7 +386,7 @@ def test_a_line_is_not_faster_than_its_first_chunk_and_its_slowest_stage(
     whole: list[float], ranks: int, frames: int
 ) -> None:
     shape = replace(SHAPE, frames=frames)
-    plan = LayerPipeline().plan(DECODER, shape, ranks)
+    plan = LayerPipeline(takes_turns=False).plan(DECODER, shape, ranks)
     stages = [sum(whole[slice(*share.ops)]) for share in plan.shares]
     # Without messages, and with chunks alike, a line takes exactly the first chunk and the slowest stage's others.
     found = simulate(DECODER, shape, plan, Given(DECODER, whole), FREE)

@@ -17,6 +17,7 @@ from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
+from cosmos3_pipeline.vae.strategy import Turns
 from cosmos3_plugins.replicated import Replicated
 
 CONFIGS = {
@@ -106,12 +107,12 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(name: str) -> None:
     assert ours["encode"] <= theirs["encode"]
 
 
-def chunks_of(program: Program, vae: Any) -> list[Tensor]:
+def chunks_of(program: Program, vae: Any, chunks: int = 3) -> list[Tensor]:
     if program.direction == "decode":
-        z = torch.randn(1, vae.config.z_dim, 3, 4, 3, generator=torch.Generator().manual_seed(3))
-        return [latent_chunk(z, i) for i in range(3)]
-    x = picture_of(vae, rows=4, cols=3, seed=3)
-    return [picture_chunk(x, i) for i in range(3)]
+        z = torch.randn(1, vae.config.z_dim, chunks, 4, 3, generator=torch.Generator().manual_seed(3))
+        return [latent_chunk(z, i) for i in range(chunks)]
+    x = picture_of(vae, frames=1 + 4 * (chunks - 1), rows=4, cols=3, seed=3)
+    return [picture_chunk(x, i) for i in range(chunks)]
 
 
 @pytest.mark.parametrize("make_program", [decoder_program, encoder_program])
@@ -146,6 +147,38 @@ def test_any_cut_gives_the_same_bits(name: str, make_program: Callable[..., Prog
             results = list(parts[1].portions(given, states[1]))
             result = torch.cat([picture for (picture,) in results], dim=2 if program.direction == "decode" else 1)
             assert torch.equal(result, expected[i]), (cut, i)
+
+
+@pytest.mark.parametrize("make_program", [decoder_program, encoder_program])
+@pytest.mark.parametrize("name", ["wan22", "wan21"])
+def test_two_slices_run_any_op_in_turn_with_the_same_bits(
+    name: str, make_program: Callable[..., Program], bands: None
+) -> None:
+    vae = make_vae(CONFIGS[name])
+    program, weights = make_program(vae.config), vae.state_dict()
+    chunks = chunks_of(program, vae, 5)
+    whole = Slice(program, 0, len(program), weights)
+    state = whole.state(5)
+    expected = [whole.run([chunk.clone()], state)[0] for chunk in chunks]
+    numbers = [n for n in range(1, len(program) - 1) if program.can_take_turns(n)]
+    assert len(numbers) >= len(program) - 5
+    for turns in [Turns(number, 1 + number % 3, 4) for number in numbers]:
+        parts = Slice(program, 0, turns.op + 1, weights), Slice(program, turns.op, len(program), weights)
+        states = [part.state(5) for part in parts]
+        for i, chunk in enumerate(chunks):
+            cut = turns.op + turns.is_before(i)
+            if turns.hands_over(i) and program.kept_shape(turns.op, LatentShape(1, 1, 1, 1)):
+                kept = parts[0].kept(turns.op, states[0])
+                scale = program.ops[turns.op].source.scale
+                latent = LatentShape(1, 5, kept.shape[2] // scale, kept.shape[3] // scale)
+                assert tuple(kept.shape) == program.kept_shape(turns.op, latent)
+                parts[1].keep(turns.op, states[1], kept.clone())
+            crossing = list(parts[0].portions([[chunk.clone()]], states[0], run=(0, cut)))
+            assert len(crossing) == program.portions_at(cut, first=i == 0)
+            given = [[t.clone() for t in tensors] for tensors in crossing]
+            results = list(parts[1].portions(given, states[1], run=(cut, len(program))))
+            result = torch.cat([picture for (picture,) in results], dim=2 if program.direction == "decode" else 1)
+            assert torch.equal(result, expected[i]), (turns, i)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from cosmos_models import tiny_pipeline
 from diffusers.video_processor import VideoProcessor
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.inputs import VaeInputError
-from cosmos3_pipeline.vae.program import Program, decoder_program
-from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
+from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan, Turns, ops_on
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.balance import best_runs, op_costs, speed_up
+from cosmos3_plugins.layer_pipeline.balance import best_runs, speed_up
+from cosmos3_plugins.layer_pipeline.costs import op_costs
 from cosmos3_plugins.replicated import Replicated
 
 CONFIG = vae_config(WAN22)
@@ -190,11 +194,48 @@ def test_layer_pipeline_settled_keeps_its_runs_for_any_clip() -> None:
 def test_layer_pipeline_is_balanced_within_one_op(ranks: int) -> None:
     program = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
     costs = op_costs(program, 40.0).later
-    runs = best_runs(program, ranks, 40.0)
+    runs = [run.ops for run in best_runs(program, ranks, 40.0)]
     assert [runs[0][0], *(stop for _, stop in runs)] == [*(start for start, _ in runs), len(program)]
     assert max(sum(costs[a:b]) for a, b in runs) <= 1.01 * (sum(costs) / ranks + max(costs))
     shares = LayerPipeline().plan(program, LatentShape(1, 48, 45, 80, 2), ranks).shares
     assert sum(share.flops for share in shares) == program.flops(LatentShape(1, 48, 45, 80, 2))
+
+
+@given(of=st.integers(2, 9), part=st.floats(0, 1), rounds=st.integers(1, 4))
+def test_turns_are_spread_evenly_and_end_where_they_began(of: int, part: float, rounds: int) -> None:
+    turns = Turns(op=5, before=min(of - 1, max(1, round(part * of))), of=of)
+    on = [turns.is_before(chunk) for chunk in range(rounds * of)]
+    assert not on[0], "the first chunk is run by the rank after"
+    for first in range(len(on)):
+        for last in range(first, len(on)):
+            assert abs(sum(on[first:last]) - (last - first) * turns.before / of) < 1
+    assert [turns.hands_over(chunk) for chunk in range(1, len(on))] == [a and not b for a, b in pairwise(on)]
+    assert not turns.hands_over(0)
+    for chunk, before in enumerate(on):
+        assert ops_on(chunk, (2, 6), [turns]) == (2, 5 + before)
+        assert ops_on(chunk, (5, 9), [turns]) == (5 + before, 9)
+        assert ops_on(chunk, (5, 9), [turns, Turns(8, 1, 2)]) == (5 + before, 8 + chunk % 2)
+    assert (turns.chunks_of((2, 6)), turns.chunks_of((5, 9))) == (turns.before, of - turns.before)
+
+
+@pytest.mark.parametrize("width", [24, 64, 256])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_ops_in_turn_make_a_line_end_sooner(ranks: int, width: int) -> None:
+    config = vae_config(WAN22, base_dim=width, decoder_base_dim=width, num_res_blocks=2)
+    gains = []
+    for program, pixels in product((decoder_program(config), encoder_program(config)), (12, 240, 1024)):
+        whole = best_runs(program, ranks, 50.0, pixels)
+        runs = best_runs(program, ranks, 50.0, pixels, takes_turns=True)
+        costs = op_costs(program, 50.0, pixels)
+        gains.append(speed_up(program, costs, runs, 32) / speed_up(program, costs, whole, 32))
+        assert gains[-1] >= 1.005 or runs == whole
+        # One chunk after the other, every op is run by one rank, and each rank has one for itself.
+        for chunk in range(9):
+            edges = [ops_on(chunk, run.ops, run.turns) for run in runs]
+            assert edges[0][0] == 0 and edges[-1][1] == len(program)
+            assert all(a[1] == b[0] for a, b in pairwise(edges)) and all(start < stop for start, stop in edges)
+        assert all(program.can_take_turns(one.op) for run in runs for one in run.turns)
+    assert max(gains) > 1.01
 
 
 @pytest.mark.parametrize("frames", [1, 4, 48])
@@ -204,7 +245,7 @@ def test_layer_pipeline_promises_what_its_line_can_do(frames: int, element_bytes
     shape = LatentShape(1, frames, 5, 4, element_bytes)
     plan = LayerPipeline(flops_per_element=30.0).plan(program, shape, 3)
     costs = op_costs(program, 30.0, 20, element_bytes)
-    promised = speed_up(program, costs, [share.ops for share in plan.shares], frames)
+    promised = speed_up(program, costs, plan.shares, frames)
     assert plan.note.endswith(f": at best {promised:.2f} times one rank")
     assert promised == pytest.approx(1) if frames == 1 else 1 < promised <= 3
 

@@ -1,117 +1,44 @@
-"""Cutting a program into contiguous runs, the ranks of a line, such that the line ends as early as possible."""
+"""Cutting a program into runs, the ranks of a line, such that the line ends as early as possible."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Protocol
 
-from cosmos3_pipeline.vae.footprint import makes_frame_pairs
-from cosmos3_pipeline.vae.ops import (
-    AverageDown,
-    Conv,
-    LatentShape,
-    NormSilu,
-    Op,
-    ShortcutBegin,
-    SpatialUp,
-    TimeUp,
-)
 from cosmos3_pipeline.vae.program import Program
+from cosmos3_pipeline.vae.strategy import Turns, ops_on
+from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS, ChunkCosts, chunks_of, op_costs
 
-# From so many latent pixels on (512 x 512 of the video) costs are proportional to the picture's size but for
-# attention, a thousandth of them; so one division serves all larger clips, which share one set of weights.
-LARGE_PIXELS = 1024
-# Multiplications and additions in the time in which one weight is read from memory, which each portion of a
-# chunk does anew, and partly while it computes: of both an op takes the root of the sum of squares. Weights of an
-# op up to so many stay in a cache.
-_FLOPS_PER_WEIGHT = 60
-_CACHED_WEIGHTS = 1 << 20
-# As many in the time that an op takes beside what it computes: 0.2 ms, for its calls, its code and small weights,
-# which the ops before it have driven out of the caches.
-_CALL_FLOPS = 20_000_000
-# A convolution computes its output channels in blocks of so many; what a product costs where the last is not full.
-_CHANNEL_BLOCK = 16
-_PART_OF_A_BLOCK = 1.04
-# How often an op goes through its input and output; a convolution does so once. Interleaving what was computed and
-# averaging are ways through memory of their own; a norm's passes but the first and the last find it in a cache.
-_PASSES = {NormSilu: 2.0, SpatialUp: 4.0, TimeUp: 4.0, AverageDown: 3.0}
-# Where a convolution makes two frames at a time: the part of its products that is left, how many weights it reads
-# for one, its ways through input and output, most of them for sums and differences of frames, and its calls.
-_PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
 # Chunks of the clip that a line is divided for: 125 frames of video. The same for all clips, which share weights.
 _CHUNKS = 32
-# How far beyond the least cost of the costliest run a division may go if it then sends less.
+# How far beyond the earliest end a division may go if it then sends less.
 _SLACK = 1.002
+# Of how many chunks each neighbour runs some of an op that they run in turn, and how much sooner the line has to
+# end with such ops, the weights of which both ranks hold.
+_OF_CHUNKS = 8
+_WORTH_TURNS = 1.005
 
 
-class ChunkCosts(NamedTuple):
-    """What each op costs on the first chunk, which has one frame everywhere, and on a later one."""
+class Stage(Protocol):
+    """A rank of a line, as `Run` and `RankShare` are."""
 
-    first: tuple[float, ...]
-    later: tuple[float, ...]
-
-    def of_clip(self, chunks: int) -> float:
-        """What one rank takes for a clip of `chunks`."""
-        return sum(self.first) + (chunks - 1) * sum(self.later)
+    @property
+    def ops(self) -> tuple[int, int]: ...
+    @property
+    def turns(self) -> tuple[Turns, ...]: ...
 
 
-@cache
-def op_costs(
-    program: Program, flops_per_element: float, pixels: int = LARGE_PIXELS, element_bytes: int = 4
-) -> ChunkCosts:
-    """Cost of each op on chunks of `pixels` latent pixels, in FLOPs.
+@dataclass(frozen=True)
+class Run:
+    """The ops [start, stop) of a rank, which may run the first and the last in turn with its neighbours."""
 
-    Touching an element of an activation counts `flops_per_element`. In float32, of 4 `element_bytes`, the
-    convolutions are those of a CPU, which makes two frames at a time.
-    """
-    latent = _of(pixels, element_bytes)
-
-    def cost(number: int, op: Op, *, first: bool) -> float:
-        portions = program.portions_at(number + 1, first=first)
-        products, weights, passes, calls = 1.0, 1.0, _PASSES.get(type(op), 1.0), 1
-        if isinstance(op, ShortcutBegin) and not op.weights:
-            return 0.0  # keeps its input as it is
-        if isinstance(op, Conv):
-            if first:
-                weights = 1 / op.kernel[0]
-            elif _makes_pairs(op, latent, portions):
-                products, weights, passes, calls = _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS
-        computing = products * op.flops(latent, first=first) * _filled(op.target.channels)
-        reading = weights * _weights_read(op) * _FLOPS_PER_WEIGHT * portions
-        touching = flops_per_element * _elements_touched(op, latent, passes, first=first)
-        return math.hypot(computing, reading) + touching + calls * _CALL_FLOPS * portions
-
-    ops = list(enumerate(program.ops))
-    return ChunkCosts(*(tuple(cost(number, op, first=first) for number, op in ops) for first in (True, False)))
-
-
-def _of(pixels: int, element_bytes: int) -> LatentShape:
-    return LatentShape(batch=1, frames=2, rows=1, cols=pixels, element_bytes=element_bytes)
-
-
-def _makes_pairs(op: Conv, latent: LatentShape, portions: int) -> bool:
-    _, frames, rows, cols, channels = op.target.shape(latent, first=False)
-    pairs = makes_frame_pairs(op.source.channels, channels, op.kernel, frames // portions, rows * cols)
-    return latent.element_bytes == 4 and pairs
-
-
-def _filled(channels: int) -> float:
-    """What `channels` outputs cost a convolution kernel by what they need: it computes them in whole blocks."""
-    part = _PART_OF_A_BLOCK if channels % _CHANNEL_BLOCK else 1.0
-    return part * math.ceil(channels / _CHANNEL_BLOCK) * _CHANNEL_BLOCK / channels
-
-
-def _weights_read(op: Op) -> int:
-    return max(0, op.weight_elements - _CACHED_WEIGHTS)
-
-
-def _elements_touched(op: Op, latent: LatentShape, passes: float, *, first: bool) -> float:
-    elements = op.source.elements(latent, first=first) + op.target.elements(latent, first=first)
-    added = op.duplicates if isinstance(op, SpatialUp) else None
-    return passes * elements + (added.kept.elements(latent, first=first) if added else 0)
+    ops: tuple[int, int]
+    turns: tuple[Turns, ...] = ()
 
 
 @cache
@@ -121,41 +48,50 @@ def best_runs(
     flops_per_element: float,
     pixels: int = LARGE_PIXELS,
     element_bytes: int = 4,
-) -> tuple[tuple[int, int], ...]:
-    """`ranks` runs [start, stop) that cover the program in order, with which a clip of `_CHUNKS` ends earliest.
+    *,
+    takes_turns: bool = False,
+) -> tuple[Run, ...]:
+    """`ranks` runs that cover the program in order, with which a clip of `_CHUNKS` ends earliest. `ranks` <= ops.
 
-    Among divisions that are hardly later, the one whose cuts are crossed by the least data. `ranks` <= ops.
+    Among divisions that are hardly later, the one whose cuts are crossed by the least data. If it `takes_turns`,
+    neighbours may run the op between them in turn, where that is worth it.
     """
-    ends = _Ends(program, op_costs(program, flops_per_element, pixels, element_bytes))
-    latent = _of(pixels, element_bytes)
+    costs = op_costs(program, flops_per_element, pixels, element_bytes)
+    ends = _Ends(program, costs)
+    latent = chunks_of(pixels, element_bytes)
     crossing = [
         sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
     ]
-    limit = _SLACK * _earliest(ends, ranks)
-    cuts = _least_crossing(ends, crossing, ranks, limit)
-    return tuple(pairwise(cuts))
+    between_ops = cache(ends)
+    cuts = _least_crossing(between_ops, crossing, ranks, _SLACK * _earliest(between_ops, len(program), ranks))
+    whole = tuple(Run(ops) for ops in pairwise(cuts))
+    if not takes_turns:
+        return whole
+    in_turn = _in_turn(program, _even_cuts(ends, ranks))
+    gain = speed_up(program, costs, in_turn, _CHUNKS) / speed_up(program, costs, whole, _CHUNKS) if in_turn else 0
+    return in_turn if gain >= _WORTH_TURNS else whole
 
 
-def speed_up(program: Program, costs: ChunkCosts, runs: Iterable[tuple[int, int]], chunks: int) -> float:
-    """How many times as fast as one rank a line of `runs` is at best, whose messages take no time."""
+def speed_up(program: Program, costs: ChunkCosts, stages: Iterable[Stage], chunks: int) -> float:
+    """How many times as fast as one rank a line of `stages` is at best, whose messages take no time."""
     arrivals: list[float] | None = None  # of the portions, at the stage that is looked at
-    for start, stop in sorted(runs):
-        arrivals = _departures(program, costs, (start, stop), chunks, arrivals)
+    for stage in sorted(stages, key=lambda stage: stage.ops):
+        arrivals = _departures(program, costs, stage, chunks, arrivals)
     assert arrivals is not None, "a line has a stage"
     return costs.of_clip(chunks) / arrivals[-1]
 
 
 def _departures(
-    program: Program, costs: ChunkCosts, run: tuple[int, int], chunks: int, arrivals: Sequence[float] | None
+    program: Program, costs: ChunkCosts, stage: Stage, chunks: int, arrivals: Sequence[float] | None
 ) -> list[float]:
     """When each portion leaves a stage, to which they come at `arrivals` (None: all are there)."""
-    start, stop = run
-    early = max(start, min(stop, program.portions_from))
     coming = iter(arrivals or ())
     now, leaving = 0.0, []
     for chunk in range(chunks):
         first = chunk == 0
         cost = costs.first if first else costs.later
+        start, stop = ops_on(chunk, stage.ops, stage.turns)
+        early = max(start, min(stop, program.portions_from))
         given = program.portions_at(start, first=first)
         left = program.portions_at(stop, first=first)
         for _ in range(given):
@@ -170,7 +106,7 @@ class _Ends:
     """When a line of `_CHUNKS` chunks ends whose rank with a run is the one that the others wait for.
 
     That one begins when what it needs has passed the ops before its run. When it has ended, one portion has yet to
-    pass those after it.
+    pass those after it. A cut may fall within an op, of which each rank then has a part.
     """
 
     def __init__(self, program: Program, costs: ChunkCosts) -> None:
@@ -180,29 +116,83 @@ class _Ends:
             [0.0, *accumulate(part)] for part in (costs.first, costs.later, portion)
         )
 
-    def __call__(self, start: int, stop: int) -> float:
+    def __call__(self, start: float, stop: float) -> float:
+        first = [_at(self._first, cut) for cut in (start, stop)]
+        later = [_at(self._later, cut) for cut in (start, stop)]
+        portion = [_at(self._portion, cut) for cut in (start, stop)]
         # While the rank works on its first chunk, which is small, the next one's first portion is on its way.
-        beginning = self._first[start] + max(self._first[stop] - self._first[start], self._portion[start])
-        computing = (_CHUNKS - 1) * (self._later[stop] - self._later[start])
-        return beginning + computing + self._portion[self.ops] - self._portion[stop]
+        beginning = first[0] + max(first[1] - first[0], portion[0])
+        return beginning + (_CHUNKS - 1) * (later[1] - later[0]) + self._portion[-1] - portion[1]
+
+    def furthest(self, start: float, limit: float) -> float:
+        """The last cut at which a run from `start` on may end, for the line to end by `limit`; `start` if none."""
+        if self(start, self.ops) <= limit:
+            return self.ops
+        cut = bisect_right(range(self.ops + 1), limit, lo=math.ceil(start), key=lambda stop: self(start, stop)) - 1
+        low = max(start, cut)
+        from_low, to_next = limit - self(start, low), self(start, cut + 1) - self(start, low)
+        return max(start, low + (cut + 1 - low) * from_low / to_next)
 
 
-def _earliest(ends: _Ends, ranks: int) -> float:
+def _at(sums: Sequence[float], cut: float) -> float:
+    """The sum of what comes before `cut`, which may fall between two of the numbers."""
+    below = int(cut)
+    return sums[below] + ((cut - below) * (sums[below + 1] - sums[below]) if cut > below else 0.0)
+
+
+def _even_cuts(ends: _Ends, ranks: int) -> list[float]:
+    """The cuts of a line of `ranks`, within ops too, with which it ends earliest."""
+    low, high = 0.0, ends(0, ends.ops)
+    cuts = [0.0] * (ranks - 1)
+    while high - low > 1e-6 * high:
+        limit = (low + high) / 2
+        found = [0.0]
+        for _ in range(ranks):
+            found.append(ends.furthest(found[-1], limit))
+        if found[-1] >= ends.ops:
+            high, cuts = limit, found[1:-1]
+        else:
+            low = limit
+    return cuts
+
+
+def _in_turn(program: Program, cuts: Iterable[float]) -> tuple[Run, ...]:
+    """Runs with such cuts, those within ops by turns. Empty where a rank would have no op for itself."""
+    turns: list[Turns] = []
+    edges = [(0, 0)]  # of the ops that each rank has for itself
+    for cut in cuts:
+        op, before = divmod(round(cut * _OF_CHUNKS), _OF_CHUNKS)
+        if before and program.can_take_turns(op):
+            turns.append(Turns(op, before, _OF_CHUNKS))
+            edges.append((op, op + 1))
+        else:
+            op = round(cut)
+            edges.append((op, op))
+    edges.append((len(program), len(program)))
+    if any(start >= stop for (_, start), (stop, _) in pairwise(edges)):
+        return ()
+    runs = [(start, stop) for (start, _), (_, stop) in pairwise(edges)]
+    return tuple(Run(run, tuple(one for one in turns if run[0] <= one.op < run[1])) for run in runs)
+
+
+def _earliest(ends: Callable[[int, int], float], ops: int, ranks: int) -> float:
     """The earliest end of a line of `ranks`."""
-    best = [0.0] + [math.inf] * ends.ops
+    best = [0.0] + [math.inf] * ops
     for _ in range(ranks):
         best = [math.inf] + [
-            min(max(best[cut], ends(cut, stop)) for cut in range(stop)) for stop in range(1, ends.ops + 1)
+            min(max(best[cut], ends(cut, stop)) for cut in range(stop)) for stop in range(1, ops + 1)
         ]
-    return best[ends.ops]
+    return best[ops]
 
 
-def _least_crossing(ends: _Ends, crossing: Sequence[int], ranks: int, limit: float) -> list[int]:
+def _least_crossing(
+    ends: Callable[[int, int], float], crossing: Sequence[int], ranks: int, limit: float
+) -> list[int]:
     """The cuts (first 0, last the end) of `ranks` runs that end by `limit`, over which the least data passes."""
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(math.inf, ())] * ends.ops
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(math.inf, ())] * len(crossing)
     for _ in range(ranks):
         following: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
-        for stop in range(1, ends.ops + 1):
+        for stop in range(1, len(crossing) + 1):
             sent, cuts = min(
                 (
                     (best[cut][0] + (crossing[cut] if cut else 0), best[cut][1])
@@ -213,4 +203,4 @@ def _least_crossing(ends: _Ends, crossing: Sequence[int], ranks: int, limit: flo
             )
             following.append((sent, (*cuts, stop)) if cuts else (math.inf, ()))
         best = following
-    return list(best[ends.ops][1])
+    return list(best[len(crossing)][1])

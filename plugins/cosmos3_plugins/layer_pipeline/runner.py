@@ -12,6 +12,7 @@ from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, 
 from cosmos3_pipeline.vae.strategy import Direction, LatentShape, Pixels
 from cosmos3_pipeline.vae.weights import BoundVae
 from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.layer_pipeline.balance import Run
 from cosmos3_plugins.layer_pipeline.line import Place
 
 
@@ -24,7 +25,7 @@ class Stage:
         self._direction: Direction = direction
         self._strategy = strategy
         self._program = vae.program(direction)
-        self._bound: tuple[tuple[int, int], Place] | None = None
+        self._bound: tuple[Run, Place] | None = None
         if not strategy.depends_on_clip:
             self._place(self._latent(1, 1, 1, 1))
 
@@ -40,9 +41,10 @@ class Stage:
             place = Place(
                 self._vae,
                 comm,
-                self._vae.slice(self._direction, *run),
+                self._vae.slice(self._direction, *run.ops),
                 above=comm.rank + 1 if comm.rank + 1 < comm.size else None,
                 below=comm.rank - 1 if comm.rank > 0 else None,
+                turns=run.turns,
             )
             self._bound = run, place
         return self._bound[1]

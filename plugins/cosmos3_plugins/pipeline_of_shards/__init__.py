@@ -75,7 +75,7 @@ class PipelineOfShards(Strategy):
             )
         flops_per_element = LayerPipeline().flops_per_element
         found = best_runs(program, self.groups, flops_per_element, element_bytes=element_bytes)
-        return tuple(reversed(found))
+        return tuple(run.ops for run in reversed(found))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which ops and rows. Raises StrategyError for groups or rows that do not suffice."""
@@ -90,7 +90,7 @@ class PipelineOfShards(Strategy):
         grid = Grid.of(shape.rows, shape.cols, shards, 1)
         shares = tuple(self._share(program, shape, grid, runs, rank) for rank in range(ranks))
         chunks = program.chunks(shape)
-        waits = program.waits(start for start, _ in runs if start)
+        waits = program.waits((start for start, _ in runs if start), shape)
         bound = program.flops(shape) / max(share.flops for share in shares) * chunks / (chunks + waits)
         largest = grid.slab(shards - 1).height
         note = (

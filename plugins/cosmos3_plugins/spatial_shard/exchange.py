@@ -127,7 +127,7 @@ class SlabRun:
 
     def __init__(self, comm: Comm, slices: Sequence[Slice], run: Run, *, base: int = 0) -> None:
         self.program = slices[0].program
-        self.start = slices[0].start
+        self.start, self.stop = slices[0].start, slices[-1].stop
         self.run = run
         self._slices = slices
         self._exchanges = [SlabExchange(comm, one.grid, base=base) for one in run.stretches]
