@@ -93,7 +93,7 @@ def _ranks(plan: Mapping[str, Any]) -> Sheet:
 
 def _owns(stage: Mapping[str, Any]) -> str:
     ops, rows, cols = stage["ops"], stage["rows"], stage["cols"]
-    turns = "".join(f" ({op} on {own} of {of} chunks)" for op, of, own in stage.get("turns", ()))
+    turns = "".join(f" ({op} on {own} of {of} chunks)" for op, of, own in stage["turns"])
     return f"ops {_span(ops)}{turns}, rows {_span(rows)}, cols {_span(cols)}"
 
 

@@ -56,6 +56,9 @@ class Place:
         self._slice = part
         self._above = above
         self._below = below
+        assert all(part.program.can_take_turns(one.op) for one in turns), (
+            "such an op keeps more than its last frames"
+        )
         self._turns = turns
 
     def outputs(self, latent: LatentShape, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
