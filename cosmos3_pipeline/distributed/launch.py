@@ -71,8 +71,8 @@ def _launch(
             raise KeyboardInterrupt from None
         raise SystemExit(128 + stop.sigval) from None
     except ChildFailedError as error:
-        rank, failure = _cause(error, folder)
-        raise RankFailed(rank, ranks, _words(failure)) from None
+        rank, words = _cause(error, folder, ranks)
+        raise RankFailed(rank, ranks, words) from None
 
 
 @record  # writes the traceback of a rank that raises to where the launcher finds it
@@ -80,22 +80,31 @@ def _recorded(entry: Callable[..., None], *payload: Any) -> None:
     entry(*payload)
 
 
-def _cause(error: ChildFailedError, folder: Path) -> tuple[int, ProcessFailure]:
-    """The rank that failed by itself and before any other, and how. `folder` has what the ranks wrote.
+def _cause(error: ChildFailedError, folder: Path, ranks: int) -> tuple[int, str]:
+    """The rank that failed by itself and before any other, and its words. `folder` has what the ranks wrote.
 
     The launcher names the one whose process had ended first. That may be one that only lost its peer: a rank that
-    raises takes a while to end, and its connections are closed long before.
+    raises takes a while to end, and its connections are closed long before; and one that is killed may end between
+    two looks of the launcher, together with who noticed.
     """
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
-        return rank, failure
+        return rank, _words(failure)
     raised = [
         ProcessFailure(int(file.parent.name), -1, failure.exitcode, str(file))
         for file in sorted(folder.rglob("error.json"), key=lambda file: file.stat().st_mtime_ns)
         if _is_whole(file)
     ]
-    cause = next((each for each in raised if _kind(each) not in _CONSEQUENCES), failure)
-    return cause.local_rank, cause
+    for each in raised:
+        if _kind(each) not in _CONSEQUENCES:
+            return each.local_rank, _words(each)
+    silent = sorted(set(range(ranks)) - {each.local_rank for each in raised})
+    if raised and len(silent) == 1:
+        return silent[0], (
+            "it ended without a traceback; the system kills a process like that when memory runs out; "
+            f"rank {raised[0].local_rank} noticed:\n{_words(raised[0])}"
+        )
+    return rank, _words(failure)
 
 
 def _is_whole(file: Path) -> bool:
