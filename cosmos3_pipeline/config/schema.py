@@ -263,6 +263,7 @@ class BenchConfig:
     cases: list[str] | None = None
     width: str = field(default="small", metadata={"one_of": ("small", "full", "model")})
     rounds: int = ranged(5, at_least=1, at_most=1000)
+    seconds: float = ranged(90.0, at_least=0, at_most=86400)
     rows: int | None = ranged(None, at_least=1)
     cols: int | None = ranged(None, at_least=1)
     frames: int | None = ranged(None, at_least=1)

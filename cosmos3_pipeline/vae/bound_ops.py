@@ -206,7 +206,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
     def __init__(self, op: ops.NormSilu, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
         (gamma,) = self._tensors(weights)
-        self._gamma = gamma.float().flatten()
+        self._gamma = kernels.norm_weight(gamma)
 
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
@@ -228,7 +228,7 @@ class Attention(BoundOp[ops.Attention]):
     def __init__(self, op: ops.Attention, weights: Mapping[str, Tensor]) -> None:
         super().__init__(op, weights)
         gamma, qkv, qkv_bias, proj, proj_bias = self._tensors(weights)
-        self._gamma = gamma.float().flatten()
+        self._gamma = kernels.norm_weight(gamma)
         self._qkv = (qkv.flatten(1), qkv_bias)
         self._proj = (proj.flatten(1), proj_bias)
 

@@ -236,9 +236,10 @@ class _Walk:
         self._kept[op.name] = b * op.cached_frames * (m.top + h + m.bottom) * (m.left + w + m.right) * c
 
     def _norm_scratch(self, op: Op) -> int:
-        """Float32 bytes of one block of rows; twice where the input must be widened first."""
-        _, _, h, w, c = op.source.shape(self._latent, first=self._first)
-        rows = min(h, max(1, NORM_BLOCK_ELEMENTS // (w * c)))
+        """Float32 bytes of one block of rows or frames; twice where the input must be widened first."""
+        _, t, h, w, c = self._shape(op.source)
+        rows = max(1, NORM_BLOCK_ELEMENTS // (w * c))
+        rows = rows if rows < h else min(t, rows // h) * h
         return rows * w * c * 4 * (1 if self._latent.element_bytes == 4 else 2)
 
     def _average_scratch(self, op: AverageDown) -> int:

@@ -13,35 +13,40 @@ from torch import Tensor
 from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
 
 
-def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """RMS norm over the last dimension: x / ||x|| * sqrt(C) * gamma, in float32 whatever the dtype of x.
+def norm_weight(gamma: Tensor) -> Tensor:
+    """A norm's weight, with C elements, as `rms_norm` takes it: [C] in float32, times sqrt(C)."""
+    weight: Tensor = gamma.float().flatten() * gamma.numel() ** 0.5
+    return weight
 
-    Source: `WanRMS_norm`. `gamma` is [C] in float32. Returns float32.
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """RMS norm over the last dimension: x / ||x|| * gamma, in float32 whatever the dtype of x.
+
+    Source: `WanRMS_norm`. `gamma` is [C] in float32, with sqrt(C) in it (`norm_weight`). Returns float32.
     """
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
-    return torch.mul(wide, scale).mul_(gamma * gamma.shape[0] ** 0.5)
+    return torch.mul(wide, scale).mul_(gamma)
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     """SiLU of the RMS norm of x [B, T, H, W, C], written into `out` (same shape, any strides), rounded once.
 
-    Works through the picture in blocks of rows that fit a core's cache, because each of its passes would otherwise
-    go through memory. The result of a pixel does not depend on the blocks.
+    Works through the picture in blocks of rows or frames that fit a core's cache, because each of its passes would
+    otherwise go through memory. The result of a pixel does not depend on the blocks.
     """
-    b, t, h, w, c = x.shape
-    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if x.device.type == "cpu" else h
-    for frame, target in zip(x.reshape(b * t, h, w, c).unbind(0), _frames(out), strict=True):
-        for top in range(0, h, rows):
-            normed, block = rms_norm(frame[top : top + rows], gamma), target[top : top + rows]
-            if block.dtype == normed.dtype:
-                torch.ops.aten.silu.out(normed, out=block)
-            else:
-                block.copy_(F.silu(normed, inplace=True))
-
-
-def _frames(x: Tensor) -> list[Tensor]:
-    return [frame for clip in x.unbind(0) for frame in clip.unbind(0)]
+    _, t, h, w, c = x.shape
+    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if x.device.type == "cpu" else t * h
+    frames = max(1, rows // h)
+    for clip, target in zip(x.unbind(0), out.unbind(0), strict=True):
+        for start in range(0, t, frames):
+            for top in range(0, h, rows):
+                part = (slice(start, start + frames), slice(top, top + rows))
+                normed, block = rms_norm(clip[part], gamma), target[part]
+                if block.dtype == normed.dtype:
+                    torch.ops.aten.silu.out(normed, out=block)
+                else:
+                    block.copy_(F.silu(normed, inplace=True))
 
 
 def attention(own: Tensor, whole: Tensor, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ def test_two_cases_on_two_ranks(tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = launch(
         *("job=bench", "topology=cpu_x2", "bench.cases=[layer_pipeline,spatial_shard]", "bench.rounds=2"),
+        "bench.seconds=0",
         *("bench.rows=4", "bench.cols=2", "bench.frames=2", f"hydra.run.dir={output}"),
     )
     assert done.returncode == 0, done.stderr + done.stdout  # whatever targets are missed

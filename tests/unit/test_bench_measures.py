@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from cosmos3_pipeline import compose
 from cosmos3_pipeline.jobs.bench import costs as bench_costs
 from cosmos3_pipeline.jobs.bench import rank as bench_rank
 from cosmos3_pipeline.jobs.bench import roofline
+from cosmos3_pipeline.jobs.bench import trial as bench_trial
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
 from cosmos3_pipeline.jobs.bench.costs import CHUNKS, case_costs
@@ -227,7 +229,7 @@ def test_rounds_rotate_and_the_result_is_held_against_diffusers(autoencoders: Au
     )  # type: ignore[arg-type]
     assert "".join(order) == "abc" and made.absent == 1
     steps: list[int] = []
-    made.rounds(4, lambda: steps.append(1))
+    made.rounds(4, 0, lambda: steps.append(1))
     assert "".join(order[3:]) == "abc" + "bca" + "cab" + "abc" and len(steps) == 12
     made.once_more(lambda: None)
     report = made.report()
@@ -239,6 +241,23 @@ def test_rounds_rotate_and_the_result_is_held_against_diffusers(autoencoders: Au
     for row in report["contestants"].values():
         assert len(row["seconds"]) == 4 and min(row["seconds"]) > 0
         assert row["peak_bytes"] == [tensor]
+
+
+@pytest.mark.parametrize(
+    ("least", "seconds", "runs"), [(3, 0.0, 3), (3, 8.5, 9), (3, 500.0, 12), (1, 500.0, 4), (1, 0.0, 1)]
+)
+def test_short_rounds_are_more_rounds(
+    least: int, seconds: float, runs: int, autoencoders: Autoencoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going by the first round, which takes a second; the progress bar has the fewest rounds."""
+    clock = itertools.count()
+    made = trial(autoencoders, diffusers=lambda given: given.tensor, one_rank=lambda given: given.tensor)
+    monkeypatch.setattr(bench_trial, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(World, "timed", lambda world, work: (work(), 0.5, 0.5))
+    steps: list[int] = []
+    made.rounds(least, seconds, lambda: steps.append(1))
+    assert len(steps) == 2 * least
+    assert [len(row.seconds) for row in made._measured.values()] == [runs, runs]
 
 
 def test_a_peer_that_cannot_is_absent_and_ours_that_cannot_ends_the_run(autoencoders: Autoencoders) -> None:
@@ -353,7 +372,7 @@ def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
 
     monkeypatch.setattr(bench_rank, "Factory", Watched)
     monkeypatch.setattr(bench_rank, "case_costs", timing)
-    plain = {"bench": {"rounds": 1, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
+    plain = {"bench": {"rounds": 1, "seconds": 0, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
     bench = Bench(plain, TINY, world, autoencoders, advance=lambda steps=1: None)
     with torch.no_grad():
         bench.run(case("decode", "one_rank", "layer_pipeline"))
@@ -363,7 +382,7 @@ def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
 def test_what_was_measured_is_kept_when_a_later_case_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = ("bench.rows=2", "bench.cols=2", "bench.rounds=1", "bench.costs=false")
+    size = ("bench.rows=2", "bench.cols=2", "bench.rounds=1", "bench.seconds=0", "bench.costs=false")
     plain = resolved(compose(["job=bench", "bench.cases=[image_decode,image_encode]", *size]))
     run = Bench.run
 

@@ -187,7 +187,7 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
         "versions": {"torch": "2.13.0", "diffusers": "0.42.1", "distvae": None, "matplotlib": None},
     }
     whole = {
-        **{"width": "small", "vae": {"base_dim": 16, "decoder_base_dim": 24}, "rounds": 3, "ranks": 2},
+        **{"width": "small", "vae": {"base_dim": 16, "decoder_base_dim": 24}, "ranks": 2},
         **{
             "machine": machine,
             "targets": [v.as_dict() for v in verdicts],
@@ -205,7 +205,10 @@ def test_the_tables_show_what_was_measured_and_why_something_was_not() -> None:
     assert "| one | ours: at least 1.9 times as fast as diffusers | 2.00 | 2.00 to 4.00 | yes |" in text
     assert "these had only a part of theirs: one_rank 50%\n" in text
     assert "- distvae was not run: No module named 'distvae'" in text
-    assert "fewer than 5: provisional" in text and "of roofline" not in text
+    assert (
+        "of 3 interleaved rounds after one warm-up (fewer than 5: provisional); 2 ranks" in text
+        and "of roofline" not in text
+    )
     assert "There are no plots: matplotlib is not installed." in text
     assert "large messages read out of the sender's memory, on a processor" in text
     apart = markdown({**whole, "machine": {**machine, "reads_memory": [True, False]}})

@@ -15,7 +15,7 @@ from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.footprint import activation_bytes
 from cosmos3_pipeline.vae.frames import HaloExchange
-from cosmos3_pipeline.vae.kernels import rms_norm
+from cosmos3_pipeline.vae.kernels import norm_weight, rms_norm
 from cosmos3_pipeline.vae.ops import Attention, LatentShape, Margins
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import decoder_program, encoder_program
@@ -111,7 +111,7 @@ def test_attention_of_a_slab_is_for_its_own_pixels_and_takes_the_memory_planned(
         "scaled_dot_product_attention",
         lambda q, k, v: (seen.append((q.shape[-2], k.shape[-2], v.shape[-2])), attend(q, k, v))[1],
     )
-    gamma = weights[program.ops[number].weights[0].name].flatten()
+    gamma = norm_weight(weights[program.ops[number].weights[0].name])
     exchange = Above(rms_norm(x[:, :, rows:], gamma))
     (found,) = part.run([x[:, :, :rows].clone()], part.state(1), exchange)
     assert seen == [(rows * 10, 120, 120)]

@@ -108,7 +108,7 @@ def units(case: Case, bench: Mapping[str, Any]) -> int:
 
 
 def runs(case: Case, bench: Mapping[str, Any]) -> int:
-    """How often each contestant runs after its warm-up: in the rounds, and to count its memory."""
+    """How often each contestant runs after its warm-up: in the fewest rounds, and to count its memory."""
     return 1 + int(bench["rounds"]) * case.timed
 
 
@@ -147,6 +147,6 @@ class Bench:
             trial = Trial(case, factory, given)
             self.advance(trial.absent * runs(case, bench))
             if case.timed:
-                trial.rounds(bench["rounds"], self.advance)
+                trial.rounds(bench["rounds"], bench["seconds"], self.advance)
             trial.once_more(self.advance)
             return trial.report()

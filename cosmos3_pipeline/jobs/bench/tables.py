@@ -70,9 +70,12 @@ def about(report: Mapping[str, Any]) -> str:
         for name, number in m["versions"].items()
         if number and name in ("torch", DIFFUSERS, "distvae")
     )
-    rounds = f"{report['rounds']} interleaved rounds after one warm-up"
-    if report["rounds"] < FEWEST_ROUNDS:
-        rounds += f" (fewer than {FEWEST_ROUNDS}: provisional)"
+    timing = "nothing was timed"
+    if counts := _rounds(report):
+        spread = " to ".join(str(count) for count in sorted({counts[0], counts[-1]}))
+        timing = f"medians and least to most of {spread} interleaved rounds after one warm-up"
+        if counts[0] < FEWEST_ROUNDS:
+            timing += f" (fewer than {FEWEST_ROUNDS}: provisional)"
     threads = f"{m['threads_per_rank']} thread{'s' * (m['threads_per_rank'] > 1)} per rank"
     threads += " on cores of its own" if all(m["pinned_to"]) else ", not pinned to cores"
     messages = ""
@@ -86,13 +89,19 @@ def about(report: Mapping[str, Any]) -> str:
     return (
         f"{unfinished}"
         f"VAE of width {report['width']} ({vae['base_dim']}/{vae['decoder_base_dim']}), random weights; "
-        f"medians and least to most of {rounds}; {report['ranks']} ranks, {threads}{messages}, on "
+        f"{timing}; {report['ranks']} ranks, {threads}{messages}, on "
         f"{m['processor']} with {m['cores']} cores ({m['instructions']}), "
         f"load {m['load_before']:.2f} before the start; {versions}.\n\n"
         "Peak bytes are those of tensors, rank by rank, and weights those that a rank reads; what the convolution "
         "library keeps is not counted. `differs by`: the largest difference from diffusers' result in that dtype."
         f"{without}"
     )
+
+
+def _rounds(report: Mapping[str, Any]) -> list[int]:
+    """How many rounds each timed case had, in ascending order."""
+    counts = (len(row["seconds"]) for case in report["cases"].values() for row in case["contestants"].values())
+    return sorted(filter(None, counts))
 
 
 def tables(report: Mapping[str, Any]) -> Iterator[Table]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,8 @@ from cosmos3_pipeline.jobs.verify.distance import Distance
 # What a peer raises for what it cannot do: its row says so, and the others go on.
 PEER_ERRORS = (ImportError, AssertionError, ValueError, RuntimeError)
 PEERS = (TILED, DISTVAE)
+# More rounds than so many times those asked for say little more, however short they are.
+MOST_TIMES_ROUNDS = 4
 
 
 @dataclass
@@ -73,16 +77,27 @@ class Trial:
             return None, f"{type(error).__name__}: {error}"
         return contestant, None
 
-    def rounds(self, count: int, advance: Callable[[], None]) -> None:
-        """Every contestant once a round, in an order that rotates. The result of none is kept."""
+    def rounds(self, least: int, seconds: float, advance: Callable[[], None]) -> None:
+        """Every contestant once a round, in an order that rotates. The result of none is kept.
+
+        Runs `least` rounds, or as many as fit into `seconds` going by the first, up to `MOST_TIMES_ROUNDS` times
+        that. Each contestant has `least` calls of `advance`, spread over them.
+        """
         names = list(self._contestants)
-        for index in range(count):
+        began = time.perf_counter()
+        count, index = least, 0
+        while index < count:
             start = index % len(names)
             for name in names[start:] + names[:start]:
-                _, seconds, processor = self._world.timed(self._work(name))
-                self._measured[name].seconds.append(seconds)
+                _, clock, processor = self._world.timed(self._work(name))
+                self._measured[name].seconds.append(clock)
                 self._measured[name].processor_seconds.append(processor)
-                advance()
+                if index == 0 or _steps(index, least, count) > _steps(index - 1, least, count):
+                    advance()
+            if index == 0:
+                took = self._world.comm.agree(time.perf_counter() - began)[0]
+                count = max(least, min(MOST_TIMES_ROUNDS * least, math.ceil(seconds / took)))
+            index += 1
 
     def once_more(self, advance: Callable[[], None]) -> None:
         """Every contestant once, its tensors and messages counted and its result kept on the root."""
@@ -170,6 +185,11 @@ class Trial:
             return picture
         latents: Tensor = vae.encode(given).latent_dist.mode()
         return latents
+
+
+def _steps(round_: int, least: int, count: int) -> int:
+    """How many of the calls of `advance` after the first belong to the rounds after it, up to `round_`."""
+    return round_ * (least - 1) // (count - 1)
 
 
 def distance(reference: Tensor, other: Tensor) -> Distance:
