@@ -45,23 +45,29 @@ def run_kit(strategy: str, *args: str) -> Outcomes:
     return outcomes
 
 
+# One does what the others do, the other is what all are held against: two clips are enough for them.
+WITH_TWO_CLIPS = ("auto", "replicated")
+
+
 @pytest.mark.parametrize("name", sorted(discover().strategies))
 def test_strategies_that_ship_with_the_library_pass(name: str) -> None:
-    outcomes = run_kit(":".join(discover().target(name).rsplit(".", 1)), "--max-ranks", "2")
+    chosen = ("-k", "not tall and not image and not bfloat16") if name in WITH_TWO_CLIPS else ()
+    outcomes = run_kit(":".join(discover().target(name).rsplit(".", 1)), "--max-ranks", "2", *chosen)
     assert outcomes.failed == {}
-    assert len(outcomes.passed) > 40
+    assert len(outcomes.passed) > (25 if chosen else 40)
 
 
-# What is broken: the test that must find it, and words that show that it was found for this reason.
+# What is broken: the tests that must find it, on one clip where they have several, and words that show that it was
+# found for this reason.
 BROKEN = {
-    "OneBitOff": ("as_exact", "declared bitwise, reached rounding"),
-    "RanksDisagree": ("as_exact", "rank 1 of 2: declared bitwise, reached nothing"),
-    "RemembersTheLastClip": ("as_exact", "declared bitwise"),
-    "AllAtOnce": ("stream_has", "in one piece"),
-    "OutOfOrder": ("stream_has", "frames differ from decode"),
-    "SendsMoreThanPlanned": ("sends_what", "sent and planned"),
-    "HoldsMoreThanPlanned": ("weights_that", "taken and planned"),
-    "ExtraBroadcast": ("collectives", "call other collectives"),
+    "OneBitOff": ("as_exact and 2-clip", "declared bitwise, reached rounding"),
+    "RanksDisagree": ("as_exact and 2-clip", "rank 1 of 2: declared bitwise, reached nothing"),
+    "RemembersTheLastClip": ("as_exact and 2-clip", "declared bitwise"),
+    "AllAtOnce": ("stream_has and 2-clip", "in one piece"),
+    "OutOfOrder": ("stream_has and 2-clip", "frames differ from decode"),
+    "SendsMoreThanPlanned": ("sends_what and 2-clip", "sent and planned"),
+    "HoldsMoreThanPlanned": ("weights_that and 2-clip", "taken and planned"),
+    "ExtraBroadcast": ("collectives and 2-clip", "call other collectives"),
     "RefusesInItsOwnWords": ("plans_are_whole", "ValueError: too many"),
     "RefusesWithoutHelp": ("plans_are_whole", "between: too many ranks"),
     "IdleRanks": ("more_ranks_than", "have nothing to do"),
