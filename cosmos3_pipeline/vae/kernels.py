@@ -36,7 +36,8 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     otherwise go through memory. The result of a pixel does not depend on the blocks.
     """
     _, t, h, w, c = x.shape
-    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if x.device.type == "cpu" else t * h
+    # Where there is no such cache, a frame: more at once would only take memory.
+    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if x.device.type == "cpu" else h
     frames = max(1, rows // h)
     for clip, target in zip(x.unbind(0), out.unbind(0), strict=True):
         for start in range(0, t, frames):
