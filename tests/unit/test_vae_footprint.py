@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
-from cosmos3_pipeline.vae import ParallelVAE
+from cosmos3_pipeline.vae import ParallelVAE, kernels
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.footprint import activation_bytes
 from cosmos3_pipeline.vae.frames import HaloExchange
@@ -119,6 +119,21 @@ def test_attention_of_a_slab_is_for_its_own_pixels_and_takes_the_memory_planned(
     planned = activation_bytes(program, slab, number, number + 1, cut_rows=True, whole=whole)
     peak = measured(part, [[[x[:, :, :rows].clone()]]], weights, exchange)
     assert abs(planned / peak - 1) <= 0.15, (planned, peak)
+
+
+@pytest.mark.parametrize(("frames", "rows", "calls"), [(4, 2, 1), (4, 8, 2), (3, 8, 2), (2, 16, 2), (2, 40, 6)])
+def test_a_norm_takes_as_many_rows_or_frames_as_fit_its_block(
+    frames: int, rows: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block has 16 rows."""
+    x, gamma = torch.randn(1, frames, rows, 4, 8), norm_weight(torch.rand(8))
+    sizes = []
+    monkeypatch.setattr(kernels, "NORM_BLOCK_ELEMENTS", 16 * 4 * 8)
+    monkeypatch.setattr(kernels, "rms_norm", lambda part, g: (sizes.append(part.numel()), rms_norm(part, g))[1])
+    out = torch.empty_like(x)
+    kernels.norm_silu(x, gamma, out)
+    assert torch.equal(out, F.silu(rms_norm(x, gamma)))
+    assert len(sizes) == calls and max(sizes) <= 16 * 4 * 8
 
 
 def test_activations_do_not_grow_with_the_clip() -> None:
