@@ -1,7 +1,7 @@
 """From the shares of a plan to what each rank does, one event after the other.
 
 `Line` follows `Place` of layer_pipeline and `Collector` of spatial_shard: the next portion is received early, and
-at most one result is leaving. `Pieces` follows the runner of tiled.
+some results may be leaving. `Pieces` follows the runner of tiled.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cosmos3_pipeline.plan.events import Clock, Message, Process
 from cosmos3_pipeline.plan.op_costs import OpCosts
 from cosmos3_pipeline.plan.rounds import Chunk, Parcel, Round, Step, part_of
 from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.program import Program
-from cosmos3_pipeline.vae.strategy import Exactness, RankShare, StrategyPlan, ops_on
+from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY, Program
+from cosmos3_pipeline.vae.strategy import Exactness, RankShare, StrategyPlan
 
 
 class SimulationError(ValueError):
@@ -30,14 +30,13 @@ def groups_of(program: Program, shape: LatentShape, plan: StrategyPlan) -> list[
     Raises SimulationError unless the runs follow each other up to the root's, and the slabs of each make up the
     picture once.
     """
-    runs = sorted({share.ops for share in plan.shares})
-    in_turn = {one.op for share in plan.shares for one in share.turns}
-    edges = [0, *(stop - (stop - 1 in in_turn) for _, stop in runs)]
-    if [start for start, _ in runs] != edges[:-1] or edges[-1] != len(program):
-        raise _unknown(plan, f"have the runs of ops {', '.join(map(_text, runs))} of {len(program)}")
-    if plan.shares[0].ops != runs[-1]:
+    runs = sorted({tuple(map(share.on, range(program.chunks(shape)))) for share in plan.shares})
+    groups = [[share for share in plan.shares if share.on(0) == run[0]] for run in runs]
+    for on in zip(*runs, strict=True):
+        if [0, *(stop for _, stop in on)] != [*(start for start, _ in on), len(program)]:
+            raise _unknown(plan, f"have the runs of ops {', '.join(map(_text, on))} of {len(program)}")
+    if plan.shares[0].on(0) != runs[-1][0]:
         raise _unknown(plan, f"give rank 0 the ops {_text(plan.shares[0].ops)}, which are not the last")
-    groups = [[share for share in plan.shares if share.ops == run] for run in runs]
     for group in groups:
         for index, share in enumerate(group):
             for other in group[:index]:
@@ -140,13 +139,13 @@ class Line(Schedule):
         below = self._groups[place + 1] if place + 1 < len(self._groups) else ()
         expected = deque(parcels for index in range(self._chunks) for parcels in self._coming(own, above, index))
         arriving: list[Message] = []
-        leaving: list[Message] = []
+        leaving: deque[list[Message]] = deque()
         collected: deque[list[Message]] = deque()
         if self._overlaps:
             yield from self._start(rank, (), expected.popleft(), arriving)
         for index in range(self._chunks):
             first = index == 0
-            ops = ops_on(index, own.ops, own.turns)
+            ops = own.on(index)
             given = self._program.portions_at(ops[0], first=first)
             if (first, ops) not in portions:
                 now = replace(own, ops=ops)
@@ -171,23 +170,26 @@ class Line(Schedule):
                         yield from _all(collected.popleft())
                         self.done.append(self._clock.now)
                     continue
-                # One result may be under way while the next is computed.
-                yield from _all(leaving)
+                # Some results may be under way while the next is computed.
+                if len(leaving) == (PORTIONS_UNDER_WAY if below else 1):
+                    yield from _all(leaving.popleft())
+                leaving.append([])
                 parcels = [(0, self._picture_bytes(own, first=first))]
                 if below:
                     parcels = self._crossing(ops[1], own, below, first=first)
                     parcels += self._kept(own, below, index) if number == 0 else []
-                yield from self._start(rank, parcels, (), leaving)
+                yield from self._start(rank, parcels, (), leaving[-1])
                 if not self._overlaps:
-                    yield from _all(leaving)
+                    yield from _all(leaving[-1])
         for last in collected:
             yield from _all(last)
             self.done.append(self._clock.now)
-        yield from _all(leaving)
+        for last in leaving:
+            yield from _all(last)
 
     def _coming(self, own: RankShare, above: Sequence[RankShare], index: int) -> Iterator[list[Parcel]]:
         """What comes from above for a chunk, portion by portion."""
-        first, (start, _) = index == 0, ops_on(index, own.ops, own.turns)
+        first, (start, _) = index == 0, own.on(index)
         for number in range(self._program.portions_at(start, first=first)):
             parcels = self._crossing(start, own, above, first=first)
             if number == 0:
@@ -195,14 +197,13 @@ class Line(Schedule):
             yield parcels
 
     def _kept(self, own: RankShare, below: Sequence[RankShare], index: int) -> list[Parcel]:
-        """What `own` sends with the first portion of a chunk, of which the rank below runs an op in its turn."""
-        shapes = [
-            self._program.kept_shape(one.op, self._shape)
-            for one in own.turns
-            if one.op != own.ops[0] and one.hands_over(index)
-        ]
+        """What `own` sends with the first portion of a chunk, on which the rank below runs ops that it has run."""
+        if not index:
+            return []
+        ops = self._program.keeping(own.on(index)[1], own.on(index - 1)[1])
+        shapes = [self._program.kept_shape(op, self._shape) for op in ops]
         size = self._shape.element_bytes
-        return [(other.rank, size * math.prod(shape)) for other in below for shape in shapes if shape]
+        return [(other.rank, size * math.prod(shape)) for other in below for shape in shapes]
 
     def _run(self, rank: int, steps: Sequence[Step]) -> Process:
         under_way: list[Message] = []

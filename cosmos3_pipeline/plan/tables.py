@@ -93,8 +93,16 @@ def _ranks(plan: Mapping[str, Any]) -> Sheet:
 
 def _owns(stage: Mapping[str, Any]) -> str:
     ops, rows, cols = stage["ops"], stage["rows"], stage["cols"]
-    turns = "".join(f" ({op} on {own} of {of} chunks)" for op, of, own in stage["turns"])
-    return f"ops {_span(ops)}{turns}, rows {_span(rows)}, cols {_span(cols)}"
+    return f"ops {_span(ops)}{_moving(ops, stage['runs'])}, rows {_span(rows)}, cols {_span(cols)}"
+
+
+def _moving(ops: Sequence[int], runs: Sequence[Sequence[int]]) -> str:
+    """Those of `ops` that are not run on every chunk."""
+    if not runs:
+        return ""
+    starts, stops = zip(*runs, strict=True)
+    parts = [part for part in ((ops[0], max(starts)), (min(stops), ops[1])) if part[0] < part[1]]
+    return f" ({' and '.join(map(_span, parts))} on some chunks)" if parts else ""
 
 
 def _span(bounds: Sequence[int]) -> str:

@@ -72,8 +72,8 @@ class VaeStage:
                 "ops": list(share.ops),
                 "rows": list(share.rows),
                 "cols": list(share.cols),
-                # [op, of so many chunks, it runs so many]
-                "turns": [[one.op, one.of, one.chunks_of(share.ops)] for one in share.turns],
+                # of each chunk, where they change
+                "runs": [list(run) for run in share.runs],
             },
         )
 

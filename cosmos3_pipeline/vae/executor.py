@@ -15,7 +15,7 @@ ranks: a strategy that cuts the picture gives an `exchange`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +78,7 @@ class Slice:
         exchange: HaloExchange | None = None,
         *,
         run: tuple[int, int] | None = None,
+        keeps_passed: bool = False,
     ) -> Iterator[list[Tensor]]:
         """Run the slice on the next chunk, portion by portion.
 
@@ -85,12 +86,14 @@ class Slice:
         emptied, so that each is freed as soon as it has been used, and the tensors may be overwritten, or kept for
         the next chunk. Yields those that cross the cut at `stop`.
 
-        `run` [start, stop): those of its ops that it runs on this chunk, the others being run by other ranks. Of
-        those after the run it keeps what they need for the next chunk; for those before it, see `keep`.
+        `run` [start, stop): those of its ops that it runs on this chunk, the others being run by other ranks.
+        `keeps_passed`: of the input of the op at `stop` is kept what it needs to be run here on a later chunk. For
+        what others have kept for it see `keep`.
         """
         assert state.done < state.chunks, f"the state is for {state.chunks} chunks, all of which have run"
         start, stop = run or (self.start, self.stop)
-        ops, passed = self._ops[start - self.start : stop - self.start], self._ops[stop - self.start :]
+        ops = self._ops[start - self.start : stop - self.start]
+        passed = self._ops[stop - self.start] if keeps_passed else None
         first, last = state.done == 0, state.done == state.chunks - 1
         early = max(0, self.program.portions_from - start)
         parts = self.program.portions_at(len(self.program), first=first)
@@ -98,7 +101,7 @@ class Slice:
         for tensors in given:
             ends = early >= len(ops)
             whole = self._through(
-                ops[:early], tensors, state, exchange, first=first, last=last, passed=passed if ends else []
+                ops[:early], tensors, state, exchange, first=first, last=last, passed=passed if ends else None
             )
             if ends:
                 yield whole
@@ -117,6 +120,10 @@ class Slice:
         """What op `number` has kept from the chunk before, for a rank that runs it on the next one."""
         return state.cache[self.program.ops[number].name]
 
+    def forget(self, number: int, state: SliceState) -> None:
+        """Op `number` is run by another rank from now on."""
+        del state.cache[self.program.ops[number].name]
+
     def keep(self, number: int, state: SliceState, kept: Tensor) -> None:
         """Op `number` has been run by another rank on the chunk before, and `kept` this for the next one."""
         state.cache[self.program.ops[number].name] = kept
@@ -131,9 +138,9 @@ class Slice:
         *,
         first: bool,
         last: bool,
-        passed: Sequence[BoundOp[Op]] = (),
+        passed: BoundOp[Op] | None = None,
     ) -> list[Tensor]:
-        """`tensors` after `ops`; the list is emptied. Others run those that are `passed` by."""
+        """`tensors` after `ops`; the list is emptied. Another rank runs the one that is `passed` by."""
         if not ops:
             return tensors
         flow = Flow(
@@ -149,8 +156,8 @@ class Slice:
             for op, following in zip(ops, [*ops[1:], None], strict=True):
                 flow.following = following
                 op.run(flow)
-            for op in passed:
-                op.pass_by(flow)
+            if passed is not None:
+                passed.pass_by(flow)
             return [flow.at.inner.contiguous(), *flow.shortcuts]
 
 

@@ -46,6 +46,10 @@ ENCODE_CHUNK = 4
 # that each convolution keeps.
 _PORTION = 2
 
+# Portions that may be on their way from one stage of a line to the next while another is computed. With one, a
+# stage that is ahead for a while, because its cut has moved or its core had less else to do, would have to wait.
+PORTIONS_UNDER_WAY = 2
+
 
 class ProgramError(ValueError):
     """A VAE config that no program can be made of."""
@@ -145,18 +149,27 @@ class Program:
         shapes = (spec.shape(latent, first=first) for spec in self._carried[cut])
         return tuple((b, t // parts, h, w, c) for b, t, h, w, c in shapes)
 
-    def kept_shape(self, number: int, latent: LatentShape) -> Shape | None:
-        """[B, T, H, W, C] of what op `number` keeps from one chunk for the next; None when nothing."""
+    def kept_shape(self, number: int, latent: LatentShape) -> Shape:
+        """[B, T, H, W, C] that op `number`, one of those `keeping` frames, keeps from one chunk for the next."""
         op = self.ops[number]
         b, _, h, w, c = op.source.shape(latent, first=False)
-        return (b, op.cached_frames, h, w, c) if op.cached_frames else None
+        return b, op.cached_frames, h, w, c
 
-    def can_take_turns(self, number: int) -> bool:
+    def can_change_ranks(self, number: int) -> bool:
         """Whether another rank can run op `number` on the next chunk: if it keeps nothing but its last frames.
 
         Those that double or halve the frames keep others after the first chunk.
         """
         return not isinstance(self.ops[number], TimeUp | TimeDown)
+
+    def chunks_kept(self, number: int) -> int:
+        """From how many chunks before the next one op `number` keeps frames."""
+        op = self.ops[number]
+        return -(-op.cached_frames // op.source.frames)
+
+    def keeping(self, start: int, stop: int) -> list[int]:
+        """The numbers of the ops in [start, stop) that keep frames from one chunk for the next."""
+        return [number for number in range(start, stop) if self.ops[number].cached_frames]
 
     def portion_elements(self, cut: int, latent: LatentShape, *, first: bool) -> int:
         """Elements that cross the cut before op `cut` with one portion of a chunk."""

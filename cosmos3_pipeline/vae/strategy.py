@@ -29,7 +29,7 @@ Every rank gets the same, already checked input. Work per clip lives in locals, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -55,8 +55,6 @@ __all__ = [
     "Strategy",
     "StrategyError",
     "StrategyPlan",
-    "Turns",
-    "ops_on",
 ]
 
 # "float": [B, 3, frames, H, W] in the VAE's dtype in [-1, 1]; "uint8": [B, frames, H, W, 3] in 0..255.
@@ -102,51 +100,16 @@ class Deal:
 
 
 @dataclass(frozen=True)
-class Turns:
-    """An op that two neighbours of a line run in turn, chunk by chunk, so that both have as much to do.
-
-    op: its number. before, of: the rank with the ops before it runs it on `before` of every `of` chunks, evenly
-    spread, and the rank with the ops after it on the others. 0 < before < of.
-    """
-
-    op: int
-    before: int
-    of: int
-
-    def is_before(self, chunk: int) -> bool:
-        """Whether the rank with the ops before it runs it on `chunk`. Not on the first."""
-        return (chunk + 1) * self.before // self.of > chunk * self.before // self.of
-
-    def chunks_of(self, ops: tuple[int, int]) -> int:
-        """On how many of `of` chunks the rank with `ops` runs it, which is their first or their last."""
-        return self.of - self.before if self.op == ops[0] else self.before
-
-    def hands_over(self, chunk: int) -> bool:
-        """Whether that rank has run it on the chunk before `chunk`, on which the other does."""
-        return chunk > 0 and self.is_before(chunk - 1) and not self.is_before(chunk)
-
-
-def ops_on(chunk: int, ops: tuple[int, int], turns: Iterable[Turns]) -> tuple[int, int]:
-    """Of a run [start, stop) of `ops` those that are run on `chunk`, where some of them are run in turn."""
-    start, stop = ops
-    for one in turns:
-        if one.op == ops[0]:
-            start += one.is_before(chunk)
-        else:
-            stop -= not one.is_before(chunk)
-    return start, stop
-
-
-@dataclass(frozen=True)
 class RankShare:
     """What one rank of the group does with one clip.
 
-    ops: its run [start, stop) of the program. rows, cols: the latent rows and columns [start, stop) that it owns.
+    ops: its run [start, stop) of the program, with all whose weights it holds.
+    rows, cols: the latent rows and columns [start, stop) that it owns.
     flops: as `Op.flops`, over the clip. weight_bytes: of its ops. activation_bytes: peak beyond the weights.
     sent_bytes, sent_messages: payload that it hands to others, as the ledger counts; for decode that of
     `decode_stream` (`decode` adds one broadcast of the float picture by the root unless `everywhere`).
     deals: where ops run on other rows and columns than those of the latent that it owns, in the order of the ops.
-    turns: its first or last op, or both, if it runs them in turn with a neighbour, who has them too.
+    runs: the ops [start, stop) that it runs on each chunk of the clip, where those change; else empty.
     """
 
     rank: int
@@ -159,7 +122,11 @@ class RankShare:
     sent_bytes: int
     sent_messages: int
     deals: tuple[Deal, ...] = ()
-    turns: tuple[Turns, ...] = ()
+    runs: tuple[tuple[int, int], ...] = ()
+
+    def on(self, chunk: int) -> tuple[int, int]:
+        """The ops [start, stop) that it runs on `chunk`."""
+        return self.runs[chunk] if self.runs else self.ops
 
 
 @dataclass(frozen=True)

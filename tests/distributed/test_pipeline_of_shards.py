@@ -49,7 +49,7 @@ def test_one_group_is_spatial_shard_and_one_rank_a_group_is_layer_pipeline() -> 
     shape = LatentShape(1, 5, 7, 6)
     for program in (DECODER, ENCODER):
         assert PipelineOfShards(1).plan(program, shape, 3).shares == SpatialShard().plan(program, shape, 3).shares
-        line = LayerPipeline(pixels=LARGE_PIXELS, takes_turns=False)
+        line = LayerPipeline(pixels=LARGE_PIXELS, moving_cuts=False)
         assert PipelineOfShards(4).plan(program, shape, 4).shares == line.plan(program, shape, 4).shares
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from test_program import attention_in_encoder
 from torch import Tensor
 from vae_models import WAN21, WAN22, make_vae, vae_config
+from wandering_cuts import wandering
 
 from cosmos3_pipeline.vae import ParallelVAE, footprint
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
-from cosmos3_pipeline.vae.strategy import Turns
+from cosmos3_plugins.layer_pipeline.passing import Passing
 from cosmos3_plugins.replicated import Replicated
 
 CONFIGS = {
@@ -151,34 +153,45 @@ def test_any_cut_gives_the_same_bits(name: str, make_program: Callable[..., Prog
 
 @pytest.mark.parametrize("make_program", [decoder_program, encoder_program])
 @pytest.mark.parametrize("name", ["wan22", "wan21"])
-def test_two_slices_run_any_op_in_turn_with_the_same_bits(
+def test_a_cut_that_moves_gives_the_same_bits(
     name: str, make_program: Callable[..., Program], bands: None
 ) -> None:
     vae = make_vae(CONFIGS[name])
     program, weights = make_program(vae.config), vae.state_dict()
-    chunks = chunks_of(program, vae, 5)
+    chunks = chunks_of(program, vae, 6)
     whole = Slice(program, 0, len(program), weights)
-    state = whole.state(5)
+    state = whole.state(6)
     expected = [whole.run([chunk.clone()], state)[0] for chunk in chunks]
-    numbers = [n for n in range(1, len(program) - 1) if program.can_take_turns(n)]
-    assert len(numbers) >= len(program) - 5
-    for turns in [Turns(number, 1 + number % 3, 4) for number in numbers[name == "wan21" :: 2]]:
-        parts = Slice(program, 0, turns.op + 1, weights), Slice(program, turns.op, len(program), weights)
-        states = [part.state(5) for part in parts]
-        for i, chunk in enumerate(chunks):
-            cut = turns.op + turns.is_before(i)
-            if turns.hands_over(i) and program.kept_shape(turns.op, LatentShape(1, 1, 1, 1)):
-                kept = parts[0].kept(turns.op, states[0])
-                scale = program.ops[turns.op].source.scale
-                latent = LatentShape(1, 5, kept.shape[2] // scale, kept.shape[3] // scale)
-                assert tuple(kept.shape) == program.kept_shape(turns.op, latent)
-                parts[1].keep(turns.op, states[1], kept.clone())
-            crossing = list(parts[0].portions([[chunk.clone()]], states[0], run=(0, cut)))
+    moved: Counter[str] = Counter()
+    for seed in range(24):
+        first = 1 + seed * (len(program) - 12) // 23
+        path = wandering(program, (first, first + 11), 6, seed)
+        above = Slice(program, 0, max(path), weights)
+        below = Slice(program, min(path), len(program), weights)
+        states = above.state(6), below.state(6)
+        latent = LatentShape(1, 6, 4, 3)
+        leaving = Passing(program, latent, [(0, cut) for cut in path])
+        coming = Passing(program, latent, [(cut, len(program)) for cut in path])
+        for i, (chunk, cut) in enumerate(zip(chunks, path, strict=True)):
+            for op in coming.handed_back(i):
+                below.forget(op, states[1])
+                moved["on"] += 1
+            assert leaving.handed_over(i) == coming.taken_over(i)
+            for op in leaving.handed_over(i):
+                kept = above.kept(op, states[0])
+                assert tuple(kept.shape) == program.kept_shape(op, latent)
+                below.keep(op, states[1], kept.clone())
+                if op != cut or not leaving.keeps_passed(i):
+                    above.forget(op, states[0])
+                moved["back"] += 1
+            keeps = leaving.keeps_passed(i)
+            crossing = list(above.portions([[chunk.clone()]], states[0], run=(0, cut), keeps_passed=keeps))
             assert len(crossing) == program.portions_at(cut, first=i == 0)
             given = [[t.clone() for t in tensors] for tensors in crossing]
-            results = list(parts[1].portions(given, states[1], run=(cut, len(program))))
+            results = list(below.portions(given, states[1], run=(cut, len(program))))
             result = torch.cat([picture for (picture,) in results], dim=2 if program.direction == "decode" else 1)
-            assert torch.equal(result, expected[i]), (turns, i)
+            assert torch.equal(result, expected[i]), (path, i)
+    assert min(moved["on"], moved["back"]) >= 20
 
 
 @pytest.mark.parametrize("batch", [1, 2])

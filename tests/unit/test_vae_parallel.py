@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from cosmos_models import tiny_pipeline
 from diffusers.video_processor import VideoProcessor
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
@@ -18,10 +19,12 @@ from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.inputs import VaeInputError
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
-from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan, Turns, ops_on
+from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.balance import best_runs, speed_up
+from cosmos3_plugins.layer_pipeline.balance import Run, best_runs, speed_up
 from cosmos3_plugins.layer_pipeline.costs import op_costs
+from cosmos3_plugins.layer_pipeline.moving import moving_runs
+from cosmos3_plugins.layer_pipeline.passing import Passing
 from cosmos3_plugins.replicated import Replicated
 
 CONFIG = vae_config(WAN22)
@@ -201,41 +204,59 @@ def test_layer_pipeline_is_balanced_within_one_op(ranks: int) -> None:
     assert sum(share.flops for share in shares) == program.flops(LatentShape(1, 48, 45, 80, 2))
 
 
-@given(of=st.integers(2, 9), part=st.floats(0, 1), rounds=st.integers(1, 4))
-def test_turns_are_spread_evenly_and_end_where_they_began(of: int, part: float, rounds: int) -> None:
-    turns = Turns(op=5, before=min(of - 1, max(1, round(part * of))), of=of)
-    on = [turns.is_before(chunk) for chunk in range(rounds * of)]
-    assert not on[0], "the first chunk is run by the rank after"
-    for first in range(len(on)):
-        for last in range(first, len(on)):
-            assert abs(sum(on[first:last]) - (last - first) * turns.before / of) < 1
-    assert [turns.hands_over(chunk) for chunk in range(1, len(on))] == [a and not b for a, b in pairwise(on)]
-    assert not turns.hands_over(0)
-    for chunk, before in enumerate(on):
-        assert ops_on(chunk, (2, 6), [turns]) == (2, 5 + before)
-        assert ops_on(chunk, (5, 9), [turns]) == (5 + before, 9)
-        assert ops_on(chunk, (5, 9), [turns, Turns(8, 1, 2)]) == (5 + before, 8 + chunk % 2)
-    assert (turns.chunks_of((2, 6)), turns.chunks_of((5, 9))) == (turns.before, of - turns.before)
-
-
 @pytest.mark.parametrize("width", [24, 64, 256])
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_ops_in_turn_make_a_line_end_sooner(ranks: int, width: int) -> None:
+def test_moving_cuts_make_a_line_end_sooner(ranks: int, width: int) -> None:
     config = vae_config(WAN22, base_dim=width, decoder_base_dim=width, num_res_blocks=2)
-    gains = []
+    gains: dict[int, list[float]] = {4: [], 16: [], 32: []}
     for program, pixels in product((decoder_program(config), encoder_program(config)), (12, 240, 1024)):
         whole = best_runs(program, ranks, 50.0, pixels)
-        runs = best_runs(program, ranks, 50.0, pixels, takes_turns=True)
         costs = op_costs(program, 50.0, pixels)
-        gains.append(speed_up(program, costs, runs, 32) / speed_up(program, costs, whole, 32))
-        assert gains[-1] >= 1.005 or runs == whole
-        # One chunk after the other, every op is run by one rank, and each rank has one for itself.
-        for chunk in range(9):
-            edges = [ops_on(chunk, run.ops, run.turns) for run in runs]
-            assert edges[0][0] == 0 and edges[-1][1] == len(program)
-            assert all(a[1] == b[0] for a, b in pairwise(edges)) and all(start < stop for start, stop in edges)
-        assert all(program.can_take_turns(one.op) for run in runs for one in run.turns)
-    assert max(gains) > 1.01
+        for chunks, found in gains.items():
+            runs = moving_runs(program, ranks, 50.0, pixels, 4, chunks)
+            found.append(speed_up(program, costs, runs, chunks) / speed_up(program, costs, whole, chunks))
+            assert [run.ops for run in runs] == [
+                run.ops for run in moving_runs(program, ranks, 50.0, pixels, 4, 1)
+            ]
+            assert_can_be_run(program, runs, chunks)
+    assert min(gains[32]) >= 1
+    assert min(gains[16]) >= 1 and min(gains[4]) > 0.97
+    assert sum(gains[16]) / len(gains[16]) > 1.02
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.sampled_from([4, 24, 96]),
+    blocks=st.integers(1, 3),
+    ranks=st.integers(1, 9),
+    pixels=st.integers(1, 1024),
+    chunks=st.integers(1, 40),
+    encode=st.booleans(),
+    old=st.booleans(),
+)
+def test_moving_cuts_can_be_run(
+    width: int, blocks: int, ranks: int, pixels: int, chunks: int, *, encode: bool, old: bool
+) -> None:
+    config = vae_config(WAN21 if old else WAN22, base_dim=width, num_res_blocks=blocks)
+    program = (encoder_program if encode else decoder_program)(config)
+    assert_can_be_run(program, moving_runs(program, ranks, 50.0, pixels, 4, chunks), chunks)
+
+
+def assert_can_be_run(program: Program, runs: Sequence[Run], chunks: int) -> None:
+    """On every chunk every op is run by one rank, which has what it needs; each rank runs some."""
+    for chunk in range(chunks):
+        edges = [run.on(chunk) for run in runs]
+        assert edges[0][0] == 0 and edges[-1][1] == len(program)
+        assert all(a[1] == b[0] for a, b in pairwise(edges)) and all(start < stop for start, stop in edges)
+        assert all(
+            run.ops[0] <= start < stop <= run.ops[1] for run, (start, stop) in zip(runs, edges, strict=True)
+        )
+    for run in runs:
+        passing = Passing(program, LatentShape(1, chunks, 1, 1), [run.on(chunk) for chunk in range(chunks)])
+        for chunk in range(chunks):
+            # Both assert that what they need has been seen.
+            passing.keeps_passed(chunk)
+            passing.handed_over(chunk)
 
 
 @pytest.mark.parametrize("frames", [1, 4, 48])

@@ -1,6 +1,6 @@
 """Each rank owns a contiguous run of ops, and the latent frames stream through the ranks.
 
-Where no cut between two ops makes neighbours equally busy, they run the op there in turn, chunk by chunk.
+The cuts between neighbours may move from chunk to chunk, so that all are equally busy and busy to the end.
 
 The decoder is causal, so frame after frame passes like workpieces on an assembly line: no halo, no gather of
 feature maps, and every op runs on the shape on which one rank alone would run it, so the result is equal bit for
@@ -11,11 +11,13 @@ which see a chunk in portions and begin with the first (`Program.waits`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from cosmos3_pipeline.vae.footprint import activation_bytes
+from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY
 from cosmos3_pipeline.vae.strategy import (
     Direction,
     Exactness,
@@ -26,10 +28,11 @@ from cosmos3_pipeline.vae.strategy import (
     Strategy,
     StrategyError,
     StrategyPlan,
-    ops_on,
 )
 from cosmos3_plugins.layer_pipeline.balance import Run, best_runs, speed_up
 from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS, op_costs
+from cosmos3_plugins.layer_pipeline.moving import moving_runs
+from cosmos3_plugins.layer_pipeline.passing import Passing
 
 if TYPE_CHECKING:
     from cosmos3_pipeline.distributed.comm import Comm
@@ -47,13 +50,13 @@ class LayerPipeline(Strategy):
     pixels: latent pixels of a frame that the ops are divided for; 0 means those of each clip. Where they are
     few, early ops, which have most of the weights, take as long as reading these takes. From 1024 pixels on the
     runs are always the same; before, clips of two sizes may need two divisions, for which weights are bound anew.
-    takes_turns: neighbours may run the op between them in turn, if the line then ends 0.5% sooner. Both hold the
-    weights of that op, and one sends the other the frames that it keeps.
+    moving_cuts: a cut between two ranks may move from chunk to chunk, if the line then ends 0.5% sooner. Both hold
+    the weights of the ops over which it moves, and one sends the other the frames that those keep.
     """
 
     flops_per_element: float = 50.0
     pixels: int = 0
-    takes_turns: bool = True
+    moving_cuts: bool = True
 
     name: ClassVar[str] = "layer_pipeline"
     exactness: ClassVar[Exactness] = Exactness.BITWISE
@@ -92,7 +95,10 @@ class LayerPipeline(Strategy):
                 f"rank needs one; use {len(program)} ranks or fewer"
             )
         sizes = self._pixels(shape), shape.element_bytes
-        found = best_runs(program, ranks, self.flops_per_element, *sizes, takes_turns=self.takes_turns)
+        if self.moving_cuts:
+            found = moving_runs(program, ranks, self.flops_per_element, *sizes, program.chunks(shape))
+        else:
+            found = best_runs(program, ranks, self.flops_per_element, *sizes)
         return tuple(reversed(found))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
@@ -101,15 +107,11 @@ class LayerPipeline(Strategy):
         chunks = program.chunks(shape)
         shares = tuple(self._share(program, shape, rank, runs[rank], ranks) for rank in range(ranks))
         costs = op_costs(program, self.flops_per_element, self._pixels(shape), shape.element_bytes)
-        stages = [
-            sum(sum(costs.later[slice(*ops_on(chunk, run.ops, run.turns))]) for chunk in range(chunks))
-            for run in runs
-        ]
+        stages = [sum(sum(costs.later[slice(*run.on(chunk))]) for chunk in range(chunks)) for run in runs]
         balance = sum(stages) / (ranks * max(stages))
-        in_turn = len({one.op for run in runs for one in run.turns})
         note = (
             f"{chunks} chunks through {ranks} stages, balance {balance:.0%}"
-            f"{f', {in_turn} of the ops between them in turn' * bool(in_turn)}: "
+            f"{', with moving cuts' * any(run.runs for run in runs)}: "
             f"at best {speed_up(program, costs, runs, chunks):.2f} times one rank"
         )
         return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
@@ -117,18 +119,11 @@ class LayerPipeline(Strategy):
     def _share(self, program: Program, shape: LatentShape, rank: int, run: Run, ranks: int) -> RankShare:
         start, stop = run.ops
         chunks = program.chunks(shape)
-        on = [ops_on(chunk, run.ops, run.turns) for chunk in range(chunks)]
-        peak = activation_bytes(program, shape, start, stop)
-        if chunks > 1:
-            # The next portion arrives, and the last one leaves, while this one is computed.
-            for cuts in zip(*on[1:], strict=True):
-                peak += shape.element_bytes * max(
-                    program.portion_elements(cut, shape, first=False) if 0 < cut < len(program) else 0
-                    for cut in cuts
-                )
+        on = [run.on(chunk) for chunk in range(chunks)]
         if stop < len(program):
-            tensors = list(_handed_on(program, shape, run))
-            sent, messages = shape.element_bytes * sum(map(math.prod, tensors)), len(tensors)
+            passing = Passing(program, shape, on)
+            tensors = [math.prod(each) for i in range(chunks) for each in chain.from_iterable(passing.leaving(i))]
+            sent, messages = shape.element_bytes * sum(tensors), len(tensors)
         elif program.direction == "encode" and ranks > 1:
             moments = 2 * program.z_dim * shape.batch * shape.frames * shape.rows * shape.cols
             sent, messages = moments * shape.element_bytes, 1
@@ -145,10 +140,10 @@ class LayerPipeline(Strategy):
                 for op in program.ops[slice(*ops)]
             ),
             weight_bytes=program.weight_elements(start, stop) * shape.element_bytes,
-            activation_bytes=peak,
+            activation_bytes=_peak(program, shape, on),
             sent_bytes=sent,
             sent_messages=messages,
-            turns=run.turns,
+            runs=run.runs,
         )
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
@@ -158,14 +153,29 @@ class LayerPipeline(Strategy):
         return Stage(vae, comm, direction, self)
 
 
-def _handed_on(program: Program, shape: LatentShape, run: Run) -> Iterator[tuple[int, ...]]:
-    """The shapes of the tensors of a whole clip that the rank of `run` sends to the next one."""
-    for chunk in range(program.chunks(shape)):
-        first = chunk == 0
-        _, cut = ops_on(chunk, run.ops, run.turns)
-        for _ in range(program.portions_at(cut, first=first)):
-            yield from program.carried_shapes(cut, shape, first=first)
-        for one in run.turns:
-            kept = program.kept_shape(one.op, shape)
-            if kept and one.op != run.ops[0] and one.hands_over(chunk):
-                yield kept
+def _peak(program: Program, shape: LatentShape, runs: Sequence[tuple[int, int]]) -> int:
+    """Peak bytes beyond the weights of a rank that runs the ops `runs` on the chunks."""
+    passing = Passing(program, shape, runs)
+    if len(runs) == 1:
+        return activation_bytes(program, shape, *runs[0])
+
+    def crossing(cuts: Iterable[int]) -> int:
+        return max(
+            program.portion_elements(cut, shape, first=False) if 0 < cut < len(program) else 0 for cut in cuts
+        )
+
+    def kept(ops: Iterable[int]) -> int:
+        return sum(math.prod(program.kept_shape(op, shape)) for op in ops)
+
+    peaks: dict[tuple[int, int], int] = {}
+    for index in range(1, len(runs)):
+        run, near = runs[index], runs[max(1, index - 1) : index + 2]
+        # The next portion arrives, and those before leave, while this one is computed; so does what goes with it.
+        beside = crossing(start for start, _ in near) + PORTIONS_UNDER_WAY * crossing(stop for _, stop in near)
+        beside += kept(passing.handed_over(index)) + kept([run[1]] * passing.keeps_passed(index))
+        if index + 1 < len(runs):
+            beside += kept(passing.taken_over(index + 1))
+        peaks[run] = max(beside, peaks.get(run, 0))
+    return max(
+        activation_bytes(program, shape, *run) + shape.element_bytes * beside for run, beside in peaks.items()
+    )

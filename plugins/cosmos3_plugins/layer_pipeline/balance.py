@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,17 +10,12 @@ from itertools import accumulate, pairwise
 from typing import Protocol
 
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_pipeline.vae.strategy import Turns, ops_on
 from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS, ChunkCosts, chunks_of, op_costs
 
 # Chunks of the clip that a line is divided for: 125 frames of video. The same for all clips, which share weights.
-_CHUNKS = 32
+CHUNKS = 32
 # How far beyond the earliest end a division may go if it then sends less.
 _SLACK = 1.002
-# Of how many chunks each neighbour runs some of an op that they run in turn, and how much sooner the line has to
-# end with such ops, the weights of which both ranks hold.
-_OF_CHUNKS = 8
-_WORTH_TURNS = 1.005
 
 
 class Stage(Protocol):
@@ -29,16 +23,67 @@ class Stage(Protocol):
 
     @property
     def ops(self) -> tuple[int, int]: ...
-    @property
-    def turns(self) -> tuple[Turns, ...]: ...
+
+    def on(self, chunk: int) -> tuple[int, int]:
+        """The ops that it runs on a chunk."""
+        ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """The ops [start, stop) of a rank, which may run the first and the last in turn with its neighbours."""
+    """The ops [start, stop) of a rank; `runs`: those that it runs on each chunk of a clip, if not always all."""
 
     ops: tuple[int, int]
-    turns: tuple[Turns, ...] = ()
+    runs: tuple[tuple[int, int], ...] = ()
+
+    def on(self, chunk: int) -> tuple[int, int]:
+        """The ops that it runs on a chunk."""
+        return self.runs[chunk] if self.runs else self.ops
+
+
+class Times:
+    """When the portions of chunks leave the stages of a line, whose messages take no time. In units of `costs`."""
+
+    def __init__(self, program: Program, costs: ChunkCosts) -> None:
+        self.program = program
+        self._first, self._later = ([0.0, *accumulate(part)] for part in costs)
+        self._known: dict[tuple[tuple[int, int], bool], tuple[float, int, float, int]] = {}
+
+    def of_clip(self, chunks: int) -> float:
+        """What one rank takes for a clip of `chunks`."""
+        return self._first[-1] + (chunks - 1) * self._later[-1]
+
+    def before(self, cut: int) -> float:
+        """What the ops before `cut` take for a later chunk."""
+        return self._later[cut]
+
+    def departures(self, runs: Iterable[tuple[int, int]], arrivals: Sequence[float] | None = None) -> list[float]:
+        """When each portion leaves a stage that runs the ops `runs` on the chunks.
+
+        They come at `arrivals` (None: all are there).
+        """
+        coming = iter(arrivals or ())
+        now, leaving = 0.0, []
+        for chunk, run in enumerate(runs):
+            early, given, late, of_each = self._seconds(run, first=chunk == 0)
+            for _ in range(given):
+                now = max(now, next(coming, 0.0)) + early
+                for _ in range(of_each):
+                    now += late
+                    leaving.append(now)
+        return leaving
+
+    def _seconds(self, run: tuple[int, int], *, first: bool) -> tuple[float, int, float, int]:
+        """Of a chunk: time of the early ops for a given portion, how many are given; late ops, made of each."""
+        found = self._known.get((run, first))
+        if found is None:
+            start, stop = run
+            sums, program = self._first if first else self._later, self.program
+            early = max(start, min(stop, program.portions_from))
+            given, left = (program.portions_at(cut, first=first) for cut in run)
+            found = (sums[early] - sums[start]) / given, given, (sums[stop] - sums[early]) / left, left // given
+            self._known[run, first] = found
+        return found
 
 
 @cache
@@ -48,131 +93,48 @@ def best_runs(
     flops_per_element: float,
     pixels: int = LARGE_PIXELS,
     element_bytes: int = 4,
-    *,
-    takes_turns: bool = False,
 ) -> tuple[Run, ...]:
-    """`ranks` runs that cover the program in order, with which a clip of `_CHUNKS` ends earliest. `ranks` <= ops.
+    """`ranks` runs that cover the program in order, with which a clip of `CHUNKS` ends earliest. `ranks` <= ops.
 
-    Among divisions that are hardly later, the one whose cuts are crossed by the least data. If it `takes_turns`,
-    neighbours may run the op between them in turn, where that is worth it.
+    Among divisions that are hardly later, the one whose cuts are crossed by the least data.
     """
-    costs = op_costs(program, flops_per_element, pixels, element_bytes)
-    ends = _Ends(program, costs)
+    ends = cache(_Ends(program, op_costs(program, flops_per_element, pixels, element_bytes)))
     latent = chunks_of(pixels, element_bytes)
     crossing = [
         sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
     ]
-    between_ops = cache(ends)
-    cuts = _least_crossing(between_ops, crossing, ranks, _SLACK * _earliest(between_ops, len(program), ranks))
-    whole = tuple(Run(ops) for ops in pairwise(cuts))
-    if not takes_turns:
-        return whole
-    in_turn = _in_turn(program, _even_cuts(ends, ranks))
-    gain = speed_up(program, costs, in_turn, _CHUNKS) / speed_up(program, costs, whole, _CHUNKS) if in_turn else 0
-    return in_turn if gain >= _WORTH_TURNS else whole
+    cuts = _least_crossing(ends, crossing, ranks, _SLACK * _earliest(ends, len(program), ranks))
+    return tuple(Run(ops) for ops in pairwise(cuts))
 
 
 def speed_up(program: Program, costs: ChunkCosts, stages: Iterable[Stage], chunks: int) -> float:
     """How many times as fast as one rank a line of `stages` is at best, whose messages take no time."""
+    times = Times(program, costs)
     arrivals: list[float] | None = None  # of the portions, at the stage that is looked at
-    for stage in sorted(stages, key=lambda stage: stage.ops):
-        arrivals = _departures(program, costs, stage, chunks, arrivals)
+    for stage in sorted(stages, key=lambda stage: stage.on(0)):
+        arrivals = times.departures(map(stage.on, range(chunks)), arrivals)
     assert arrivals is not None, "a line has a stage"
-    return costs.of_clip(chunks) / arrivals[-1]
-
-
-def _departures(
-    program: Program, costs: ChunkCosts, stage: Stage, chunks: int, arrivals: Sequence[float] | None
-) -> list[float]:
-    """When each portion leaves a stage, to which they come at `arrivals` (None: all are there)."""
-    coming = iter(arrivals or ())
-    now, leaving = 0.0, []
-    for chunk in range(chunks):
-        first = chunk == 0
-        cost = costs.first if first else costs.later
-        start, stop = ops_on(chunk, stage.ops, stage.turns)
-        early = max(start, min(stop, program.portions_from))
-        given = program.portions_at(start, first=first)
-        left = program.portions_at(stop, first=first)
-        for _ in range(given):
-            now = max(now, next(coming, 0.0)) + sum(cost[start:early]) / given
-            for _ in range(left // given):
-                now += sum(cost[early:stop]) / left
-                leaving.append(now)
-    return leaving
+    return times.of_clip(chunks) / arrivals[-1]
 
 
 class _Ends:
-    """When a line of `_CHUNKS` chunks ends whose rank with a run is the one that the others wait for.
+    """When a line of `CHUNKS` chunks ends whose rank with a run is the one that the others wait for.
 
     That one begins when what it needs has passed the ops before its run. When it has ended, one portion has yet to
-    pass those after it. A cut may fall within an op, of which each rank then has a part.
+    pass those after it.
     """
 
     def __init__(self, program: Program, costs: ChunkCosts) -> None:
         portion = [cost / program.portions_at(i + 1, first=False) for i, cost in enumerate(costs.later)]
-        self.ops = len(program)
         self._first, self._later, self._portion = (
             [0.0, *accumulate(part)] for part in (costs.first, costs.later, portion)
         )
 
-    def __call__(self, start: float, stop: float) -> float:
-        first = [_at(self._first, cut) for cut in (start, stop)]
-        later = [_at(self._later, cut) for cut in (start, stop)]
-        portion = [_at(self._portion, cut) for cut in (start, stop)]
+    def __call__(self, start: int, stop: int) -> float:
+        first, later, portion = self._first, self._later, self._portion
         # While the rank works on its first chunk, which is small, the next one's first portion is on its way.
-        beginning = first[0] + max(first[1] - first[0], portion[0])
-        return beginning + (_CHUNKS - 1) * (later[1] - later[0]) + self._portion[-1] - portion[1]
-
-    def furthest(self, start: float, limit: float) -> float:
-        """The last cut at which a run from `start` on may end, for the line to end by `limit`; `start` if none."""
-        if self(start, self.ops) <= limit:
-            return self.ops
-        cut = bisect_right(range(self.ops + 1), limit, lo=math.ceil(start), key=lambda stop: self(start, stop)) - 1
-        low = max(start, cut)
-        from_low, to_next = limit - self(start, low), self(start, cut + 1) - self(start, low)
-        return max(start, low + (cut + 1 - low) * from_low / to_next)
-
-
-def _at(sums: Sequence[float], cut: float) -> float:
-    """The sum of what comes before `cut`, which may fall between two of the numbers."""
-    below = int(cut)
-    return sums[below] + ((cut - below) * (sums[below + 1] - sums[below]) if cut > below else 0.0)
-
-
-def _even_cuts(ends: _Ends, ranks: int) -> list[float]:
-    """The cuts of a line of `ranks`, within ops too, with which it ends earliest."""
-    low, high = 0.0, ends(0, ends.ops)
-    cuts = [0.0] * (ranks - 1)
-    while high - low > 1e-6 * high:
-        limit = (low + high) / 2
-        found = [0.0]
-        for _ in range(ranks):
-            found.append(ends.furthest(found[-1], limit))
-        if found[-1] >= ends.ops:
-            high, cuts = limit, found[1:-1]
-        else:
-            low = limit
-    return cuts
-
-
-def _in_turn(program: Program, cuts: Iterable[float]) -> tuple[Run, ...]:
-    """Runs with such cuts, those within ops by turns. Empty where a rank would have no op for itself."""
-    turns: list[Turns] = []
-    edges = [(0, 0)]  # of the ops that each rank has for itself
-    for cut in cuts:
-        op, before = divmod(round(cut * _OF_CHUNKS), _OF_CHUNKS)
-        if before and program.can_take_turns(op):
-            turns.append(Turns(op, before, _OF_CHUNKS))
-            edges.append((op, op + 1))
-        else:
-            op = round(cut)
-            edges.append((op, op))
-    edges.append((len(program), len(program)))
-    if any(start >= stop for (_, start), (stop, _) in pairwise(edges)):
-        return ()
-    runs = [(start, stop) for (start, _), (_, stop) in pairwise(edges)]
-    return tuple(Run(run, tuple(one for one in turns if run[0] <= one.op < run[1])) for run in runs)
+        beginning = first[start] + max(first[stop] - first[start], portion[start])
+        return beginning + (CHUNKS - 1) * (later[stop] - later[start]) + portion[-1] - portion[stop]
 
 
 def _earliest(ends: Callable[[int, int], float], ops: int, ranks: int) -> float:

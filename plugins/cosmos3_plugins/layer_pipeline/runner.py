@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,34 +25,40 @@ class Stage:
         self._direction: Direction = direction
         self._strategy = strategy
         self._program = vae.program(direction)
-        self._bound: tuple[Run, Place] | None = None
+        self._bound: tuple[tuple[int, int], Place] | None = None
         if not strategy.depends_on_clip:
-            self._place(self._latent(1, 1, 1, 1))
+            self._place(self._run(self._latent(1, 1, 1, 1)).ops)
 
     def _latent(self, batch: int, frames: int, rows: int, cols: int) -> LatentShape:
         return LatentShape(batch, frames, rows, cols, self._vae.dtype.itemsize)
 
-    def _place(self, latent: LatentShape) -> Place:
-        """This rank's place in the line for a clip of `latent`, the ops of which are then bound."""
+    def _run(self, latent: LatentShape) -> Run:
+        """What this rank runs of a clip of `latent`."""
+        return self._strategy.runs(self._program, latent, self._comm.size)[self._comm.rank]
+
+    def _place(self, ops: tuple[int, int]) -> Place:
+        """This rank's place in the line with the run `ops`, which are bound unless they are already."""
         comm = self._comm
-        run = self._strategy.runs(self._program, latent, comm.size)[comm.rank]
-        if self._bound is None or self._bound[0] != run:
+        if self._bound is None or self._bound[0] != ops:
             self._bound = None  # its weights go before others come
             place = Place(
                 self._vae,
                 comm,
-                self._vae.slice(self._direction, *run.ops),
+                self._vae.slice(self._direction, *ops),
                 above=comm.rank + 1 if comm.rank + 1 < comm.size else None,
                 below=comm.rank - 1 if comm.rank > 0 else None,
-                turns=run.turns,
             )
-            self._bound = run, place
+            self._bound = ops, place
         return self._bound[1]
+
+    def _outputs(self, latent: LatentShape, chunks: int, source: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        run = self._run(latent)
+        return self._place(run.ops).outputs(latent, chunks, source, run.runs)
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields the picture on the root; the other ranks send what they compute and yield nothing."""
         latent = self._latent(z.shape[0], z.shape[2], z.shape[3], z.shape[4])
-        for picture in self._place(latent).outputs(latent, z.shape[2], lambda index: latent_chunk(z, index)):
+        for picture in self._outputs(latent, z.shape[2], lambda index: latent_chunk(z, index)):
             yield as_pixels(picture, pixels)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ class Stage:
         chunks, scale = picture_chunks(x.shape[2]), self._program.spatial
         frames = 1 + (chunks - 1) * self._program.latents_per_chunk
         latent = self._latent(x.shape[0], frames, x.shape[3] // scale, x.shape[4] // scale)
-        parts = list(self._place(latent).outputs(latent, chunks, lambda index: picture_chunk(x, index)))
+        parts = list(self._outputs(latent, chunks, lambda index: picture_chunk(x, index)))
         shape = (latent.batch, 2 * self._program.z_dim, frames, latent.rows, latent.cols)
         if self._comm.is_root:
             moments = torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3).contiguous()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY
 from cosmos3_pipeline.vae.strategy import (
     Direction,
     Exactness,
@@ -108,10 +109,10 @@ class PipelineOfShards(Strategy):
         work = slab_work(program, shape, run_of(program, grid, start, stop), index)
         peak, sent, slab = work.activation_bytes, work.sent, grid.slab(index)
         if program.chunks(shape) > 1:
-            # The next portion arrives, and the last one leaves, while this one is computed.
-            for cut, part in ((start, work.entering), (stop, work.leaving)):
+            # The next portion arrives, and those before leave, while this one is computed.
+            for cut, part, portions in ((start, work.entering, 1), (stop, work.leaving, PORTIONS_UNDER_WAY)):
                 if 0 < cut < len(program):
-                    peak += part.element_bytes * program.portion_elements(cut, part, first=False)
+                    peak += portions * part.element_bytes * program.portion_elements(cut, part, first=False)
         if stop < len(program):
             messages = program.crossings(stop, shape) * len(program.carried(stop))
             sent += Traffic(program.carried_bytes(stop, work.leaving), messages)
