@@ -25,7 +25,7 @@ from cosmos3_pipeline.jobs.bench import roofline
 from cosmos3_pipeline.jobs.bench import trial as bench_trial
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
-from cosmos3_pipeline.jobs.bench.costs import CHUNKS, case_costs
+from cosmos3_pipeline.jobs.bench.costs import CHUNKS, OpSeconds
 from cosmos3_pipeline.jobs.bench.given import Given, given_for
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.jobs.bench.machine import pinned
@@ -273,7 +273,10 @@ def test_a_peer_that_cannot_is_absent_and_ours_that_cannot_ends_the_run(autoenco
 
 def test_the_seconds_of_every_op_on_all_rows_and_on_half(autoencoders: Autoencoders, world: World) -> None:
     with torch.no_grad():
-        costs = case_costs(TINY, autoencoders, world, LatentShape(1, 1, 3, 2), rounds=1)
+        seconds = OpSeconds(TINY, autoencoders, world, LatentShape(1, 1, 3, 2))
+        seconds.take(1)
+        seconds.take(1)
+        costs = seconds.costs()
     found = costs["ops"]
     names = [op.name for op in program_for("decode", TINY).ops]
     assert CHUNKS > 2
@@ -342,7 +345,7 @@ def test_of_a_halo_each_message_takes_half_and_the_rank_that_waits_counts_not(
     monkeypatch.setattr(bench_costs, "Halos", Ran)
     monkeypatch.setattr(bench_costs, "_run", run)
     world = SimpleNamespace(comm=Three())
-    assert bench_costs._message(None, torch.zeros(1), world) == {"seconds": 3.0, "bytes": 80}  # type: ignore[arg-type]
+    assert bench_costs._message(None, torch.zeros(1), world) == (3.0, 80)  # type: ignore[arg-type]
     assert len(ran) == 2
 
 
@@ -366,17 +369,23 @@ def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
             held.extend(weakref.ref(one) for one in (self, contestant, contestant.weights))
             return contestant
 
-    def timing(*args: object) -> dict[str, Any]:
-        assert len(held) == 6 and all(one() is None for one in held)
-        return {"ops": ["timed"]}
+    asked = []
+
+    def timing(self: OpSeconds, rounds: int) -> None:
+        assert all(one() is None for one in held)
+        asked.append((rounds, len(held)))
+        take(self, rounds)
+
+    take = OpSeconds.take
 
     monkeypatch.setattr(bench_rank, "Factory", Watched)
-    monkeypatch.setattr(bench_rank, "case_costs", timing)
-    plain = {"bench": {"rounds": 1, "seconds": 0, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
+    monkeypatch.setattr(OpSeconds, "take", timing)
+    plain = {"bench": {"rounds": 3, "seconds": 0, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
     bench = Bench(plain, TINY, world, autoencoders, advance=lambda steps=1: None)
     with torch.no_grad():
         bench.run(case("decode", "one_rank", "layer_pipeline"))
-    assert bench.costs["mine"]["ops"] == ["timed"]
+    assert asked == [(2, 0), (2, 6)]
+    assert {op["rows"] for op in bench.costs["mine"]["ops"]} == {2, 1}
 
 
 def test_what_was_measured_is_kept_when_a_later_case_fails(

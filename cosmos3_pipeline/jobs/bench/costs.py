@@ -65,52 +65,82 @@ class TimedSlice(Slice):
         return ops
 
 
-def case_costs(
-    dimensions: Mapping[str, Any], autoencoders: Autoencoders, world: World, latent: LatentShape, rounds: int
-) -> dict[str, Any]:
-    """`ops`: seconds of each op of the decoder, in a first and a later chunk, on all rows of `latent` and on half.
+class OpSeconds:
+    """The seconds of each op of the decoder, in a first and a later chunk, on all rows of `latent` and on half.
 
-    Every rank runs the same at the same time, as in a real run: what they do to each other's memory traffic is
-    in the numbers. Medians over the rounds and chunks, then the mean of the ranks.
-
-    `message`: the `seconds` that a message of a halo takes each of its ranks, in its place between the ops on half
-    of the rows, where it finds nothing of its own in a cache, and its `bytes`. None with one rank.
+    All ranks call it together, and run the same at the same time, as in a real run: what they do to each other's
+    memory traffic is in the numbers. May be asked several times, so that what else the machine does meanwhile is
+    more like what it does to what is compared with the costs. Holds no weights in between.
     """
-    slabs = sorted({latent.rows, (latent.rows + 1) // 2}, reverse=True)
-    program = program_for("decode", dimensions)
-    names = [w.name for w in program.weights()]
-    weights = ModuleWeights(autoencoders.model(torch.float32)).load(
-        names, dtype=torch.float32, device=world.device
-    )
-    found, message = [], None
-    for slab in slabs:
-        part = TimedSlice(program, 0, len(program), weights)
-        z = torch.randn(1, program.z_dim, CHUNKS, slab, latent.cols, generator=torch.Generator().manual_seed(0))
-        z = z.to(world.device)
-        _run(part, z)
-        ops = part.timed()
-        for _ in range(rounds):
-            world.wait()
+
+    def __init__(
+        self, dimensions: Mapping[str, Any], autoencoders: Autoencoders, world: World, latent: LatentShape
+    ) -> None:
+        self._program = program_for("decode", dimensions)
+        self._autoencoders = autoencoders
+        self._world = world
+        self._latent = latent
+        self._slabs = sorted({latent.rows, (latent.rows + 1) // 2}, reverse=True)
+        # By the number of rows, for each op: of first and of later chunks.
+        self._seconds: dict[int, list[tuple[list[float], list[float]]]] = {
+            slab: [([], []) for _ in self._program.ops] for slab in self._slabs
+        }
+        self._messages: list[tuple[float, float]] = []
+
+    def take(self, rounds: int) -> None:
+        """In `rounds` decodes of each number of rows, and of one with halos."""
+        program, world = self._program, self._world
+        names = [w.name for w in program.weights()]
+        vae = self._autoencoders.model(torch.float32)
+        weights = ModuleWeights(vae).load(names, dtype=torch.float32, device=world.device)
+        for slab in self._slabs:
+            part = TimedSlice(program, 0, len(program), weights)
+            generator = torch.Generator().manual_seed(0)
+            z = torch.randn(1, program.z_dim, CHUNKS, slab, self._latent.cols, generator=generator)
+            z = z.to(world.device)
             _run(part, z)
-        own = [(statistics.median(op.first), statistics.median(op.later)) for op in ops]
-        everyone = world.comm.agree(own)
-        for index, op in enumerate(ops):
-            first, later = (statistics.mean(rank[index][i] for rank in everyone) for i in range(2))
-            found.append({"name": op.name, "rows": slab, "first_s": first, "later_s": later})
-        if slab == slabs[-1] and world.comm.size > 1:
-            message = _message(part, z, world)
-    return {"ops": found, "message": message}
+            ops = part.timed()
+            for _ in range(rounds):
+                world.wait()
+                _run(part, z)
+            for (first, later), op in zip(self._seconds[slab], ops, strict=True):
+                first += op.first
+                later += op.later
+            if slab == self._slabs[-1] and world.comm.size > 1:
+                self._messages.append(_message(part, z, world))
+
+    def costs(self) -> dict[str, Any]:
+        """`ops`: medians over the rounds and chunks, then the mean of the ranks.
+
+        `message`: the `seconds` that a message of a halo takes each of its ranks, in its place between the ops on
+        half of the rows, where it finds nothing of its own in a cache, and its `bytes`. None with one rank.
+        """
+        found = []
+        for slab, ops in self._seconds.items():
+            own = [(statistics.median(first), statistics.median(later)) for first, later in ops]
+            everyone = self._world.comm.agree(own)
+            for index, op in enumerate(self._program.ops):
+                first, later = (statistics.mean(rank[index][i] for rank in everyone) for i in range(2))
+                found.append({"name": op.name, "rows": slab, "first_s": first, "later_s": later})
+        message = None
+        if self._messages:
+            seconds, nbytes = (statistics.mean(values) for values in zip(*self._messages, strict=True))
+            message = {"seconds": seconds, "bytes": nbytes}
+        return {"ops": found, "message": message}
 
 
-def _message(part: Slice, z: Tensor, world: World) -> dict[str, float]:
-    """Half of what both messages of a halo take: medians of the rank that takes least, as it waits for nobody."""
+def _message(part: Slice, z: Tensor, world: World) -> tuple[float, float]:
+    """Half of what both messages of a halo take, and their bytes.
+
+    Medians of the rank that takes least, as it waits for nobody.
+    """
     with world.comm.run():
         _run(part, z, Halos(world.comm))
         halos = Halos(world.comm)
         _run(part, z, halos)
     own = halos.seconds and (statistics.median(halos.seconds) / 2, statistics.median(halos.nbytes))
-    seconds, nbytes = min(found for found in world.comm.agree(own) if found)
-    return {"seconds": seconds, "bytes": nbytes}
+    found: tuple[float, float] = min(each for each in world.comm.agree(own) if each)
+    return found
 
 
 def _run(part: Slice, z: Tensor, exchange: HaloExchange | None = None) -> None:

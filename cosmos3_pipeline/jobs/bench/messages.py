@@ -22,7 +22,7 @@ def link_costs(world: World) -> dict[str, float] | None:
 
     The seconds of an empty one and the bytes per second of a large one; and what a message takes from the
     computing of each of its ranks, which is the processor's seconds, since on CPU their cores copy it. Between ops
-    it takes more: `case_costs`.
+    it takes more: `OpSeconds`.
     """
     if world.comm.size == 1:
         return None

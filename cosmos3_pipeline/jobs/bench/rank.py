@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.jobs.bench import MARKDOWN_FILE, REPORT_FILE
 from cosmos3_pipeline.jobs.bench.contestants import Factory
-from cosmos3_pipeline.jobs.bench.costs import case_costs
+from cosmos3_pipeline.jobs.bench.costs import OpSeconds
 from cosmos3_pipeline.jobs.bench.given import given_for
 from cosmos3_pipeline.jobs.bench.judge import judge
 from cosmos3_pipeline.jobs.bench.machine import machine, pinned
@@ -127,14 +128,17 @@ class Bench:
         """What the case measured, whole on the root."""
         bench = self.plain["bench"]
         self.autoencoders.keep_only(getattr(torch, case.dtype))
+        seconds, rounds = None, math.ceil(bench["rounds"] / 2)
+        if bench["costs"] and case.simulated:
+            # Before and after the contestants: beside them there is no memory for so much more at full width.
+            seconds = OpSeconds(self.dimensions, self.autoencoders, self.world, case.shape)
+            seconds.take(rounds)
         report = self._tried(case)
         gc.collect()  # the contestants' modules refer to themselves, and what comes next needs their memory
-        if bench["costs"] and case.simulated:
-            self.costs[case.name] = {
-                "latent_rows": case.shape.rows,
-                "latent_cols": case.shape.cols,
-                **case_costs(self.dimensions, self.autoencoders, self.world, case.shape, bench["rounds"]),
-            }
+        if seconds is not None:
+            seconds.take(rounds)
+            rows = {"latent_rows": case.shape.rows, "latent_cols": case.shape.cols}
+            self.costs[case.name] = {**rows, **seconds.costs()}
         self.advance()
         return report
 
