@@ -9,7 +9,7 @@ import torch
 from ranks import run_on_ranks
 
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.jobs.rank import components
+from cosmos3_pipeline.jobs.rank import components, used
 from cosmos3_pipeline.jobs.ranks import resolved
 from cosmos3_pipeline.models import loading
 from cosmos3_pipeline.plan.checks import compose_checked
@@ -38,8 +38,13 @@ def _names_read(rank: int, plain: dict[str, Any]) -> set[str]:
 
 def test_the_ranks_of_a_layer_pipeline_divide_the_decoder() -> None:
     cfg = compose_checked(["topology=cpu_x2"])
-    first, second = run_on_ranks(_names_read, 2, resolved(cfg))
-    decoder = program_for("decode", resolved(cfg)["model"]["vae"])
-    assert first and second and first | second == {weight.name for weight in decoder.weights()}
-    # Both read at most those of the op between them, which they then run in turn.
-    assert first & second in [set(), *({weight.name for weight in op.weights} for op in decoder.ops)]
+    plain = resolved(cfg)
+    first, second = run_on_ranks(_names_read, 2, plain)
+    decoder = program_for("decode", plain["model"]["vae"])
+    assert first | second == {weight.name for weight in decoder.weights()}
+    plan = used(plain, "decode").plan
+    assert plan is not None
+    for read, share in zip((first, second), plan.shares, strict=True):
+        assert read == {weight.name for weight in decoder.weights(*share.ops)}
+    # Both read those of the ops over which the cut between them moves.
+    assert 0 < len(first & second) < len(decoder.weights()) / 3

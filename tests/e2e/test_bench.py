@@ -29,7 +29,8 @@ def test_two_cases_on_two_ranks(tmp_path: Path) -> None:
     pipeline = rows["layer_pipeline"]
     assert pipeline["max_abs"] == rows["one_rank"]["max_abs"]  # bitwise the same picture
     assert pipeline["weight_bytes"] == pipeline["planned_weight_bytes"]
-    assert sum(pipeline["weight_bytes"]) == rows["one_rank"]["weight_bytes"][0]
+    # Both hold those of the ops over which the cut between them moves.
+    assert 1 <= sum(pipeline["weight_bytes"]) / rows["one_rank"]["weight_bytes"][0] < 1.15
     picture = 3 * 5 * 64 * 32 * 4  # which the root sends to the other rank
     assert pipeline["sent_bytes"][0] == picture and pipeline["sent_bytes"][1] > 0
     each = report["cases"]["spatial_shard"]["contestants"]["one_rank_each"]
