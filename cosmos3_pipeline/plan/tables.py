@@ -102,7 +102,7 @@ def _moving(ops: Sequence[int], runs: Sequence[Sequence[int]]) -> str:
         return ""
     starts, stops = zip(*runs, strict=True)
     parts = [part for part in ((ops[0], max(starts)), (min(stops), ops[1])) if part[0] < part[1]]
-    return f" ({' and '.join(map(_span, parts))} on some chunks)" if parts else ""
+    return f" ({' and '.join(map(_span, parts))} not on every chunk)" if parts else ""
 
 
 def _span(bounds: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,7 @@ from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.plan.geometry import Clip, replica_ranks
 from cosmos3_pipeline.plan.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.plan.stage import RankStage
+from cosmos3_pipeline.vae.line_times import flops_until_end
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import Strategy, StrategyPlan
@@ -39,11 +41,11 @@ class VaeStage:
             first += later * (rest + sum(op.target.elements(self.shape, first=False) for op in self.program.ops))
         return first * self.shape.element_bytes
 
-    @property
+    @cached_property
     def fill(self) -> float:
-        """Time over the slowest rank's busy time: where ranks own runs of ops, the last waits for the first."""
-        cuts = {share.ops[0] for share in self.plan.shares if share.ops[0]}
-        return 1 + self.program.waits(cuts, self.shape) / self.program.chunks(self.shape)
+        """Time over the slowest rank's busy time: where ranks own runs of ops, some wait for others."""
+        busy = max(share.flops for share in self.plan.shares)
+        return flops_until_end(self.program, self.shape, self.plan.shares) / busy
 
     def bounds(
         self, rank: int, accelerator: Accelerator, dtype: Dtype, *, crosses_nodes: bool
@@ -72,7 +74,7 @@ class VaeStage:
                 "ops": list(share.ops),
                 "rows": list(share.rows),
                 "cols": list(share.cols),
-                # of each chunk, where they change
+                # on each chunk, if not always all
                 "runs": [list(run) for run in share.runs],
             },
         )

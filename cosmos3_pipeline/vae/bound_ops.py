@@ -67,18 +67,18 @@ class BoundOp(ABC, Generic[OpT]):
         """Replace `flow.at` by the op's output."""
 
     def pass_by(self, flow: Flow) -> None:
-        """Another rank runs it on this chunk: only keep what it needs for the next one, in a memory of its own."""
+        """Another rank runs it on this chunk: only keep what it needs for a later one, in a memory of its own."""
         name, count = self.op.name, self.op.cached_frames
         if not count:
             return
         x = flow.at.inner
         before = flow.cache.pop(name, None)
-        if flow.last:
+        if x.shape[1] >= count:
+            flow.cache[name] = x[:, -count:].clone(memory_format=torch.contiguous_format)
             return
         if before is None:
             before = x.new_zeros(x.shape[0], count, *x.shape[2:])
-        kept = x[:, -count:] if x.shape[1] >= count else torch.cat((before[:, x.shape[1] :], x), dim=1)
-        flow.cache[name] = kept.clone(memory_format=torch.contiguous_format)
+        flow.cache[name] = torch.cat((before[:, x.shape[1] :], x), dim=1)
 
     def _tensors(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         return [weights[w.name] for w in self.op.weights]

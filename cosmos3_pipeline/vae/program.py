@@ -10,7 +10,7 @@ Follows `diffusers.AutoencoderKLWan` 0.42: Wan2.1 and the residual Wan2.2 layout
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -135,13 +135,6 @@ class Program:
         """How many portions of the whole clip cross the cut before op `cut`."""
         later = self.chunks(latent) - 1
         return 1 + later * self.portions_at(cut, first=False)
-
-    def waits(self, cuts: Iterable[int], latent: LatentShape) -> float:
-        """Chunks by which a line of stages, cut before the ops `cuts`, ends later than its slowest stage.
-
-        Each stage begins with the first portion that it gets, and has the last one for itself.
-        """
-        return sum(1 / self.portions_at(cut, first=self.chunks(latent) == 1) for cut in cuts)
 
     def carried_shapes(self, cut: int, latent: LatentShape, *, first: bool) -> tuple[Shape, ...]:
         """[B, T, H, W, C] of each tensor that crosses the cut before op `cut`, for one portion of a chunk."""

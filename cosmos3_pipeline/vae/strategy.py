@@ -109,7 +109,7 @@ class RankShare:
     sent_bytes, sent_messages: payload that it hands to others, as the ledger counts; for decode that of
     `decode_stream` (`decode` adds one broadcast of the float picture by the root unless `everywhere`).
     deals: where ops run on other rows and columns than those of the latent that it owns, in the order of the ops.
-    runs: the ops [start, stop) that it runs on each chunk of the clip, where those change; else empty.
+    runs: the ops [start, stop) that it runs on each chunk of the clip, if not always all; else empty.
     """
 
     rank: int

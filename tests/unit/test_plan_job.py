@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ def test_a_plan_leaves_json_and_markdown_and_prints_tables(tmp_path: Path) -> No
     for words in ("layer_pipeline", "bitwise", "44,160 vision tokens", "h200", "published"):
         assert words in page
         assert words in done.stdout.replace("\n", " ")
+    assert re.search(r"ops 0-\d+ \(\d+-\d+ not on every chunk\), rows", page)
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["plan.json", "plan.md"]
 
 

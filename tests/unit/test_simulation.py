@@ -15,12 +15,13 @@ from vae_models import WAN22, vae_config
 
 from cosmos3_pipeline.plan.events import Clock, Message, Process
 from cosmos3_pipeline.plan.simulation import Link, Nodes, OpCosts, SimulationError, simulate
+from cosmos3_pipeline.vae.line_times import ChunkCosts, LineTimes, flops_until_end
 from cosmos3_pipeline.vae.ops import Attention, NormSilu
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, RankShare, Strategy, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import Run, speed_up
-from cosmos3_plugins.layer_pipeline.costs import ChunkCosts, op_costs
+from cosmos3_plugins.layer_pipeline.costs import op_costs
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
@@ -360,9 +361,25 @@ def test_the_best_that_a_plan_promises_is_what_a_line_without_journeys_takes(
 ) -> None:
     shape = replace(SHAPE, frames=frames)
     plan, costs = LayerPipeline().plan(program, shape, ranks), ChunkCosts(tuple(first), tuple(later))
-    promised = costs.of_clip(frames) / speed_up(program, costs, plan.shares, frames)
+    promised = LineTimes(program, costs).of_clip(frames) / speed_up(program, costs, plan.shares, frames)
     found = simulate(program, shape, plan, Given(program, later, first=first), FREE).seconds
     assert found == pytest.approx(promised)
+
+
+@settings(deadline=None, max_examples=30)
+@given(program=PROGRAMS, ranks=st.integers(1, 6), frames=st.integers(1, 20))
+def test_the_flops_until_the_end_are_those_of_the_slowest_rank_and_what_it_waits_for(
+    program: Program, ranks: int, frames: int
+) -> None:
+    shape = replace(SHAPE, frames=frames)
+    first, later = ([float(op.flops(shape, first=first)) for op in program.ops] for first in (True, False))
+    plan = LayerPipeline().plan(program, shape, ranks)
+    found = simulate(program, shape, plan, Given(program, later, first=first), FREE).seconds
+    assert flops_until_end(program, shape, plan.shares) == pytest.approx(found)
+    # Where all ranks have the same ops, none waits for another.
+    for strategy in (SpatialShard(), Replicated()):
+        shares = strategy.plan(program, shape, ranks).shares
+        assert flops_until_end(program, shape, shares) == pytest.approx(max(share.flops for share in shares))
 
 
 @settings(deadline=None, max_examples=30)

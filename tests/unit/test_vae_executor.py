@@ -170,6 +170,7 @@ def test_a_cut_that_moves_gives_the_same_bits(
         below = Slice(program, min(path), len(program), weights)
         states = above.state(6), below.state(6)
         latent = LatentShape(1, 6, 4, 3)
+        sent: list[tuple[Tensor, Tensor]] = []
         leaving = Passing(program, latent, [(0, cut) for cut in path])
         coming = Passing(program, latent, [(cut, len(program)) for cut in path])
         for i, (chunk, cut) in enumerate(zip(chunks, path, strict=True)):
@@ -187,7 +188,10 @@ def test_a_cut_that_moves_gives_the_same_bits(
             keeps = leaving.keeps_passed(i)
             crossing = list(above.portions([[chunk.clone()]], states[0], run=(0, cut), keeps_passed=keeps))
             assert len(crossing) == program.portions_at(cut, first=i == 0)
-            given = [[t.clone() for t in tensors] for tensors in crossing]
+            # What may still be on its way is not written to.
+            assert all(torch.equal(tensor, before) for tensor, before in sent)
+            sent = [(tensor, tensor.clone()) for tensors in crossing for tensor in tensors]
+            given = [[before.clone() for before in tensors] for tensors in crossing]
             results = list(below.portions(given, states[1], run=(cut, len(program))))
             result = torch.cat([picture for (picture,) in results], dim=2 if program.direction == "decode" else 1)
             assert torch.equal(result, expected[i]), (path, i)

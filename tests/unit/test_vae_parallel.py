@@ -243,7 +243,7 @@ def test_moving_cuts_can_be_run(
 
 
 def assert_can_be_run(program: Program, runs: Sequence[Run], chunks: int) -> None:
-    """On every chunk every op is run by one rank, which has what it needs; each rank runs some."""
+    """On every chunk every op is run by one rank, which has what it needs or gets it from the one before it."""
     for chunk in range(chunks):
         edges = [run.on(chunk) for run in runs]
         assert edges[0][0] == 0 and edges[-1][1] == len(program)
@@ -254,9 +254,12 @@ def assert_can_be_run(program: Program, runs: Sequence[Run], chunks: int) -> Non
     for run in runs:
         passing = Passing(program, LatentShape(1, chunks, 1, 1), [run.on(chunk) for chunk in range(chunks)])
         for chunk in range(chunks):
-            # Both assert that what they need has been seen.
+            # These assert that what is needed has been seen, and that it may be handed over.
             passing.keeps_passed(chunk)
             passing.handed_over(chunk)
+    for above, below in pairwise(runs):
+        for chunk in range(1, chunks):
+            assert below.on(chunk)[0] >= above.on(chunk - 1)[0], "handed over by a rank that is not the one before"
 
 
 @pytest.mark.parametrize("frames", [1, 4, 48])
@@ -269,6 +272,7 @@ def test_layer_pipeline_promises_what_its_line_can_do(frames: int, element_bytes
     promised = speed_up(program, costs, plan.shares, frames)
     assert plan.note.endswith(f": at best {promised:.2f} times one rank")
     assert promised == pytest.approx(1) if frames == 1 else 1 < promised <= 3
+    assert ("moving cuts" in plan.note) == (frames > 1)
 
 
 def test_exactness_is_ordered() -> None:

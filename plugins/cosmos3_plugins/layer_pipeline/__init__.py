@@ -5,13 +5,13 @@ The cuts between neighbours may move from chunk to chunk, so that all are equall
 The decoder is causal, so frame after frame passes like workpieces on an assembly line: no halo, no gather of
 feature maps, and every op runs on the shape on which one rank alone would run it, so the result is equal bit for
 bit. With N ranks and T chunks the line is full for T of its T + N - 1 steps; fewer are added by the late stages,
-which see a chunk in portions and begin with the first (`Program.waits`).
+which see a chunk in portions and begin with the first (`Program.portions_at`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
@@ -50,8 +50,8 @@ class LayerPipeline(Strategy):
     pixels: latent pixels of a frame that the ops are divided for; 0 means those of each clip. Where they are
     few, early ops, which have most of the weights, take as long as reading these takes. From 1024 pixels on the
     runs are always the same; before, clips of two sizes may need two divisions, for which weights are bound anew.
-    moving_cuts: a cut between two ranks may move from chunk to chunk, if the line then ends 0.5% sooner. Both hold
-    the weights of the ops over which it moves, and one sends the other the frames that those keep.
+    moving_cuts: cuts between ranks may move from chunk to chunk, if a line then ends 0.3% sooner, and 1% more for
+    each 10% of the weights that are then held twice: those of the ops over which cuts move.
     """
 
     flops_per_element: float = 50.0
@@ -111,7 +111,7 @@ class LayerPipeline(Strategy):
         balance = sum(stages) / (ranks * max(stages))
         note = (
             f"{chunks} chunks through {ranks} stages, balance {balance:.0%}"
-            f"{', with moving cuts' * any(run.runs for run in runs)}: "
+            f"{', with moving cuts' * any(len(set(run.runs)) > 1 for run in runs)}: "
             f"at best {speed_up(program, costs, runs, chunks):.2f} times one rank"
         )
         return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
@@ -155,26 +155,28 @@ class LayerPipeline(Strategy):
 
 def _peak(program: Program, shape: LatentShape, runs: Sequence[tuple[int, int]]) -> int:
     """Peak bytes beyond the weights of a rank that runs the ops `runs` on the chunks."""
-    passing = Passing(program, shape, runs)
     if len(runs) == 1:
         return activation_bytes(program, shape, *runs[0])
-
-    def crossing(cuts: Iterable[int]) -> int:
-        return max(
-            program.portion_elements(cut, shape, first=False) if 0 < cut < len(program) else 0 for cut in cuts
-        )
-
-    def kept(ops: Iterable[int]) -> int:
-        return sum(math.prod(program.kept_shape(op, shape)) for op in ops)
-
+    passing = Passing(program, shape, runs)
+    given, made = (
+        [[sum(map(math.prod, tensors)) for tensors in portions(index)] for index in range(len(runs))]
+        for portions in (passing.expected, passing.leaving)
+    )
+    coming, leaving = (list(chain.from_iterable(chunks)) for chunks in (given, made))
     peaks: dict[tuple[int, int], int] = {}
+    begun_given, begun_made = len(given[0]), len(made[0])
     for index in range(1, len(runs)):
-        run, near = runs[index], runs[max(1, index - 1) : index + 2]
-        # The next portion arrives, and those before leave, while this one is computed; so does what goes with it.
-        beside = crossing(start for start, _ in near) + PORTIONS_UNDER_WAY * crossing(stop for _, stop in near)
-        beside += kept(passing.handed_over(index)) + kept([run[1]] * passing.keeps_passed(index))
-        if index + 1 < len(runs):
-            beside += kept(passing.taken_over(index + 1))
+        start, stop = run = runs[index]
+        # While a portion is computed the next arrives and those before leave, and what goes with it waits to.
+        beside = sum(math.prod(program.kept_shape(op, shape)) for op in passing.handed_over(index))
+        if passing.keeps_passed(index):
+            beside += math.prod(program.kept_shape(stop, shape))
+        if start > 0:
+            beside += max(coming[begun_given + 1 : begun_given + 1 + len(given[index])], default=0)
+        if stop < len(program):
+            ends = range(begun_made, begun_made + len(made[index]))
+            beside += max(sum(leaving[max(0, end - PORTIONS_UNDER_WAY) : end]) for end in ends)
+        begun_given, begun_made = begun_given + len(given[index]), begun_made + len(made[index])
         peaks[run] = max(beside, peaks.get(run, 0))
     return max(
         activation_bytes(program, shape, *run) + shape.element_bytes * beside for run, beside in peaks.items()

@@ -7,26 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Protocol
 
+from cosmos3_pipeline.vae.line_times import ChunkCosts, LineTimes, Stage, line_end
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS, ChunkCosts, chunks_of, op_costs
+from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS, chunks_of, op_costs
 
 # Chunks of the clip that a line is divided for: 125 frames of video. The same for all clips, which share weights.
 CHUNKS = 32
 # How far beyond the earliest end a division may go if it then sends less.
 _SLACK = 1.002
-
-
-class Stage(Protocol):
-    """A rank of a line, as `Run` and `RankShare` are."""
-
-    @property
-    def ops(self) -> tuple[int, int]: ...
-
-    def on(self, chunk: int) -> tuple[int, int]:
-        """The ops that it runs on a chunk."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -39,51 +28,6 @@ class Run:
     def on(self, chunk: int) -> tuple[int, int]:
         """The ops that it runs on a chunk."""
         return self.runs[chunk] if self.runs else self.ops
-
-
-class Times:
-    """When the portions of chunks leave the stages of a line, whose messages take no time. In units of `costs`."""
-
-    def __init__(self, program: Program, costs: ChunkCosts) -> None:
-        self.program = program
-        self._first, self._later = ([0.0, *accumulate(part)] for part in costs)
-        self._known: dict[tuple[tuple[int, int], bool], tuple[float, int, float, int]] = {}
-
-    def of_clip(self, chunks: int) -> float:
-        """What one rank takes for a clip of `chunks`."""
-        return self._first[-1] + (chunks - 1) * self._later[-1]
-
-    def before(self, cut: int) -> float:
-        """What the ops before `cut` take for a later chunk."""
-        return self._later[cut]
-
-    def departures(self, runs: Iterable[tuple[int, int]], arrivals: Sequence[float] | None = None) -> list[float]:
-        """When each portion leaves a stage that runs the ops `runs` on the chunks.
-
-        They come at `arrivals` (None: all are there).
-        """
-        coming = iter(arrivals or ())
-        now, leaving = 0.0, []
-        for chunk, run in enumerate(runs):
-            early, given, late, of_each = self._seconds(run, first=chunk == 0)
-            for _ in range(given):
-                now = max(now, next(coming, 0.0)) + early
-                for _ in range(of_each):
-                    now += late
-                    leaving.append(now)
-        return leaving
-
-    def _seconds(self, run: tuple[int, int], *, first: bool) -> tuple[float, int, float, int]:
-        """Of a chunk: time of the early ops for a given portion, how many are given; late ops, made of each."""
-        found = self._known.get((run, first))
-        if found is None:
-            start, stop = run
-            sums, program = self._first if first else self._later, self.program
-            early = max(start, min(stop, program.portions_from))
-            given, left = (program.portions_at(cut, first=first) for cut in run)
-            found = (sums[early] - sums[start]) / given, given, (sums[stop] - sums[early]) / left, left // given
-            self._known[run, first] = found
-        return found
 
 
 @cache
@@ -109,12 +53,8 @@ def best_runs(
 
 def speed_up(program: Program, costs: ChunkCosts, stages: Iterable[Stage], chunks: int) -> float:
     """How many times as fast as one rank a line of `stages` is at best, whose messages take no time."""
-    times = Times(program, costs)
-    arrivals: list[float] | None = None  # of the portions, at the stage that is looked at
-    for stage in sorted(stages, key=lambda stage: stage.on(0)):
-        arrivals = times.departures(map(stage.on, range(chunks)), arrivals)
-    assert arrivals is not None, "a line has a stage"
-    return times.of_clip(chunks) / arrivals[-1]
+    times = LineTimes(program, costs)
+    return times.of_clip(chunks) / line_end(((times, stage) for stage in stages), chunks)
 
 
 class _Ends:

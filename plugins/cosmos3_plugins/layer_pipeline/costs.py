@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
 
 from cosmos3_pipeline.vae.footprint import makes_frame_pairs
+from cosmos3_pipeline.vae.line_times import ChunkCosts
 from cosmos3_pipeline.vae.ops import (
     AverageDown,
     Conv,
@@ -44,17 +44,6 @@ _PASSES = {NormSilu: 2.0, SpatialUp: 4.0, TimeUp: 4.0, AverageDown: 3.0}
 # Where a convolution makes two frames at a time: the part of its products that is left, how many weights it reads
 # for one, its ways through input and output, most of them for sums and differences of frames, and its calls.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
-
-
-class ChunkCosts(NamedTuple):
-    """What each op costs on the first chunk, which has one frame everywhere, and on a later one."""
-
-    first: tuple[float, ...]
-    later: tuple[float, ...]
-
-    def of_clip(self, chunks: int) -> float:
-        """What one rank takes for a clip of `chunks`."""
-        return sum(self.first) + (chunks - 1) * sum(self.later)
 
 
 @cache

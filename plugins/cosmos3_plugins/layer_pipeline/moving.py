@@ -3,10 +3,11 @@
 Whole ops do not divide evenly: a cut that lies now before and now after an op makes its neighbours equally busy.
 And where every chunk is cut alike, late ranks wait for the first chunks and early ranks have nothing to do during
 the last: a cut that begins some ops early lets the rank after it begin early, and one that ends late lets the rank
-before it do some of the rest. Neighbours both hold the weights of the ops over which their cut moves.
+before it do some of the rest. Every rank that runs an op now and then holds its weights.
 
-A cut moves back over any number of ops, and what those keep from one chunk for the next is sent along with it. It
-moves on over one such op at a time: the rank before it has then seen that op's input, and kept what it needs.
+A cut moves back over any number of ops, but not behind where the one before it was, and what those keep from one
+chunk for the next is sent along with it. It moves on over one such op at a time: the rank before it has then seen
+that op's input, and kept what it needs.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+from cosmos3_pipeline.vae.line_times import LineTimes
 from cosmos3_pipeline.vae.ops import SpatialUp
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_plugins.layer_pipeline.balance import CHUNKS, Run, Times, best_runs, speed_up
+from cosmos3_plugins.layer_pipeline.balance import CHUNKS, Run, best_runs, speed_up
 from cosmos3_plugins.layer_pipeline.costs import op_costs
 
 # By how many places cuts may begin early and end late.
@@ -46,7 +48,7 @@ def moving_runs(
     standard = _standard(program, ranks, *sizes)
     if standard is None:
         return best_runs(program, ranks, *sizes)
-    line = _Line(Times(program, op_costs(program, *sizes)), chunks, standard.ramp, standard.bounds)
+    line = _Line(LineTimes(program, op_costs(program, *sizes)), chunks, standard.ramp, standard.bounds)
     found = line.improved(standard.parts)
     cuts = found.cuts if found else [[path[CHUNKS // 2]] * chunks for path in standard.cuts]
     edges = [[0] * chunks, *cuts, [len(program)] * chunks]
@@ -97,7 +99,7 @@ def _standard(
         return None
     costs = op_costs(program, flops_per_element, pixels, element_bytes)
     whole = best_runs(program, ranks, flops_per_element, pixels, element_bytes)
-    times = Times(program, costs)
+    times = LineTimes(program, costs)
     best, least = None, (1 - _FOR_MOVING) / speed_up(program, costs, whole, CHUNKS)
     for ramp in _RAMPS:
         line = _Line(times, CHUNKS, ramp)
@@ -126,7 +128,7 @@ class _Line:
 
     def __init__(
         self,
-        times: Times,
+        times: LineTimes,
         chunks: int,
         ramp: tuple[int, int],
         bounds: Sequence[tuple[int, int]] | None = None,
@@ -176,7 +178,7 @@ class _Line:
         return best
 
     def _found(self, parts: tuple[int, ...], near: _Found | None = None) -> _Found | None:
-        """The cuts around `parts`; None if some rank would have nothing to do, or they are out of bounds.
+        """The cuts around `parts`; None if some rank would have nothing to do, or has not what another needs.
 
         What they have in common with those that are `near` is taken from there.
         """
@@ -189,7 +191,7 @@ class _Line:
                 continue
             path = self._path(which, part)
             before = cuts[-1] if cuts else self._start
-            if path is None or any(map(operator.ge, before, path)):
+            if path is None or any(map(operator.ge, before, path)) or any(map(operator.gt, before, path[1:])):
                 return None
             leaving.append(
                 self._times.departures(zip(before, path, strict=True), leaving[-1] if leaving else None)

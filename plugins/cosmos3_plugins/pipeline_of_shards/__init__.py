@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from cosmos3_pipeline.vae.line_times import flops_until_end
 from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY
 from cosmos3_pipeline.vae.strategy import (
     Direction,
@@ -91,8 +92,7 @@ class PipelineOfShards(Strategy):
         grid = Grid.of(shape.rows, shape.cols, shards, 1)
         shares = tuple(self._share(program, shape, grid, runs, rank) for rank in range(ranks))
         chunks = program.chunks(shape)
-        waits = program.waits((start for start, _ in runs if start), shape)
-        bound = program.flops(shape) / max(share.flops for share in shares) * chunks / (chunks + waits)
+        bound = program.flops(shape) / flops_until_end(program, shape, shares)
         largest = grid.slab(shards - 1).height
         note = (
             f"{chunks} chunks through {self.groups} stages of {shards} bands, the largest {largest} of "

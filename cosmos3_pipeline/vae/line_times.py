@@ -1,0 +1,100 @@
+"""When chunks pass a line of stages, each with a run of ops, if messages take no time. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Program
+from cosmos3_pipeline.vae.strategy import RankShare
+
+
+class ChunkCosts(NamedTuple):
+    """What each op costs on the first chunk, which has one frame everywhere, and on a later one."""
+
+    first: tuple[float, ...]
+    later: tuple[float, ...]
+
+
+class Stage(Protocol):
+    """A rank of a line, or ranks with the same ops."""
+
+    def on(self, chunk: int) -> tuple[int, int]:
+        """The ops [start, stop) that it runs on `chunk`."""
+        ...
+
+
+class LineTimes:
+    """When the portions of chunks leave the stages of a line, whose messages take no time. In units of `costs`."""
+
+    def __init__(self, program: Program, costs: ChunkCosts) -> None:
+        self.program = program
+        self._first, self._later = ([0.0, *accumulate(part)] for part in costs)
+        self._known: dict[tuple[tuple[int, int], bool], tuple[float, int, float, int]] = {}
+
+    def of_clip(self, chunks: int) -> float:
+        """What one rank takes for a clip of `chunks`."""
+        return self._first[-1] + (chunks - 1) * self._later[-1]
+
+    def before(self, cut: int) -> float:
+        """What the ops before `cut` take for a later chunk."""
+        return self._later[cut]
+
+    def departures(self, runs: Iterable[tuple[int, int]], arrivals: Sequence[float] | None = None) -> list[float]:
+        """When each portion leaves a stage that runs the ops `runs` on the chunks.
+
+        They come at `arrivals` (None: all are there).
+        """
+        coming = iter(arrivals or ())
+        now, leaving = 0.0, []
+        for chunk, run in enumerate(runs):
+            early, given, late, of_each = self._seconds(run, first=chunk == 0)
+            for _ in range(given):
+                now = max(now, next(coming, 0.0)) + early
+                for _ in range(of_each):
+                    now += late
+                    leaving.append(now)
+        return leaving
+
+    def _seconds(self, run: tuple[int, int], *, first: bool) -> tuple[float, int, float, int]:
+        """Of a chunk: time of the early ops for a given portion, how many are given; late ops, made of each."""
+        found = self._known.get((run, first))
+        if found is None:
+            start, stop = run
+            sums, program = self._first if first else self._later, self.program
+            early = max(start, min(stop, program.portions_from))
+            given, left = (program.portions_at(cut, first=first) for cut in run)
+            found = (sums[early] - sums[start]) / given, given, (sums[stop] - sums[early]) / left, left // given
+            self._known[run, first] = found
+        return found
+
+
+def line_end(stages: Iterable[tuple[LineTimes, Stage]], chunks: int) -> float:
+    """When the last portion of a clip of `chunks` leaves the last stage, each with its own times, in any order."""
+    arrivals: list[float] | None = None  # of the portions, at the stage that is looked at
+    for times, stage in sorted(stages, key=lambda one: one[1].on(0)):
+        arrivals = times.departures(map(stage.on, range(chunks)), arrivals)
+    assert arrivals is not None, "a line has a stage"
+    return arrivals[-1]
+
+
+def flops_until_end(program: Program, shape: LatentShape, shares: Iterable[RankShare]) -> float:
+    """The FLOPs in whose time ranks with `shares` have done a clip of `shape`: their own, and those they wait for.
+
+    Ranks with the same ops work at the same time, each on its part.
+    """
+    chunks = program.chunks(shape)
+    first, later = (tuple(op.flops(shape, first=first) for op in program.ops) for first in (True, False))
+    slowest: dict[tuple[int, int], RankShare] = {}
+    for share in shares:
+        if share.on(0) not in slowest or share.flops > slowest[share.on(0)].flops:
+            slowest[share.on(0)] = share
+    stages = []
+    for share in slowest.values():
+        whole = sum(sum((later if chunk else first)[slice(*share.on(chunk))]) for chunk in range(chunks))
+        part = share.flops / whole if whole else 0.0
+        costs = ChunkCosts(*(tuple(part * flops for flops in each) for each in (first, later)))
+        stages.append((LineTimes(program, costs), share))
+    return line_end(stages, chunks)
