@@ -42,15 +42,22 @@ class LineTimes:
         """What the ops before `cut` take for a later chunk."""
         return self._later[cut]
 
+    def after(self, cut: int, chunks: int) -> float:
+        """What the ops from `cut` on take for the last portion of a clip of `chunks`."""
+        sums, program = self._first if chunks == 1 else self._later, self.program
+        early = max(cut, program.portions_from)
+        late = (sums[-1] - sums[early]) / program.portions_at(len(program), first=chunks == 1)
+        return sums[early] - sums[cut] + late
+
     def departures(self, runs: Iterable[tuple[int, int]], arrivals: Sequence[float] | None = None) -> list[float]:
         """When each portion leaves a stage that runs the ops `runs` on the chunks.
 
         They come at `arrivals` (None: all are there).
         """
-        coming = iter(arrivals or ())
+        coming, known = iter(arrivals or ()), self._known
         now, leaving = 0.0, []
         for chunk, run in enumerate(runs):
-            early, given, late, of_each = self._seconds(run, first=chunk == 0)
+            early, given, late, of_each = known.get((run, chunk == 0)) or self._seconds(run, first=chunk == 0)
             for _ in range(given):
                 now = max(now, next(coming, 0.0)) + early
                 for _ in range(of_each):
@@ -60,14 +67,12 @@ class LineTimes:
 
     def _seconds(self, run: tuple[int, int], *, first: bool) -> tuple[float, int, float, int]:
         """Of a chunk: time of the early ops for a given portion, how many are given; late ops, made of each."""
-        found = self._known.get((run, first))
-        if found is None:
-            start, stop = run
-            sums, program = self._first if first else self._later, self.program
-            early = max(start, min(stop, program.portions_from))
-            given, left = (program.portions_at(cut, first=first) for cut in run)
-            found = (sums[early] - sums[start]) / given, given, (sums[stop] - sums[early]) / left, left // given
-            self._known[run, first] = found
+        start, stop = run
+        sums, program = self._first if first else self._later, self.program
+        early = max(start, min(stop, program.portions_from))
+        given, left = (program.portions_at(cut, first=first) for cut in run)
+        found = (sums[early] - sums[start]) / given, given, (sums[stop] - sums[early]) / left, left // given
+        self._known[run, first] = found
         return found
 
 

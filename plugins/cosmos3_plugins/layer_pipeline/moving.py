@@ -33,6 +33,7 @@ _FOR_WEIGHTS = 0.1
 _FOR_MOVING = 0.003
 # In so many parts of the way from one place to the next the mean of a cut is chosen; by how many it is varied.
 _PARTS = 8
+_SOONER = 1e-4  # what a variation has to gain
 _STEPS = (-8, -4, -2, -1, 1, 2, 4, 8)
 
 
@@ -139,6 +140,7 @@ class _Line:
         self._early, self._late = ramp
         self._places = _places(self._program)
         self._stretches = self._found_stretches()
+        self._rest = [times.after(cut, chunks) for cut in range(len(self._program) + 1)]
         self._start, self._stop = (0,) * chunks, (len(self._program),) * chunks
         self._paths: dict[tuple[int, tuple[int, int]], tuple[int, ...]] = {}
         index = {op: place for place, op in enumerate(self._places)}
@@ -172,16 +174,15 @@ class _Line:
                 for stop in sorted({which + 1, len(parts)}):
                     for step in _STEPS:
                         varied = [part + step * (which <= i < stop) for i, part in enumerate(best.parts)]
-                        found = self._found(tuple(varied), best)
-                        if found and found.end < best.end * (1 - 1e-4):
-                            best = found
+                        best = self._found(tuple(varied), best) or best
         return best
 
     def _found(self, parts: tuple[int, ...], near: _Found | None = None) -> _Found | None:
         """The cuts around `parts`; None if some rank would have nothing to do, or has not what another needs.
 
-        What they have in common with those that are `near` is taken from there.
+        What they have in common with those that are `near` is taken from there; None unless they end sooner.
         """
+        limit = near.end * (1 - _SOONER) if near else math.inf
         cuts: list[tuple[int, ...]] = []
         leaving: list[list[float]] = []
         for which, part in enumerate(parts):
@@ -197,8 +198,10 @@ class _Line:
                 self._times.departures(zip(before, path, strict=True), leaving[-1] if leaving else None)
             )
             cuts.append(path)
+            if leaving[-1][-1] + self._rest[path[-1]] >= limit:
+                return None
         last = self._times.departures(zip(cuts[-1], self._stop, strict=True), leaving[-1])
-        return _Found(parts, tuple(cuts), tuple(leaving), last[-1])
+        return _Found(parts, tuple(cuts), tuple(leaving), last[-1]) if last[-1] < limit else None
 
     def _path(self, which: int, part: int) -> tuple[int, ...] | None:
         """The ops before which cut `which` lies, chunk by chunk, whose mean is around `part` parts of a place."""
