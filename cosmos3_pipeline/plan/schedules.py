@@ -1,7 +1,7 @@
 """From the shares of a plan to what each rank does, one event after the other.
 
 `Line` follows `Place` of layer_pipeline and `Collector` of spatial_shard: the next portion is received early, and
-some results may be leaving. `Pieces` follows the runner of tiled.
+`PORTIONS_UNDER_WAY` results of a line may be leaving. `Pieces` follows the runner of tiled.
 """
 
 from __future__ import annotations

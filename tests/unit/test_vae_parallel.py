@@ -20,7 +20,7 @@ from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.inputs import VaeInputError
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan
-from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.layer_pipeline import LayerPipeline, moving
 from cosmos3_plugins.layer_pipeline.balance import Run, best_runs, speed_up
 from cosmos3_plugins.layer_pipeline.costs import op_costs
 from cosmos3_plugins.layer_pipeline.moving import moving_runs
@@ -240,6 +240,18 @@ def test_moving_cuts_can_be_run(
     config = vae_config(WAN21 if old else WAN22, base_dim=width, num_res_blocks=blocks)
     program = (encoder_program if encode else decoder_program)(config)
     assert_can_be_run(program, moving_runs(program, ranks, 50.0, pixels, 4, chunks), chunks)
+
+
+def test_a_clip_that_a_ramp_does_not_fit_is_cut_as_the_middle_of_a_long_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = decoder_program(vae_config(WAN22, base_dim=24, num_res_blocks=2))
+    long = moving_runs(program, 3, 50.0, 480, 4, moving.CHUNKS)
+    monkeypatch.setattr(moving._Line, "improved", lambda line, parts: None)
+    runs = moving_runs.__wrapped__(program, 3, 50.0, 480, 4, 4)
+    assert_can_be_run(program, runs, 4)
+    assert [run.ops for run in runs] == [run.ops for run in long]
+    assert all(len(set(run.runs)) == 1 for run in runs)
 
 
 def assert_can_be_run(program: Program, runs: Sequence[Run], chunks: int) -> None:

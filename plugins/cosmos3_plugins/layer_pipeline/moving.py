@@ -51,6 +51,7 @@ def moving_runs(
         return best_runs(program, ranks, *sizes)
     line = _Line(LineTimes(program, op_costs(program, *sizes)), chunks, standard.ramp, standard.bounds)
     found = line.improved(standard.parts)
+    # Should the ramp not fit a short clip within these bounds, its cuts are those of the middle of a long one.
     cuts = found.cuts if found else [[path[CHUNKS // 2]] * chunks for path in standard.cuts]
     edges = [[0] * chunks, *cuts, [len(program)] * chunks]
     return tuple(
@@ -180,7 +181,7 @@ class _Line:
     def _found(self, parts: tuple[int, ...], near: _Found | None = None) -> _Found | None:
         """The cuts around `parts`; None if some rank would have nothing to do, or has not what another needs.
 
-        What they have in common with those that are `near` is taken from there; None unless they end sooner.
+        What they have in common with those that are `near` is taken from there; None too unless they end sooner.
         """
         limit = near.end * (1 - _SOONER) if near else math.inf
         cuts: list[tuple[int, ...]] = []
