@@ -18,13 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vae_models import WAN21, WAN22, vae_config
 
 from cosmos3_pipeline.vae import ops
+from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.program import (
-    Program,
-    ProgramError,
-    decoder_program,
-    encoder_program,
-)
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 
 SETTINGS = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 

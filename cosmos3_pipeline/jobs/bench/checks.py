@@ -25,7 +25,8 @@ from cosmos3_pipeline.jobs.bench.suite import (
 from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
 from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.plan.vae import plain
-from cosmos3_pipeline.vae.program import Direction, Program, ProgramError, program_for
+from cosmos3_pipeline.vae.builder import ProgramError
+from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import StrategyError
 
 # A rank holds the weights, each of its strategies' reordered copies, and those of the first chunk's fewer taps.
