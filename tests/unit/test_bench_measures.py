@@ -7,6 +7,7 @@ import json
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,6 +215,14 @@ def trial(autoencoders: Autoencoders, **runs: Callable[[Given], Tensor | None]) 
     return Trial(factory.case, factory, Given(torch.zeros(1, 48, 2, 2, 3), 1, Path()))
 
 
+@pytest.mark.parametrize(("timed", "chunks"), [(True, 5), (False, 3)])
+def test_what_is_timed_is_warmed_up_by_all_of_it(timed: bool, chunks: int, autoencoders: Autoencoders) -> None:
+    seen: list[int] = []
+    factory = StubFactory({"one_rank": lambda given: seen.append(given.tensor.shape[2])}, autoencoders)
+    Trial(replace(factory.case, timed=timed), factory, Given(torch.zeros(1, 48, 5, 2, 3), 1, Path()))
+    assert seen == [chunks]
+
+
 def test_rounds_rotate_and_the_result_is_held_against_diffusers(autoencoders: Autoencoders) -> None:
     order: list[str] = []
 
@@ -230,7 +239,7 @@ def test_rounds_rotate_and_the_result_is_held_against_diffusers(autoencoders: Au
     assert "".join(order) == "abc" and made.absent == 1
     steps: list[int] = []
     made.rounds(4, 0, lambda: steps.append(1))
-    assert "".join(order[3:]) == "abc" + "bca" + "cab" + "abc" and len(steps) == 12
+    assert "".join(order[3:]) == "abc" + "acb" + "cab" + "cba" and len(steps) == 12
     made.once_more(lambda: None)
     report = made.report()
     assert {name: row["max_abs"] for name, row in report["contestants"].items()} == {

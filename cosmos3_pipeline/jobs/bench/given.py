@@ -13,7 +13,7 @@ from cosmos3_pipeline.jobs.bench.suite import Case
 from cosmos3_pipeline.vae.program import Program
 
 SEED = 0
-WARM_UP_CHUNKS = 3  # the first, one in the middle and the last: every kernel that a longer clip runs
+WARM_UP_CHUNKS = 3  # the first, one in the middle and the last
 PHOTOGRAPH = "photograph.png"
 
 
@@ -29,7 +29,7 @@ class Given:
     photograph: Path
 
     def short(self) -> Given:
-        """So many chunks of it as warm up every kernel."""
+        """So many chunks of it as warm up most kernels, where nothing is timed."""
         return replace(self, tensor=self.tensor[:, :, : 1 + (WARM_UP_CHUNKS - 1) * self.chunk].contiguous())
 
 

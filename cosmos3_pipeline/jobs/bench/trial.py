@@ -68,7 +68,8 @@ class Trial:
             return None, None
         try:
             contestant = self._factory.make(name)
-            contestant.run(self._given.short())
+            # Whole if it is timed: what only its later chunks use first would count in the first round.
+            contestant.run(self._given if self._case.timed else self._given.short())
         except Unavailable as error:
             return None, str(error)
         except PEER_ERRORS as error:
@@ -78,7 +79,9 @@ class Trial:
         return contestant, None
 
     def rounds(self, least: int, seconds: float, advance: Callable[[], None]) -> None:
-        """Every contestant once a round, in an order that rotates. The result of none is kept.
+        """Every contestant once a round, in an order that rotates, and backwards every other round.
+
+        The result of none is kept.
 
         Runs `least` rounds, or as many as fit into `seconds` going by the first, up to `MOST_TIMES_ROUNDS` times
         that. Each contestant has `least` calls of `advance`, spread over them.
@@ -88,7 +91,7 @@ class Trial:
         count, index = least, 0
         while index < count:
             start = index % len(names)
-            for name in names[start:] + names[:start]:
+            for name in (names[start:] + names[:start])[:: -1 if index % 2 else 1]:
                 _, clock, processor = self._world.timed(self._work(name))
                 self._measured[name].seconds.append(clock)
                 self._measured[name].processor_seconds.append(processor)
