@@ -6,7 +6,7 @@
         for tensors in part.portions(given, state, exchange):
             ...
 
-`tensors` are what crosses a cut of the program: the activation and the open shortcuts (`Program.carried`),
+`tensors` are what crosses a cut of the program: the activation and what open shortcuts keep (`Program.carried`),
 channels-last [B, T, H, W, C]. The late ops of a decoder see a chunk in portions (`Program.portions_at`): that
 takes less memory, and the next in line can begin with the first while the second is computed. The picture itself,
 before the first op of the encoder and after the last of the decoder, is [B, 3, T, H, W]. Nothing here knows of
@@ -100,8 +100,9 @@ class Slice:
         done = 0
         for tensors in given:
             ends = early >= len(ops)
+            passing = passed if ends else None
             whole = self._through(
-                ops[:early], tensors, state, exchange, first=first, last=last, passed=passed if ends else None
+                start, ops[:early], tensors, state, exchange, first=first, last=last, passed=passing
             )
             if ends:
                 yield whole
@@ -113,7 +114,9 @@ class Slice:
             for portion in given_late:
                 done += 1
                 ended = last and done == parts
-                yield self._through(ops[early:], portion, state, exchange, first=first, last=ended, passed=passed)
+                yield self._through(
+                    start + early, ops[early:], portion, state, exchange, first=first, last=ended, passed=passed
+                )
         state.done += 1
 
     def kept(self, number: int, state: SliceState) -> Tensor:
@@ -131,6 +134,7 @@ class Slice:
     @torch.no_grad()
     def _through(
         self,
+        start: int,
         ops: list[BoundOp[Op]],
         tensors: list[Tensor],
         state: SliceState,
@@ -140,12 +144,15 @@ class Slice:
         last: bool,
         passed: BoundOp[Op] | None = None,
     ) -> list[Tensor]:
-        """`tensors` after `ops`; the list is emptied. Another rank runs the one that is `passed` by."""
+        """`tensors` after `ops`, the first of which is op `start`; the list is emptied.
+
+        Another rank runs the one that is `passed` by.
+        """
         if not ops:
             return tensors
         flow = Flow(
             at=Frames(tensors.pop(0)),
-            shortcuts=tensors.copy(),
+            shortcuts=[tensors[which] for which in self.program.shortcuts(start)],
             cache=state.cache,
             first=first,
             last=last,
@@ -158,7 +165,8 @@ class Slice:
                 op.run(flow)
             if passed is not None:
                 passed.pass_by(flow)
-            return [flow.at.inner.contiguous(), *flow.shortcuts]
+            kept = dict(zip(self.program.shortcuts(start + len(ops)), flow.shortcuts, strict=True))
+            return [flow.at.inner.contiguous(), *kept.values()]
 
 
 def _cut(chunk: Tensor, parts: int) -> list[Tensor]:

@@ -159,7 +159,8 @@ class _Walk:
         # Tensors are told apart by identity, because an identity shortcut shares its tensor with the activation.
         at = [self._size(self._program.carried(start)[0])]
         room = NO_ROOM
-        shortcuts = [[self._size(spec)] for spec in self._program.carried(start)[1:]]
+        kept_before = [[self._size(spec)] for spec in self._program.carried(start)[1:]]
+        shortcuts = [kept_before[which] for which in self._program.shortcuts(start)]
         peak = 0
         for number, (op, following) in enumerate(zip(ops, [*ops[1:], None], strict=True), start):
             if number in self._deals and number > start:

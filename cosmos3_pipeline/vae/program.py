@@ -89,21 +89,38 @@ class Program:
         return tuple(w for op in self.ops[start:stop] for w in op.weights)
 
     @cached_property
-    def _carried(self) -> tuple[tuple[TensorSpec, ...], ...]:
-        at: list[tuple[TensorSpec, ...]] = []
-        open_shortcuts: list[TensorSpec] = []
-        for op in self.ops:
-            at.append((op.source, *open_shortcuts))
+    def _open(self) -> tuple[tuple[tuple[int, TensorSpec], ...], ...]:
+        """For each cut the open shortcuts, oldest first: which op made what each keeps, and its spec."""
+        at: list[tuple[tuple[int, TensorSpec], ...]] = []
+        shortcuts: list[tuple[int, TensorSpec]] = []
+        made = -1  # the op that made the activation
+        for number, op in enumerate(self.ops):
+            at.append(tuple(shortcuts))
             if op.opens is not None:
-                open_shortcuts.append(op.opens)
+                shortcuts.append((number if op.weights else made, op.opens))
+            else:
+                made = number
             if op.closes:
-                open_shortcuts.pop()
-        at.append((self.ops[-1].target,))
-        return tuple(at)
+                shortcuts.pop()
+        return (*at, ())
+
+    @cached_property
+    def _carried(self) -> tuple[tuple[TensorSpec, ...], ...]:
+        activations = [*(op.source for op in self.ops), self.ops[-1].target]
+        return tuple((at, *dict(open_).values()) for at, open_ in zip(activations, self._open, strict=True))
 
     def carried(self, cut: int) -> tuple[TensorSpec, ...]:
-        """What crosses the cut before op `cut`: the activation, then the open shortcuts, oldest first."""
+        """What crosses the cut before op `cut`: the activation, then what open shortcuts keep, oldest first.
+
+        Where two of them keep the same, it crosses once: `shortcuts`.
+        """
         return self._carried[cut]
+
+    def shortcuts(self, cut: int) -> tuple[int, ...]:
+        """For each shortcut open at `cut`, oldest first, which of those `carried` after the activation is its."""
+        made = [number for number, _ in self._open[cut]]
+        distinct = list(dict.fromkeys(made))
+        return tuple(map(distinct.index, made))
 
     def portions_at(self, cut: int, *, first: bool) -> int:
         """In how many portions one chunk crosses the cut before op `cut`."""

@@ -150,6 +150,26 @@ def test_stream_memory_is_as_planned_and_does_not_grow(ranks: int) -> None:
         assert many <= 1.01 * few
 
 
+def _encode_memory(rank: int) -> list[tuple[int, int]]:
+    """Peak bytes, and those planned, without the moments of the whole clip."""
+    config = vae_config(WAN22, base_dim=24, decoder_base_dim=16)
+    model = make_vae(config)
+    vae = ParallelVAE(model, LayerPipeline(), LayerPipeline())
+    peaks = []
+    for frames in (9, 9, 17):
+        x = torch.rand(1, 3, 4 * frames - 3, 96, 96)
+        with vae.comm.run(), LiveBytes([*model.state_dict().values(), x]) as live:
+            vae._runner("encode").encode(x)
+        peaks.append((live.peak, vae.plan("encode", LatentShape(1, frames, 6, 6)).shares[rank].activation_bytes))
+    return peaks[1:]  # the first call binds and reorders weights
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_memory_of_encoding_is_as_planned(ranks: int) -> None:
+    for peaks in run_on_ranks(_encode_memory, ranks, timeout=90):
+        assert all(abs(planned / peak - 1) <= 0.15 for peak, planned in peaks), peaks
+
+
 def _held_weights(rank: int) -> tuple[int, int, bool]:
     config = vae_config(WAN22)
     model = make_vae(config)

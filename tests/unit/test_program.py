@@ -190,6 +190,22 @@ def test_every_cut_names_what_crosses_it(config: dict[str, Any]) -> None:
         assert program.carried(len(program)) == (program.ops[-1].target,)
 
 
+def test_what_two_shortcuts_keep_crosses_a_cut_once() -> None:
+    program = encoder_program(vae_config(WAN22, num_res_blocks=2))
+    names = [op.name for op in program.ops]
+    within = names.index("encoder.down_blocks.0.resnets.0.conv1")
+    later = names.index("encoder.down_blocks.0.resnets.1.conv1")
+    # The first residual block and the level around it begin with the same, the second with what the first made.
+    assert (program.shortcuts(within), len(program.carried(within))) == ((0, 0), 2)
+    assert (program.shortcuts(later), len(program.carried(later))) == ((0, 1), 3)
+    wider = decoder_program(vae_config(WAN22))
+    names = [op.name for op in wider.ops]
+    within = names.index("decoder.up_blocks.2.resnets.0.conv1")
+    assert wider.ops[within - 2].weights, "the shortcut has a convolution"
+    assert (wider.shortcuts(within), len(wider.carried(within))) == ((0, 1), 3)
+    assert wider.shortcuts(0) == wider.shortcuts(len(wider)) == ()
+
+
 def test_wan22_has_the_published_size() -> None:
     config = vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2)
     decoder, encoder = decoder_program(config).weight_elements(), encoder_program(config).weight_elements()
