@@ -1,7 +1,7 @@
 """From the shares of a plan to what each rank does, one event after the other.
 
 `Line` follows `Place` of layer_pipeline and `Collector` of spatial_shard: the next portion is received early, and
-`PORTIONS_UNDER_WAY` results of a line may be leaving. `Pieces` follows the runner of tiled.
+as many results of a line may be leaving (`portions_under_way`). `Pieces` follows the runner of tiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cosmos3_pipeline.plan.events import Clock, Message, Process
 from cosmos3_pipeline.plan.op_costs import OpCosts
 from cosmos3_pipeline.plan.rounds import Chunk, Parcel, Round, Step, part_of
 from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY, Program
+from cosmos3_pipeline.vae.program import Program, portions_under_way
 from cosmos3_pipeline.vae.strategy import Exactness, RankShare, StrategyPlan
 
 
@@ -140,6 +140,7 @@ class Line(Schedule):
         expected = deque(parcels for index in range(self._chunks) for parcels in self._coming(own, above, index))
         arriving: list[Message] = []
         leaving: deque[list[Message]] = deque()
+        most = portions_under_way(self._chunks, moving=bool(own.runs)) if below else 1
         collected: deque[list[Message]] = deque()
         if self._overlaps:
             yield from self._start(rank, (), expected.popleft(), arriving)
@@ -171,7 +172,7 @@ class Line(Schedule):
                         self.done.append(self._clock.now)
                     continue
                 # Some results may be under way while the next is computed.
-                if len(leaving) == (PORTIONS_UNDER_WAY if below else 1):
+                if len(leaving) == most:
                     yield from _all(leaving.popleft())
                 leaving.append([])
                 parcels = [(0, self._picture_bytes(own, first=first))]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.program import Program, decoder_program
 from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError
-from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.layer_pipeline import LayerPipeline, measured, runner
 from cosmos3_plugins.layer_pipeline.balance import Run
 from cosmos3_plugins.replicated import Replicated
 
@@ -99,6 +102,44 @@ def test_equal_to_replicated_and_to_the_plan(ranks: int) -> None:
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 0), (2, 1), (3, 2), (4, 3)])
 def test_cuts_that_move_are_equal_to_replicated_and_to_the_plan(ranks: int, seed: int) -> None:
     run_on_ranks(_both_ways, ranks, ranks, Wandering(seed=seed), timeout=90)
+
+
+def _divided_by(rank: int, path: str, *, alike: bool) -> str | None:
+    config = vae_config(WAN22, decoder_base_dim=32)
+    model = make_vae(config)
+    strategy = LayerPipeline(op_seconds=path)
+    vae = ParallelVAE(model, Replicated(), strategy)
+    z = torch.randn(1, config["z_dim"], 6, 4, 3, generator=torch.Generator().manual_seed(0))
+    if not alike:
+        monkeypatch = pytest.MonkeyPatch()
+        known = replace(measured.op_seconds(path), digest=f"of rank {rank}")
+        monkeypatch.setattr(runner, "op_seconds", lambda path: known)
+        with pytest.raises(StrategyError) as error:
+            vae.decode(z)
+        return str(error.value)
+    share = vae.plan("decode", LatentShape(1, 6, 4, 3)).shares[rank]
+    assert torch.equal(vae.decode(z).sample, ParallelVAE(model, Replicated(), Replicated()).decode(z).sample)
+    before = vae.ledger.snapshot()
+    list(vae.decode_stream(z))
+    counted = vae.ledger.since(before)
+    assert (counted.sent_bytes, counted.sent_messages) == (share.sent_bytes, share.sent_messages)
+    return None
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_divided_by_measured_seconds_of_ops(tmp_path: Path, *, alike: bool) -> None:
+    config = vae_config(WAN22, decoder_base_dim=32)
+    program = decoder_program(config)
+    ops = [{"name": op.name, "first_s": 0.2, "later_s": 1.0 + number % 3} for number, op in enumerate(program.ops)]
+    path = tmp_path / "bench.json"
+    case = {"latent_rows": 4, "latent_cols": 3, "alone": ops}
+    path.write_text(json.dumps({"vae": config, "costs": {"cases": {"line": case}}}))
+    assert LayerPipeline(op_seconds=str(path)).plan(program, LatentShape(1, 6, 4, 3), 3) != (
+        LayerPipeline().plan(program, LatentShape(1, 6, 4, 3), 3)
+    )
+    words = run_on_ranks(partial(_divided_by, alike=alike), 3, str(path))
+    assert alike == (words == [None] * 3)
+    assert alike or all("copy one to every machine" in text for text in words)
 
 
 def _two_sizes(rank: int, dtype: torch.dtype) -> list[tuple[tuple[int, int], int]]:

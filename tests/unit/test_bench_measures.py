@@ -367,7 +367,7 @@ def test_the_last_of_three_ranks_has_no_neighbour() -> None:
 
 
 def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
-    autoencoders: Autoencoders, world: World, monkeypatch: pytest.MonkeyPatch
+    autoencoders: Autoencoders, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """At full width what the contestants hold is gigabytes, and timing the ops takes as much again."""
     held: list[weakref.ref[Any]] = []
@@ -390,7 +390,7 @@ def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
     monkeypatch.setattr(bench_rank, "Factory", Watched)
     monkeypatch.setattr(OpSeconds, "take", timing)
     plain = {"bench": {"rounds": 3, "seconds": 0, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
-    bench = Bench(plain, TINY, world, autoencoders, advance=lambda steps=1: None)
+    bench = Bench(plain, TINY, world, autoencoders, lambda steps=1: None, tmp_path / "op_seconds.json")
     with torch.no_grad():
         bench.run(case("decode", "one_rank", "layer_pipeline"))
     assert asked == [(2, 0), (2, 6)]

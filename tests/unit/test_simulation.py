@@ -17,7 +17,7 @@ from cosmos3_pipeline.plan.events import Clock, Message, Process
 from cosmos3_pipeline.plan.simulation import Link, Nodes, OpCosts, SimulationError, simulate
 from cosmos3_pipeline.vae.line_times import ChunkCosts, LineTimes, flops_until_end
 from cosmos3_pipeline.vae.ops import Attention, NormSilu
-from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program, portions_under_way
 from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, RankShare, Strategy, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import Run, speed_up
@@ -118,11 +118,19 @@ class SlowStart(Given):
         return 2.0 if index == 0 else (10.0 if first else 1.0) / (len(DECODER) - 1)
 
 
-def test_at_most_two_results_are_leaving() -> None:
+def test_at_most_two_results_are_leaving_and_four_where_cuts_move() -> None:
     # While the root is at its first chunk until 12, the first stage makes chunks 1 to 4, and may not begin another
     # before chunk 2 is on its way. So chunk 8 is made at 20, and not long before.
-    found = simulate(DECODER, replace(SHAPE, frames=9), TWO_STAGES, SlowStart(DECODER, []), FREE)
+    shape = replace(SHAPE, frames=9)
+    found = simulate(DECODER, shape, TWO_STAGES, SlowStart(DECODER, []), FREE)
     assert found.chunks == pytest.approx((12, 13, 14, 15, 16, 17, 18, 19, 21))
+    # With two more the first stage has made all by then.
+    moving = replace(
+        TWO_STAGES, shares=tuple(replace(share, runs=(share.ops,) * 9) for share in TWO_STAGES.shares)
+    )
+    found = simulate(DECODER, shape, moving, SlowStart(DECODER, []), FREE)
+    assert found.chunks == pytest.approx((12, 13, 14, 15, 16, 17, 18, 19, 20))
+    assert [portions_under_way(chunks, moving=True) for chunks in (3, 7, 8, 48)] == [2, 2, 4, 4]
 
 
 def test_what_a_message_takes_from_computing_is_busy_time() -> None:

@@ -197,7 +197,7 @@ def test_layer_pipeline_settled_keeps_its_runs_for_any_clip() -> None:
 def test_layer_pipeline_is_balanced_within_one_op(ranks: int) -> None:
     program = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
     costs = op_costs(program, 40.0).later
-    runs = [run.ops for run in best_runs(program, ranks, 40.0)]
+    runs = [run.ops for run in best_runs(program, ranks, op_costs(program, 40.0))]
     assert [runs[0][0], *(stop for _, stop in runs)] == [*(start for start, _ in runs), len(program)]
     assert max(sum(costs[a:b]) for a, b in runs) <= 1.01 * (sum(costs) / ranks + max(costs))
     shares = LayerPipeline().plan(program, LatentShape(1, 48, 45, 80, 2), ranks).shares
@@ -210,14 +210,12 @@ def test_moving_cuts_make_a_line_end_sooner(ranks: int, width: int) -> None:
     config = vae_config(WAN22, base_dim=width, decoder_base_dim=width, num_res_blocks=2)
     gains: dict[int, list[float]] = {4: [], 16: [], 32: []}
     for program, pixels in product((decoder_program(config), encoder_program(config)), (12, 240, 1024)):
-        whole = best_runs(program, ranks, 50.0, pixels)
         costs = op_costs(program, 50.0, pixels)
+        whole = best_runs(program, ranks, costs)
         for chunks, found in gains.items():
-            runs = moving_runs(program, ranks, 50.0, pixels, 4, chunks)
+            runs = moving_runs(program, ranks, costs, chunks)
             found.append(speed_up(program, costs, runs, chunks) / speed_up(program, costs, whole, chunks))
-            assert [run.ops for run in runs] == [
-                run.ops for run in moving_runs(program, ranks, 50.0, pixels, 4, 1)
-            ]
+            assert [run.ops for run in runs] == [run.ops for run in moving_runs(program, ranks, costs, 1)]
             assert_can_be_run(program, runs, chunks)
     assert min(gains[32]) >= 1
     assert min(gains[16]) >= 1 and min(gains[4]) > 0.97
@@ -239,16 +237,17 @@ def test_moving_cuts_can_be_run(
 ) -> None:
     config = vae_config(WAN21 if old else WAN22, base_dim=width, num_res_blocks=blocks)
     program = (encoder_program if encode else decoder_program)(config)
-    assert_can_be_run(program, moving_runs(program, ranks, 50.0, pixels, 4, chunks), chunks)
+    assert_can_be_run(program, moving_runs(program, ranks, op_costs(program, 50.0, pixels), chunks), chunks)
 
 
 def test_a_clip_that_a_ramp_does_not_fit_is_cut_as_the_middle_of_a_long_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = decoder_program(vae_config(WAN22, base_dim=24, num_res_blocks=2))
-    long = moving_runs(program, 3, 50.0, 480, 4, moving.CHUNKS)
+    costs = op_costs(program, 50.0, 480)
+    long = moving_runs(program, 3, costs, moving.CHUNKS)
     monkeypatch.setattr(moving._Line, "improved", lambda line, parts: None)
-    runs = moving_runs.__wrapped__(program, 3, 50.0, 480, 4, 4)
+    runs = moving_runs.__wrapped__(program, 3, costs, 4)
     assert_can_be_run(program, runs, 4)
     assert [run.ops for run in runs] == [run.ops for run in long]
     assert all(len(set(run.runs)) == 1 for run in runs)

@@ -68,13 +68,17 @@ class Contestant:
 
 @dataclass
 class Factory:
-    """Makes the contestants of a case. `plain` is the resolved config, for the settings of its strategies."""
+    """Makes the contestants of a case. `plain` is the resolved config, for the settings of its strategies.
+
+    `op_seconds`: the file of what its ops take on these ranks, if they were measured.
+    """
 
     case: Case
     plain: Mapping[str, Any]
     dimensions: Mapping[str, Any]
     autoencoders: Autoencoders
     world: World
+    op_seconds: str = ""
     _made: dict[str, Callable[[], Contestant]] = field(init=False)
     # One rank's work, which several contestants do: its reordered weights are held once.
     _alone: tuple[ParallelVAE, CountedWeights] | None = field(init=False, default=None)
@@ -93,7 +97,11 @@ class Factory:
         """The contestant `name`, ready to run on this rank. Raises Unavailable."""
         if name in self._made:
             return self._made[name]()
-        return self._ours(name, build(name, self.plain, self.case.direction), alone=False)
+        return self._ours(name, self._strategy(name), alone=False)
+
+    def _strategy(self, name: str) -> Strategy:
+        case = self.case
+        return build(name, self.plain, case.direction, op_seconds=self.op_seconds)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,6 +187,7 @@ class Factory:
             calls.get(self.case.call) or self._call(vae),
             not alone if everywhere is None else everywhere,
             list(model.state_dict().values()),
+            note="divided by what its ops take here" * bool(getattr(strategy, "op_seconds", "")),
             ledger=vae.ledger,
             plan=vae.plan(self.case.direction, self.case.worked),
             weights=weights,

@@ -51,6 +51,12 @@ class TimedOp:
             torch.cuda.synchronize(flow.at.buffer.device)
         (self.first if flow.first else self._later).append(time.perf_counter() - started)
 
+    def taken(self) -> tuple[list[float], list[float]]:
+        """Seconds of first and of later chunks since it was last asked."""
+        found = self.first, self.later
+        self.first, self._later = [], []
+        return found
+
 
 class TimedSlice(Slice):
     """The whole of a program, each op timed."""
@@ -68,9 +74,11 @@ class TimedSlice(Slice):
 class OpSeconds:
     """The seconds of each op of the decoder, in a first and a later chunk, on all rows of `latent` and on half.
 
-    All ranks call it together, and run the same at the same time, as in a real run: what they do to each other's
-    memory traffic is in the numbers. May be asked several times, so that what else the machine does meanwhile is
-    more like what it does to what is compared with the costs. Holds no weights in between.
+    All ranks call it together, and run the same at the same time, as ranks with a part of the picture each do:
+    what they do to each other's memory traffic is in the numbers. Ranks of a line are at different ops, and do
+    less to each other: what the root takes alone says better how its ops compare. May be asked several times, so
+    that what else the machine does meanwhile is more like what it does to what is compared with the costs. Holds
+    no weights in between.
     """
 
     def __init__(
@@ -85,10 +93,12 @@ class OpSeconds:
         self._seconds: dict[int, list[tuple[list[float], list[float]]]] = {
             slab: [([], []) for _ in self._program.ops] for slab in self._slabs
         }
+        # Of the root alone on all rows.
+        self._alone: list[tuple[list[float], list[float]]] = [([], []) for _ in self._program.ops]
         self._messages: list[tuple[float, float]] = []
 
     def take(self, rounds: int) -> None:
-        """In `rounds` decodes of each number of rows, and of one with halos."""
+        """In `rounds` decodes of each number of rows, as many by the root alone, and one with halos."""
         program, world = self._program, self._world
         names = [w.name for w in program.weights()]
         vae = self._autoencoders.model(torch.float32)
@@ -103,30 +113,50 @@ class OpSeconds:
             for _ in range(rounds):
                 world.wait()
                 _run(part, z)
-            for (first, later), op in zip(self._seconds[slab], ops, strict=True):
-                first += op.first
-                later += op.later
+            _add(self._seconds[slab], ops)
+            if slab == self._latent.rows:
+                world.wait()
+                for _ in range(rounds * world.is_root):
+                    _run(part, z)
+                _add(self._alone, ops)
+                world.wait()
             if slab == self._slabs[-1] and world.comm.size > 1:
                 self._messages.append(_message(part, z, world))
 
     def costs(self) -> dict[str, Any]:
-        """`ops`: medians over the rounds and chunks, then the mean of the ranks.
+        """`ops`: medians over the rounds and chunks, then the mean of the ranks. `alone`: those of the root alone.
 
         `message`: the `seconds` that a message of a halo takes each of its ranks, in its place between the ops on
         half of the rows, where it finds nothing of its own in a cache, and its `bytes`. None with one rank.
         """
         found = []
         for slab, ops in self._seconds.items():
-            own = [(statistics.median(first), statistics.median(later)) for first, later in ops]
-            everyone = self._world.comm.agree(own)
+            everyone = self._world.comm.agree(_medians(ops))
             for index, op in enumerate(self._program.ops):
                 first, later = (statistics.mean(rank[index][i] for rank in everyone) for i in range(2))
                 found.append({"name": op.name, "rows": slab, "first_s": first, "later_s": later})
+        root = self._world.comm.agree(_medians(self._alone) if self._world.is_root else [])[0]
+        alone = [
+            {"name": op.name, "first_s": first, "later_s": later}
+            for op, (first, later) in zip(self._program.ops, root, strict=True)
+        ]
         message = None
         if self._messages:
             seconds, nbytes = (statistics.mean(values) for values in zip(*self._messages, strict=True))
             message = {"seconds": seconds, "bytes": nbytes}
-        return {"ops": found, "message": message}
+        return {"ops": found, "alone": alone, "message": message}
+
+
+def _add(seconds: list[tuple[list[float], list[float]]], ops: list[TimedOp]) -> None:
+    """Add what the ops took since this was last done."""
+    for (first, later), op in zip(seconds, ops, strict=True):
+        new_first, new_later = op.taken()
+        first += new_first
+        later += new_later
+
+
+def _medians(ops: list[tuple[list[float], list[float]]]) -> list[tuple[float, float]]:
+    return [(statistics.median(first), statistics.median(later)) for first, later in ops]
 
 
 def _message(part: Slice, z: Tensor, world: World) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 
 from cosmos3_pipeline.distributed.launch import joined_world
-from cosmos3_pipeline.jobs.bench import MARKDOWN_FILE, REPORT_FILE
+from cosmos3_pipeline.jobs.bench import MARKDOWN_FILE, OP_SECONDS_FILE, REPORT_FILE
 from cosmos3_pipeline.jobs.bench.contestants import Factory
 from cosmos3_pipeline.jobs.bench.costs import OpSeconds
 from cosmos3_pipeline.jobs.bench.given import given_for
@@ -58,7 +58,9 @@ def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | 
         reporter: Reporter = Bars(Console(stderr=True)) if world.is_root else Silent()
         cases = cases_of(bench)
         with reporter.track("benchmark", sum(units(case, bench) for case in cases)) as advance:
-            work = Bench(plain, dimensions, world, Autoencoders(dimensions, device), advance)
+            folder = Path(str(agreed[0][0]))
+            autoencoders = Autoencoders(dimensions, device)
+            work = Bench(plain, dimensions, world, autoencoders, advance, folder / OP_SECONDS_FILE)
             link = link_costs(world)
             measured: dict[str, dict[str, Any]] = {}
             for case in cases:
@@ -66,8 +68,10 @@ def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | 
                 if world.is_root:
                     # After each: who ends a run early keeps what it has measured so far.
                     costs = {"direction": "decode", "dtype": "float32", "link": link, "cases": work.costs}
-                    report = report_of(plain, dimensions, world.comm.size, about, cases, measured, costs)
-                    _write(report, Path(str(agreed[0][0])))
+                    report = report_of(
+                        plain, dimensions, world.comm.size, about, cases, measured, costs, work.divided_by
+                    )
+                    _write(report, folder)
 
 
 def report_of(
@@ -78,8 +82,12 @@ def report_of(
     cases: Sequence[Case],
     measured: Mapping[str, Mapping[str, Any]],
     costs: Mapping[str, Any],
+    op_seconds: str = "",
 ) -> dict[str, Any]:
-    """For bench.json: what was `measured`, by the name of the case, which need not be all of `cases` yet."""
+    """For bench.json: what was `measured`, by the name of the case, which need not be all of `cases` yet.
+
+    `op_seconds`: the file by which contestants were divided that can be.
+    """
     report = {
         "schema_version": SCHEMA_VERSION,
         "width": plain["bench"]["width"],
@@ -92,7 +100,7 @@ def report_of(
         "not_run": [case.name for case in cases if case.name not in measured],
         "costs": costs,
     }
-    return {**report, "simulated": simulated(cases, plain, report)}
+    return {**report, "simulated": simulated(cases, plain, report, op_seconds)}
 
 
 def _write(report: Mapping[str, Any], directory: Path) -> None:
@@ -113,16 +121,26 @@ def runs(case: Case, bench: Mapping[str, Any]) -> int:
     return 1 + int(bench["rounds"]) * case.timed
 
 
+def _costs_of(case: Case, seconds: OpSeconds) -> dict[str, Any]:
+    """For bench.json."""
+    return {"latent_rows": case.shape.rows, "latent_cols": case.shape.cols, **seconds.costs()}
+
+
 @dataclass
 class Bench:
-    """Runs cases one after the other; all ranks call it together. `costs` has the seconds of ops, by case."""
+    """Runs cases one after the other; all ranks call it together. `costs` has the seconds of ops, by case.
+
+    op_seconds: where those are written that are measured before a case, for strategies that divide by them.
+    """
 
     plain: Mapping[str, Any]
     dimensions: Mapping[str, Any]
     world: World
     autoencoders: Autoencoders
     advance: Advance
+    op_seconds: Path
     costs: dict[str, Any] = field(default_factory=dict)
+    divided_by: str = ""
 
     def run(self, case: Case) -> dict[str, Any]:
         """What the case measured, whole on the root."""
@@ -133,21 +151,38 @@ class Bench:
             # Before and after the contestants: beside them there is no memory for so much more at full width.
             seconds = OpSeconds(self.dimensions, self.autoencoders, self.world, case.shape)
             seconds.take(rounds)
+            self._share(case, seconds)
         report = self._tried(case)
         gc.collect()  # the contestants' modules refer to themselves, and what comes next needs their memory
         if seconds is not None:
             seconds.take(rounds)
-            rows = {"latent_rows": case.shape.rows, "latent_cols": case.shape.cols}
-            self.costs[case.name] = {**rows, **seconds.costs()}
+            self.costs[case.name] = _costs_of(case, seconds)
         self.advance()
         return report
+
+    def _share(self, case: Case, seconds: OpSeconds) -> None:
+        """Write what the ops took, and note where if every rank can read it, on whatever machine it is."""
+        self.costs[case.name] = _costs_of(case, seconds)
+        if self.world.is_root:
+            measured = {"vae": self.dimensions, "costs": {"cases": self.costs}}
+            write_whole(self.op_seconds, json.dumps(measured, indent=2))
+        self.world.wait()
+        readable = all(self.world.comm.agree(self.op_seconds.exists()))
+        self.divided_by = str(self.op_seconds) if readable else ""
 
     def _tried(self, case: Case) -> dict[str, Any]:
         """What the contestants did. Nothing of them is held afterwards: at full width each has gigabytes."""
         bench = self.plain["bench"]
         with TemporaryDirectory(prefix="cosmos3_bench_") as folder:
             given = given_for(case, program_for(case.direction, self.dimensions), Path(folder), self.world.device)
-            factory = Factory(case, self.plain, self.dimensions, self.autoencoders, self.world)
+            factory = Factory(
+                case,
+                self.plain,
+                self.dimensions,
+                self.autoencoders,
+                self.world,
+                self.divided_by if case.name in self.costs else "",
+            )
             trial = Trial(case, factory, given)
             self.advance(trial.absent * runs(case, bench))
             if case.timed:

@@ -43,16 +43,20 @@ class Simulation:
         return simulate(program, self.case.shape, plan, self.costs, self.link).seconds
 
 
-def simulated(cases: Sequence[Case], plain: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any] | None:
+def simulated(
+    cases: Sequence[Case], plain: Mapping[str, Any], report: Mapping[str, Any], op_seconds: str = ""
+) -> dict[str, Any] | None:
     """For bench.json: each measured decode of ours beside its simulation, and the speed-ups of more ranks.
 
-    None where no costs were measured, or no message because there was one rank.
+    `op_seconds`: the file by which contestants were divided that can be. None where no costs were measured, or no
+    message because there was one rank.
     """
     costs = report["costs"]
     if costs is None or costs["link"] is None or not costs["cases"]:
         return None
     timed = [Simulation.of(case, report["vae"], costs) for case in cases if case.name in costs["cases"]]
-    strategies = {name: build(name, plain, "decode") for case in timed for name in _ours(case.case)}
+    ours = dict.fromkeys(name for case in timed for name in _ours(case.case))
+    strategies = {name: build(name, plain, "decode", op_seconds=op_seconds) for name in ours}
     return {
         "runs": [row for one in timed for row in _runs(one, strategies, report)],
         "speed_ups": [row for one in timed for row in _speed_ups(one, strategies)],

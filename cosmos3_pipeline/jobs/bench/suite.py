@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -132,12 +132,20 @@ def vae_dimensions(cfg: DictConfig) -> dict[str, Any]:
     return plain(compose([f"model={MODELS[cfg.bench.width]}"]).model.vae)
 
 
-def build(name: str, cfg: DictConfig | Mapping[str, Any], direction: Direction) -> Strategy:
-    """The strategy `name`, with its settings in `cfg` where it is the one configured there, else with its own."""
+def build(
+    name: str, cfg: DictConfig | Mapping[str, Any], direction: Direction, *, op_seconds: str = ""
+) -> Strategy:
+    """The strategy `name`, with its settings in `cfg` where it is the one configured there, else with its own.
+
+    `op_seconds`: a file of what ops take here, for one that can divide by them and is told of no other.
+    """
     cls = discover().strategies[name]
     node = cfg["vae"][direction]
     settings = dict(plain(node) if OmegaConf.is_config(node) else node)
     target = settings.pop("_target_")
     built = cls(**settings) if target == discover().target(name) else cls()
     assert isinstance(built, Strategy)
+    if op_seconds and getattr(built, "op_seconds", None) == "":
+        assert is_dataclass(built)
+        built = replace(built, op_seconds=op_seconds)
     return built

@@ -17,7 +17,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from cosmos3_pipeline.vae.footprint import activation_bytes
-from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY
+from cosmos3_pipeline.vae.line_times import ChunkCosts
+from cosmos3_pipeline.vae.program import portions_under_way
 from cosmos3_pipeline.vae.strategy import (
     Direction,
     Exactness,
@@ -31,6 +32,7 @@ from cosmos3_pipeline.vae.strategy import (
 )
 from cosmos3_plugins.layer_pipeline.balance import Run, best_runs, speed_up
 from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS, op_costs
+from cosmos3_plugins.layer_pipeline.measured import op_seconds
 from cosmos3_plugins.layer_pipeline.moving import moving_runs
 from cosmos3_plugins.layer_pipeline.passing import Passing
 
@@ -52,11 +54,14 @@ class LayerPipeline(Strategy):
     runs are always the same; before, clips of two sizes may need two divisions, for which weights are bound anew.
     moving_cuts: cuts between ranks may move from chunk to chunk, if a line then ends 0.3% sooner, and 1% more for
     each 10% of the weights that are then held twice: those of the ops over which cuts move.
+    op_seconds: the bench.json of a job=bench on this kind of machine; ops are then divided by what they took there
+    instead of by a model of them, which was fitted to one kind of processor. Of decode in float32 only.
     """
 
     flops_per_element: float = 50.0
     pixels: int = 0
     moving_cuts: bool = True
+    op_seconds: str = ""
 
     name: ClassVar[str] = "layer_pipeline"
     exactness: ClassVar[Exactness] = Exactness.BITWISE
@@ -94,24 +99,31 @@ class LayerPipeline(Strategy):
                 f"layer_pipeline over {ranks} ranks; the {program.direction}r has {len(program)} ops and each "
                 f"rank needs one; use {len(program)} ranks or fewer"
             )
-        sizes = self._pixels(shape), shape.element_bytes
+        costs = self._costs(program, shape)
         if self.moving_cuts:
-            found = moving_runs(program, ranks, self.flops_per_element, *sizes, program.chunks(shape))
+            found = moving_runs(program, ranks, costs, program.chunks(shape))
         else:
-            found = best_runs(program, ranks, self.flops_per_element, *sizes)
+            found = best_runs(program, ranks, costs)
         return tuple(reversed(found))
+
+    def _costs(self, program: Program, shape: LatentShape) -> ChunkCosts:
+        sizes = self._pixels(shape), shape.element_bytes
+        if self.op_seconds:
+            return op_seconds(self.op_seconds).costs(program, self.flops_per_element, *sizes)
+        return op_costs(program, self.flops_per_element, *sizes)
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """Who owns which ops. Raises StrategyError for more ranks than ops."""
         runs = self.runs(program, shape, ranks)
         chunks = program.chunks(shape)
         shares = tuple(self._share(program, shape, rank, runs[rank], ranks) for rank in range(ranks))
-        costs = op_costs(program, self.flops_per_element, self._pixels(shape), shape.element_bytes)
+        costs = self._costs(program, shape)
         stages = [sum(sum(costs.later[slice(*run.on(chunk))]) for chunk in range(chunks)) for run in runs]
         balance = sum(stages) / (ranks * max(stages))
         note = (
             f"{chunks} chunks through {ranks} stages, balance {balance:.0%}"
-            f"{', with moving cuts' * any(len(set(run.runs)) > 1 for run in runs)}: "
+            f"{', with moving cuts' * any(len(set(run.runs)) > 1 for run in runs)}"
+            f"{', by measured seconds of ops' * bool(self.op_seconds)}: "
             f"at best {speed_up(program, costs, runs, chunks):.2f} times one rank"
         )
         return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
@@ -140,7 +152,7 @@ class LayerPipeline(Strategy):
                 for op in program.ops[slice(*ops)]
             ),
             weight_bytes=program.weight_elements(start, stop) * shape.element_bytes,
-            activation_bytes=_peak(program, shape, on),
+            activation_bytes=_peak(program, shape, on, moving=bool(run.runs)),
             sent_bytes=sent,
             sent_messages=messages,
             runs=run.runs,
@@ -153,10 +165,11 @@ class LayerPipeline(Strategy):
         return Stage(vae, comm, direction, self)
 
 
-def _peak(program: Program, shape: LatentShape, runs: Sequence[tuple[int, int]]) -> int:
+def _peak(program: Program, shape: LatentShape, runs: Sequence[tuple[int, int]], *, moving: bool) -> int:
     """Peak bytes beyond the weights of a rank that runs the ops `runs` on the chunks."""
     if len(runs) == 1:
         return activation_bytes(program, shape, *runs[0])
+    most = portions_under_way(len(runs), moving=moving)
     passing = Passing(program, shape, runs)
     given, made = (
         [[sum(map(math.prod, tensors)) for tensors in portions(index)] for index in range(len(runs))]
@@ -175,7 +188,7 @@ def _peak(program: Program, shape: LatentShape, runs: Sequence[tuple[int, int]])
             beside += max(coming[begun_given + 1 : begun_given + 1 + len(given[index])], default=0)
         if stop < len(program):
             ends = range(begun_made, begun_made + len(made[index]))
-            beside += max(sum(leaving[max(0, end - PORTIONS_UNDER_WAY) : end]) for end in ends)
+            beside += max(sum(leaving[max(0, end - most) : end]) for end in ends)
         begun_given, begun_made = begun_given + len(given[index]), begun_made + len(made[index])
         peaks[run] = max(beside, peaks.get(run, 0))
     return max(

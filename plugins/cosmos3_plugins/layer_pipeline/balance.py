@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 
 from cosmos3_pipeline.vae.line_times import ChunkCosts, LineTimes, Stage, line_end
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_plugins.layer_pipeline.costs import LARGE_PIXELS, chunks_of, op_costs
+from cosmos3_plugins.layer_pipeline.costs import chunks_of
 
 # Chunks of the clip that a line is divided for: 125 frames of video. The same for all clips, which share weights.
 CHUNKS = 32
@@ -31,19 +31,13 @@ class Run:
 
 
 @cache
-def best_runs(
-    program: Program,
-    ranks: int,
-    flops_per_element: float,
-    pixels: int = LARGE_PIXELS,
-    element_bytes: int = 4,
-) -> tuple[Run, ...]:
+def best_runs(program: Program, ranks: int, costs: ChunkCosts) -> tuple[Run, ...]:
     """`ranks` runs that cover the program in order, with which a clip of `CHUNKS` ends earliest. `ranks` <= ops.
 
     Among divisions that are hardly later, the one whose cuts are crossed by the least data.
     """
-    ends = cache(_Ends(program, op_costs(program, flops_per_element, pixels, element_bytes)))
-    latent = chunks_of(pixels, element_bytes)
+    ends = cache(_Ends(program, costs))
+    latent = chunks_of(1)
     crossing = [
         sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
     ]

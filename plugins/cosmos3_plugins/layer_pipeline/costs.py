@@ -76,7 +76,7 @@ def op_costs(
     return ChunkCosts(*(tuple(cost(number, op, first=first) for number, op in ops) for first in (True, False)))
 
 
-def chunks_of(pixels: int, element_bytes: int) -> LatentShape:
+def chunks_of(pixels: int, element_bytes: int = 4) -> LatentShape:
     """A clip of a first chunk and a later one, of `pixels` latent pixels."""
     return LatentShape(batch=1, frames=2, rows=1, cols=pixels, element_bytes=element_bytes)
 

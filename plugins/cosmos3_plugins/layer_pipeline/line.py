@@ -13,7 +13,7 @@ from torch import Tensor
 from cosmos3_pipeline.distributed.comm import Comm, Pending
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.ops import Shape
-from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY, Program
+from cosmos3_pipeline.vae.program import Program, portions_under_way
 from cosmos3_pipeline.vae.strategy import LatentShape
 from cosmos3_pipeline.vae.weights import BoundVae
 from cosmos3_plugins.layer_pipeline.passing import Passing
@@ -62,6 +62,7 @@ class Place:
         chunk, if not always all.
         """
         passing = Passing(self._slice.program, latent, runs or [(self._slice.start, self._slice.stop)] * chunks)
+        most = portions_under_way(chunks, moving=bool(runs))
         state = self._slice.state(chunks)
         arrivals = self._arrivals(passing)
         leaving: deque[Pending] = deque()
@@ -75,7 +76,7 @@ class Place:
                     yield results[0]
                     continue
                 # More would pile up in memory.
-                if len(leaving) == PORTIONS_UNDER_WAY:
+                if len(leaving) == most:
                     leaving.popleft().wait()
                 leaving.append(self._comm.exchange(sends=[(tensor, self._below) for tensor in [*results, *kept]]))
                 kept.clear()

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from cosmos3_pipeline.vae.line_times import LineTimes
+from cosmos3_pipeline.vae.line_times import ChunkCosts, LineTimes
 from cosmos3_pipeline.vae.ops import SpatialUp
 from cosmos3_pipeline.vae.program import Program
 from cosmos3_plugins.layer_pipeline.balance import CHUNKS, Run, best_runs, speed_up
-from cosmos3_plugins.layer_pipeline.costs import op_costs
 
 # By how many places cuts may begin early and end late.
-_RAMPS = ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3))
+_RAMPS = ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (4, 4))
 # By which part of itself a clip has to end sooner for each part of the weights that is held twice, and at least.
 _FOR_WEIGHTS = 0.1
 _FOR_MOVING = 0.003
@@ -38,18 +37,15 @@ _STEPS = (-8, -4, -2, -1, 1, 2, 4, 8)
 
 
 @cache
-def moving_runs(
-    program: Program, ranks: int, flops_per_element: float, pixels: int, element_bytes: int, chunks: int
-) -> tuple[Run, ...]:
+def moving_runs(program: Program, ranks: int, costs: ChunkCosts, chunks: int) -> tuple[Run, ...]:
     """`ranks` runs, the cuts between which move such that a clip of `chunks` ends early.
 
     The ops of each, whose weights it holds, do not depend on `chunks`. `best_runs` where moving is not worth it.
     """
-    sizes = flops_per_element, pixels, element_bytes
-    standard = _standard(program, ranks, *sizes)
+    standard = _standard(program, ranks, costs)
     if standard is None:
-        return best_runs(program, ranks, *sizes)
-    line = _Line(LineTimes(program, op_costs(program, *sizes)), chunks, standard.ramp, standard.bounds)
+        return best_runs(program, ranks, costs)
+    line = _Line(LineTimes(program, costs), chunks, standard.ramp, standard.bounds)
     found = line.improved(standard.parts)
     # Should the ramp not fit a short clip within these bounds, its cuts are those of the middle of a long one.
     cuts = found.cuts if found else [[path[CHUNKS // 2]] * chunks for path in standard.cuts]
@@ -93,14 +89,11 @@ class _Standard:
 
 
 @cache
-def _standard(
-    program: Program, ranks: int, flops_per_element: float, pixels: int, element_bytes: int
-) -> _Standard | None:
+def _standard(program: Program, ranks: int, costs: ChunkCosts) -> _Standard | None:
     """None where moving cuts are not worth it."""
     if ranks == 1:
         return None
-    costs = op_costs(program, flops_per_element, pixels, element_bytes)
-    whole = best_runs(program, ranks, flops_per_element, pixels, element_bytes)
+    whole = best_runs(program, ranks, costs)
     times = LineTimes(program, costs)
     best, least = None, (1 - _FOR_MOVING) / speed_up(program, costs, whole, CHUNKS)
     for ramp in _RAMPS:

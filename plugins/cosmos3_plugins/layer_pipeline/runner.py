@@ -9,11 +9,12 @@ from torch import Tensor
 
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.vae.pixels import as_pixels, latent_chunk, picture_chunk, picture_chunks
-from cosmos3_pipeline.vae.strategy import Direction, LatentShape, Pixels
+from cosmos3_pipeline.vae.strategy import Direction, LatentShape, Pixels, StrategyError
 from cosmos3_pipeline.vae.weights import BoundVae
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import Run
 from cosmos3_plugins.layer_pipeline.line import Place
+from cosmos3_plugins.layer_pipeline.measured import op_seconds
 
 
 class Stage:
@@ -26,8 +27,22 @@ class Stage:
         self._strategy = strategy
         self._program = vae.program(direction)
         self._bound: tuple[tuple[int, int], Place] | None = None
+        if strategy.op_seconds:
+            self._check_agreement(op_seconds(strategy.op_seconds).digest)
         if not strategy.depends_on_clip:
             self._place(self._run(self._latent(1, 1, 1, 1)).ops)
+
+    def _check_agreement(self, digest: str) -> None:
+        """Raise StrategyError unless every rank has read the same seconds of ops.
+
+        By others its run would be another, and ranks would wait for what nobody sends.
+        """
+        others = [rank for rank, other in enumerate(self._comm.agree(digest)) if other != digest]
+        if others:
+            raise StrategyError(
+                f"layer_pipeline.op_seconds={self._strategy.op_seconds!r} is another file on ranks {others} than "
+                f"on rank {self._comm.rank}; all have to divide the ops alike; copy one to every machine"
+            )
 
     def _latent(self, batch: int, frames: int, rows: int, cols: int) -> LatentShape:
         return LatentShape(batch, frames, rows, cols, self._vae.dtype.itemsize)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from cosmos3_pipeline.vae.line_times import flops_until_end
-from cosmos3_pipeline.vae.program import PORTIONS_UNDER_WAY
+from cosmos3_pipeline.vae.program import portions_under_way
 from cosmos3_pipeline.vae.strategy import (
     Direction,
     Exactness,
@@ -25,6 +25,7 @@ from cosmos3_pipeline.vae.strategy import (
 )
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import best_runs
+from cosmos3_plugins.layer_pipeline.costs import op_costs
 from cosmos3_plugins.spatial_shard.slabs import (
     Grid,
     Traffic,
@@ -75,8 +76,8 @@ class PipelineOfShards(Strategy):
                 f"pipeline_of_shards.groups={self.groups}; the {program.direction}r has {len(program)} ops and "
                 f"each group needs one; use {len(program)} groups or fewer"
             )
-        flops_per_element = LayerPipeline().flops_per_element
-        found = best_runs(program, self.groups, flops_per_element, element_bytes=element_bytes)
+        costs = op_costs(program, LayerPipeline().flops_per_element, element_bytes=element_bytes)
+        found = best_runs(program, self.groups, costs)
         return tuple(run.ops for run in reversed(found))
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
@@ -108,9 +109,11 @@ class PipelineOfShards(Strategy):
         start, stop = runs[group]
         work = slab_work(program, shape, run_of(program, grid, start, stop), index)
         peak, sent, slab = work.activation_bytes, work.sent, grid.slab(index)
-        if program.chunks(shape) > 1:
+        chunks = program.chunks(shape)
+        if chunks > 1:
             # The next portion arrives, and those before leave, while this one is computed.
-            for cut, part, portions in ((start, work.entering, 1), (stop, work.leaving, PORTIONS_UNDER_WAY)):
+            under_way = portions_under_way(chunks, moving=False)
+            for cut, part, portions in ((start, work.entering, 1), (stop, work.leaving, under_way)):
                 if 0 < cut < len(program):
                     peak += portions * part.element_bytes * program.portion_elements(cut, part, first=False)
         if stop < len(program):

@@ -1,0 +1,95 @@
+"""What the ops of a decoder took on a machine, as a report of `job=bench` says: their costs for a line there.
+
+The model of `costs` was fitted to one kind of processor. On one whose arithmetic is faster and whose memory is
+not, the ranks with the early ops, which have most of the weights, would be busy longer than the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from cosmos3_pipeline.vae.line_times import ChunkCosts
+from cosmos3_pipeline.vae.program import Program, program_for
+from cosmos3_pipeline.vae.strategy import StrategyError
+from cosmos3_plugins.layer_pipeline.costs import op_costs
+
+_REMEDY = "run job=bench on this machine with this VAE's width, and give its bench.json"
+
+
+@dataclass(frozen=True)
+class OpSeconds:
+    """Seconds of each op of `program` on frames of so many latent pixels, and which file says so."""
+
+    program: Program
+    by_pixels: dict[int, ChunkCosts]
+    digest: str
+
+    def costs(self, program: Program, flops_per_element: float, pixels: int, element_bytes: int) -> ChunkCosts:
+        """Seconds of each op on chunks of `pixels` latent pixels: as measured, or nearest to that by the model.
+
+        Raises StrategyError for a program or elements of which nothing was measured.
+        """
+        if program.direction != "decode":
+            raise StrategyError(
+                "layer_pipeline.op_seconds for encode; job=bench measures the ops of the decoder only; leave it "
+                "empty for encode"
+            )
+        if element_bytes != 4:
+            raise StrategyError(
+                f"layer_pipeline.op_seconds for elements of {element_bytes} bytes; job=bench measures ops in "
+                "float32 only, and others take other shares of the time; leave it empty, or decode in float32"
+            )
+        if program != self.program:
+            raise StrategyError(
+                f"layer_pipeline.op_seconds of a decoder with {len(self.program)} ops and "
+                f"{self.program.weight_elements():,} weights; this one has {len(program)} and "
+                f"{program.weight_elements():,}, which take other shares of the time; {_REMEDY}"
+            )
+        nearest = min(self.by_pixels, key=lambda measured: (abs(math.log(measured / pixels)), measured))
+        there, here = (op_costs(program, flops_per_element, size) for size in (nearest, pixels))
+        # What the model leaves out takes the same everywhere.
+        return ChunkCosts(
+            *(
+                tuple(s * (b / a if a else 1.0) for s, a, b in zip(seconds, modelled, wanted, strict=True))
+                for seconds, modelled, wanted in zip(self.by_pixels[nearest], there, here, strict=True)
+            )
+        )
+
+
+def op_seconds(path: str) -> OpSeconds:
+    """Those of the report at `path`. Raises StrategyError for a file that is none, or has none."""
+    try:
+        written = Path(path).read_bytes()
+    except OSError as error:
+        raise StrategyError(
+            f"layer_pipeline.op_seconds={path!r} cannot be read ({error.strerror}); ops are divided by what it "
+            f"says they take; {_REMEDY}"
+        ) from None
+    try:
+        return _parsed(written)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StrategyError(
+            f"layer_pipeline.op_seconds={path!r} has no seconds of ops ({type(error).__name__}: {error}); a "
+            f"bench.json has them unless bench.costs=false; {_REMEDY}"
+        ) from None
+
+
+@cache
+def _parsed(written: bytes) -> OpSeconds:
+    report = json.loads(written)
+    program = program_for("decode", report["vae"])
+    found = {}
+    for case in report["costs"]["cases"].values():
+        ops = case["alone"]
+        if [op["name"] for op in ops] != [op.name for op in program.ops]:
+            raise ValueError("its ops are not those of its VAE")
+        seconds = (tuple(float(op[key]) for op in ops) for key in ("first_s", "later_s"))
+        found[case["latent_rows"] * case["latent_cols"]] = ChunkCosts(*seconds)
+    if not found:
+        raise ValueError("no case measured them")
+    return OpSeconds(program, found, hashlib.sha256(written).hexdigest())
