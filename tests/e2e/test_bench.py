@@ -43,8 +43,10 @@ def test_two_cases_on_two_ranks(tmp_path: Path) -> None:
     assert len(costs["cases"]["layer_pipeline"]["alone"]) == len(costs["cases"]["layer_pipeline"]["ops"]) / 2
     assert all(case["message"]["seconds"] > 0 < case["message"]["bytes"] for case in costs["cases"].values())
     # By what was measured before the line, not by what was measured after it too.
-    divided = json.loads((output / "op_seconds.json").read_text())
-    assert divided["vae"] == report["vae"] and divided["costs"]["cases"].keys() == costs["cases"].keys()
+    divided = json.loads((output / "op_seconds_layer_pipeline.json").read_text())
+    assert divided["vae"] == report["vae"] and list(divided["costs"]["cases"]) == ["layer_pipeline"]
+    before, after = (each["cases"]["layer_pipeline"]["alone"] for each in (divided["costs"], costs))
+    assert before != after and [op["name"] for op in before] == [op["name"] for op in after]
     assert pipeline["note"] == "divided by what its ops take here" != rows["one_rank"]["note"]
     assert costs["link"]["latency_s"] > 0 and costs["link"]["bytes_per_s"] > 1e6
     for target in report["targets"]:

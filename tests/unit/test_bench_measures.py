@@ -390,7 +390,7 @@ def test_nothing_of_a_case_is_held_while_its_ops_are_timed(
     monkeypatch.setattr(bench_rank, "Factory", Watched)
     monkeypatch.setattr(OpSeconds, "take", timing)
     plain = {"bench": {"rounds": 3, "seconds": 0, "costs": True}, "vae": {"decode": {"_target_": "another"}}}
-    bench = Bench(plain, TINY, world, autoencoders, lambda steps=1: None, tmp_path / "op_seconds.json")
+    bench = Bench(plain, TINY, world, autoencoders, lambda steps=1: None, tmp_path)
     with torch.no_grad():
         bench.run(case("decode", "one_rank", "layer_pipeline"))
     assert asked == [(2, 0), (2, 6)]

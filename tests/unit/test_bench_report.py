@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,7 +229,7 @@ def test_ranks_that_do_not_talk_are_the_limit_that_the_table_names() -> None:
     assert not [line for line in case_table(report(one_rank=each)).notes if "do not talk" in line]
 
 
-def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
+def test_the_measured_runs_are_simulated_and_so_are_more_ranks(tmp_path: Path) -> None:
     plain = OmegaConf.to_container(compose(["job=bench"]), resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     asked = ("bench.cases=[layer_pipeline]", "bench.strategies=[spatial_shard]", "bench.rows=12", "bench.cols=10")
@@ -268,5 +270,15 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks() -> None:
     line = LayerPipeline().plan(program_for("decode", dimensions), one.shape, 2)
     messages = line.shares[1].sent_messages
     assert slower["runs"][1]["simulated_s"] - pipeline["simulated_s"] == pytest.approx(messages, rel=0.1)
+    # As it was divided: by seconds of which the last op has most, its rank has little else.
+    program = program_for("decode", dimensions)
+    last = program.ops[-1].name
+    taken = [{"name": op.name, "first_s": 1.0, "later_s": 99.0 if op.name == last else 1.0} for op in program.ops]
+    case = {"latent_rows": one.shape.rows, "latent_cols": one.shape.cols, "alone": taken}
+    path = tmp_path / "op_seconds_of_it.json"
+    path.write_text(json.dumps({"vae": dimensions, "costs": {"cases": {one.name: case}}}))
+    divided, other = (simulated([one], plain, measured, {name: str(path)}) for name in (one.name, "another"))
+    assert divided is not None and other == slower
+    assert divided["runs"][1]["simulated_s"] > 1.2 * slower["runs"][1]["simulated_s"]
     measured["costs"]["link"] = None
     assert simulated([one], plain, measured) is None

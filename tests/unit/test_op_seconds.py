@@ -29,7 +29,7 @@ def report_of(program: Program, sizes: dict[str, tuple[int, int]]) -> dict[str, 
     cases = {}
     for name, (rows, cols) in sizes.items():
         first, later = (
-            [cost * (SLOW if 2 * n < len(program) else 1) / 1e11 for n, cost in enumerate(each)]
+            [max(cost, 1.0) * (SLOW if 2 * n < len(program) else 1) / 1e11 for n, cost in enumerate(each)]
             for each in op_costs(program, 50.0, rows * cols)
         )
         ops = [
@@ -55,7 +55,7 @@ def test_what_was_measured_is_used_and_the_rest_is_as_the_model_has_it_from_ther
     modelled = op_costs(PROGRAM, 50.0, pixels)
     for seconds, model in zip(found, modelled, strict=True):
         for number, (here, there) in enumerate(zip(seconds, model, strict=True)):
-            assert here == pytest.approx(there * (SLOW if 2 * number < len(PROGRAM) else 1) / 1e11)
+            assert here == pytest.approx(max(there, 1.0) * (SLOW if 2 * number < len(PROGRAM) else 1) / 1e11)
 
 
 def test_the_nearest_measurement_counts(tmp_path: Path) -> None:
@@ -90,6 +90,10 @@ def without_an_op(written: dict[str, Any]) -> None:
     written["costs"]["cases"]["small"]["alone"].pop(0)
 
 
+def without_time(written: dict[str, Any]) -> None:
+    written["costs"]["cases"]["small"]["alone"][3]["later_s"] = float("nan")
+
+
 def without_a_vae(written: dict[str, Any]) -> None:
     del written["vae"]
 
@@ -99,6 +103,7 @@ def without_a_vae(written: dict[str, Any]) -> None:
     [
         (without_costs, "no case measured them"),
         (without_an_op, "its ops are not those of its VAE"),
+        (without_time, "no number of seconds"),
         (without_a_vae, "KeyError: 'vae'"),
     ],
 )

@@ -15,7 +15,7 @@ from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
 
 REPORT_FILE = "bench.json"
 MARKDOWN_FILE = "bench.md"
-OP_SECONDS_FILE = "op_seconds.json"
+OP_SECONDS_FILE = "op_seconds_{case}.json"
 
 
 def check_bench(cfg: DictConfig) -> None:

@@ -97,17 +97,21 @@ class Factory:
         """The contestant `name`, ready to run on this rank. Raises Unavailable."""
         if name in self._made:
             return self._made[name]()
-        return self._ours(name, self._strategy(name), alone=False)
-
-    def _strategy(self, name: str) -> Strategy:
-        case = self.case
-        return build(name, self.plain, case.direction, op_seconds=self.op_seconds)
+        strategy = build(name, self.plain, self.case.direction, op_seconds=self.op_seconds)
+        return self._ours(name, strategy, alone=False)
 
     @property
     def dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.case.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    def _division(self, strategy: Strategy) -> str:
+        """By whose seconds its ops are divided, if by any."""
+        path = getattr(strategy, "op_seconds", "")
+        if path and path == self.op_seconds:
+            return "divided by what its ops take here"
+        return f"divided by what its ops took in {path}" if path else ""
 
     def _autoencoder(self) -> AutoencoderKLWan:
         return self.autoencoders.model(self.dtype)
@@ -187,7 +191,7 @@ class Factory:
             calls.get(self.case.call) or self._call(vae),
             not alone if everywhere is None else everywhere,
             list(model.state_dict().values()),
-            note="divided by what its ops take here" * bool(getattr(strategy, "op_seconds", "")),
+            note=self._division(strategy),
             ledger=vae.ledger,
             plan=vae.plan(self.case.direction, self.case.worked),
             weights=weights,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | 
         with reporter.track("benchmark", sum(units(case, bench) for case in cases)) as advance:
             folder = Path(str(agreed[0][0]))
             autoencoders = Autoencoders(dimensions, device)
-            work = Bench(plain, dimensions, world, autoencoders, advance, folder / OP_SECONDS_FILE)
+            work = Bench(plain, dimensions, world, autoencoders, advance, folder)
             link = link_costs(world)
             measured: dict[str, dict[str, Any]] = {}
             for case in cases:
@@ -82,11 +83,11 @@ def report_of(
     cases: Sequence[Case],
     measured: Mapping[str, Mapping[str, Any]],
     costs: Mapping[str, Any],
-    op_seconds: str = "",
+    op_seconds: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """For bench.json: what was `measured`, by the name of the case, which need not be all of `cases` yet.
 
-    `op_seconds`: the file by which contestants were divided that can be.
+    `op_seconds`: by the name of the case the file by which contestants were divided that can be.
     """
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -130,7 +131,8 @@ def _costs_of(case: Case, seconds: OpSeconds) -> dict[str, Any]:
 class Bench:
     """Runs cases one after the other; all ranks call it together. `costs` has the seconds of ops, by case.
 
-    op_seconds: where those are written that are measured before a case, for strategies that divide by them.
+    folder: where seconds of ops are written that are measured before a case, for strategies that divide by them.
+    divided_by: those files, by case.
     """
 
     plain: Mapping[str, Any]
@@ -138,9 +140,9 @@ class Bench:
     world: World
     autoencoders: Autoencoders
     advance: Advance
-    op_seconds: Path
+    folder: Path
     costs: dict[str, Any] = field(default_factory=dict)
-    divided_by: str = ""
+    divided_by: dict[str, str] = field(default_factory=dict)
 
     def run(self, case: Case) -> dict[str, Any]:
         """What the case measured, whole on the root."""
@@ -161,14 +163,17 @@ class Bench:
         return report
 
     def _share(self, case: Case, seconds: OpSeconds) -> None:
-        """Write what the ops took, and note where if every rank can read it, on whatever machine it is."""
-        self.costs[case.name] = _costs_of(case, seconds)
+        """Write what the ops took, and note where if every rank can read it, on whatever machine it is.
+
+        A file for each case, which stays: bench.json will have what was measured after the case too.
+        """
+        path = self.folder / OP_SECONDS_FILE.format(case=case.name)
+        costs = {"cases": {case.name: _costs_of(case, seconds)}}
         if self.world.is_root:
-            measured = {"vae": self.dimensions, "costs": {"cases": self.costs}}
-            write_whole(self.op_seconds, json.dumps(measured, indent=2))
+            write_whole(path, json.dumps({"vae": self.dimensions, "costs": costs}, indent=2))
         self.world.wait()
-        readable = all(self.world.comm.agree(self.op_seconds.exists()))
-        self.divided_by = str(self.op_seconds) if readable else ""
+        if all(self.world.comm.agree(path.exists())):
+            self.divided_by[case.name] = str(path)
 
     def _tried(self, case: Case) -> dict[str, Any]:
         """What the contestants did. Nothing of them is held afterwards: at full width each has gigabytes."""
@@ -181,7 +186,7 @@ class Bench:
                 self.dimensions,
                 self.autoencoders,
                 self.world,
-                self.divided_by if case.name in self.costs else "",
+                self.divided_by.get(case.name, ""),
             )
             trial = Trial(case, factory, given)
             self.advance(trial.absent * runs(case, bench))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from cosmos3_pipeline.config.plugins import discover
@@ -44,23 +45,29 @@ class Simulation:
 
 
 def simulated(
-    cases: Sequence[Case], plain: Mapping[str, Any], report: Mapping[str, Any], op_seconds: str = ""
+    cases: Sequence[Case],
+    plain: Mapping[str, Any],
+    report: Mapping[str, Any],
+    op_seconds: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """For bench.json: each measured decode of ours beside its simulation, and the speed-ups of more ranks.
 
-    `op_seconds`: the file by which contestants were divided that can be. None where no costs were measured, or no
-    message because there was one rank.
+    `op_seconds`: by the name of the case the file by which contestants were divided that can be. None where no
+    costs were measured, or no message because there was one rank.
     """
     costs = report["costs"]
     if costs is None or costs["link"] is None or not costs["cases"]:
         return None
     timed = [Simulation.of(case, report["vae"], costs) for case in cases if case.name in costs["cases"]]
     ours = dict.fromkeys(name for case in timed for name in _ours(case.case))
-    strategies = {name: build(name, plain, "decode", op_seconds=op_seconds) for name in ours}
-    return {
-        "runs": [row for one in timed for row in _runs(one, strategies, report)],
-        "speed_ups": [row for one in timed for row in _speed_ups(one, strategies)],
-    }
+    runs: list[dict[str, Any]] = []
+    speed_ups: list[dict[str, Any]] = []
+    for one in timed:
+        path = op_seconds.get(one.case.name, "")
+        strategies = {name: build(name, plain, "decode", op_seconds=path) for name in ours}
+        runs += _runs(one, strategies, report)
+        speed_ups += _speed_ups(one, strategies)
+    return {"runs": runs, "speed_ups": speed_ups}
 
 
 def _ours(case: Case) -> list[str]:

@@ -88,8 +88,10 @@ def _parsed(written: bytes) -> OpSeconds:
         ops = case["alone"]
         if [op["name"] for op in ops] != [op.name for op in program.ops]:
             raise ValueError("its ops are not those of its VAE")
-        seconds = (tuple(float(op[key]) for op in ops) for key in ("first_s", "later_s"))
-        found[case["latent_rows"] * case["latent_cols"]] = ChunkCosts(*seconds)
+        first, later = (tuple(float(op[key]) for op in ops) for key in ("first_s", "later_s"))
+        if not all(0 < seconds < math.inf for seconds in (*first, *later)):
+            raise ValueError("some of its ops took no time, or no number of seconds")
+        found[case["latent_rows"] * case["latent_cols"]] = ChunkCosts(first, later)
     if not found:
         raise ValueError("no case measured them")
     return OpSeconds(program, found, hashlib.sha256(written).hexdigest())
