@@ -13,11 +13,13 @@ one frame each where the three taps of both would be six:
 
 (Winograd's F(2, 3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). Its distance from
 the result in float64 was 0.7 to 1.4 times that of the plain convolution, the least with few channels. In bfloat16
-the sums of frames and of weights would be rounded as well.
+the sums of frames and of weights would be rounded as well. A processor without instructions for bfloat16 convolves
+it in float32, in bands of rows, and rounds the result once; the weights that are held then take four bytes each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +31,16 @@ from torch import Tensor
 from cosmos3_pipeline.vae.footprint import makes_frame_pairs, pair_band
 from cosmos3_pipeline.vae.frames import Arrival
 from cosmos3_pipeline.vae.host_memory import long_lived
+from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.ops import Margins
 
 # The shapes of a clip: its first chunk's and the later ones'.
 _SHAPES = 2
+
+# Elements of a band that is made in a wider dtype than its own, and no fewer than so many for each weight: all
+# weights are read for a band.
+_WIDE_ELEMENTS = 1 << 16
+_WIDE_BY_WEIGHTS = 1
 
 # What is reordered: all taps, one of them, and the two that both frames of a pair share.
 _WHOLE, _FIRST, _LAST, _SUM, _DIFFERENCE = "whole", "first", "last", "sum", "difference"
@@ -52,6 +60,7 @@ class Convolution:
         self._given: Tensor | None = weight
         self._middle: Tensor | None = None  # of three taps, beside the other two of a pair of frames
         self._bias = bias
+        self._dtype = arithmetic_dtype(weight.dtype, weight.device)
         self._packed: dict[_Key, Tensor] = {}
         self._used: list[list[_Key]] = []  # by the shapes that were used last
 
@@ -100,12 +109,47 @@ class Convolution:
             out = F.conv3d(frames, self._weight()[:, :, -taps:], self._bias, stride=stride, padding=pad)
             out = _channels_last(out)
             return out if onto is None else onto.add_(out)
+        if self._dtype != x.dtype:
+            return self._widened(x, padding, stride, taps, onto)
         (packed,) = self._pack([_WHOLE if taps == self._shape[2] else _LAST], tuple(frames.shape), pad, stride)
         if onto is None:
             return _convolved(x, packed, self._bias, pad, stride)
         # Where the sum was is still in a cache when it is written, and no memory is needed for another tensor.
         _convolved_onto(onto, x, packed, self._bias, pad, stride)
         return onto
+
+    def _widened(
+        self,
+        x: Tensor,
+        padding: tuple[int, int],
+        stride: tuple[int, int, int],
+        taps: int,
+        onto: Tensor | None,
+    ) -> Tensor:
+        """In a wider dtype than that of x, in bands of rows that take little memory beside it."""
+        outputs, inputs, all_taps, height, width = self._shape
+        batch, frames, rows, cols, _ = x.shape
+        kernel, edges = (taps, height, width), (0, *padding)
+        made = [
+            (n + 2 * edge - k) // step + 1
+            for n, edge, k, step in zip((frames, rows, cols), edges, kernel, stride, strict=True)
+        ]
+        out = x.new_empty(batch, *made, outputs) if onto is None else onto
+        most = max(_WIDE_ELEMENTS, _WIDE_BY_WEIGHTS * inputs * outputs * taps * height * width)
+        size = max(1, most // (batch * frames * stride[1] * cols * inputs))
+        size = math.ceil(made[1] / math.ceil(made[1] / size))
+        pad, read = (0, 0, padding[1]), (size - 1) * stride[1] + height
+        space = x.new_empty(batch, frames, read, cols, inputs, dtype=self._dtype)
+        name = _WHOLE if taps == all_taps else _LAST
+        (packed,) = self._pack([name], tuple(space.permute(0, 4, 1, 2, 3).shape), pad, stride)
+        for top in range(0, made[1], size):
+            band = _band(top, min(top + size, made[1]), height, padding[0], stride[1])
+            given, there, inner = _framed(space, band, rows)
+            inner.copy_(x[:, :, there])
+            wide = _convolved(given, packed, self._bias.to(self._dtype), pad, stride)
+            target = out[:, :, band.made]
+            target.copy_(wide if onto is None else wide.add_(target))
+        return out
 
     def _in_pairs(
         self,
@@ -159,7 +203,7 @@ class Convolution:
                 weight = self._weight()
                 for name in names:
                     if (name, frames) not in self._packed:
-                        part = _part(weight, name).contiguous().to_mkldnn()
+                        part = _part(weight, name).to(self._dtype).contiguous().to_mkldnn()
                         self._packed[name, frames] = reorder(part, pad, stride, (1, 1, 1), 1, list(frames))
                 self._used.append(keys)
                 self._let_go(weight)
@@ -214,9 +258,23 @@ class _Band:
     read: slice
 
 
-def _band(top: int, end: int, height: int, padding: int) -> _Band:
-    """The band of the rows [top, end) of an output, with a kernel of `height` rows."""
-    return _Band(slice(top, end), slice(top - padding, end - padding + height - 1))
+def _band(top: int, end: int, height: int, padding: int, step: int = 1) -> _Band:
+    """The band of the rows [top, end) of an output, with a kernel of `height` rows and a stride of `step`."""
+    return _Band(slice(top, end), slice(top * step - padding, (end - 1) * step - padding + height))
+
+
+def _framed(space: Tensor, band: _Band, rows: int) -> tuple[Tensor, slice, Tensor]:
+    """Where a band puts what it reads of an input of so many `rows`: in `space` [B, T, h, W, I].
+
+    Returns the rows of `space` that it reads, with zeros in those beyond the input; of the input the rows that it
+    reads, and where they go.
+    """
+    first, last = band.read.start, band.read.stop
+    there = slice(max(first, 0), min(last, rows))
+    space = space[:, :, : last - first]
+    space[:, :, : there.start - first].zero_()
+    space[:, :, there.stop - first :].zero_()
+    return space, there, space[:, :, there.start - first : there.stop - first]
 
 
 def _is_within(band: _Band, x: Tensor, margins: Margins) -> bool:
@@ -245,12 +303,7 @@ class _Pairs:
 
     def make(self, band: _Band) -> None:
         """Make a band of every frame."""
-        first, last = band.read.start, band.read.stop
-        there = slice(max(first, 0), min(last, self.x[1].shape[2]))
-        space = self.space[:, :, : last - first]
-        space[:, :, : there.start - first].zero_()
-        space[:, :, there.stop - first :].zero_()
-        inner = space[:, :, there.start - first : there.stop - first]
+        space, there, inner = _framed(self.space, band, self.x[1].shape[2])
         x = [frame for part in self.x for frame in part[:, :, there].split(1, dim=1)]
         y = self.y[:, :, band.made].split(1, dim=1)
         for time in range(0, len(y), 2):
@@ -309,11 +362,8 @@ def _channels_last(out: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor) -> bool:
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if x.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x.dtype == torch.float32
+    available = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return available and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def upsampling_weights(weight: Tensor) -> list[Tensor]:

