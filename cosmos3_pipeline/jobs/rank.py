@@ -20,7 +20,6 @@ from rich.console import Console
 from torch import Tensor
 
 from cosmos3_pipeline.config.plugins import build_strategy, discover
-from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
@@ -28,7 +27,6 @@ from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, versio
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import Components, open_checkpoint
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
-from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
 from cosmos3_pipeline.plan.vae import directions, strategy_of, vae_stage
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import vae_latents
@@ -216,8 +214,7 @@ def used(plain: dict[str, Any], direction: Direction) -> Used:
     clip, strategy = clip_of(cfg), strategy_of(cfg, direction)
     if direction not in directions(cfg, clip):
         return Used(strategy, None)
-    element_bytes = ELEMENT_BYTES[Dtype(plain["model"]["vae_dtype"])]
-    stage = vae_stage(cfg, direction, clip, plain["model"]["vae"], element_bytes)
+    stage = vae_stage(cfg, direction, clip, plain["model"]["vae"])
     return Used(strategy.settled(stage.program, stage.shape, replica_ranks(cfg.topology)), stage.plan)
 
 

@@ -185,7 +185,7 @@ def _vae(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
             continue
         named = f"vae.{direction}={cfg.vae[direction]['_target_'].rpartition('.')[2]}"
         try:
-            stage = vae_stage(cfg, direction, clip, vae_config, 4)
+            stage = vae_stage(cfg, direction, clip, vae_config)
         except Refusal as refusal:
             yield replace(refusal.problem, what=f"{named}: {refusal.problem.what}")
             continue

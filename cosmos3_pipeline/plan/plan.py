@@ -12,7 +12,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.plan.denoising import Denoising
 from cosmos3_pipeline.plan.geometry import Clip, clip_of, replica_ranks
@@ -21,10 +20,9 @@ from cosmos3_pipeline.plan.stage import RankStage
 from cosmos3_pipeline.plan.text import text_tokens_of
 from cosmos3_pipeline.plan.trained import outside
 from cosmos3_pipeline.plan.transformer import TransformerSize
-from cosmos3_pipeline.plan.vae import VaeStage, directions, plain, vae_stage
+from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, VaeStage, directions, plain, vae_stage
 
 SCHEMA_VERSION = 1
-ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 STAGES = ("encode", "denoise", "decode")
 
 
@@ -112,10 +110,7 @@ def make_plan(
         text_tokens=text_tokens or text_tokens_of(cfg),
         element_bytes=ELEMENT_BYTES[cfg.model.dtype],
     )
-    vae_bytes = ELEMENT_BYTES[cfg.model.vae_dtype]
-    stages: dict[str, VaeStage] = {
-        d: vae_stage(cfg, d, clip, vae_config, vae_bytes) for d in directions(cfg, clip)
-    }
+    stages: dict[str, VaeStage] = {d: vae_stage(cfg, d, clip, vae_config) for d in directions(cfg, clip)}
     ranks = tuple(
         _rank(cfg, rank, denoising, stages) for rank in range(cfg.topology.nodes * cfg.topology.ranks_per_node)
     )

@@ -20,6 +20,7 @@ from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import Strategy, StrategyPlan
 
 REFERENCE = "replicated"  # what runs where a direction's flag is off
+ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,7 @@ def strategy_of(cfg: DictConfig, direction: Direction) -> Strategy:
     return strategy
 
 
-def vae_stage(
-    cfg: DictConfig, direction: Direction, clip: Clip, vae_config: dict[str, Any], element_bytes: int
-) -> VaeStage:
+def vae_stage(cfg: DictConfig, direction: Direction, clip: Clip, vae_config: dict[str, Any]) -> VaeStage:
     """The plan of one direction. Encoding goes as far as the last conditioned latent frame.
 
     Raises StrategyError or Refusal for what the strategy cannot honour, ProgramError for an impossible VAE.
@@ -115,6 +114,7 @@ def vae_stage(
     if direction == "encode":
         frames = max(cfg.task.condition_latent_frames) + 1
     program = program_for(direction, vae_config)
-    shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, element_bytes)
+    size = ELEMENT_BYTES[Dtype(cfg.model.vae_dtype)]
+    shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, size)
     ranks = replica_ranks(cfg.topology)
     return VaeStage(program, shape, strategy_of(cfg, direction).plan(program, shape, ranks))

@@ -10,6 +10,8 @@ from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program
 from cosmos3_pipeline.vae.strategy import RankShare
 
+_OfChunk = tuple[float, int, float, int]  # see `LineTimes._seconds`
+
 
 class ChunkCosts(NamedTuple):
     """What each op costs on the first chunk, which has one frame everywhere, and on a later one."""
@@ -32,7 +34,8 @@ class LineTimes:
     def __init__(self, program: Program, costs: ChunkCosts) -> None:
         self.program = program
         self._first, self._later = ([0.0, *accumulate(part)] for part in costs)
-        self._known: dict[tuple[tuple[int, int], bool], tuple[float, int, float, int]] = {}
+        self._known_first: dict[tuple[int, int], _OfChunk] = {}
+        self._known_later: dict[tuple[int, int], _OfChunk] = {}
 
     def of_clip(self, chunks: int) -> float:
         """What one rank takes for a clip of `chunks`."""
@@ -54,25 +57,30 @@ class LineTimes:
 
         They come at `arrivals` (None: all are there).
         """
-        coming, known = iter(arrivals or ()), self._known
-        now, leaving = 0.0, []
-        for chunk, run in enumerate(runs):
-            early, given, late, of_each = known.get((run, chunk == 0)) or self._seconds(run, first=chunk == 0)
+        # Plans search with it: hence no calls in the inner loops.
+        known, first = self._known_first, True
+        now, leaving, at = 0.0, [], 0
+        for run in runs:
+            early, given, late, of_each = known.get(run) or self._seconds(run, first=first)
             for _ in range(given):
-                now = max(now, next(coming, 0.0)) + early
+                if arrivals and arrivals[at] > now:
+                    now = arrivals[at]
+                at += 1
+                now += early
                 for _ in range(of_each):
                     now += late
                     leaving.append(now)
+            known, first = self._known_later, False
         return leaving
 
-    def _seconds(self, run: tuple[int, int], *, first: bool) -> tuple[float, int, float, int]:
+    def _seconds(self, run: tuple[int, int], *, first: bool) -> _OfChunk:
         """Of a chunk: time of the early ops for a given portion, how many are given; late ops, made of each."""
         start, stop = run
         sums, program = self._first if first else self._later, self.program
         early = max(start, min(stop, program.portions_from))
         given, left = (program.portions_at(cut, first=first) for cut in run)
         found = (sums[early] - sums[start]) / given, given, (sums[stop] - sums[early]) / left, left // given
-        self._known[run, first] = found
+        (self._known_first if first else self._known_later)[run] = found
         return found
 
 

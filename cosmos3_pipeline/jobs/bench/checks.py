@@ -22,9 +22,8 @@ from cosmos3_pipeline.jobs.bench.suite import (
     cases_of,
     vae_dimensions,
 )
-from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
 from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.plan.vae import plain
+from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, plain
 from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import StrategyError

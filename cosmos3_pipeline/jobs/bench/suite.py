@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.config.schema import Dtype
-from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
-from cosmos3_pipeline.plan.vae import plain
+from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, plain
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy

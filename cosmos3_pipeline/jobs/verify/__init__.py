@@ -17,9 +17,8 @@ from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
-from cosmos3_pipeline.plan.plan import ELEMENT_BYTES
 from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.plan.vae import directions, plain
+from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, directions, plain
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, program_for
 from cosmos3_pipeline.vae.strategy import Strategy
