@@ -33,9 +33,11 @@ SHUTDOWN_SECONDS = 5
 _CONSEQUENCES = {kind.__name__ for kind in (PeerFailed, PeerLost, RunStopped)}
 
 
-def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int) -> None:
+def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str = "cpu") -> None:
     """Run `entry(*payload)` in `ranks` new processes on this machine; both must pickle.
 
+    Ranks on CPU are forked from one process, which may have imported already what they need. An import may touch
+    CUDA, which does not survive a fork: ranks for it are new processes.
     Raises RankFailed with the first failing rank's own traceback, after every process has ended.
     """
     # The launcher's own log repeats in its words what RankFailed says with the traceback. Its loggers have
@@ -51,7 +53,7 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int) -> None:
             run_id="cosmos3",
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            start_method="spawn",
+            start_method="forkserver" if device == "cpu" else "spawn",
             monitor_interval=0.1,
             max_restarts=0,
             shutdown_timeout=SHUTDOWN_SECONDS,

@@ -17,9 +17,7 @@ def generate(cfg: DictConfig, output: Path, *, own_process: bool) -> None:
     sweep: one's memory must not show in the next one's peak). With RANK in the environment this process is
     the root of a world that exists already.
     """
-    from cosmos3_pipeline.jobs.rank import run_rank
-
-    on_ranks(cfg, output, run_rank, own_process=own_process)
+    on_ranks(cfg, output, "cosmos3_pipeline.jobs.rank:run_rank", own_process=own_process)
     if cfg.task.prompt_file is None:
         summary.show(output)
     else:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import re
 import signal
 import time
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,9 @@ def break_one(folder: str, how: str) -> None:
         dist.barrier()
         if dist.get_rank() == 1:
             if how == "linger":
-                # Its connections are closed long before it has ended. The last that is registered comes first.
-                atexit.register(time.sleep, 60)
-                atexit.register(dist.destroy_process_group)
+                # Its connections are closed long before it has ended.
+                Finalize(None, dist.destroy_process_group, exitpriority=1)
+                Finalize(None, time.sleep, (60,), exitpriority=0)
             if how in ("raise", "linger"):
                 raise ValueError("the latent is cursed")
             os.kill(os.getpid(), signal.SIGKILL)

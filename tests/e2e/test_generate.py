@@ -120,15 +120,19 @@ def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
 
 
 def wait_for_ranks(parent: int, count: int) -> list[int]:
-    """The processes that `parent` spawned as ranks, once `count` of them exist and have imported torch."""
+    """The processes that were forked for `parent` as ranks, once `count` of them exist."""
     for _ in range(600):
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        ranks = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        if len(ranks) >= count and all("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks):
+        servers = [pid for pid in children(parent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ranks = [pid for server in servers for pid in children(server)]
+        if len(ranks) >= count:
             time.sleep(2)
             return ranks
         time.sleep(0.1)
     raise AssertionError("the ranks did not start")
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 @pytest.mark.parametrize("topology", ["cpu_x1", "cpu_x2"])

@@ -30,8 +30,6 @@ def bench(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
 
     A target that is missed is reported and fails nothing. Raises RankFailed when a rank failed.
     """
-    from cosmos3_pipeline.jobs.bench.rank import bench_rank
-
     if multirun:
         problem = Problem(
             what="job=bench with -m",
@@ -39,7 +37,7 @@ def bench(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
             works="one run with several cases: bench.cases=[decode,spatial_shard]",
         )
         raise ConfigError([problem])
-    on_ranks(cfg, output, bench_rank, vae_dimensions(cfg))
+    on_ranks(cfg, output, "cosmos3_pipeline.jobs.bench.rank:bench_rank", vae_dimensions(cfg))
     show(output)
 
 

@@ -184,8 +184,6 @@ def verify(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
 
     Raises VerifyFailed when a strategy misses its declaration, RankFailed when a rank failed.
     """
-    from cosmos3_pipeline.jobs.verify.rank import verify_rank
-
     if multirun:
         problem = Problem(
             what="job=verify with -m",
@@ -193,7 +191,7 @@ def verify(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
             works="one run with several strategies: verify.strategies=[layer_pipeline,spatial_shard]",
         )
         raise ConfigError([problem])
-    on_ranks(cfg, output, verify_rank)
+    on_ranks(cfg, output, "cosmos3_pipeline.jobs.verify.rank:verify_rank")
     show(output)
 
 
