@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.errors import ConfigError, Problem, explain
+from cosmos3_pipeline.config.errors import STRATEGY_NODES, ConfigError, Problem, explain
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.provenance import beside_a_running_hydra
 from cosmos3_pipeline.config.schema import Config
@@ -37,10 +37,27 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 def as_config_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """The ConfigError that explains what Hydra raised while composing `overrides`; raises what is not Hydra's."""
-    problem = explain(error, schema_keys(), overrides)
+    problem = explain(error, [*schema_keys(), *_chosen_settings(overrides)], overrides)
     if problem is None:
         raise error
     return ConfigError([problem])
+
+
+def _chosen_settings(overrides: Sequence[str]) -> list[str]:
+    """The settings of the strategies that `overrides` choose; none where the choices alone cannot be composed."""
+    groups = group_names()
+    choices = [override for override in overrides if override.partition("=")[0] in groups]
+    if choices == list(overrides):
+        return []
+    try:
+        return strategy_keys(compose(choices))
+    except ConfigError:
+        return []
+
+
+def strategy_keys(cfg: DictConfig) -> list[str]:
+    """The dotted keys of the settings that the strategies of `cfg` have."""
+    return [f"{node}.{key}" for node in STRATEGY_NODES for key in OmegaConf.select(cfg, node) if key != "_target_"]
 
 
 def schema_keys() -> list[str]:

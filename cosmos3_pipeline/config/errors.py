@@ -14,6 +14,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+# The nodes that hold a strategy's own settings, which the schema does not know.
+STRATEGY_NODES = ("vae.encode", "vae.decode")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -65,10 +68,12 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     """A dotted key that the schema does not have, `where` naming the file or override that brought it.
 
     The nearest key is sought by the whole name and then by its last part, so that `task.promt` and
-    `sampler.prompt` both find `task.prompt`.
+    `sampler.prompt` both find `task.prompt`; that of a strategy's setting among the settings that it has.
     """
-    known = [k for k in known if not key.startswith(f"{k}.")]
     node, _, leaf = key.rpartition(".")
+    known = [k for k in known if not key.startswith(f"{k}.")]
+    if node in STRATEGY_NODES:
+        known = [k for k in known if k.startswith(f"{node}.")]
     leaves = {k.rpartition(".")[2]: k for k in known}
     near = nearest(key, known) or leaves.get(nearest(leaf, leaves) or "")
     siblings = sorted({k[len(node) + 1 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")})

@@ -26,6 +26,21 @@ REFUSALS = [
     pytest.param(["++sampler.sed=2"], "unknown key sampler.sed", "did you mean sampler.seed?", id="forced key"),
     pytest.param(["+extra.node=2"], "unknown key extra", "--cfg", id="added node"),
     pytest.param(["+vae.decode.depth=2"], "unknown key vae.decode.depth", "", id="added strategy key"),
+    pytest.param(
+        ["vae.decode.op_second=x"], "vae.decode.op_second", "mean vae.decode.op_seconds?", id="misspelt setting"
+    ),
+    pytest.param(
+        ["vae/decode=spatial_shard", "vae.decode.op_seconds=x"],
+        "vae.decode.op_seconds",
+        "the keys of vae.decode are: ",
+        id="another's setting",
+    ),
+    pytest.param(
+        ["vae/decode=none_such", "vae.decode.op_second=x"],
+        "vae/decode",
+        "layer_pipeline",
+        id="unknown, with a setting",
+    ),
     pytest.param(["vae=[replicated,parallel_decode]"], "2 options", "-m vae=", id="list of options"),
     pytest.param(["vae=replicated", "vae=parallel_decode"], "chosen twice", "vae=replicated", id="option twice"),
     pytest.param(["task.fps=1000"], "task.fps=1000", "task.fps=120", id="above the range"),
