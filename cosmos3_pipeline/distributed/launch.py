@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,12 @@ from cosmos3_pipeline.distributed.failure import RankFailed
 # The seconds that ranks of a broken world get to end by themselves before they are killed.
 SHUTDOWN_SECONDS = 5
 
+# How often the launcher looks whether a rank has ended.
+LOOK_SECONDS = 0.1
+
 # What a rank raises because another one has failed.
 _CONSEQUENCES = {kind.__name__ for kind in (PeerFailed, PeerLost, RunStopped)}
+_OF_GLOO = "gloo/transport"  # where its errors say that they come from: a connection is gone
 
 
 def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str = "cpu") -> None:
@@ -54,7 +59,7 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             start_method="forkserver" if device == "cpu" else "spawn",
-            monitor_interval=0.1,
+            monitor_interval=LOOK_SECONDS,
             max_restarts=0,
             shutdown_timeout=SHUTDOWN_SECONDS,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
@@ -79,7 +84,13 @@ def _launch(
 
 @record  # writes the traceback of a rank that raises to where the launcher finds it
 def _recorded(entry: Callable[..., None], *payload: Any) -> None:
-    entry(*payload)
+    try:
+        entry(*payload)
+    except Exception as error:
+        if type(error).__name__ in _CONSEQUENCES or _OF_GLOO in str(error):
+            # The launcher names whom it sees ended first: that shall be the one who was killed.
+            time.sleep(5 * LOOK_SECONDS)
+        raise
 
 
 def _cause(error: ChildFailedError, folder: Path, ranks: int) -> tuple[int, str]:
