@@ -57,14 +57,15 @@ class LineTimes:
 
         They come at `arrivals` (None: all are there).
         """
-        # Plans search with it: hence no calls in the inner loops.
+        # Plans search with it: hence as few calls as can be.
         known, first = self._known_first, True
-        now, leaving, at = 0.0, [], 0
+        coming = arrivals or ()
+        now, leaving, at, count = 0.0, [], 0, len(coming)
         for run in runs:
             early, given, late, of_each = known.get(run) or self._seconds(run, first=first)
             for _ in range(given):
-                if arrivals and arrivals[at] > now:
-                    now = arrivals[at]
+                if at < count and coming[at] > now:
+                    now = coming[at]
                 at += 1
                 now += early
                 for _ in range(of_each):

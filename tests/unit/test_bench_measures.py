@@ -20,9 +20,9 @@ from toy_runs import toy_dimensions
 from vae_models import WAN21, WAN22
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.jobs.bench import contestants, roofline
 from cosmos3_pipeline.jobs.bench import costs as bench_costs
 from cosmos3_pipeline.jobs.bench import rank as bench_rank
-from cosmos3_pipeline.jobs.bench import roofline
 from cosmos3_pipeline.jobs.bench import trial as bench_trial
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
@@ -278,6 +278,24 @@ def test_a_peer_that_cannot_is_absent_and_ours_that_cannot_ends_the_run(autoenco
     }
     with pytest.raises(ValueError, match="no such shape"):
         trial(autoencoders, one_rank=fails)
+
+
+def test_without_instructions_for_bfloat16_a_peer_that_takes_minutes_is_left_out(
+    autoencoders: Autoencoders, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (contestants, roofline):
+        monkeypatch.setattr(module, "arithmetic_dtype", lambda dtype, device: torch.float32)
+    half = case("decode", "diffusers", dtype="bfloat16")
+    factory = Factory(half, {}, TINY, autoencoders, world)
+    assert factory.make("diffusers").name == "diffusers"  # it is small
+    monkeypatch.setattr(contestants, "MOST_PLAIN_SECONDS", 0)
+    with pytest.raises(Unavailable, match="no instructions for bfloat16"):
+        factory.make("diffusers")
+    assert Factory(case("decode"), {}, TINY, autoencoders, world).make("diffusers").name == "diffusers"
+    line = factory.make("roofline")
+    assert line.roofline is not None
+    line.roofline.measure()
+    assert line.roofline.note.endswith("in float32 as this processor has no bfloat16")
 
 
 def test_the_seconds_of_every_op_on_all_rows_and_on_half(autoencoders: Autoencoders, world: World) -> None:

@@ -94,6 +94,17 @@ class Above:
         return torch.cat([slab, self.rest], dim=2)
 
 
+def test_attention_without_instructions_for_bfloat16_is_that_in_float32_rounded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, *maps = (torch.randn(size).bfloat16() for size in ((1, 2, 3, 4, 8), (24, 8), (24,), (8, 8), (8,)))
+    wide = [tensor.float() for tensor in maps]
+    expected = kernels.attention(x.float(), x.float(), (wide[0], wide[1]), (wide[2], wide[3])).bfloat16()
+    monkeypatch.setattr(kernels, "arithmetic_dtype", lambda dtype, device: torch.float32)
+    found = kernels.attention(x, x, (maps[0], maps[1]), (maps[2], maps[3]))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_attention_of_a_slab_is_for_its_own_pixels_and_takes_the_memory_planned(
     rows: int, monkeypatch: pytest.MonkeyPatch
