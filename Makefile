@@ -1,6 +1,6 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
 # make test  lint, types and all tests
-# make bench the VAE and the denoiser by one and two ranks beside others, interleaved (a good hour)
+# make bench the VAE and the denoiser by one and two ranks beside others, interleaved (two hours)
 .PHONY: env run test lint bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python

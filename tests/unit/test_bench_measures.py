@@ -26,7 +26,7 @@ from cosmos3_pipeline.jobs.bench import rank as bench_rank
 from cosmos3_pipeline.jobs.bench import trial as bench_trial
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
-from cosmos3_pipeline.jobs.bench.costs import CHUNKS, OpSeconds
+from cosmos3_pipeline.jobs.bench.costs import CHUNKS, OpSeconds, TimedOp
 from cosmos3_pipeline.jobs.bench.given import Given, given_for
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.jobs.bench.machine import pinned
@@ -39,6 +39,7 @@ from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
 from cosmos3_pipeline.jobs.ranks import resolved
 from cosmos3_pipeline.vae import ops
+from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
 from cosmos3_pipeline.vae.program import program_for
 
@@ -310,6 +311,29 @@ def test_the_seconds_of_every_op_on_all_rows_and_on_half(autoencoders: Autoencod
     assert [(op["name"], op["rows"]) for op in found] == [(name, rows) for rows in (3, 2) for name in names]
     assert all(op["first_s"] > 0 and op["later_s"] > 0 for op in found)
     assert costs["message"] is None  # one rank has nobody to send to
+
+
+@pytest.mark.parametrize(("frames", "clips"), [(1, [CHUNKS, CHUNKS, 1, 1]), (3, [CHUNKS, CHUNKS])])
+def test_the_first_chunk_of_a_case_of_images_is_an_image(
+    frames: int, clips: list[int], autoencoders: Autoencoders, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+
+    def run(part: Slice, z: Tensor) -> None:
+        """As if an op took one second a frame on the first chunk, and two on each later one."""
+        decoded.append(z.shape[2])
+        for op in part._ops:
+            if isinstance(op, TimedOp):
+                op.first.append(z.shape[2])
+                op._later.extend([2 / op._portions] * op._portions * (z.shape[2] - 1))
+
+    monkeypatch.setattr(bench_costs, "_run", run)
+    seconds = OpSeconds(TINY, autoencoders, world, LatentShape(1, frames, 2, 2))
+    seconds.take(2)
+    assert decoded == [CHUNKS, *clips, *clips, CHUNKS, *clips]  # all rows, the root alone, and half of the rows
+    costs = seconds.costs()
+    for op in (*costs["ops"], *costs["alone"]):
+        assert (op["first_s"], op["later_s"]) == (clips[-1], 2), op["name"]
 
 
 class Posted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.weights import ModuleWeights
 
 CHUNKS = 4  # of the clip of which the ops are timed: one first, three later ones
+Taken = tuple[list[float], list[float]]  # seconds of an op, of each first chunk and of each later one
 
 
 class TimedOp:
@@ -51,7 +52,7 @@ class TimedOp:
             torch.cuda.synchronize(flow.at.buffer.device)
         (self.first if flow.first else self._later).append(time.perf_counter() - started)
 
-    def taken(self) -> tuple[list[float], list[float]]:
+    def taken(self) -> Taken:
         """Seconds of first and of later chunks since it was last asked."""
         found = self.first, self.later
         self.first, self._later = [], []
@@ -90,11 +91,11 @@ class OpSeconds:
         self._latent = latent
         self._slabs = sorted({latent.rows, (latent.rows + 1) // 2}, reverse=True)
         # By the number of rows, for each op: of first and of later chunks.
-        self._seconds: dict[int, list[tuple[list[float], list[float]]]] = {
+        self._seconds: dict[int, list[Taken]] = {
             slab: [([], []) for _ in self._program.ops] for slab in self._slabs
         }
         # Of the root alone on all rows.
-        self._alone: list[tuple[list[float], list[float]]] = [([], []) for _ in self._program.ops]
+        self._alone: list[Taken] = [([], []) for _ in self._program.ops]
         self._messages: list[tuple[float, float]] = []
 
     def take(self, rounds: int) -> None:
@@ -108,20 +109,17 @@ class OpSeconds:
             generator = torch.Generator().manual_seed(0)
             z = torch.randn(1, program.z_dim, CHUNKS, slab, self._latent.cols, generator=generator)
             z = z.to(world.device)
+            # An image is decoded sooner than the first chunk of a clip: nothing is kept of it for a next one.
+            image = z[:, :, :1] if self._latent.frames == 1 else None
             _run(part, z)
             ops = part.timed()
-            for _ in range(rounds):
-                world.wait()
-                _run(part, z)
-            _add(self._seconds[slab], ops)
+            _add(self._seconds[slab], _taken(part, ops, z, image, [world.wait] * rounds))
             if slab == self._latent.rows:
                 world.wait()
-                for _ in range(rounds * world.is_root):
-                    _run(part, z)
-                _add(self._alone, ops)
+                _add(self._alone, _taken(part, ops, z, image, [_at_once] * rounds * world.is_root))
                 world.wait()
             if slab == self._slabs[-1] and world.comm.size > 1:
-                self._messages.append(_message(part, z, world))
+                self._messages.append(_message(part, z if image is None else image, world))
 
     def costs(self) -> dict[str, Any]:
         """`ops`: medians over the rounds and chunks, then the mean of the ranks. `alone`: those of the root alone.
@@ -147,15 +145,34 @@ class OpSeconds:
         return {"ops": found, "alone": alone, "message": message}
 
 
-def _add(seconds: list[tuple[list[float], list[float]]], ops: list[TimedOp]) -> None:
-    """Add what the ops took since this was last done."""
-    for (first, later), op in zip(seconds, ops, strict=True):
-        new_first, new_later = op.taken()
+def _at_once() -> None:
+    """For a rank that waits for no other."""
+
+
+def _taken(
+    part: Slice, ops: list[TimedOp], z: Tensor, image: Tensor | None, waits: Sequence[Callable[[], None]]
+) -> list[Taken]:
+    """What ops take in decodes of `z`, one after each of `waits`; on first chunks, those of `image`, if any."""
+    found: list[Taken] = []
+    for clip in (z, image):
+        if clip is None:
+            continue
+        for wait in waits:
+            wait()
+            _run(part, clip)
+        taken = [op.taken() for op in ops]
+        found = [(first, later) for (first, _), (_, later) in zip(taken, found or taken, strict=True)]
+    return found
+
+
+def _add(seconds: list[Taken], more: list[Taken]) -> None:
+    """Add to what each op took what it took since."""
+    for (first, later), (new_first, new_later) in zip(seconds, more, strict=True):
         first += new_first
         later += new_later
 
 
-def _medians(ops: list[tuple[list[float], list[float]]]) -> list[tuple[float, float]]:
+def _medians(ops: list[Taken]) -> list[tuple[float, float]]:
     return [(statistics.median(first), statistics.median(later)) for first, later in ops]
 
 
