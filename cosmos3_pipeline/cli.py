@@ -18,10 +18,10 @@ from yaml import YAMLError
 
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import VERSION_BASE, as_config_error, refuse_doubled_choices
-from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.config.help import help_text
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.distributed.failure import RankFailed
+from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs import check_job, follow, run, sweep
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
 from cosmos3_pipeline.plan.checks import compose_checked

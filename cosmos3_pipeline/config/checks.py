@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.compose import schema_keys
-from cosmos3_pipeline.config.errors import Problem, did_you_mean, unknown_key
+from cosmos3_pipeline.config.errors import unknown_key
 from cosmos3_pipeline.config.plugins import Plugins, discover, settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config, StagesConfig
+from cosmos3_pipeline.errors import Problem, did_you_mean
 
 STAGE_PACKAGE = "cosmos3_pipeline.stages."
 

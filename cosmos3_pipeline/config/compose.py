@@ -12,10 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.errors import STRATEGY_NODES, ConfigError, Problem, explain
+from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.provenance import beside_a_running_hydra
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import ConfigError, Problem
 
 VERSION_BASE = "1.3"
 

@@ -21,8 +21,8 @@ from typing import Any, Literal
 from hydra.core.config_store import ConfigStore
 
 from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.errors import ConfigError, Problem
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import ConfigError, Problem
 
 ENTRY_POINT_GROUP = "cosmos3_pipeline.plugins"
 # Options in this hidden group carry a plugin's schema; the YAML files in conf/vae/{encode,decode} extend them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 
 
 class CfgLayoutError(Refusal):

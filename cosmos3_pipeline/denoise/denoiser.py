@@ -12,11 +12,11 @@ import torch
 from diffusers.modular_pipelines.cosmos.denoise import Cosmos3LoopDenoiser
 from torch import Tensor
 
-from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer, PreparedPass
 from cosmos3_pipeline.distributed.mesh import RankMesh
+from cosmos3_pipeline.errors import Refusal
 
 PASSES = ("cond", "uncond")
 

@@ -19,12 +19,12 @@ from diffusers import Cosmos3OmniTransformer
 from diffusers.models.transformers.transformer_cosmos3 import Cosmos3AttnProcessor
 from torch import Tensor
 
-from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend, attend_with_text, rotate
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, head_shares, start_of
+from cosmos3_pipeline.errors import Refusal
 
 
 @dataclass(frozen=True)

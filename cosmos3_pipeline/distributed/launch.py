@@ -23,9 +23,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.failure import RankFailed
+from cosmos3_pipeline.errors import Refusal
 
 # The seconds that ranks of a broken world get to end by themselves before they are killed.
 SHUTDOWN_SECONDS = 5

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.errors import Refusal
 
 AXES = ("dp", "spare", "cfg", "ulysses")
 REPLICA = "replica"  # the ranks of one dp replica: spare x cfg x ulysses, the VAE's group

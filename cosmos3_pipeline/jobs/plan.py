@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.config.errors import ConfigError, Refusal
+from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.plan import tables
 from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint, is_hub_id
 from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan

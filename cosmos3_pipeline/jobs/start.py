@@ -11,8 +11,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.config.schema import Device, JobName
+from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint, is_hub_id
 from cosmos3_pipeline.plan.plan import make_plan
 from cosmos3_pipeline.plan.units import quantity

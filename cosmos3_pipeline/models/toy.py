@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
 from torch import Tensor, nn
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.toy_tokenizer import make_tokenizer
 
 RECIPE = 1  # raise it with any change of the weights, so that nobody goes on with an older toy

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 
 INDEX = "model_index.json"
 PIPELINE = "Cosmos3OmniPipeline"

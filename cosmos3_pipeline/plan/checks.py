@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose
-from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.config.provenance import Provenance, trace
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.denoise.checks import check_layout
+from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.plan.checkpoint import adopt_dimensions
 from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple
 from cosmos3_pipeline.plan.trained import outside

@@ -9,8 +9,8 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cosmos3_pipeline.config.errors import ConfigError
 from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.plan.checks import check
 from cosmos3_pipeline.plan.geometry import replica_ranks
 from cosmos3_pipeline.plan.plan import Plan, make_plan

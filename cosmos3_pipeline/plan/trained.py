@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.config.errors import Problem
+from cosmos3_pipeline.errors import Problem
 
 
 def outside(cfg: DictConfig) -> Iterator[Problem]:

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose, schema_keys
-from cosmos3_pipeline.config.errors import ConfigError, did_you_mean
 from cosmos3_pipeline.config.provenance import Link, Provenance, trace
+from cosmos3_pipeline.errors import ConfigError, did_you_mean
 
 USAGE = 3
 

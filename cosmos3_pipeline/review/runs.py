@@ -12,10 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose
-from cosmos3_pipeline.config.errors import ConfigError
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.provenance import trace
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.plan import plan_of
 from cosmos3_pipeline.plan.checks import check
 from cosmos3_pipeline.review.compare import Side

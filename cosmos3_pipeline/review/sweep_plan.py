@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos3_pipeline.config.compose import as_config_error
-from cosmos3_pipeline.config.errors import ConfigError
+from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.plan import plan_of
 from cosmos3_pipeline.plan.checks import compose_checked
 from cosmos3_pipeline.plan.units import quantity

@@ -18,7 +18,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.files import whole_file
 
 # With another number the same frames give other bytes.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.context import RunContext
 
 

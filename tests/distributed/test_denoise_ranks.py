@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from cosmos_models import denoise_with, tiny_pipeline
 
-from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.denoise import CfgLayoutError, ParallelLoopDenoiser, UlyssesLayoutError
 from cosmos3_pipeline.denoise.cost import Wire, denoise_costs
 from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.plan.transformer import TransformerSize
 
 # (prompt tokens, negative prompt tokens), (height, width, frames), clean latent frames: odd counts throughout

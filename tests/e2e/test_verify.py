@@ -14,7 +14,7 @@ from conftest import SMALL, launch, make_photo
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cosmos3_pipeline.config.errors import ConfigError
+from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.verify import check_verify
 from cosmos3_pipeline.jobs.verify.distance import Distance, exactness_of
 from cosmos3_pipeline.jobs.verify.picture import Row

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.errors import ConfigError
+from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.bench import check_bench
 from cosmos3_pipeline.jobs.bench.judge import judge
 from cosmos3_pipeline.jobs.bench.simulated import simulated

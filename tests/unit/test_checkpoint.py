@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from toy_runs import toy_dimensions
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.errors import ConfigError, Refusal
+from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.models.loading import Components, load_scheduler, load_vae, open_checkpoint
 from cosmos3_pipeline.models.toy import write_toy
 from cosmos3_pipeline.plan.checkpoint import (

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.errors import ConfigError
+from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.start import check_start
 
 REFUSALS = [

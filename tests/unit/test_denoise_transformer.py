@@ -10,8 +10,8 @@ from cosmos_models import denoise_with, tiny_pipeline
 from diffusers import FirstBlockCacheConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser, ParallelTransformer
+from cosmos3_pipeline.errors import Refusal
 
 MODELS: dict[str, dict[str, Any]] = {
     "grouped heads": {},

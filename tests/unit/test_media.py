@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.media import (
     frame_rate,

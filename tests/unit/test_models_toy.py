@@ -15,7 +15,7 @@ import torch
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
 from toy_runs import PROMPT, clip_of, components, context_of, toy_dimensions
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models import toy
 from cosmos3_pipeline.models.toy_tokenizer import SMALLEST_VOCABULARY, make_tokenizer
 from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.errors import ConfigError, Problem
+from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import check_start
 from cosmos3_pipeline.plan.plan import make_plan
 from cosmos3_pipeline.vae.strategy import Exactness

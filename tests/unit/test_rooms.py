@@ -9,7 +9,7 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "cosmos3_pipeline"
 ROOMS = (
-    *("config", "distributed", "vae", "denoise", "plan", "models", "stages"),
+    *("errors", "config", "distributed", "vae", "denoise", "checkpoint", "plan", "models", "stages"),
     *("jobs", "review", "plugin_kit"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "safetensors", "av", "numpy"}

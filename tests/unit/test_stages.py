@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, toy_dimensions
 
-from cosmos3_pipeline.config.errors import Refusal
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.plan.checkpoint import CheckpointInfo
 from cosmos3_pipeline.stages.context import RunContext

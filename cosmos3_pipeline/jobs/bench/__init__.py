@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
-from cosmos3_pipeline.config.errors import ConfigError, Problem
+from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.bench import checks, tables
 from cosmos3_pipeline.jobs.bench.suite import vae_dimensions
 from cosmos3_pipeline.jobs.ranks import on_ranks, resolved

@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.config.errors import Problem, did_you_mean
 from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.config.schema import BenchConfig, Dtype, JobName
+from cosmos3_pipeline.errors import Problem, did_you_mean
 from cosmos3_pipeline.jobs.bench.suite import (
     BUILT_IN,
     CALLS,

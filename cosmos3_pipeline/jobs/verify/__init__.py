@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.config.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.plan.units import quantity

@@ -15,11 +15,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cosmos3_pipeline.config.errors import Refusal
 from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.jobs.metrics import versions
 from cosmos3_pipeline.jobs.rank import digest_of, everyones, refuse_other_configs
 from cosmos3_pipeline.jobs.verify import PICTURE_FILE, REPORT_FILE, chosen
