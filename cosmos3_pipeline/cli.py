@@ -31,17 +31,22 @@ __all__ = ["launch", "main", "run"]
 REFUSED = 2  # exit code of a composition that is refused before any work starts
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
-COMMANDS = {"diff": "command", "blame": "blame", "sweep-plan": "sweep_plan"}
+COMMANDS = {
+    "diff": "review.command",
+    "blame": "review.blame",
+    "sweep-plan": "review.sweep_plan",
+    "make-checkpoint": "models.make_checkpoint",
+}
 
 
 def main() -> None:
     """The `cosmos3` command: `launch.py` with the installed configs, runnable from any directory.
 
-    `cosmos3 diff`, `blame` and `sweep-plan` are commands of their own, with arguments that are not Hydra's.
+    `COMMANDS` are of their own, with arguments that are not Hydra's.
     """
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         _widen_tables()
-        module = import_module(f"cosmos3_pipeline.review.{COMMANDS[sys.argv[1]]}")
+        module = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}")
         sys.exit(module.main(sys.argv[2:]))
     launch(hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(run))
 

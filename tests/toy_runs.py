@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, UniPCMultistepSched
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.models.loading import Components
-from cosmos3_pipeline.plan.checkpoint import CheckpointInfo
 from cosmos3_pipeline.plan.geometry import Clip
 from cosmos3_pipeline.stages.context import RunContext
 

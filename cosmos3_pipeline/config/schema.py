@@ -83,6 +83,8 @@ class TransformerConfig:
     vocab_size: int = ranged(at_least=1)
     hidden_act: HiddenAct = MISSING
     qk_norm_for_text: bool = MISSING
+    use_und_k_norm_for_gen: bool = MISSING
+    rms_norm_eps: float = ranged(at_least=1e-12)
     latent_patch_size: int = ranged(at_least=1)
     rope_theta: float = ranged(at_least=1)
 
@@ -120,6 +122,8 @@ class Recommendation:
 
 @dataclass
 class Recommended:
+    system_prompt: bool | None = MISSING
+    fps: float = ranged(at_least=1, at_most=120)
     video: Recommendation = field(default_factory=Recommendation)
     image: Recommendation = field(default_factory=Recommendation)
 
@@ -138,6 +142,7 @@ class TrainedConfig:
     """What the model was trained for, and what happens outside of it."""
 
     when_outside: str = one_of("warn", "refuse", "ignore")
+    tasks: list[TaskName] = MISSING
     fps: list[float] = MISSING
     tiers: list[Tier] = MISSING
 
@@ -162,7 +167,7 @@ class TaskConfig:
     modality: str = one_of("video", "image")
     prompt: str = MISSING
     prompt_file: str | None = MISSING
-    negative_prompt: str = MISSING
+    negative_prompt: str | None = MISSING
     system_prompt: bool | None = MISSING
     image: str | None = MISSING
     video: str | None = MISSING

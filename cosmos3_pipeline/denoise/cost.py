@@ -8,7 +8,7 @@ for every noisy token instead of once (see `ParallelTransformer.embed`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
@@ -107,9 +107,9 @@ def denoise_costs(
         text_wire = step_wire = Wire()
         for prompt in text:
             text_flops += 3 * model.head_dim * (prompt.total + part.total)  # angles of the rotary embedding
-            text_flops += prompt.project_flops + once * (prompt.finish_flops + prompt.attend_flops(prompt.total))
-            text_flops += once * prompt.project_flops
-            text_wire += prompt.to_heads * model.num_hidden_layers + prompt.to_rows * once
+            layer = prompt.project_flops + prompt.finish_flops + prompt.attend_flops(prompt.total)
+            text_flops += prompt.project_keys_flops + once * layer
+            text_wire += prompt.keys_to_heads + (prompt.to_heads + prompt.to_rows) * once
             cache += model.num_hidden_layers * 2 * prompt.total * shares[rank].num_keys * model.head_dim
             layer = part.project_flops + part.finish_flops + part.attend_flops(prompt.total + part.total)
             step_flops += model.num_hidden_layers * layer + 2 * part.own * model.hidden_size * model.patch_channels
@@ -149,8 +149,12 @@ class _Part:
 
     @property
     def project_flops(self) -> int:
-        heads = self.model.num_attention_heads + 2 * self.model.num_key_value_heads
-        return 2 * self.own * self.model.hidden_size * heads * self.model.head_dim
+        queries = 2 * self.own * self.model.hidden_size * self.model.num_attention_heads * self.model.head_dim
+        return queries + self.project_keys_flops
+
+    @property
+    def project_keys_flops(self) -> int:
+        return 2 * self.own * self.model.hidden_size * 2 * self.model.num_key_value_heads * self.model.head_dim
 
     @property
     def finish_flops(self) -> int:
@@ -163,13 +167,20 @@ class _Part:
 
     @property
     def to_heads(self) -> Wire:
-        width = self.own * self.model.head_dim * self.element_bytes
-        return _sum(_to_each(width * self.shares[peer].sent_heads, 1) for peer in self._peers)
+        return self._of_own_rows(lambda share: share.sent_heads)
+
+    @property
+    def keys_to_heads(self) -> Wire:
+        return self._of_own_rows(lambda share: share.sent_keys)
 
     @property
     def to_rows(self) -> Wire:
         width = self.shares[self.rank].num_queries * self.model.head_dim * self.element_bytes
         return _sum(_to_each(width * self.rows[peer], 1) for peer in self._peers)
+
+    def _of_own_rows(self, heads: Callable[[HeadShare], int]) -> Wire:
+        width = self.own * self.model.head_dim * self.element_bytes
+        return _sum(_to_each(width * heads(self.shares[peer]), 1) for peer in self._peers)
 
     @property
     def _peers(self) -> list[int]:

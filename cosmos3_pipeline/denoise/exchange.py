@@ -53,15 +53,32 @@ class Exchange:
         """From all heads of own rows [n, heads, D] to own heads of all rows [sum(rows), own heads, D]."""
         if self.ranks == 1:
             return query, key, value
-        parts = [
-            torch.cat([query[:, share.queries], key[:, share.keys], value[:, share.keys]], dim=1)
-            for share in shares
-        ]
-        own, head_dim = shares[self.rank], query.shape[-1]
-        flat = self.all_to_all(parts, [n * own.sent_heads * head_dim for n in rows])
-        heads = flat.view(sum(rows), own.sent_heads, head_dim)
+        own = shares[self.rank]
+        heads = self._own_heads(
+            [
+                torch.cat([query[:, share.queries], key[:, share.keys], value[:, share.keys]], dim=1)
+                for share in shares
+            ],
+            rows,
+        )
         queries, keys, values = heads.split([own.num_queries, own.num_keys, own.num_keys], dim=1)
         return queries, keys, values
+
+    def keys_for_rows(
+        self, key: Tensor, value: Tensor, rows: Sequence[int], shares: Sequence[HeadShare]
+    ) -> tuple[Tensor, Tensor]:
+        """As `heads_for_rows`, where nothing asks: key/value heads alone."""
+        if self.ranks == 1:
+            return key, value
+        parts = [torch.cat([key[:, share.keys], value[:, share.keys]], dim=1) for share in shares]
+        keys, values = self._own_heads(parts, rows).chunk(2, dim=1)
+        return keys, values
+
+    def _own_heads(self, parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Send `parts[r]` [n, heads of r, D] of own rows to rank r; returns own heads of all rows."""
+        heads, head_dim = parts[self.rank].shape[1:]
+        flat = self.all_to_all(parts, [n * heads * head_dim for n in rows])
+        return flat.view(sum(rows), heads, head_dim)
 
     def rows_for_heads(self, attended: Tensor, rows: Sequence[int]) -> Tensor:
         """From own heads of all rows [sum(rows), own heads, D] back to all heads of own rows [n, heads, D]."""

@@ -83,9 +83,17 @@ class Pathway:
 
     def project(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values [n, heads, D] of `hidden` [n, hidden], before their norms."""
-        normed = normalise(self.input_norm, hidden)
-        query, key, value = (p(normed).unflatten(-1, (-1, head_dim)) for p in (self.query, self.key, self.value))
+        query, key, value = self._project(hidden, head_dim, self.query, self.key, self.value)
         return query, key, value
+
+    def project_keys(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Keys and values alone; the modules of the queries and of what follows them may be missing."""
+        key, value = self._project(hidden, head_dim, self.key, self.value)
+        return key, value
+
+    def _project(self, hidden: Tensor, head_dim: int, *projections: nn.Module) -> list[Tensor]:
+        normed = normalise(self.input_norm, hidden)
+        return [project(normed).unflatten(-1, (-1, head_dim)) for project in projections]
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """`hidden` after the output projection of `attended` [n, heads, D] and the MLP, each with its residual."""

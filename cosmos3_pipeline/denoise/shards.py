@@ -52,7 +52,12 @@ class HeadShare:
     @property
     def sent_heads(self) -> int:
         """Heads in the message that brings this share: queries, keys, values."""
-        return self.num_queries + 2 * self.num_keys
+        return self.num_queries + self.sent_keys
+
+    @property
+    def sent_keys(self) -> int:
+        """Heads in a message of keys and values alone."""
+        return 2 * self.num_keys
 
     @property
     def grouped(self) -> bool:

@@ -188,20 +188,27 @@ class ParallelTransformer:
         start = start_of(rows, self._exchange.rank)
         hidden = self._model.embed_tokens(input_ids[start : start + rows[self._exchange.rank]])
         text: list[TextKeyValue] = []
+        head_dim = self._model.config.head_dim
         for layer, block in zip(self._text_layers, self._model.layers, strict=True):
-            heads = layer.project(hidden, self._model.config.head_dim)
-            query, key, value = self._exchange.heads_for_rows(*heads, rows, self._shares)
+            # What the last layer makes of the text itself, nothing reads.
+            last = len(text) == len(self._text_layers) - 1
+            if last:
+                key, value = self._exchange.keys_for_rows(
+                    *layer.project_keys(hidden, head_dim), rows, self._shares
+                )
+            else:
+                heads = layer.project(hidden, head_dim)
+                query, key, value = self._exchange.heads_for_rows(*heads, rows, self._shares)
             normed = normalise(layer.key_norm, key)
             key = rotate(normed, rotary)
             vision_norm = block.self_attn.k_norm_und_for_gen
             key_for_vision = key if vision_norm is None else rotate(normalise(vision_norm, normed), rotary)
             # A view would keep the whole received message alive.
             text.append(TextKeyValue(key_for_vision, value.contiguous()))
-            if len(text) == len(self._text_layers):
-                break  # what the last layer makes of the text itself, nothing reads
-            query = rotate(normalise(layer.query_norm, query), rotary)
-            attended = attend(query, key, value, self._key_of_query, causal=True)
-            hidden = layer.finish(hidden, self._exchange.rows_for_heads(attended, rows))
+            if not last:
+                query = rotate(normalise(layer.query_norm, query), rotary)
+                attended = attend(query, key, value, self._key_of_query, causal=True)
+                hidden = layer.finish(hidden, self._exchange.rows_for_heads(attended, rows))
         return tuple(text)
 
 

@@ -8,10 +8,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from cosmos3_pipeline.checkpoint.adopt import Adopted
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs import bench, generate, plan, verify
 from cosmos3_pipeline.jobs.start import check_start
-from cosmos3_pipeline.plan.checkpoint import adopt_dimensions
 from cosmos3_pipeline.plan.checks import check
 
 
@@ -22,9 +22,9 @@ def run(cfg: DictConfig) -> None:
     when a strategy is not as exact as it declares.
     """
     hydra_cfg = HydraConfig.get()
-    if changed := adopt_dimensions(cfg):
-        print(f"{cfg.model.path} is no {cfg.model.name}; its own dimensions are used: {'; '.join(changed)}")
-    check(cfg, hydra_cfg.overrides.task)
+    adopted = check(cfg, hydra_cfg.overrides.task)
+    if adopted is not None:
+        tell(adopted, cfg)
     check_job(cfg)
     output = Path(hydra_cfg.runtime.output_dir)
     if cfg.job.name == JobName.plan:
@@ -39,6 +39,18 @@ def run(cfg: DictConfig) -> None:
         return
     plan.head(cfg, output)
     generate.generate(cfg, output, own_process=multirun)
+
+
+def tell(adopted: Adopted, cfg: DictConfig) -> None:
+    """Print where the checkpoint differs from its model option, and what of it nothing here knows."""
+    folder = adopted.checkpoint.folder
+    if adopted.changed:
+        print(f"{folder} is no {cfg.model.name}; its own numbers are used: {'; '.join(adopted.changed)}")
+    if adopted.checkpoint.strangers:
+        print(
+            f"{folder} has settings that nothing here knows; they are not read: "
+            f"{', '.join(adopted.checkpoint.strangers)}"
+        )
 
 
 def check_job(cfg: DictConfig) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import platform
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.distributed.ledger import Ledger
 
 SCHEMA_VERSION = 1
@@ -65,25 +64,16 @@ class Meter:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far. On Linux the kernel resets VmHWM on request; elsewhere the peak is the process's."""
+    """Forget the peak so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    request = Path("/proc/self/clear_refs")
-    if request.exists():
-        request.write_text("5")
+    else:
+        host.reset_peak()
 
 
 def peak_bytes(device: torch.device) -> int:
     """The most bytes held since the last `reset_peak`."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    status = Path("/proc/self/status")
-    if status.exists():
-        high_water = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(high_water.split()[1]) * 1024
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else host.peak_bytes()
 
 
 def combine(per_rank: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,10 +9,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.plan import tables
-from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint, is_hub_id
-from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan
+from cosmos3_pipeline.plan.plan import as_dict, make_plan
 from cosmos3_pipeline.plan.search import Candidate, search
 from cosmos3_pipeline.plan.summary import summary, summary_lines
 from cosmos3_pipeline.plan.units import quantity
@@ -24,7 +22,7 @@ def plan_job(cfg: DictConfig, output: Path) -> None:
     if cfg.plan.search:
         search_job(cfg, output)
         return
-    plan = as_dict(plan_with_checkpoint(cfg))
+    plan = as_dict(make_plan(cfg))
     write_plan(plan, output)
     write_whole(output / "plan.md", tables.as_markdown(plan))
     console = Console()
@@ -34,26 +32,11 @@ def plan_job(cfg: DictConfig, output: Path) -> None:
 
 def head(cfg: DictConfig, output: Path) -> None:
     """Print the plan in a few lines before a run starts, and leave plan.json in `output`."""
-    plan = plan_with_checkpoint(cfg)
+    plan = make_plan(cfg)
     write_plan(as_dict(plan), output)
     console = Console()
     for line in summary_lines(plan):
         console.print(line, highlight=False, soft_wrap=True)
-
-
-def plan_with_checkpoint(cfg: DictConfig) -> Plan:
-    """The plan, with the dimensions of the checkpoint where `model.path` is a folder here.
-
-    Raises ConfigError when that folder holds no Cosmos3 checkpoint.
-    """
-    path = cfg.model.path
-    if path is None or is_hub_id(path):
-        return make_plan(cfg)
-    try:
-        info = inspect_checkpoint(path)
-    except Refusal as refusal:
-        raise ConfigError([refusal.problem]) from refusal
-    return make_plan(cfg, transformer=info.transformer, vae=info.vae)
 
 
 def write_plan(plan: dict[str, object], output: Path) -> None:

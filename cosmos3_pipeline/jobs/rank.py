@@ -25,18 +25,17 @@ from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, versions
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
-from cosmos3_pipeline.models.loading import Components, open_checkpoint
+from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_checkpoint
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.plan.vae import directions, strategy_of, vae_stage
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
 from cosmos3_pipeline.stages.likeness import likeness
-from cosmos3_pipeline.stages.progress import Bars, Silent
+from cosmos3_pipeline.stages.progress import Bars, Reporter, Silent
 from cosmos3_pipeline.stages.text import read_lines
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.strategy import Direction, Strategy, StrategyPlan
-from cosmos3_pipeline.vae.weights import FolderWeights
 
 VAE_DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 STAGES = ("text", "encode", "denoise", "decode", "export")
@@ -77,7 +76,7 @@ def run_rank(plain: dict[str, Any], output: str | None) -> None:
         axes = {axis: topology[axis] for axis in ("dp", "cfg", "ulysses")}
         mesh = RankMesh.build(**axes, device_type=device.type)
         ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses")]
-        worker = Worker(device, mesh, components(plain, device, mesh, ledgers), ledgers)
+        worker = Worker(device, mesh, components(plain, device, mesh, ledgers, reporter_of(mesh)), ledgers)
         if plain["task"]["prompt_file"] is None:
             make_clip(plain, worker, directory)
         else:
@@ -115,7 +114,7 @@ def make_clip(plain: dict[str, Any], worker: Worker, directory: Path) -> None:
         fps=plain["task"]["fps"],
         directory=directory,
         mesh=worker.mesh,
-        reporter=Bars(Console(stderr=True)) if worker.shows else Silent(),
+        reporter=reporter_of(worker.mesh),
         measure=meter.stage,
     )
     compares = plain["output"]["against_replicated"]
@@ -125,11 +124,14 @@ def make_clip(plain: dict[str, Any], worker: Worker, directory: Path) -> None:
         if name == "decode" and compares:
             assert context.frames is not None
             context.frames = keep(context.frames, kept)
-    measured = everyones(meter.as_dict(), worker.mesh.group(REPLICA))
+    loads = {name: asdict(load) for name, load in worker.components.loads.items()}
+    measured = everyones((meter.as_dict(), loads), worker.mesh.group(REPLICA))
     seconds = time.perf_counter() - started
     against = against_replicated(context, kept) if compares else None
     if worker.writes:
-        report = {**metrics(plain, context, combine(measured), seconds), "against_replicated": against}
+        stages, loading = (combine([rank[part] for rank in measured]) for part in (0, 1))
+        report = metrics(plain, context, stages, seconds)
+        report |= {"loading": loading, "against_replicated": against}
         write_whole(directory / "metrics.json", json.dumps(report, indent=2))
 
 
@@ -155,7 +157,14 @@ def against_replicated(context: RunContext, kept: list[Tensor]) -> dict[str, Any
     return asdict(likeness(frames, (frame for chunk in kept for frame in chunk.numpy())))
 
 
-def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledgers: list[Ledger]) -> Components:
+def reporter_of(mesh: RankMesh) -> Reporter:
+    """What this rank's progress is shown by: one rank's is what a person sees."""
+    return Bars(Console(stderr=True)) if mesh.rank(REPLICA) == mesh.rank("dp") == 0 else Silent()
+
+
+def components(
+    plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledgers: list[Ledger], reporter: Reporter
+) -> Components:
     """The model that `plain` names, its VAE spread over the ranks of the clip as `plain` says."""
     model = plain["model"]
     checkpoint = open_checkpoint(model["path"], transformer=model["transformer"], vae=model["vae"])
@@ -163,6 +172,7 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledg
     # A decode by one rank needs the whole model; otherwise a rank reads the weights of its own share only.
     whole = bool(plain["output"]["against_replicated"])
     vae_dtype = getattr(torch, model["vae_dtype"])
+    source = None if whole else CheckpointVae(checkpoint)
 
     def wrap(autoencoder: AutoencoderKLWan) -> ParallelVAE:
         parallel = ParallelVAE(
@@ -170,7 +180,7 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledg
             encode=used(plain, "encode").strategy,
             decode=used(plain, "decode").strategy,
             group=mesh.group(REPLICA),
-            weights=None if whole else FolderWeights(checkpoint.folder / "vae"),
+            weights=source,
             dtype=vae_dtype,
             device=device,
         )
@@ -186,7 +196,8 @@ def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledg
         device=device,
         flow_shift=plain["sampler"]["flow_shift"],
         wrap_vae=wrap,
-        vae_weights=whole,
+        vae_source=source,
+        track=reporter.track,
     )
 
 
@@ -237,9 +248,24 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
             "replica_ranks": replica_ranks(OmegaConf.create(topology)),
             **{key: topology[key] for key in ("nodes", "ranks_per_node", "dp", "cfg", "ulysses", "device")},
         },
+        "checkpoint": checkpoint_report(context.components),
+        "words": None if context.words is None else asdict(context.words),
         "vae": {direction: used(plain, direction).report() for direction in VAE_DIRECTIONS},
         "stages": stages,
         "versions": versions(),
+    }
+
+
+def checkpoint_report(components: Components) -> dict[str, Any]:
+    """Which checkpoint ran, by which schedule, and what of it was not read."""
+    checkpoint, schedule = components.checkpoint, components.scheduler().config
+    return {
+        "folder": str(checkpoint.folder),
+        "sampler": checkpoint.sampler.class_name,
+        "schedule": {key: schedule[key] for key in ("flow_shift", "use_karras_sigmas")},
+        "native_flow_grid": checkpoint.sampler.native_grid,
+        "not_read": list(checkpoint.not_read),
+        "unknown": list(checkpoint.strangers),
     }
 
 

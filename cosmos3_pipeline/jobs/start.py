@@ -12,8 +12,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from cosmos3_pipeline.config.schema import Device, JobName
-from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint, is_hub_id
+from cosmos3_pipeline.distributed import host
+from cosmos3_pipeline.errors import ConfigError, Problem, did_you_mean
 from cosmos3_pipeline.plan.plan import make_plan
 from cosmos3_pipeline.plan.units import quantity
 
@@ -31,21 +31,13 @@ def check_start(cfg: DictConfig) -> None:
 
 def _checkpoint(cfg: DictConfig) -> Iterator[Problem]:
     model = cfg.model
-    if model.path is None:
-        if model.repo is not None:  # the toy model has none: it is made on the spot
-            yield Problem(
-                what=f"model.path is not set with model={model.name}",
-                why=f"{model.name} is a real checkpoint, and its weights have to be somewhere",
-                works=f"model.path=FOLDER with a diffusers folder, model.path={model.repo} with internet, "
-                "or model=toy",
-            )
-        return
-    if is_hub_id(model.path):
-        return  # whether it can be had shows when it is fetched, before anything is loaded
-    try:
-        inspect_checkpoint(model.path)
-    except Refusal as refusal:
-        yield refusal.problem
+    if model.path is None and model.repo is not None:  # the toy model has none: it is made on the spot
+        yield Problem(
+            what=f"model.path is not set with model={model.name}",
+            why=f"{model.name} is a real checkpoint, and its weights have to be somewhere",
+            works=f"model.path=FOLDER with a diffusers folder, model.path={model.repo} with internet, "
+            "or model=toy",
+        )
 
 
 def _memory(cfg: DictConfig) -> Iterator[Problem]:
@@ -53,15 +45,16 @@ def _memory(cfg: DictConfig) -> Iterator[Problem]:
     plan = make_plan(cfg)
     limit, owner = plan.accelerator.memory_bytes, f"one {plan.accelerator.name} has"
     if cfg.topology.device == Device.cpu:
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / cfg.topology.ranks_per_node
-        owner = "this machine has for each rank"
+        limit = host.available_bytes() / cfg.topology.ranks_per_node
+        owner = "this machine has for each rank, beside what runs on it now,"
     if plan.peak_bytes <= limit:
         return
     weights = max(sum(rank.weight_bytes.values()) for rank in plan.ranks)
     needed = quantity("bytes", plan.peak_bytes)
     yield Problem(
         what=f"model={cfg.model.name} needs {needed} on a rank of topology.nodes={cfg.topology.nodes} x "
-        f"topology.ranks_per_node={cfg.topology.ranks_per_node}",
+        f"topology.ranks_per_node={cfg.topology.ranks_per_node}, which does not fit by "
+        f"{quantity('bytes', plan.peak_bytes - limit)}",
         why=f"{owner} {quantity('bytes', limit)}; the weights alone are {quantity('bytes', weights)}",
         works="a smaller clip, or more ranks on topology.ulysses"
         if weights < limit
@@ -82,7 +75,7 @@ def _inputs(cfg: DictConfig) -> Iterator[Problem]:
     if task.prompt_file is not None:
         files["task.prompt_file"] = task.prompt_file
     for key in ("prompt", "negative_prompt"):
-        if cfg.task[key].startswith("@"):
+        if (cfg.task[key] or "").startswith("@"):
             files[f"task.{key}"] = cfg.task[key][1:]
     for key, name in files.items():
         path = Path(name).expanduser()

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cosmos3_pipeline.checkpoint.inspect import NEGATIVE_PROMPT
+
 
 def show(output: Path) -> None:
     """Print the summary of the run that left its metrics.json in `output`."""
@@ -22,4 +24,6 @@ def show(output: Path) -> None:
     table.add_row("total", f"{metrics['seconds']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}", style="bold")
     console = Console()
     console.print(table)
+    if metrics["words"]["negative_prompt_from"] == NEGATIVE_PROMPT:
+        console.print(f"negative prompt: the checkpoint's {NEGATIVE_PROMPT}", highlight=False)
     console.print(f"{output / metrics['picture']}", soft_wrap=True, highlight=False)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer, UniPCMultistepScheduler
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3OmniBlocks
 from diffusers.modular_pipelines.cosmos.modular_pipeline import Cosmos3OmniModularPipeline
 from diffusers.utils.logging import disable_progress_bar
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from cosmos3_pipeline.plan.checkpoint import CheckpointInfo, fetch_checkpoint, inspect_checkpoint, is_hub_id
-
-ENCODER_HALF = ("encoder", "quant_conv")
-PIPELINE_SETTINGS = ("default_use_system_prompt", "use_native_flow_schedule")
+from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
+from cosmos3_pipeline.checkpoint.sampler import Sampler
+from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Part
+from cosmos3_pipeline.distributed import host
+from cosmos3_pipeline.models.reading import read_tensors
+from cosmos3_pipeline.models.tokenizer import load_tokenizer
 
 
 def open_checkpoint(path: str | None, *, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> CheckpointInfo:
@@ -35,6 +40,29 @@ def open_checkpoint(path: str | None, *, transformer: Mapping[str, Any], vae: Ma
     return inspect_checkpoint(fetch_checkpoint(path) if is_hub_id(path) else path)
 
 
+GB = 10**9
+LONG_LOAD_BYTES = 2 * GB
+# Shows a block of work with a name and a number of units, and is told of each unit.
+Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def _untracked(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda units: None)
+
+
+@dataclass
+class Load:
+    """How loading one component went on this rank.
+
+    `kept_bytes` stay on the device. `host_peak_bytes` is what the process took on the host at most while loading,
+    beyond what it had before: on cpu what is kept is in it.
+    """
+
+    seconds: float = 0.0
+    kept_bytes: int = 0
+    host_peak_bytes: int = 0
+
+
 class Components:
     """The components of one checkpoint, held by a diffusers `Cosmos3OmniModularPipeline` as they are loaded.
 
@@ -42,8 +70,9 @@ class Components:
     of its own, and none of this library's settings asks for it.
 
     `dtype` is the transformer's, `vae_dtype` the VAE's; for `flow_shift` see `load_scheduler`. `wrap_vae` turns
-    the loaded autoencoder into what the pipeline holds as its VAE, once per load; without `vae_weights` it is
-    given one on the meta device, and reads from `checkpoint` what it needs.
+    the loaded autoencoder into what the pipeline holds as its VAE, once per load; with a `vae_source` it is given
+    one on the meta device, and reads from that what it needs. `track` shows the progress of a long load, `loads`
+    says how each went.
     """
 
     def __init__(
@@ -55,7 +84,8 @@ class Components:
         device: torch.device,
         flow_shift: float | None,
         wrap_vae: Callable[[AutoencoderKLWan], Any],
-        vae_weights: bool = True,
+        vae_source: CheckpointVae | None = None,
+        track: Track = _untracked,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -63,38 +93,82 @@ class Components:
         self._vae_dtype = vae_dtype
         self._flow_shift = flow_shift
         self._wrap_vae = wrap_vae
-        self._vae_weights = vae_weights
+        self._vae_source = vae_source
         self._vae_has_encoder = False
+        self._track = track
+        self.loads: dict[str, Load] = {}
         disable_progress_bar()  # the run has a display of its own, and every rank would show diffusers' bars
         self.pipeline = _DevicePipeline(device)
-        settings = {key: checkpoint.index[key] for key in PIPELINE_SETTINGS if key in checkpoint.index}
-        self.pipeline.update_components(**settings)
+        self.pipeline.update_components(
+            default_use_system_prompt=checkpoint.index["default_use_system_prompt"],
+            use_native_flow_schedule=checkpoint.sampler.native_grid,
+        )
         self.pipeline.disable_safety_checker()
 
     def tokenizer(self) -> Any:
         """The text tokenizer."""
-        return self._once("text_tokenizer", partial(load_tokenizer, self.checkpoint.folder))
+        return self._once("text_tokenizer", partial(load_tokenizer, self.checkpoint))
 
     def transformer(self) -> Cosmos3OmniTransformer:
         """The transformer on the run's device."""
-        load = partial(load_transformer, self.checkpoint.folder, dtype=self._dtype, device=self.device)
-        return self._once("transformer", load)
+        return self._once("transformer", self._load_transformer)
 
     def scheduler(self) -> UniPCMultistepScheduler:
         """The sampler, with the run's flow shift."""
-        load = partial(load_scheduler, self.checkpoint.folder, flow_shift=self._flow_shift)
+        load = partial(load_scheduler, self.checkpoint.sampler, flow_shift=self._flow_shift)
         return self._once("scheduler", load)
 
     def vae(self, *, encoder: bool) -> Any:
         """The VAE; its encoder's weights are read only once something asks for the encoder."""
         if self.pipeline.vae is None or (encoder and not self._vae_has_encoder):
-            if self._vae_weights:
-                autoencoder = load_vae(self.checkpoint, dtype=self._vae_dtype, device=self.device, encoder=encoder)
-            else:
-                autoencoder = empty_vae(self.checkpoint, encoder=encoder)
-            self.pipeline.update_components(vae=self._wrap_vae(autoencoder))
+            with self._measured("vae") as load:
+                if self._vae_source is None:
+                    autoencoder = load_vae(
+                        self.checkpoint, dtype=self._vae_dtype, device=self.device, encoder=encoder
+                    )
+                    load.kept_bytes = sum(parameter.nbytes for parameter in autoencoder.parameters())
+                else:
+                    autoencoder = empty_vae(self.checkpoint, encoder=encoder)
+                self.pipeline.update_components(vae=self._wrap_vae(autoencoder))
+                if self._vae_source is not None:
+                    load.kept_bytes = self._vae_source.read_bytes
             self._vae_has_encoder = encoder
         return self.pipeline.vae
+
+    def _load_transformer(self) -> Cosmos3OmniTransformer:
+        kept = self.checkpoint.parts("transformer", TRANSFORMER_PARTS)
+        total = sum(placed.stored.nbytes for placed in kept)
+        with self._measured("transformer") as load, self._progress("GB of weights", total) as advance:
+            model = load_transformer(self.checkpoint, dtype=self._dtype, device=self.device, advance=advance)
+            load.kept_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        return model
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[Load]:
+        """Enters `name` into `loads`, with the time and the host's peak of the block."""
+        load = self.loads[name] = Load()
+        started, before = time.perf_counter(), host.resident_bytes()
+        host.reset_peak()
+        yield load
+        load.host_peak_bytes = max(host.peak_bytes() - before, 0)
+        load.seconds = time.perf_counter() - started
+
+    @contextmanager
+    def _progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows a bar that counts GB, where there are so many that a person waits."""
+        if total < LONG_LOAD_BYTES:
+            yield lambda nbytes: None
+            return
+        done = 0
+        with self._track(what, total // GB) as advance:
+
+            def count(nbytes: int) -> None:
+                nonlocal done
+                before, done = done, done + nbytes
+                if more := done // GB - before // GB:
+                    advance(more)
+
+            yield count
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
         if getattr(self.pipeline, name) is None:
@@ -114,34 +188,56 @@ class _DevicePipeline(Cosmos3OmniModularPipeline):  # type: ignore[misc] # diffu
         return self._run_device
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of the checkpoint in `folder`."""
-    return AutoTokenizer.from_pretrained(str(folder / "text_tokenizer"))
+def load_transformer(
+    checkpoint: CheckpointInfo,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> Cosmos3OmniTransformer:
+    """The transformer in `dtype`, but for what diffusers keeps in fp32; `advance` is told the bytes that are read.
 
+    It is not whole: what no task here reads is None in it, such as `lm_head` and, of the last layer's text
+    pathway, all but keys and values.
 
-def load_transformer(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Cosmos3OmniTransformer:
-    """The transformer in `dtype`, but for what diffusers keeps in fp32 (`_keep_in_fp32_modules`)."""
-    model = Cosmos3OmniTransformer.from_pretrained(str(folder), subfolder="transformer", dtype=dtype)
-    return model.to(device).requires_grad_(False)
-
-
-def load_scheduler(folder: Path, *, flow_shift: float | None) -> UniPCMultistepScheduler:
-    """The checkpoint's sampler as shipped, or with `flow_shift` in place of the shipped schedule.
-
-    A given shift also switches Karras sigmas off, as NVIDIA's recommended call does: the Cosmos3 base
-    checkpoints ship with Karras sigmas, which know no shift. Source: diffusers' page on Cosmos3.
+    Raises:
+        Refusal: see `read_tensors`.
     """
-    scheduler = UniPCMultistepScheduler.from_pretrained(str(folder), subfolder="scheduler")
-    if flow_shift is None:
-        return scheduler
-    return UniPCMultistepScheduler.from_config(scheduler.config, flow_shift=flow_shift, use_karras_sigmas=False)
+    values = checkpoint.transformer
+    with torch.device("meta"):
+        model = Cosmos3OmniTransformer.from_config(known_to(Cosmos3OmniTransformer, values))
+    kept = checkpoint.parts("transformer", TRANSFORMER_PARTS)
+    _leave_out(model, set(model.state_dict()) - {placed.weight.name for placed in kept})
+    weights = read_tensors(kept, dtype=dtype, device=device, advance=advance)
+    model.load_state_dict(weights, assign=True)
+    # Its frequencies are computed, not stored; diffusers computes them on the host, which decides their last bit.
+    rotary = type(model.rotary_emb)(values["head_dim"], values["rope_theta"], model.config.rope_axes_dim)
+    model.rotary_emb = rotary.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _leave_out(model: Cosmos3OmniTransformer, names: Iterable[str]) -> None:
+    """Put None in the place of the parameters `names`, or of the modules that they belong to."""
+    for name in names:
+        owner, _, parameter = name.rpartition(".")
+        above, _, module = owner.rpartition(".")
+        setattr(model.get_submodule(above), module or parameter, None)
+
+
+def load_scheduler(sampler: Sampler, *, flow_shift: float | None) -> UniPCMultistepScheduler:
+    """The checkpoint's sampler with the schedule of `flow_shift`, see `Sampler.settings_for`.
+
+    A class that the installed diffusers does not have is UniPC: `Sampler.native_grid` gives it the same sigmas.
+    """
+    cls = getattr(diffusers, sampler.class_name, UniPCMultistepScheduler)
+    return cls.from_config(known_to(cls, sampler.settings_for(flow_shift)))
 
 
 def empty_vae(checkpoint: CheckpointInfo, *, encoder: bool) -> AutoencoderKLWan:
     """The autoencoder on the meta device; without `encoder` its `encoder` and `quant_conv` are None."""
     with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(dict(checkpoint.vae))
-    for name in () if encoder else ENCODER_HALF:
+        model = AutoencoderKLWan.from_config(known_to(AutoencoderKLWan, checkpoint.vae))
+    for name in () if encoder else ("encoder", "quant_conv"):
         setattr(model, name, None)
     return model.eval().requires_grad_(False)
 
@@ -149,15 +245,32 @@ def empty_vae(checkpoint: CheckpointInfo, *, encoder: bool) -> AutoencoderKLWan:
 def load_vae(
     checkpoint: CheckpointInfo, *, dtype: torch.dtype, device: torch.device, encoder: bool
 ) -> AutoencoderKLWan:
-    """The autoencoder in `dtype`; without `encoder` its `encoder` and `quant_conv` are None and never read."""
-    if encoder:
-        model = AutoencoderKLWan.from_pretrained(str(checkpoint.folder), subfolder="vae", dtype=dtype)
-        return model.to(device).requires_grad_(False)
-    model = empty_vae(checkpoint, encoder=False)
-    weights: dict[str, Tensor] = {}
-    for file in checkpoint.weight_files["vae"]:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            wanted = (name for name in tensors.keys() if not name.startswith(ENCODER_HALF))  # noqa: SIM118 # no dict
-            weights.update((name, tensors.get_tensor(name).to(dtype)) for name in wanted)
-    model.load_state_dict(weights, assign=True)
+    """The autoencoder in `dtype`; without `encoder` its `encoder` and `quant_conv` are None and never read.
+
+    Raises:
+        Refusal: see `read_tensors`.
+    """
+    model = empty_vae(checkpoint, encoder=encoder)
+    parts = (Part.ENCODER, Part.DECODER) if encoder else (Part.DECODER,)
+    model.load_state_dict(read_tensors(checkpoint.parts("vae", parts), dtype=dtype, device=device), assign=True)
     return model.requires_grad_(False)
+
+
+class CheckpointVae:
+    """The VAE of a checkpoint as a `WeightSource`: a rank reads the weights of its own share only."""
+
+    def __init__(self, checkpoint: CheckpointInfo) -> None:
+        self._tensors = {placed.weight.name: placed for placed in checkpoint.tensors["vae"]}
+        self.read_bytes = 0  # as kept, in the dtype that was asked for
+
+    def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Raises Refusal, see `read_tensors`."""
+        found = read_tensors((self._tensors[name] for name in names), dtype=dtype, device=device)
+        self.read_bytes += sum(tensor.nbytes for tensor in found.values())
+        return found
+
+
+def known_to(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that the constructor of the diffusers class `cls` takes."""
+    taken = inspect.signature(cls.__init__).parameters
+    return {key: value for key, value in values.items() if key in taken}

@@ -1,6 +1,9 @@
-"""The toy model's tokenizer: byte-level pair encoding, trained on the text below, with Qwen's chat markers."""
+"""A small tokenizer for made-up models: byte-level pair encoding, trained on the text below, with real markers."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +21,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Nemotron's, as Cosmos3-Edge ships it: there is always a turn of the system, and the answer begins by thinking.
+EDGE_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n<|im_end|>\n{% endif %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
 TEXT = """
 You are a helpful assistant who will generate videos from a give prompt.
 You are a helpful assistant who will generate images from a give prompt.
@@ -31,15 +43,15 @@ Waves break on the shore while a dog runs across the sand towards the water.
 """
 
 
-def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A fast tokenizer of at most `vocab_size` tokens, the same one every time.
+def make_tokenizer(vocab_size: int, *, edge: bool = False) -> PreTrainedTokenizerFast:
+    """A fast tokenizer of at most `vocab_size` tokens, the same one every time; `edge` chooses the chat template.
 
     Raises:
         Refusal: `vocab_size` has no room for the 256 bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise Refusal(
-            what=f"model.transformer.vocab_size={vocab_size} for the toy model",
+            what=f"model.transformer.vocab_size={vocab_size} for a made-up model",
             why=f"256 bytes and {len(SPECIAL_TOKENS)} special tokens need {SMALLEST_VOCABULARY}",
             works=f"model.transformer.vocab_size={SMALLEST_VOCABULARY} or more",
         )
@@ -52,10 +64,24 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    # More words than the text has are not found; a real vocabulary has room for all of them.
     backend.train_from_iterator(TEXT.strip().splitlines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=EDGE_CHAT_TEMPLATE if edge else CHAT_TEMPLATE,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, *, class_name: str) -> None:
+    """Write `tokenizer` as the published checkpoints have it, under the name of the class that they name."""
+    tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "tokenizer_class": class_name}, indent=2) + "\n", encoding="utf-8")
+    if class_name.startswith("Qwen2"):
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        merges = "".join(f"{' '.join(merge)}\n" for merge in model["merges"])
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from omegaconf import DictConfig
 
+from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose
@@ -18,7 +19,6 @@ from cosmos3_pipeline.config.provenance import Provenance, trace
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.plan.checkpoint import adopt_dimensions
 from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple
 from cosmos3_pipeline.plan.trained import outside
 from cosmos3_pipeline.plan.vae import directions, plain, vae_stage
@@ -37,15 +37,20 @@ def compose_checked(overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Adopted | None:
     """Raise ConfigError with every problem of `cfg`; return when there is none.
 
-    Where `model.path` is a folder here, the dimensions in `cfg` become the checkpoint's own.
+    Where `model.path` is a folder here, the numbers in `cfg` become the checkpoint's own, see `adopt_checkpoint`.
     With the `overrides` that it was composed from, each problem says which file or override set its keys.
     """
+    adopted = None
     found = structure.problems(cfg)
-    if not found:  # the arithmetic needs every value to be there and in range
-        adopt_dimensions(cfg)
+    if not found:  # what follows needs every value to be there and in range
+        try:
+            adopted = adopt_checkpoint(cfg)
+        except Refusal as refusal:
+            found.append(refusal.problem)
+    if not found:
         clip = clip_of(cfg)
         for one in (_task, _clip, _ranks, _layout, _vae, _output, _job):
             found.extend(one(cfg, clip))
@@ -53,6 +58,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
             found.extend(outside(cfg))
     if found:
         raise ConfigError(found if overrides is None else located(found, overrides))
+    return adopted
 
 
 def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Problem]:

@@ -60,6 +60,7 @@ class Plan:
     strategies: dict[str, str]
     strategy_notes: dict[str, str]
     ranks: tuple[RankPlan, ...]
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -91,19 +92,15 @@ class Plan:
 def make_plan(
     cfg: DictConfig,
     *,
-    transformer: Mapping[str, Any] | None = None,
-    vae: Mapping[str, Any] | None = None,
     text_tokens: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan of a checked config. Imports no torch.
 
-    `transformer` and `vae` are a checkpoint's own configs where one is at hand, `text_tokens` the lengths of the
-    tokenized prompt and negative prompt; without them the config's dimensions and an estimate are used.
+    `text_tokens` are the lengths of the tokenized prompt and negative prompt; without them an estimate is used.
     Raises StrategyError or Refusal for a strategy that cannot be honoured.
     """
     clip = clip_of(cfg)
-    dimensions = {**plain(cfg.model.transformer), **(transformer or {})}
-    vae_config = {**plain(cfg.model.vae), **(vae or {})}
+    dimensions, vae_config = plain(cfg.model.transformer), plain(cfg.model.vae)
     denoising = Denoising.of(
         cfg,
         TransformerSize.of(dimensions, latent_channels=vae_config["z_dim"]),
@@ -128,6 +125,7 @@ def make_plan(
         strategies={name: stage.plan.strategy for name, stage in stages.items()},
         strategy_notes={name: stage.plan.note for name, stage in stages.items()},
         ranks=ranks,
+        warnings=_warnings(cfg),
         notes=_notes(cfg, text_tokens is None),
     )
 
@@ -163,11 +161,15 @@ def _rank(cfg: DictConfig, rank: int, denoising: Denoising, stages: Mapping[str,
     )
 
 
+def _warnings(cfg: DictConfig) -> tuple[str, ...]:
+    """What the model was not made for, where that is told and not refused."""
+    if cfg.model.trained.when_outside != "warn":
+        return ()
+    return tuple(f"{problem.what}: {problem.why}; {problem.works}" for problem in outside(cfg))
+
+
 def _notes(cfg: DictConfig, estimated_text: bool) -> tuple[str, ...]:
-    notes = []
-    if cfg.model.trained.when_outside == "warn":
-        notes += [f"{problem.what}: {problem.why}; {problem.works}" for problem in outside(cfg)]
-    notes += [ESTIMATES["cpu" if cfg.topology.device.value == "cpu" else "cuda"]]
+    notes = [ESTIMATES["cpu" if cfg.topology.device.value == "cpu" else "cuda"]]
     if estimated_text:
         notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
     return tuple(notes)
@@ -223,7 +225,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "fits": plan.fits,
         },
         "seconds": {**plan.seconds, "total": sum(plan.seconds.values())},
-        "notes": list(plan.notes),
+        "notes": [*plan.warnings, *plan.notes],
         "summary": summary(plan),
     }
 

@@ -61,4 +61,4 @@ def summary_lines(plan: Plan) -> list[str]:
             f"  {name}: {how}{plan.exactness[name]}, {quantity('bytes', plan.sent(name).bytes)} sent, about "
             f"{quantity('seconds', plan.seconds[name])} ({plan.slowest(name).bound} bound)"
         )
-    return lines
+    return [*lines, *(f"  warning: {warning}" for warning in plan.warnings)]

@@ -10,12 +10,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from cosmos3_pipeline.checkpoint.hub import is_hub_id
+from cosmos3_pipeline.checkpoint.inspect import NEGATIVE_PROMPT
+
 # English in a vocabulary of 150,000 is about four bytes per token.
 BYTES_PER_TOKEN = 4
 # The sentences on duration and size that the pipeline adds, and its system prompt.
 DURATION = "The video is not 7.9 seconds long and is not of 24 FPS. "
 RESOLUTION = "This video is not of 720x1280 resolution."
 SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
+NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints, as it is given to the tokenizer
 MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and the two that begin the picture
 
 
@@ -24,9 +28,20 @@ def text_tokens_of(cfg: DictConfig) -> tuple[int, int]:
     task = cfg.task
     around = len(RESOLUTION) + (len(DURATION) if task.num_frames > 1 else 0)
     around += 0 if task.system_prompt is False else len(SYSTEM)
-    lengths = (len(_words(words).encode()) for words in (task.prompt, task.negative_prompt))
+    lengths = (len(_words(words).encode()) for words in (task.prompt, _negative_prompt(cfg)))
     prompt, negative = (MARKERS + math.ceil((around + length) / BYTES_PER_TOKEN) for length in lengths)
     return prompt, negative
+
+
+def _negative_prompt(cfg: DictConfig) -> str:
+    """The negative prompt of `cfg`, or of its checkpoint; one as long as NVIDIA's where that is elsewhere yet."""
+    model, negative = cfg.model, cfg.task.negative_prompt
+    if negative is not None:
+        return str(negative)
+    if model.path is not None and not is_hub_id(model.path):
+        file = Path(model.path).expanduser() / NEGATIVE_PROMPT
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    return "" if model.repo is None else "-" * NEGATIVE_PROMPT_BYTES
 
 
 def _words(words: str) -> str:

@@ -1,4 +1,4 @@
-"""Sizes, lengths and frame rates that a model was not trained for: told or refused, as `model.trained` says."""
+"""Tasks, sizes, lengths and frame rates that a model is not made for: told or refused, as `model.trained` says."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ def outside(cfg: DictConfig) -> Iterator[Problem]:
     tiers = [(tier, [_size(s) for s in tier.sizes]) for tier in trained.tiers]
     if trained.when_outside == "ignore" or not tiers:
         return
+    if task.name not in trained.tasks:
+        tasks = " and ".join(name.value for name in trained.tasks)
+        yield Problem(
+            what=f"task={task.name.value} with model={cfg.model.name}",
+            why=f"NVIDIA supports {tasks} on this model",
+            works=f"task={trained.tasks[0].value}, or another model",
+        )
     here = (task.width, task.height)
     tier = next((tier for tier, sizes in tiers if here in sizes), None)
     if tier is None:

@@ -15,6 +15,7 @@ from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.models.loading import Components
 from cosmos3_pipeline.plan.geometry import Clip
 from cosmos3_pipeline.stages.progress import Reporter, Silent
+from cosmos3_pipeline.stages.words import Words
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class RunContext:
     # What diffusers' blocks leave for each other: the prompts' tokens, the clean latents of the condition, then
     # `latents`, the denoised latents [1, C, T, h, w].
     state: PipelineState = field(default_factory=PipelineState)
+    # The words that the tokenizer was given. Set by text.
+    words: Words | None = None
     # uint8 chunks [frames, H, W, 3] in order, on the root; other ranks take part and get none. Set by decode.
     frames: Iterator[Tensor] | None = None
     # Set by export, on the root.

@@ -8,16 +8,18 @@ from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
 
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.context import RunContext
+from cosmos3_pipeline.stages.words import words_for
 
 
 class TextStage:
     """Leaves `cond_input_ids` and `uncond_input_ids` in the state.
 
     `prompt` and `negative_prompt` are the words themselves, or `@` and the path of a file that holds them (a
-    long caption, also NVIDIA's structured JSON ones). `use_system_prompt` None takes the checkpoint's default.
+    long caption). A caption in JSON is filled in, see `stages.words`. `negative_prompt` and `use_system_prompt`
+    None take the checkpoint's own.
     """
 
-    def __init__(self, *, prompt: str, negative_prompt: str, use_system_prompt: bool | None) -> None:
+    def __init__(self, *, prompt: str, negative_prompt: str | None, use_system_prompt: bool | None) -> None:
         self._prompt = prompt
         self._negative_prompt = negative_prompt
         self._use_system_prompt = use_system_prompt
@@ -31,17 +33,21 @@ class TextStage:
                     why="the model is told what to show by words only",
                     works="task.prompt='a red kite', or task.prompt=@FILE with words in the file",
                 )
+            negative = None if self._negative_prompt is None else read_words(self._negative_prompt)
+            folder = context.components.checkpoint.folder
+            words = words_for(prompt, negative, clip=context.clip, fps=context.fps, folder=folder)
+            context.words = words
             context.components.tokenizer()
             state = context.state
-            state.set("prompt", prompt)
-            state.set("negative_prompt", read_words(self._negative_prompt))
+            state.set("prompt", words.prompt)
+            state.set("negative_prompt", words.negative_prompt)
             state.set("use_system_prompt", self._use_system_prompt)
             state.set("num_frames", context.clip.num_frames)
             state.set("height", context.clip.height)
             state.set("width", context.clip.width)
             state.set("fps", context.fps)
-            state.set("add_resolution_template", True)
-            state.set("add_duration_template", True)
+            state.set("add_resolution_template", words.sentences)
+            state.set("add_duration_template", words.sentences)
             Cosmos3TextEncoderStep()(context.components.pipeline, state)
 
 

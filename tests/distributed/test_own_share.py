@@ -12,16 +12,17 @@ from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.jobs.rank import components, used
 from cosmos3_pipeline.jobs.ranks import resolved
 from cosmos3_pipeline.models import loading
+from cosmos3_pipeline.models.loading import CheckpointVae
 from cosmos3_pipeline.plan.checks import compose_checked
+from cosmos3_pipeline.stages.progress import Silent
 from cosmos3_pipeline.vae.program import program_for
-from cosmos3_pipeline.vae.weights import FolderWeights
 
 
 def _names_read(rank: int, plain: dict[str, Any]) -> set[str]:
     read: set[str] = set()
-    load = FolderWeights.load
+    load = CheckpointVae.load
 
-    def watched(self: FolderWeights, names: Any, **how: Any) -> dict[str, torch.Tensor]:
+    def watched(self: CheckpointVae, names: Any, **how: Any) -> dict[str, torch.Tensor]:
         wanted = list(names)
         read.update(wanted)
         return load(self, wanted, **how)
@@ -30,9 +31,9 @@ def _names_read(rank: int, plain: dict[str, Any]) -> set[str]:
         raise AssertionError("the whole VAE is loaded")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FolderWeights, "load", watched)
+        patch.setattr(CheckpointVae, "load", watched)
         patch.setattr(loading, "load_vae", whole)
-        components(plain, torch.device("cpu"), RankMesh.build(cfg=2), []).vae(encoder=False)
+        components(plain, torch.device("cpu"), RankMesh.build(cfg=2), [], Silent()).vae(encoder=False)
     return read
 
 

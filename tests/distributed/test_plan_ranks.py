@@ -48,7 +48,9 @@ def test_ranks_hold_and_send_what_is_planned(cfg: int, ulysses: int) -> None:
         ]
     )
     own = {**MODEL, "num_hidden_layers": 3, "head_dim": 16}
-    plan = make_plan(composed, transformer=own, text_tokens=WORDS)
+    for key, value in own.items():
+        composed.model.transformer[key] = value
+    plan = make_plan(composed, text_tokens=WORDS)
     for rank, (peak, sent_bytes, messages) in zip(plan.ranks, measured, strict=True):
         stage = rank.stages["denoise"]
         assert (stage.sent.bytes, stage.sent.messages) == (sent_bytes, messages)

@@ -15,10 +15,10 @@ import torch
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
 from toy_runs import PROMPT, clip_of, components, context_of, toy_dimensions
 
+from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models import toy
 from cosmos3_pipeline.models.toy_tokenizer import SMALLEST_VOCABULARY, make_tokenizer
-from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint
 from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.text import TextStage
@@ -52,9 +52,9 @@ def test_every_time_the_same_bytes(folder: Path, tmp_path: Path) -> None:
 
 def test_it_has_the_layout_of_a_checkpoint(folder: Path) -> None:
     info = inspect_checkpoint(folder)
-    assert len(info.weight_files["transformer"]) > 1  # shards and an index, as the real one
-    assert sum(info.weight_bytes.values()) < 40e6
-    assert info.index["enable_safety_checker"] is False
+    files = {placed.stored.file for placed in info.tensors["transformer"]}
+    assert len(files) > 1  # shards and an index, as the real one
+    assert sum(placed.stored.nbytes for tensors in info.tensors.values() for placed in tensors) < 40e6
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     wanted = {
         "use_flow_sigmas": True,
@@ -198,7 +198,14 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     ("make", "said"),
     [
         (lambda: make_tokenizer(200), f"vocab_size={SMALLEST_VOCABULARY}"),
-        (lambda: toy.make_vae({**toy_dimensions()["vae"], "z_dim": 16}), "z_dim=48"),
+        (
+            lambda: toy.write_toy(
+                Path("unwritten"),
+                transformer=toy_dimensions()["transformer"],
+                vae={**toy_dimensions()["vae"], "z_dim": 16},
+            ),
+            "z_dim=48",
+        ),
     ],
     ids=["vocabulary", "channels"],
 )

@@ -115,10 +115,12 @@ def test_a_strategy_that_promises_too_little_is_refused(monkeypatch: pytest.Monk
 
 
 def test_untrained_sizes_warn_unless_told_otherwise() -> None:
-    told = [note for note in make_plan(compose(["model=nano", "task.height=704"])).notes if "not trained" in note]
+    told = [
+        note for note in make_plan(compose(["model=nano", "task.height=704"])).warnings if "not trained" in note
+    ]
     assert told and "1280x720" in told[0]
     quiet = make_plan(compose(["model=nano", "task.height=704", "model.trained.when_outside=ignore"]))
-    assert not any("not trained" in note for note in quiet.notes)
+    assert not any("not trained" in note for note in quiet.warnings)
 
 
 def test_memory_that_cannot_fit_stops_a_run_but_not_a_plan() -> None:

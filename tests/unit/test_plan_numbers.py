@@ -17,8 +17,6 @@ from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan
 from cosmos3_pipeline.plan.transformer import TransformerSize
 from cosmos3_pipeline.plan.vae import plain
 
-DEFAULTS = {"hidden_act": "silu", "qk_norm_for_text": True}
-
 
 def plan_of(*overrides: str) -> Plan:
     return make_plan(compose(overrides))
@@ -39,10 +37,19 @@ def test_transformer_weights_are_exact(changes: dict) -> None:
     small |= {"head_dim": 16, "intermediate_size": 96, "vocab_size": 300, "rope_axes_dim": [4, 2, 2]}
     with torch.device("meta"):
         model = Cosmos3OmniTransformer(**{**small, **changes})
-    size = TransformerSize.of({**DEFAULTS, **model.config}, latent_channels=48)
+    size = TransformerSize.of(model.config, latent_channels=48)
     assert size.elements == sum(p.numel() for p in model.parameters())
-    in_fp32 = sum(p.numel() for p in model.time_embedder.parameters())
-    assert size.weight_bytes(2) == 2 * size.elements + 2 * in_fp32
+    in_fp32 = {id(p) for p in model.time_embedder.parameters()}
+    last = model.layers[-1]
+    attention = last.self_attn
+    unread = [model.norm, model.lm_head, last.mlp, last.post_attention_layernorm]
+    unread += [attention.to_q, attention.norm_q, attention.to_out]
+    if model.action_gen:
+        unread += [model.action_proj_in, model.action_proj_out, model.audio_proj_in, model.audio_proj_out]
+    left_out = {id(p) for module in unread for p in module.parameters()}
+    left_out |= {id(p) for name, p in model.named_parameters() if name.endswith("modality_embed")}
+    read = [p for p in model.parameters() if id(p) not in left_out]
+    assert size.weight_bytes(2) == sum(p.numel() * (4 if id(p) in in_fp32 else 2) for p in read)
 
 
 @pytest.mark.parametrize(("model", "billions"), [("nano", 15.16), ("super", 64.00), ("edge", 3.36)])
@@ -98,7 +105,7 @@ def test_denoising_activations_are_within_15_percent(size, guidance, words, conf
     cfg = compose([*task, f"task.height={height}", f"task.width={width}", f"sampler.guidance_scale={guidance}"])
     planned = Denoising.of(
         cfg,
-        TransformerSize.of({**DEFAULTS, **pipeline.transformer.config}, latent_channels=48),
+        TransformerSize.of(pipeline.transformer.config, latent_channels=48),
         text_tokens=(words, words // 2),
         element_bytes=dtype.itemsize,
     )

@@ -1,0 +1,95 @@
+"""Reading a checkpoint's files so that a broken one ends in a refusal: no pipe blocks, nothing endless is read."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from cosmos3_pipeline.errors import Refusal
+
+# The largest real one is an index of some 2,000 tensors, 0.2 MB, or a tokenizer.json, 12 MB.
+LARGEST_JSON = 256 * 2**20
+
+
+def not_whole(file: Path, why: str) -> Refusal:
+    """The refusal of a file that a download broke off, or that something wrote over."""
+    return Refusal(what=f"{file} is not whole", why=why, works="downloading it again (git-lfs: `git lfs pull`)")
+
+
+def is_regular(file: Path) -> bool:
+    """Whether `file` is there as a regular file; a pipe or a device would never end.
+
+    Raises:
+        Refusal: it is there as something else, or its folder cannot be searched.
+    """
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # a loop of links, a name too long, a folder without permission
+        raise _unreadable(file, error) from error
+    if stat.S_ISREG(mode):
+        return True
+    raise Refusal(
+        what=f"{file} is {_kind(mode)}",
+        why="a checkpoint consists of regular files; reading anything else may never end",
+        works="the file of the checkpoint in its place",
+    )
+
+
+def read_text(file: Path, *, largest: int = LARGEST_JSON) -> str:
+    """The UTF-8 text in `file`.
+
+    Raises:
+        Refusal: it is not there, larger than `largest` bytes, unreadable, or no UTF-8.
+    """
+    if not is_regular(file):
+        raise Refusal(
+            what=f"there is no {file}",
+            why="the checkpoint needs it",
+            works="the whole checkpoint: the download may have ended early",
+        )
+    try:
+        if (size := file.stat().st_size) > largest:
+            raise not_whole(file, f"it has {size} bytes; no real one has more than {largest}")
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise not_whole(file, f"it is no UTF-8 text: {error}") from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The settings in the JSON file `file`.
+
+    Raises:
+        Refusal: as `read_text`, or it is not JSON, or holds no settings.
+    """
+    try:
+        content = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise not_whole(file, f"it is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise not_whole(file, f"it holds a {type(content).__name__} where settings belong")
+    return content
+
+
+def _unreadable(file: Path, error: OSError) -> Refusal:
+    return Refusal(
+        what=f"{file} cannot be read",
+        why=error.strerror or str(error),
+        works="a file that this user may read, on a disk that is there",
+    )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+        stat.S_ISSOCK: "a socket",
+    }
+    return next((word for is_kind, word in kinds.items() if is_kind(mode)), "no regular file")

@@ -1,0 +1,259 @@
+"""Looking at a checkpoint before anything heavy: whose it is, whether it is whole, and whether it is run here.
+
+A Cosmos3 checkpoint is a diffusers folder: `model_index.json` and one subfolder per component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos3_pipeline.checkpoint import rules
+from cosmos3_pipeline.checkpoint.files import is_regular, read_json
+from cosmos3_pipeline.checkpoint.sampler import Sampler, distilled, sampler_of
+from cosmos3_pipeline.checkpoint.stored import StoredTensor, stored_tensors
+from cosmos3_pipeline.checkpoint.tokenizer_files import check_tokenizer_files
+from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.vae.builder import ProgramError
+from cosmos3_pipeline.vae.program import program_for
+
+INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"
+NEGATIVE_PROMPT = "assets/negative_prompt.json"
+# The published Nano and Super carry the first name, everything converted since July 2026 the second.
+PIPELINES = ("Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline")
+DISTILLED_PIPELINE = "Cosmos3DistilledModularPipeline"
+# Folder of each component -> its config file and the class that must be named there; None is checked elsewhere.
+COMPONENTS = {
+    "transformer": ("config.json", "Cosmos3OmniTransformer"),
+    "vae": ("config.json", "AutoencoderKLWan"),
+    "scheduler": ("scheduler_config.json", None),
+    "text_tokenizer": ("tokenizer_config.json", None),
+}
+# diffusers' Cosmos3 blocks count latents with these where the VAE is not loaded yet.
+SPATIAL, TEMPORAL = 16, 4
+FLOATS = ("F32", "BF16", "F16")
+# Files that stand for quantized weights, in the folder or beside the transformer, and whose they are.
+QUANTIZED_FILES = {
+    "hf_quant_config.json": "ModelOpt",
+    "modelopt_state.pth": "ModelOpt",
+    "quantization_config.json": "by the method that the file names",
+}
+# How quantizers name what belongs to a weight.
+QUANTIZED_NAMES = ("weight_scale", "input_scale", "weight_scale_2", "qweight", "qzeros", "scales", "absmax")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of the model and where its bytes are."""
+
+    weight: Weight
+    stored: StoredTensor
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint folder holds. Config values are complete: a key that a file lacks has its default.
+
+    `tensors` are those of each component with weights. `not_read` lists keys and components that change no picture
+    here, `strangers` keys that nothing here knows, each as "file: key".
+    """
+
+    folder: Path
+    index: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    sampler: Sampler
+    tensors: Mapping[str, tuple[Placed, ...]]
+    not_read: tuple[str, ...]
+    strangers: tuple[str, ...]
+
+    def parts(self, component: str, parts: Collection[Part]) -> tuple[Placed, ...]:
+        """The tensors of `component` that belong to `parts`."""
+        return tuple(placed for placed in self.tensors[component] if placed.weight.part in parts)
+
+
+def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
+    """What the diffusers folder at `path` holds; reads configs and the headers of weight files only.
+
+    Raises:
+        Refusal: no folder, not a Cosmos3 checkpoint, one that is not run here, or files that are not whole.
+    """
+    folder = Path(path).expanduser()
+    index_file = _find_index(path, folder)
+    raw_index = read_json(index_file)
+    if raw_index.get("_class_name") not in PIPELINES:
+        raise Refusal(
+            what=f"{folder} holds a {raw_index.get('_class_name')}",
+            why=f"its components and their call differ from those of a {PIPELINES[-1]}",
+            works="a Cosmos3 checkpoint in diffusers' layout, such as nvidia/Cosmos3-Nano",
+        )
+    configs = {name: _component_config(folder, name, raw_index) for name in COMPONENTS}
+    rules.refuse_quantized(configs["transformer"], folder / "transformer" / COMPONENTS["transformer"][0])
+    _refuse_quantized_files(folder)
+    _refuse_distilled(folder, raw_index)
+
+    components = {*COMPONENTS, *rules.INDEX.read, *rules.INDEX.not_read}
+    index = rules.apply(rules.INDEX, raw_index, index_file)
+    files = {name: folder / name / COMPONENTS[name][0] for name in COMPONENTS}
+    sampler, scheduler = sampler_of(configs["scheduler"], index.values, files["scheduler"])
+    transformer = rules.apply(rules.TRANSFORMER, configs["transformer"], files["transformer"])
+    vae = rules.apply(rules.VAE, configs["vae"], files["vae"])
+    rules.check_transformer(transformer.values, files["transformer"])
+    _check_vae(vae.values, files["vae"])
+    vae_values = {**vae.values, "scale_factor_spatial": SPATIAL, "scale_factor_temporal": TEMPORAL}
+    if transformer.values["latent_channel"] != vae.values["z_dim"]:
+        raise Refusal(
+            what=f"{files['transformer']} says latent_channel: {transformer.values['latent_channel']}",
+            why=f"the VAE beside it has z_dim: {vae.values['z_dim']}, and one makes what the other decodes",
+            works="transformer and vae of one checkpoint",
+        )
+    check_tokenizer_files(folder / "text_tokenizer", configs["text_tokenizer"])
+    weights = {
+        "transformer": transformer_weights(transformer.values),
+        "vae": vae_weights(vae_values),
+    }
+    reads = {INDEX: index, "transformer": transformer, "vae": vae, "scheduler": scheduler}
+    return CheckpointInfo(
+        folder=folder,
+        index=index.values,
+        transformer=transformer.values,
+        vae=vae_values,
+        sampler=sampler,
+        tensors={name: _placed(folder / name, weights[name]) for name in weights},
+        not_read=tuple(f"{file}: {key}" for file, read in reads.items() for key in read.not_read),
+        strangers=tuple(
+            f"{file}: {key}" for file, read in reads.items() for key in read.strangers if key not in components
+        ),
+    )
+
+
+def _find_index(path: str | Path, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise Refusal(
+            what=f"there is no checkpoint at {path}",
+            why=f"{folder.absolute()} {'is a file' if folder.exists() else 'does not exist'}",
+            works="model.path=FOLDER with a diffusers folder of Cosmos3, or model=toy",
+        )
+    if is_regular(folder / INDEX):
+        return folder / INDEX
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{INDEX}"))
+    raise Refusal(
+        what=f"{folder} is not a diffusers folder",
+        why=f"it has no {INDEX}",
+        works=f"model.path={folder / inside[0]}" if inside else f"the folder that holds {INDEX}",
+    )
+
+
+def _component_config(folder: Path, name: str, index: Mapping[str, Any]) -> dict[str, Any]:
+    file, class_name = COMPONENTS[name]
+    if not is_regular(folder / name / file):
+        raise Refusal(
+            what=f"{folder} has no {name}/{file}",
+            why=f"a Cosmos3 pipeline needs its {name}",
+            works="the whole checkpoint: the download may have ended early, or left out subfolders",
+        )
+    config = read_json(folder / name / file)
+    named = index.get(name)
+    found = config.get("_class_name")
+    if class_name is not None:
+        for where, other in ((f"{name}/{file}", found), (INDEX, named[-1] if isinstance(named, list) else named)):
+            if other != class_name and (where != INDEX or named is not None):
+                raise Refusal(
+                    what=f"{where} in {folder} names the class {other} for {name}",
+                    why=f"the {name} of Cosmos3 is a {class_name}",
+                    works="a Cosmos3 checkpoint in diffusers' layout, such as nvidia/Cosmos3-Nano",
+                )
+    return config
+
+
+def _refuse_quantized_files(folder: Path) -> None:
+    for name, method in QUANTIZED_FILES.items():
+        for file in (folder / name, folder / "transformer" / name):
+            if file.exists():
+                raise rules.quantized(f"{folder} has {file.relative_to(folder)}", method)
+
+
+def _refuse_distilled(folder: Path, index: Mapping[str, Any]) -> None:
+    modular = read_json(folder / MODULAR_INDEX) if is_regular(folder / MODULAR_INDEX) else {}
+    for name, config in ((INDEX, index), (MODULAR_INDEX, modular)):
+        if config.get("is_distilled") or config.get("_class_name") == DISTILLED_PIPELINE:
+            raise distilled(f"{folder / name} says is_distilled")
+
+
+def _check_vae(values: Mapping[str, Any], file: Path) -> None:
+    for name in ("latents_mean", "latents_std"):
+        if len(values[name]) != values["z_dim"]:
+            raise Refusal(
+                what=f"{file} has {len(values[name])} values in {name}",
+                why=f"each of the z_dim: {values['z_dim']} latent channels has its own",
+                works="the file as it was published",
+            )
+    try:
+        program = program_for("decode", values)
+        program_for("encode", values)
+    except ProgramError as error:
+        what, _, why = str(error).partition("; ")
+        raise Refusal(what=f"{file} says {what}", why=why, works="the file as it was published") from error
+    for key, expected, found in (
+        ("scale_factor_spatial", SPATIAL, program.spatial),
+        ("scale_factor_temporal", TEMPORAL, program.temporal),
+    ):
+        said = found if values[key] is None else values[key]
+        if said != expected or found != expected:
+            raise Refusal(
+                what=f"{file} says {key}: {said}" + ("" if said == found else f", its layers {found}"),
+                why=f"the VAE of Cosmos3 is Wan2.2's, with {key}={expected}",
+                works="a Cosmos3 checkpoint in diffusers' layout, such as nvidia/Cosmos3-Nano",
+            )
+
+
+def _placed(component: Path, weights: Iterable[Weight]) -> tuple[Placed, ...]:
+    """Each weight with its tensor in the files; those that nothing reads may be missing."""
+    stored = stored_tensors(component)
+    expected = {weight.name: weight for weight in weights}
+    _refuse_quantized_tensors(component, stored)
+    for name, tensor in stored.items():
+        if name not in expected:
+            raise Refusal(
+                what=f"{tensor.file} holds {name}",
+                why=f"a model of the numbers in {component.name}/config.json has no such tensor, so it would be "
+                "ignored",
+                works="config.json and weights of one checkpoint",
+            )
+    for name, weight in expected.items():
+        if name not in stored and weight.part is not Part.NOTHING:
+            raise Refusal(
+                what=f"{component} has no {name}",
+                why=f"a model of the numbers in {component.name}/config.json has it, of shape {weight.shape}",
+                works="config.json and weights of one checkpoint, downloaded to the end",
+            )
+    placed = tuple(Placed(weight, stored[name]) for name, weight in expected.items() if name in stored)
+    for one in placed:
+        _check_tensor(component, one)
+    return placed
+
+
+def _check_tensor(component: Path, placed: Placed) -> None:
+    weight, stored = placed.weight, placed.stored
+    if stored.shape != weight.shape:
+        raise Refusal(
+            what=f"{stored.name} in {stored.file} has the shape {list(stored.shape)}",
+            why=f"by the numbers in {component.name}/config.json it is {list(weight.shape)}",
+            works="config.json and weights of one checkpoint",
+        )
+    if stored.dtype not in FLOATS:
+        raise Refusal(
+            what=f"{stored.name} in {stored.file} is {stored.dtype}",
+            why=f"weights are read as {', '.join(FLOATS)}; others are quantized, or of something else",
+            works="the unquantized checkpoint",
+        )
+
+
+def _refuse_quantized_tensors(component: Path, stored: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in stored.items():
+        if tensor.dtype.startswith(("F8", "F6", "F4")) or name.rpartition(".")[2] in QUANTIZED_NAMES:
+            raise rules.quantized(f"{tensor.file} holds {name}", tensor.dtype)

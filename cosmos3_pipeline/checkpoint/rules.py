@@ -1,0 +1,367 @@
+"""What a config file of a checkpoint may say: which keys decide the picture, within which bounds, which do not.
+
+This is the one place that lists both. A key of no list is told (`Read.strangers`), never ignored silently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cosmos3_pipeline.errors import Refusal
+
+# Why a value is not one that is run here, or None where it is.
+Check = Callable[[Any], str | None]
+REQUIRED = object()
+
+
+def whole(at_least: int, at_most: int = 2**31) -> Check:
+    """A whole number of that range; True is none."""
+
+    def check(value: Any) -> str | None:
+        if type(value) is int and at_least <= value <= at_most:
+            return None
+        return f"it must be a whole number of at least {at_least}"
+
+    return check
+
+
+def number(*, above: float) -> Check:
+    """A finite number greater than `above`."""
+
+    def check(value: Any) -> str | None:
+        if type(value) in (int, float) and math.isfinite(value) and value > above:
+            return None
+        return f"it must be a number above {above:g}"
+
+    return check
+
+
+def one_of(*values: Any) -> Check:
+    """One of `values`, of the same type: 1 is not True."""
+
+    def check(value: Any) -> str | None:
+        if any(type(value) is type(known) and value == known for known in values):
+            return None
+        return f"only {' and '.join(map(repr, values))} can be run here"
+
+    return check
+
+
+flag = one_of(True, False)
+
+
+def optional(check: Check) -> Check:
+    """As `check`, or null."""
+    return lambda value: None if value is None else check(value)
+
+
+def numbers(check: Check) -> Check:
+    """A list of which each passes `check`."""
+
+    def check_all(value: Any) -> str | None:
+        if not isinstance(value, list):
+            return "it must be a list"
+        return next((f"of each in it: {why}" for item in value if (why := check(item))), None)
+
+    return check_all
+
+
+def anything(value: Any) -> str | None:
+    """Whatever it is: what it may be is checked where it is used."""
+    return None
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that decides the picture. Without `default` the file must have it."""
+
+    check: Check
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The keys of one config file. `not_read` maps keys that change no picture here to why they do not."""
+
+    read: Mapping[str, Key]
+    not_read: Mapping[str, str]
+
+
+_BOOKKEEPING = {
+    "_class_name": "checked by itself",
+    "_diffusers_version": "which version wrote the file",
+    "_name_or_path": "where the file came from",
+}
+_TRAINING = "of the training or of the text model alone"
+
+TRANSFORMER = Rules(
+    read={
+        "hidden_size": Key(whole(1)),
+        "num_hidden_layers": Key(whole(1)),
+        "num_attention_heads": Key(whole(1)),
+        "num_key_value_heads": Key(whole(1)),
+        "head_dim": Key(whole(2)),
+        "intermediate_size": Key(whole(1)),
+        "vocab_size": Key(whole(1)),
+        "latent_channel": Key(whole(1), 48),
+        "latent_patch_size": Key(whole(1), 2),
+        "patch_latent_dim": Key(whole(1), 192),
+        "hidden_act": Key(one_of("silu", "relu2"), "silu"),
+        "attention_bias": Key(one_of(False), False),
+        "qk_norm_for_text": Key(flag, True),
+        "use_und_k_norm_for_gen": Key(flag, False),
+        "rms_norm_eps": Key(number(above=0), 1e-6),
+        "rope_theta": Key(number(above=0), 5000000.0),
+        "rope_axes_dim": Key(optional(numbers(whole(1))), None),
+        "rope_scaling": Key(anything, None),
+        "timestep_scale": Key(number(above=0), 0.001),
+        "base_fps": Key(number(above=0), 24),
+        "enable_fps_modulation": Key(flag, True),
+        "unified_3d_mrope_reset_spatial_ids": Key(flag, True),
+        "unified_3d_mrope_temporal_modality_margin": Key(whole(0), 15000),
+        "action_gen": Key(flag, False),
+        "action_dim": Key(optional(whole(1)), None),
+        "num_embodiment_domains": Key(whole(1), 32),
+        "sound_gen": Key(flag, False),
+        "sound_dim": Key(optional(whole(1)), None),
+        "sound_latent_fps": Key(number(above=0), 25.0),
+        # What follows decides the picture in NVIDIA's framework; diffusers has built in the one value that it has.
+        "qk_norm_for_diffusion": Key(one_of(True), True),
+        "use_moe": Key(one_of(True), True),
+        "video_temporal_causal": Key(one_of(False), False),
+        "joint_attn_implementation": Key(one_of("two_way"), "two_way"),
+        "position_embedding_type": Key(one_of("unified_3d_mrope"), "unified_3d_mrope"),
+    },
+    not_read={
+        **_BOOKKEEPING,
+        "attention_dropout": _TRAINING,
+        "freeze_und": _TRAINING,
+        "initializer_range": _TRAINING,
+        "max_action_dim": "action_dim says it",
+        "max_position_embeddings": "the positions are computed, there is no table of them",
+        "model_type": "the class says it",
+        "architectures": "the class says it",
+        "backbone_type": "hidden_act and the norms say it",
+        "qk_norm": "qk_norm_for_text and the class say it",
+        "temporal_compression_factor": "the VAE says it",
+        "temporal_compression_factor_sound": "the sound tokenizer says it",
+        "dtype": "model.dtype says it",
+        "torch_dtype": "model.dtype says it",
+        "transformers_version": "which version wrote the file",
+        "use_cache": "text keys and values are always kept",
+        "tie_word_embeddings": "lm_head is not read",
+    },
+)
+
+VAE = Rules(
+    read={
+        "base_dim": Key(whole(1), 96),
+        "decoder_base_dim": Key(optional(whole(1)), None),
+        "z_dim": Key(whole(1)),
+        "dim_mult": Key(numbers(whole(1)), [1, 2, 4, 4]),
+        "num_res_blocks": Key(whole(1), 2),
+        "attn_scales": Key(numbers(number(above=0)), []),
+        "temperal_downsample": Key(numbers(flag), [False, True, True]),
+        "is_residual": Key(flag, False),
+        "in_channels": Key(whole(1), 3),
+        "out_channels": Key(whole(1), 3),
+        "patch_size": Key(optional(whole(1)), None),
+        "scale_factor_temporal": Key(optional(whole(1)), None),
+        "scale_factor_spatial": Key(optional(whole(1)), None),
+        "latents_mean": Key(numbers(number(above=-math.inf))),
+        "latents_std": Key(numbers(number(above=0))),
+    },
+    not_read={
+        **_BOOKKEEPING,
+        "dropout": _TRAINING,
+        "clip_output": "diffusers' decoder clamps the picture always",
+        "dtype": "model.vae_dtype says it",
+        "torch_dtype": "model.vae_dtype says it",
+    },
+)
+
+SCHEDULER = Rules(
+    read={
+        "num_train_timesteps": Key(one_of(1000), 1000),
+        "prediction_type": Key(one_of("flow_prediction")),
+        "use_flow_sigmas": Key(one_of(True)),
+        "use_karras_sigmas": Key(flag, False),
+        "use_exponential_sigmas": Key(one_of(False, None), False),
+        "use_beta_sigmas": Key(one_of(False, None), False),
+        "flow_shift": Key(number(above=0), 1.0),
+        "use_dynamic_shifting": Key(one_of(False), False),
+        "shift_terminal": Key(one_of(None), None),
+        "sigma_min": Key(optional(number(above=0)), None),
+        "sigma_max": Key(optional(number(above=0)), None),
+        "final_sigmas_type": Key(one_of("zero"), "zero"),
+        "solver_order": Key(whole(1, 3), 2),
+        "solver_type": Key(one_of("bh1", "bh2"), "bh2"),
+        "solver_p": Key(one_of(None), None),
+        "predict_x0": Key(one_of(True), True),
+        "thresholding": Key(one_of(False), False),
+        "lower_order_final": Key(flag, True),
+        "disable_corrector": Key(numbers(whole(0)), []),
+        "timestep_spacing": Key(one_of("linspace", "leading", "trailing"), "linspace"),
+        "rescale_betas_zero_snr": Key(one_of(False), False),
+    },
+    not_read={
+        **_BOOKKEEPING,
+        "beta_start": "flow sigmas have no betas",
+        "beta_end": "flow sigmas have no betas",
+        "beta_schedule": "flow sigmas have no betas",
+        "trained_betas": "flow sigmas have no betas",
+        "dynamic_thresholding_ratio": "of thresholding, which is off",
+        "sample_max_value": "of thresholding, which is off",
+        "time_shift_type": "of dynamic shifting, which is off",
+        "steps_offset": "of timesteps that flow sigmas replace",
+        "use_native_flow_schedule": "the class says it",
+    },
+)
+
+INDEX = Rules(
+    read={
+        "default_use_system_prompt": Key(flag, True),
+        "use_native_flow_schedule": Key(flag, False),
+        "native_flow_shift": Key(optional(number(above=0)), None),
+    },
+    not_read={
+        **_BOOKKEEPING,
+        "enable_safety_checker": "no guardrail model is run here",
+        "safety_checker": "no guardrail model is run here",
+        "sound_tokenizer": "no task here makes sound",
+        "vision_encoder": "no task here answers questions about pictures",
+        "is_distilled": "checked by itself",
+        "distilled_sigmas": "checked by itself",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A config as it is used: the value of every key of the rules, and the keys of the file that are not read."""
+
+    values: Mapping[str, Any]
+    not_read: tuple[str, ...]
+    strangers: tuple[str, ...]
+
+
+def apply(rules: Rules, config: Mapping[str, Any], file: object) -> Read:
+    """The values of `config`, the content of `file`, with defaults in the place of keys that it lacks.
+
+    Raises:
+        Refusal: a value that the code does not support, a key that must be there, or a quantized checkpoint.
+    """
+    refuse_quantized(config, file)
+    values = {}
+    for name, key in rules.read.items():
+        if name not in config:
+            if key.default is REQUIRED:
+                raise Refusal(
+                    what=f"{file} has no {name}",
+                    why="the picture depends on it, and there is no value to assume",
+                    works="the file as it was published",
+                )
+            values[name] = key.default
+            continue
+        values[name] = config[name]
+        if why := key.check(config[name]):
+            raise Refusal(
+                what=f"{file} says {name}: {str(config[name])[:80]}",
+                why=why,
+                works="the file as it was published",
+            )
+    others = [name for name in config if name not in rules.read]
+    return Read(
+        values=values,
+        not_read=tuple(name for name in others if name in rules.not_read),
+        strangers=tuple(name for name in others if name not in rules.not_read),
+    )
+
+
+def refuse_quantized(config: Mapping[str, Any], file: object) -> None:
+    """Raise Refusal for a config that speaks of quantized weights, naming the method."""
+    for name in ("quantization_config", "quantization", "compression_config", "hf_quant_config"):
+        if config.get(name):
+            raise quantized(f"{file} has a {name}", _method(config[name]))
+
+
+def quantized(what: str, method: str) -> Refusal:
+    """The refusal of quantized weights."""
+    return Refusal(
+        what=f"{what}: the weights are quantized ({method})",
+        why="only float32, bfloat16 and float16 weights are run here; others would be taken for plain numbers",
+        works="the unquantized checkpoint: of a repository with an fp8 revision, its revision main",
+    )
+
+
+def _method(config: Any) -> str:
+    if not isinstance(config, Mapping):
+        return str(config)[:40]
+    found = [str(config[key]) for key in ("quant_method", "quant_type", "quant_algo", "bits") if key in config]
+    return " ".join(found) or "a method that it does not name"
+
+
+def check_transformer(values: Mapping[str, Any], file: object) -> None:
+    """Raise Refusal where the values of a transformer's config do not fit each other."""
+    for what, why in _misfits(values):
+        raise Refusal(what=f"{file} says {what}", why=why, works="the file as it was published")
+
+
+def _misfits(v: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    heads, keys = v["num_attention_heads"], v["num_key_value_heads"]
+    if heads % keys:
+        yield (
+            f"num_attention_heads: {heads} and num_key_value_heads: {keys}",
+            f"{heads} query heads do not divide into groups over {keys} key/value heads",
+        )
+    if v["head_dim"] % 2:
+        yield f"head_dim: {v['head_dim']}", "rotary positions turn pairs of channels"
+    patch, channels = v["latent_patch_size"], v["latent_channel"]
+    if v["patch_latent_dim"] != channels * patch**2:
+        yield (
+            f"patch_latent_dim: {v['patch_latent_dim']}",
+            f"a token of {patch} x {patch} latents of {channels} channels has {channels * patch**2} values",
+        )
+    for name in ("action", "sound"):
+        if v[f"{name}_gen"] and v[f"{name}_dim"] is None:
+            yield f"{name}_gen: true without {name}_dim", f"the heads for {name} need a width"
+    scaling = v["rope_scaling"]
+    if scaling is not None:
+        yield from _rope_scaling(scaling, v["rope_axes_dim"])
+    axes = rope_axes(v)
+    half = v["head_dim"] // 2
+    if len(axes) != 3 or sum(axes) != half:
+        yield (
+            f"rotary axes {list(axes)} with head_dim: {v['head_dim']}",
+            f"time, rows and columns share the {half} frequencies of a head, so the three must add up to {half}",
+        )
+    elif 3 * max(axes[1:]) > half:
+        yield (
+            f"rotary axes {list(axes)} with head_dim: {v['head_dim']}",
+            f"rows and columns take every third of the {half} frequencies, which are {half // 3} each at most",
+        )
+
+
+def rope_axes(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Rotary frequencies of time, rows and columns, found as diffusers finds them."""
+    scaling = values["rope_scaling"] or {}
+    return tuple(values["rope_axes_dim"] or scaling.get("mrope_section", (24, 20, 20)))
+
+
+def _rope_scaling(scaling: Any, axes: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(scaling, Mapping):
+        yield f"rope_scaling: {scaling!r}", "it must be a list of settings, or null"
+        return
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        yield f"rope_scaling.rope_type: {kind}", "only unscaled rotary positions are run here"
+    if scaling.get("mrope_interleaved", True) is not True:
+        yield "rope_scaling.mrope_interleaved: false", "the frequencies of time, rows and columns are interleaved"
+    section = scaling.get("mrope_section")
+    if section is not None and numbers(whole(1))(section):
+        yield f"rope_scaling.mrope_section: {section}", "it must be a list of three whole numbers"
+    elif section is not None and axes is not None and list(section) != list(axes):
+        yield f"rope_scaling.mrope_section: {section} and rope_axes_dim: {axes}", "both say the same thing"

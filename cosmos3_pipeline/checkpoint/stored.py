@@ -1,0 +1,163 @@
+"""The tensors that a component's safetensors files hold, told from their headers alone.
+
+Source: the safetensors format: 8 bytes of header length, a JSON header, then the tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos3_pipeline.checkpoint.files import is_regular, not_whole, read_json
+from cosmos3_pipeline.errors import Refusal
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+# Bits of one element of each dtype that the format knows.
+ELEMENT_BITS = {
+    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64},
+    **{"F32": 32, "I32": 32, "U32": 32},
+    **{"F16": 16, "BF16": 16, "I16": 16, "U16": 16},
+    **{"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+LARGEST_HEADER = 100 * 2**20  # as safetensors has it
+_LFS_POINTER = b"version "  # as a length it would be absurd
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.gguf", "*.bin.index.json")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: `dtype` as safetensors spells it, `start` counted from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+
+def stored_tensors(component: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the component in this folder, by name: of one file, or of the shards that its index names.
+
+    Raises:
+        Refusal: files that are missing, cut, of another format, or that do not agree with each other.
+    """
+    if not is_regular(component / INDEX):
+        if not is_regular(component / WEIGHTS):
+            raise _no_weights(component)
+        return {tensor.name: tensor for tensor in _header(component / WEIGHTS)}
+    placed = _weight_map(component / INDEX)
+    names = sorted(set(placed.values()))
+    missing = [name for name in names if not is_regular(component / name)]
+    if missing:
+        raise Refusal(
+            what=f"{component} has {len(names) - len(missing)} of {len(names)} weight files",
+            why=f"{INDEX} names {missing[0]}, which is not there",
+            works="the whole checkpoint: the download may have ended early",
+        )
+    found: dict[str, StoredTensor] = {}
+    for name in names:
+        for tensor in _header(component / name):
+            if placed.get(tensor.name) != name:
+                raise _disagree(
+                    component / INDEX, f"{name} holds {tensor.name}, which the index does not place there"
+                )
+            found[tensor.name] = tensor
+    for name, file in placed.items():
+        if name not in found:
+            raise _disagree(component / INDEX, f"it places {name} in {file}, which does not hold it")
+    return found
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise not_whole(index, "its weight_map names no weight file")
+    for tensor, file in placed.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise not_whole(index, f"its weight_map places {tensor} in {file!r}, which is no file of this folder")
+        if not file.endswith(".safetensors"):
+            raise _no_weights(index.parent)
+    return placed
+
+
+def _header(file: Path) -> Iterator[StoredTensor]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start == _LFS_POINTER:
+                raise not_whole(file, "it is a git-lfs pointer, not the weights themselves")
+            length = int.from_bytes(start, "little") if len(start) == 8 else size
+            if 8 + length > size:
+                raise not_whole(file, f"it ends after {size} bytes, within its header")
+            if length > LARGEST_HEADER:
+                raise not_whole(file, f"its header would have {length} bytes, more than the format allows")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise not_whole(file, error.strerror or str(error)) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise not_whole(file, f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise not_whole(file, f"its header is a {type(header).__name__}, not a list of tensors by name")
+    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
+        if tensor.start != end:
+            raise not_whole(file, f"{tensor.name} begins at byte {tensor.start}, the one before it ends at {end}")
+        end += tensor.nbytes
+    if end != size:
+        raise not_whole(file, f"it has {size} bytes, its header speaks of {end}")
+    yield from tensors
+
+
+def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    whole = all(
+        isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        for numbers in (shape, offsets)
+    )
+    if not whole or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise not_whole(file, f"its header does not say where {name} is: {str(entry)[:80]}")
+    if dtype not in ELEMENT_BITS:
+        raise not_whole(file, f"{name} has the dtype {dtype}, which the format does not know")
+    nbytes = offsets[1] - offsets[0]
+    if nbytes * 8 != math.prod(shape) * ELEMENT_BITS[dtype]:
+        raise not_whole(file, f"{name} has {nbytes} bytes, which are not {dtype} of shape {shape}")
+    return StoredTensor(name, dtype, tuple(shape), file, base + offsets[0], nbytes)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _no_weights(component: Path) -> Refusal:
+    others = sorted({file.name for pattern in _PICKLES for file in component.glob(pattern)})
+    variants = sorted(file.name for file in component.glob("*.safetensors*"))
+    if others and not variants:
+        return Refusal(
+            what=f"{component} holds {others[0]}, not safetensors",
+            why="only safetensors are read here: loading a pickle can run any program",
+            works="a checkpoint with safetensors, as NVIDIA publishes it, or "
+            "`pipeline.save_pretrained(FOLDER, safe_serialization=True)` where the file is trusted",
+        )
+    return Refusal(
+        what=f"{component} has no weights",
+        why=f"there is neither {WEIGHTS} nor {INDEX}" + (f", only {', '.join(variants[:3])}" if variants else ""),
+        works="the whole checkpoint: the download may have ended early",
+    )
+
+
+def _disagree(index: Path, why: str) -> Refusal:
+    return Refusal(
+        what=f"{index} does not fit the files beside it",
+        why=why,
+        works="index and weight files of one download",
+    )

@@ -1,0 +1,45 @@
+"""Whether a text tokenizer's files are there and could be one; what it does with words shows when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cosmos3_pipeline.checkpoint.files import LARGEST_JSON, is_regular, not_whole, read_text
+from cosmos3_pipeline.errors import Refusal
+
+# A fast tokenizer is one file, a slow one of Qwen's kind two.
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+LARGEST_TEMPLATE = 2**20
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+def check_tokenizer_files(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise Refusal unless `folder` has a vocabulary and a chat template; `config` is tokenizer_config.json."""
+    for file in folder.iterdir():
+        if not file.is_dir() and is_regular(file) and file.stat().st_size > LARGEST_JSON:
+            raise not_whole(file, f"it has {file.stat().st_size} bytes; no real one has more than {LARGEST_JSON}")
+    if not any(all(is_regular(folder / name) for name in names) for names in VOCABULARIES):
+        raise Refusal(
+            what=f"{folder} has no vocabulary",
+            why=f"there is neither {' nor '.join(' and '.join(names) for names in VOCABULARIES)}",
+            works="the whole checkpoint: the download may have ended early",
+        )
+    if config.get("auto_map"):
+        raise Refusal(
+            what=f"{folder / 'tokenizer_config.json'} has an auto_map",
+            why="it would run a program that came with the checkpoint",
+            works="the tokenizer as NVIDIA published it",
+        )
+    template = config.get("chat_template")
+    if is_regular(folder / TEMPLATE_FILE):
+        template = read_text(folder / TEMPLATE_FILE, largest=LARGEST_TEMPLATE)
+    elif is_regular(folder / "chat_template.json"):
+        template = read_text(folder / "chat_template.json", largest=LARGEST_TEMPLATE)
+    if not template or (isinstance(template, str) and not template.strip()):
+        raise Refusal(
+            what=f"{folder} has no chat template",
+            why=f"the prompt is put into it, and there is none in {TEMPLATE_FILE} or tokenizer_config.json",
+            works="the tokenizer as it was published",
+        )

@@ -1,0 +1,292 @@
+"""Writing a checkpoint of random weights in a published layout, tensor by tensor, at any size.
+
+So that a cluster, a disk and a command line can be tried before 33 or 135 GB are downloaded. Prompts go through a
+small tokenizer of the same kind, because the real one cannot be made up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Cosmos3AVAEAudioTokenizer
+from torch import Tensor, nn
+
+from cosmos3_pipeline.checkpoint.inspect import INDEX as MODEL_INDEX
+from cosmos3_pipeline.checkpoint.inspect import MODULAR_INDEX
+from cosmos3_pipeline.checkpoint.stored import WEIGHTS
+from cosmos3_pipeline.checkpoint.weights import transformer_weights, vae_weights
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.models.layouts import LATENTS_MEAN, LATENTS_STD, Layout
+from cosmos3_pipeline.models.random_weights import plain_tensor, vae_tensor
+from cosmos3_pipeline.models.toy_tokenizer import make_tokenizer, save_tokenizer
+
+# As diffusers cuts a model that is saved; a small one is cut as well, so that it has shards and an index.
+SHARD_BYTES = 5 * 10**9
+SMALL_SHARD_BYTES = 10**6
+DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
+NEGATIVE_PROMPT = {
+    "subjects": [{"description": "figures that melt into each other"}],
+    "lighting": "flat and flickering",
+    "aesthetics": "blurry, noisy, oversaturated",
+    "cinematography": "a camera that shakes",
+    "temporal_caption": "frames that jump \u2014 nothing moves as it would",
+}
+
+
+# The sound tokenizer at a width that tests can afford; every other value is the real one.
+SMALL_SOUND = {"dec_dim": 8, "enc_dim": 8}
+SMALL_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+SMALL_VISION_DEEPSTACK = [0, 1]
+# Projections that the quantized checkpoints hold in few bits: of attention and MLP, in both pathways.
+QUANTIZED = ("_proj.weight", "to_q.weight", "to_k.weight", "to_v.weight", "to_out.weight", "to_add_out.weight")
+INT4_PER_WORD = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write: its dtype as safetensors spells it, and how to make its values, block by block."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    blocks: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(
+        cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, values: Callable[[], Iterable[Tensor]]
+    ) -> Entry:
+        """A tensor in `dtype`, from the fp32 blocks that `values` makes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        return cls(name, DTYPES[dtype], shape, nbytes, lambda: (block.to(dtype) for block in values()))
+
+    @classmethod
+    def plain(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
+        return cls.of(name, shape, dtype, lambda: plain_tensor(name, shape))
+
+
+def write_checkpoint(
+    folder: Path,
+    layout: Layout,
+    *,
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    dtype: torch.dtype = torch.bfloat16,
+    full_size: bool = False,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Write a checkpoint of `layout` into the new `folder`; the same bytes every time.
+
+    `transformer` and `vae` are plain values, named as diffusers names them. `full_size` cuts shards as the real
+    ones are, and gives components that nothing here reads their real size as well. `advance` is told the bytes of
+    weights as they are written, one block in memory at a time.
+
+    Raises:
+        Refusal: numbers that a VAE of Cosmos3 cannot have, or a vocabulary too small for its tokenizer.
+    """
+    entries = component_entries(layout, transformer=transformer, vae=vae, dtype=dtype, full_size=full_size)
+    tokenizer = make_tokenizer(int(transformer["vocab_size"]), edge=layout.edge)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _configs(layout, transformer=transformer, vae=vae, full_size=full_size).items():
+        _write_json(folder / name, content)
+    save_tokenizer(tokenizer, folder / "text_tokenizer", class_name=layout.tokenizer_class)
+    for component, tensors in entries.items():
+        largest = SHARD_BYTES if full_size or component != "transformer" else SMALL_SHARD_BYTES
+        name = "model.safetensors" if component == "vision_encoder" else WEIGHTS
+        _write_component(folder / component, tensors, name=name, shard_bytes=largest, advance=advance)
+
+
+def component_entries(
+    layout: Layout, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], dtype: torch.dtype, full_size: bool
+) -> dict[str, list[Entry]]:
+    """The tensors of each component with weights.
+
+    Raises:
+        Refusal: another number of latent channels than the statistics of the Wan2.2 VAE have.
+    """
+    if vae["z_dim"] != len(LATENTS_MEAN):
+        raise Refusal(
+            what=f"model.vae.z_dim={vae['z_dim']} for a made-up model",
+            why=f"the latents' mean and deviation are the Wan2.2 VAE's, which has {len(LATENTS_MEAN)} channels",
+            works=f"model.vae.z_dim={len(LATENTS_MEAN)}",
+        )
+    entries: dict[str, list[Entry]] = {"transformer": [], "vae": []}
+    for weight in transformer_weights(_transformer_config(layout, transformer, vae)):
+        entries["transformer"] += _stored_as(layout, weight.name, weight.shape, dtype)
+    for weight in vae_weights(vae):
+        entries["vae"].append(_vae_entry(weight.name, weight.shape, dtype, int(vae["patch_size"])))
+    others: dict[str, Callable[[bool], nn.Module]] = {}
+    if layout.sound_tokenizer:
+        others["sound_tokenizer"] = _sound_tokenizer
+    if layout.vision_encoder:
+        others["vision_encoder"] = _vision_encoder
+    for component, make in others.items():
+        state = make(full_size).state_dict()
+        entries[component] = [Entry.plain(name, tuple(tensor.shape), dtype) for name, tensor in state.items()]
+    return entries
+
+
+def _vae_entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, patch_size: int) -> Entry:
+    return Entry.of(name, shape, dtype, lambda: [vae_tensor(name, shape, patch_size=patch_size)])
+
+
+def _stored_as(layout: Layout, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Entry]:
+    """The tensors that stand for one weight of the transformer: itself, or what a quantizer made of it."""
+    method = (layout.quantization or {}).get("quant_method")
+    if method is None or not name.startswith("layers.") or not name.endswith(QUANTIZED):
+        return [Entry.plain(name, shape, dtype)]
+    if method == "modelopt":
+        fp8 = Entry(name, "F8_E4M3", shape, math.prod(shape), lambda: _as_fp8(name, shape))
+        scales = [
+            Entry.of(f"{name.removesuffix('.weight')}.{kind}", (), torch.float32, lambda: [torch.tensor([0.01])])
+            for kind in ("weight_scale", "input_scale")
+        ]
+        return [fp8, *scales]
+    words = (shape[1] // INT4_PER_WORD, shape[0])
+    module = name.removesuffix(".weight")
+    return [
+        Entry(f"{module}.qweight", "I32", words, math.prod(words) * 4, lambda: [_words(words)]),
+        Entry.plain(f"{module}.scales", (1, shape[0]), torch.float16),
+    ]
+
+
+def _as_fp8(name: str, shape: tuple[int, ...]) -> Iterable[Tensor]:
+    return (block.to(torch.float8_e4m3fn).view(torch.uint8) for block in plain_tensor(name, shape))
+
+
+def _words(shape: tuple[int, ...]) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.int32)
+
+
+def _write_component(
+    folder: Path, entries: list[Entry], *, name: str, shard_bytes: int, advance: Callable[[int], None]
+) -> None:
+    """One file, or shards of at most `shard_bytes` (one tensor at least) with an index, as diffusers writes it."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(each.nbytes for each in shards[-1]) + entry.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    folder.mkdir(exist_ok=True)
+    stem = name.removesuffix(".safetensors")
+    names = (
+        [name]
+        if len(shards) == 1
+        else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    for file, shard in zip(names, shards, strict=True):
+        _write_safetensors(folder / file, shard, advance)
+    if len(shards) > 1:
+        placed = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}
+        total = sum(entry.nbytes for entry in entries)
+        _write_json(folder / f"{name}.index.json", {"metadata": {"total_size": total}, "weight_map": placed})
+
+
+def _write_safetensors(file: Path, entries: list[Entry], advance: Callable[[int], None]) -> None:
+    """The format's header needs sizes alone, so that one block of one tensor is in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for entry in entries:
+            for block in entry.blocks():
+                stream.write(memoryview(block.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                advance(block.nbytes)
+
+
+def _transformer_config(layout: Layout, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    channels, patch = int(vae["z_dim"]), int(transformer["latent_patch_size"])
+    half = int(transformer["head_dim"]) // 2
+    spatial = half * 5 // 16  # of the rotary frequencies for rows and for columns: 20 of 64; time takes the rest
+    axes = [half - 2 * spatial, spatial, spatial]
+    own = {
+        **transformer,
+        "latent_channel": channels,
+        "patch_latent_dim": channels * patch**2,
+        "rope_axes_dim": axes,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": axes, "rope_type": "default"},
+    }
+    if layout.edge:
+        own["rope_scaling"] = {"mrope_section": axes}
+    elif layout.option != "toy":
+        # The first release knows neither of these keys; its rotary axes are in rope_scaling alone.
+        for key in ("rope_axes_dim", "hidden_act", "use_und_k_norm_for_gen"):
+            del own[key]
+        own["hidden_act"] = transformer["hidden_act"]
+    return {**layout.transformer, **own}
+
+
+def _configs(
+    layout: Layout, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], full_size: bool
+) -> dict[str, Any]:
+    """The JSON files of the folder by their names."""
+    version = layout.index["_diffusers_version"]
+    index = {
+        **layout.index,
+        "scheduler": ["diffusers", layout.scheduler["_class_name"]],
+        "text_tokenizer": ["transformers", layout.tokenizer_class],
+        "transformer": ["diffusers", "Cosmos3OmniTransformer"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    config = _transformer_config(layout, transformer, vae)
+    files: dict[str, Any] = {}
+    if layout.sound_tokenizer:
+        index["sound_tokenizer"] = ["diffusers", "Cosmos3AVAEAudioTokenizer"]
+        files["sound_tokenizer/config.json"] = dict(_sound_tokenizer(full_size).config)
+    if layout.vision_encoder:
+        index["vision_encoder"] = ["transformers", "Qwen3VLVisionModel"]
+        files["vision_encoder/config.json"] = _vision_encoder(full_size).config.to_dict()
+    if layout.quantization is not None:
+        config["quantization_config"] = layout.quantization
+    if layout.quantization is not None and layout.quantization["quant_method"] == "modelopt":
+        files["hf_quant_config.json"] = {"producer": layout.quantization["producer"], "quant_algo": "FP8"}
+    if layout.modular_index is not None:
+        files[MODULAR_INDEX] = layout.modular_index
+    if layout.negative_prompt:
+        files["assets/negative_prompt.json"] = NEGATIVE_PROMPT
+    return {
+        **files,
+        **layout.root,
+        MODEL_INDEX: index,
+        "transformer/config.json": config,
+        "scheduler/scheduler_config.json": layout.scheduler,
+        "vae/config.json": {
+            "_class_name": "AutoencoderKLWan",
+            "_diffusers_version": version,
+            **vae,
+            "clip_output": False,
+            "dropout": 0.0,
+            "latents_mean": LATENTS_MEAN,
+            "latents_std": LATENTS_STD,
+        },
+    }
+
+
+def _sound_tokenizer(full_size: bool) -> Cosmos3AVAEAudioTokenizer:
+    with torch.device("meta"):
+        return Cosmos3AVAEAudioTokenizer(**({} if full_size else SMALL_SOUND))
+
+
+def _vision_encoder(full_size: bool) -> Any:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    small = {**SMALL_VISION, "deepstack_visual_indexes": SMALL_VISION_DEEPSTACK}
+    with torch.device("meta"):
+        return Qwen3VLVisionModel(Qwen3VLVisionConfig(**({} if full_size else small)))
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,105 @@
+"""The text tokenizer of a checkpoint, tried on two words before it is used: a broken one still makes a picture."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
+from cosmos3_pipeline.errors import Refusal
+
+# A tokenizer of 150,000 words loads in a second or two and writes a sentence in milliseconds.
+LOAD_SECONDS = 120.0
+WRITE_SECONDS = 20.0
+# Two words of which each is written with the same markers around it.
+WORDS = ("kite", "harbour")
+# What the transformer was given at most, and what a sentence of one word never comes near.
+LONGEST_SENTENCE = 4096
+START_OF_PICTURE = "<|vision_start|>"
+
+
+def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
+    """The tokenizer of `checkpoint`.
+
+    Raises:
+        Refusal: it does not load, does not end, writes the same whatever the prompt is, or writes tokens that the
+            transformer does not have.
+    """
+    folder = checkpoint.folder / "text_tokenizer"
+    tokenizer = _within(
+        LOAD_SECONDS,
+        lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
+        what=f"the tokenizer in {folder} cannot be loaded",
+    )
+    first, second = (_write(tokenizer, word, folder) for word in WORDS)
+    vocabulary = checkpoint.transformer["vocab_size"]
+    special = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(START_OF_PICTURE)]
+    if None in special or special[1] == tokenizer.unk_token_id:
+        raise _broken(
+            f"the tokenizer in {folder} has no end of sentence or no {START_OF_PICTURE}",
+            "the picture begins after these two tokens",
+        )
+    text = tokenizer.decode(first)
+    if first == second or WORDS[0] not in text:
+        raise _broken(
+            f"the chat template in {folder} writes {text[:60]!r} for the prompt {WORDS[0]!r}",
+            "the words of the prompt are not in it, so every prompt would give the same picture",
+        )
+    if len(first) > LONGEST_SENTENCE:
+        raise _broken(
+            f"the chat template in {folder} writes {len(first)} tokens for one word",
+            f"Cosmos3 was trained with {LONGEST_SENTENCE} at most",
+        )
+    largest = max(*first, *second, *special, len(tokenizer) - 1)
+    if largest >= vocabulary:
+        raise _broken(
+            f"the tokenizer in {folder} has the token {largest}",
+            f"transformer/config.json says vocab_size: {vocabulary}, so the last one is {vocabulary - 1}",
+        )
+    return tokenizer
+
+
+def _write(tokenizer: Any, word: str, folder: Path) -> list[int]:
+    """The tokens of a conversation that asks for `word`, written as diffusers' pipeline writes a prompt."""
+    conversation = [{"role": "system", "content": "You help."}, {"role": "user", "content": word}]
+    written = _within(
+        WRITE_SECONDS,
+        lambda: (
+            tokenizer.apply_chat_template(
+                conversation, tokenize=True, add_generation_prompt=True, add_vision_id=False, return_dict=True
+            ).input_ids
+        ),
+        what=f"the chat template in {folder} cannot be written",
+    )
+    return [int(token) for token in written]
+
+
+def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:
+    """The result of `action`, in a thread of its own: a template may loop for ever, and nothing can stop it."""
+    result: list[Any] = []
+    failed: list[Exception] = []
+
+    def act() -> None:
+        try:
+            result.append(action())
+        # tokenizers and jinja raise whatever they like, Exception itself among it; all of it is told.
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        lines = str(failed[0]).strip().splitlines() or [""]
+        raise _broken(what, f"{type(failed[0]).__name__}: {lines[0][:200]}") from failed[0]
+    if not result:
+        raise _broken(what, f"it did not end within {seconds:g} seconds")
+    return result[0]
+
+
+def _broken(what: str, why: str) -> Refusal:
+    return Refusal(what=what, why=why, works="the text_tokenizer folder as it was published, downloaded again")
