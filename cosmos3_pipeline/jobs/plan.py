@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.plan import tables
-from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint, is_hub_id
+from cosmos3_pipeline.plan.checkpoint import inspect_checkpoint
 from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan
 from cosmos3_pipeline.plan.search import Candidate, search
 from cosmos3_pipeline.plan.summary import summary, summary_lines
@@ -42,15 +44,21 @@ def head(cfg: DictConfig, output: Path) -> None:
 
 
 def plan_with_checkpoint(cfg: DictConfig) -> Plan:
-    """The plan, with the dimensions of the checkpoint where `model.path` is a folder here.
+    """The plan, with the dimensions of the checkpoint where `model.path` is a folder here or in the hub's cache.
 
-    Raises ConfigError when that folder holds no Cosmos3 checkpoint.
+    Nothing is downloaded for a plan: a hub id that is not in the cache is planned with the numbers of the model
+    option, and a note of the plan says so. Raises ConfigError when the folder holds no Cosmos3 checkpoint.
     """
-    path = cfg.model.path
-    if path is None or is_hub_id(path):
+    model = cfg.model
+    if model.path is None:
         return make_plan(cfg)
+    folder = local_folder(model.path, model.commit or model.revision)
+    if folder is None:
+        plan = make_plan(cfg)
+        note = f"{model.path} is not in the hub's cache: planned with the dimensions of model={model.name}"
+        return replace(plan, notes=(note, *plan.notes))
     try:
-        info = inspect_checkpoint(path)
+        info = inspect_checkpoint(folder)
     except Refusal as refusal:
         raise ConfigError([refusal.problem]) from refusal
     return make_plan(cfg, transformer=info.transformer, vae=info.vae)

@@ -158,7 +158,9 @@ def against_replicated(context: RunContext, kept: list[Tensor]) -> dict[str, Any
 def components(plain: dict[str, Any], device: torch.device, mesh: RankMesh, ledgers: list[Ledger]) -> Components:
     """The model that `plain` names, its VAE spread over the ranks of the clip as `plain` says."""
     model = plain["model"]
-    checkpoint = open_checkpoint(model["path"], transformer=model["transformer"], vae=model["vae"])
+    checkpoint = open_checkpoint(
+        model["path"], transformer=model["transformer"], vae=model["vae"], revision=model["commit"]
+    )
 
     # A decode by one rank needs the whole model; otherwise a rank reads the weights of its own share only.
     whole = bool(plain["output"]["against_replicated"])
@@ -225,6 +227,7 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
     return {
         "schema_version": SCHEMA_VERSION,
         "model": plain["model"]["name"],
+        "checkpoint": checkpoint_of(plain["model"]),
         "task": plain["task"]["name"],
         "seed": plain["sampler"]["seed"],
         "picture": context.picture.path.name,
@@ -241,6 +244,12 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
         "stages": stages,
         "versions": versions(),
     }
+
+
+def checkpoint_of(model: dict[str, Any]) -> dict[str, str | None]:
+    """Where the weights are from; of a folder and of the toy model nobody knows a commit."""
+    repo = None if model["commit"] is None else model["path"]
+    return {"path": model["path"], "repo": repo, "revision": model["revision"], "commit": model["commit"]}
 
 
 def digest_of(plain: dict[str, Any]) -> str:

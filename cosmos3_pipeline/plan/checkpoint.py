@@ -6,7 +6,6 @@ A Cosmos3 checkpoint is a diffusers folder: `model_index.json` and one subfolder
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.errors import Refusal
 
 INDEX = "model_index.json"
@@ -32,7 +32,6 @@ WITH_WEIGHTS = ("transformer", "vae")
 # diffusers' Cosmos3 blocks count latents with these where the VAE is not loaded yet.
 COMPRESSION = {"scale_factor_temporal": 4, "scale_factor_spatial": 16}
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LFS_POINTER = b"version "  # as a length it would be absurd
 
 
@@ -46,11 +45,6 @@ class CheckpointInfo:
     vae: Mapping[str, Any]  # config.json of the VAE
     weight_files: Mapping[str, tuple[Path, ...]]
     weight_bytes: Mapping[str, int]
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether `path` names a repository of the Hugging Face hub, `owner/name`, and no folder here."""
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
@@ -94,17 +88,18 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def adopt_dimensions(cfg: DictConfig) -> list[str]:
-    """Put the dimensions of the checkpoint folder `cfg.model.path` in the place of the model option's.
+    """Put the dimensions of the checkpoint at `cfg.model.path` in the place of the model option's.
 
     Checks, plans and the saved config are then about the model that runs. Returns one line per dimension that
-    was another one. Without a folder here (no path, a hub id, nothing there) nothing changes: `check_start`
-    says so before a run.
+    was another one. Without a checkpoint here (no path, a hub id that is not in the cache, nothing there) nothing
+    changes: `check_start` says so before a run.
     """
-    path = cfg.model.path
-    if path is None or not (Path(path).expanduser() / INDEX).is_file():
+    model = cfg.model
+    folder = None if model.path is None else local_folder(model.path, model.commit or model.revision)
+    if folder is None or not (folder / INDEX).is_file():
         return []
     try:
-        info = inspect_checkpoint(path)
+        info = inspect_checkpoint(folder)
     except Refusal:
         return []
     changed = []
@@ -118,26 +113,6 @@ def adopt_dimensions(cfg: DictConfig) -> list[str]:
             if node[key] != option:
                 changed.append(f"model.{name}.{key}={found[key]}, not {option}")
     return changed
-
-
-def fetch_checkpoint(repo: str) -> Path:
-    """The local folder of the hub repository `repo`, downloaded where it is not in the hub's cache yet.
-
-    Raises:
-        Refusal: it is not in the cache and cannot be downloaded.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[INDEX, *(f"{name}/*" for name in COMPONENTS)]))
-    except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
-        raise Refusal(
-            what=f"the checkpoint {repo} is neither a folder here nor could it be fetched from the hub",
-            why=str(error).strip().splitlines()[0],
-            works="model.path=FOLDER with a downloaded copy, or `hf download` and `hf auth login` where there is "
-            "internet",
-        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
