@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.checkpoint.hub import is_hub_id
+from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 
 
@@ -21,18 +21,19 @@ class Adopted:
 
 
 def adopt_checkpoint(cfg: DictConfig) -> Adopted | None:
-    """Put the numbers of the checkpoint folder `cfg.model.path` in the place of the model option's.
+    """Put the numbers of the checkpoint `cfg.model.path` in the place of the model option's.
 
-    Checks, plans and the saved config are then about the model that runs. None without a folder (no path, or a hub
-    id).
+    Checks, plans and the saved config are then about the model that runs. None without a checkpoint here: no path,
+    or a hub id that is not in the hub's cache.
 
     Raises:
         Refusal: see `inspect_checkpoint`.
     """
-    path = cfg.model.path
-    if path is None or is_hub_id(path):
+    model = cfg.model
+    folder = None if model.path is None else local_folder(model.path, model.commit or model.revision)
+    if folder is None:
         return None
-    info = inspect_checkpoint(path)
+    info = inspect_checkpoint(folder)
     changed = []
     for node, key, found in _numbers(cfg, info):
         option, node[key] = node[key], found

@@ -9,6 +9,11 @@ from typing import Any
 
 from cosmos3_pipeline.errors import Refusal
 
+# The files of a checkpoint that lie outside of its components' folders.
+INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"
+NEGATIVE_PROMPT = "assets/negative_prompt.json"
+
 # The largest real one is an index of some 2,000 tensors, 0.2 MB, or a tokenizer.json, 12 MB.
 LARGEST_JSON = 256 * 2**20
 

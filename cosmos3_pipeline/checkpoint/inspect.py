@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline.checkpoint import rules
-from cosmos3_pipeline.checkpoint.files import is_regular, read_json
+from cosmos3_pipeline.checkpoint.files import INDEX, MODULAR_INDEX, is_regular, read_json
 from cosmos3_pipeline.checkpoint.sampler import Sampler, distilled, sampler_of
 from cosmos3_pipeline.checkpoint.stored import StoredTensor, stored_tensors
 from cosmos3_pipeline.checkpoint.tokenizer_files import check_tokenizer_files
@@ -20,9 +20,6 @@ from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.program import program_for
 
-INDEX = "model_index.json"
-MODULAR_INDEX = "modular_model_index.json"
-NEGATIVE_PROMPT = "assets/negative_prompt.json"
 # The published Nano and Super carry the first name, everything converted since July 2026 the second.
 PIPELINES = ("Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline")
 DISTILLED_PIPELINE = "Cosmos3DistilledModularPipeline"

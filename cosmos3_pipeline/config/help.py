@@ -21,8 +21,9 @@ group=option chooses one of:
 FOOT = """
 key=value sets anything else; see all keys and what they are now with --cfg job:
   task.prompt task.negative_prompt task.image task.video task.height task.width task.num_frames task.fps
-  sampler.steps sampler.guidance_scale sampler.flow_shift sampler.seed     model.path model.dtype
-  vae.parallel_encode vae.parallel_decode     topology.nodes .ranks_per_node .cfg .ulysses     output.latents
+  sampler.steps sampler.guidance_scale sampler.flow_shift sampler.seed     output.latents
+  model.path model.revision model.dtype     vae.parallel_encode vae.parallel_decode
+  topology.nodes .ranks_per_node .cfg .ulysses
 
   --cfg job     print the composed configuration and stop (--resolve: with the references followed)
   -m            run every combination of comma-separated values

@@ -152,6 +152,8 @@ class ModelConfig:
     name: str = MISSING
     repo: str | None = MISSING
     path: str | None = MISSING
+    revision: str | None = None
+    commit: str | None = None
     dtype: Dtype = MISSING
     vae_dtype: Dtype = MISSING
     transformer: TransformerConfig = field(default_factory=TransformerConfig)

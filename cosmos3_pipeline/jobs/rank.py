@@ -167,7 +167,9 @@ def components(
 ) -> Components:
     """The model that `plain` names, its VAE spread over the ranks of the clip as `plain` says."""
     model = plain["model"]
-    checkpoint = open_checkpoint(model["path"], transformer=model["transformer"], vae=model["vae"])
+    checkpoint = open_checkpoint(
+        model["path"], transformer=model["transformer"], vae=model["vae"], revision=model["commit"]
+    )
 
     # A decode by one rank needs the whole model; otherwise a rank reads the weights of its own share only.
     whole = bool(plain["output"]["against_replicated"])
@@ -248,7 +250,7 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
             "replica_ranks": replica_ranks(OmegaConf.create(topology)),
             **{key: topology[key] for key in ("nodes", "ranks_per_node", "dp", "cfg", "ulysses", "device")},
         },
-        "checkpoint": checkpoint_report(context.components),
+        "checkpoint": checkpoint_report(context.components, plain["model"]),
         "words": None if context.words is None else asdict(context.words),
         "vae": {direction: used(plain, direction).report() for direction in VAE_DIRECTIONS},
         "stages": stages,
@@ -256,10 +258,14 @@ def metrics(plain: dict[str, Any], context: RunContext, stages: dict[str, Any], 
     }
 
 
-def checkpoint_report(components: Components) -> dict[str, Any]:
-    """Which checkpoint ran, by which schedule, and what of it was not read."""
+def checkpoint_report(components: Components, model: dict[str, Any]) -> dict[str, Any]:
+    """Which checkpoint ran, by which schedule, and what of it was not read; only the hub's has a commit."""
     checkpoint, schedule = components.checkpoint, components.scheduler().config
     return {
+        "path": model["path"],
+        "repo": None if model["commit"] is None else model["path"],
+        "revision": model["revision"],
+        "commit": model["commit"],
         "folder": str(checkpoint.folder),
         "sampler": checkpoint.sampler.class_name,
         "schedule": {key: schedule[key] for key in ("flow_shift", "use_karras_sigmas")},

@@ -11,20 +11,28 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from cosmos3_pipeline.checkpoint.adopt import adopt_checkpoint
+from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id
 from cosmos3_pipeline.config.schema import Device, JobName
 from cosmos3_pipeline.distributed import host
-from cosmos3_pipeline.errors import ConfigError, Problem, did_you_mean
+from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.plan.checks import check
 from cosmos3_pipeline.plan.plan import make_plan
 from cosmos3_pipeline.plan.units import quantity
 
 
 def check_start(cfg: DictConfig) -> None:
-    """Raise ConfigError with everything that keeps the checked `cfg` from running on this machine."""
+    """Raise ConfigError with everything that keeps the checked `cfg` from running on this machine.
+
+    A hub id is fetched once nothing else is wrong; `cfg.model.commit` is then what all ranks open.
+    """
     if cfg.job.name == JobName.plan:
         return
     found = list(_world(cfg))
     if cfg.job.name != JobName.bench:  # whose VAE is random, and which makes no clip
         found += [*_inputs(cfg), *_checkpoint(cfg), *_memory(cfg)]
+        if not found:
+            found += _fetch(cfg)
     if found:
         raise ConfigError(found)
 
@@ -38,6 +46,22 @@ def _checkpoint(cfg: DictConfig) -> Iterator[Problem]:
             works=f"model.path=FOLDER with a diffusers folder, model.path={model.repo} with internet, "
             "or model=toy",
         )
+
+
+def _fetch(cfg: DictConfig) -> Iterator[Problem]:
+    """Fetch the checkpoint of a hub id; what keeps it from being had, or from running by its own dimensions."""
+    model = cfg.model
+    if model.path is None or not is_hub_id(model.path):
+        return
+    try:
+        model.commit = fetch_checkpoint(model.path, model.commit or model.revision).commit
+        adopted = adopt_checkpoint(cfg)
+    except Refusal as refusal:
+        yield refusal.problem
+        return
+    if adopted is not None and adopted.changed:
+        check(cfg)
+        yield from _memory(cfg)
 
 
 def _memory(cfg: DictConfig) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.checkpoint.inspect import NEGATIVE_PROMPT
+from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 
 
 def show(output: Path) -> None:

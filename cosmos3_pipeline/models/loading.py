@@ -27,8 +27,12 @@ from cosmos3_pipeline.models.reading import read_tensors
 from cosmos3_pipeline.models.tokenizer import load_tokenizer
 
 
-def open_checkpoint(path: str | None, *, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> CheckpointInfo:
+def open_checkpoint(
+    path: str | None, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], revision: str | None = None
+) -> CheckpointInfo:
     """The checkpoint at `path`: a folder, or the hub id of one; without a path the toy model of these dimensions.
+
+    `revision` is of a hub id: ranks give the commit that was fetched before they started, which needs no request.
 
     Raises:
         Refusal: there is none, or it is not a whole Cosmos3 checkpoint.
@@ -37,7 +41,7 @@ def open_checkpoint(path: str | None, *, transformer: Mapping[str, Any], vae: Ma
         from cosmos3_pipeline.models.toy import toy_checkpoint
 
         return inspect_checkpoint(toy_checkpoint(transformer=transformer, vae=vae))
-    return inspect_checkpoint(fetch_checkpoint(path) if is_hub_id(path) else path)
+    return inspect_checkpoint(fetch_checkpoint(path, revision).folder if is_hub_id(path) else path)
 
 
 GB = 10**9

@@ -17,8 +17,8 @@ import torch
 from diffusers import Cosmos3AVAEAudioTokenizer
 from torch import Tensor, nn
 
-from cosmos3_pipeline.checkpoint.inspect import INDEX as MODEL_INDEX
-from cosmos3_pipeline.checkpoint.inspect import MODULAR_INDEX
+from cosmos3_pipeline.checkpoint.files import INDEX as MODEL_INDEX
+from cosmos3_pipeline.checkpoint.files import MODULAR_INDEX
 from cosmos3_pipeline.checkpoint.stored import WEIGHTS
 from cosmos3_pipeline.checkpoint.weights import transformer_weights, vae_weights
 from cosmos3_pipeline.errors import Refusal

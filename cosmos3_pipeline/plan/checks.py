@@ -12,6 +12,7 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
+from cosmos3_pipeline.checkpoint.hub import is_hub_id
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose
@@ -52,7 +53,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Adopted | 
             found.append(refusal.problem)
     if not found:
         clip = clip_of(cfg)
-        for one in (_task, _clip, _ranks, _layout, _vae, _output, _job):
+        for one in (_model, _task, _clip, _ranks, _layout, _vae, _output, _job):
             found.extend(one(cfg, clip))
         if cfg.model.trained.when_outside == "refuse":
             found.extend(outside(cfg))
@@ -73,6 +74,19 @@ def _origins(words: str, traced: Provenance) -> Iterator[str]:
         if chain := traced.chain(key) or traced.chain(f"{key}._target_"):
             through = f" ({chain[-1].key})" if len(chain) > 1 else ""
             yield f"{key} by {chain[-1].winner.place}{through}"
+
+
+def _model(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+    path = cfg.model.path
+    if path is not None and is_hub_id(path):
+        return
+    for key in ("revision", "commit"):
+        if cfg.model[key] is not None:
+            yield Problem(
+                what=f"model.{key}={cfg.model[key]} with model.path={'null' if path is None else path}",
+                why="only a repository of the hub has revisions, so it would be ignored",
+                works=f"model.path={cfg.model.repo or 'nvidia/Cosmos3-Nano'}, or no model.{key}",
+            )
 
 
 def _task(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:

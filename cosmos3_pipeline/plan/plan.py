@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.plan.denoising import Denoising
 from cosmos3_pipeline.plan.geometry import Clip, clip_of, replica_ranks
@@ -169,7 +170,11 @@ def _warnings(cfg: DictConfig) -> tuple[str, ...]:
 
 
 def _notes(cfg: DictConfig, estimated_text: bool) -> tuple[str, ...]:
-    notes = [ESTIMATES["cpu" if cfg.topology.device.value == "cpu" else "cuda"]]
+    notes = []
+    model = cfg.model
+    if model.path is not None and local_folder(model.path, model.commit or model.revision) is None:
+        notes.append(f"{model.path} is not in the hub's cache: planned with the numbers of model={model.name}")
+    notes += [ESTIMATES["cpu" if cfg.topology.device.value == "cpu" else "cuda"]]
     if estimated_text:
         notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
     return tuple(notes)

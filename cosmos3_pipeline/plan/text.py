@@ -10,8 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.checkpoint.hub import is_hub_id
-from cosmos3_pipeline.checkpoint.inspect import NEGATIVE_PROMPT
+from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
+from cosmos3_pipeline.checkpoint.hub import local_folder
 
 # English in a vocabulary of 150,000 is about four bytes per token.
 BYTES_PER_TOKEN = 4
@@ -38,8 +38,9 @@ def _negative_prompt(cfg: DictConfig) -> str:
     model, negative = cfg.model, cfg.task.negative_prompt
     if negative is not None:
         return str(negative)
-    if model.path is not None and not is_hub_id(model.path):
-        file = Path(model.path).expanduser() / NEGATIVE_PROMPT
+    folder = None if model.path is None else local_folder(model.path, model.commit or model.revision)
+    if folder is not None:
+        file = folder / NEGATIVE_PROMPT
         return file.read_text(encoding="utf-8") if file.is_file() else ""
     return "" if model.repo is None else "-" * NEGATIVE_PROMPT_BYTES
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.files import read_json
-from cosmos3_pipeline.checkpoint.inspect import NEGATIVE_PROMPT
+from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT, read_json
 from cosmos3_pipeline.plan.geometry import Clip
 
 # Width over height of each label that NVIDIA's captions have.

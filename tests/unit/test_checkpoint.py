@@ -17,10 +17,9 @@ from toy_runs import toy_dimensions
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.adopt import adopt_checkpoint
-from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.errors import ConfigError, Refusal
-from cosmos3_pipeline.models.loading import Components, load_scheduler, load_vae, open_checkpoint
+from cosmos3_pipeline.models.loading import Components, load_scheduler, load_vae
 from cosmos3_pipeline.models.toy import write_toy
 
 
@@ -146,40 +145,6 @@ def test_checks_are_about_the_checkpoint_not_the_option(whole: Path, folder: Pat
     )
     with pytest.raises(ConfigError, match="12 attention heads"):
         compose([*layout, f"model.path={folder}"])
-
-
-def test_what_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert is_hub_id("nvidia/Cosmos3-Nano")
-    assert not any(is_hub_id(p) for p in ("/models/nano", "./nvidia/nano", "nano", "a/b/c", "~/nano", "../nano"))
-    (tmp_path / "nvidia" / "Cosmos3-Nano").mkdir(parents=True)
-    assert not is_hub_id("nvidia/Cosmos3-Nano")
-
-
-def test_a_hub_id_without_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offline(repo: str, **kwargs: object) -> str:
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        raise LocalEntryNotFoundError("Cannot reach the hub\nmore")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(Refusal, match=r"nvidia/Cosmos3-Nano is neither .*\n.*Cannot reach the hub\n.*model.path="):
-        open_checkpoint("nvidia/Cosmos3-Nano", **toy_dimensions())
-
-
-def test_a_hub_id_is_fetched_without_what_is_not_used(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, object] = {}
-
-    def download(repo: str, *, allow_patterns: list[str]) -> str:
-        asked.update(repo=repo, patterns=allow_patterns)
-        return str(whole)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert fetch_checkpoint("nvidia/Cosmos3-Nano") == whole
-    assert asked["repo"] == "nvidia/Cosmos3-Nano"
-    patterns = asked["patterns"]
-    assert isinstance(patterns, list) and "model_index.json" in patterns and "vae/*" in patterns
-    assert not any("sound" in p or p == "*" for p in patterns)
 
 
 def test_the_shipped_schedule_or_the_shift_asked_for(folder: Path) -> None:

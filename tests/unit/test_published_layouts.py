@@ -16,7 +16,8 @@ from PIL import Image
 from toy_runs import PROMPT, clip_of, components, context_of
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.checkpoint.inspect import NEGATIVE_PROMPT, inspect_checkpoint
+from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
+from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.checkpoint.weights import transformer_weights, vae_weights
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS

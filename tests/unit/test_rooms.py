@@ -43,7 +43,7 @@ def test_imports_point_to_earlier_rooms(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda p: p.relative_to(LIBRARY).as_posix())
 def test_what_the_command_line_needs_imports_nothing_heavy(file: Path) -> None:
     relative = file.relative_to(LIBRARY).as_posix()
-    light = relative.startswith(("config/", "plan/")) or relative.endswith("__init__.py")
+    light = relative.startswith(("config/", "checkpoint/", "plan/")) or relative.endswith("__init__.py")
     light |= relative in {f"vae/{name}.py" for name in ("ops", "builder", "program", "strategy", "line_times")}
     light |= relative in ("denoise/cost.py", "denoise/checks.py")
     if light:

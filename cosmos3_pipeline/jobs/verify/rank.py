@@ -111,7 +111,9 @@ def inputs(
         return ListeningVae(autoencoder, encode=reference, decode=reference, group=mesh.group(REPLICA))
 
     parts = Components(
-        open_checkpoint(model["path"], transformer=model["transformer"], vae=model["vae"]),
+        open_checkpoint(
+            model["path"], transformer=model["transformer"], vae=model["vae"], revision=model["commit"]
+        ),
         dtype=getattr(torch, model["dtype"]),
         vae_dtype=getattr(torch, model["vae_dtype"]),
         device=device,
