@@ -58,12 +58,12 @@ def optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
 
-def numbers(check: Check) -> Check:
-    """A list of which each passes `check`."""
+def numbers(check: Check, *, at_least: int = 0) -> Check:
+    """A list of so many, of which each passes `check`."""
 
     def check_all(value: Any) -> str | None:
-        if not isinstance(value, list):
-            return "it must be a list"
+        if not isinstance(value, list) or len(value) < at_least:
+            return f"it must be a list of at least {at_least}"
         return next((f"of each in it: {why}" for item in value if (why := check(item))), None)
 
     return check_all
@@ -161,9 +161,9 @@ VAE = Rules(
         "base_dim": Key(whole(1), 96),
         "decoder_base_dim": Key(optional(whole(1)), None),
         "z_dim": Key(whole(1)),
-        "dim_mult": Key(numbers(whole(1)), [1, 2, 4, 4]),
+        "dim_mult": Key(numbers(whole(1), at_least=1), [1, 2, 4, 4]),
         "num_res_blocks": Key(whole(1), 2),
-        "attn_scales": Key(numbers(number(above=0)), []),
+        "attn_scales": Key(one_of([]), []),
         "temperal_downsample": Key(numbers(flag), [False, True, True]),
         "is_residual": Key(flag, False),
         "in_channels": Key(whole(1), 3),

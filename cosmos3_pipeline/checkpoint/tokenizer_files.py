@@ -32,6 +32,12 @@ def check_tokenizer_files(folder: Path, config: Mapping[str, Any]) -> None:
             why="it would run a program that came with the checkpoint",
             works="the tokenizer as NVIDIA published it",
         )
+    if not config.get("eos_token"):
+        raise Refusal(
+            what=f"{folder / 'tokenizer_config.json'} has no eos_token",
+            why="the prompt ends with it; the class of the tokenizer would take another one in its place",
+            works="the tokenizer as NVIDIA published it",
+        )
     template = config.get("chat_template")
     if is_regular(folder / TEMPLATE_FILE):
         template = read_text(folder / TEMPLATE_FILE, largest=LARGEST_TEMPLATE)

@@ -47,13 +47,14 @@ def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Adopted | 
     adopted = None
     found = structure.problems(cfg)
     if not found:  # what follows needs every value to be there and in range
+        found.extend(_model(cfg))
         try:
             adopted = adopt_checkpoint(cfg)
         except Refusal as refusal:
             found.append(refusal.problem)
     if not found:
         clip = clip_of(cfg)
-        for one in (_model, _task, _clip, _ranks, _layout, _vae, _output, _job):
+        for one in (_task, _clip, _ranks, _layout, _vae, _output, _job):
             found.extend(one(cfg, clip))
         if cfg.model.trained.when_outside == "refuse":
             found.extend(outside(cfg))
@@ -76,7 +77,7 @@ def _origins(words: str, traced: Provenance) -> Iterator[str]:
             yield f"{key} by {chain[-1].winner.place}{through}"
 
 
-def _model(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+def _model(cfg: DictConfig) -> Iterator[Problem]:
     path = cfg.model.path
     if path is not None and is_hub_id(path):
         return

@@ -29,11 +29,10 @@ from cosmos3_pipeline.checkpoint.hub import (
     local_folder,
 )
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
-from cosmos3_pipeline.jobs.plan import plan_with_checkpoint
-from cosmos3_pipeline.jobs.rank import checkpoint_of
 from cosmos3_pipeline.jobs.start import check_start
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.models.toy import toy_checkpoint
+from cosmos3_pipeline.plan.plan import make_plan
 
 REPO = "nvidia/Cosmos3-Nano"
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
@@ -444,13 +443,6 @@ def test_a_run_fetches_last_and_pins_the_commit(toy_hub: FakeHub) -> None:
     cfg = compose(["model=toy", f"model.path={REPO}", "model.revision=fp8"])
     check_start(cfg)
     assert (cfg.model.path, cfg.model.revision, cfg.model.commit) == (REPO, "fp8", OTHER)
-    assert checkpoint_of(cfg.model) == {"path": REPO, "repo": REPO, "revision": "fp8", "commit": OTHER}
-    assert checkpoint_of(compose(["model.path=conf"]).model) == {
-        "path": "conf",
-        "repo": None,
-        "revision": None,
-        "commit": None,
-    }
 
 
 def test_a_refusal_of_the_hub_is_a_problem_of_the_start(hub: FakeHub) -> None:
@@ -468,14 +460,14 @@ def test_dimensions_of_what_was_fetched_are_checked_before_the_ranks_start(toy_h
 
 def test_a_plan_never_downloads_but_looks_into_the_cache(toy_hub: FakeHub) -> None:
     overrides = ["job=plan", "model=nano", f"model.path={REPO}"]
-    plan = plan_with_checkpoint(compose(overrides))
-    assert plan.notes[0] == f"{REPO} is not in the hub's cache: planned with the dimensions of model=nano"
+    plan = make_plan(compose(overrides))
+    assert plan.notes[0] == f"{REPO} is not in the hub's cache: planned with the numbers of model=nano"
     assert toy_hub.asked == []
     fetch_checkpoint(REPO, None)
     toy_hub.asked.clear()
     cfg = compose(overrides)
     assert cfg.model.transformer.hidden_size == 64
-    assert not any("cache" in note for note in plan_with_checkpoint(cfg).notes)
+    assert not any("cache" in note for note in make_plan(cfg).notes)
     assert toy_hub.asked == []
 
 

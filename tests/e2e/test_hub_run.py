@@ -14,15 +14,17 @@ from cosmos3_pipeline.models.toy import toy_checkpoint
 def test_ranks_open_what_was_fetched_before_they_started(one_rank: Path, tmp_path: Path) -> None:
     hub = FakeHub("acme/toy", files_of(toy_checkpoint(**toy_dimensions())))
     output = tmp_path / "run"
-    overrides = ("topology=cpu_x2", "model.path=acme/toy", "model.revision=fp8", f"hydra.run.dir={output}")
+    overrides = (
+        "topology=cpu_x2",
+        "topology.threads_per_rank=2",
+        "model.path=acme/toy",
+        "model.revision=fp8",
+        f"hydra.run.dir={output}",
+    )
     with serving(hub):
         done = launch(*SMALL, *overrides, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr + done.stdout
     assert set(hub.gets().values()) == {1}
-    assert metrics(output)["checkpoint"] == {
-        "path": "acme/toy",
-        "repo": "acme/toy",
-        "revision": "fp8",
-        "commit": OTHER,
-    }
+    told = metrics(output)["checkpoint"]
+    assert (told["path"], told["repo"], told["revision"], told["commit"]) == ("acme/toy", "acme/toy", "fp8", OTHER)
     assert metrics(output)["frames_sha256"] == metrics(one_rank)["frames_sha256"]
