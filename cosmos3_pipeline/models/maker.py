@@ -164,15 +164,24 @@ def _words(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape), dtype=torch.int32)
 
 
+def shards_of(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
+    """The entries in order, in shards of at most `shard_bytes`; a larger tensor is a shard of its own."""
+    shards: list[list[Entry]] = [[]]
+    held = 0
+    for entry in entries:
+        if shards[-1] and held + entry.nbytes > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(entry)
+        held += entry.nbytes
+    return shards
+
+
 def _write_component(
     folder: Path, entries: list[Entry], *, name: str, shard_bytes: int, advance: Callable[[int], None]
 ) -> None:
-    """One file, or shards of at most `shard_bytes` (one tensor at least) with an index, as diffusers writes it."""
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(each.nbytes for each in shards[-1]) + entry.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(entry)
+    """One file, or shards with an index, as diffusers writes them."""
+    shards = shards_of(entries, shard_bytes)
     folder.mkdir(exist_ok=True)
     stem = name.removesuffix(".safetensors")
     names = (

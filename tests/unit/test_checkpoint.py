@@ -136,15 +136,14 @@ def compose_option(model: str, folder: Path) -> DictConfig:
     return cfg
 
 
-def test_checks_are_about_the_checkpoint_not_the_option(whole: Path, folder: Path) -> None:
+def test_checks_are_about_the_checkpoint_not_the_option(whole: Path, tmp_path: Path) -> None:
     layout = ["topology=cpu_x4", "topology.cfg=1", "topology.ulysses=4"]
     compose([*layout, f"model.path={whole}"])
-    write_toy(
-        folder,
-        **{**toy_dimensions(), "transformer": {**toy_dimensions()["transformer"], "num_attention_heads": 12}},
-    )
-    with pytest.raises(ConfigError, match="12 attention heads"):
-        compose([*layout, f"model.path={folder}"])
+    toy = toy_dimensions()
+    six = {**toy["transformer"], "num_attention_heads": 6, "num_key_value_heads": 2}
+    write_toy(tmp_path / "six", transformer=six, vae=toy["vae"])
+    with pytest.raises(ConfigError, match="6 attention heads"):
+        compose([*layout, f"model.path={tmp_path / 'six'}"])
 
 
 def test_the_shipped_schedule_or_the_shift_asked_for(folder: Path) -> None:

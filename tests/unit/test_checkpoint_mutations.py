@@ -17,6 +17,8 @@ from torch import Tensor
 
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models import tokenizer as tokenizer_module
+from cosmos3_pipeline.models.layouts import LAYOUTS
+from cosmos3_pipeline.models.make_checkpoint import numbers_of
 
 TRANSFORMER = "transformer/config.json"
 VAE = "vae/config.json"

@@ -61,14 +61,14 @@ REFUSALS = [
     pytest.param(["task=t2i", "task.num_frames=5"], "task=t2i", "task.num_frames=1", id="image of five frames"),
     pytest.param(["task.condition_latent_frames=[0]"], "condition_latent_frames", "[]", id="t2v conditioned"),
     pytest.param(["topology.cfg=2"], "1 ranks", "topology.ranks_per_node=2", id="axes over too few ranks"),
+    pytest.param(["model=nano", "model.path=no/such/one"], "no/such/one", "model.path=", id="missing folder"),
+    pytest.param(["model.path=conf"], "model_index.json", "model_index.json", id="not a checkpoint"),
     pytest.param(["output.preset=slwo"], "output.preset=slwo", "did you mean slow?", id="unknown codec preset"),
 ]
 
 
 REFUSED_AT_THE_START = [
     pytest.param(["model=nano"], "model.path is not set", "nvidia/Cosmos3-Nano", id="no weights"),
-    pytest.param(["model=nano", "model.path=no/such/one"], "no/such/one", "model.path=", id="missing folder"),
-    pytest.param(["model.path=conf"], "model_index.json", "model_index.json", id="not a checkpoint"),
     pytest.param(["task=i2v"], "task.image is not set", "task.image=", id="i2v without image"),
     pytest.param(["task=v2v"], "task.video is not set", "task.video=", id="v2v without video"),
     pytest.param(["task=i2v", "task.image=no.jpg"], "no.jpg", "file", id="missing photograph"),

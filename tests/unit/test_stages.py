@@ -323,17 +323,36 @@ def test_nothing_is_left_when_decoding_fails(checkpoint: CheckpointInfo, tmp_pat
 def test_tokens_are_those_of_diffusers(
     use_system_prompt: bool | None, checkpoint: CheckpointInfo, reference: Cosmos3OmniPipeline, tmp_path: Path
 ) -> None:
-    words = tmp_path / "caption.json"
-    words.write_text('{"caption": "Ein Kätzchen läuft"}\n', encoding="utf-8")
+    words = tmp_path / "words.txt"
+    words.write_text("Ein Kätzchen läuft\n", encoding="utf-8")
     context = context_of(components(checkpoint), clip_of(80, 112, 9), tmp_path)
     text(prompt=f"@{words}", use_system_prompt=use_system_prompt)(context)
     expected = reference.tokenize_prompt(
-        '{"caption": "Ein Kätzchen läuft"}',
+        "Ein Kätzchen läuft",
         NEGATIVE,
         num_frames=9,
         height=80,
         width=112,
         use_system_prompt=use_system_prompt,
+    )
+    found = context.state.get("cond_input_ids"), context.state.get("uncond_input_ids")
+    assert found == expected
+
+
+def test_tokens_of_a_caption_are_those_of_diffusers_without_its_sentences(
+    checkpoint: CheckpointInfo, reference: Cosmos3OmniPipeline, tmp_path: Path
+) -> None:
+    context = context_of(components(checkpoint), clip_of(80, 112, 9), tmp_path)
+    text(prompt='{"temporal_caption": "Ein Kätzchen läuft"}')(context)
+    expected = reference.tokenize_prompt(
+        '{"temporal_caption": "Ein K\\u00e4tzchen l\\u00e4uft", "duration": "0s", "fps": 24.0, '
+        '"resolution": {"H": 80, "W": 112}, "aspect_ratio": "4,3"}',
+        NEGATIVE,
+        num_frames=9,
+        height=80,
+        width=112,
+        add_resolution_template=False,
+        add_duration_template=False,
     )
     found = context.state.get("cond_input_ids"), context.state.get("uncond_input_ids")
     assert found == expected
