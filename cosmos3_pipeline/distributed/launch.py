@@ -146,17 +146,30 @@ def _words(failure: ProcessFailure) -> str:
     return f"it ended with exit code {failure.exitcode}"
 
 
+def _cuda(index: int) -> torch.device:
+    """The GPU of the rank `index` of this machine."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise Refusal(
+            what=f"topology.device=cuda with {count} GPUs for rank {index} of this machine",
+            why=f"PyTorch {torch.__version__} sees {count or 'none'} here"
+            + ("" if torch.version.cuda else ", because it was built for the CPU alone"),
+            works=f"topology.ranks_per_node={count}" if count else "topology=cpu_x1, or PyTorch built with CUDA",
+        )
+    return torch.device("cuda", index)
+
+
 @contextmanager
 def joined_world(*, device: str, threads: int) -> Iterator[torch.device]:
     """Join the world that RANK and WORLD_SIZE describe (gloo on cpu, nccl on cuda), and leave it at the end.
 
     Without RANK in the environment this process is a world of one and no process group is made.
-    Yields the device of this rank.
+    Yields the device of this rank. Raises Refusal where there is no such device.
     """
     torch.set_num_threads(threads)
     local = torch.device("cpu")
     if device == "cuda":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local = _cuda(int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(local)
     if "RANK" not in os.environ:
         yield local

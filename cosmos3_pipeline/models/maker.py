@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +284,8 @@ def _configs(
 
 
 def _sound_tokenizer(full_size: bool) -> Cosmos3AVAEAudioTokenizer:
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own weight_norm, which diffusers uses
         return Cosmos3AVAEAudioTokenizer(**({} if full_size else SMALL_SOUND))
 
 

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.distributed.launch import _cause, joined_world, run_ranks
+from cosmos3_pipeline.errors import Refusal
 
 
 def add_up(folder: str) -> None:
@@ -52,6 +53,15 @@ def alive(pid: int) -> bool:
 def test_ranks_form_one_world(tmp_path: Path) -> None:
     run_ranks(add_up, str(tmp_path), ranks=3)
     assert [(tmp_path / f"rank{r}").read_text() for r in range(3)] == ["6.0"] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with (
+        pytest.raises(Refusal, match=r"topology\.device=cuda with 0 GPUs"),
+        joined_world(device="cuda", threads=1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
