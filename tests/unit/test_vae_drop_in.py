@@ -21,6 +21,7 @@ from torch import nn
 from vae_models import WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.vae import ParallelVAE
+from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.inputs import VaeInputError
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
@@ -300,6 +301,13 @@ def test_the_readme_shows_code_that_runs(tmp_path: Path, monkeypatch: pytest.Mon
         torch.distributed.destroy_process_group()
     assert type(names["pipe"].vae) is ParallelVAE
     assert type(Cosmos3OmniPipeline.from_pretrained(tmp_path / "saved").vae) is AutoencoderKLWan
+
+
+def test_a_model_whose_encoder_does_not_fit_the_picture_decodes() -> None:
+    model = make_vae({**CONFIG, "in_channels": 3})  # as in the tests of Bria Fibo, with patch_size 2
+    assert (picture(alone(model)) - picture(model)).abs().max() <= 1e-5
+    with pytest.raises(ProgramError, match=r"in_channels=3 with patch_size=2; .*; give a multiple of 4"):
+        alone(model).encode(PICTURE)
 
 
 WITHOUT_HYDRA = """
