@@ -51,6 +51,11 @@ def problem_of(
             f"the {what} is {tensor.dtype} on {tensor.device}; the VAE's weights are {dtype} on {device}; "
             f"convert it with .to({device.type!r}, {dtype})"
         )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return (
+            f"the {what} requires grad; the VAE is for inference, and what it returns has no gradient; call it "
+            f"under torch.no_grad(), give {what}.detach(), or use the AutoencoderKLWan that it was made from"
+        )
     step = program.spatial
     if not decode and (shape[3] % step or shape[4] % step):
         rows, cols = (max(step, round(size / step) * step) for size in shape[3:])

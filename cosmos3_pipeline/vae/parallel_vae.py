@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -19,6 +21,7 @@ from cosmos3_pipeline.distributed.board import RunStopped
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.root_tensor import RootTensor
+from cosmos3_pipeline.vae.drop_in import DropIn, default_dtype_kept
 from cosmos3_pipeline.vae.inputs import VaeInputError, latent_shape, problem_of
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import LatentShape, Runner, Strategy, StrategyError, StrategyPlan
@@ -43,7 +46,7 @@ class _Refusal:
     by_strategy: bool
 
 
-class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class ParallelVAE(DropIn):
     """Encodes and decodes with the ranks of `group`, each by its strategy; a drop-in for `AutoencoderKLWan`.
 
     autoencoder: the model whose weights are used; its tensors are shared, not copied, and may be on the meta
@@ -54,9 +57,10 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Every rank of the group makes one and calls the same methods with the same tensors. Bad input raises a
     ValueError on every rank. A rank that fails later raises its own error, and the others raise `PeerFailed` or
     `PeerLost` (both RuntimeError) instead of waiting for it.
-    """
 
-    config_name = "config.json"
+    It is for inference. What it returns has no gradient, also where a parameter requires one: input that requires
+    grad is refused while gradients are enabled, and so is `train()`.
+    """
 
     def __init__(
         self,
@@ -69,12 +73,7 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self._internal_dict = autoencoder._internal_dict
-        # Attributes of AutoencoderKLWan that diffusers pipelines read beside its config.
-        self.z_dim: int = autoencoder.z_dim
-        self.temperal_downsample: Sequence[bool] = autoencoder.temperal_downsample
+        super().__init__(autoencoder, weights)
         self._group = group
         self._strategies: dict[Direction, Strategy] = {"encode": encode, "decode": decode}
         for direction, strategy in self._strategies.items():
@@ -86,8 +85,6 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         loaded = next((p for p in autoencoder.parameters() if not p.is_meta), None)
         self._dtype: torch.dtype = dtype or (autoencoder.dtype if loaded is None else loaded.dtype)
         self._device = device or (torch.device("cpu") if loaded is None else loaded.device)
-        self._weights = weights
-        self._released = False
         self._vae: BoundVae | None = None
         self._runners: dict[Direction, Runner] = {}
         self._honoured: set[tuple[Direction, str, LatentShape]] = set()
@@ -110,6 +107,75 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
             autoencoder = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
         weights = FolderWeights(Path(folder))
         return cls(autoencoder, encode, decode, group, weights=weights, dtype=dtype, device=torch.device(device))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        encode: Strategy | None = None,
+        decode: Strategy | None = None,
+        group: ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `AutoencoderKLWan.from_pretrained`, which takes `kwargs` (subfolder, torch_dtype, variant ...).
+
+        Every rank reads all weights; with `from_folder` it reads those of its share only. Raises TypeError without
+        `encode` or `decode`.
+        """
+        load = partial(AutoencoderKLWan.from_pretrained, pretrained_model_name_or_path, **kwargs)
+        return cls._loaded("from_pretrained", load, encode, decode, group)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: Any,
+        *,
+        encode: Strategy | None = None,
+        decode: Strategy | None = None,
+        group: ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `AutoencoderKLWan.from_single_file`, which takes `kwargs`. Raises TypeError as `from_pretrained`."""
+        load = partial(AutoencoderKLWan.from_single_file, pretrained_model_link_or_path_or_dict, **kwargs)
+        return cls._loaded("from_single_file", load, encode, decode, group)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        encode: Strategy | None = None,
+        decode: Strategy | None = None,
+        group: ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `AutoencoderKLWan.from_config`, with random weights. Raises TypeError as `from_pretrained`."""
+        load = partial(AutoencoderKLWan.from_config, config, **kwargs)
+        return cls._loaded("from_config", load, encode, decode, group)
+
+    @classmethod
+    def _loaded(
+        cls,
+        method: str,
+        load: Callable[[], Any],
+        encode: Strategy | None,
+        decode: Strategy | None,
+        group: ProcessGroup | None,
+    ) -> Any:
+        """What `load` gives, its model wrapped; diffusers gives a tuple when more than the model is asked for."""
+        if encode is None or decode is None:
+            missing = " and ".join(name for name, s in (("encode", encode), ("decode", decode)) if s is None)
+            raise TypeError(
+                f"{cls.__name__}.{method}() without {missing}; a strategy runs each direction, and none is the "
+                "default; give for example encode=Replicated(), decode=LayerPipeline(), from "
+                "cosmos3_plugins.replicated and cosmos3_plugins.layer_pipeline"
+            )
+        with default_dtype_kept():
+            loaded = load()
+        if isinstance(loaded, tuple):
+            return cls(loaded[0], encode, decode, group), *loaded[1:]
+        return cls(loaded, encode, decode, group)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,6 +204,8 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         program = self._bound().program(direction)
         return self._strategies[direction].plan(program, shape, self.comm.size)
 
+    # diffusers moves an offloaded model to its device before `forward`, and before methods with this hook.
+    @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Latents [B, z_dim, T, h, w] -> picture [B, 3, F, H, W] in [-1, 1], on every rank of the group."""
         self._agree("decode", z)
@@ -174,6 +242,7 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         except RunStopped:
             return
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
@@ -187,10 +256,20 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Encode to the most likely latents and decode them."""
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode to the most likely latents, or with `sample_posterior` to random ones, and decode them.
+
+        Ranks draw the same random latents if their generators are in the same state.
+        """
         (posterior,) = self.encode(sample, return_dict=False)
-        return self.decode(posterior.mode(), return_dict=return_dict)
+        latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(latents, return_dict=return_dict)
 
     def release(self, *directions: Direction) -> None:
         """Bind `directions` on this rank and drop every weight of the model that they do not need.
@@ -219,10 +298,37 @@ class ParallelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     f"{moved.dtype} on {moved.device} could be made are gone; move it before release()"
                 )
             self._dtype, self._device = moved.dtype, moved.device
-            self._vae = None
-            self._runners.clear()
+            self._unbind()
         super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's. Raises RuntimeError where the weights in the model are not those that it computes with."""
+        if self._released or self._weights is not None:
+            raise RuntimeError(
+                "load_state_dict() of a VAE that was released or has a source of weights; it does not compute "
+                "with the weights that this sets; set those of an AutoencoderKLWan, and make a ParallelVAE of it"
+            )
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._unbind()
+        return keys
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles are made anew: what is bound, and messages under way, belong to this one.
+
+        Raises RuntimeError after release().
+        """
+        if self._released:
+            raise RuntimeError(
+                "copying or pickling a VAE after release(); this rank has kept only its own share of the weights, "
+                "bound to this VAE; copy it before release()"
+            )
+        make = partial(type(self), weights=self._weights, dtype=self._dtype, device=self._device)
+        return make, (self.autoencoder, self._strategies["encode"], self._strategies["decode"], self._group)
+
+    def _unbind(self) -> None:
+        self._vae = None
+        self._runners.clear()
 
     def _bound(self) -> BoundVae:
         if self._vae is None:

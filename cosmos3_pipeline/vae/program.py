@@ -211,7 +211,7 @@ def decoder_program(config: Mapping[str, Any]) -> Program:
     build.norm("decoder.norm_out")
     build.conv("decoder.conv_out", c.out_channels, (3, 3, 3))
     build.unpatchify(c.patch)
-    return c.program("decode", build.ops, picture_channels=c.out_channels // c.patch**2)
+    return c.program("decode", build.ops)
 
 
 def encoder_program(config: Mapping[str, Any]) -> Program:
@@ -227,7 +227,7 @@ def encoder_program(config: Mapping[str, Any]) -> Program:
             f"temperal_downsample={list(steps)} halves the frames {halvings} times; the encoder takes "
             f"{ENCODE_CHUNK} frames at once, which do not divide by {2**halvings}; two halvings at most work"
         )
-    build = Builder(TensorSpec(c.in_channels // c.patch**2, c.spatial, ENCODE_CHUNK))
+    build = Builder(TensorSpec(c.picture_channels("encode"), c.spatial, ENCODE_CHUNK))
     build.patchify(c.patch)
     build.conv("encoder.conv_in", c.base_dim, (3, 3, 3))
     block = 0
@@ -259,7 +259,7 @@ def encoder_program(config: Mapping[str, Any]) -> Program:
     build.norm("encoder.norm_out")
     build.conv("encoder.conv_out", 2 * c.z_dim, (3, 3, 3))
     build.conv("quant_conv", 2 * c.z_dim, (1, 1, 1))
-    return c.program("encode", build.ops, picture_channels=c.in_channels // c.patch**2)
+    return c.program("encode", build.ops)
 
 
 def program_for(direction: Direction, config: Mapping[str, Any]) -> Program:
@@ -290,12 +290,18 @@ class _Config:
             )
         # The encoder reads the list from its start and the decoder from its end, as diffusers does.
         self._steps = {"encode": steps[:resamples], "decode": tuple(reversed(steps))[:resamples]}
-        for name in ("in_channels", "out_channels"):
-            if getattr(self, name) % self.patch**2:
-                raise ProgramError(
-                    f"{name}={getattr(self, name)} with patch_size={self.patch}; a patch folds {self.patch}^2 "
-                    f"pixels into channels; give a multiple of {self.patch**2}"
-                )
+
+    def picture_channels(self, direction: Direction) -> int:
+        """Channels of the picture that the encoder takes or the decoder makes. Raises ProgramError."""
+        # Each direction looks at its own: the encoder of a VAE that only decodes (Bria Fibo) may fit no picture.
+        name = "in_channels" if direction == "encode" else "out_channels"
+        channels = self.in_channels if direction == "encode" else self.out_channels
+        if channels % self.patch**2:
+            raise ProgramError(
+                f"{name}={channels} with patch_size={self.patch}; a patch folds {self.patch}^2 "
+                f"pixels into channels; give a multiple of {self.patch**2}"
+            )
+        return channels // self.patch**2
 
     def temporal_steps(self, direction: Direction) -> tuple[bool, ...]:
         """For each resampling in the order of the ops: whether it also doubles or halves the frames."""
@@ -305,14 +311,14 @@ class _Config:
     def spatial(self) -> int:
         return self.patch << (len(self.dim_mult) - 1)
 
-    def program(self, direction: Direction, ops: Sequence[Op], *, picture_channels: int) -> Program:
+    def program(self, direction: Direction, ops: Sequence[Op]) -> Program:
         temporal = 2 ** sum(self.temporal_steps(direction))
         portions_from, portions = _portions(ops) if direction == "decode" else (len(ops), 1)
         return Program(
             direction=direction,
             ops=tuple(ops),
             z_dim=self.z_dim,
-            picture_channels=picture_channels,
+            picture_channels=self.picture_channels(direction),
             patch=self.patch,
             spatial=self.spatial,
             temporal=temporal,

@@ -30,16 +30,19 @@ class ModuleWeights:
         self._module = module
 
     def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Raises ValueError for a weight that was not loaded (it is on the meta device)."""
+        """Raises ValueError for a weight that was not loaded (it is on the meta device, or its half is None)."""
         state = self._module.state_dict()
-        tensors = {name: state[name] for name in names}
-        for name, tensor in tensors.items():
-            if tensor.is_meta:
+        tensors = {}
+        for name in names:
+            tensor = state.get(name)
+            if tensor is None or tensor.is_meta:
+                where = "not in the model" if tensor is None else "on the meta device"
                 raise ValueError(
-                    f"the VAE's weight {name} is on the meta device; it was not loaded, or was released; "
-                    "load the half of the VAE that this call needs"
+                    f"the VAE's weight {name} is {where}; it was not loaded, was released, or is offloaded layer "
+                    "by layer; load the half of the VAE that this call needs"
                 )
-        return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+            tensors[name] = tensor.to(device, dtype)
+        return tensors
 
 
 class FolderWeights:
