@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.files import LARGEST_JSON, is_regular, not_whole, read_text
+from cosmos3_pipeline.checkpoint.files import LARGEST_JSON, is_regular, not_whole, read_json, read_text
 from cosmos3_pipeline.errors import Refusal
 
 # A fast tokenizer is one file, a slow one of Qwen's kind two.
@@ -32,7 +32,8 @@ def check_tokenizer_files(folder: Path, config: Mapping[str, Any]) -> None:
             why="it would run a program that came with the checkpoint",
             works="the tokenizer as NVIDIA published it",
         )
-    if not config.get("eos_token"):
+    special = folder / "special_tokens_map.json"
+    if not config.get("eos_token") and not (is_regular(special) and read_json(special).get("eos_token")):
         raise Refusal(
             what=f"{folder / 'tokenizer_config.json'} has no eos_token",
             why="the prompt ends with it; the class of the tokenizer would take another one in its place",

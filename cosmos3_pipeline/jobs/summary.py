@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
+from cosmos3_pipeline.plan.text import GIVEN
 
 
 def show(output: Path) -> None:
@@ -24,6 +24,6 @@ def show(output: Path) -> None:
     table.add_row("total", f"{metrics['seconds']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}", style="bold")
     console = Console()
     console.print(table)
-    if metrics["words"]["negative_prompt_from"] == NEGATIVE_PROMPT:
-        console.print(f"negative prompt: the checkpoint's {NEGATIVE_PROMPT}", highlight=False)
+    if metrics["words"]["negative_prompt_from"] != GIVEN:
+        console.print(f"negative prompt: {metrics['words']['negative_prompt_from']}", highlight=False)
     console.print(f"{output / metrics['picture']}", soft_wrap=True, highlight=False)

@@ -36,7 +36,6 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
         what=f"the tokenizer in {folder} cannot be loaded",
     )
     first, second = (_write(tokenizer, word, folder) for word in WORDS)
-    vocabulary = checkpoint.transformer["vocab_size"]
     special = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(START_OF_PICTURE)]
     if None in special or special[1] == tokenizer.unk_token_id:
         raise _broken(
@@ -54,13 +53,18 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
             f"the chat template in {folder} writes {len(first)} tokens for one word",
             f"Cosmos3 was trained with {LONGEST_SENTENCE} at most",
         )
-    largest = max(*first, *second, *special, len(tokenizer) - 1)
+    check_tokens([*first, *second, *special], checkpoint)
+    return tokenizer
+
+
+def check_tokens(tokens: list[int], checkpoint: CheckpointInfo) -> None:
+    """Raise Refusal for tokens that the transformer of `checkpoint` has no embedding for."""
+    largest, vocabulary = max(tokens), checkpoint.transformer["vocab_size"]
     if largest >= vocabulary:
         raise _broken(
-            f"the tokenizer in {folder} has the token {largest}",
+            f"the tokenizer in {checkpoint.folder / 'text_tokenizer'} writes the token {largest}",
             f"transformer/config.json says vocab_size: {vocabulary}, so the last one is {vocabulary - 1}",
         )
-    return tokenizer
 
 
 def _write(tokenizer: Any, word: str, folder: Path) -> list[int]:

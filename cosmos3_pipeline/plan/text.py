@@ -19,6 +19,7 @@ BYTES_PER_TOKEN = 4
 DURATION = "The video is not 7.9 seconds long and is not of 24 FPS. "
 RESOLUTION = "This video is not of 720x1280 resolution."
 SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
+GIVEN = "task.negative_prompt"  # where a negative prompt is from that the user gave
 NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints, as it is given to the tokenizer
 MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and the two that begin the picture
 

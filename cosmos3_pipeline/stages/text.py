@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
 
 from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.models.tokenizer import check_tokens
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.words import words_for
 
@@ -49,6 +50,8 @@ class TextStage:
             state.set("add_resolution_template", words.sentences)
             state.set("add_duration_template", words.sentences)
             Cosmos3TextEncoderStep()(context.components.pipeline, state)
+            for name in ("cond_input_ids", "uncond_input_ids"):
+                check_tokens(list(state.get(name)), context.components.checkpoint)
 
 
 def read_words(words: str) -> str:

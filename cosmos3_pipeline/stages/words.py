@@ -16,6 +16,7 @@ from typing import Any
 
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT, read_json
 from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.plan.text import GIVEN
 
 # Width over height of each label that NVIDIA's captions have.
 ASPECT_RATIOS = {"1,1": 1.0, "4,3": 4 / 3, "3,4": 3 / 4, "16,9": 16 / 9, "9,16": 9 / 16}
@@ -38,12 +39,12 @@ def words_for(prompt: str, negative_prompt: str | None, *, clip: Clip, fps: floa
         Refusal: the checkpoint's negative prompt is there but cannot be read.
     """
     caption = _caption(prompt)
-    source = "task.negative_prompt"
+    source = GIVEN
     if negative_prompt is None:
         file = folder / NEGATIVE_PROMPT
-        negative_prompt, source = "", "nothing: the checkpoint has none"
-        if file.is_file():
-            negative_prompt, source = json.dumps(read_json(file)), NEGATIVE_PROMPT
+        negative_prompt, source = "", "none, because the checkpoint has none"
+        if file.exists():
+            negative_prompt, source = json.dumps(read_json(file)), f"the checkpoint's {NEGATIVE_PROMPT}"
     return Words(
         prompt=prompt if caption is None else json.dumps(_filled(caption, clip, fps)),
         negative_prompt=negative_prompt,

@@ -24,6 +24,7 @@ TRANSFORMER = "transformer/config.json"
 VAE = "vae/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZER = "text_tokenizer/tokenizer_config.json"
+SPECIAL_TOKENS = "text_tokenizer/special_tokens_map.json"
 TEMPLATE = "text_tokenizer/chat_template.jinja"
 QUERY = "layers.0.self_attn.to_q.weight"
 CONV = "decoder.conv_in.weight"
@@ -381,7 +382,7 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "template not utf-8": (text(TEMPLATE, b"\xff\xff"), "no UTF-8"),
     "too many words": (config(TRANSFORMER, vocab_size=511), "embed_tokens.weight"),
     "no end": (
-        lambda f: drop(f / TOKENIZER, "eos_token"),
+        lambda f: (drop(f / TOKENIZER, "eos_token"), (f / SPECIAL_TOKENS).unlink(missing_ok=True)),
         "has no eos_token",
     ),
 }
@@ -418,5 +419,5 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> No
     smaller = make_layout(tmp_path / "small", "nano", transformer=numbers)
     shutil.rmtree(smaller / "text_tokenizer")
     shutil.copytree(folder / "text_tokenizer", smaller / "text_tokenizer")
-    with pytest.raises(Refusal, match=r"has the token .*\n.*vocab_size: 300"):
+    with pytest.raises(Refusal, match=r"writes the token .*\n.*vocab_size: 300"):
         open_whole(smaller)

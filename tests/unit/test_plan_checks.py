@@ -114,6 +114,28 @@ def test_a_strategy_that_promises_too_little_is_refused(monkeypatch: pytest.Monk
     compose(["vae.required_exactness=bitwise"])  # what is switched off promises nothing and needs not
 
 
+@pytest.mark.parametrize(
+    ("model", "task", "told"),
+    [
+        ("edge", "t2i", True),
+        ("edge", "v2v", True),
+        ("edge", "i2v", False),
+        ("super", "v2v", True),
+        ("nano", "v2v", False),
+    ],
+)
+def test_a_task_that_is_not_supported_on_a_model_warns_or_is_refused(model: str, task: str, told: bool) -> None:
+    overrides = [f"model={model}", f"task={task}"]
+    warned = [warning for warning in make_plan(compose(overrides)).warnings if f"task={task} with" in warning]
+    assert bool(warned) == told
+    strict = [*overrides, "model.trained.when_outside=refuse"]
+    if told:
+        with pytest.raises(ConfigError, match=f"task={task} with model={model}"):
+            compose(strict)
+    else:
+        compose(strict)
+
+
 def test_untrained_sizes_warn_unless_told_otherwise() -> None:
     told = [
         note for note in make_plan(compose(["model=nano", "task.height=704"])).warnings if "not trained" in note

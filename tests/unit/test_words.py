@@ -70,7 +70,7 @@ def test_the_negative_prompt_is_the_checkpoints_own(tmp_path: Path) -> None:
     folder = negative(tmp_path, '{"lighting":"flat",  "artistic_style": "none \u2014 at all"}')
     given = words("a kite", None, folder=folder)
     assert given.negative_prompt == '{"lighting": "flat", "artistic_style": "none \\u2014 at all"}'
-    assert given.negative_prompt_from == "assets/negative_prompt.json"
+    assert given.negative_prompt_from == "the checkpoint's assets/negative_prompt.json"
     assert given.sentences
 
 
@@ -81,7 +81,7 @@ def test_the_empty_negative_prompt_stays_possible(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_one_has_an_empty_one(tmp_path: Path) -> None:
     given = words("a kite", None, folder=tmp_path)
-    assert (given.negative_prompt, given.negative_prompt_from) == ("", "nothing: the checkpoint has none")
+    assert (given.negative_prompt, given.negative_prompt_from) == ("", "none, because the checkpoint has none")
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]"])
