@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -378,7 +379,6 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "template without words": (template("<|im_start|>user<|im_end|>"), "words of the prompt"),
     "template of the system alone": (template("{{ messages[0]['content'] }}"), "words of the prompt"),
     "template that repeats": (template("{{ messages[-1]['content'] * 9000 }}"), "tokens for one word"),
-    "template endless": (template(LONG + "{{ messages[-1]['content'] }}"), "did not end"),
     "template not utf-8": (text(TEMPLATE, b"\xff\xff"), "no UTF-8"),
     "too many words": (config(TRANSFORMER, vocab_size=511), "embed_tokens.weight"),
     "no end": (
@@ -411,6 +411,16 @@ def test_it_is_refused(damage: Damage, said: str, folder: Path, monkeypatch: pyt
         open_whole(folder)
     problem = refused.value.problem
     assert problem.what and problem.why and problem.works
+
+
+def test_a_template_that_does_not_end_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would go on taking memory until the machine has none."""
+    monkeypatch.setattr(tokenizer_module, "WRITE_SECONDS", 0.5)
+    (folder / TEMPLATE).write_text(LONG)
+    before = threading.active_count()
+    with pytest.raises(Refusal, match="did not end"):
+        open_whole(folder)
+    assert threading.active_count() == before
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
