@@ -17,6 +17,7 @@ def test_ranks_open_what_was_fetched_before_they_started(one_rank: Path, tmp_pat
     overrides = (
         "topology=cpu_x2",
         "topology.threads_per_rank=2",
+        "task.negative_prompt=''",  # the stand-in has one of its own, which the run would take
         "model.path=acme/toy",
         "model.revision=fp8",
         f"hydra.run.dir={output}",

@@ -475,7 +475,7 @@ def test_a_plan_never_downloads_but_looks_into_the_cache(toy_hub: FakeHub) -> No
 def test_a_revision_of_no_repository_is_refused(path: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         compose([*path, "model.revision=fp8"])
-    (problem,) = caught.value.problems
+    problem = caught.value.problems[0]
     assert (
         "model.revision=fp8" in problem.what and "ignored" in problem.why and "no model.revision" in problem.works
     )
