@@ -33,8 +33,9 @@ def is_regular(file: Path) -> bool:
         mode = file.stat().st_mode
     except FileNotFoundError:
         return False
-    except OSError as error:  # a loop of links, a name too long, a folder without permission
-        raise _unreadable(file, error) from error
+    # A loop of links, a name too long, a folder without permission; or a name that no file can have.
+    except (OSError, ValueError) as error:
+        raise unreadable(file, error) from error
     if stat.S_ISREG(mode):
         return True
     raise Refusal(
@@ -63,28 +64,36 @@ def read_text(file: Path, *, largest: int = LARGEST_JSON) -> str:
     except UnicodeDecodeError as error:
         raise not_whole(file, f"it is no UTF-8 text: {error}") from error
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The settings in the JSON file `file`.
+def read_json(file: Path, *, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """The settings in the JSON file `file`, of at most `largest` bytes.
 
     Raises:
         Refusal: as `read_text`, or it is not JSON, or holds no settings.
     """
     try:
-        content = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(read_text(file, largest=largest))
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError as well
+        if isinstance(error, Refusal):
+            raise
         raise not_whole(file, f"it is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise not_whole(file, f"it holds a {type(content).__name__} where settings belong")
+        raise not_whole(file, f"it holds one value of type {type(content).__name__}, not keys with values")
     return content
 
 
-def _unreadable(file: Path, error: OSError) -> Refusal:
+def printable(words: str) -> str:
+    """Words of a file as any terminal can show them."""
+    return words.encode("utf-8", "backslashreplace").decode()
+
+
+def unreadable(file: Path, error: OSError | ValueError) -> Refusal:
+    """The refusal of a file that is there, or may be, but cannot be read."""
     return Refusal(
-        what=f"{file} cannot be read",
-        why=error.strerror or str(error),
+        what=f"{printable(str(file))} cannot be read",
+        why=(error.strerror if isinstance(error, OSError) else None) or str(error),
         works="a file that this user may read, on a disk that is there",
     )
 

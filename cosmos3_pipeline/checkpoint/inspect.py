@@ -5,14 +5,23 @@ A Cosmos3 checkpoint is a diffusers folder: `model_index.json` and one subfolder
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline.checkpoint import rules
-from cosmos3_pipeline.checkpoint.files import INDEX, MODULAR_INDEX, is_regular, read_json
-from cosmos3_pipeline.checkpoint.sampler import Sampler, distilled, sampler_of
+from cosmos3_pipeline.checkpoint.files import (
+    INDEX,
+    MODULAR_INDEX,
+    NEGATIVE_PROMPT,
+    is_regular,
+    not_whole,
+    read_json,
+)
+from cosmos3_pipeline.checkpoint.rules import clipped
+from cosmos3_pipeline.checkpoint.sampler import DISTILLED, Sampler, distilled, sampler_of
 from cosmos3_pipeline.checkpoint.stored import StoredTensor, stored_tensors
 from cosmos3_pipeline.checkpoint.tokenizer_files import check_tokenizer_files
 from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
@@ -22,7 +31,10 @@ from cosmos3_pipeline.vae.program import program_for
 
 # The published Nano and Super carry the first name, everything converted since July 2026 the second.
 PIPELINES = ("Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline")
-DISTILLED_PIPELINE = "Cosmos3DistilledModularPipeline"
+DISTILLED_CLASSES = {"Cosmos3DistilledModularPipeline", "Cosmos3DistilledBlocks"}
+# How the names of the tokenizer classes begin that the checkpoints are published and saved with.
+TOKENIZERS = ("Qwen2Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+LARGEST_NEGATIVE_PROMPT = 2**18
 # Folder of each component -> its config file and the class that must be named there; None is checked elsewhere.
 COMPONENTS = {
     "transformer": ("config.json", "Cosmos3OmniTransformer"),
@@ -55,8 +67,9 @@ class Placed:
 class CheckpointInfo:
     """What a checkpoint folder holds. Config values are complete: a key that a file lacks has its default.
 
-    `tensors` are those of each component with weights. `not_read` lists keys and components that change no picture
-    here, `strangers` keys that nothing here knows, each as "file: key".
+    `negative_prompt` is the text of the checkpoint's own, None where it has none. `tensors` are those of each
+    component with weights. `not_read` lists keys and components that change no picture here, `strangers` keys that
+    nothing here knows, each as "file: key".
     """
 
     folder: Path
@@ -64,6 +77,7 @@ class CheckpointInfo:
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
     sampler: Sampler
+    negative_prompt: str | None
     tensors: Mapping[str, tuple[Placed, ...]]
     not_read: tuple[str, ...]
     strangers: tuple[str, ...]
@@ -108,7 +122,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
             why=f"the VAE beside it has z_dim: {vae.values['z_dim']}, and one makes what the other decodes",
             works="transformer and vae of one checkpoint",
         )
-    check_tokenizer_files(folder / "text_tokenizer", configs["text_tokenizer"])
+    check_tokenizer_files(folder / "text_tokenizer", configs["text_tokenizer"], TOKENIZERS)
     weights = {
         "transformer": transformer_weights(transformer.values),
         "vae": vae_weights(vae_values),
@@ -120,6 +134,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         transformer=transformer.values,
         vae=vae_values,
         sampler=sampler,
+        negative_prompt=_negative_prompt(folder / NEGATIVE_PROMPT),
         tensors={name: _placed(folder / name, weights[name]) for name in weights},
         not_read=tuple(f"{file}: {key}" for file, read in reads.items() for key in read.not_read),
         strangers=tuple(
@@ -154,22 +169,38 @@ def _component_config(folder: Path, name: str, index: Mapping[str, Any]) -> dict
             works="the whole checkpoint: the download may have ended early, or left out subfolders",
         )
     config = read_json(folder / name / file)
-    named = index.get(name)
     found = config.get("_class_name")
-    if class_name is not None:
-        for where, other in ((f"{name}/{file}", found), (INDEX, named[-1] if isinstance(named, list) else named)):
-            if other != class_name and (where != INDEX or named is not None):
-                raise Refusal(
-                    what=f"{where} in {folder} names the class {other} for {name}",
-                    why=f"the {name} of Cosmos3 is a {class_name}",
-                    works="a Cosmos3 checkpoint in diffusers' layout, such as nvidia/Cosmos3-Nano",
-                )
+    if found == DISTILLED:
+        raise distilled(f"{folder / name / file} names the sampler {found}")
+    if class_name is not None and found != class_name:
+        raise _other_class(f"{folder / name / file} names the class {clipped(found)}", name, class_name)
+    _check_entry(folder / INDEX, name, index.get(name), found)
     return config
+
+
+def _check_entry(file: Path, name: str, entry: Any, class_name: Any) -> None:
+    """Raise Refusal unless the index names library and class of the component as its own config does."""
+    library = "transformers" if name == "text_tokenizer" else "diffusers"
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or not isinstance(entry[1], str):
+        raise _other_class(f"{file} says {name}: {clipped(entry)}", name, f"[{library}, {class_name or '...'}]")
+    if name == "text_tokenizer":
+        if not entry[1].startswith(TOKENIZERS):
+            raise _other_class(f"{file} says {name}: {clipped(entry)}", name, " or ".join(TOKENIZERS))
+    elif entry[1] != class_name:
+        raise _other_class(f"{file} says {name}: {clipped(entry)}", name, f"{class_name}, as {name}/ itself says")
+
+
+def _other_class(what: str, name: str, expected: str) -> Refusal:
+    return Refusal(
+        what=what,
+        why=f"the class of the {name} of Cosmos3 is {expected}",
+        works="a Cosmos3 checkpoint in diffusers' layout, such as nvidia/Cosmos3-Nano",
+    )
 
 
 def _refuse_quantized_files(folder: Path) -> None:
     for name, method in QUANTIZED_FILES.items():
-        for file in (folder / name, folder / "transformer" / name):
+        for file in (folder / name, *(folder / component / name for component in ("transformer", "vae"))):
             if file.exists():
                 raise rules.quantized(f"{folder} has {file.relative_to(folder)}", method)
 
@@ -177,8 +208,18 @@ def _refuse_quantized_files(folder: Path) -> None:
 def _refuse_distilled(folder: Path, index: Mapping[str, Any]) -> None:
     modular = read_json(folder / MODULAR_INDEX) if is_regular(folder / MODULAR_INDEX) else {}
     for name, config in ((INDEX, index), (MODULAR_INDEX, modular)):
-        if config.get("is_distilled") or config.get("_class_name") == DISTILLED_PIPELINE:
-            raise distilled(f"{folder / name} says is_distilled")
+        classes = {config.get("_class_name"), config.get("_blocks_class_name")}
+        if config.get("is_distilled") or "distilled_sigmas" in config or classes & DISTILLED_CLASSES:
+            raise distilled(f"{folder / name} speaks of distillation")
+
+
+def _negative_prompt(file: Path) -> str | None:
+    """The caption in `file` on one line, as NVIDIA's framework writes it into the prompt."""
+    if not is_regular(file):
+        if file.is_symlink():
+            raise not_whole(file, "it is a link to a file that is not there")
+        return None
+    return json.dumps(read_json(file, largest=LARGEST_NEGATIVE_PROMPT))
 
 
 def _check_vae(values: Mapping[str, Any], file: Path) -> None:

@@ -5,36 +5,37 @@ This is the one place that lists both. A key of no list is told (`Read.strangers
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cosmos3_pipeline.checkpoint.files import printable
 from cosmos3_pipeline.errors import Refusal
 
 # Why a value is not one that is run here, or None where it is.
 Check = Callable[[Any], str | None]
 REQUIRED = object()
+LONGEST_LIST = 1024
 
 
-def whole(at_least: int, at_most: int = 2**31) -> Check:
+def whole(at_least: int, at_most: int = 10**6) -> Check:
     """A whole number of that range; True is none."""
 
     def check(value: Any) -> str | None:
         if type(value) is int and at_least <= value <= at_most:
             return None
-        return f"it must be a whole number of at least {at_least}"
+        return f"it must be a whole number from {at_least} to {at_most}"
 
     return check
 
 
-def number(*, above: float) -> Check:
-    """A finite number greater than `above`."""
+def number(at_least: float, at_most: float) -> Check:
+    """A number of that range; NaN is in none."""
 
     def check(value: Any) -> str | None:
-        if type(value) in (int, float) and math.isfinite(value) and value > above:
+        if type(value) in (int, float) and at_least <= value <= at_most:
             return None
-        return f"it must be a number above {above:g}"
+        return f"it must be a number from {at_least:g} to {at_most:g}"
 
     return check
 
@@ -62,9 +63,9 @@ def numbers(check: Check, *, at_least: int = 0) -> Check:
     """A list of so many, of which each passes `check`."""
 
     def check_all(value: Any) -> str | None:
-        if not isinstance(value, list) or len(value) < at_least:
-            return f"it must be a list of at least {at_least}"
-        return next((f"of each in it: {why}" for item in value if (why := check(item))), None)
+        if not isinstance(value, list) or not at_least <= len(value) <= LONGEST_LIST:
+            return f"it must be a list of {at_least} to {LONGEST_LIST} values"
+        return next((f"for each value of the list, {why}" for item in value if (why := check(item))), None)
 
     return check_all
 
@@ -100,7 +101,7 @@ _TRAINING = "of the training or of the text model alone"
 TRANSFORMER = Rules(
     read={
         "hidden_size": Key(whole(1)),
-        "num_hidden_layers": Key(whole(1)),
+        "num_hidden_layers": Key(whole(1, 1024)),
         "num_attention_heads": Key(whole(1)),
         "num_key_value_heads": Key(whole(1)),
         "head_dim": Key(whole(2)),
@@ -113,12 +114,12 @@ TRANSFORMER = Rules(
         "attention_bias": Key(one_of(False), False),
         "qk_norm_for_text": Key(flag, True),
         "use_und_k_norm_for_gen": Key(flag, False),
-        "rms_norm_eps": Key(number(above=0), 1e-6),
-        "rope_theta": Key(number(above=0), 5000000.0),
+        "rms_norm_eps": Key(number(1e-12, 1e-2), 1e-6),
+        "rope_theta": Key(number(1, 1e12), 5000000.0),
         "rope_axes_dim": Key(optional(numbers(whole(1))), None),
         "rope_scaling": Key(anything, None),
-        "timestep_scale": Key(number(above=0), 0.001),
-        "base_fps": Key(number(above=0), 24),
+        "timestep_scale": Key(number(1e-6, 1), 0.001),
+        "base_fps": Key(number(1, 1000), 24),
         "enable_fps_modulation": Key(flag, True),
         "unified_3d_mrope_reset_spatial_ids": Key(flag, True),
         "unified_3d_mrope_temporal_modality_margin": Key(whole(0), 15000),
@@ -127,11 +128,12 @@ TRANSFORMER = Rules(
         "num_embodiment_domains": Key(whole(1), 32),
         "sound_gen": Key(flag, False),
         "sound_dim": Key(optional(whole(1)), None),
-        "sound_latent_fps": Key(number(above=0), 25.0),
+        "sound_latent_fps": Key(number(1, 1000), 25.0),
         # What follows decides the picture in NVIDIA's framework; diffusers has built in the one value that it has.
         "qk_norm_for_diffusion": Key(one_of(True), True),
         "use_moe": Key(one_of(True), True),
         "video_temporal_causal": Key(one_of(False), False),
+        "temporal_compression_factor": Key(one_of(4), 4),
         "joint_attn_implementation": Key(one_of("two_way"), "two_way"),
         "position_embedding_type": Key(one_of("unified_3d_mrope"), "unified_3d_mrope"),
     },
@@ -146,7 +148,6 @@ TRANSFORMER = Rules(
         "architectures": "the class says it",
         "backbone_type": "hidden_act and the norms say it",
         "qk_norm": "qk_norm_for_text and the class say it",
-        "temporal_compression_factor": "the VAE says it",
         "temporal_compression_factor_sound": "the sound tokenizer says it",
         "dtype": "model.dtype says it",
         "torch_dtype": "model.dtype says it",
@@ -161,8 +162,8 @@ VAE = Rules(
         "base_dim": Key(whole(1), 96),
         "decoder_base_dim": Key(optional(whole(1)), None),
         "z_dim": Key(whole(1)),
-        "dim_mult": Key(numbers(whole(1), at_least=1), [1, 2, 4, 4]),
-        "num_res_blocks": Key(whole(1), 2),
+        "dim_mult": Key(numbers(whole(1, 1024), at_least=1), [1, 2, 4, 4]),
+        "num_res_blocks": Key(whole(1, 64), 2),
         "attn_scales": Key(one_of([]), []),
         "temperal_downsample": Key(numbers(flag), [False, True, True]),
         "is_residual": Key(flag, False),
@@ -171,8 +172,8 @@ VAE = Rules(
         "patch_size": Key(optional(whole(1)), None),
         "scale_factor_temporal": Key(optional(whole(1)), None),
         "scale_factor_spatial": Key(optional(whole(1)), None),
-        "latents_mean": Key(numbers(number(above=-math.inf))),
-        "latents_std": Key(numbers(number(above=0))),
+        "latents_mean": Key(numbers(number(-1e4, 1e4))),
+        "latents_std": Key(numbers(number(1e-4, 1e4))),
     },
     not_read={
         **_BOOKKEEPING,
@@ -191,11 +192,11 @@ SCHEDULER = Rules(
         "use_karras_sigmas": Key(flag, False),
         "use_exponential_sigmas": Key(one_of(False, None), False),
         "use_beta_sigmas": Key(one_of(False, None), False),
-        "flow_shift": Key(number(above=0), 1.0),
+        "flow_shift": Key(number(0.01, 1000), 1.0),
         "use_dynamic_shifting": Key(one_of(False), False),
         "shift_terminal": Key(one_of(None), None),
-        "sigma_min": Key(optional(number(above=0)), None),
-        "sigma_max": Key(optional(number(above=0)), None),
+        "sigma_min": Key(optional(number(1e-6, 1e6)), None),
+        "sigma_max": Key(optional(number(1e-6, 1e6)), None),
         "final_sigmas_type": Key(one_of("zero"), "zero"),
         "solver_order": Key(whole(1, 3), 2),
         "solver_type": Key(one_of("bh1", "bh2"), "bh2"),
@@ -225,7 +226,7 @@ INDEX = Rules(
     read={
         "default_use_system_prompt": Key(flag, True),
         "use_native_flow_schedule": Key(flag, False),
-        "native_flow_shift": Key(optional(number(above=0)), None),
+        "native_flow_shift": Key(optional(number(0.01, 1000)), None),
     },
     not_read={
         **_BOOKKEEPING,
@@ -234,7 +235,6 @@ INDEX = Rules(
         "sound_tokenizer": "no task here makes sound",
         "vision_encoder": "no task here answers questions about pictures",
         "is_distilled": "checked by itself",
-        "distilled_sigmas": "checked by itself",
     },
 )
 
@@ -269,7 +269,7 @@ def apply(rules: Rules, config: Mapping[str, Any], file: object) -> Read:
         values[name] = config[name]
         if why := key.check(config[name]):
             raise Refusal(
-                what=f"{file} says {name}: {str(config[name])[:80]}",
+                what=f"{file} says {name}: {clipped(config[name])}",
                 why=why,
                 works="the file as it was published",
             )
@@ -277,8 +277,14 @@ def apply(rules: Rules, config: Mapping[str, Any], file: object) -> Read:
     return Read(
         values=values,
         not_read=tuple(name for name in others if name in rules.not_read),
-        strangers=tuple(name for name in others if name not in rules.not_read),
+        strangers=tuple(printable(name) for name in others if name not in rules.not_read),
     )
+
+
+def clipped(value: Any) -> str:
+    """`value` as Python writes it, cut where it is long."""
+    words = repr(value)
+    return words if len(words) <= 80 else f"{words[:77]}..."
 
 
 def refuse_quantized(config: Mapping[str, Any], file: object) -> None:
@@ -351,6 +357,9 @@ def rope_axes(values: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(values["rope_axes_dim"] or scaling.get("mrope_section", (24, 20, 20)))
 
 
+ROPE_SCALING_KEYS = {"rope_type", "type", "mrope_interleaved", "mrope_section", "rope_theta"}
+
+
 def _rope_scaling(scaling: Any, axes: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(scaling, Mapping):
         yield f"rope_scaling: {scaling!r}", "it must be a list of settings, or null"
@@ -360,6 +369,9 @@ def _rope_scaling(scaling: Any, axes: Any) -> Iterator[tuple[str, str]]:
         yield f"rope_scaling.rope_type: {kind}", "only unscaled rotary positions are run here"
     if scaling.get("mrope_interleaved", True) is not True:
         yield "rope_scaling.mrope_interleaved: false", "the frequencies of time, rows and columns are interleaved"
+    unknown = sorted(str(key) for key in scaling if key not in ROPE_SCALING_KEYS)
+    if unknown:
+        yield f"rope_scaling with {', '.join(unknown)}", "nothing here knows how that scales the positions"
     section = scaling.get("mrope_section")
     if section is not None and numbers(whole(1))(section):
         yield f"rope_scaling.mrope_section: {section}", "it must be a list of three whole numbers"

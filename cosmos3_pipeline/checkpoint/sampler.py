@@ -55,8 +55,6 @@ def sampler_of(config: Mapping[str, Any], index: Mapping[str, Any], file: object
         Refusal: a class that is not run here, or settings that it is not run with.
     """
     class_name = config.get("_class_name")
-    if class_name == DISTILLED:
-        raise distilled(f"{file} names the sampler {DISTILLED}")
     if class_name not in (UNIPC, EDGE_UNIPC):
         raise Refusal(
             what=f"{file} names the sampler {class_name}",

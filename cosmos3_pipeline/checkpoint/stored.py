@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.files import is_regular, not_whole, read_json
+from cosmos3_pipeline.checkpoint.files import is_regular, not_whole, read_json, unreadable
 from cosmos3_pipeline.errors import Refusal
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -81,7 +81,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         raise not_whole(index, "its weight_map names no weight file")
     for tensor, file in placed.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise not_whole(index, f"its weight_map places {tensor} in {file!r}, which is no file of this folder")
+            raise not_whole(index, f"its weight_map places {tensor} in {file!r:.80}, no file of this folder")
         if not file.endswith(".safetensors"):
             raise _no_weights(index.parent)
     return placed
@@ -101,8 +101,10 @@ def _header(file: Path) -> Iterator[StoredTensor]:
                 raise not_whole(file, f"its header would have {length} bytes, more than the format allows")
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise not_whole(file, error.strerror or str(error)) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Refusal):
+            raise
         raise not_whole(file, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise not_whole(file, f"its header is a {type(header).__name__}, not a list of tensors by name")
@@ -118,6 +120,7 @@ def _header(file: Path) -> Iterator[StoredTensor]:
 
 
 def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
+    said = str(entry)[:80]
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     whole = all(
@@ -125,8 +128,8 @@ def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
         for numbers in (shape, offsets)
     )
     if not whole or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise not_whole(file, f"its header does not say where {name} is: {str(entry)[:80]}")
-    if dtype not in ELEMENT_BITS:
+        raise not_whole(file, f"its header does not say where {name} is: {said}")
+    if not isinstance(dtype, str) or dtype not in ELEMENT_BITS:
         raise not_whole(file, f"{name} has the dtype {dtype}, which the format does not know")
     nbytes = offsets[1] - offsets[0]
     if nbytes * 8 != math.prod(shape) * ELEMENT_BITS[dtype]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.files import LARGEST_JSON, is_regular, not_whole, read_json, read_text
+from cosmos3_pipeline.checkpoint.files import LARGEST_JSON, is_regular, not_whole, read_json, read_text, unreadable
+from cosmos3_pipeline.checkpoint.rules import clipped
 from cosmos3_pipeline.errors import Refusal
 
 # A fast tokenizer is one file, a slow one of Qwen's kind two.
@@ -15,9 +16,23 @@ LARGEST_TEMPLATE = 2**20
 TEMPLATE_FILE = "chat_template.jinja"
 
 
-def check_tokenizer_files(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise Refusal unless `folder` has a vocabulary and a chat template; `config` is tokenizer_config.json."""
-    for file in folder.iterdir():
+def check_tokenizer_files(folder: Path, config: Mapping[str, Any], classes: tuple[str, ...]) -> None:
+    """Raise Refusal unless `folder` has a vocabulary and a chat template.
+
+    `config` is its tokenizer_config.json, which must name a class that begins like one of `classes`.
+    """
+    named = config.get("tokenizer_class")
+    if not str(named).startswith(classes):
+        raise Refusal(
+            what=f"{folder / 'tokenizer_config.json'} says tokenizer_class: {clipped(named)}",
+            why=f"the tokenizers of Cosmos3 are {' or '.join(classes)}",
+            works="the tokenizer as NVIDIA published it",
+        )
+    try:
+        files = list(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    for file in files:
         if not file.is_dir() and is_regular(file) and file.stat().st_size > LARGEST_JSON:
             raise not_whole(file, f"it has {file.stat().st_size} bytes; no real one has more than {LARGEST_JSON}")
     if not any(all(is_regular(folder / name) for name in names) for names in VOCABULARIES):

@@ -5,6 +5,7 @@ A rank that raises brings the others down at once, and its own traceback is what
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -50,6 +51,9 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Until torch 2.12 a launcher waits 30 seconds, and cannot be told otherwise.
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in known else {}
     with TemporaryDirectory(prefix="cosmos3_ranks_") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -61,8 +65,8 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
             start_method="forkserver" if device == "cpu" else "spawn",
             monitor_interval=LOOK_SECONDS,
             max_restarts=0,
-            shutdown_timeout=SHUTDOWN_SECONDS,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **patience,
         )
         _launch(config, entry, payload, ranks, Path(folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -45,12 +46,19 @@ def tell(adopted: Adopted, cfg: DictConfig) -> None:
     """Print where the checkpoint differs from its model option, and what of it nothing here knows."""
     folder = adopted.checkpoint.folder
     if adopted.changed:
-        print(f"{folder} is no {cfg.model.name}; its own numbers are used: {'; '.join(adopted.changed)}")
+        print(
+            f"{folder} has other numbers than model={cfg.model.name}, and they are used: {_few(adopted.changed)}"
+        )
     if adopted.checkpoint.strangers:
         print(
             f"{folder} has settings that nothing here knows; they are not read: "
             f"{', '.join(adopted.checkpoint.strangers)}"
         )
+
+
+def _few(changed: Sequence[str]) -> str:
+    more = len(changed) - 4
+    return "; ".join(changed[:4]) + (f"; and {more} more, see config.yaml" if more > 0 else "")
 
 
 def check_job(cfg: DictConfig) -> None:

@@ -25,8 +25,8 @@ Write a checkpoint of random weights in the layout of a published one: the same 
 It makes a lively picture that shows nothing. Small by default; --full-size has the real numbers and shapes, to try
 disks, memory and a cluster before the real one is downloaded.
 
-  cosmos3 make-checkpoint --layout nano /tmp/nano                 20 MB, in a second
-  cosmos3 make-checkpoint --layout nano --full-size /data/nano    33 GB
+  cosmos3 make-checkpoint --layout nano /tmp/nano                 16 MB, in seconds
+  cosmos3 make-checkpoint --layout nano --full-size /data/nano    34 GB
 """
 
 

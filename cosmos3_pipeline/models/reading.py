@@ -5,7 +5,6 @@ A rank holds what it keeps and one block besides: nothing is mapped, and no whol
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +20,8 @@ from cosmos3_pipeline.errors import Refusal
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Large enough that reading is not bound by calls, small beside any model.
 BLOCK_BYTES = 16 * 2**20
+# A trained weight is not near it; a few of such size, one after the other, leave the range of any dtype.
+LARGEST_VALUE = 1e6
 
 
 def read_tensors(
@@ -35,7 +36,7 @@ def read_tensors(
     `advance` is told the bytes of the file as they are read.
 
     Raises:
-        Refusal: a file that cannot be read or has become shorter, or a value that is NaN or infinite.
+        Refusal: a file that cannot be read or has become shorter, or a value that is NaN or overflows.
     """
     found: dict[str, Tensor] = {}
     staging: Tensor | None = None
@@ -54,7 +55,7 @@ def read_tensors(
                         staging = _staging(device) if staging is None else staging
                         blocks = _through(staging, stream, one.stored, target, advance)
                     for block in blocks:
-                        _refuse_not_finite(one.stored, block)
+                        _refuse_overflow(one.stored, block)
                     found[one.stored.name] = target
         except OSError as error:
             raise not_whole(file, f"reading it failed: {error.strerror or error}") from error
@@ -103,13 +104,13 @@ def _fill(stream: BinaryIO, raw: Tensor, stored: StoredTensor) -> None:
         done += count
 
 
-def _refuse_not_finite(stored: StoredTensor, values: Tensor) -> None:
-    """Raise Refusal where one of `values` is NaN or infinite: smallest and largest tell, in one pass."""
-    if not values.numel() or all(math.isfinite(end.item()) for end in values.aminmax()):
+def _refuse_overflow(stored: StoredTensor, values: Tensor) -> None:
+    """Raise Refusal where one of `values` is NaN, or too large: smallest and largest tell, in one pass."""
+    if not values.numel() or all(abs(end.item()) <= LARGEST_VALUE for end in values.aminmax()):
         return
-    bad = int((~values.isfinite()).sum())
+    bad = int((~(values.abs() <= LARGEST_VALUE)).sum())
     raise Refusal(
-        what=f"{stored.name} in {stored.file} has NaN or infinite values ({bad} in the first block of them)",
-        why="whatever they touch becomes NaN, and the picture black",
-        works="the file as it was published, downloaded again; where float16 weights overflow, dtype=float32",
+        what=f"{stored.name} in {stored.file} has {bad} values in one block that are NaN or too large",
+        why=f"beyond {LARGEST_VALUE:g} what they are multiplied with overflows, and the picture is black",
+        works="the file as it was published, downloaded again",
     )

@@ -16,11 +16,15 @@ from cosmos3_pipeline.errors import Refusal
 # A tokenizer of 150,000 words loads in a second or two and writes a sentence in milliseconds.
 LOAD_SECONDS = 120.0
 WRITE_SECONDS = 10.0
-# Two words of which each is written with the same markers around it.
-WORDS = ("kite", "harbour")
+# Two prompts long enough that a template which cuts them is seen.
+WORDS = tuple(
+    " ".join(f"{noun} number {count} of {count + 7}," for count in range(1, 9)) + " and that is all."
+    for noun in ("kite", "harbour")
+)
 # What the transformer was given at most, and what a sentence of one word never comes near.
 LONGEST_SENTENCE = 4096
 START_OF_PICTURE = "<|vision_start|>"
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 
 
 def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
@@ -43,15 +47,22 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
             f"the tokenizer in {folder} has no end of sentence or no {START_OF_PICTURE}",
             "the picture begins after these two tokens",
         )
+    turn = [tokenizer.convert_tokens_to_ids(marker) for marker in (START_OF_TURN, END_OF_TURN)]
+    if not set(turn) <= set(first) or special[0] != turn[1]:
+        raise _broken(
+            f"the tokenizer in {folder} does not write {START_OF_TURN} and {END_OF_TURN} as one token each, "
+            f"or ends a sentence with {tokenizer.eos_token!r}",
+            f"the text model tells turns apart by these tokens, and sentences end with {END_OF_TURN}",
+        )
     text = tokenizer.decode(first)
     if first == second or WORDS[0] not in text:
         raise _broken(
-            f"the chat template in {folder} writes {text[:60]!r} for the prompt {WORDS[0]!r}",
-            "the words of the prompt are not in it, so every prompt would give the same picture",
+            f"the chat template in {folder} writes {text[:60]!r}... for the prompt {WORDS[0][:40]!r}...",
+            "the words of the prompt are not all in it, so the picture would not be of them",
         )
     if len(first) > LONGEST_SENTENCE:
         raise _broken(
-            f"the chat template in {folder} writes {len(first)} tokens for one word",
+            f"the chat template in {folder} writes {len(first)} tokens for one sentence",
             f"Cosmos3 was trained with {LONGEST_SENTENCE} at most",
         )
     check_tokens([*first, *second, *special], checkpoint)

@@ -35,8 +35,8 @@ class TextStage:
                     works="task.prompt='a red kite', or task.prompt=@FILE with words in the file",
                 )
             negative = None if self._negative_prompt is None else read_words(self._negative_prompt)
-            folder = context.components.checkpoint.folder
-            words = words_for(prompt, negative, clip=context.clip, fps=context.fps, folder=folder)
+            own = context.components.checkpoint.negative_prompt
+            words = words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
             context.words = words
             context.components.tokenizer()
             state = context.state

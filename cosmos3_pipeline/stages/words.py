@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT, read_json
+from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 from cosmos3_pipeline.plan.geometry import Clip
 from cosmos3_pipeline.plan.text import GIVEN
 
@@ -32,19 +31,14 @@ class Words:
     sentences: bool
 
 
-def words_for(prompt: str, negative_prompt: str | None, *, clip: Clip, fps: float, folder: Path) -> Words:
-    """The words for a clip. `negative_prompt` None takes that of the checkpoint in `folder`, or "" if it has none.
-
-    Raises:
-        Refusal: the checkpoint's negative prompt is there but cannot be read.
-    """
+def words_for(prompt: str, negative_prompt: str | None, *, clip: Clip, fps: float, own: str | None) -> Words:
+    """The words for a clip. `negative_prompt` None takes the checkpoint's `own`, or "" where that is None."""
     caption = _caption(prompt)
     source = GIVEN
     if negative_prompt is None:
-        file = folder / NEGATIVE_PROMPT
         negative_prompt, source = "", "none, because the checkpoint has none"
-        if file.exists():
-            negative_prompt, source = json.dumps(read_json(file)), f"the checkpoint's {NEGATIVE_PROMPT}"
+        if own is not None:
+            negative_prompt, source = own, f"the checkpoint's {NEGATIVE_PROMPT}"
     return Words(
         prompt=prompt if caption is None else json.dumps(_filled(caption, clip, fps)),
         negative_prompt=negative_prompt,
@@ -59,7 +53,7 @@ def _caption(prompt: str) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(prompt)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

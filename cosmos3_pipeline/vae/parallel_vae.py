@@ -77,6 +77,11 @@ class ParallelVAE(DropIn):
         self._group = group
         self._strategies: dict[Direction, Strategy] = {"encode": encode, "decode": decode}
         for direction, strategy in self._strategies.items():
+            if not isinstance(strategy, Strategy):
+                raise TypeError(
+                    f"{direction}={strategy!r}; a strategy is an object with its settings, not a name; give "
+                    f"{direction}=Replicated() from cosmos3_plugins.replicated, or another one of the plugins"
+                )
             if direction not in strategy.directions:
                 raise StrategyError(
                     f"strategy {strategy.name} for {direction}; it can {' and '.join(sorted(strategy.directions))}"

@@ -71,7 +71,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler/scheduler_config.json"),
     "other-transformer": (
         lambda f: edit(f / "transformer" / "config.json", _class_name="WanTransformer3DModel"),
-        "names the class WanTransformer3DModel",
+        "names the class 'WanTransformer3DModel'",
     ),
     "distilled": (
         lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),

@@ -33,7 +33,8 @@ CONV = "decoder.conv_in.weight"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_layout(tmp_path_factory.mktemp("whole") / "nano", "nano", dtype=torch.float32)
+    vae = numbers_of(LAYOUTS["nano"], full_size=False)["vae"] | {"base_dim": 8, "decoder_base_dim": 8}
+    return make_layout(tmp_path_factory.mktemp("whole") / "nano", "nano", vae=vae, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -149,9 +150,9 @@ FILES: dict[str, tuple[Damage, str]] = {
     "template a pipe": (lambda f: pipe(f / TEMPLATE), "is a pipe"),
     "config not utf-8": (text(TRANSFORMER, b"\xff\xfe{}"), "no UTF-8"),
     "config empty": (text(VAE, ""), "not JSON"),
-    "config a list": (text(SCHEDULER, "[]"), "holds a list"),
+    "config a list": (text(SCHEDULER, "[]"), "one value of type list"),
     "config too deep": (text(VAE, "[" * 100_000), "not JSON"),
-    "index a number": (text("model_index.json", "3"), "holds a int"),
+    "index a number": (text("model_index.json", "3"), "one value of type int"),
     "config huge": (lambda f: os.truncate(f / VAE, 2**33), "no real one has more"),
 }
 WEIGHT_FILES: dict[str, tuple[Damage, str]] = {
@@ -182,6 +183,9 @@ WEIGHT_FILES: dict[str, tuple[Damage, str]] = {
     "index without map": (lambda f: drop(index_of(f), "weight_map"), "names no weight file"),
     "index map a list": (lambda f: edit(index_of(f), weight_map=[1]), "names no weight file"),
     "index path up": (in_index(lambda m: m.update({QUERY: "../vae/x.safetensors"})), "no file of this folder"),
+    "index to no name": (in_index(lambda m: m.update({QUERY: "a\x00.safetensors"})), "cannot be read"),
+    "index to half a letter": (in_index(lambda m: m.update({QUERY: "\ud800.safetensors"})), "cannot be read"),
+    "dtype a list": (lambda f: header(f, QUERY, in_header("dtype", ["F32"])), "the dtype"),
     "index to a number": (in_index(lambda m: m.update({QUERY: 5})), "no file of this folder"),
     "index other file": (
         in_index(lambda m: m.update({QUERY: next(v for v in m.values() if v != m[QUERY])})),
@@ -211,6 +215,7 @@ TENSORS: dict[str, tuple[Damage, str]] = {
     "minus inf": (tensor("embed_tokens.weight", with_value(float("-inf"))), "embed_tokens.weight"),
     "nan in the vae": (tensor(CONV, with_value(float("nan"))), CONV),
     "nan in the encoder": (tensor("encoder.conv_in.weight", with_value(float("nan"))), "encoder.conv_in.weight"),
+    "overflows": (tensor(CONV, with_value(3e38)), CONV),
     "nan in bfloat16": (tensor(QUERY, lambda t: with_value(float("nan"))(t).bfloat16()), QUERY),
     "int8": (tensor(QUERY, lambda t: t.to(torch.int8)), f"{QUERY} .* is I8"),
     "int32": (tensor(CONV, lambda t: t.to(torch.int32)), f"{CONV} .* is I32"),
@@ -241,7 +246,7 @@ NUMBERS: dict[str, tuple[Damage, str]] = {
     "fewer layers": (config(TRANSFORMER, num_hidden_layers=3), "holds layers.3"),
     "more layers": (config(TRANSFORMER, num_hidden_layers=5), "has no layers.4"),
     "no layers": (config(TRANSFORMER, num_hidden_layers=0), "num_hidden_layers: 0"),
-    "layers as words": (config(TRANSFORMER, num_hidden_layers="4"), "num_hidden_layers: 4"),
+    "layers as words": (config(TRANSFORMER, num_hidden_layers="4"), "num_hidden_layers: '4'"),
     "layers as float": (config(TRANSFORMER, num_hidden_layers=4.0), "num_hidden_layers: 4.0"),
     "layers null": (config(TRANSFORMER, num_hidden_layers=None), "num_hidden_layers: None"),
     "layers true": (config(TRANSFORMER, num_hidden_layers=True), "num_hidden_layers: True"),
@@ -256,7 +261,7 @@ NUMBERS: dict[str, tuple[Damage, str]] = {
     "odd head width": (config(TRANSFORMER, head_dim=15), "pairs of channels"),
     "other vocabulary": (config(TRANSFORMER, vocab_size=500), "embed_tokens.weight"),
     "other mlp": (config(TRANSFORMER, intermediate_size=96), "has the shape"),
-    "other activation": (config(TRANSFORMER, hidden_act="gelu"), "hidden_act: gelu"),
+    "other activation": (config(TRANSFORMER, hidden_act="gelu"), "hidden_act: 'gelu'"),
     "activation without gate": (config(TRANSFORMER, hidden_act="relu2"), "gate_proj"),
     "text norms off": (config(TRANSFORMER, qk_norm_for_text=False), "norm_q|norm_k"),
     "biases": (config(TRANSFORMER, attention_bias=True), "attention_bias: True"),
@@ -297,9 +302,43 @@ NUMBERS: dict[str, tuple[Damage, str]] = {
         config("model_index.json", transformer=["my_module", "MyTransformer"]),
         "MyTransformer",
     ),
+    "layers without end": (config(TRANSFORMER, num_hidden_layers=2_000_000_000), "num_hidden_layers"),
+    "a number of 5000 digits": (text(TRANSFORMER, '{"hidden_size": ' + "9" * 5000 + "}"), "not JSON"),
+    "a number of 400 digits": (
+        text(TRANSFORMER, '{"_class_name": "Cosmos3OmniTransformer", "base_fps": ' + "9" * 400 + "}"),
+        "base_fps|hidden_size",
+    ),
+    "fps without end": (config(TRANSFORMER, base_fps=1e300), "base_fps"),
+    "epsilon of a size": (config(TRANSFORMER, rms_norm_eps=1e300), "rms_norm_eps"),
+    "timesteps too far": (config(TRANSFORMER, timestep_scale=1e38), "timestep_scale"),
+    "other compression": (config(TRANSFORMER, temporal_compression_factor=8), "temporal_compression_factor: 8"),
+    "rope with a factor": (
+        config(TRANSFORMER, rope_scaling={"factor": 4.0, "mrope_section": [4, 2, 2]}),
+        "factor",
+    ),
+    "scheduler of the index": (
+        config("model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
+        "DDIMScheduler",
+    ),
+    "scheduler of no class": (config("model_index.json", scheduler=[]), "says scheduler"),
+    "vae of no class": (config("model_index.json", vae=[]), "says vae"),
+    "tokenizer of the index": (
+        config("model_index.json", text_tokenizer=["transformers", "T5Tokenizer"]),
+        "T5Tokenizer",
+    ),
+    "library of the user": (
+        config("model_index.json", transformer=["my_module", "Cosmos3OmniTransformer"]),
+        "my_module",
+    ),
+    "distilled sigmas": (config("model_index.json", distilled_sigmas=[1.0]), "distillation"),
+    "distilled blocks": (
+        lambda f: edit(f / "modular_model_index.json", _blocks_class_name="Cosmos3DistilledBlocks"),
+        "distillation",
+    ),
+    "quantized vae by its file": (text("vae/hf_quant_config.json", "{}"), "vae/hf_quant_config.json"),
     "distilled modular index": (
         lambda f: edit(f / "modular_model_index.json", is_distilled=True),
-        "distilled checkpoint",
+        "distillation",
     ),
     "native schedule a word": (
         config("model_index.json", use_native_flow_schedule="yes"),
@@ -318,12 +357,14 @@ VAE_NUMBERS: dict[str, tuple[Damage, str]] = {
     "std short": (config(VAE, latents_std=[1.0] * 16), "16 values in latents_std"),
     "std missing": (without(VAE, "latents_std"), "has no latents_std"),
     "std null": (config(VAE, latents_std=None), "latents_std"),
+    "std too small": (config(VAE, latents_std=[1e-300] * 48), "latents_std"),
+    "std too large": (config(VAE, latents_std=[1e300] * 48), "latents_std"),
     "mean infinite": (config(VAE, latents_mean=[float("inf")] * 48), "latents_mean"),
     "mean a word": (config(VAE, latents_mean="zero"), "latents_mean"),
     "mean short": (config(VAE, latents_mean=[0.0]), "1 values in latents_mean"),
     "other z": (config(VAE, z_dim=16, latents_mean=[0.0] * 16, latents_std=[1.0] * 16), "z_dim: 16"),
     "other width": (config(VAE, base_dim=32), "has the shape"),
-    "other decoder width": (config(VAE, decoder_base_dim=None), "has the shape"),
+    "other decoder width": (config(VAE, decoder_base_dim=None, base_dim=16), "has the shape"),
     "other multipliers": (config(VAE, dim_mult=[1, 2, 4, 8]), "vae/config.json says"),
     "no multipliers": (config(VAE, dim_mult=[]), "dim_mult: "),
     "fewer blocks": (config(VAE, num_res_blocks=1), "holds"),
@@ -339,12 +380,12 @@ VAE_NUMBERS: dict[str, tuple[Damage, str]] = {
     "odd channels": (config(VAE, in_channels=13), "in_channels=13"),
 }
 SCHEDULES: dict[str, tuple[Damage, str]] = {
-    "epsilon": (config(SCHEDULER, prediction_type="epsilon"), "prediction_type: epsilon"),
+    "epsilon": (config(SCHEDULER, prediction_type="epsilon"), "prediction_type: 'epsilon'"),
     "no prediction type": (without(SCHEDULER, "prediction_type"), "has no prediction_type"),
     "v prediction": (config(SCHEDULER, prediction_type="v_prediction"), "v_prediction"),
     "no flow sigmas": (config(SCHEDULER, use_flow_sigmas=False), "use_flow_sigmas: False"),
     "shift zero": (config(SCHEDULER, flow_shift=0), "flow_shift: 0"),
-    "shift a word": (config(SCHEDULER, flow_shift="ten"), "flow_shift: ten"),
+    "shift a word": (config(SCHEDULER, flow_shift="ten"), "flow_shift: 'ten'"),
     "shift nan": (config(SCHEDULER, flow_shift=float("nan")), "flow_shift"),
     "other steps": (config(SCHEDULER, num_train_timesteps=100), "num_train_timesteps: 100"),
     "beta sigmas": (config(SCHEDULER, use_beta_sigmas=True), "use_beta_sigmas"),
@@ -357,8 +398,8 @@ SCHEDULES: dict[str, tuple[Damage, str]] = {
     "predicts noise": (config(SCHEDULER, predict_x0=False), "predict_x0"),
     "thresholds": (config(SCHEDULER, thresholding=True), "thresholding"),
     "spacing": (config(SCHEDULER, timestep_spacing="log"), "timestep_spacing"),
-    "other class": (config(SCHEDULER, _class_name="DDIMScheduler"), "DDIMScheduler"),
-    "no class": (without(SCHEDULER, "_class_name"), "the sampler None"),
+    "other class": (config(SCHEDULER, _class_name="DDIMScheduler"), "DDIMScheduler|as scheduler/ itself says"),
+    "no class": (without(SCHEDULER, "_class_name"), "names None|UniPCMultistepScheduler"),
     "sigma max zero": (config(SCHEDULER, sigma_max=0), "sigma_max"),
 }
 LONG = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
@@ -370,6 +411,16 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "tokenizer not json": (text("text_tokenizer/tokenizer.json", "{"), "cannot be loaded"),
     "tokenizer empty": (text("text_tokenizer/tokenizer.json", "{}"), "cannot be loaded"),
     "config not json": (text(TOKENIZER, "{"), "not JSON"),
+    "no added tokens": (
+        lambda f: edit(f / "text_tokenizer/tokenizer.json", added_tokens=[]),
+        "one token each|no end",
+    ),
+    "other class": (config(TOKENIZER, tokenizer_class="NoSuchTokenizer"), "NoSuchTokenizer"),
+    "end a word": (config(TOKENIZER, eos_token="kite"), "as one token each|eos"),
+    "template that cuts": (
+        template("<|im_start|>{{ messages[-1]['content'][:8] }}<|im_end|>"),
+        "words of the prompt",
+    ),
     "own code": (config(TOKENIZER, auto_map={"AutoTokenizer": "x.Y"}), "auto_map"),
     "template empty": (template(""), "has no chat template"),
     "template blank": (template("  \n"), "has no chat template"),
@@ -377,8 +428,14 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "template broken": (template("{% for m in"), "cannot be written"),
     "template raises": (template("{{ raise_exception('no') }}"), "cannot be written"),
     "template without words": (template("<|im_start|>user<|im_end|>"), "words of the prompt"),
-    "template of the system alone": (template("{{ messages[0]['content'] }}"), "words of the prompt"),
-    "template that repeats": (template("{{ messages[-1]['content'] * 9000 }}"), "tokens for one word"),
+    "template of the system alone": (
+        template("{{ messages[0]['content'] }}"),
+        "words of the prompt|as one token each",
+    ),
+    "template that repeats": (
+        template("<|im_start|>{{ messages[-1]['content'] * 200 }}<|im_end|>"),
+        "tokens for one sentence",
+    ),
     "template not utf-8": (text(TEMPLATE, b"\xff\xff"), "no UTF-8"),
     "too many words": (config(TRANSFORMER, vocab_size=511), "embed_tokens.weight"),
     "no end": (
@@ -386,7 +443,27 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
         "has no eos_token",
     ),
 }
+NEGATIVE = "assets/negative_prompt.json"
+
+
+def dangling(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere.json")
+
+
+NEGATIVES: dict[str, tuple[Damage, str]] = {
+    "not json": (text(NEGATIVE, "{"), "negative_prompt.json is not whole"),
+    "a list": (text(NEGATIVE, "[]"), "one value of type list"),
+    "a pipe": (lambda f: pipe(f / NEGATIVE), "is a pipe"),
+    "a link to nothing": (lambda f: dangling(f / NEGATIVE), "a link to a file that is not there"),
+    "huge": (text(NEGATIVE, json.dumps({"a": "b" * 3_000_000})), "no real one has more"),
+    "its folder a file": (
+        lambda f: (shutil.rmtree(f / "assets"), (f / "assets").write_text("")),
+        "cannot be read",
+    ),
+}
 GROUPS = {
+    "negative prompt": NEGATIVES,
     "file": FILES,
     "weights": WEIGHT_FILES,
     "tensor": TENSORS,

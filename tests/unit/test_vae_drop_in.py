@@ -336,3 +336,8 @@ for strategy in (Replicated(), LayerPipeline(), PipelineOfShards(groups=1), Spat
 
 def test_it_needs_nothing_of_the_application() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_HYDRA], check=True)
+
+
+def test_a_strategy_by_name_alone_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="encode='replicated'; a strategy is an object"):
+        ParallelVAE(make_vae(CONFIG), "replicated", Replicated())  # type: ignore[arg-type]
