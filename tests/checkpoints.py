@@ -17,9 +17,11 @@ from cosmos3_pipeline.models.tokenizer import load_tokenizer
 
 
 def make_layout(folder: Path, name: str, **settings: Any) -> Path:
-    """A small checkpoint of the layout `name` in the new `folder`."""
+    """A small checkpoint of the layout `name` in the new `folder`, its VAE narrower than the toy's."""
     layout = LAYOUTS[name]
-    write_checkpoint(folder, layout, **{**numbers_of(layout, full_size=False), **settings})
+    numbers = numbers_of(layout, full_size=False)
+    numbers["vae"] |= {"base_dim": 8, "decoder_base_dim": 8}
+    write_checkpoint(folder, layout, **{**numbers, **settings})
     return folder
 
 

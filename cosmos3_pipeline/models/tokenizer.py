@@ -105,6 +105,8 @@ def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:
         # tokenizers and jinja raise whatever they like, Exception itself among it; all of it is told.
         except Exception as error:
             failed.append(error)
+        except SystemExit:
+            pass  # `_stop` has ended it
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
