@@ -21,7 +21,7 @@ from cosmos3_pipeline.checkpoint.files import (
     read_json,
 )
 from cosmos3_pipeline.checkpoint.rules import clipped
-from cosmos3_pipeline.checkpoint.sampler import DISTILLED, Sampler, distilled, sampler_of
+from cosmos3_pipeline.checkpoint.sampler import DISTILLED, EDGE_UNIPC, UNIPC, Sampler, distilled, sampler_of
 from cosmos3_pipeline.checkpoint.stored import StoredTensor, stored_tensors
 from cosmos3_pipeline.checkpoint.tokenizer_files import check_tokenizer_files
 from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
@@ -186,7 +186,7 @@ def _check_entry(file: Path, name: str, entry: Any, class_name: Any) -> None:
     if name == "text_tokenizer":
         if not entry[1].startswith(TOKENIZERS):
             raise _other_class(f"{file} says {name}: {clipped(entry)}", name, " or ".join(TOKENIZERS))
-    elif entry[1] != class_name:
+    elif entry[1] != class_name and not {entry[1], class_name} <= {UNIPC, EDGE_UNIPC}:
         raise _other_class(f"{file} says {name}: {clipped(entry)}", name, f"{class_name}, as {name}/ itself says")
 
 

@@ -336,7 +336,7 @@ def _misfits(v: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{name}_gen: true without {name}_dim", f"the heads for {name} need a width"
     scaling = v["rope_scaling"]
     if scaling is not None:
-        yield from _rope_scaling(scaling, v["rope_axes_dim"])
+        yield from _rope_scaling(scaling)
     axes = rope_axes(v)
     half = v["head_dim"] // 2
     if len(axes) != 3 or sum(axes) != half:
@@ -360,7 +360,7 @@ def rope_axes(values: Mapping[str, Any]) -> tuple[int, ...]:
 ROPE_SCALING_KEYS = {"rope_type", "type", "mrope_interleaved", "mrope_section", "rope_theta"}
 
 
-def _rope_scaling(scaling: Any, axes: Any) -> Iterator[tuple[str, str]]:
+def _rope_scaling(scaling: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(scaling, Mapping):
         yield f"rope_scaling: {scaling!r}", "it must be a list of settings, or null"
         return
@@ -375,5 +375,3 @@ def _rope_scaling(scaling: Any, axes: Any) -> Iterator[tuple[str, str]]:
     section = scaling.get("mrope_section")
     if section is not None and numbers(whole(1))(section):
         yield f"rope_scaling.mrope_section: {section}", "it must be a list of three whole numbers"
-    elif section is not None and axes is not None and list(section) != list(axes):
-        yield f"rope_scaling.mrope_section: {section} and rope_axes_dim: {axes}", "both say the same thing"

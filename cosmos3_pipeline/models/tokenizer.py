@@ -24,7 +24,7 @@ WORDS = tuple(
 # What the transformer was given at most, and what a sentence of one word never comes near.
 LONGEST_SENTENCE = 4096
 START_OF_PICTURE = "<|vision_start|>"
-START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
+MARKERS = ("<|im_start|>", "<|im_end|>")
 
 
 def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
@@ -47,12 +47,14 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
             f"the tokenizer in {folder} has no end of sentence or no {START_OF_PICTURE}",
             "the picture begins after these two tokens",
         )
-    turn = [tokenizer.convert_tokens_to_ids(marker) for marker in (START_OF_TURN, END_OF_TURN)]
-    if not set(turn) <= set(first) or special[0] != turn[1]:
+    written = _write(tokenizer, WORDS[0], folder, tokenize=False)
+    letters = [m for m in MARKERS if m in written and tokenizer.convert_tokens_to_ids(m) not in first]
+    if letters or not tokenizer.eos_token.startswith("<"):
         raise _broken(
-            f"the tokenizer in {folder} does not write {START_OF_TURN} and {END_OF_TURN} as one token each, "
-            f"or ends a sentence with {tokenizer.eos_token!r}",
-            f"the text model tells turns apart by these tokens, and sentences end with {END_OF_TURN}",
+            f"the tokenizer in {folder} writes {letters[0]} letter by letter"
+            if letters
+            else f"the tokenizer in {folder} ends a sentence with {tokenizer.eos_token!r}",
+            "the text model tells turns and sentences apart by tokens of their own, such as <|im_end|>",
         )
     text = tokenizer.decode(first)
     if first == second or WORDS[0] not in text:
@@ -79,19 +81,16 @@ def check_tokens(tokens: list[int], checkpoint: CheckpointInfo) -> None:
         )
 
 
-def _write(tokenizer: Any, word: str, folder: Path) -> list[int]:
-    """The tokens of a conversation that asks for `word`, written as diffusers' pipeline writes a prompt."""
-    conversation = [{"role": "system", "content": "You help."}, {"role": "user", "content": word}]
+def _write(tokenizer: Any, words: str, folder: Path, *, tokenize: bool = True) -> Any:
+    """A conversation that asks for `words`, as diffusers' pipeline writes a prompt: its tokens, or its text."""
+    conversation = [{"role": "system", "content": "You help."}, {"role": "user", "content": words}]
+    settings = {"add_generation_prompt": True, "add_vision_id": False, "return_dict": tokenize}
     written = _within(
         WRITE_SECONDS,
-        lambda: (
-            tokenizer.apply_chat_template(
-                conversation, tokenize=True, add_generation_prompt=True, add_vision_id=False, return_dict=True
-            ).input_ids
-        ),
+        lambda: tokenizer.apply_chat_template(conversation, tokenize=tokenize, **settings),
         what=f"the chat template in {folder} cannot be written",
     )
-    return [int(token) for token in written]
+    return [int(token) for token in written.input_ids] if tokenize else written
 
 
 def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:

@@ -271,7 +271,6 @@ NUMBERS: dict[str, tuple[Damage, str]] = {
     "axes too many": (config(TRANSFORMER, rope_axes_dim=[2, 2, 2, 2], rope_scaling=None), "add up to 8"),
     "axes out of room": (config(TRANSFORMER, rope_axes_dim=[1, 4, 3], rope_scaling=None), "every third"),
     "axes no list": (config(TRANSFORMER, rope_axes_dim="4,2,2"), "rope_axes_dim"),
-    "axes disagree": (config(TRANSFORMER, rope_axes_dim=[6, 1, 1]), "both say the same"),
     "rope scaled": (config(TRANSFORMER, rope_scaling={"rope_type": "yarn", "mrope_section": [4, 2, 2]}), "yarn"),
     "rope a list": (config(TRANSFORMER, rope_scaling=[4, 2, 2]), "rope_scaling"),
     "rope not interleaved": (
@@ -412,10 +411,10 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "config not json": (text(TOKENIZER, "{"), "not JSON"),
     "no added tokens": (
         lambda f: edit(f / "text_tokenizer/tokenizer.json", added_tokens=[]),
-        "one token each|no end",
+        "letter by letter",
     ),
     "other class": (config(TOKENIZER, tokenizer_class="NoSuchTokenizer"), "NoSuchTokenizer"),
-    "end a word": (config(TOKENIZER, eos_token="kite"), "as one token each|eos"),
+    "end a word": (config(TOKENIZER, eos_token="kite"), "ends a sentence with|no end of sentence"),
     "template that cuts": (
         template("<|im_start|>{{ messages[-1]['content'][:8] }}<|im_end|>"),
         "words of the prompt",
