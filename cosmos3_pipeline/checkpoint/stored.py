@@ -123,11 +123,7 @@ def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:
     said = str(entry)[:80]
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    whole = all(
-        isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
-        for numbers in (shape, offsets)
-    )
-    if not whole or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not (_counts(shape) and _counts(offsets)) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise not_whole(file, f"its header does not say where {name} is: {said}")
     if not isinstance(dtype, str) or dtype not in ELEMENT_BITS:
         raise not_whole(file, f"{name} has the dtype {dtype}, which the format does not know")

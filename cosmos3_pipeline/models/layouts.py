@@ -154,7 +154,8 @@ _INT4 = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True
 class Layout:
     """One published kind of folder. `option` is the model option whose numbers it has.
 
-    `quantization` is the quantization_config, `"modelopt"` or `"auto-round"` tells how its weights are stored.
+    `quantization` is its quantization_config; the `quant_method` in it, `modelopt` or `auto-round`, decides how
+    weights are stored. `root` holds further JSON files by their names.
     """
 
     what: str
@@ -169,6 +170,11 @@ class Layout:
     quantization: Mapping[str, Any] | None = None
     negative_prompt: bool = True
     root: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a checkpoint of this layout is run here, or only refused by its name."""
+        return self.quantization is None and not (self.modular_index or {}).get("is_distilled")
 
     @property
     def edge(self) -> bool:

@@ -59,6 +59,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "said"), [("distilled", "is refused here"), ("edge", "try: python launch.py")])
+def test_the_next_command_is_one_that_runs(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_checkpoint.main(["--layout", name, str(tmp_path / name)]) == 0
+    assert said in capsys.readouterr().err
+
+
 def test_nothing_is_written_over_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kept").write_text("mine")
     said = refused(capsys, "--layout", "toy", str(tmp_path))
