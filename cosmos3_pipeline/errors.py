@@ -25,11 +25,14 @@ class Problem:
 
 
 class Refusal(ValueError):
-    """A setting that cannot be honoured, found below the config: the three parts of a Problem, as an error."""
+    """What cannot be honoured, found below the config: the three parts of a Problem, as an error."""
 
-    def __init__(self, *, what: str, why: str, works: str) -> None:
+    def __init__(self, what: str, why: str, works: str) -> None:
         self.problem = Problem(what=what, why=why, works=works)
-        super().__init__(str(self.problem))
+        super().__init__(what, why, works)
+
+    def __str__(self) -> str:
+        return str(self.problem)
 
 
 class ConfigError(ValueError):

@@ -8,16 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from cosmos3_pipeline.vae import kernels, ops
+from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
 from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
-from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
 from cosmos3_pipeline.vae.frames import Arrival, Frames, HaloExchange, with_room
-from cosmos3_pipeline.vae.ops import NO_ROOM, Margins, Room
+from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 # On CPU, a norm of so many blocks or fewer is one call: it then takes a millisecond or so, and computing the edges
 # in calls of their own costs more than their journey beside it would save.
@@ -26,24 +26,21 @@ NORM_BLOCKS_AT_ONCE = 8
 
 @dataclass
 class Flow:
-    """One chunk on its way through a slice: the activation, the open shortcuts, and where in the clip it is.
+    """One portion of a chunk on its way through ops on one tile: the activation and the open shortcuts.
 
-    `cache` maps an op's name to the frames that it keeps for the next chunk; `following` is the op after this one.
+    cache: by an op's name the frames that it keeps for the next chunk. first: whether this is the clip's first
+    chunk. exchange: None where the tile is the whole picture. whole: the input of an attention that has been put
+    together already. forgets: the ops whose frames are not needed again. following: the op after this one.
     """
 
     at: Frames
     shortcuts: list[Tensor]
     cache: dict[str, Tensor]
     first: bool
-    last: bool
     exchange: HaloExchange | None
+    whole: Tensor | None = None
+    forgets: frozenset[int] = frozenset()
     following: BoundOp[ops.Op] | None = None
-
-    def room_around(self, x: Tensor) -> Room:
-        """The room that the next op wants around an input of the shape of x."""
-        if self.following is None:
-            return NO_ROOM
-        return self.following.room(x, first=self.first, exchange=self.exchange)
 
 
 _Part = tuple[slice, slice]
@@ -51,13 +48,14 @@ OpT = TypeVar("OpT", bound=ops.Op)
 
 
 class BoundOp(ABC, Generic[OpT]):
-    """An op and its weights."""
+    """An op of a program and its weights. `number` is its place there."""
 
-    def __init__(self, op: OpT, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, number: int, op: OpT, weights: Mapping[str, Tensor]) -> None:
+        self.number = number
         self.op = op
 
-    def room(self, x: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
-        """The room that `run` wants around its input, which is of the shape of x."""
+    def room(self, shape: Sequence[int], like: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
+        """The room that `run` wants around its input of `shape`, which is `like` another in dtype and device."""
         if exchange is None:
             return self.op.room(first=first)
         return self.op.room(first=first, cut_rows=exchange.rows, cut_cols=exchange.cols)
@@ -84,31 +82,31 @@ class BoundOp(ABC, Generic[OpT]):
         return [weights[w.name] for w in self.op.weights]
 
 
-def _take(flow: Flow, room: Room) -> Frames:
-    """The activation with `room` around it; copied only if whoever wrote it did not leave that room."""
+def _take(flow: Flow, bound: BoundOp[Any]) -> Frames:
+    """The activation with the room that `bound` wants; copied only if whoever wrote it did not leave that room."""
+    inner = flow.at.inner
+    room = bound.room(inner.shape, inner, first=flow.first, exchange=flow.exchange)
     if flow.at.room == room:
         return flow.at
     assert flow.at.arrival is None, "margins are on their way into a room that is not the one wanted"
-    inner = flow.at.inner
-    frames = with_room(inner, tuple(inner.shape), room, flow.exchange)
+    frames = _with_room(flow, bound, room)
     frames.inner.copy_(inner)
     flow.at = frames
     return frames
 
 
-def _cut_sides(margins: Margins, exchange: HaloExchange | None) -> Margins:
-    """The margins that lie on other ranks; the others are the picture's edge, padded by the convolution."""
-    if exchange is None:
-        return Margins()
-    top, bottom = (margins.top, margins.bottom) if exchange.rows else (0, 0)
-    left, right = (margins.left, margins.right) if exchange.cols else (0, 0)
-    return Margins(top, bottom, left, right)
+def _with_room(flow: Flow, bound: BoundOp[Any], room: Room) -> Frames:
+    """An activation like that of `flow` with `room`, to be the input of `bound`."""
+    x = flow.at.inner
+    coming = flow.exchange.coming(bound.number) if flow.exchange is not None and room.margins else NO_MARGINS
+    return with_room(x, tuple(x.shape), room, coming)
 
 
-def _begin(frames: Frames, margins: Margins, exchange: HaloExchange | None) -> None:
-    """Let neighbours' rows come into the margins, which is done once."""
-    if frames.arrival is None and exchange is not None and margins:
-        frames.arrival = Arrival(exchange.coming(margins), exchange.start(frames.chunk, margins))
+def _begin(flow: Flow, frames: Frames, bound: BoundOp[Any]) -> None:
+    """Let the rows of other tiles come into the margins of `frames`, the input of `bound`; this is done once."""
+    exchange = flow.exchange
+    if frames.arrival is None and exchange is not None and bound.op.margins and (exchange.rows or exchange.cols):
+        frames.arrival = Arrival(exchange.coming(bound.number), exchange.start(bound.number, frames))
 
 
 def _recall(flow: Flow, name: str, frames: Frames) -> None:
@@ -120,9 +118,10 @@ def _recall(flow: Flow, name: str, frames: Frames) -> None:
         front.zero_()
 
 
-def _remember(flow: Flow, name: str, buffer: Tensor, count: int) -> None:
-    """Keep the last `count` frames of `buffer`, zeros before the first, for the next chunk."""
-    if flow.last:
+def _remember(flow: Flow, bound: BoundOp[Any], buffer: Tensor) -> None:
+    """Keep the last frames of `buffer` that the op needs for the next chunk, zeros before the first."""
+    name, count = bound.op.name, bound.op.cached_frames
+    if bound.number in flow.forgets:
         flow.cache.pop(name, None)
         return
     if name not in flow.cache:
@@ -170,63 +169,74 @@ def _area(part: _Part) -> int:
 
 
 class Conv(BoundOp[ops.Conv]):
-    def __init__(self, op: ops.Conv, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.Conv, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         self._conv = Convolution(*self._tensors(weights))
 
-    def room(self, x: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
+    def room(self, shape: Sequence[int], like: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
         """None in front where frames are made in pairs: these read the kept frames where they are."""
-        room = super().room(x, first=first, exchange=exchange)
-        return Room(0, room.margins) if self._conv.makes_pairs(x) else room
+        room = super().room(shape, like, first=first, exchange=exchange)
+        return Room(0, room.margins) if self._conv.makes_pairs(shape, like) else room
 
     def run(self, flow: Flow) -> None:
         name, count = self.op.name, self.op.cached_frames
-        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
+        frames = _take(flow, self)
         cut, own = frames.room.margins, self.op.margins
         apart = not flow.first and count > frames.room.front
         if frames.room.front:
             _recall(flow, name, frames)
-        _begin(frames, cut, flow.exchange)
+        _begin(flow, frames, self)
+        before = None
+        if apart:
+            before = flow.cache.get(name)
+            if before is None:  # a rank that begins to warm up in the middle of a clip
+                b, _, h, w, c = frames.buffer.shape
+                before = frames.buffer.new_zeros(b, count, h, w, c)
         out = self._conv(
             frames.buffer,
-            before=flow.cache[name] if apart else None,
+            before=before,
             padding=(own.top - cut.top, own.left - cut.left),
             taps=1 if flow.first else 0,
             onto=_closed(flow) if self.op.adds_shortcut else None,
             arrival=frames.arrival,
         )
-        if apart and not flow.last and _may_stay(flow, frames.buffer, count):
+        if apart and self.number not in flow.forgets and _may_stay(flow, frames.buffer, count):
             flow.cache[name] = frames.buffer
         elif count:
-            _remember(flow, name, frames.buffer, count)
+            _remember(flow, self, frames.buffer)
         flow.at = Frames(out)
 
 
 class NormSilu(BoundOp[ops.NormSilu]):
-    def __init__(self, op: ops.NormSilu, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.NormSilu, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         (gamma,) = self._tensors(weights)
         self._gamma = kernels.norm_weight(gamma)
 
     def run(self, flow: Flow) -> None:
-        x = flow.at.inner
-        frames = with_room(x, tuple(x.shape), flow.room_around(x), flow.exchange)
+        x, following = flow.at.inner, flow.following
+        if following is None:
+            frames = with_room(x, tuple(x.shape), NO_ROOM)
+        else:
+            room = following.room(x.shape, x, first=flow.first, exchange=flow.exchange)
+            frames = _with_room(flow, following, room)
         out, margins = frames.inner, frames.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
         if x.device.type == "cpu" and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for rows, cols in edges:
             kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
-        # What the neighbours wait for is ready: it travels while the rest is computed.
-        _begin(frames, margins, flow.exchange)
+        # What other tiles wait for is ready: it travels while the rest is computed.
+        if following is not None:
+            _begin(flow, frames, following)
         for rows, cols in rest:
             kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
         flow.at = frames
 
 
 class Attention(BoundOp[ops.Attention]):
-    def __init__(self, op: ops.Attention, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.Attention, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         gamma, qkv, qkv_bias, proj, proj_bias = self._tensors(weights)
         self._gamma = kernels.norm_weight(gamma)
         self._qkv = (qkv.flatten(1), qkv_bias)
@@ -234,24 +244,27 @@ class Attention(BoundOp[ops.Attention]):
 
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
-        normed = kernels.rms_norm(x, self._gamma).to(x.dtype)
-        # Keys and values are those of whole frames; the normed ones are half of what these are.
-        whole = normed if flow.exchange is None else flow.exchange.gather(normed)
+        normed = whole = kernels.rms_norm(x, self._gamma).to(x.dtype)
+        # Keys and values are those of whole frames.
+        if flow.whole is not None:
+            whole, flow.whole = kernels.rms_norm(flow.whole, self._gamma).to(x.dtype), None
+        elif flow.exchange is not None:
+            whole = flow.exchange.gather(self.number, normed)
         mixed = kernels.attention(normed, whole, self._qkv, self._proj)
         flow.at = Frames(x + mixed)
 
 
 class TimeUp(BoundOp[ops.TimeUp]):
-    def __init__(self, op: ops.TimeUp, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.TimeUp, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         self._conv = Convolution(*self._tensors(weights))
 
     def run(self, flow: Flow) -> None:
         if flow.first:
             return  # passes unchanged, and is not remembered: the next chunk sees zeros
-        frames = _take(flow, self.room(flow.at.inner, first=False, exchange=flow.exchange))
+        frames = _take(flow, self)
         _recall(flow, self.op.name, frames)
-        _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
+        _remember(flow, self, frames.buffer)
         pairs = self._conv(frames.buffer)
         b, t, h, w, c = pairs.shape
         pairs = pairs.view(b, t, h, w, 2, c // 2).permute(0, 1, 4, 2, 3, 5)
@@ -260,15 +273,15 @@ class TimeUp(BoundOp[ops.TimeUp]):
 
 
 class TimeDown(BoundOp[ops.TimeDown]):
-    def __init__(self, op: ops.TimeDown, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.TimeDown, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         self._conv = Convolution(*self._tensors(weights))
 
     def run(self, flow: Flow) -> None:
-        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
+        frames = _take(flow, self)
         if not flow.first:
             _recall(flow, self.op.name, frames)
-        _remember(flow, self.op.name, frames.buffer, self.op.cached_frames)
+        _remember(flow, self, frames.buffer)
         if not flow.first:
             flow.at = Frames(self._conv(frames.buffer, stride=(2, 1, 1)))
 
@@ -282,15 +295,15 @@ def _reads(row: int, col: int, margins: Margins) -> bool:
 
 
 class SpatialUp(BoundOp[ops.SpatialUp]):
-    def __init__(self, op: ops.SpatialUp, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.SpatialUp, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         weight, bias = self._tensors(weights)
         self._convs = [Convolution(w, bias) for w in upsampling_weights(weight)]
 
     def run(self, flow: Flow) -> None:
-        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
+        frames = _take(flow, self)
         b, t, h, w, _ = frames.inner.shape
-        _begin(frames, frames.room.margins, flow.exchange)
+        _begin(flow, frames, self)
         out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
         kept = None if self.op.duplicates is None else flow.shortcuts.pop()
         offsets = [(row, col) for row in (0, 1) for col in (0, 1)]
@@ -343,24 +356,24 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
 
 
 class SpatialDown(BoundOp[ops.SpatialDown]):
-    def __init__(self, op: ops.SpatialDown, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.SpatialDown, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         weight, bias = self._tensors(weights)
         self._conv = Convolution(weight.unsqueeze(2), bias)
 
     def run(self, flow: Flow) -> None:
-        frames = _take(flow, self.room(flow.at.inner, first=flow.first, exchange=flow.exchange))
-        _begin(frames, _cut_sides(self.op.margins, flow.exchange), flow.exchange)
+        frames = _take(flow, self)
+        _begin(flow, frames, self)
         flow.at = Frames(self._conv(frames.buffer, stride=(1, 2, 2), arrival=frames.arrival))
 
 
 class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
-    def __init__(self, op: ops.ShortcutBegin, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(op, weights)
+    def __init__(self, number: int, op: ops.ShortcutBegin, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(number, op, weights)
         self._conv = Convolution(*self._tensors(weights)) if op.weights else None
 
     def run(self, flow: Flow) -> None:
-        x = _take(flow, NO_ROOM).buffer
+        x = _take(flow, self).buffer
         flow.shortcuts.append(x if self._conv is None else self._conv(x))
 
 
@@ -410,6 +423,6 @@ _BOUND: dict[type[ops.Op], type[BoundOp]] = {  # type: ignore[type-arg]
 }
 
 
-def bind(run: Sequence[ops.Op], weights: Mapping[str, Tensor]) -> list[BoundOp[ops.Op]]:
-    """The runnable form of a run of ops, holding their tensors out of `weights`."""
-    return [_BOUND[type(op)](op, weights) for op in run]
+def bind(number: int, op: ops.Op, weights: Mapping[str, Tensor]) -> BoundOp[ops.Op]:
+    """The runnable form of an op, holding its tensors out of `weights`."""
+    return _BOUND[type(op)](number, op, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.vae.ops import (
     Attention,
     AverageDown,
@@ -22,7 +23,7 @@ from cosmos3_pipeline.vae.ops import (
 )
 
 
-class ProgramError(ValueError):
+class ProgramError(Refusal):
     """A VAE config that no program can be made of."""
 
 
@@ -126,9 +127,10 @@ class Builder:
         kept, at = self._open.pop(), self.at
         if kept.channels * factor_t * factor_s**2 % at.channels:
             raise ProgramError(
-                f"{name} goes from {kept.channels} to {at.channels} channels; it averages "
-                f"{kept.channels} x {factor_t * factor_s**2} / {at.channels} values, which is not whole; "
-                "give base_dim and dim_mult whose widths divide"
+                f"{name} goes from {kept.channels} to {at.channels} channels",
+                f"it averages {kept.channels} x {factor_t * factor_s**2} / {at.channels} values, which is not "
+                "whole",
+                "give base_dim and dim_mult whose widths divide",
             )
         self._add(AverageDown(name=name, source=at, target=at, kept=kept, factor_t=factor_t, factor_s=factor_s))
 
@@ -146,8 +148,8 @@ def _duplicates(name: str, kept: TensorSpec, channels: int, factor_t: int) -> Du
     factor = factor_t * 4
     if channels * factor % kept.channels:
         raise ProgramError(
-            f"the shortcut around {name} goes from {kept.channels} to {channels} channels; it copies each channel "
-            f"{channels} x {factor} / {kept.channels} times, which is not whole; "
-            "give base_dim and dim_mult whose widths divide"
+            f"the shortcut around {name} goes from {kept.channels} to {channels} channels",
+            f"it copies each channel {channels} x {factor} / {kept.channels} times, which is not whole",
+            "give base_dim and dim_mult whose widths divide",
         )
     return Duplicates(kept, factor_t, 2, copies=channels * factor // kept.channels)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos3_pipeline.vae.footprint import makes_frame_pairs, pair_band
+from cosmos3_pipeline.vae.blocking import makes_frame_pairs, pair_band
 from cosmos3_pipeline.vae.frames import Arrival
 from cosmos3_pipeline.vae.host_memory import long_lived
 from cosmos3_pipeline.vae.kernels import arithmetic_dtype
@@ -64,16 +64,16 @@ class Convolution:
         self._packed: dict[_Key, Tensor] = {}
         self._used: list[list[_Key]] = []  # by the shapes that were used last
 
-    def makes_pairs(self, x: Tensor) -> bool:
-        """Whether it makes as many frames as x [B, T, H, W, I], and as large, two at a time.
+    def makes_pairs(self, shape: Sequence[int], like: Tensor) -> bool:
+        """Whether it makes the frames of an input of `shape` [B, T, H, W, I], `like` another, two at a time.
 
-        It then wants those before x apart.
+        It then wants those before them apart.
         """
-        batch, frames, rows, cols, _ = x.shape
+        batch, frames, rows, cols, _ = shape
         outputs, inputs, *kernel = self._shape
         return (
-            _onednn(x)
-            and x.dtype == torch.float32
+            _onednn(like)
+            and like.dtype == torch.float32
             and batch == 1
             and makes_frame_pairs(inputs, outputs, (kernel[0], kernel[1], kernel[2]), frames, rows * cols)
         )

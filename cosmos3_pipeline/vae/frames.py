@@ -16,34 +16,34 @@ from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
 class HaloExchange(Protocol):
-    """What a strategy that cuts the picture supplies: neighbours' rows, and whole frames for attention.
+    """What the ops on a tile ask for: the rows beside it, and for attention whole frames.
 
-    `rows` and `cols` say which sides of the picture are cut. Every rank of a group calls in the same order.
+    `rows` and `cols` say whether the tile has fewer of them than the picture. Ops are asked for by their numbers.
     """
 
     rows: bool
     cols: bool
 
-    def coming(self, margins: Margins) -> Margins:
-        """Those of a slab's `margins` that neighbours fill; the others lie at the edge of the picture."""
+    def coming(self, op: int) -> Margins:
+        """The margins around the input of `op` that lie on other tiles, not beyond the edge of the picture."""
         ...
 
-    def start(self, padded: Tensor, margins: Margins) -> Callable[[], None]:
-        """Begin filling the margins of `padded` [B, T, top + H + bottom, left + W + right, C] in place.
+    def start(self, op: int, frames: Frames) -> Callable[[], None]:
+        """Begin filling the margins of `frames`, the input of `op`, in place.
 
-        The middle holds this rank's slab, margins at the edge of the picture zeros. `margins` is zero on sides
-        that are not cut. The returned call waits until those that are `coming` are filled.
+        Its inner part holds the tile, margins at the edge of the picture zeros. The returned call waits until
+        those that are `coming` are filled.
         """
         ...
 
-    def gather(self, slab: Tensor) -> Tensor:
-        """The whole frames [B, T, H, W, C] of which every rank holds a slab, on every rank."""
+    def gather(self, op: int, part: Tensor) -> Tensor:
+        """The whole frames [B, T, H, W, C] of the input of `op`, of which `part` is the tile."""
         ...
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """Neighbours' rows and columns on their way into `margins` of an activation; `wait` until they are there."""
+    """Rows and columns of others on their way into `margins` of an activation; `wait` until they are there."""
 
     margins: Margins
     wait: Callable[[], None]
@@ -73,19 +73,19 @@ class Frames:
         return self.buffer[:, self.room.front :]
 
 
-def with_room(like: Tensor, shape: tuple[int, ...], room: Room, exchange: HaloExchange | None = None) -> Frames:
+def with_room(like: Tensor, shape: tuple[int, ...], room: Room, coming: Margins = NO_MARGINS) -> Frames:
     """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, `like` another in dtype.
 
-    Its margins are zero but, on CPU, for those that `exchange` will fill: a convolution that does not wait for
-    these reads them all the same, for outputs that nobody uses, and on an accelerator not every kernel computes
-    each output by itself.
+    Its margins are zero but, on CPU, for those that are `coming`: a convolution that does not wait for these reads
+    them all the same, for outputs that nobody uses, and on an accelerator not every kernel computes each output
+    by itself.
     """
     b, t, h, w, c = shape
     m = room.margins
     buffer = like.new_empty(b, room.front + t, m.top + h + m.bottom, m.left + w + m.right, c)
     frames = Frames(buffer, room)
     chunk = frames.chunk
-    coming = exchange.coming(m) if exchange is not None and buffer.is_cpu else NO_MARGINS
+    coming = coming if buffer.is_cpu else NO_MARGINS
     if m.top > coming.top:
         chunk[:, :, : m.top].zero_()
     if m.bottom > coming.bottom:

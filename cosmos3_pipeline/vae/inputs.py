@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.errors import Problem, Refusal
+from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.pixels import picture_chunks
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_pipeline.vae.strategy import LatentShape
 
 
-class VaeInputError(ValueError):
+class VaeInputError(Refusal):
     """A latent or picture that the VAE cannot take. Raised on every rank of the group."""
 
 
@@ -25,48 +26,56 @@ def latent_shape(program: Program, tensor: Tensor) -> LatentShape:
 
 def problem_of(
     program: Program, tensor: Tensor, *, dtype: torch.dtype, device: torch.device, one_clip: bool
-) -> str | None:
+) -> Problem | None:
     """What is wrong with `tensor` as the input of `program`, why, and what would work; None when nothing is."""
     decode = program.direction == "decode"
     what = "latent" if decode else "picture"
     channels = program.z_dim if decode else program.picture_channels
     shape = list(tensor.shape)
     if tensor.ndim != 5 or tensor.numel() == 0:
-        return (
-            f"the {what} has shape {shape}; the VAE takes [batch, channels, frames, rows, columns], none of them "
-            f"0; give a tensor like [1, {channels}, 1, {64 if not decode else 4}, {64 if not decode else 4}]"
+        return Problem(
+            f"the {what} has shape {shape}",
+            "the VAE takes [batch, channels, frames, rows, columns], none of them 0",
+            f"give a tensor like [1, {channels}, 1, {64 if not decode else 4}, {64 if not decode else 4}]",
         )
     if shape[1] != channels:
-        return (
-            f"the {what} has {shape[1]} channels (shape {shape}); this VAE's {program.direction}r takes {channels}"
-            f"; give [batch, {channels}, frames, rows, columns]"
+        return Problem(
+            f"the {what} has {shape[1]} channels (shape {shape})",
+            f"this VAE's {program.direction}r takes {channels}",
+            f"give [batch, {channels}, frames, rows, columns]",
         )
     if one_clip and shape[0] != 1:
-        return (
-            f"the latent has batch {shape[0]}; decode_stream yields the frames of one clip; "
-            "decode the clips one after the other, or use decode"
+        return Problem(
+            f"the latent has batch {shape[0]}",
+            "decode_stream yields the frames of one clip",
+            "decode the clips one after the other, or use decode",
         )
     if tensor.dtype != dtype or tensor.device != device:
-        return (
-            f"the {what} is {tensor.dtype} on {tensor.device}; the VAE's weights are {dtype} on {device}; "
-            f"convert it with .to({device.type!r}, {dtype})"
+        return Problem(
+            f"the {what} is {tensor.dtype} on {tensor.device}",
+            f"the VAE's weights are {dtype} on {device}",
+            f"convert it with .to({device.type!r}, {dtype})",
         )
     if tensor.requires_grad and torch.is_grad_enabled():
-        return (
-            f"the {what} requires grad; the VAE is for inference, and what it returns has no gradient; call it "
-            f"under torch.no_grad(), give {what}.detach(), or use the AutoencoderKLWan that it was made from"
+        return Problem(
+            f"the {what} requires grad",
+            "the VAE is for inference, and what it returns has no gradient",
+            f"call it under torch.no_grad(), give {what}.detach(), or use the AutoencoderKLWan that it was made "
+            "from",
         )
     step = program.spatial
     if not decode and (shape[3] % step or shape[4] % step):
         rows, cols = (max(step, round(size / step) * step) for size in shape[3:])
-        return (
-            f"the picture is {shape[3]} x {shape[4]} pixels; one latent row or column is {step} pixels, so both "
-            f"must be multiples of {step}; resize it to {rows} x {cols}"
+        return Problem(
+            f"the picture is {shape[3]} x {shape[4]} pixels",
+            f"one latent row or column is {step} pixels, so both must be multiples of {step}",
+            f"resize it to {rows} x {cols}",
         )
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        return (
-            f"the {what} has {bad} of {tensor.numel()} values that are NaN or infinite; every pixel that they "
-            "reach would be lost; look at what made it: a finite latent decodes"
+        return Problem(
+            f"the {what} has {bad} of {tensor.numel()} values that are NaN or infinite",
+            "every pixel that they reach would be lost",
+            "look at what made it: a finite latent decodes",
         )
     return None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos3_pipeline.vae.footprint import NORM_BLOCK_ELEMENTS
+from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
 
 
 def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,35 +1,21 @@
-"""When chunks pass a line of stages, each with a run of ops, if messages take no time. No torch here."""
+"""When chunks pass a line of stages, each with a run of ops, if messages take no time. No torch here.
+
+The clock says it for any assignment; this says it for one stage in microseconds, for those who look for cuts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
 
-from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.costs import ChunkCosts
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_pipeline.vae.strategy import RankShare
 
 _OfChunk = tuple[float, int, float, int]  # see `LineTimes._seconds`
 
 
-class ChunkCosts(NamedTuple):
-    """What each op costs on the first chunk, which has one frame everywhere, and on a later one."""
-
-    first: tuple[float, ...]
-    later: tuple[float, ...]
-
-
-class Stage(Protocol):
-    """A rank of a line, or ranks with the same ops."""
-
-    def on(self, chunk: int) -> tuple[int, int]:
-        """The ops [start, stop) that it runs on `chunk`."""
-        ...
-
-
 class LineTimes:
-    """When the portions of chunks leave the stages of a line, whose messages take no time. In units of `costs`."""
+    """When the portions of chunks leave the stages of a line. In units of `costs`."""
 
     def __init__(self, program: Program, costs: ChunkCosts) -> None:
         self.program = program
@@ -44,13 +30,6 @@ class LineTimes:
     def before(self, cut: int) -> float:
         """What the ops before `cut` take for a later chunk."""
         return self._later[cut]
-
-    def after(self, cut: int, chunks: int) -> float:
-        """What the ops from `cut` on take for the last portion of a clip of `chunks`."""
-        sums, program = self._first if chunks == 1 else self._later, self.program
-        early = max(cut, program.portions_from)
-        late = (sums[-1] - sums[early]) / program.portions_at(len(program), first=chunks == 1)
-        return sums[early] - sums[cut] + late
 
     def departures(self, runs: Iterable[tuple[int, int]], arrivals: Sequence[float] | None = None) -> list[float]:
         """When each portion leaves a stage that runs the ops `runs` on the chunks.
@@ -83,32 +62,3 @@ class LineTimes:
         found = (sums[early] - sums[start]) / given, given, (sums[stop] - sums[early]) / left, left // given
         (self._known_first if first else self._known_later)[run] = found
         return found
-
-
-def line_end(stages: Iterable[tuple[LineTimes, Stage]], chunks: int) -> float:
-    """When the last portion of a clip of `chunks` leaves the last stage, each with its own times, in any order."""
-    arrivals: list[float] | None = None  # of the portions, at the stage that is looked at
-    for times, stage in sorted(stages, key=lambda one: one[1].on(0)):
-        arrivals = times.departures(map(stage.on, range(chunks)), arrivals)
-    assert arrivals is not None, "a line has a stage"
-    return arrivals[-1]
-
-
-def flops_until_end(program: Program, shape: LatentShape, shares: Iterable[RankShare]) -> float:
-    """The FLOPs in whose time ranks with `shares` have done a clip of `shape`: their own, and those they wait for.
-
-    Ranks with the same ops work at the same time, each on its part.
-    """
-    chunks = program.chunks(shape)
-    first, later = (tuple(op.flops(shape, first=first) for op in program.ops) for first in (True, False))
-    slowest: dict[tuple[int, int], RankShare] = {}
-    for share in shares:
-        if share.on(0) not in slowest or share.flops > slowest[share.on(0)].flops:
-            slowest[share.on(0)] = share
-    stages = []
-    for share in slowest.values():
-        whole = sum(sum((later if chunk else first)[slice(*share.on(chunk))]) for chunk in range(chunks))
-        part = share.flops / whole if whole else 0.0
-        costs = ChunkCosts(*(tuple(part * flops for flops in each) for each in (first, later)))
-        stages.append((LineTimes(program, costs), share))
-    return line_end(stages, chunks)

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
+
+from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS, makes_frame_pairs, pair_band
 
 Shape = tuple[int, int, int, int, int]
 
@@ -113,14 +116,69 @@ def conv_weights(
     )
 
 
+@dataclass(frozen=True)
+class Work:
+    """One call of an op: on the tile `latent` of `whole`, for one of `portions` of a chunk.
+
+    first: whether that is the clip's first chunk.
+    """
+
+    latent: LatentShape
+    whole: LatentShape
+    first: bool
+    portions: int
+
+    @property
+    def element_bytes(self) -> int:
+        return self.whole.element_bytes
+
+    @property
+    def cut_rows(self) -> bool:
+        """Whether the tile has fewer rows than the picture."""
+        return self.latent.rows < self.whole.rows * self.latent.unit
+
+    @property
+    def cut_cols(self) -> bool:
+        """Whether the tile has fewer columns than the picture."""
+        return self.latent.cols < self.whole.cols * self.latent.unit
+
+    def shape(self, spec: TensorSpec, latent: LatentShape | None = None) -> Shape:
+        """[B, T, H, W, C] of one portion on the tile, or on another `latent`."""
+        b, t, h, w, c = spec.shape(latent or self.latent, first=self.first)
+        return b, t // self.portions, h, w, c
+
+    def elements(self, spec: TensorSpec, room: Room = NO_ROOM) -> int:
+        """Of one portion on the tile, in a buffer with `room`."""
+        b, t, h, w, c = self.shape(spec)
+        m = room.margins
+        return b * (room.front + t) * (m.top + h + m.bottom) * (m.left + w + m.right) * c
+
+    def room(self, op: Op) -> Room:
+        """The room that `op` wants around its input."""
+        return op.room(first=self.first, cut_rows=self.cut_rows, cut_cols=self.cut_cols)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One step of the program. `name` is the dotted path of its module in `AutoencoderKLWan`."""
+    """One step of the program. `name` is the dotted path of its module in `AutoencoderKLWan`.
+
+    takes_room: it copies its input into a buffer with the room that it wants, unless that was left. leaves_room:
+    it writes its output into such a buffer for the op after it. in_place: its output is its input. reads_whole: it
+    reads whole frames, whatever part of them it makes. memory_passes: how often it goes through its input and
+    output; interleaving what was computed and averaging are ways through memory of their own, and a norm's passes
+    but the first and the last find it in a cache.
+    """
 
     name: str
     source: TensorSpec
     target: TensorSpec
     weights: tuple[Weight, ...] = ()
+
+    takes_room: ClassVar[bool] = False
+    leaves_room: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
+    reads_whole: ClassVar[bool] = False
+    memory_passes: ClassVar[float] = 1.0
 
     @property
     def margins(self) -> Margins:
@@ -153,13 +211,48 @@ class Op:
         return False
 
     @property
+    def writes_onto_shortcut(self) -> bool:
+        """Whether its output takes the memory of what the shortcut that it closes has kept."""
+        return False
+
+    def passes(self, *, first: bool) -> bool:
+        """Whether the first chunk leaves it as it came."""
+        return False
+
+    def keeps(self, *, first: bool) -> bool:
+        """Whether it keeps frames of this chunk for the next one."""
+        return bool(self.cached_frames)
+
+    @property
     def weight_elements(self) -> int:
         return sum(w.elements for w in self.weights)
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
+    @property
+    def moves_memory(self) -> bool:
+        """Whether it does more than to hand on its input."""
+        return True
+
+    def weights_read(self, *, first: bool) -> float:
+        """The share of its weights that a chunk reads."""
+        return 1.0
+
+    def shortcut_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """Elements of what it adds while it writes its output."""
+        return 0
+
+    def makes_pairs(self, work: Work) -> bool:
+        """Whether it makes frames two at a time, out of kept frames that are apart from its input."""
+        return False
+
+    def scratch_bytes(self, work: Work) -> int:
+        """What it allocates beside its input and output."""
+        return 0
+
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         """Multiplications and additions of its convolutions and matrix products as the executor does them.
 
-        But every tap of every frame counts, also where a CPU makes two frames with a third fewer.
+        On the tile `latent` of `whole`, if that is not all. Every tap of every frame counts, also where a CPU
+        makes two frames with a third fewer.
         """
         return 0
 
@@ -183,9 +276,34 @@ class Conv(Op):
     kernel: tuple[int, int, int]
     adds_shortcut: bool = False
 
+    takes_room: ClassVar[bool] = True
+
     @property
     def closes(self) -> bool:
         return self.adds_shortcut
+
+    @property
+    def writes_onto_shortcut(self) -> bool:
+        return self.adds_shortcut
+
+    def weights_read(self, *, first: bool) -> float:
+        return 1 / self.kernel[0] if first else 1.0
+
+    def makes_pairs(self, work: Work) -> bool:
+        """In float32 as on a CPU; accelerators are for bfloat16, and make all frames at once."""
+        b, t, h, w, c = work.shape(self.target)
+        pairs = makes_frame_pairs(self.source.channels, c, self.kernel, t, h * w)
+        return pairs and b == 1 and work.element_bytes == 4 and not work.first
+
+    def scratch_bytes(self, work: Work) -> int:
+        """What is convolved, and what both frames have in common, where it makes two at a time."""
+        if not self.makes_pairs(work):
+            return 0
+        _, _, h, w, c = work.shape(self.target)
+        m, band = work.room(self).margins, pair_band(self.source.channels, c, self.kernel, h, w)
+        above = m.top + m.bottom if band == h else self.kernel[1] - 1
+        given = (band + above) * (m.left + w + m.right) * self.source.channels
+        return (given + 2 * band * w * c) * work.element_bytes
 
     @property
     def margins(self) -> Margins:
@@ -196,7 +314,7 @@ class Conv(Op):
     def cached_frames(self) -> int:
         return self.kernel[0] - 1
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         taps = math.prod(self.kernel[1:]) * (1 if first else self.kernel[0])
         return 2 * taps * self.source.channels * self.target.channels * self._pixels(latent, first=first)
 
@@ -209,19 +327,39 @@ class Conv(Op):
 class NormSilu(Op):
     """RMS norm over the channels, then SiLU."""
 
+    leaves_room: ClassVar[bool] = True
+    memory_passes: ClassVar[float] = 2.0
+
+    def scratch_bytes(self, work: Work) -> int:
+        """Float32 bytes of one block of rows or frames; twice where the input must be widened first."""
+        _, t, h, w, c = work.shape(self.source)
+        rows = max(1, NORM_BLOCK_ELEMENTS // (w * c))
+        rows = rows if rows < h else min(t, rows // h) * h
+        return rows * w * c * 4 * (1 if work.element_bytes == 4 else 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Op):
     """Single-head self-attention over the pixels of each frame, with its norm, projections and residual."""
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
-        b, t, h, w, _ = self.source.shape(latent, first=first)
-        return b * t * self.frame_flops(h * w, h * w)
+    reads_whole: ClassVar[bool] = True
 
-    def frame_flops(self, queries: int, pixels: int) -> int:
-        """Of one frame of so many `pixels`, for `queries` of them; keys and values are those of all."""
-        c = self.source.channels
-        return 4 * (queries + pixels) * c * c + 4 * queries * pixels * c
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
+        b, t, h, w, c = self.source.shape(latent, first=first)
+        _, _, height, width, _ = self.source.shape(whole or latent, first=first)
+        # Queries are those of the tile; keys and values those of whole frames.
+        queries, pixels = h * w, height * width
+        return b * t * (4 * (queries + pixels) * c * c + 4 * queries * pixels * c)
+
+    def scratch_bytes(self, work: Work) -> int:
+        """The normed input, queries and mixed values of the tile; keys and values of whole frames.
+
+        Whole frames are gathered where they are more than the tile.
+        """
+        tile = work.elements(self.target)
+        if not (work.cut_rows or work.cut_cols):
+            return 5 * tile * work.element_bytes
+        return (3 * tile + 3 * math.prod(work.shape(self.target, work.whole))) * work.element_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +369,24 @@ class TimeUp(Op):
     The first chunk passes unchanged, and the next one sees zeros instead of it.
     """
 
+    takes_room: ClassVar[bool] = True
+    memory_passes: ClassVar[float] = 4.0
+
     @property
     def cached_frames(self) -> int:
         return 2
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
+    def passes(self, *, first: bool) -> bool:
+        return first
+
+    def keeps(self, *, first: bool) -> bool:
+        return not first
+
+    def scratch_bytes(self, work: Work) -> int:
+        """The pairs of frames before they are interleaved."""
+        return work.elements(self.target) * work.element_bytes
+
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         if first:
             return 0
         return 2 * 3 * self.source.channels * self.target.channels * self._pixels(latent, first=False)
@@ -248,11 +399,16 @@ class TimeDown(Op):
     The first chunk passes unchanged.
     """
 
+    takes_room: ClassVar[bool] = True
+
     @property
     def cached_frames(self) -> int:
         return 1
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
+    def passes(self, *, first: bool) -> bool:
+        return first
+
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         if first:
             return 0
         return 2 * 3 * self.source.channels * self.target.channels * self._pixels(latent, first=False)
@@ -290,6 +446,12 @@ class SpatialUp(Op):
 
     duplicates: Duplicates | None = None
 
+    takes_room: ClassVar[bool] = True
+    memory_passes: ClassVar[float] = 4.0
+
+    def shortcut_elements(self, latent: LatentShape, *, first: bool) -> int:
+        return self.duplicates.kept.elements(latent, first=first) if self.duplicates else 0
+
     @property
     def closes(self) -> bool:
         return self.duplicates is not None
@@ -298,7 +460,17 @@ class SpatialUp(Op):
     def margins(self) -> Margins:
         return Margins(1, 1, 1, 1)
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
+    def scratch_bytes(self, work: Work) -> int:
+        """The outputs at one of the four offsets of the doubled grid, and what is added to them unless a view."""
+        b, t, h, w, _ = work.shape(self.source)
+        part = b * t * (h + 1) * (w + 1) * self.target.channels
+        added = self.duplicates
+        if added is not None and added.factor % added.copies:
+            # The kept grid with the output's channels.
+            part += work.elements(added.kept) // added.kept.channels * self.target.channels
+        return part * work.element_bytes
+
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         return 2 * 4 * self.source.channels * self.target.channels * self._pixels(latent, first=first)
 
     def module_flops(self, latent: LatentShape, *, first: bool) -> int:
@@ -309,6 +481,8 @@ class SpatialUp(Op):
 class SpatialDown(Op):
     """A 3 x 3 convolution of stride 2 that pads one zero row below and one zero column on the right."""
 
+    takes_room: ClassVar[bool] = True
+
     @property
     def margins(self) -> Margins:
         return Margins(0, 1, 0, 1)
@@ -317,7 +491,7 @@ class SpatialDown(Op):
         """Always the margins: a convolution cannot pad one side only, so the zeros are in the buffer."""
         return Room(0, self.margins)
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         return 2 * 9 * self.source.channels * self.target.channels * self._pixels(latent, first=first)
 
 
@@ -327,11 +501,18 @@ class ShortcutBegin(Op):
 
     kept: TensorSpec
 
+    takes_room: ClassVar[bool] = True
+    in_place: ClassVar[bool] = True
+
+    @property
+    def moves_memory(self) -> bool:
+        return bool(self.weights)
+
     @property
     def opens(self) -> TensorSpec:
         return self.kept
 
-    def flops(self, latent: LatentShape, *, first: bool) -> int:
+    def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         if not self.weights:
             return 0
         return 2 * self.source.channels * self.kept.elements(latent, first=first)
@@ -348,9 +529,19 @@ class AverageDown(Op):
     factor_t: int
     factor_s: int
 
+    in_place: ClassVar[bool] = True
+    memory_passes: ClassVar[float] = 3.0
+
     @property
     def closes(self) -> bool:
         return True
+
+    def scratch_bytes(self, work: Work) -> int:
+        """The kept values padded in time, then their copy in groups; the unpadded ones are gone by then."""
+        kept = work.elements(self.kept)
+        frames = work.shape(self.kept)[1]
+        padded = kept // frames * (frames + -frames % self.factor_t)
+        return (2 * padded - kept + work.elements(self.target)) * work.element_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

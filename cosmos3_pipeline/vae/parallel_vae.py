@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,13 @@ from torch.distributed import ProcessGroup
 from cosmos3_pipeline.distributed.board import RunStopped
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.distributed.ledger import Ledger
-from cosmos3_pipeline.distributed.root_tensor import RootTensor
+from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.vae.drop_in import DropIn, default_dtype_kept
 from cosmos3_pipeline.vae.inputs import VaeInputError, latent_shape, problem_of
+from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction
-from cosmos3_pipeline.vae.strategy import LatentShape, Runner, Strategy, StrategyError, StrategyPlan
+from cosmos3_pipeline.vae.runner import AssignedRunner
+from cosmos3_pipeline.vae.strategy import OwnRunner, Runner, Strategy, StrategyError, StrategyPlan
 from cosmos3_pipeline.vae.weights import BoundVae, FolderWeights, ModuleWeights, WeightSource
 
 
@@ -36,13 +39,14 @@ class _Call:
     shape: tuple[int, ...]
     dtype: str
     strategy: str
+    assignment: int  # a digest of who runs what
 
 
 @dataclass(frozen=True)
 class _Refusal:
     """Why a rank cannot do it."""
 
-    message: str
+    problem: Problem
     by_strategy: bool
 
 
@@ -84,15 +88,16 @@ class ParallelVAE(DropIn):
                 )
             if direction not in strategy.directions:
                 raise StrategyError(
-                    f"strategy {strategy.name} for {direction}; it can {' and '.join(sorted(strategy.directions))}"
-                    f" only; choose another strategy for {direction}"
+                    f"strategy {strategy.name} for {direction}",
+                    f"it can {' and '.join(sorted(strategy.directions))} only",
+                    f"choose another strategy for {direction}",
                 )
         loaded = next((p for p in autoencoder.parameters() if not p.is_meta), None)
         self._dtype: torch.dtype = dtype or (autoencoder.dtype if loaded is None else loaded.dtype)
         self._device = device or (torch.device("cpu") if loaded is None else loaded.device)
         self._vae: BoundVae | None = None
         self._runners: dict[Direction, Runner] = {}
-        self._honoured: set[tuple[Direction, str, LatentShape]] = set()
+        self._honoured: dict[tuple[Direction, LatentShape], int] = {}
         self._comm: Comm | None = None
         self._ledger = Ledger()
 
@@ -214,21 +219,20 @@ class ParallelVAE(DropIn):
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Latents [B, z_dim, T, h, w] -> picture [B, 3, F, H, W] in [-1, 1], on every rank of the group."""
         self._agree("decode", z)
-        strategy, comm = self._strategies["decode"], self.comm
+        comm = self.comm
         program = self._bound().program("decode")
         frames = program.picture_frames(z.shape[2])
         sizes = (z.shape[3] * program.spatial, z.shape[4] * program.spatial)
         shape = (z.shape[0], program.picture_channels, frames, *sizes)
 
         with comm.run():
-            stream = self._runner("decode").stream(z, pixels="float")
-            if strategy.everywhere:
-                picture = z.new_empty(shape)
-                _fill(picture, stream)
-            else:
-                whole = RootTensor(comm, shape, like=z)
-                _fill(whole.tensor, stream)
-                picture = whole.everywhere()
+            picture = z.new_empty(shape)
+            at = 0
+            for chunk in self._runner("decode").stream(z, pixels="float"):
+                picture[:, :, at : at + chunk.shape[2]].copy_(chunk)
+                at += chunk.shape[2]
+            if not self._everywhere(z):
+                comm.broadcast(picture)
         return DecoderOutput(sample=picture) if return_dict else (picture,)
 
     def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
@@ -276,21 +280,18 @@ class ParallelVAE(DropIn):
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(latents, return_dict=return_dict)
 
-    def release(self, *directions: Direction) -> None:
-        """Bind `directions` on this rank and drop every weight of the model that they do not need.
+    def release(self, *, decode: LatentShape | None = None, encode: LatentShape | None = None) -> None:
+        """Bind what this rank needs for clips of these shapes, and drop every other weight of the model.
 
         Each rank then holds only its own share. Empties the `autoencoder` that this VAE was made from (its tensors
-        move to the meta device), and fixes dtype and device. Raises StrategyError for a strategy whose
-        ranks need other weights for other clips (`Strategy.depends_on_clip`).
+        move to the meta device), and fixes dtype and device. A direction without a shape cannot be called any
+        more, nor can clips for which this rank would need other weights, unless there is a source to read them
+        from.
         """
-        for direction in directions:
-            strategy = self._strategies[direction]
-            if strategy.depends_on_clip:
-                raise StrategyError(
-                    f"release({direction!r}) with the strategy {strategy.name}; which weights a rank needs is "
-                    "known when there is a clip; give the strategy that its settled(...) returns"
-                )
-            self._runner(direction)
+        clips: dict[Direction, LatentShape | None] = {"decode": decode, "encode": encode}
+        for direction, shape in clips.items():
+            if shape is not None and isinstance(runner := self._runner(direction), AssignedRunner):
+                runner.bind(shape)
         self._released = True
         self.autoencoder._apply(lambda tensor: tensor.to("meta"))
 
@@ -334,6 +335,7 @@ class ParallelVAE(DropIn):
     def _unbind(self) -> None:
         self._vae = None
         self._runners.clear()
+        self._honoured.clear()
 
     def _bound(self) -> BoundVae:
         if self._vae is None:
@@ -349,40 +351,52 @@ class ParallelVAE(DropIn):
 
     def _agree(self, direction: Direction, tensor: Tensor, *, one_clip: bool = False) -> None:
         """Raise the same ValueError on every rank unless all of them can do, and are about to do, the same."""
-        call = _Call(direction, tuple(tensor.shape), str(tensor.dtype), repr(self._strategies[direction]))
-        calls = self.comm.agree((call, self._refusal(direction, tensor, one_clip=one_clip)))
-        for rank, (_, refusal) in enumerate(calls):
-            if refusal is not None:
-                error = StrategyError if refusal.by_strategy else VaeInputError
-                raise error(refusal.message if len(calls) == 1 else f"rank {rank}: {refusal.message}")
+        refusal, assignment = self._refusal(direction, tensor, one_clip=one_clip)
+        strategy = self._strategies[direction]
+        call = _Call(direction, tuple(tensor.shape), str(tensor.dtype), f"{type(strategy).__name__}", assignment)
+        calls = self.comm.agree((call, refusal))
+        for rank, (_, refused) in enumerate(calls):
+            if refused is not None:
+                error = StrategyError if refused.by_strategy else VaeInputError
+                what = refused.problem.what if len(calls) == 1 else f"rank {rank}: {refused.problem.what}"
+                raise error(what, refused.problem.why, refused.problem.works)
         for rank, (other, _) in enumerate(calls):
             if other != calls[0][0]:
                 raise VaeInputError(
-                    f"rank {rank} calls {other} and rank 0 {calls[0][0]}; the ranks of a group work on one clip; "
-                    "give every rank the same tensor and strategy"
+                    f"rank {rank} calls {other} and rank 0 {calls[0][0]}",
+                    "the ranks of a group work on one clip, by one assignment",
+                    "give every rank the same tensor and strategy, and the same files that it reads",
                 )
 
-    def _refusal(self, direction: Direction, tensor: Tensor, *, one_clip: bool) -> _Refusal | None:
+    def _refusal(self, direction: Direction, tensor: Tensor, *, one_clip: bool) -> tuple[_Refusal | None, int]:
+        """Why this rank cannot do it, if so, and a digest of who runs what."""
         program = self._bound().program(direction)
         problem = problem_of(program, tensor, dtype=self._dtype, device=self._device, one_clip=one_clip)
         if problem is not None:
-            return _Refusal(problem, by_strategy=False)
-        strategy, shape = self._strategies[direction], latent_shape(program, tensor)
-        # Making a plan takes milliseconds, which for a small clip is felt.
-        honoured = (direction, repr(strategy), shape)
-        if honoured not in self._honoured:
-            try:
-                strategy.plan(program, shape, self.comm.size)
-            except StrategyError as error:
-                return _Refusal(str(error), by_strategy=True)
-            self._honoured.add(honoured)
-        return None
+            return _Refusal(problem, by_strategy=False), 0
+        shape = latent_shape(program, tensor)
+        try:
+            # Making a plan takes milliseconds, which for a small clip is felt.
+            honoured = (direction, shape)
+            if honoured not in self._honoured:
+                self._honoured[honoured] = self._digest(direction, shape)
+            return None, self._honoured[honoured]
+        except StrategyError as error:
+            return _Refusal(error.problem, by_strategy=True), 0
 
+    def _digest(self, direction: Direction, shape: LatentShape) -> int:
+        """Of who runs what. Raises StrategyError for what the strategy cannot do."""
+        strategy = self._strategies[direction]
+        if isinstance(strategy, OwnRunner):
+            self.plan(direction, shape)
+            return zlib.crc32(repr(strategy).encode())
+        runner = self._runner(direction)
+        assert isinstance(runner, AssignedRunner)
+        return zlib.crc32(repr(runner.lowered(shape).assignment.blocks).encode())
 
-def _fill(picture: Tensor | None, stream: Iterator[Tensor]) -> None:
-    """Write the chunks of `stream` into `picture` [B, 3, F, H, W]; a rank to which none come has no picture."""
-    at = 0
-    for chunk in stream:
-        assert picture is not None, "a strategy yields the picture on the root only"
-        picture[:, :, at : at + chunk.shape[2]].copy_(chunk)
-        at += chunk.shape[2]
+    def _everywhere(self, z: Tensor) -> bool:
+        """Whether each rank makes the whole picture by itself."""
+        runner = self._runner("decode")
+        if not isinstance(runner, AssignedRunner):
+            return False
+        return runner.lowered(latent_shape(self._bound().program("decode"), z)).everywhere

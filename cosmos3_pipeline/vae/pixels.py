@@ -9,6 +9,9 @@ from torch import Tensor
 
 from cosmos3_pipeline.vae.program import ENCODE_CHUNK
 
+# "float": [B, 3, frames, H, W] in the VAE's dtype in [-1, 1]; "uint8": [B, frames, H, W, 3] in 0..255.
+Pixels = Literal["float", "uint8"]
+
 
 def latent_chunk(z: Tensor, index: int) -> Tensor:
     """Latent frame `index` of z [B, C, T, h, w], channels-last [B, 1, h, w, C]."""
@@ -35,6 +38,6 @@ def to_uint8(picture: Tensor) -> Tensor:
     return halved.float().mul_(255).round_().to(torch.uint8).contiguous()
 
 
-def as_pixels(picture: Tensor, pixels: Literal["float", "uint8"]) -> Tensor:
+def as_pixels(picture: Tensor, pixels: Pixels) -> Tensor:
     """The picture [B, 3, F, H, W] as it is, or as bytes [B, F, H, W, 3]."""
     return to_uint8(picture) if pixels == "uint8" else picture

@@ -9,14 +9,13 @@ Follows `diffusers.AutoencoderKLWan` 0.42: Wan2.1 and the residual Wan2.2 layout
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from cosmos3_pipeline.vae.builder import Builder, ProgramError
-from cosmos3_pipeline.vae.ops import LatentShape, Op, Shape, TensorSpec, TimeDown, TimeUp, Weight
+from cosmos3_pipeline.vae.ops import LatentShape, Op, Shape, TensorSpec, TimeUp, Weight
 
 Direction = Literal["decode", "encode"]
 
@@ -27,21 +26,6 @@ ENCODE_CHUNK = 4
 # the largest activations are. Half of the four that the VAEs have there; one frame costs time for copying the two
 # that each convolution keeps.
 _PORTION = 2
-
-
-# Chunks from which on a clip has room for cuts that begin early and end late.
-_RAMPS_FROM = 8
-
-
-def portions_under_way(chunks: int, *, moving: bool) -> int:
-    """Portions of a clip that may be on their way from one stage of a line to the next while another is computed.
-
-    With one, a stage that is ahead for a while, because its core has less else to do, would have to wait. Where
-    cuts are `moving`, one that begins early and ends late lets the stage before it be further ahead: with two, a
-    line of two took 2% longer at full width, with eight no less than with four, and each takes memory. A clip of a
-    few `chunks` has no more than two there, and its plan would promise memory that nothing needs.
-    """
-    return 4 if moving and chunks >= _RAMPS_FROM else 2
 
 
 @dataclass(frozen=True)
@@ -73,9 +57,10 @@ class Program:
         later = latent.frames - 1
         if later % self.latents_per_chunk:
             raise ProgramError(
-                f"{latent.frames} latent frames are not 1 + k x {self.latents_per_chunk}; the encoder takes "
-                f"{ENCODE_CHUNK} picture frames at once, which are {self.latents_per_chunk} latent frames; "
-                f"give {latent.frames - later % self.latents_per_chunk} latent frames"
+                f"{latent.frames} latent frames are not 1 + k x {self.latents_per_chunk}",
+                f"the encoder takes {ENCODE_CHUNK} picture frames at once, which are {self.latents_per_chunk} "
+                "latent frames",
+                f"give {latent.frames - later % self.latents_per_chunk} latent frames",
             )
         return 1 + later // self.latents_per_chunk
 
@@ -137,29 +122,19 @@ class Program:
         """In how many portions one chunk crosses the cut before op `cut`."""
         return 1 if first or cut <= self.portions_from else self.portions
 
-    def crossings(self, cut: int, latent: LatentShape) -> int:
-        """How many portions of the whole clip cross the cut before op `cut`."""
-        later = self.chunks(latent) - 1
-        return 1 + later * self.portions_at(cut, first=False)
-
-    def carried_shapes(self, cut: int, latent: LatentShape, *, first: bool) -> tuple[Shape, ...]:
-        """[B, T, H, W, C] of each tensor that crosses the cut before op `cut`, for one portion of a chunk."""
-        parts = self.portions_at(cut, first=first)
-        shapes = (spec.shape(latent, first=first) for spec in self._carried[cut])
-        return tuple((b, t // parts, h, w, c) for b, t, h, w, c in shapes)
-
     def kept_shape(self, number: int, latent: LatentShape) -> Shape:
         """[B, T, H, W, C] that op `number`, one of those `keeping` frames, keeps from one chunk for the next."""
         op = self.ops[number]
         b, _, h, w, c = op.source.shape(latent, first=False)
         return b, op.cached_frames, h, w, c
 
-    def can_change_ranks(self, number: int) -> bool:
-        """Whether another rank can run op `number` on the next chunk: if it keeps nothing but its last frames.
+    def may_be_cut(self, number: int) -> bool:
+        """Whether it makes a difference to cut before op `number`: not between ops that cost next to nothing.
 
-        Those that double or halve the frames keep others after the first chunk.
+        No two ops that keep frames are between two such cuts.
         """
-        return not isinstance(self.ops[number], TimeUp | TimeDown)
+        scales = [op.source.scale != op.target.scale for op in self.ops[number - 1 : number + 1]]
+        return bool(self.ops[number].cached_frames) or any(scales)
 
     def chunks_kept(self, number: int) -> int:
         """From how many chunks before the next one op `number` keeps frames."""
@@ -169,19 +144,6 @@ class Program:
     def keeping(self, start: int, stop: int) -> list[int]:
         """The numbers of the ops in [start, stop) that keep frames from one chunk for the next."""
         return [number for number in range(start, stop) if self.ops[number].cached_frames]
-
-    def portion_elements(self, cut: int, latent: LatentShape, *, first: bool) -> int:
-        """Elements that cross the cut before op `cut` with one portion of a chunk."""
-        return sum(math.prod(shape) for shape in self.carried_shapes(cut, latent, first=first))
-
-    def carried_bytes(self, cut: int, latent: LatentShape) -> int:
-        """Bytes that cross the cut before op `cut` over the whole clip."""
-        later = self.chunks(latent) - 1
-        elements = sum(
-            spec.elements(latent, first=True) + (later and later * spec.elements(latent, first=False))
-            for spec in self._carried[cut]
-        )
-        return elements * latent.element_bytes
 
 
 def decoder_program(config: Mapping[str, Any]) -> Program:
@@ -224,8 +186,9 @@ def encoder_program(config: Mapping[str, Any]) -> Program:
     halvings = sum(steps)
     if ENCODE_CHUNK % 2**halvings:
         raise ProgramError(
-            f"temperal_downsample={list(steps)} halves the frames {halvings} times; the encoder takes "
-            f"{ENCODE_CHUNK} frames at once, which do not divide by {2**halvings}; two halvings at most work"
+            f"temperal_downsample={list(steps)} halves the frames {halvings} times",
+            f"the encoder takes {ENCODE_CHUNK} frames at once, which do not divide by {2**halvings}",
+            "two halvings at most work",
         )
     build = Builder(TensorSpec(c.picture_channels("encode"), c.spatial, ENCODE_CHUNK))
     build.patchify(c.patch)
@@ -285,8 +248,9 @@ class _Config:
         resamples = len(self.dim_mult) - 1
         if len(steps) < resamples:
             raise ProgramError(
-                f"temperal_downsample={list(steps)} for dim_mult={list(self.dim_mult)}; {len(self.dim_mult)} "
-                f"levels have {resamples} resamplings between them; give one entry for each"
+                f"temperal_downsample={list(steps)} for dim_mult={list(self.dim_mult)}",
+                f"{len(self.dim_mult)} levels have {resamples} resamplings between them",
+                "give one entry for each",
             )
         # The encoder reads the list from its start and the decoder from its end, as diffusers does.
         self._steps = {"encode": steps[:resamples], "decode": tuple(reversed(steps))[:resamples]}
@@ -298,8 +262,9 @@ class _Config:
         channels = self.in_channels if direction == "encode" else self.out_channels
         if channels % self.patch**2:
             raise ProgramError(
-                f"{name}={channels} with patch_size={self.patch}; a patch folds {self.patch}^2 "
-                f"pixels into channels; give a multiple of {self.patch**2}"
+                f"{name}={channels} with patch_size={self.patch}",
+                f"a patch folds {self.patch}^2 pixels into channels",
+                f"give a multiple of {self.patch**2}",
             )
         return channels // self.patch**2
 

@@ -1,6 +1,7 @@
 """What a parallel-VAE strategy is: the contract that built-in and third-party plugins implement. Imports no torch.
 
-A strategy is a dataclass of its own settings, all with defaults, so that YAML can build it:
+A strategy is a dataclass of its own settings, all with defaults, so that YAML can build it. It says which rank
+runs what, and nothing else:
 
     @dataclass
     class Mine(Strategy):
@@ -8,32 +9,26 @@ A strategy is a dataclass of its own settings, all with defaults, so that YAML c
         exactness = Exactness.BITWISE
         setting: int = 1
 
-        def plan(self, program, shape, ranks): ...        # torch-free arithmetic; refuses what it cannot do
-        def runner(self, vae, comm, direction): ...       # binds weights; imports torch here, not at the top
+        def assign(self, program, shape, ranks):
+            return Assignment.of(ranks, [Block(ops=(0, len(program)), chunks=(0, program.chunks(shape)), rank=0)])
 
-`plan` describes what each rank will own, compute, hold and send, and raises StrategyError for what the strategy
-cannot honour. It is asked before a weight is read, and before the first call with each shape of latent, so
-`runner` may rely on it.
+The library checks the blocks, finds what has to travel between the ranks, predicts bytes, messages, memory and
+time from that, and runs it.
 
-`runner` is called on every rank of the group, once per direction, and returns what does the work for any clip:
-
-- decode: `stream(z, pixels=...)`, a generator. Every rank of the group iterates it to its end. It yields the
-  picture in order, some frames at a time, on the root (rank 0 of the group) only, unless the strategy's
-  `everywhere` is True and each rank makes the whole picture by itself. Only what the root yields may travel to it.
-- encode: `encode(x)`, the moments [B, 2 * z_dim, T, h, w] on every rank.
-
-Runners send through `comm` only (its ledger is what plans are held against) and do not catch its errors.
-Every rank gets the same, already checked input. Work per clip lives in locals, so that a runner can be used again.
+A strategy that computes another picture than the VAE, such as `tiled`, has work that no blocks describe. It is an
+`OwnRunner`, which declares its plan and does its work itself.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.vae.assignment import Assignment
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, Program
 
@@ -41,24 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosmos3_pipeline.distributed.comm import Comm
+    from cosmos3_pipeline.vae.pixels import Pixels
     from cosmos3_pipeline.vae.weights import BoundVae
-
-__all__ = [
-    "Deal",
-    "Direction",
-    "Exactness",
-    "LatentShape",
-    "Pixels",
-    "Program",
-    "RankShare",
-    "Runner",
-    "Strategy",
-    "StrategyError",
-    "StrategyPlan",
-]
-
-# "float": [B, 3, frames, H, W] in the VAE's dtype in [-1, 1]; "uint8": [B, frames, H, W, 3] in 0..255.
-Pixels = Literal["float", "uint8"]
 
 
 class Exactness(StrEnum):
@@ -78,38 +57,20 @@ class Exactness(StrEnum):
         return order.index(self) <= order.index(required)
 
 
-class StrategyError(ValueError):
-    """A strategy cannot honour its settings on this program, shape and number of ranks.
-
-    The message says what is wrong with the values, why it cannot work, and what would.
-    """
-
-
-@dataclass(frozen=True)
-class Deal:
-    """From op `start` on, a rank owns other rows and columns [start, stop) of the picture.
-
-    They are counted in parts of a latent row, `unit` of which make one. All ranks with the same ops deal before
-    the same op, at which no shortcut is open, and list what is dealt in the whole program, also beyond their ops.
-    """
-
-    start: int
-    unit: int
-    rows: tuple[int, int]
-    cols: tuple[int, int]
+class StrategyError(Refusal):
+    """A strategy cannot honour its settings on this program, shape and number of ranks."""
 
 
 @dataclass(frozen=True)
 class RankShare:
     """What one rank of the group does with one clip.
 
-    ops: its run [start, stop) of the program, with all whose weights it holds.
-    rows, cols: the latent rows and columns [start, stop) that it owns.
-    flops: as `Op.flops`, over the clip. weight_bytes: of its ops. activation_bytes: peak beyond the weights.
-    sent_bytes, sent_messages: payload that it hands to others, as the ledger counts; for decode that of
-    `decode_stream` (`decode` adds one broadcast of the float picture by the root unless `everywhere`).
-    deals: where ops run on other rows and columns than those of the latent that it owns, in the order of the ops.
-    runs: the ops [start, stop) that it runs on each chunk of the clip, if not always all; else empty.
+    ops: from the first op that it runs to the last, [start, stop). rows, cols: the latent rows and columns
+    [start, stop) of the tiles on which it runs them. flops: as `Op.flops`, over the clip. weight_bytes: of the ops
+    that it runs on some chunk. activation_bytes: peak beyond the weights. sent_bytes, sent_messages: payload that
+    it hands to others, as the ledger counts; for a decode that of `decode_stream` (`decode` adds one broadcast of
+    the float picture by the root, unless every rank makes it). runs: the ops [start, stop) that it runs on each
+    chunk, where they are not always the same.
     """
 
     rank: int
@@ -121,30 +82,39 @@ class RankShare:
     activation_bytes: int
     sent_bytes: int
     sent_messages: int
-    deals: tuple[Deal, ...] = ()
     runs: tuple[tuple[int, int], ...] = ()
-
-    def on(self, chunk: int) -> tuple[int, int]:
-        """The ops [start, stop) that it runs on `chunk`."""
-        return self.runs[chunk] if self.runs else self.ops
 
 
 @dataclass(frozen=True)
 class StrategyPlan:
-    """The shares of all ranks, in rank order. `note` is one line for a human, such as balance and speed-up."""
+    """What a strategy does with one clip: the shares of all ranks, in rank order.
+
+    exactness: what this clip's result will be. note: one line for a human. assignment: who runs what; None for an
+    `OwnRunner`. until_end: the FLOPs in whose time the clip is done if messages take none: those of the slowest
+    rank, and those that it waits for.
+    """
 
     strategy: str
     direction: Direction
     exactness: Exactness
     shares: tuple[RankShare, ...]
     note: str
+    assignment: Assignment | None
+    until_end: float
 
 
 class Runner(Protocol):
-    """Does one direction of one strategy on this rank. A runner has the method of its direction only."""
+    """Does one direction of one strategy on this rank. A runner has the method of its direction only.
+
+    Every rank of the group gets the same, already checked input. Work per clip lives in locals, so that a runner
+    can be used again.
+    """
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
-        """Decode latents [B, z_dim, T, h, w] to picture chunks in order, as the module's docstring says."""
+        """Decode latents [B, z_dim, T, h, w] to the picture in order, some frames at a time, on the root.
+
+        Every rank iterates it to its end. Other ranks yield nothing, unless each makes the whole picture.
+        """
         ...
 
     def encode(self, x: Tensor) -> Tensor:
@@ -153,35 +123,78 @@ class Runner(Protocol):
 
 
 class Strategy(ABC):
-    """A schedule of a program over ranks. Concrete strategies are dataclasses of their settings.
+    """Who runs what. Concrete strategies are dataclasses of their settings.
 
-    name: the key in YAML. exactness: what it promises, proved by the conformance kit. directions: what it can do.
-    everywhere: each rank decodes the whole picture by itself, so nothing needs to be sent for all to have it.
-    picks: it does no work itself but picks another strategy for each clip.
+    name: the key in YAML. exactness: the least that it promises, whatever its settings; a plan says what a clip
+    gets. directions: what it can do.
     """
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness]
     directions: ClassVar[frozenset[str]] = frozenset(("decode", "encode"))
-    everywhere: ClassVar[bool] = False
-    picks: ClassVar[bool] = False
+
+    @abstractmethod
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        """Which of `ranks` ranks runs what of a clip of `shape`. Raises StrategyError. Imports no torch."""
+
+    def variants(self, ranks: int) -> Iterable[Strategy]:
+        """Itself with each of the settings that are worth trying when the fastest on `ranks` is looked for."""
+        return [self]
+
+    def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
+        """What each rank does, holds and sends. Raises StrategyError."""
+        from cosmos3_pipeline.vae.planning import plan_of
+
+        return plan_of(self, program, shape, self.assign(program, shape, ranks))
+
+    def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
+        """This rank's part of `direction`. Binds weights when there is a clip."""
+        from cosmos3_pipeline.vae.runner import AssignedRunner
+
+        return AssignedRunner(vae, comm, direction, self)
+
+
+class OwnRunner(Strategy):
+    """A strategy whose work no blocks describe: it declares its plan, and brings a runner.
+
+    A runner sends through `comm` only, whose ledger its plan is held against, and does not catch its errors.
+    """
+
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        raise StrategyError(
+            f"{self.name} has no assignment",
+            "its work is not that of the VAE's ops on their picture",
+            "ask for its plan",
+        )
 
     @abstractmethod
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
-        """What each of `ranks` ranks does for a clip of `shape`. Raises StrategyError. Imports no torch."""
+        """What each rank does. It is asked before a weight is read, and `runner` may rely on it.
 
-    @property
-    def depends_on_clip(self) -> bool:
-        """Whether which weights a rank holds depends on the clip, as long as it is not `settled`."""
-        return self.picks
-
-    def settled(self, program: Program, shape: LatentShape, ranks: int) -> Strategy:
-        """What does a clip of `shape`: itself, unless it `depends_on_clip`.
-
-        Raises StrategyError as `plan` does.
+        Raises StrategyError for what it cannot honour. Imports no torch.
         """
-        return self
 
     @abstractmethod
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
         """This rank's part of `direction`, holding only the weights that it needs."""
+
+
+@dataclass(frozen=True)
+class Planned(Strategy):
+    """An assignment that has been made already, for clips of one shape: what a plan's ranks are given."""
+
+    made: Assignment
+    shape: LatentShape
+    by: str
+
+    name: ClassVar[str] = "planned"
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        if shape != self.shape or ranks != self.made.ranks:
+            raise StrategyError(
+                f"a clip of {shape} on {ranks} ranks",
+                f"{self.by} was planned for {self.shape} on {self.made.ranks}",
+                "plan it anew",
+            )
+        return self.made

@@ -1,4 +1,4 @@
-"""Where a slice gets its weights: from a model in memory, or from a checkpoint of which it reads only its own."""
+"""Where ops get their weights: from a model in memory, or from a checkpoint of which a rank reads only its own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cosmos3_pipeline.vae.executor import Slice
+from cosmos3_pipeline.vae.bound_ops import BoundOp, bind
 from cosmos3_pipeline.vae.host_memory import keep_freed_memory
+from cosmos3_pipeline.vae.ops import Op
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 
 
@@ -90,7 +91,7 @@ class FolderWeights:
 
 
 class BoundVae:
-    """A VAE as strategies see it: its programs, and slices of them with their weights.
+    """A VAE as strategies see it: its programs, and their ops with their weights.
 
     `config` holds the values of `AutoencoderKLWan.config`.
     """
@@ -110,12 +111,12 @@ class BoundVae:
             self._programs[direction] = program_for(direction, self._config)
         return self._programs[direction]
 
-    def slice(self, direction: Direction, start: int = 0, stop: int | None = None) -> Slice:
-        """The ops [start, stop) of `direction`, holding their weights and no others."""
+    def bind(self, direction: Direction, numbers: Iterable[int]) -> dict[int, BoundOp[Op]]:
+        """The ops `numbers` of `direction`, holding their weights and no others. Reads those weights."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        program = self.program(direction)
-        stop = len(program) if stop is None else stop
-        names = [w.name for w in program.weights(start, stop)]
+        ops = self.program(direction).ops
+        numbers = list(numbers)
+        names = [weight.name for number in numbers for weight in ops[number].weights]
         weights = self._source.load(names, dtype=self.dtype, device=self.device)
-        return Slice(program, start, stop, weights)
+        return {number: bind(number, ops[number], weights) for number in numbers}

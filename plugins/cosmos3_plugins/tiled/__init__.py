@@ -10,19 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from cosmos3_pipeline.vae.footprint import activation_bytes
-from cosmos3_pipeline.vae.strategy import (
+from cosmos3_pipeline.plugin_api import (
     Direction,
     Exactness,
     LatentShape,
+    OwnRunner,
     Program,
     RankShare,
     Runner,
-    Strategy,
     StrategyError,
     StrategyPlan,
 )
-from cosmos3_plugins.tiled.tiles import Axis, Tiling, clip_elements, kept_elements, tile_elements, tiled_ops
+from cosmos3_pipeline.vae.account import account
+from cosmos3_plugins.tiled.tiles import Axis, Tiling, clip_elements, kept_elements, of_tile, tile_elements
 
 if TYPE_CHECKING:
     from cosmos3_pipeline.distributed.comm import Comm
@@ -32,7 +32,7 @@ __all__ = ["Tiled"]
 
 
 @dataclass
-class Tiled(Strategy):
+class Tiled(OwnRunner):
     """Tiles of `tile_sample_min_*` that start every `tile_sample_stride_*`, with diffusers' names and defaults.
 
     In pixels for decode. For encode in what diffusers counts there, patches: with patch_size 2 a tile of 256 is
@@ -60,13 +60,15 @@ class Tiled(Strategy):
         for part, value in values.items():
             if value < unit or value % unit:
                 raise StrategyError(
-                    f"tiled.{keys[part]}={value}; one latent row or column is {unit}, and a tile starts and ends "
-                    f"between two of them; give {max(1, round(value / unit)) * unit}"
+                    f"tiled.{keys[part]}={value}",
+                    f"one latent row or column is {unit}, and a tile starts and ends between two of them",
+                    f"give {max(1, round(value / unit)) * unit}",
                 )
         if values["stride"] > values["min"]:
             raise StrategyError(
-                f"tiled.{keys['stride']}={values['stride']} with {keys['min']}={values['min']}; between two tiles "
-                f"{values['stride'] - values['min']} would be missing; give a stride of {values['min']} or less"
+                f"tiled.{keys['stride']}={values['stride']} with {keys['min']}={values['min']}",
+                f"between two tiles {values['stride'] - values['min']} would be missing",
+                f"give a stride of {values['min']} or less",
             )
         return Axis(size, values["min"] // unit, values["stride"] // unit)
 
@@ -76,9 +78,10 @@ class Tiled(Strategy):
         if ranks > len(tiling):
             down, across = len(tiling.rows.spans), len(tiling.cols.spans)
             raise StrategyError(
-                f"tiled over {ranks} ranks; a latent of {shape.rows} x {shape.cols} has {down} x {across} = "
-                f"{len(tiling)} tiles of {tiling.rows.tile} x {tiling.cols.tile} and each rank needs one; use no "
-                f"more than {len(tiling)}, or smaller tile_sample_min_* and tile_sample_stride_*"
+                f"tiled over {ranks} ranks",
+                f"a latent of {shape.rows} x {shape.cols} has {down} x {across} = {len(tiling)} tiles of "
+                f"{tiling.rows.tile} x {tiling.cols.tile} and each rank needs one",
+                f"use no more than {len(tiling)}, or smaller tile_sample_min_* and tile_sample_stride_*",
             )
         dealt = tiling.dealt(ranks)
         shares = tuple(self._share(program, shape, tiling, dealt, rank) for rank in range(ranks))
@@ -87,7 +90,8 @@ class Tiled(Strategy):
             f"{len(tiling)} tiles with {sum(share.flops for share in shares) / flops - 1:.0%} computed twice: "
             f"at best {flops / max(share.flops for share in shares):.2f} times one untiled rank"
         )
-        return StrategyPlan(self.name, program.direction, self.exactness, shares, note)
+        slowest = max(share.flops for share in shares)
+        return StrategyPlan(self.name, program.direction, self.exactness, shares, note, None, slowest)
 
     def _share(
         self, program: Program, shape: LatentShape, tiling: Tiling, dealt: tuple[tuple[int, ...], ...], rank: int
@@ -118,7 +122,7 @@ class Tiled(Strategy):
     def _peak(program: Program, shape: LatentShape, tiling: Tiling, own: list[LatentShape], *, root: bool) -> int:
         """Bytes alive at the worst moment: while the largest tile runs, or on the root while tiles are blended."""
         element, decodes = shape.element_bytes, program.direction == "decode"
-        running = max(activation_bytes(program, part, 0, tiled_ops(program)) for part in own)
+        running = max(account(of_tile(program, part))[0].peak_bytes for part in set(own))
         if not decodes:
             everyone = [tiling.latent(tile, shape) for tile in range(len(tiling))] if root else own
             finished = sum(clip_elements(program, part) for part in everyone)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cosmos3_pipeline.vae.assignment import Assignment, Block
+from cosmos3_pipeline.vae.lowering import Lowered, lower
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program
 
@@ -77,14 +79,20 @@ class Tiling:
         return tuple(tuple(sorted(tiles)) for tiles in dealt)
 
 
-def tiled_ops(program: Program) -> int:
-    """The ops that run on tiles: the decoder's last one, which makes pixels and clamps them, runs on the whole."""
-    return len(program) - 1 if program.direction == "decode" else len(program)
+def on_tiles(program: Program) -> Program:
+    """What runs on tiles: the decoder's last op, which makes pixels and clamps them, runs on the whole."""
+    return replace(program, ops=program.ops[:-1]) if program.direction == "decode" else program
+
+
+def of_tile(program: Program, part: LatentShape) -> Lowered:
+    """What a rank does with one tile, by itself."""
+    runs = on_tiles(program)
+    return lower(runs, part, Assignment.of(1, [Block((0, len(runs)), (0, runs.chunks(part)), 0)]))
 
 
 def tile_elements(program: Program, part: LatentShape, *, first: bool) -> int:
     """Elements of one chunk of a finished tile, before it is blended."""
-    return program.ops[tiled_ops(program) - 1].target.elements(part, first=first)
+    return on_tiles(program).ops[-1].target.elements(part, first=first)
 
 
 def clip_elements(program: Program, part: LatentShape) -> int:

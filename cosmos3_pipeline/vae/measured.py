@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cosmos3_pipeline.vae.line_times import ChunkCosts
+from cosmos3_pipeline.vae.costs import ChunkCosts, op_costs
 from cosmos3_pipeline.vae.program import Program, program_for
 from cosmos3_pipeline.vae.strategy import StrategyError
-from cosmos3_plugins.layer_pipeline.costs import op_costs
 
 _REMEDY = "run job=bench on this machine with this VAE's width, and give its bench.json"
 
@@ -29,29 +28,33 @@ class OpSeconds:
     by_pixels: dict[int, ChunkCosts]
     digest: str
 
-    def costs(self, program: Program, flops_per_element: float, pixels: int, element_bytes: int) -> ChunkCosts:
+    def costs(self, program: Program, pixels: int, element_bytes: int) -> ChunkCosts:
         """Seconds of each op on chunks of `pixels` latent pixels: as measured, or nearest to that by the model.
 
         Raises StrategyError for a program or elements of which nothing was measured.
         """
         if program.direction != "decode":
             raise StrategyError(
-                "layer_pipeline.op_seconds for encode; job=bench measures the ops of the decoder only; leave it "
-                "empty for encode"
+                "layer_pipeline.op_seconds for encode",
+                "job=bench measures the ops of the decoder only",
+                "leave it empty for encode",
             )
         if element_bytes != 4:
             raise StrategyError(
-                f"layer_pipeline.op_seconds for elements of {element_bytes} bytes; job=bench measures ops in "
-                "float32 only, and others take other shares of the time; leave it empty, or decode in float32"
+                f"layer_pipeline.op_seconds for elements of {element_bytes} bytes",
+                "job=bench measures ops in float32 only, and others take other shares of the time",
+                "leave it empty, or decode in float32",
             )
         if program != self.program:
             raise StrategyError(
                 f"layer_pipeline.op_seconds of a decoder with {len(self.program)} ops and "
-                f"{self.program.weight_elements():,} weights; this one has {len(program)} and "
-                f"{program.weight_elements():,}, which take other shares of the time; {_REMEDY}"
+                f"{self.program.weight_elements():,} weights",
+                f"this one has {len(program)} and {program.weight_elements():,}, which take other shares of the "
+                "time",
+                f"{_REMEDY}",
             )
         nearest = min(self.by_pixels, key=lambda measured: (abs(math.log(measured / pixels)), measured))
-        there, here = (op_costs(program, flops_per_element, size) for size in (nearest, pixels))
+        there, here = (op_costs(program, size) for size in (nearest, pixels))
         # What the model leaves out takes the same everywhere.
         return ChunkCosts(
             *(
@@ -67,15 +70,17 @@ def op_seconds(path: str) -> OpSeconds:
         written = Path(path).read_bytes()
     except OSError as error:
         raise StrategyError(
-            f"layer_pipeline.op_seconds={path!r} cannot be read ({error.strerror}); ops are divided by what it "
-            f"says they take; {_REMEDY}"
+            f"layer_pipeline.op_seconds={path!r} cannot be read ({error.strerror})",
+            "ops are divided by what it says they take",
+            f"{_REMEDY}",
         ) from None
     try:
         return _parsed(written)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StrategyError(
-            f"layer_pipeline.op_seconds={path!r} has no seconds of ops ({type(error).__name__}: {error}); a "
-            f"bench.json has them unless bench.costs=false; {_REMEDY}"
+            f"layer_pipeline.op_seconds={path!r} has no seconds of ops ({type(error).__name__}: {error})",
+            "a bench.json has them unless bench.costs=false",
+            f"{_REMEDY}",
         ) from None
 
 

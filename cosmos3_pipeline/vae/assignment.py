@@ -1,0 +1,274 @@
+"""What a strategy writes: which rank runs which ops on which chunks and which part of the picture. No torch here.
+
+The work of one clip is a box: ops x chunks x picture. A strategy tiles it into blocks, each with a rank:
+
+    Block(ops=(0, 54), chunks=(0, 48), rank=3)                          # a run of ops: a pipeline stage
+    Block(ops=(0, 84), chunks=(7, 8), rank=1)                           # one chunk: a wavefront
+    Block(ops=(0, 84), chunks=(0, 48), rank=2, slab=Rect(4, 8, 0, 60))  # some rows: a shard
+    Block(ops=(0, 84), chunks=(0, 48), rank=EVERY)                      # every rank, each for itself
+
+What has to travel follows from that, and is found by `lowering`. A box that is not tiled, or in which two ranks do
+the same without saying so, is refused by `check`, which names the block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.vae.ops import LatentShape, Margins, Op
+from cosmos3_pipeline.vae.program import Program
+
+EVERY: Final = None  # instead of a rank: every rank does it for itself
+
+
+class Rect(NamedTuple):
+    """Rows [top, bottom) and columns [left, right) of a grid."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+    def common(self, other: Rect) -> Rect | None:
+        """The part that both have, if there is one."""
+        top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
+        left, right = max(self.left, other.left), min(self.right, other.right)
+        return Rect(top, bottom, left, right) if top < bottom and left < right else None
+
+    def scaled(self, scale: int, unit: int) -> Rect:
+        """The same part on a grid with `scale` rows where this one has `unit`."""
+        return Rect(
+            self.top * scale // unit,
+            self.bottom * scale // unit,
+            self.left * scale // unit,
+            self.right * scale // unit,
+        )
+
+    def grown(self, margins: Margins, limit: Rect) -> Rect:
+        """With `margins` around it, as far as `limit` reaches."""
+        return Rect(
+            max(self.top - margins.top, limit.top),
+            min(self.bottom + margins.bottom, limit.bottom),
+            max(self.left - margins.left, limit.left),
+            min(self.right + margins.right, limit.right),
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """`rank` runs the ops [start, stop) on the chunks [start, stop) of a slab of the picture.
+
+    rank: `EVERY` says that each rank does it for itself. slab: None is the whole picture; rows and columns are
+    counted in parts of a latent row, `unit` of which make one, so that a cut may lie within a latent row where the
+    picture is larger. warm_up: so many of its first chunks are run only to fill the caches: their results are
+    dropped, and the block begins with empty caches, as a clip does.
+    """
+
+    ops: tuple[int, int]
+    chunks: tuple[int, int]
+    rank: int | None
+    slab: Rect | None = None
+    unit: int = 1
+    warm_up: int = 0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The blocks of one clip over `ranks` ranks. `note` is one line for a human; plans add how fast it is."""
+
+    ranks: int
+    blocks: tuple[Block, ...]
+    note: str = ""
+
+    @classmethod
+    def of(cls, ranks: int, blocks: Iterable[Block], note: str = "") -> Assignment:
+        return cls(ranks, tuple(blocks), note)
+
+
+class AssignmentError(Refusal):
+    """Blocks that are no assignment: some work is nobody's, or two ranks', or cannot be cut like that."""
+
+
+class Tile(NamedTuple):
+    """A part of the picture and who has it, in lowest terms: equal tiles are the same part on the same rank."""
+
+    rect: Rect
+    unit: int
+    rank: int | None
+
+    def at(self, scale: int) -> Rect:
+        """In rows and columns of which `scale` make a latent one."""
+        return self.rect.scaled(scale, self.unit)
+
+    def on(self, rank: int) -> bool:
+        """Whether `rank` has it."""
+        return self.rank is EVERY or self.rank == rank
+
+    def latent(self, whole: LatentShape) -> LatentShape:
+        """The shape of this part of `whole`."""
+        return LatentShape(
+            whole.batch, whole.frames, self.rect.height, self.rect.width, whole.element_bytes, self.unit
+        )
+
+
+class Span(NamedTuple):
+    """The ops [start, stop) of one chunk, with the tiles that make up the picture.
+
+    warming: tiles of ranks that run these ops too, and whose results nobody takes.
+    """
+
+    start: int
+    stop: int
+    tiles: tuple[Tile, ...]
+    warming: tuple[Tile, ...] = ()
+
+
+Layout = tuple[Span, ...]  # of one chunk: its spans follow each other
+
+
+def whole_picture(shape: LatentShape, scale: int = 1) -> Rect:
+    """All rows and columns, `scale` of which make a latent one."""
+    return Rect(0, shape.rows * scale, 0, shape.cols * scale)
+
+
+def read_by(op: Op, part: Rect, whole: Rect) -> Rect:
+    """What `op` reads to make `part`, both in rows and columns of its input. This is all the geometry there is."""
+    return whole if op.reads_whole else part.grown(op.margins, whole)
+
+
+def layouts(program: Program, shape: LatentShape, assignment: Assignment) -> tuple[Layout, ...]:
+    """The layout of every chunk; equal ones are the same object. Raises AssignmentError as `check` says."""
+    chunks = program.chunks(shape)
+    _check_numbers(program, shape, assignment)
+    edges = sorted({0, chunks, *(e for b in assignment.blocks for e in (*b.chunks, b.chunks[0] + b.warm_up))})
+    found: list[Layout] = []
+    known: dict[Layout, Layout] = {}
+    for first, last in pairwise(edges):
+        active = [b for b in assignment.blocks if b.chunks[0] <= first < b.chunks[1]]
+        layout = _layout(program, shape, active, first)
+        found += [known.setdefault(layout, layout)] * (last - first)
+    return tuple(found)
+
+
+def _layout(program: Program, shape: LatentShape, active: Sequence[Block], chunk: int) -> Layout:
+    edges = sorted({0, len(program), *(e for b in active for e in b.ops)})
+    starting: Mapping[int, list[Block]] = defaultdict(list)
+    for block in active:
+        starting[block.ops[0]].append(block)
+    spans: list[Span] = []
+    running: list[Block] = []
+    for start, stop in pairwise(edges):
+        running = [b for b in running if b.ops[1] > start] + starting[start]
+        spans.append(_span(shape, start, stop, running, chunk))
+    return tuple(spans)
+
+
+def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], chunk: int) -> Span:
+    working = [b for b in blocks if chunk >= b.chunks[0] + b.warm_up]
+    tiles = [_tile(b, shape) for b in working]
+    where = f"ops {start} to {stop - 1} of chunk {chunk}"
+    unit = math.lcm(*(tile.unit for tile in tiles)) if tiles else 1
+    rects = [tile.at(unit) for tile in tiles]
+    order = sorted(range(len(tiles)), key=lambda i: rects[i])
+    for position, i in enumerate(order):
+        for j in order[position + 1 :]:
+            if rects[j].top >= rects[i].bottom:
+                break
+            if rects[i].common(rects[j]):
+                raise AssignmentError(
+                    f"{working[j]} overlaps {working[i]} in {where}",
+                    "two ranks would do the same work, and nobody could say whose result counts",
+                    "give each part to one rank, or to every rank with rank=EVERY, or drop results with warm_up",
+                )
+    missing = shape.rows * shape.cols * unit**2 - sum(rect.area for rect in rects)
+    if missing:
+        near = f"; nearest is {working[0]}" if working else ""
+        raise AssignmentError(
+            f"{where} are nobody's on {missing / unit**2:g} of {shape.rows * shape.cols} latent pixels",
+            f"every op has to run on the whole picture of every chunk{near}",
+            "let the blocks tile ops x chunks x picture",
+        )
+    warming = tuple(_tile(b, shape) for b in blocks if b not in working)
+    return Span(start, stop, tuple(tiles[i] for i in order), warming)
+
+
+def _tile(block: Block, shape: LatentShape) -> Tile:
+    rect, unit = (block.slab, block.unit) if block.slab is not None else (whole_picture(shape), 1)
+    by = math.gcd(unit, *rect)
+    return Tile(Rect(*(edge // by for edge in rect)), unit // by, block.rank)
+
+
+def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment) -> None:
+    """Raise AssignmentError for a block that lies outside the box, or parts rows that an op makes of one row."""
+    scales = _scales(program)
+    box = {"ops": len(program), "chunks": program.chunks(shape)}
+    seen: set[tuple[tuple[int, int], Rect | None, int]] = set()
+    for block in assignment.blocks:
+        for name, size in box.items():
+            start, stop = getattr(block, name)
+            if not 0 <= start < stop <= size:
+                raise AssignmentError(
+                    f"{block} has {name} [{start}, {stop})",
+                    f"the {program.direction}r has {size}",
+                    f"stay within {size}",
+                )
+        if block.rank is not EVERY and not 0 <= block.rank < assignment.ranks:
+            raise AssignmentError(
+                f"{block} is for rank {block.rank}",
+                f"there are {assignment.ranks} ranks",
+                f"give 0 to {assignment.ranks - 1}, or EVERY",
+            )
+        if not 0 <= block.warm_up < block.chunks[1] - block.chunks[0]:
+            raise AssignmentError(
+                f"{block} warms up on {block.warm_up} chunks",
+                f"it has {block.chunks[1] - block.chunks[0]}, and the result of one has to be of use",
+                "give 0, or fewer than it has",
+            )
+        cut = (block.ops, block.slab, block.unit)
+        if block.slab is None or cut in seen:
+            continue
+        seen.add(cut)
+        slab, unit = block.slab, block.unit
+        if unit < 1 or not (
+            0 <= slab.top < slab.bottom <= shape.rows * unit and 0 <= slab.left < slab.right <= shape.cols * unit
+        ):
+            raise AssignmentError(
+                f"{block} has a slab outside the picture",
+                f"the latent has {shape.rows} rows and {shape.cols} columns, of {unit} parts each",
+                "give rows and columns within them",
+            )
+        for scale in set().union(*scales[slice(*block.ops)]):
+            if any(edge * scale % unit for edge in slab):
+                op = next(i for i in range(*block.ops) if scale in scales[i])
+                raise AssignmentError(
+                    f"{block} cuts within a row of op {op} ({program.ops[op].name})",
+                    f"{scale} of its rows make a latent one, which do not divide into {unit} parts",
+                    f"cut at multiples of {unit // math.gcd(unit, scale)} parts there, or give later ops a block "
+                    "of their own",
+                )
+
+
+def _scales(program: Program) -> list[set[int]]:
+    """For each op the scales of all that it reads and makes, and of the shortcuts that are open across it."""
+    return [
+        {op.target.scale, *(spec.scale for cut in (n, n + 1) for spec in program.carried(cut))}
+        for n, op in enumerate(program.ops)
+    ]

@@ -1,0 +1,128 @@
+"""A strategy's plan, computed from its assignment: what each rank owns, how exact the result is, how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import ceil
+
+from cosmos3_pipeline.vae.account import account_repeated
+from cosmos3_pipeline.vae.assignment import Assignment, AssignmentError, Layout, Tile, whole_picture
+from cosmos3_pipeline.vae.clock import flops_until_end
+from cosmos3_pipeline.vae.lowering import Lowered, lower_repeated
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Program
+from cosmos3_pipeline.vae.strategy import Exactness, RankShare, Strategy, StrategyError, StrategyPlan
+
+
+def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment: Assignment) -> StrategyPlan:
+    """What each rank does with a clip of `shape`, if `strategy` makes that `assignment`.
+
+    Raises StrategyError for blocks that are no assignment, that leave a rank without work, or whose result is less
+    exact than the strategy promises.
+    """
+    with named(strategy):
+        clip = lower_repeated(program, shape, assignment)
+    lowered = clip.short
+    check(strategy, lowered)
+    shares = []
+    for rank, tally in enumerate(account_repeated(clip)):
+        ops = lowered.ops(rank)
+        rows, cols = _extent(lowered, rank)
+        shares.append(
+            RankShare(
+                rank=rank,
+                ops=(ops[0], ops[-1] + 1),
+                rows=rows,
+                cols=cols,
+                flops=tally.flops,
+                weight_bytes=tally.weight_bytes,
+                activation_bytes=tally.peak_bytes,
+                sent_bytes=tally.sent_bytes,
+                sent_messages=tally.sent_messages,
+                runs=_runs(lowered, rank),
+            )
+        )
+    until_end = flops_until_end(clip)
+    note = _note(assignment.note, program.flops(shape) / until_end, assignment.ranks)
+    exactness = exactness_of(lowered)
+    return StrategyPlan(strategy.name, program.direction, exactness, tuple(shares), note, assignment, until_end)
+
+
+@contextmanager
+def named(strategy: Strategy) -> Iterator[None]:
+    """Blocks that are no assignment become a StrategyError that says whose they are."""
+    try:
+        yield
+    except AssignmentError as error:
+        problem = error.problem
+        raise StrategyError(f"{strategy.name}: {problem.what}", problem.why, problem.works) from None
+
+
+def check(strategy: Strategy, lowered: Lowered) -> None:
+    """Raise StrategyError for a rank without work, and for a result less exact than the strategy promises."""
+    exactness, needed = exactness_of(lowered), reach(lowered.program)
+    if not exactness.satisfies(strategy.exactness):
+        raise StrategyError(
+            f"{strategy.name} declares {strategy.exactness} and its blocks are {exactness}",
+            "parts of a picture are computed to rounding, and a rank that warms up on fewer chunks than the ops "
+            f"remember ({needed} here) sees another past",
+            f"declare {exactness}, or warm up on {needed} chunks",
+        )
+    idle = [rank for rank in range(lowered.ranks) if not lowered.ops(rank)]
+    if idle:
+        raise StrategyError(
+            f"{strategy.name} over {lowered.ranks} ranks leaves {len(idle)} without work, such as rank {idle[0]}",
+            "it would only wait for the others",
+            "use fewer ranks, or a larger clip",
+        )
+
+
+def _note(note: str, speed_up: float, ranks: int) -> str:
+    fast = "" if ranks == 1 else f"at best {speed_up:.2f} times one rank"
+    return ": ".join(part for part in (note, fast) if part) or "one rank does all"
+
+
+def exactness_of(lowered: Lowered) -> Exactness:
+    """How the result relates to that of one rank, as far as who computes what decides it."""
+    found = Exactness.BITWISE
+    whole = whole_picture(lowered.shape)
+    spans = {span for layout in set(lowered.layouts) for span in layout}
+    if any(tile.rect != whole.scaled(tile.unit, 1) for span in spans for tile in (*span.tiles, *span.warming)):
+        found = Exactness.ROUNDING
+    needed = reach(lowered.program)
+    for block in lowered.assignment.blocks:
+        if block.warm_up and block.chunks[0] > 0 and block.warm_up < needed:
+            found = Exactness.APPROXIMATE
+    return found
+
+
+def reach(program: Program) -> int:
+    """How many chunks before it a chunk's result depends on: what all its ops remember, one after the other."""
+    return ceil(sum(op.cached_frames / op.source.frames for op in program.ops))
+
+
+def _extent(lowered: Lowered, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The latent rows and columns on which a rank works; a cut within one counts it on both sides."""
+    tiles = {tile for layout in set(lowered.layouts) for span in layout for tile in span.tiles if tile.on(rank)}
+    tops = (min(t.rect.top // t.unit for t in tiles), max(-(-t.rect.bottom // t.unit) for t in tiles))
+    sides = (min(t.rect.left // t.unit for t in tiles), max(-(-t.rect.right // t.unit) for t in tiles))
+    return tops, sides
+
+
+def _runs(lowered: Lowered, rank: int) -> tuple[tuple[int, int], ...]:
+    """The ops of a rank on each chunk, where they are not always the same."""
+    if not lowered.moves:
+        return ()
+    by_layout = {id(layout): _run(layout, rank) for layout in lowered.layouts}
+    runs = tuple(by_layout[id(layout)] for layout in lowered.layouts)
+    return runs if len(set(runs)) > 1 else ()
+
+
+def _run(layout: Layout, rank: int) -> tuple[int, int]:
+    spans = [span for span in layout if _has(span.tiles, rank)]
+    return (spans[0].start, spans[-1].stop) if spans else (0, 0)
+
+
+def _has(tiles: Sequence[Tile], rank: int) -> bool:
+    return any(tile.on(rank) for tile in tiles)

@@ -1,0 +1,77 @@
+"""One rank's part of a strategy that assigns: makes the assignment of a clip, binds the weights, executes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.vae.bound_ops import BoundOp
+from cosmos3_pipeline.vae.execute import Execution
+from cosmos3_pipeline.vae.inputs import latent_shape
+from cosmos3_pipeline.vae.lowering import Lowered, lower
+from cosmos3_pipeline.vae.ops import LatentShape, Op
+from cosmos3_pipeline.vae.pixels import Pixels, latent_chunk, picture_chunk
+from cosmos3_pipeline.vae.planning import check, named
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Strategy
+from cosmos3_pipeline.vae.weights import BoundVae
+
+# Clips of so many shapes are lowered once and remembered.
+_SHAPES = 8
+
+
+class AssignedRunner:
+    """Runs what `strategy` assigns to this rank. Holds the weights of the last clip's ops."""
+
+    def __init__(self, vae: BoundVae, comm: Comm, direction: Direction, strategy: Strategy) -> None:
+        self._vae = vae
+        self._comm = comm
+        self._direction: Direction = direction
+        self._strategy = strategy
+        self._ops: dict[int, BoundOp[Op]] = {}
+        self.lowered = lru_cache(_SHAPES)(self._lowered)
+
+    def _lowered(self, shape: LatentShape) -> Lowered:
+        """What all ranks do with a clip of `shape`. Raises StrategyError."""
+        program = self._vae.program(self._direction)
+        assignment = self._strategy.assign(program, shape, self._comm.size)
+        with named(self._strategy):
+            lowered = lower(program, shape, assignment)
+        check(self._strategy, lowered)
+        return lowered
+
+    def bind(self, shape: LatentShape) -> Lowered:
+        """What is done with a clip of `shape`, whose weights this rank then holds, and no others."""
+        lowered = self.lowered(shape)
+        needed = lowered.ops(self._comm.rank)
+        for op in set(self._ops) - set(needed):
+            del self._ops[op]  # their weights go before others come
+        self._ops |= self._vae.bind(self._direction, [op for op in needed if op not in self._ops])
+        return lowered
+
+    def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
+        """Yields the picture in order: on the root, or where each rank makes it, on each."""
+        lowered, rank = self.bind(latent_shape(self._vae.program("decode"), z)), self._comm.rank
+        execution = Execution(
+            lowered, rank, self._ops, self._comm, lambda chunk: latent_chunk(z, chunk), pixels=pixels
+        )
+        yield from execution.results()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w]."""
+        program = self._vae.program("encode")
+        lowered, rank = self.bind(latent_shape(program, x)), self._comm.rank
+        execution = Execution(lowered, rank, self._ops, self._comm, lambda chunk: picture_chunk(x, chunk))
+        parts = list(execution.results())
+        shape = lowered.shape
+        if parts:
+            moments = torch.cat(parts, dim=1)
+        else:
+            moments = x.new_empty(shape.batch, shape.frames, shape.rows, shape.cols, 2 * program.z_dim)
+        if not lowered.everywhere:
+            self._comm.broadcast(moments)
+        return moments.permute(0, 4, 1, 2, 3).contiguous()

@@ -1,0 +1,66 @@
+"""The fastest assignment of a clip: of every strategy that is exact enough, timed by the clock. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.vae.assignment import Assignment
+from cosmos3_pipeline.vae.clock import FlopCosts, Links, OpCosts, timeline
+from cosmos3_pipeline.vae.lowering import lower_repeated
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.planning import exactness_of
+from cosmos3_pipeline.vae.program import Program
+from cosmos3_pipeline.vae.strategy import Exactness, OwnRunner, Strategy
+
+
+@dataclass(frozen=True)
+class Found:
+    """One assignment that was tried: whose it is, how exact, and about how many seconds it takes."""
+
+    strategy: Strategy
+    assignment: Assignment
+    exactness: Exactness
+    seconds: float
+
+
+def variants(strategies: Iterable[type[Strategy]], program: Program, ranks: int) -> Iterator[Strategy]:
+    """Each strategy that can go this way, with each of its settings that are worth trying.
+
+    One with a runner of its own computes another picture, so it has to be asked for by its name.
+    """
+    for cls in strategies:
+        if program.direction in cls.directions and not issubclass(cls, OwnRunner):
+            yield from cls().variants(ranks)
+
+
+def search(
+    strategies: Iterable[type[Strategy]],
+    program: Program,
+    shape: LatentShape,
+    ranks: int,
+    *,
+    costs: OpCosts | None,
+    links: Links | None,
+    required: Exactness,
+) -> list[Found]:
+    """What `strategies` assign a clip of `shape`, fastest first; of equally fast ones the more exact.
+
+    Left out are those that refuse the clip, and those whose result is less exact than `required`. Without `costs`
+    an op takes its FLOPs.
+    """
+    found: list[tuple[tuple[float, int, int], Found]] = []
+    for number, strategy in enumerate(variants(strategies, program, ranks)):
+        try:
+            assignment = strategy.assign(program, shape, ranks)
+            clip = lower_repeated(program, shape, assignment)
+        except Refusal:
+            continue  # it cannot do this clip on so many ranks
+        exactness = exactness_of(clip.short)
+        if not exactness.satisfies(required) or any(not clip.short.ops(rank) for rank in range(ranks)):
+            continue
+        seconds = clip.total(lambda lowered: timeline(lowered, costs or FlopCosts(lowered), links).seconds)
+        order = (seconds, list(Exactness).index(exactness), number)
+        found.append((order, Found(strategy, assignment, exactness, seconds)))
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]

@@ -1,0 +1,79 @@
+"""The fastest assignment for a clip, by the clock, of those of the installed strategies that are exact enough.
+
+The clock knows FLOPs, memory traffic, bytes and messages, not what a machine really does: `job=verify` times
+strategies side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from cosmos3_pipeline.plugin_api import (
+    Assignment,
+    Exactness,
+    LatentShape,
+    Link,
+    Program,
+    RooflineCosts,
+    Strategy,
+    StrategyError,
+    discover,
+    search,
+)
+
+__all__ = ["Auto"]
+
+_TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
+
+
+@dataclass
+class Auto(Strategy):
+    """`require`: the least exactness to choose from. The rest are the figures of one rank's accelerator and links.
+
+    In the units of `topology.accelerator`; the defaults are those of a CPU core with ranks on one machine.
+    A strategy that computes another picture, such as `tiled`, is never chosen: it has to be asked for.
+    """
+
+    require: str = "bitwise"
+    fp32_tflops: float = 0.1
+    bf16_tflops: float = 0.2
+    efficiency: float = 1.0
+    memory_gb_per_s: float = 10.0
+    link_gb_per_s: float = 2.0
+    network_gb_per_s: float = 1.0
+    latency_us: float = 100.0
+    ranks_per_node: int = 8
+
+    name: ClassVar[str] = "auto"
+    exactness: ClassVar[Exactness] = (
+        Exactness.ROUNDING
+    )  # the least that it ever chooses; a plan says what it chose
+
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        """The fastest; its note says why. Raises StrategyError for bad settings."""
+        if self.require not in list(Exactness):
+            raise StrategyError(
+                f"auto.require={self.require}", "it is no exactness", f"use one of {', '.join(Exactness)}"
+            )
+        required = min(Exactness(self.require), Exactness.ROUNDING, key=list(Exactness).index)
+        tflops = self.bf16_tflops if shape.element_bytes == 2 else self.fp32_tflops
+        costs = RooflineCosts(program, shape, _TERA * tflops * self.efficiency, _GIGA * self.memory_gb_per_s)
+        others = [cls for name, cls in discover().strategies.items() if name != self.name]
+        found = search(others, program, shape, ranks, costs=costs, links=self._link, required=required)
+        if not found:
+            raise StrategyError(
+                f"auto.require={self.require} on a latent of {shape.rows} x {shape.cols}",
+                f"no installed strategy that is {required} can {program.direction} it on {ranks} ranks",
+                "install replicated, which can",
+            )
+        best, *rest = found
+        against = ", ".join(f"{one.seconds:.3g} s with {one.strategy.name}" for one in rest[:3])
+        note = f"picked {best.strategy.name}, {best.exactness}: about {best.seconds:.3g} s"
+        note += f", against {against}" * bool(rest) + f"; {best.assignment.note}" * bool(best.assignment.note)
+        return replace(best.assignment, note=note)
+
+    def _link(self, source: int, target: int) -> Link:
+        apart = source // self.ranks_per_node != target // self.ranks_per_node
+        rate = self.network_gb_per_s if apart else self.link_gb_per_s
+        return Link(self.latency_us * _MICRO, rate * _GIGA)

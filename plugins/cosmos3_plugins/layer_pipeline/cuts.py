@@ -1,0 +1,174 @@
+"""Where a line of stages is cut, so that a clip ends early.
+
+Whole ops do not divide evenly: a cut that lies now before and now after an op makes its neighbours equally busy.
+And where every chunk is cut alike, late ranks wait for the first chunks and early ranks have nothing to do during
+the last. A cut that begins some ops early lets the rank after it begin early, and one that ends late lets the rank
+before it do some of the rest. Every rank that runs an op now and then holds its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+
+from cosmos3_pipeline.plugin_api import ChunkCosts, LatentShape, LineTimes, Program
+
+Cuts = tuple[int, ...]  # the ops before which a line is cut, first to last
+Path = tuple[int, ...]  # of one cut, the op before which it lies on each chunk
+
+_NONE: tuple[float, Cuts] = (math.inf, ())
+# Chunks of the clip that fixed cuts are chosen for: 125 frames of video.
+_CHUNKS = 32
+# How far beyond the earliest end fixed cuts may go if less is then sent.
+_SLACK = 1.002
+# By how many places cuts may begin early and end late.
+_RAMPS = ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (4, 4))
+# By which part of itself a clip has to end sooner for each part of the weights that is held twice, and at least.
+_FOR_WEIGHTS, _FOR_MOVING = 0.1, 0.003
+# The way from one place to the next has so many parts; by how many parts the mean of a cut is varied.
+_PARTS = 8
+_STEPS = (-8, -4, -2, -1, 1, 2, 4, 8)
+# Beyond so many ranks a stage has too few ops for cuts to move over.
+_MOST_RANKS = 16
+
+
+@cache
+def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
+    """Cuts with which a clip of `_CHUNKS` ends earliest; of those hardly later, the ones that send least."""
+    latent = LatentShape(1, 2, 1, 1)
+    sent = [
+        sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
+    ]
+    ends = cache(lambda start, stop: _end(program, costs, start, stop))
+    stops = range(1, len(program) + 1)
+    best: list[float] = [0.0] + [math.inf] * len(program)
+    for _ in range(ranks):
+        best = [math.inf, *(min(max(best[cut], ends(cut, stop)) for cut in range(stop)) for stop in stops)]
+    least: list[tuple[float, Cuts]] = [(0.0, ())] + [_NONE] * len(program)
+    for _ in range(ranks):
+        least = [_NONE] + [
+            min(
+                (
+                    (least[cut][0] + (sent[cut] if cut else 0), (*least[cut][1], stop))
+                    for cut in range(stop)
+                    if least[cut][0] < math.inf and ends(cut, stop) <= _SLACK * best[-1]
+                ),
+                default=_NONE,
+            )
+            for stop in stops
+        ]
+    return least[-1][1][:-1]
+
+
+def _end(program: Program, costs: ChunkCosts, start: int, stop: int) -> float:
+    """When a clip ends whose slowest rank runs the ops [start, stop): what is before, its own, a portion after."""
+
+    def portion(a: int, b: int) -> float:
+        return sum(costs.later[op] / program.portions_at(op + 1, first=False) for op in range(a, b))
+
+    beginning = sum(costs.first[:start]) + max(sum(costs.first[start:stop]), portion(0, start))
+    return beginning + (_CHUNKS - 1) * sum(costs.later[start:stop]) + portion(stop, len(program))
+
+
+@cache
+def moving_cuts(program: Program, costs: ChunkCosts, fixed: Cuts, chunks: int) -> list[Path] | None:
+    """The path of each cut over a clip of `chunks`; None where moving is not worth it."""
+    if len(fixed) >= _MOST_RANKS:
+        return None
+    line = _Line(program, costs, chunks)
+    end, best = line.end([(cut,) * chunks for cut in fixed]) * (1 - _FOR_MOVING), None
+    for ramp in _RAMPS:
+        paths = line.improved(line.even(len(fixed)), ramp) or line.improved(line.near(fixed), ramp)
+        if paths is None:
+            continue
+        weighed = line.end(paths) * (1 + _FOR_WEIGHTS * line.held_twice(paths))
+        if weighed < end:
+            end, best = weighed, paths
+    return best
+
+
+class _Line:
+    """Paths of cuts along the places of a program. No two ops that keep frames are between two places."""
+
+    def __init__(self, program: Program, costs: ChunkCosts, chunks: int) -> None:
+        self._program, self._chunks = program, chunks
+        self._times = LineTimes(program, costs)
+        self._places = [n for n in range(1, len(program)) if program.may_be_cut(n)]
+
+    def end(self, paths: Sequence[Path]) -> float:
+        """When a clip ends."""
+        arrivals = None
+        edges = [(0,) * self._chunks, *paths, (len(self._program),) * self._chunks]
+        for starts, stops in pairwise(edges):
+            arrivals = self._times.departures(zip(starts, stops, strict=True), arrivals)
+        assert arrivals is not None
+        return arrivals[-1]
+
+    def held_twice(self, paths: Sequence[Path]) -> float:
+        """The part of the weights over which cuts move."""
+        moved = sum(self._program.weight_elements(min(path), max(path)) for path in paths)
+        return moved / self._program.weight_elements()
+
+    def even(self, cuts: int) -> list[int]:
+        """Parts of places at which every rank has as much to do with a later chunk."""
+        before = [self._times.before(place) for place in self._places]
+        parts = []
+        for cut in range(1, cuts + 1):
+            wanted = self._times.before(len(self._program)) * cut / (cuts + 1)
+            place = max(0, min(len(before) - 2, bisect_right(before, wanted) - 1))
+            on = (wanted - before[place]) / (before[place + 1] - before[place])
+            parts.append(round(_PARTS * (place + max(0.0, min(1.0, on)))))
+        return parts
+
+    def near(self, cuts: Cuts) -> list[int]:
+        """Parts of the places that are nearest to `cuts`."""
+        return [_PARTS * min(range(len(self._places)), key=lambda p: abs(self._places[p] - cut)) for cut in cuts]
+
+    def improved(self, parts: list[int], ramp: tuple[int, int]) -> list[Path] | None:
+        """Paths around `parts` or where a clip ends sooner; None if some would leave a rank nothing to do."""
+        best = self._paths(parts, ramp)
+        if best is None:
+            return None
+        end, before = self.end(best), math.inf
+        while end < before:  # one cut after the other is varied, alone and with all after it
+            before = end
+            for which in range(len(parts)):
+                for stop in sorted({which + 1, len(parts)}):
+                    for step in _STEPS:
+                        varied = [part + step * (which <= i < stop) for i, part in enumerate(parts)]
+                        paths = self._paths(varied, ramp)
+                        if paths is not None and (found := self.end(paths)) < end * (1 - 1e-4):
+                            parts, best, end = varied, paths, found
+        return best
+
+    def _paths(self, parts: Sequence[int], ramp: tuple[int, int]) -> list[Path] | None:
+        edges: list[Path] = [(0,) * self._chunks]
+        for part in parts:
+            if not 0 <= part < _PARTS * len(self._places):
+                return None
+            edges.append(self._path(*divmod(part, _PARTS), *ramp))
+            before, path = edges[-2:]
+            if any(a >= b for a, b in zip(before, path, strict=True)) or any(
+                a > b for a, b in zip(before[1:], path, strict=False)
+            ):
+                return None
+        return edges[1:]
+
+    def _path(self, place: int, on: int, early: int, late: int) -> Path:
+        """A cut whose mean is `on` parts after a place, and which begins and ends with the ramp."""
+        path: list[int] = []
+        for chunk in range(self._chunks):
+            ramp = max(0, chunk - (self._chunks - 1 - late)) - max(0, early - chunk)
+            wanted = place + (chunk + 1) * on // _PARTS - chunk * on // _PARTS + ramp
+            path.append(max(0, min(len(self._places) - 1, wanted, self._furthest(path))))
+        return tuple(self._places[at] for at in path)
+
+    def _furthest(self, path: Sequence[int]) -> int:
+        """How far a cut may lie on the next chunk: over one op, whose input the rank before it has then seen."""
+        if not path:
+            return len(self._places)
+        seen = path[-max(1, self._program.chunks_kept(self._places[path[-1]])) :]
+        return path[-1] + (min(seen) == path[-1])
