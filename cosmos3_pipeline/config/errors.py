@@ -19,14 +19,14 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     """A dotted key that the schema does not have, `where` naming the file or override that brought it.
 
     The nearest key is sought by the whole name and then by its last part, so that `task.promt` and
-    `sampler.prompt` both find `task.prompt`; that of a strategy's setting among the settings that it has.
+    `sampler.prompt` both find `task.prompt`; that of a strategy's setting among the settings that it has. Of keys
+    with the same last part the least nested are meant: `sampler.steps`, not `model.recommended.image.steps`.
     """
     node, _, leaf = key.rpartition(".")
     known = [k for k in known if not key.startswith(f"{k}.")]
     if node in STRATEGY_NODES:
         known = [k for k in known if k.startswith(f"{node}.")]
-    leaves = {k.rpartition(".")[2]: k for k in known}
-    near = nearest(key, known) or leaves.get(nearest(leaf, leaves) or "")
+    near = nearest(key, known) or _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known)
     siblings = sorted({k[len(node) + 1 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")})
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
     return Problem(
@@ -34,6 +34,13 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
         why="nothing reads it, so it would be ignored",
         works=f"did you mean {near}?" if near else listed,
     )
+
+
+def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
+    """Those of `known` that end in `leaf` with the fewest nodes before it, or nothing."""
+    found = [key for key in known if key.rpartition(".")[2] == leaf]
+    depth = min((key.count(".") for key in found), default=0)
+    return " or ".join(key for key in found if key.count(".") == depth)
 
 
 def explain(error: Exception, keys: Iterable[str], overrides: Sequence[str]) -> Problem | None:
