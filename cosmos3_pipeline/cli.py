@@ -49,6 +49,7 @@ COMMANDS = {
     "diff": "review.command",
     "blame": "review.blame",
     "sweep-plan": "review.sweep_plan",
+    "plugins": "review.plugins",
     "make-checkpoint": "models.make_checkpoint",
 }
 

@@ -23,7 +23,7 @@ from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import register
-from cosmos3_pipeline.config.provenance import beside_a_running_hydra
+from cosmos3_pipeline.config.provenance import Provenance, beside_a_running_hydra, trace
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import ConfigError, Problem
 
@@ -33,15 +33,17 @@ JOB_NAME = "launch"
 
 
 class Composition:
-    """What Hydra made of `overrides`, before its values are checked.
+    """What Hydra made of `overrides`, before its values are checked; None: it was read from a file.
 
     cfg: the nodes of the schema, what `+key` has added to them, and mostly Hydra's own node. loader: what composed
     it, where that was this library.
     """
 
-    def __init__(self, cfg: DictConfig, overrides: Sequence[str], loader: ConfigLoader | None = None) -> None:
+    def __init__(
+        self, cfg: DictConfig, overrides: Sequence[str] | None, loader: ConfigLoader | None = None
+    ) -> None:
         self.cfg = cfg
-        self.overrides = tuple(overrides)
+        self.overrides = overrides
         self.loader = loader
 
     @classmethod
@@ -63,12 +65,19 @@ class Composition:
                 raise ValueError("it holds no keys")
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ValueError(str(error).splitlines()[0]) from error
-        return cls(cfg, ())
+        return cls(cfg, None)
 
     @property
     def is_sweep(self) -> bool:
         """Whether it asks by `hydra.mode` to be a sweep, which only Hydra can run."""
         return bool(OmegaConf.select(self.cfg, "hydra.mode") == RunMode.MULTIRUN)
+
+    def traced(self) -> Provenance | None:
+        """Where its values came from, by composing once more; None where conf/ alone does not make it."""
+        try:
+            return None if self.overrides is None else trace(self.overrides, config_dir())
+        except (HydraException, OmegaConfBaseException):  # a folder of --config-dir has a part of it
+            return None
 
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
         """The config: dataclasses, enums and lists, with every interpolation followed.

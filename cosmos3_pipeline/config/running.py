@@ -42,7 +42,7 @@ def run(composition: Composition, job: Callable[[Path], None]) -> None:
     Raises what `job` raises.
     """
     with _running(composition) as composed:
-        composed.run(CONFIG_NAME, lambda _: job(output_directory()), list(composition.overrides))
+        composed.run(CONFIG_NAME, lambda _: job(output_directory()), list(composition.overrides or ()))
 
 
 def output_directory() -> Path:
@@ -53,7 +53,7 @@ def output_directory() -> Path:
 def show(composition: Composition, what: str, package: str | None, *, resolve: bool) -> None:
     """Print it as `--cfg` does: `what` is job, hydra or all, and `package` a node of it."""
     with _running(composition) as composed:
-        composed.show_cfg(CONFIG_NAME, list(composition.overrides), what, package, resolve)
+        composed.show_cfg(CONFIG_NAME, list(composition.overrides or ()), what, package, resolve)
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from typing import Any
 from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
 from cosmos3_pipeline.checkpoint.hub import is_hub_id
 from cosmos3_pipeline.config import checks as structure
-from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import Composition
-from cosmos3_pipeline.config.provenance import Provenance, trace
+from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
@@ -75,7 +74,7 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
             return replace(check(config), adopted=adopted)
         except ConfigError as error:
             found.extend(error.problems)
-    raise ConfigError(located(found, composition.overrides))
+    raise ConfigError(located(found, composition))
 
 
 def check(cfg: Config) -> Checked:
@@ -97,9 +96,11 @@ def check(cfg: Config) -> Checked:
     return Checked(cfg, vae)
 
 
-def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Problem]:
-    """`problems` with the file or override that set each key named in them."""
-    traced = trace(overrides, config_dir())
+def located(problems: Sequence[Problem], composition: Composition) -> Sequence[Problem]:
+    """`problems` with the file or override that set each key named in them, as far as that is known."""
+    traced = composition.traced()
+    if traced is None:
+        return problems
     return [replace(problem, set_by=tuple(_origins(problem.what, traced))) for problem in problems]
 
 
@@ -241,10 +242,6 @@ def _vae(cfg: Config, direction: Direction) -> VaePlan:
         planned = vae_plan(cfg, direction, strategy_of(cfg, direction))
     except Refusal as refusal:
         raise ConfigError([replace(refusal.problem, what=f"{named}: {refusal.problem.what}")]) from refusal
-    except ValueError as error:  # StrategyError and ProgramError say their three parts in one line
-        what, why, works = (*str(error).split("; ", 2), "", "")[:3]
-        works = works or f"another option of vae/{direction}"
-        raise ConfigError([Problem(what=f"{named}: {what}", why=why or what, works=works)]) from error
     if switched_on and not planned.plan.exactness.satisfies(required):
         problem = Problem(
             what=f"{named} is {planned.plan.exactness} with vae.required_exactness={required}",

@@ -110,7 +110,7 @@ def make_plan(
 
     `vae` are its directions as the check has planned them already. `text_tokens` are the lengths of the tokenized
     prompt and negative prompt; without them an estimate is used.
-    Raises StrategyError or Refusal for a strategy that cannot be honoured.
+    Raises Refusal for a strategy that cannot be honoured.
     """
     clip = clip_of(cfg)
     denoising = Denoising.of(

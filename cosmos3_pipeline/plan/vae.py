@@ -10,13 +10,15 @@ from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.config.schema import Config, Dtype, VaeConfig
 from cosmos3_pipeline.denoise.cost import Wire
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.plan.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.plan.stage import RankStage
+from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.line_times import flops_until_end
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
-from cosmos3_pipeline.vae.strategy import Strategy, StrategyPlan
+from cosmos3_pipeline.vae.strategy import Strategy, StrategyError, StrategyPlan
 
 REFERENCE = "replicated"  # what runs where a direction's flag is off
 ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -123,14 +125,19 @@ def strategy_of(cfg: Config, direction: Direction) -> Strategy:
 def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
     """What `strategy` does with the clip of `cfg`. Encoding goes as far as the last conditioned latent frame.
 
-    Raises StrategyError or Refusal for what the strategy cannot honour, ProgramError for an impossible VAE.
+    Raises Refusal for what the strategy cannot honour, and for an impossible VAE.
     """
     clip = clip_of(cfg)
     frames = clip.latent_frames
     if direction == "encode":
         frames = max(cfg.task.condition_latent_frames) + 1
-    program = program_for(direction, plain(cfg.model.vae))
     shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype])
     ranks = replica_ranks(cfg.topology)
-    plan = strategy.plan(program, shape, ranks)
-    return VaePlan(program, shape, plan, strategy.settled(program, shape, ranks))
+    try:
+        program = program_for(direction, plain(cfg.model.vae))
+        plan = strategy.plan(program, shape, ranks)
+        return VaePlan(program, shape, plan, strategy.settled(program, shape, ranks))
+    except (ProgramError, StrategyError) as error:  # they say their three parts in one line
+        what, why, works = (*str(error).split("; ", 2), "", "")[:3]
+        works = works or f"another option of vae/{direction}"
+        raise Refusal(what=what, why=why or what, works=works) from error

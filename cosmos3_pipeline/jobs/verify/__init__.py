@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,12 +107,8 @@ def _planned(cfg: Config, direction: Direction, node: dict[str, Any]) -> Chosen:
     try:
         planned = vae_plan(cfg, direction, build_strategy(node))
     except Refusal as refusal:
-        raise ConfigError([refusal.problem]) from refusal
-    except ValueError as error:  # StrategyError and ProgramError say their three parts in one line
-        what, why, works = (*str(error).split("; ", 2), "", "")[:3]
-        raise ConfigError(
-            [Problem(what=f"{direction}: {what}", why=why or what, works=works or EXAMPLE)]
-        ) from error
+        what = f"{direction}: {refusal.problem.what}"
+        raise ConfigError([replace(refusal.problem, what=what)]) from refusal
     return Chosen(direction, {key: value for key, value in node.items() if key != "_target_"}, planned)
 
 
