@@ -117,8 +117,13 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
             continue
         known = {f.name for f in dataclasses.fields(settings_schema(cls))}
         for name in node:
+            key = f"vae.{direction}.{name!s}"
             if name not in known:
-                yield unknown_key(f"vae.{direction}.{name}", [f"vae.{direction}.{k}" for k in known])
+                yield unknown_key(key, [f"vae.{direction}.{k}" for k in known])
+            elif OmegaConf.is_missing(node, name):
+                yield _missing(key)
+            else:
+                yield from _value(node, str(name), key, {})
 
 
 def _targets(node: Any, key: str) -> Iterator[Problem]:

@@ -83,14 +83,17 @@ class Composition:
         """The config: dataclasses, enums and lists, with every interpolation followed.
 
         `changes` are dotted keys and other values for them; what refers to such a key follows. The composition
-        must have no structural problem (see `checks.problems`).
+        must have no structural problem (see `checks.problems`). Raises ConfigError for a problem inside a list.
         """
         cfg = self.cfg
-        if changes:
-            cfg = OmegaConf.create(cfg)  # a copy: what is shown and saved by Hydra is what was composed
-            for key, value in changes.items():
-                OmegaConf.update(cfg, key, value)
-        sections = {f.name: OmegaConf.to_object(cfg[f.name]) for f in dataclasses.fields(Config)}
+        try:
+            if changes:
+                cfg = OmegaConf.create(cfg)  # a copy: what is shown and saved by Hydra is what was composed
+                for key, value in changes.items():
+                    OmegaConf.update(cfg, key, value)
+            sections = {f.name: OmegaConf.to_object(cfg[f.name]) for f in dataclasses.fields(Config)}
+        except OmegaConfBaseException as error:
+            raise as_config_error(error, self.overrides or ()) from error
         config = Config(**typing.cast(dict[str, Any], sections))
         config.vae.encode, config.vae.decode = plain(config.vae.encode), plain(config.vae.decode)
         return config

@@ -64,14 +64,20 @@ def explain(error: Exception, keys: Iterable[str], overrides: Sequence[str]) -> 
             why="no config group and no key has this name",
             works=did_you_mean(group, [*keys, *_groups(keys)], otherwise="see --help for the groups"),
         )
+    full_key = match.group(1) if (match := re.search(r"full_key: (\S+)", cause)) else ""
     if match := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(match.group(1), keys, where=where)
+        key = match.group(1)
+        if full_key not in key:  # one of a node in the list that is its value
+            key = f"{key}[...].{full_key}"
+        return unknown_key(key, keys, where=where)
+    if "missing mandatory value" in cause:
+        return Problem(
+            what=f"{full_key} is not set{where}", why="nothing stands in for it", works=f"a value for {full_key}"
+        )
     if match := re.search(r"Key '[^']+' not in|Key '[^']+' is not in struct", cause):
-        full = re.search(r"full_key: (\S+)", cause)
-        return unknown_key(full.group(1) if full else match.group(0), keys, where=where)
+        return unknown_key(full_key or match.group(0), keys, where=where)
     if match := re.search(r"(Value .+? (?:of type .+? )?(?:could not be|is not).+|Invalid value .+)", cause):
-        full = re.search(r"full_key: (\S+)", cause)
-        key = full.group(1) if full else "a key"
+        key = full_key or "a key"
         allowed = re.search(r"expected one of \[(.+?)\]", cause)
         return Problem(
             what=f"{key} has a value of the wrong type{where}",

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 
 def plain(node: object) -> dict[str, Any]:
-    """A section of a config, or all of it, as dicts, lists and values of JSON; an enum becomes its value."""
+    """A section of a config, or all of it, as dicts, lists and values of JSON; an enum as its name, as in YAML."""
     values = _plain(node)
     assert isinstance(values, dict)
     return values
@@ -26,7 +26,7 @@ def _plain(value: object) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    return value.value if isinstance(value, Enum) else value
+    return value.name if isinstance(value, Enum) else value
 
 
 def as_yaml(config: object) -> str:

@@ -18,7 +18,7 @@ from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple
+from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple, replica_ranks
 from cosmos3_pipeline.plan.plan import Plan, make_plan
 from cosmos3_pipeline.plan.trained import outside
 from cosmos3_pipeline.plan.vae import (
@@ -81,7 +81,7 @@ def check(cfg: Config) -> Checked:
     """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
     found = [problem for one in (_task, _clip, _ranks, _layout) for problem in one(cfg, clip)]
-    for direction in directions(cfg):
+    for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
             continue  # the reference works with any clip and ranks that nothing else is wrong with
         try:

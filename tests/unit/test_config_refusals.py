@@ -76,6 +76,13 @@ REFUSALS = [
     pytest.param(
         ["+task.foo={_target_: torch.load, f: x}"], "task.foo._target_=torch.load", NAMES, id="target in a dict"
     ),
+    pytest.param(["bench.suite=[{_target_: x}]"], "bench.suite[...]._target_", "", id="target in a list of nodes"),
+    pytest.param(["model.trained.tiers=[{sizes: [64x64]}]"], "tiers[0].min_frames", "", id="half a list item"),
+    pytest.param(["vae.decode.op_seconds=${no.such}"], "vae.decode.op_seconds cannot", "", id="lost reference"),
+    pytest.param(["vae.decode=null"], "vae.decode", "layer_pipeline", id="no strategy"),
+    pytest.param(
+        ["topology.dp=3", "topology.ranks_per_node=2", "vae=parallel_decode"], "2 ranks", "=3", id="ranks too few"
+    ),
     pytest.param(["task.image=launch.py"], "task=t2v", "task=i2v", id="image that nothing reads"),
     pytest.param(["task.prompt="], "task.prompt is empty", "task.prompt=", id="empty prompt"),
     pytest.param(["task.height=100"], "task.height=100", "task.height=96", id="height off the grid"),
