@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.plan.geometry import clip_of
@@ -29,7 +30,6 @@ from cosmos3_pipeline.plan.simulation import (
     OpCosts,
     simulate,
 )
-from cosmos3_pipeline.plan.vae import plain
 from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError
 
@@ -44,7 +44,7 @@ class Experiment:
     """The clip, its decoder, and the accelerator of `experiment=sglang_27037`."""
 
     def __init__(self) -> None:
-        cfg = compose(["experiment=sglang_27037"])
+        cfg = compose(["experiment=sglang_27037"]).typed()
         clip = clip_of(cfg)
         self.program = program_for("decode", plain(cfg.model.vae))
         self.shape = LatentShape(1, clip.latent_frames, clip.latent_rows, clip.latent_cols, element_bytes=2)

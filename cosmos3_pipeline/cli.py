@@ -9,22 +9,36 @@ from argparse import Namespace
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.compose import VERSION_BASE, as_config_error, refuse_doubled_choices
+from cosmos3_pipeline import jobs
+from cosmos3_pipeline.config import config_dir, running
+from cosmos3_pipeline.config.compose import (
+    VERSION_BASE,
+    Composition,
+    as_config_error,
+    compose,
+    refuse_doubled_choices,
+)
 from cosmos3_pipeline.config.help import help_text
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
-from cosmos3_pipeline.jobs import check_job, follow, run, sweep
+from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
-from cosmos3_pipeline.plan.checks import compose_checked
+from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.plan.checks import check_composition
 
 __all__ = ["launch", "main", "run"]
 
@@ -35,6 +49,7 @@ COMMANDS = {
     "diff": "review.command",
     "blame": "review.blame",
     "sweep-plan": "review.sweep_plan",
+    "plugins": "review.plugins",
     "make-checkpoint": "models.make_checkpoint",
 }
 
@@ -89,6 +104,12 @@ def launch(hydra_main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
+def run(cfg: DictConfig) -> None:
+    """Do the job that Hydra composed, in Hydra's output directory: one of a sweep, or one with other configs."""
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    jobs.run(prepare(Composition.of_a_running_job(cfg)), running.output_directory(), multirun=multirun)
+
+
 def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
     rank = os.environ.get("RANK")
     if rank is not None and args.multirun:
@@ -103,16 +124,35 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         )
     if rank not in (None, "0"):
         # Only the root may make an output directory, so the other ranks compose without Hydra's run.
-        follow(compose_checked(args.overrides))
+        jobs.follow(prepare(compose(args.overrides)))
         return
     refuse_doubled_choices(args.overrides)
-    other_configs = args.config_dir or args.config_name or args.config_path
-    if not (args.multirun or args.hydra_help or args.info or args.shell_completion or other_configs):
-        # Before Hydra makes an output directory for a run that would be refused.
-        cfg = compose_checked(args.overrides)
-        if args.cfg is None:
-            check_job(cfg)
-    hydra_main()
+    other_configs = args.config_dir or args.config_name or args.config_path or args.experimental_rerun
+    if args.multirun or args.hydra_help or args.info or args.shell_completion or other_configs:
+        hydra_main()
+        return
+    composition = compose(args.overrides)
+    if composition.is_sweep:
+        hydra_main()
+    elif args.cfg is not None:
+        check_composition(composition)
+        running.show(composition, args.cfg, args.package, resolve=args.resolve)
+    else:
+        prepared = prepare(composition)  # before there is an output directory
+        running.run(composition, lambda output: jobs.run(prepared, output, multirun=False))
+
+
+class SweepReport(Callback):
+    """Hydra calls it, see conf/config.yaml: says where a sweep is, and at once when a job of it failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        sweep.start(Path(config.hydra.sweep.dir))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if sweep.current is not None and job_return.status is JobStatus.FAILED:
+            error = job_return._return_value
+            assert isinstance(error, Exception)
+            sweep.job_failed(config.hydra.job.num, Path(config.hydra.runtime.output_dir), error)
 
 
 def _widen_tables() -> None:

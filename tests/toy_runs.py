@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
+from cosmos3_pipeline.config.schema import Keep, TaskConfig
 from cosmos3_pipeline.models.loading import Components
 from cosmos3_pipeline.plan.geometry import Clip
 from cosmos3_pipeline.stages.context import RunContext
@@ -47,6 +48,12 @@ class StreamingVae(nn.Module):
         pixels = self.autoencoder.decode(z).sample
         frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)[0].permute(1, 2, 3, 0)
         yield from frames.split([1] + [4] * (z.shape[2] - 1))
+
+
+def task_config(**changes: Any) -> TaskConfig:
+    """A task that has only what a stage reads: the checkpoint's own words, no condition, and `changes`."""
+    nothing: dict[str, Any] = {"negative_prompt": None, "system_prompt": None, "image": None, "video": None}
+    return TaskConfig(**{**nothing, "condition_latent_frames": [], "condition_keep": Keep.first, **changes})
 
 
 def components(checkpoint: CheckpointInfo, **changes: Any) -> Components:

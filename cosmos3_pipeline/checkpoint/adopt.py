@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
-
-from omegaconf import DictConfig
 
 from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
+from cosmos3_pipeline.config.plain import flat
+from cosmos3_pipeline.config.schema import Config
 
 
 @dataclass(frozen=True)
 class Adopted:
-    """A checkpoint whose numbers a config has taken over; `changed` has a line for each that was another one."""
+    """A checkpoint, and its `numbers` by the dotted keys of the config in whose place they go.
+
+    `changed` has a line for each that is another one than the model option's.
+    """
 
     checkpoint: CheckpointInfo
+    numbers: dict[str, Any]
     changed: tuple[str, ...]
 
 
-def adopt_checkpoint(cfg: DictConfig) -> Adopted | None:
-    """Put the numbers of the checkpoint `cfg.model.path` in the place of the model option's.
+def adopt_checkpoint(cfg: Config) -> Adopted | None:
+    """The numbers of the checkpoint `cfg.model.path`, to be put in the place of the model option's.
 
     Checks, plans and the saved config are then about the model that runs. None without a checkpoint here: no path,
     or a hub id that is not in the hub's cache.
@@ -34,20 +38,18 @@ def adopt_checkpoint(cfg: DictConfig) -> Adopted | None:
     if folder is None:
         return None
     info = inspect_checkpoint(folder)
-    changed = []
-    for node, key, found in _numbers(cfg, info):
-        option, node[key] = node[key], found
-        if node[key] != option:
-            changed.append(f"{node._get_full_key(key)}={found}, not {option}")
-    return Adopted(info, tuple(changed))
+    numbers, option = dict(_numbers(cfg, info)), flat(cfg)
+    changed = [f"{key}={found}, not {option[key]}" for key, found in numbers.items() if found != option[key]]
+    return Adopted(info, numbers, tuple(changed))
 
 
-def _numbers(cfg: DictConfig, info: CheckpointInfo) -> Iterator[tuple[DictConfig, str, Any]]:
-    """Node, key and value of what the checkpoint says."""
-    for node, values in ((cfg.model.transformer, info.transformer), (cfg.model.vae, info.vae)):
-        for key in node:
-            if values.get(key) is not None:
-                yield node, str(key), values[key]
+def _numbers(cfg: Config, info: CheckpointInfo) -> Iterator[tuple[str, Any]]:
+    """Key and value of what the checkpoint says."""
+    model = cfg.model
+    for name, node, values in (("transformer", model.transformer, info.transformer), ("vae", model.vae, info.vae)):
+        for field in fields(node):
+            if values.get(field.name) is not None:
+                yield f"model.{name}.{field.name}", values[field.name]
     if info.sampler.native_flow_shift is not None:
         for modality in ("video", "image"):
-            yield cfg.model.recommended[modality], "flow_shift", info.sampler.native_flow_shift
+            yield f"model.recommended.{modality}.flow_shift", info.sampler.native_flow_shift

@@ -447,7 +447,7 @@ def _environment(name: str) -> str | None:
     return os.environ.get(name) or os.environ.get(name.lower())
 
 
-@cache  # a run is composed twice, but a person needs to read it once
+@cache  # the one rank of a run may ask in the process that has fetched; a person needs to read it once
 def _say(words: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(words, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Checks of a composed config that need no arithmetic: keys, missing values, ranges, targets.
+"""Checks of a composition that need no arithmetic: keys, missing values, ranges, what names code to run.
 
 Hydra checks names and types while it composes, but `+key=value` slips past a schema and ranges are not
 checked at all, so the tree is walked against the dataclasses once more. What needs geometry is in `plan/`.
@@ -11,21 +11,22 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cosmos3_pipeline.config.compose import schema_keys
-from cosmos3_pipeline.config.errors import unknown_key
+from cosmos3_pipeline.config.compose import Composition, schema_keys
+from cosmos3_pipeline.config.errors import STRATEGY_NODES, unknown_key
 from cosmos3_pipeline.config.plugins import Plugins, discover, settings_schema, unowned
-from cosmos3_pipeline.config.schema import Config, StagesConfig
+from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Problem, did_you_mean
 
-STAGE_PACKAGE = "cosmos3_pipeline.stages."
+TARGET = "_target_"
 
 
-def problems(cfg: DictConfig) -> list[Problem]:
-    """Every structural problem of `cfg`, in the order of its keys."""
-    return [*_walk(cfg, Config, ""), *_strategies(cfg, discover()), *_stages(cfg)]
+def problems(composition: Composition) -> list[Problem]:
+    """Every structural problem of `composition`, in the order of its keys."""
+    cfg = composition.cfg
+    return [*_walk(cfg, Config, ""), *_strategies(cfg, discover()), *_targets(cfg, "")]
 
 
 def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
@@ -36,7 +37,8 @@ def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
         if name not in fields:
             if not prefix and name == "hydra":
                 continue
-            yield unknown_key(key, schema_keys())
+            leaves = [leaf for leaf in _leaves(node, str(name), key) if not leaf.endswith(f".{TARGET}")]
+            yield from (unknown_key(leaf, schema_keys()) for leaf in leaves)
             continue
         if OmegaConf.is_missing(node, name):
             yield _missing(key)
@@ -44,6 +46,16 @@ def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
             yield from _walk(node[name], typing.cast(type, hints[str(name)]), f"{key}.")
         else:
             yield from _value(node, str(name), key, fields[str(name)].metadata)
+
+
+def _leaves(node: DictConfig, name: str, key: str) -> Iterator[str]:
+    """The dotted keys at and below `name` of `node` that hold a value; `key` is that of `name` itself."""
+    inner = None if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name) else node[name]
+    if not isinstance(inner, DictConfig) or not inner:
+        yield key
+        return
+    for other in inner:
+        yield from _leaves(inner, str(other), f"{key}.{other!s}")
 
 
 def _missing(key: str) -> Problem:
@@ -98,28 +110,37 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
             yield _missing(f"vae.{direction}")
             continue
         node = cfg.vae[direction]
-        target = str(OmegaConf.select(node, "_target_")) if OmegaConf.is_dict(node) else str(node)
+        target = str(OmegaConf.select(node, TARGET)) if OmegaConf.is_dict(node) else str(node)
         cls = plugins.by_target(target)
         if cls is None:
             yield unowned(target, f"vae.{direction}")
             continue
         known = {f.name for f in dataclasses.fields(settings_schema(cls))}
         for name in node:
+            key = f"vae.{direction}.{name!s}"
             if name not in known:
-                yield unknown_key(f"vae.{direction}.{name}", [f"vae.{direction}.{k}" for k in known])
+                yield unknown_key(key, [f"vae.{direction}.{k}" for k in known])
+            elif OmegaConf.is_missing(node, name):
+                yield _missing(key)
+            else:
+                yield from _value(node, str(name), key, {})
 
 
-def _stages(cfg: DictConfig) -> Iterator[Problem]:
-    """A stage may be built only from this library: `_target_` in a config is code that runs."""
-    for field in dataclasses.fields(StagesConfig):
-        if OmegaConf.is_missing(cfg.stages, field.name):
-            yield _missing(f"stages.{field.name}")
-            continue
-        node = cfg.stages[field.name]
-        target = str(OmegaConf.select(node, "_target_")) if OmegaConf.is_dict(node) else str(node)
-        if not target.startswith(STAGE_PACKAGE):
+def _targets(node: Any, key: str) -> Iterator[Problem]:
+    """No node but a strategy's own may name a class. The node `hydra` is Hydra's own."""
+    if isinstance(node, DictConfig):
+        names: list[Any] = [name for name in node if key or name != "hydra"]
+    elif isinstance(node, ListConfig):
+        names = list(range(len(node)))
+    else:
+        return
+    for name in names:
+        inner = f"{key}.{name!s}" if key else str(name)
+        if name == TARGET and key not in STRATEGY_NODES:
             yield Problem(
-                what=f"stages.{field.name} is built from {target}",
-                why="a stage is code that runs: only this library's stages are built from a config",
-                works=did_you_mean(target, [], otherwise=f"a class in {STAGE_PACKAGE}{field.name}"),
+                what=f"{inner}={OmegaConf.to_container(node)[name]} names code to run",  # type: ignore[index]
+                why="only a strategy of the VAE is built from a class that a composition names",
+                works=f"no {inner}; {' and '.join(f'{node}.{TARGET}' for node in STRATEGY_NODES)} name strategies",
             )
+        elif not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
+            yield from _targets(node[name], inner)

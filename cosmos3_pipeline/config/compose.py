@@ -1,38 +1,117 @@
-"""Composing: a list of overrides in, a typed config out. Imports no torch."""
+"""Composing: a list of overrides in, what Hydra makes of them out. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import hydra
+import yaml
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import register
-from cosmos3_pipeline.config.provenance import beside_a_running_hydra
+from cosmos3_pipeline.config.provenance import Provenance, beside_a_running_hydra, trace
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import ConfigError, Problem
 
 VERSION_BASE = "1.3"
+CONFIG_NAME = "config"
+JOB_NAME = "launch"
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
+class Composition:
+    """What Hydra made of `overrides`, before its values are checked; None: it was read from a file.
+
+    cfg: the nodes of the schema, what `+key` has added to them, and mostly Hydra's own node. loader: what composed
+    it, where that was this library.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, overrides: Sequence[str] | None, loader: ConfigLoader | None = None
+    ) -> None:
+        self.cfg = cfg
+        self.overrides = overrides
+        self.loader = loader
+
+    @classmethod
+    def of_a_running_job(cls, cfg: DictConfig) -> Composition:
+        """Of the job that Hydra itself composed and runs now: a sweep's, or one with configs of its own."""
+        return cls(cfg, HydraConfig.get().overrides.task)
+
+    @classmethod
+    def of_file(cls, file: Path) -> Composition:
+        """Of a config.yaml that a run has left.
+
+        Raises ValueError for a file that is none, OSError for one that cannot be read.
+        """
+        register()
+        try:
+            saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+            cfg = OmegaConf.merge(OmegaConf.structured(Config), saved)
+            if not isinstance(cfg, DictConfig):
+                raise ValueError("it holds no keys")
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(str(error).splitlines()[0]) from error
+        return cls(cfg, None)
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it asks by `hydra.mode` to be a sweep, which only Hydra can run."""
+        return bool(OmegaConf.select(self.cfg, "hydra.mode") == RunMode.MULTIRUN)
+
+    def traced(self) -> Provenance | None:
+        """Where its values came from, by composing once more; None where conf/ alone does not make it."""
+        try:
+            return None if self.overrides is None else trace(self.overrides, config_dir())
+        except (HydraException, OmegaConfBaseException):  # a folder of --config-dir has a part of it
+            return None
+
+    def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
+        """The config: dataclasses, enums and lists, with every interpolation followed.
+
+        `changes` are dotted keys and other values for them; what refers to such a key follows. The composition
+        must have no structural problem (see `checks.problems`). Raises ConfigError for a problem inside a list.
+        """
+        cfg = self.cfg
+        try:
+            if changes:
+                cfg = OmegaConf.create(cfg)  # a copy: what is shown and saved by Hydra is what was composed
+                for key, value in changes.items():
+                    OmegaConf.update(cfg, key, value)
+            sections = {f.name: OmegaConf.to_object(cfg[f.name]) for f in dataclasses.fields(Config)}
+        except OmegaConfBaseException as error:
+            raise as_config_error(error, self.overrides or ()) from error
+        config = Config(**typing.cast(dict[str, Any], sections))
+        config.vae.encode, config.vae.decode = plain(config.vae.encode), plain(config.vae.decode)
+        return config
+
+
+def compose(overrides: Sequence[str] = ()) -> Composition:
     """Compose `overrides` on top of conf/config.yaml: names and types are checked, values are not yet.
 
-    Returns the config, typed by `schema.Config`, with interpolations that resolve on access.
     Raises ConfigError for an unknown key, option or type and for a doubled group choice.
     """
     register()
+    conf = str(config_dir())
     try:
         refuse_doubled_choices(overrides)
-        with beside_a_running_hydra(), hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-            return hydra.compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        with beside_a_running_hydra(), hydra.initialize_config_dir(conf, JOB_NAME, VERSION_BASE):
+            cfg = hydra.compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+            return Composition(cfg, overrides, GlobalHydra.instance().config_loader())
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise as_config_error(error, overrides) from error
 
 
@@ -51,13 +130,9 @@ def _chosen_settings(overrides: Sequence[str]) -> list[str]:
     if choices == list(overrides):
         return []
     try:
-        return strategy_keys(compose(choices))
+        cfg = compose(choices).cfg
     except ConfigError:
         return []
-
-
-def strategy_keys(cfg: DictConfig) -> list[str]:
-    """The dotted keys of the settings that the strategies of `cfg` have."""
     return [f"{node}.{key}" for node in STRATEGY_NODES for key in OmegaConf.select(cfg, node) if key != "_target_"]
 
 

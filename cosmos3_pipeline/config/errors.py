@@ -19,14 +19,14 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     """A dotted key that the schema does not have, `where` naming the file or override that brought it.
 
     The nearest key is sought by the whole name and then by its last part, so that `task.promt` and
-    `sampler.prompt` both find `task.prompt`; that of a strategy's setting among the settings that it has.
+    `sampler.prompt` both find `task.prompt`; that of a strategy's setting among the settings that it has. Of keys
+    with the same last part the least nested are meant: `sampler.steps`, not `model.recommended.image.steps`.
     """
     node, _, leaf = key.rpartition(".")
     known = [k for k in known if not key.startswith(f"{k}.")]
     if node in STRATEGY_NODES:
         known = [k for k in known if k.startswith(f"{node}.")]
-    leaves = {k.rpartition(".")[2]: k for k in known}
-    near = nearest(key, known) or leaves.get(nearest(leaf, leaves) or "")
+    near = nearest(key, known) or _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known)
     siblings = sorted({k[len(node) + 1 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")})
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
     return Problem(
@@ -34,6 +34,13 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
         why="nothing reads it, so it would be ignored",
         works=f"did you mean {near}?" if near else listed,
     )
+
+
+def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
+    """Those of `known` that end in `leaf` with the fewest nodes before it, or nothing."""
+    found = [key for key in known if key.rpartition(".")[2] == leaf]
+    depth = min((key.count(".") for key in found), default=0)
+    return " or ".join(key for key in found if key.count(".") == depth)
 
 
 def explain(error: Exception, keys: Iterable[str], overrides: Sequence[str]) -> Problem | None:
@@ -57,14 +64,20 @@ def explain(error: Exception, keys: Iterable[str], overrides: Sequence[str]) -> 
             why="no config group and no key has this name",
             works=did_you_mean(group, [*keys, *_groups(keys)], otherwise="see --help for the groups"),
         )
+    full_key = match.group(1) if (match := re.search(r"full_key: (\S+)", cause)) else ""
     if match := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(match.group(1), keys, where=where)
+        key = match.group(1)
+        if full_key not in key:  # one of a node in the list that is its value
+            key = f"{key}[...].{full_key}"
+        return unknown_key(key, keys, where=where)
+    if "missing mandatory value" in cause:
+        return Problem(
+            what=f"{full_key} is not set{where}", why="nothing stands in for it", works=f"a value for {full_key}"
+        )
     if match := re.search(r"Key '[^']+' not in|Key '[^']+' is not in struct", cause):
-        full = re.search(r"full_key: (\S+)", cause)
-        return unknown_key(full.group(1) if full else match.group(0), keys, where=where)
+        return unknown_key(full_key or match.group(0), keys, where=where)
     if match := re.search(r"(Value .+? (?:of type .+? )?(?:could not be|is not).+|Invalid value .+)", cause):
-        full = re.search(r"full_key: (\S+)", cause)
-        key = full.group(1) if full else "a key"
+        key = full_key or "a key"
         allowed = re.search(r"expected one of \[(.+?)\]", cause)
         return Problem(
             what=f"{key} has a value of the wrong type{where}",

@@ -30,6 +30,7 @@ key=value sets anything else; see all keys and what they are now with --cfg job:
   --hydra-help  Hydra's own flags
 
   cosmos3 diff, blame, sweep-plan: what a change does, who set a value, what a sweep would run (see their --help)
+  cosmos3 plugins: the strategies that are installed, and why one is not to be had
   cosmos3 make-checkpoint: random weights in a published layout, to try a machine before a download
 """
 

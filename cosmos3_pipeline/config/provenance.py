@@ -96,6 +96,11 @@ class Provenance:
         chain = self.chain(key)
         return chain[-1].winner.place if chain else ""
 
+    def value(self, key: str) -> Any:
+        """The value of `key` as plain values, references followed."""
+        value = OmegaConf.select(self._cfg, key)
+        return OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
+
     @property
     def keys(self) -> list[str]:
         """The keys that something set, sorted."""

@@ -2,16 +2,23 @@
 
 Hydra merges every YAML file of `conf/` into these, so a misspelt key or a wrong type fails while composing.
 A range lives in the field's metadata (`at_least`, `at_most`, `multiple_of`) and is checked by `checks.py`,
-because OmegaConf checks types only. Nothing here imports torch.
+because OmegaConf checks types only. Composing ends in one `Config`, which is what the rest of the library is
+given: plain dataclasses, enums and lists, without interpolations. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
+
+if TYPE_CHECKING:
+    Settings = dict[str, Any]
+else:
+    # While composing, OmegaConf holds here the dataclass that `plugins.settings_schema` makes of a strategy.
+    Settings = Any
 
 
 def ranged(
@@ -183,13 +190,13 @@ class TaskConfig:
 
 @dataclass
 class VaeConfig:
-    """`encode` and `decode` hold a strategy plugin's own settings: which keys they have, the plugin says."""
+    """`encode` and `decode`: the class of a strategy (`_target_`) and its settings, whose keys the plugin says."""
 
     parallel_encode: bool = MISSING
     parallel_decode: bool = MISSING
     required_exactness: str = one_of("bitwise", "rounding", "approximate")
-    encode: Any = MISSING
-    decode: Any = MISSING
+    encode: Settings = MISSING
+    decode: Settings = MISSING
 
 
 @dataclass
@@ -296,17 +303,6 @@ class OutputConfig:
 
 
 @dataclass
-class StagesConfig:
-    """The stages in the order in which the data moves; each node is a target that Hydra instantiates."""
-
-    text: Any = MISSING
-    encode: Any = MISSING
-    denoise: Any = MISSING
-    decode: Any = MISSING
-    export: Any = MISSING
-
-
-@dataclass
 class Config:
     job: JobConfig = field(default_factory=JobConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -318,4 +314,3 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
-    stages: StagesConfig = field(default_factory=StagesConfig)

@@ -5,44 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
 from cosmos3_pipeline.checkpoint.adopt import Adopted
-from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.jobs import bench, generate, plan, verify
-from cosmos3_pipeline.jobs.start import check_start
-from cosmos3_pipeline.plan.checks import check
+from cosmos3_pipeline.jobs.start import Prepared
 
 
-def run(cfg: DictConfig) -> None:
-    """Check `cfg`, then do its job in Hydra's output directory. Called by `@hydra.main`.
+def run(prepared: Prepared, output: Path, *, multirun: bool) -> None:
+    """Do the job of what is `prepared` and leave its files in the directory `output`; `multirun`: for a sweep.
 
-    Raises ConfigError before any work starts, RankFailed when a rank of the run failed, VerifyFailed (exit code 1)
-    when a strategy is not as exact as it declares.
+    Raises RankFailed when a rank of the run failed, VerifyFailed (exit code 1) when a strategy is not as exact as
+    it declares, ConfigError for a job that a sweep cannot have.
     """
-    hydra_cfg = HydraConfig.get()
-    adopted = check(cfg, hydra_cfg.overrides.task)
-    if adopted is not None:
-        tell(adopted, cfg)
-    check_job(cfg)
-    output = Path(hydra_cfg.runtime.output_dir)
-    if cfg.job.name == JobName.plan:
-        plan.plan_job(cfg, output)
-        return
-    multirun = hydra_cfg.mode == RunMode.MULTIRUN
-    if cfg.job.name == JobName.verify:
-        verify.verify(cfg, output, multirun=multirun)
-        return
-    if cfg.job.name == JobName.bench:
-        bench.bench(cfg, output, multirun=multirun)
-        return
-    plan.head(cfg, output)
-    generate.generate(cfg, output, own_process=multirun)
+    config = prepared.config
+    if prepared.adopted is not None:
+        tell(prepared.adopted, config)
+    if config.job.name == JobName.plan:
+        plan.plan_job(prepared, output)
+    elif config.job.name == JobName.verify:
+        verify.verify(prepared, output, multirun=multirun)
+    elif config.job.name == JobName.bench:
+        bench.bench(config, output, multirun=multirun)
+    else:
+        plan.head(prepared.plan, output)
+        generate.generate(prepared, output, own_process=multirun)
 
 
-def tell(adopted: Adopted, cfg: DictConfig) -> None:
+def tell(adopted: Adopted, cfg: Config) -> None:
     """Print where the checkpoint differs from its model option, and what of it nothing here knows."""
     folder = adopted.checkpoint.folder
     if adopted.changed:
@@ -61,20 +50,11 @@ def _few(changed: Sequence[str]) -> str:
     return "; ".join(changed[:4]) + (f"; and {more} more, see config.yaml" if more > 0 else "")
 
 
-def check_job(cfg: DictConfig) -> None:
-    """Raise ConfigError with everything that keeps the checked `cfg` from being run here and now."""
-    check_start(cfg)
-    verify.check_verify(cfg)
-    bench.check_bench(cfg)
-
-
-def follow(cfg: DictConfig) -> None:
-    """Take part in the job of a checked `cfg` as a rank that is not the root: nothing is written here."""
-    check_job(cfg)
-    if cfg.job.name == JobName.verify:
-        verify.join(cfg)
-        return
-    if cfg.job.name == JobName.bench:
-        bench.join(cfg)
-        return
-    generate.join(cfg)
+def follow(prepared: Prepared) -> None:
+    """Take part in the job of what is `prepared` as a rank that is not the root: nothing is written here."""
+    if prepared.config.job.name == JobName.verify:
+        verify.join(prepared)
+    elif prepared.config.job.name == JobName.bench:
+        bench.join(prepared.config)
+    else:
+        generate.join(prepared)

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-from omegaconf import DictConfig
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from cosmos3_pipeline.jobs import prompts, summary
-from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
+from cosmos3_pipeline.jobs.ranks import on_ranks
+from cosmos3_pipeline.jobs.start import Prepared
+
+if TYPE_CHECKING:
+    from cosmos3_pipeline.stages.build import StageFactory
 
 
-def generate(cfg: DictConfig, output: Path, *, own_process: bool) -> None:
-    """Run the composition `cfg` and leave its files in `output`.
+def generate(
+    prepared: Prepared,
+    output: Path,
+    *,
+    own_process: bool = False,
+    stages: Mapping[str, StageFactory] = MappingProxyType({}),
+) -> None:
+    """Run what is `prepared` and leave its files in `output`. `stages` replace others, see `build_stages`.
 
     With one rank the run stays in this process, unless `own_process` asks for a fresh one (the jobs of a
     sweep: one's memory must not show in the next one's peak). With RANK in the environment this process is
     the root of a world that exists already.
     """
-    on_ranks(cfg, output, "cosmos3_pipeline.jobs.rank:run_rank", own_process=own_process)
-    if cfg.task.prompt_file is None:
+    config, entry = prepared.config, "cosmos3_pipeline.jobs.rank:run_rank"
+    on_ranks(config, output, entry, prepared.plan, dict(stages), own_process=own_process)
+    if config.task.prompt_file is None:
         summary.show(output)
     else:
         prompts.show(output)
 
 
-def join(cfg: DictConfig) -> None:
+def join(prepared: Prepared) -> None:
     """Be a rank other than the root in the world that RANK and WORLD_SIZE describe."""
     from cosmos3_pipeline.jobs.rank import run_rank
 
-    run_rank(resolved(cfg), None)
+    run_rank(prepared.config, prepared.plan, {}, None)

@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.jobs.start import Prepared
 from cosmos3_pipeline.plan import tables
-from cosmos3_pipeline.plan.plan import as_dict, make_plan
+from cosmos3_pipeline.plan.plan import Plan, as_dict
 from cosmos3_pipeline.plan.search import Candidate, search
 from cosmos3_pipeline.plan.summary import summary, summary_lines
 from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.stages.files import write_whole
 
 
-def plan_job(cfg: DictConfig, output: Path) -> None:
-    """Print the plan of a checked config and leave plan.json and plan.md in `output`; or search its layouts."""
-    if cfg.plan.search:
-        search_job(cfg, output)
+def plan_job(prepared: Prepared, output: Path) -> None:
+    """Print the plan and leave plan.json and plan.md in `output`; or search the layouts of the topology."""
+    if prepared.config.plan.search:
+        search_job(prepared.config, output)
         return
-    plan = as_dict(make_plan(cfg))
+    plan = as_dict(prepared.plan)
     write_plan(plan, output)
     write_whole(output / "plan.md", tables.as_markdown(plan))
     console = Console()
@@ -30,9 +31,8 @@ def plan_job(cfg: DictConfig, output: Path) -> None:
     console.print(f"{output / 'plan.json'}", soft_wrap=True, highlight=False)
 
 
-def head(cfg: DictConfig, output: Path) -> None:
+def head(plan: Plan, output: Path) -> None:
     """Print the plan in a few lines before a run starts, and leave plan.json in `output`."""
-    plan = make_plan(cfg)
     write_plan(as_dict(plan), output)
     console = Console()
     for line in summary_lines(plan):
@@ -44,7 +44,7 @@ def write_plan(plan: dict[str, object], output: Path) -> None:
     write_whole(output / "plan.json", json.dumps(plan, indent=2))
 
 
-def search_job(cfg: DictConfig, output: Path) -> None:
+def search_job(cfg: Config, output: Path) -> None:
     """Print the layouts of the topology, best first, and leave search.json in `output`."""
     found = search(cfg)
     rows = [

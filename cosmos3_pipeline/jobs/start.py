@@ -1,4 +1,4 @@
-"""What keeps a checked composition from running here and now: inputs, weights, ranks. Imports no torch.
+"""From a composition to what the ranks are given: its config and its plan. Imports no torch.
 
 A plan needs no photograph, no weights and no torchrun; a run does.
 """
@@ -7,37 +7,79 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from cosmos3_pipeline.checkpoint.adopt import adopt_checkpoint
-from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id
-from cosmos3_pipeline.config.schema import Device, JobName
+from cosmos3_pipeline.checkpoint.adopt import Adopted
+from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, fetch_checkpoint, is_hub_id
+from cosmos3_pipeline.config.compose import Composition
+from cosmos3_pipeline.config.schema import Config, Device, JobName
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.plan.checks import check
-from cosmos3_pipeline.plan.plan import make_plan
+from cosmos3_pipeline.jobs.bench import check_bench
+from cosmos3_pipeline.jobs.verify import Verification, check_verify
+from cosmos3_pipeline.plan.checks import check_composition
+from cosmos3_pipeline.plan.plan import Plan
 from cosmos3_pipeline.plan.units import quantity
 
 
-def check_start(cfg: DictConfig) -> None:
-    """Raise ConfigError with everything that keeps the checked `cfg` from running on this machine.
+@dataclass(frozen=True)
+class Prepared:
+    """A composition that may start here and now. All but `adopted` is plain data that the ranks are given.
 
-    A hub id is fetched once nothing else is wrong; `cfg.model.commit` is then what all ranks open.
+    verification: what job=verify compares.
     """
-    if cfg.job.name == JobName.plan:
-        return
-    found = list(_world(cfg))
-    if cfg.job.name != JobName.bench:  # whose VAE is random, and which makes no clip
-        found += [*_inputs(cfg), *_checkpoint(cfg), *_memory(cfg)]
-        if not found:
-            found += _fetch(cfg)
+
+    config: Config
+    plan: Plan
+    adopted: Adopted | None = None
+    verification: Verification | None = None
+
+
+def prepare(composition: Composition) -> Prepared:
+    """Check `composition` and plan it, once. Raises ConfigError with everything that keeps it from running here.
+
+    A hub id is fetched once nothing else is wrong; `config.model.commit` is then what all ranks open.
+    """
+    checked = check_composition(composition)
+    prepared = Prepared(checked.config, checked.plan(), checked.adopted)
+    job = checked.config.job.name
+    if job != JobName.plan:
+        _raise([*_world(checked.config)] if job == JobName.bench else _problems(prepared))
+    if job not in (JobName.plan, JobName.bench):  # a benchmark's VAE is random
+        prepared = _with_checkpoint(prepared, composition)
+    check_bench(prepared.config)
+    return replace(prepared, verification=check_verify(prepared.config))
+
+
+def _problems(prepared: Prepared) -> list[Problem]:
+    cfg = prepared.config
+    return [*_world(cfg), *_inputs(cfg), *_checkpoint(cfg), *_memory(prepared)]
+
+
+def _with_checkpoint(prepared: Prepared, composition: Composition) -> Prepared:
+    """With the commit of a hub id, which is on this machine then.
+
+    Where it was not before, its numbers were not known: `composition` is checked and planned anew.
+    """
+    fetched = _fetched(prepared.config)
+    if fetched is None:
+        return prepared
+    model = prepared.config.model
+    if prepared.adopted is not None and prepared.adopted.checkpoint.folder == fetched.folder:
+        return replace(prepared, config=replace(prepared.config, model=replace(model, commit=fetched.commit)))
+    checked = check_composition(composition, {"model.commit": fetched.commit})
+    prepared = Prepared(checked.config, checked.plan(), checked.adopted)
+    _raise([*_memory(prepared)])
+    return prepared
+
+
+def _raise(found: list[Problem]) -> None:
     if found:
         raise ConfigError(found)
 
 
-def _checkpoint(cfg: DictConfig) -> Iterator[Problem]:
+def _checkpoint(cfg: Config) -> Iterator[Problem]:
     model = cfg.model
     if model.path is None and model.repo is not None:  # the toy model has none: it is made on the spot
         yield Problem(
@@ -48,25 +90,20 @@ def _checkpoint(cfg: DictConfig) -> Iterator[Problem]:
         )
 
 
-def _fetch(cfg: DictConfig) -> Iterator[Problem]:
-    """Fetch the checkpoint of a hub id; what keeps it from being had, or from running by its own dimensions."""
+def _fetched(cfg: Config) -> HubCheckpoint | None:
+    """The checkpoint of a hub id, now on this machine; None for one that is no hub id. Raises ConfigError."""
     model = cfg.model
     if model.path is None or not is_hub_id(model.path):
-        return
+        return None
     try:
-        model.commit = fetch_checkpoint(model.path, model.commit or model.revision).commit
-        adopted = adopt_checkpoint(cfg)
+        return fetch_checkpoint(model.path, model.commit or model.revision)
     except Refusal as refusal:
-        yield refusal.problem
-        return
-    if adopted is not None and adopted.changed:
-        check(cfg)
-        yield from _memory(cfg)
+        raise ConfigError([refusal.problem]) from refusal
 
 
-def _memory(cfg: DictConfig) -> Iterator[Problem]:
+def _memory(prepared: Prepared) -> Iterator[Problem]:
     """Weights and activations that the accelerator, or the memory of this machine, cannot hold."""
-    plan = make_plan(cfg)
+    cfg, plan = prepared.config, prepared.plan
     limit, owner = plan.accelerator.memory_bytes, f"one {plan.accelerator.name} has"
     if cfg.topology.device == Device.cpu:
         limit = host.available_bytes() / cfg.topology.ranks_per_node
@@ -86,33 +123,30 @@ def _memory(cfg: DictConfig) -> Iterator[Problem]:
     )
 
 
-def _inputs(cfg: DictConfig) -> Iterator[Problem]:
+def _inputs(cfg: Config) -> Iterator[Problem]:
     task, name = cfg.task, cfg.task.name.value
-    for key, wanted_by in (("image", "i2v"), ("video", "v2v")):
-        if name == wanted_by and task[key] is None:
+    for key, wanted, wanted_by in (("image", task.image, "i2v"), ("video", task.video, "v2v")):
+        if name == wanted_by and wanted is None:
             yield Problem(
                 what=f"task.{key} is not set",
                 why=f"task={name} goes on from {'a photograph' if key == 'image' else 'a clip'}",
                 works=f"task.{key}={'photo.jpg' if key == 'image' else 'clip.mp4'}",
             )
-    files = {f"task.{key}": cfg.task[key] for key in ("image", "video") if cfg.task[key] is not None}
-    if task.prompt_file is not None:
-        files["task.prompt_file"] = task.prompt_file
-    for key in ("prompt", "negative_prompt"):
-        if (cfg.task[key] or "").startswith("@"):
-            files[f"task.{key}"] = cfg.task[key][1:]
-    for key, name in files.items():
-        path = Path(name).expanduser()
-        if not path.is_file():
+    words = {"task.prompt": task.prompt, "task.negative_prompt": task.negative_prompt}
+    files = {"task.image": task.image, "task.video": task.video, "task.prompt_file": task.prompt_file}
+    files |= {key: said[1:] for key, said in words.items() if said is not None and said.startswith("@")}
+    for key, file in files.items():
+        path = None if file is None else Path(file).expanduser()
+        if path is not None and not path.is_file():
             there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             yield Problem(
-                what=f"{key}={cfg.task[key.removeprefix('task.')]} is not a file",
+                what=f"{key}={'@' * (key in words)}{file} is not a file",
                 why=f"{path.absolute()} does not exist" if not path.exists() else f"{path} is a folder",
                 works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
             )
 
 
-def _world(cfg: DictConfig) -> Iterator[Problem]:
+def _world(cfg: Config) -> Iterator[Problem]:
     topology = cfg.topology
     ranks = topology.nodes * topology.ranks_per_node
     world = os.environ.get("WORLD_SIZE")

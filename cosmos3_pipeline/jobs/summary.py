@@ -24,6 +24,7 @@ def show(output: Path) -> None:
     table.add_row("total", f"{metrics['seconds']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}", style="bold")
     console = Console()
     console.print(table)
-    if metrics["words"]["negative_prompt_from"] != GIVEN:
-        console.print(f"negative prompt: {metrics['words']['negative_prompt_from']}", highlight=False)
+    words = metrics["words"]
+    if words is not None and words["negative_prompt_from"] != GIVEN:  # None where the stage `text` was replaced
+        console.print(f"negative prompt: {words['negative_prompt_from']}", highlight=False)
     console.print(f"{output / metrics['picture']}", soft_wrap=True, highlight=False)

@@ -1,6 +1,6 @@
 """The table at the end of a sweep: every job's seconds, memory and picture beside the first one's.
 
-A Hydra callback writes down each job's failure as it happens; the table is made from the files that the
+Each job's failure is written down as it happens, see `cli.SweepReport`; the table is made from the files that the
 jobs left, because Hydra does not call `on_multirun_end` when a job failed.
 """
 
@@ -13,38 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from cosmos3_pipeline.distributed.failure import RankFailed
+from cosmos3_pipeline.stages import STAGES
 from cosmos3_pipeline.stages.files import write_whole
 
 FAILURE_FILE = "failure.txt"
-STAGES = ("text", "encode", "denoise", "decode", "export")
 
 # The sweep that this process runs, set when it starts; None outside a sweep.
 current: Sweep | None = None
 
 
-class SweepReport(Callback):
-    """Hydra callback: remembers where the sweep is, and says at once when a job of it failed."""
+def start(folder: Path) -> None:
+    """This process runs the sweep whose jobs have their folders in `folder`."""
+    global current
+    current = Sweep(folder)
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        global current
-        current = Sweep(Path(str(OmegaConf.select(config, "hydra.sweep.dir"))))
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if current is None or job_return.status is not JobStatus.FAILED:
-            return
-        error = job_return._return_value
-        assert isinstance(error, Exception)
-        expected = isinstance(error, RankFailed | ValueError)
-        text = str(error) if expected else "".join(traceback.format_exception(error))
-        (Path(config.hydra.runtime.output_dir) / FAILURE_FILE).write_text(text, encoding="utf-8")
-        print(f"job {config.hydra.job.num} failed, the sweep goes on:\n{text}\n", file=sys.stderr)
+def job_failed(number: int, folder: Path, error: Exception) -> None:
+    """Say at once that a job of the sweep failed, and leave why in its `folder`."""
+    expected = isinstance(error, RankFailed | ValueError)
+    text = str(error) if expected else "".join(traceback.format_exception(error))
+    (folder / FAILURE_FILE).write_text(text, encoding="utf-8")
+    print(f"job {number} failed, the sweep goes on:\n{text}\n", file=sys.stderr)
 
 
 class Sweep:

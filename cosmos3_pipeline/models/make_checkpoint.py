@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS, Layout
 from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.plan.vae import plain
 
 REFUSED = 2
 DESCRIPTION = """\
@@ -110,11 +110,13 @@ def _write(
 
 def numbers_of(layout: Layout, *, full_size: bool) -> dict[str, Any]:
     """`transformer` and `vae` of a layout: its option's numbers, in small with the toy model's sizes."""
-    own, nano, toy = (compose([f"model={option}"]).model for option in (layout.option, "nano", "toy"))
+    own, nano, toy = (
+        plain(compose([f"model={option}"]).typed().model) for option in (layout.option, "nano", "toy")
+    )
     numbers = {}
     for part in ("transformer", "vae"):
-        sizes = {} if full_size else {k: v for k, v in plain(toy[part]).items() if v != plain(nano[part])[k]}
-        numbers[part] = {**plain(own[part]), **sizes}
+        sizes = {} if full_size else {k: v for k, v in toy[part].items() if v != nano[part][k]}
+        numbers[part] = {**own[part], **sizes}
     return numbers
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+if TYPE_CHECKING:
+    from cosmos3_pipeline.config.schema import Config
 
 __all__ = ["plan_of"]
 
 
-def plan_of(cfg: DictConfig) -> dict[str, Any]:
+def plan_of(cfg: Config) -> dict[str, Any]:
     """The plan of a checked config as plain values, as in plan.json. Other revisions' reviews call it too.
 
-    Raises StrategyError or Refusal for a strategy that cannot be honoured.
+    Raises Refusal for a strategy that cannot be honoured.
     """
     from cosmos3_pipeline.plan.plan import as_dict, make_plan
 

@@ -6,23 +6,31 @@ All problems are collected, so a user mends them in one go.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-
-from omegaconf import DictConfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
 from cosmos3_pipeline.checkpoint.hub import is_hub_id
 from cosmos3_pipeline.config import checks as structure
-from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.compose import compose
-from cosmos3_pipeline.config.provenance import Provenance, trace
-from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.config.compose import Composition
+from cosmos3_pipeline.config.provenance import Provenance
+from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple
+from cosmos3_pipeline.plan.geometry import Clip, clip_of, nearest_multiple, replica_ranks
+from cosmos3_pipeline.plan.plan import Plan, make_plan
 from cosmos3_pipeline.plan.trained import outside
-from cosmos3_pipeline.plan.vae import directions, plain, vae_stage
+from cosmos3_pipeline.plan.vae import (
+    REFERENCE,
+    VaePlan,
+    directions,
+    is_parallel,
+    settings_of,
+    strategy_of,
+    vae_plan,
+)
+from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness
 
 X264_PRESETS = (
@@ -31,41 +39,68 @@ X264_PRESETS = (
 )
 
 
-def compose_checked(overrides: Sequence[str]) -> DictConfig:
-    """Compose `overrides` and check the result; raises ConfigError with every problem found."""
-    cfg = compose(overrides)
-    check(cfg, overrides)
-    return cfg
+@dataclass(frozen=True)
+class Checked:
+    """A config without a problem, and what its check found out: the plan of its VAE, its checkpoint if any."""
+
+    config: Config
+    vae: Mapping[Direction, VaePlan]
+    adopted: Adopted | None = None
+
+    def plan(self) -> Plan:
+        """The plan of the config, whose VAE is not planned again."""
+        return make_plan(self.config, vae=self.vae)
 
 
-def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Adopted | None:
-    """Raise ConfigError with every problem of `cfg`; return when there is none.
+def check_composition(composition: Composition, changes: Mapping[str, Any] | None = None) -> Checked:
+    """The typed config of `composition`; raises ConfigError with every problem found.
 
-    Where `model.path` is a folder here, the numbers in `cfg` become the checkpoint's own, see `adopt_checkpoint`.
-    With the `overrides` that it was composed from, each problem says which file or override set its keys.
+    Where `model.path` is a folder here, the numbers in the config are the checkpoint's own, see
+    `adopt_checkpoint`. `changes` are dotted keys and the values to take for them. Each problem says which file or
+    override set its keys.
     """
-    adopted = None
-    found = structure.problems(cfg)
+    found = structure.problems(composition)
     if not found:  # what follows needs every value to be there and in range
-        found.extend(_model(cfg))
+        config = composition.typed(changes)
+        found.extend(_model(config))
         try:
-            adopted = adopt_checkpoint(cfg)
+            adopted = adopt_checkpoint(config)
         except Refusal as refusal:
             found.append(refusal.problem)
     if not found:
-        clip = clip_of(cfg)
-        for one in (_task, _clip, _ranks, _layout, _vae, _output, _job):
-            found.extend(one(cfg, clip))
-        if cfg.model.trained.when_outside == "refuse":
-            found.extend(outside(cfg))
+        if adopted is not None:
+            config = composition.typed({**(changes or {}), **adopted.numbers})
+        try:
+            return replace(check(config), adopted=adopted)
+        except ConfigError as error:
+            found.extend(error.problems)
+    raise ConfigError(located(found, composition))
+
+
+def check(cfg: Config) -> Checked:
+    """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
+    clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
+    found = [problem for one in (_task, _clip, _ranks, _layout) for problem in one(cfg, clip)]
+    for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
+        if found and not is_parallel(cfg.vae, direction):
+            continue  # the reference works with any clip and ranks that nothing else is wrong with
+        try:
+            vae[direction] = _vae(cfg, direction)
+        except ConfigError as error:
+            found.extend(error.problems)
+    found += [problem for one in (_output, _job) for problem in one(cfg)]
+    if cfg.model.trained.when_outside == "refuse":
+        found.extend(outside(cfg))
     if found:
-        raise ConfigError(found if overrides is None else located(found, overrides))
-    return adopted
+        raise ConfigError(found)
+    return Checked(cfg, vae)
 
 
-def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Problem]:
-    """`problems` with the file or override that set each key named in them."""
-    traced = trace(overrides, config_dir())
+def located(problems: Sequence[Problem], composition: Composition) -> Sequence[Problem]:
+    """`problems` with the file or override that set each key named in them, as far as that is known."""
+    traced = composition.traced()
+    if traced is None:
+        return problems
     return [replace(problem, set_by=tuple(_origins(problem.what, traced))) for problem in problems]
 
 
@@ -77,30 +112,31 @@ def _origins(words: str, traced: Provenance) -> Iterator[str]:
             yield f"{key} by {chain[-1].winner.place}{through}"
 
 
-def _model(cfg: DictConfig) -> Iterator[Problem]:
+def _model(cfg: Config) -> Iterator[Problem]:
     path = cfg.model.path
     if path is not None and is_hub_id(path):
         return
     for key in ("revision", "commit"):
-        if cfg.model[key] is not None:
+        value = cfg.model.revision if key == "revision" else cfg.model.commit
+        if value is not None:
             yield Problem(
-                what=f"model.{key}={cfg.model[key]} with model.path={'null' if path is None else path}",
+                what=f"model.{key}={value} with model.path={'null' if path is None else path}",
                 why="only a repository of the hub has revisions, so it would be ignored",
                 works=f"model.path={cfg.model.repo or 'nvidia/Cosmos3-Nano'}, or no model.{key}",
             )
 
 
-def _task(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
     task = cfg.task
     name = task.name.value
-    for key, wanted_by in (("image", "i2v"), ("video", "v2v")):
-        if name != wanted_by and task[key] is not None:
+    for key, file, wanted_by in (("image", task.image, "i2v"), ("video", task.video, "v2v")):
+        if name != wanted_by and file is not None:
             yield Problem(
-                what=f"task.{key}={task[key]} with task={name}",
+                what=f"task.{key}={file} with task={name}",
                 why=f"only {wanted_by} reads it, so it would be ignored",
                 works=f"task={wanted_by}, or no task.{key}",
             )
-    frames = list(task.condition_latent_frames)
+    frames = task.condition_latent_frames
     if name == "i2v" and frames != [0]:
         yield Problem(
             what=f"task.condition_latent_frames={frames} with task=i2v",
@@ -127,9 +163,8 @@ def _task(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
         )
 
 
-def _clip(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
-    for key in ("height", "width"):
-        value = cfg.task[key]
+def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    for key, value in (("height", cfg.task.height), ("width", cfg.task.width)):
         if value % clip.spatial:
             yield Problem(
                 what=f"task.{key}={value} is not a multiple of {clip.spatial}",
@@ -158,7 +193,7 @@ def _clip(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
         )
 
 
-def _ranks(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
     topology = cfg.topology
     ranks = topology.nodes * topology.ranks_per_node
     split = topology.dp * topology.cfg * topology.ulysses
@@ -180,7 +215,7 @@ def _ranks(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
         )
 
 
-def _layout(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
     """What the transformer's heads and the guidance allow, with the keys' full names."""
     model, topology = cfg.model.transformer, cfg.topology
     for problem in refused(
@@ -197,34 +232,28 @@ def _layout(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
         yield Problem(what=what, why=problem.why, works=works)
 
 
-def _vae(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
-    """What the strategies that are switched on refuse, or promise too little for."""
-    vae_config = plain(cfg.model.vae)
+def _vae(cfg: Config, direction: Direction) -> VaePlan:
+    """The plan of a direction. Raises ConfigError where its strategy refuses, or promises too little."""
     required = Exactness(cfg.vae.required_exactness)
-    for direction in directions(cfg, clip):
-        if not cfg.vae[f"parallel_{direction}"]:
-            continue
-        named = f"vae.{direction}={cfg.vae[direction]['_target_'].rpartition('.')[2]}"
-        try:
-            stage = vae_stage(cfg, direction, clip, vae_config)
-        except Refusal as refusal:
-            yield replace(refusal.problem, what=f"{named}: {refusal.problem.what}")
-            continue
-        except ValueError as error:  # StrategyError and ProgramError say their three parts in one line
-            what, why, works = (*str(error).split("; ", 2), "", "")[:3]
-            works = works or f"another option of vae/{direction}"
-            yield Problem(what=f"{named}: {what}", why=why or what, works=works)
-            continue
-        if not stage.plan.exactness.satisfies(required):
-            yield Problem(
-                what=f"{named} is {stage.plan.exactness} with vae.required_exactness={required}",
-                why=f"its output is not {required} equal to that of one rank",
-                works=f"vae/{direction}=layer_pipeline, which is bitwise, or "
-                f"vae.required_exactness={stage.plan.exactness}",
-            )
+    switched_on = is_parallel(cfg.vae, direction)
+    name = settings_of(cfg.vae, direction)["_target_"].rpartition(".")[2] if switched_on else REFERENCE
+    named = f"vae.{direction}={name}"
+    try:
+        planned = vae_plan(cfg, direction, strategy_of(cfg, direction))
+    except Refusal as refusal:
+        raise ConfigError([replace(refusal.problem, what=f"{named}: {refusal.problem.what}")]) from refusal
+    if switched_on and not planned.plan.exactness.satisfies(required):
+        problem = Problem(
+            what=f"{named} is {planned.plan.exactness} with vae.required_exactness={required}",
+            why=f"its output is not {required} equal to that of one rank",
+            works=f"vae/{direction}=layer_pipeline, which is bitwise, or "
+            f"vae.required_exactness={planned.plan.exactness}",
+        )
+        raise ConfigError([problem])
+    return planned
 
 
-def _job(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+def _job(cfg: Config) -> Iterator[Problem]:
     if cfg.plan.search and cfg.job.name != JobName.plan:
         yield Problem(
             what=f"plan.search=true with job={cfg.job.name.value}",
@@ -233,7 +262,7 @@ def _job(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
         )
 
 
-def _output(cfg: DictConfig, clip: Clip) -> Iterator[Problem]:
+def _output(cfg: Config) -> Iterator[Problem]:
     if cfg.output.preset not in X264_PRESETS:
         yield Problem(
             what=f"output.preset={cfg.output.preset} does not exist",

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
-from cosmos3_pipeline.config.schema import Device
+from cosmos3_pipeline.config.schema import Config, Device
 from cosmos3_pipeline.denoise.cost import DenoiseCost, denoise_costs
 from cosmos3_pipeline.denoise.shards import HeadShare, even_rows, head_shares
 from cosmos3_pipeline.plan.geometry import clip_of
@@ -41,7 +39,7 @@ class Denoising:
 
     @classmethod
     def of(
-        cls, cfg: DictConfig, size: TransformerSize, *, text_tokens: tuple[int, int], element_bytes: int
+        cls, cfg: Config, size: TransformerSize, *, text_tokens: tuple[int, int], element_bytes: int
     ) -> Denoising:
         """Of a config, whose layout must pass `denoise.checks.check_layout`."""
         clip, guidance = clip_of(cfg), cfg.sampler.guidance_scale
@@ -66,7 +64,7 @@ class Denoising:
             element_bytes=element_bytes,
         )
 
-    def stage(self, cfg: DictConfig, place: int, held: int) -> RankStage:
+    def stage(self, cfg: Config, place: int, held: int) -> RankStage:
         """The stage on the rank at `place` of the costs, which holds `held` bytes of weights and text besides."""
         cost, steps, topology = self.costs[place], cfg.sampler.steps, cfg.topology
         accelerator = accelerator_of(cfg)

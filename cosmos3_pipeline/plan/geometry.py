@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
+from cosmos3_pipeline.config.schema import Config, TopologyConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Clip:
         return self.latent_frames * self.tokens_per_frame
 
 
-def clip_of(cfg: DictConfig) -> Clip:
+def clip_of(cfg: Config) -> Clip:
     """The clip that `cfg` asks for."""
     return Clip(
         height=cfg.task.height,
@@ -61,6 +61,6 @@ def nearest_multiple(value: int, step: int) -> int:
     return max(round(value / step), 1) * step
 
 
-def replica_ranks(topology: DictConfig) -> int:
+def replica_ranks(topology: TopologyConfig) -> int:
     """The ranks that work on one clip together: all of them, divided over the replicas of `topology.dp`."""
-    return int(topology.nodes * topology.ranks_per_node // topology.dp)
+    return topology.nodes * topology.ranks_per_node // topology.dp

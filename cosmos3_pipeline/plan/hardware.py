@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omegaconf import DictConfig
-
-from cosmos3_pipeline.config.schema import Device, Dtype
+from cosmos3_pipeline.config.schema import Config, Device, Dtype
 
 GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 
@@ -40,7 +38,7 @@ class Accelerator:
         return sent_bytes / rate + messages * self.latency_s
 
 
-def accelerator_of(cfg: DictConfig) -> Accelerator:
+def accelerator_of(cfg: Config) -> Accelerator:
     """The accelerator of one rank of `cfg`. On cpu the ranks of a node share its memory and bandwidth."""
     node, on_cpu = cfg.topology.accelerator, cfg.topology.device == Device.cpu
     sharing = cfg.topology.ranks_per_node if on_cpu else 1

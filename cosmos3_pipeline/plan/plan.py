@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omegaconf import DictConfig
-
 from cosmos3_pipeline.checkpoint.hub import local_folder
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.schema import Config, Device
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.plan.denoising import Denoising
 from cosmos3_pipeline.plan.geometry import Clip, clip_of, replica_ranks
@@ -21,10 +21,14 @@ from cosmos3_pipeline.plan.stage import RankStage
 from cosmos3_pipeline.plan.text import text_tokens_of
 from cosmos3_pipeline.plan.trained import outside
 from cosmos3_pipeline.plan.transformer import TransformerSize
-from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, VaeStage, directions, plain, vae_stage
+from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, VaePlan, directions, strategy_of, vae_plan
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Strategy
 
 SCHEMA_VERSION = 1
 STAGES = ("encode", "denoise", "decode")
+AXES = ("nodes", "ranks_per_node", "dp", "cfg", "ulysses")
+DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,11 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a composition will do. `exactness` is relative to the same run on one rank, per stage."""
+    """What a composition will do: made once, shown, saved, and sent to the ranks, which carry it out.
+
+    `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
+    each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
+    """
 
     model: str
     task: str
@@ -60,6 +68,8 @@ class Plan:
     exactness: dict[str, str]
     strategies: dict[str, str]
     strategy_notes: dict[str, str]
+    vae: dict[Direction, VaePlan]
+    unused: dict[Direction, Strategy]
     ranks: tuple[RankPlan, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -91,24 +101,27 @@ class Plan:
 
 
 def make_plan(
-    cfg: DictConfig,
+    cfg: Config,
     *,
+    vae: Mapping[Direction, VaePlan] | None = None,
     text_tokens: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan of a checked config. Imports no torch.
 
-    `text_tokens` are the lengths of the tokenized prompt and negative prompt; without them an estimate is used.
-    Raises StrategyError or Refusal for a strategy that cannot be honoured.
+    `vae` are its directions as the check has planned them already. `text_tokens` are the lengths of the tokenized
+    prompt and negative prompt; without them an estimate is used.
+    Raises Refusal for a strategy that cannot be honoured.
     """
     clip = clip_of(cfg)
-    dimensions, vae_config = plain(cfg.model.transformer), plain(cfg.model.vae)
     denoising = Denoising.of(
         cfg,
-        TransformerSize.of(dimensions, latent_channels=vae_config["z_dim"]),
+        TransformerSize.of(plain(cfg.model.transformer), latent_channels=cfg.model.vae.z_dim),
         text_tokens=text_tokens or text_tokens_of(cfg),
         element_bytes=ELEMENT_BYTES[cfg.model.dtype],
     )
-    stages: dict[str, VaeStage] = {d: vae_stage(cfg, d, clip, vae_config) for d in directions(cfg, clip)}
+    if vae is None:
+        vae = {direction: vae_plan(cfg, direction, strategy_of(cfg, direction)) for direction in directions(cfg)}
+    stages = {str(direction): stage for direction, stage in vae.items()}
     ranks = tuple(
         _rank(cfg, rank, denoising, stages) for rank in range(cfg.topology.nodes * cfg.topology.ranks_per_node)
     )
@@ -120,18 +133,20 @@ def make_plan(
         clip=clip,
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
-        topology={axis: cfg.topology[axis] for axis in ("nodes", "ranks_per_node", "dp", "cfg", "ulysses")},
+        topology={axis: getattr(cfg.topology, axis) for axis in AXES},
         accelerator=accelerator_of(cfg),
         exactness={name: exactness[name] for name in STAGES if name in exactness},
         strategies={name: stage.plan.strategy for name, stage in stages.items()},
         strategy_notes={name: stage.plan.note for name, stage in stages.items()},
+        vae=dict(vae),
+        unused={d: strategy_of(cfg, d) for d in DIRECTIONS if d not in vae},
         ranks=ranks,
         warnings=_warnings(cfg),
         notes=_notes(cfg, text_tokens is None),
     )
 
 
-def _rank(cfg: DictConfig, rank: int, denoising: Denoising, stages: Mapping[str, VaeStage]) -> RankPlan:
+def _rank(cfg: Config, rank: int, denoising: Denoising, stages: Mapping[str, VaePlan]) -> RankPlan:
     topology = cfg.topology
     dp, in_replica = divmod(rank, replica_ranks(topology))
     spare, place = divmod(in_replica, topology.cfg * topology.ulysses)
@@ -162,27 +177,27 @@ def _rank(cfg: DictConfig, rank: int, denoising: Denoising, stages: Mapping[str,
     )
 
 
-def _warnings(cfg: DictConfig) -> tuple[str, ...]:
+def _warnings(cfg: Config) -> tuple[str, ...]:
     """What the model was not made for, where that is told and not refused."""
     if cfg.model.trained.when_outside != "warn":
         return ()
     return tuple(f"{problem.what}: {problem.why}; {problem.works}" for problem in outside(cfg))
 
 
-def _notes(cfg: DictConfig, estimated_text: bool) -> tuple[str, ...]:
+def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:
     notes = []
     model = cfg.model
     if model.path is not None and local_folder(model.path, model.commit or model.revision) is None:
         notes.append(f"{model.path} is not in the hub's cache: planned with the numbers of model={model.name}")
-    notes += [ESTIMATES["cpu" if cfg.topology.device.value == "cpu" else "cuda"]]
+    notes += [ESTIMATES[cfg.topology.device]]
     if estimated_text:
         notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
     return tuple(notes)
 
 
 ESTIMATES = {
-    "cpu": "seconds are rough: the accelerator is a laptop core nobody measured",
-    "cuda": "seconds are fitted to published times of Nano on H100 and H200, see docs/plan.md for the error",
+    Device.cpu: "seconds are rough: the accelerator is a laptop core nobody measured",
+    Device.cuda: "seconds are fitted to published times of Nano on H100 and H200, see docs/plan.md for the error",
 }
 
 

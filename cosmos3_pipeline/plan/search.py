@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-
 from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.plan.checks import check
 from cosmos3_pipeline.plan.geometry import replica_ranks
-from cosmos3_pipeline.plan.plan import Plan, make_plan
+from cosmos3_pipeline.plan.plan import Plan
 from cosmos3_pipeline.plan.vae import REFERENCE
 from cosmos3_pipeline.vae.strategy import Strategy
 
@@ -36,7 +35,7 @@ class Candidate:
         return self.plan is not None and self.plan.fits
 
 
-def search(cfg: DictConfig) -> list[Candidate]:
+def search(cfg: Config) -> list[Candidate]:
     """Every layout of the ranks of `cfg`: those that fit, fastest first, then those that do not, then the refused.
 
     Equal times are told apart by memory, then by what is sent.
@@ -53,7 +52,7 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
     return False, not plan.fits, candidate.seconds, plan.peak_bytes, sent, candidate.overrides
 
 
-def _choices(cfg: DictConfig) -> Iterator[tuple[int, int, str]]:
+def _choices(cfg: Config) -> Iterator[tuple[int, int, str]]:
     """(cfg, ulysses, decode strategy or "" for none) of every way to use all ranks of a clip."""
     ranks = replica_ranks(cfg.topology)
     guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
@@ -66,20 +65,18 @@ def _choices(cfg: DictConfig) -> Iterator[tuple[int, int, str]]:
         yield g, u, strategy
 
 
-def _candidate(cfg: DictConfig, guidance: int, ulysses: int, strategy: str) -> Candidate:
+def _candidate(cfg: Config, guidance: int, ulysses: int, strategy: str) -> Candidate:
     overrides = [f"topology.cfg={guidance}", f"topology.ulysses={ulysses}"]
     overrides += (
         ["vae.parallel_decode=true", f"vae/decode={strategy}"] if strategy else ["vae.parallel_decode=false"]
     )
-    tried = OmegaConf.create(cfg)  # a copy: the plan of the run itself stays as it is
-    assert isinstance(tried, DictConfig)
-    with open_dict(tried):
-        tried.topology.cfg, tried.topology.ulysses = guidance, ulysses
-        tried.vae.parallel_decode = bool(strategy)
-        if strategy:
-            tried.vae.decode = {"_target_": discover().target(strategy)}
+    decode = {"_target_": discover().target(strategy)} if strategy else cfg.vae.decode
+    tried = replace(
+        cfg,
+        topology=replace(cfg.topology, cfg=guidance, ulysses=ulysses),
+        vae=replace(cfg.vae, parallel_decode=bool(strategy), decode=decode),
+    )
     try:
-        check(tried)
-        return Candidate(tuple(overrides), make_plan(tried))
+        return Candidate(tuple(overrides), check(tried).plan())
     except ConfigError as error:
         return Candidate(tuple(overrides), None, error.problems[0].what)

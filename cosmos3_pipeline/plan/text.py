@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 from cosmos3_pipeline.checkpoint.hub import local_folder
+from cosmos3_pipeline.config.schema import Config
 
 # English in a vocabulary of 150,000 is about four bytes per token.
 BYTES_PER_TOKEN = 4
@@ -24,7 +23,7 @@ NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints
 MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and the two that begin the picture
 
 
-def text_tokens_of(cfg: DictConfig) -> tuple[int, int]:
+def text_tokens_of(cfg: Config) -> tuple[int, int]:
     """About how many tokens the prompt and the negative prompt of `cfg` become."""
     task = cfg.task
     around = len(RESOLUTION) + (len(DURATION) if task.num_frames > 1 else 0)
@@ -34,11 +33,11 @@ def text_tokens_of(cfg: DictConfig) -> tuple[int, int]:
     return prompt, negative
 
 
-def _negative_prompt(cfg: DictConfig) -> str:
+def _negative_prompt(cfg: Config) -> str:
     """The negative prompt of `cfg`, or of its checkpoint; one as long as NVIDIA's where that is elsewhere yet."""
     model, negative = cfg.model, cfg.task.negative_prompt
     if negative is not None:
-        return str(negative)
+        return negative
     folder = None if model.path is None else local_folder(model.path, model.commit or model.revision)
     if folder is not None:
         file = folder / NEGATIVE_PROMPT

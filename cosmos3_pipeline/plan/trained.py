@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from omegaconf import DictConfig
-
+from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Problem
 
 
-def outside(cfg: DictConfig) -> Iterator[Problem]:
+def outside(cfg: Config) -> Iterator[Problem]:
     """What of the clip the model was not trained for; nothing where the model has no list of tiers."""
     task, trained = cfg.task, cfg.model.trained
     tiers = [(tier, [_size(s) for s in tier.sizes]) for tier in trained.tiers]

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import build_strategy, discover
-from cosmos3_pipeline.config.schema import Dtype
+from cosmos3_pipeline.config.schema import Config, Dtype, VaeConfig
 from cosmos3_pipeline.denoise.cost import Wire
-from cosmos3_pipeline.plan.geometry import Clip, replica_ranks
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.plan.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.plan.stage import RankStage
+from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.line_times import flops_until_end
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
-from cosmos3_pipeline.vae.strategy import Strategy, StrategyPlan
+from cosmos3_pipeline.vae.strategy import Strategy, StrategyError, StrategyPlan
 
 REFERENCE = "replicated"  # what runs where a direction's flag is off
 ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -61,7 +62,7 @@ class VaeStage:
             "link": accelerator.wire_seconds(share.sent_bytes, share.sent_messages, crosses_nodes=crosses_nodes),
         }
 
-    def stage(self, cfg: DictConfig, rank: int, held: int) -> RankStage:
+    def stage(self, cfg: Config, rank: int, held: int) -> RankStage:
         """The stage on `rank`, which holds `held` bytes of weights besides."""
         share = self.plan.shares[rank]
         crosses = len(self.plan.shares) > cfg.topology.ranks_per_node
@@ -81,40 +82,62 @@ class VaeStage:
         )
 
 
-def directions(cfg: DictConfig, clip: Clip) -> list[Direction]:
+@dataclass(frozen=True)
+class VaePlan(VaeStage):
+    """A direction as a run does it: with the strategy that the ranks are given, settled for the clip."""
+
+    strategy: Strategy
+
+
+def directions(cfg: Config) -> list[Direction]:
     """Encode where there is something to condition on (and its frames exist), and decode."""
-    frames = list(cfg.task.condition_latent_frames)
-    encodes = bool(frames) and min(frames) >= 0 and max(frames) < clip.latent_frames
+    frames = cfg.task.condition_latent_frames
+    encodes = bool(frames) and min(frames) >= 0 and max(frames) < clip_of(cfg).latent_frames
     return ["encode", "decode"] if encodes else ["decode"]
 
 
-def plain(node: DictConfig) -> dict[str, Any]:
-    """A node as plain values."""
-    values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+def is_parallel(vae: VaeConfig, direction: Direction) -> bool:
+    """The flag of `direction`."""
+    return vae.parallel_encode if direction == "encode" else vae.parallel_decode
 
 
-def strategy_of(cfg: DictConfig, direction: Direction) -> Strategy:
+def settings_of(vae: VaeConfig, direction: Direction) -> dict[str, Any]:
+    """The node of `direction`: the class of a strategy, `_target_`, and its settings."""
+    return vae.encode if direction == "encode" else vae.decode
+
+
+def reference() -> Strategy:
+    """The strategy that the others are compared with, and that runs a direction whose flag is off."""
+    built = discover().strategies[REFERENCE]()
+    assert isinstance(built, Strategy)
+    return built
+
+
+def strategy_of(cfg: Config, direction: Direction) -> Strategy:
     """The strategy that `cfg` runs `direction` with: its own where the flag is on, else the reference."""
-    if cfg.vae[f"parallel_{direction}"]:
-        strategy = build_strategy(plain(cfg.vae[direction]))
-    else:
-        strategy = discover().strategies[REFERENCE]()
-    assert isinstance(strategy, Strategy)
-    return strategy
+    if not is_parallel(cfg.vae, direction):
+        return reference()
+    built = build_strategy(settings_of(cfg.vae, direction))
+    assert isinstance(built, Strategy)
+    return built
 
 
-def vae_stage(cfg: DictConfig, direction: Direction, clip: Clip, vae_config: dict[str, Any]) -> VaeStage:
-    """The plan of one direction. Encoding goes as far as the last conditioned latent frame.
+def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
+    """What `strategy` does with the clip of `cfg`. Encoding goes as far as the last conditioned latent frame.
 
-    Raises StrategyError or Refusal for what the strategy cannot honour, ProgramError for an impossible VAE.
+    Raises Refusal for what the strategy cannot honour, and for an impossible VAE.
     """
+    clip = clip_of(cfg)
     frames = clip.latent_frames
     if direction == "encode":
         frames = max(cfg.task.condition_latent_frames) + 1
-    program = program_for(direction, vae_config)
-    size = ELEMENT_BYTES[Dtype(cfg.model.vae_dtype)]
-    shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, size)
+    shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype])
     ranks = replica_ranks(cfg.topology)
-    return VaeStage(program, shape, strategy_of(cfg, direction).plan(program, shape, ranks))
+    try:
+        program = program_for(direction, plain(cfg.model.vae))
+        plan = strategy.plan(program, shape, ranks)
+        return VaePlan(program, shape, plan, strategy.settled(program, shape, ranks))
+    except (ProgramError, StrategyError) as error:  # they say their three parts in one line
+        what, why, works = (*str(error).split("; ", 2), "", "")[:3]
+        works = works or f"another option of vae/{direction}"
+        raise Refusal(what=what, why=why or what, works=works) from error

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose, schema_keys
 from cosmos3_pipeline.config.provenance import Link, Provenance, trace
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     except SystemExit as exit_:  # argparse ends with 2, which means a refused composition here
         return USAGE if exit_.code else 0
     try:
-        cfg = compose(asked.overrides)
+        compose(asked.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"cosmos3 blame: nothing sets {asked.key}; {hint}", file=sys.stderr)
         return USAGE
     for key in keys:
-        print("\n".join(explain(traced, key, OmegaConf.select(cfg, key))))
+        print("\n".join(explain(traced, key, traced.value(key))))
     return 0
 
 
@@ -75,8 +73,6 @@ def _offers(link: Link) -> list[str]:
 
 
 def _words(value: Any) -> str:
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value)
     if isinstance(value, str):
         return value
     return json.dumps(value, default=lambda other: getattr(other, "value", str(other)))

@@ -18,11 +18,12 @@ from typing import Any
 
 import yaml
 
-from cosmos3_pipeline.config import provenance
+from cosmos3_pipeline import config
 from cosmos3_pipeline.review import worker
 
 WORKING_TREE = "working tree"
 CASES_FILE = Path("tests/golden/cases.yaml")
+TOOLS = Path(config.__file__).resolve().parent  # modules that work on the configs of any revision
 
 
 class ReviewError(ValueError):
@@ -54,7 +55,7 @@ class Tree:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HYDRA_")}
         done = subprocess.run(
             [sys.executable, "-P", str(Path(worker.__file__).resolve())],
-            input=json.dumps({"conf": str(self.conf), "hidden": hidden, **request}),
+            input=json.dumps({"conf": str(self.conf), "hidden": hidden, "tools": str(TOOLS), **request}),
             env={**environment, "PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1"},
             cwd=self.root,
             capture_output=True,
@@ -77,8 +78,7 @@ class Tree:
         """For each (overrides, keys): where each key's value was written, and the key that was written there."""
         if not wanted:
             return []
-        request = {"trace": [[list(o), list(k)] for o, k in wanted], "provenance": provenance.__file__}
-        answers = self.ask(request)["trace"]
+        answers = self.ask({"trace": [[list(o), list(k)] for o, k in wanted]})["trace"]
         return [{key: (place, root) for key, (place, root) in answer.items()} for answer in answers]
 
 

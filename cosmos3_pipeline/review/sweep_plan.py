@@ -8,16 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.config.compose import as_config_error
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.sweep import jobs_of
 from cosmos3_pipeline.errors import ConfigError
-from cosmos3_pipeline.plan import plan_of
-from cosmos3_pipeline.plan.checks import compose_checked
+from cosmos3_pipeline.plan.checks import check_composition
+from cosmos3_pipeline.plan.plan import as_dict
 from cosmos3_pipeline.plan.units import quantity
 
 INVALID = 2  # exit code when a job of the sweep would be refused
@@ -45,9 +43,9 @@ def main(arguments: Sequence[str]) -> int:
         return USAGE if exit_.code else 0
     overrides = [o for o in asked.overrides if o not in ("-m", "--multirun")]
     try:
-        jobs = [plan_job(job) for job in expand(overrides)]
-    except HydraException as error:
-        print(as_config_error(error, overrides), file=sys.stderr)
+        jobs = [plan_job(job) for job in jobs_of(overrides)]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
         return USAGE
     if asked.format == "json":
         print(json.dumps({"schema_version": 1, "jobs": jobs}, indent=2))
@@ -56,17 +54,11 @@ def main(arguments: Sequence[str]) -> int:
     return INVALID if any(job["problems"] for job in jobs) else 0
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job, in the order in which Hydra's sweeper runs them."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [list(job) for batch in batches for job in batch]
-
-
 def plan_job(overrides: list[str]) -> dict[str, Any]:
     """One job: its overrides, and its plan's summary or the problems that refuse it."""
     try:
-        return {"overrides": overrides, "problems": [], "plan": plan_of(compose_checked(overrides))["summary"]}
+        plan = check_composition(compose(overrides)).plan()
+        return {"overrides": overrides, "problems": [], "plan": as_dict(plan)["summary"]}
     except ConfigError as error:
         problems = [{"what": p.what, "why": p.why, "works": p.works} for p in error.problems]
         return {"overrides": overrides, "problems": problems, "plan": None}

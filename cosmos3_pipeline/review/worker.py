@@ -2,11 +2,11 @@
 
 A script, started by `revisions.py` with the revision's tree first on the import path. It reads a request from
 standard input and writes an answer to standard output, both JSON, and leans on little of the revision:
-`cosmos3_pipeline.compose(overrides)`, and `cosmos3_pipeline.plan.plan_of(cfg)` where there is one. Tracing is
-done by the caller's own `provenance.py`, given by its path.
+`cosmos3_pipeline.compose(overrides)`, and `cosmos3_pipeline.plan.plan_of(cfg)` where there is one. What has to do
+with Hydra is done by the caller's own modules in the folder `tools`, which is its `config/`.
 
-    request  {"conf": folder, "hidden": [path], "cases": {name: overrides}, "options": bool}
-          or {"conf": folder, "hidden": [path], "trace": [[overrides, keys], ...], "provenance": file}
+    request  {"conf": folder, "hidden": [path], "tools": folder, "cases": {name: overrides}, "options": bool}
+          or {"conf": folder, "hidden": [path], "tools": folder, "trace": [[overrides, keys], ...]}
     answer   {"cases": {name: {"overrides": [...], "config": flat, "plan": summary or null}, or "problems": [...]}}
           or {"trace": [{key: [place, root key]}, ...]}
 """
@@ -17,7 +17,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +34,28 @@ def main() -> None:
 
 
 def _survey(request: dict[str, Any]) -> dict[str, Any]:
-    cases: dict[str, list[str]] = {"default": []}
-    if request["options"]:
-        cases |= {option: [option] for option in _options(request["conf"])}
-    cases |= request["cases"]
-    return {"cases": {name: {"overrides": o, **run_case(o)} for name, o in cases.items()}}
-
-
-def _options(conf: str) -> Iterator[str]:
-    """`group=option` for every option of every group, experiments first."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.object_type import ObjectType
-
     from cosmos3_pipeline.config.plugins import register
 
     register()
-    with hydra.initialize_config_dir(conf, version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-
-        def groups(parent: str) -> Iterator[str]:
-            for name in loader.list_groups(parent):
-                group = f"{parent}/{name}" if parent else name
-                if not group.startswith(("hydra", "_")):
-                    yield group
-                    yield from groups(group)
-
-        for group in sorted(groups(""), key=lambda g: (g != "experiment", g)):
-            for option in loader.get_group_options(group, ObjectType.CONFIG):
-                if not option.startswith("_"):
-                    yield f"{group}={option}"
+    options, flat = _tool(request, "options").options, _tool(request, "plain").flat
+    cases: dict[str, list[str]] = {"default": []}
+    if request["options"]:
+        cases |= {option: [option] for option in options(request["conf"])}
+    cases |= request["cases"]
+    return {"cases": {name: {"overrides": o, **_case(o, flat)} for name, o in cases.items()}}
 
 
-def run_case(overrides: list[str]) -> dict[str, Any]:
+def _tool(request: dict[str, Any], name: str) -> Any:
+    """The caller's own module `name`, whatever the revision has under that name."""
+    spec = importlib.util.spec_from_file_location(f"_{name}", Path(request["tools"]) / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # dataclasses look their module up
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def _case(overrides: list[str], flat: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """Compose and plan one list of overrides; what refuses it becomes the answer."""
     from cosmos3_pipeline import compose
 
@@ -109,32 +98,11 @@ def _plan(cfg: Any) -> dict[str, Any] | None:
     return None if plan_of is None else dict(plan_of(cfg)["summary"])
 
 
-def flat(cfg: Any) -> dict[str, Any]:
-    """Dotted keys and resolved plain values; lists stay whole, `hydra.*` is left out."""
-    from omegaconf import OmegaConf
-
-    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return dict(sorted(_leaves({k: v for k, v in plain.items() if k != "hydra"}, "")))
-
-
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and (node or not key):
-        for name, inner in node.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
-
-
 def _trace(request: dict[str, Any]) -> dict[str, Any]:
     from cosmos3_pipeline.config.plugins import register
 
     register()
-    spec = importlib.util.spec_from_file_location("_provenance", request["provenance"])
-    assert spec is not None and spec.loader is not None
-    provenance = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = provenance  # dataclasses look their module up
-    spec.loader.exec_module(provenance)
+    provenance = _tool(request, "provenance")
     answers = []
     for overrides, keys in request["trace"]:
         traced = provenance.trace(overrides, Path(request["conf"]))

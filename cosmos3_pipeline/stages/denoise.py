@@ -8,6 +8,7 @@ import torch
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionCoreDenoiseStep
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
+from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.stages.context import RunContext
@@ -17,27 +18,25 @@ from cosmos3_pipeline.stages.progress import Advance
 class DenoiseStage:
     """Leaves `latents`, the denoised latents [1, C, T, h, w] in fp32, in the state.
 
-    `guidance_scale` 1.0 runs the prompt alone, without guidance. The noise is drawn from `seed` on the CPU, in
-    fp32 and whole, so it is the same on every rank, device and layout.
+    `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance. The noise is drawn from `sampler.seed` on
+    the CPU, in fp32 and whole, so it is the same on every rank, device and layout.
 
     Packing, schedule and solver are diffusers' workflow; its denoiser block is replaced by one that computes
     the text once and splits guidance and sequence over the mesh.
     """
 
-    def __init__(self, *, steps: int, guidance_scale: float, seed: int) -> None:
-        self._steps = steps
-        self._guidance_scale = guidance_scale
-        self._seed = seed
+    def __init__(self, sampler: SamplerConfig) -> None:
+        self._sampler = sampler
 
     def __call__(self, context: RunContext) -> None:
         with context.measure("denoise"):
             context.components.scheduler()
             context.components.transformer()
             state = context.state
-            state.set("num_inference_steps", self._steps)
-            state.set("guidance_scale", self._guidance_scale)
-            state.set("generator", torch.Generator("cpu").manual_seed(self._seed))
-            with context.reporter.track("denoising steps", self._steps) as advance:
+            state.set("num_inference_steps", self._sampler.steps)
+            state.set("guidance_scale", self._sampler.guidance_scale)
+            state.set("generator", torch.Generator("cpu").manual_seed(self._sampler.seed))
+            with context.reporter.track("denoising steps", self._sampler.steps) as advance:
                 self.workflow(context.mesh, advance)(context.components.pipeline, state)
 
     def workflow(self, mesh: RankMesh, advance: Advance) -> Cosmos3VisionCoreDenoiseStep:

@@ -7,6 +7,7 @@ from diffusers.modular_pipelines.cosmos.encoders import Cosmos3ImageVaeEncoderSt
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from torch import Tensor
 
+from cosmos3_pipeline.config.schema import TaskConfig
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.media import read_clip, read_image
 
@@ -14,33 +15,23 @@ from cosmos3_pipeline.stages.media import read_clip, read_image
 class EncodeStage:
     """Leaves `x0_tokens_vision`, clean latents [1, C, T, h, w], and `vision_condition_frames` in the state.
 
-    With neither `image` nor `video` (paths) it does nothing and the VAE's encoder is not loaded. `video` gives
-    the latent frames `condition_latent_frames`, from the clip's `first` or `last` frames (`condition_keep`).
+    With neither `task.image` nor `task.video` (paths) it does nothing and the VAE's encoder is not loaded. A video
+    gives the latent frames `task.condition_latent_frames`, from its first or last frames (`task.condition_keep`).
 
     diffusers encodes the whole length of the output, padded with copies of the last frame. The encoder is
     causal, latent frame k sees frames up to 4k only, so encoding that far gives the same latents; those after
     it are noise in the end and stay zero here.
     """
 
-    def __init__(
-        self,
-        *,
-        image: str | None,
-        video: str | None,
-        condition_latent_frames: list[int],
-        condition_keep: str,
-    ) -> None:
-        self._image = image
-        self._video = video
-        self._latent_frames = list(condition_latent_frames)
-        self._keep = condition_keep
+    def __init__(self, task: TaskConfig) -> None:
+        self._task = task
 
     def __call__(self, context: RunContext) -> None:
         with context.measure("encode"):
-            if self._image is not None:
+            if self._task.image is not None:
                 self._encode(context, "image", last_latent_frame=0)
-            elif self._video is not None:
-                self._encode(context, "video", last_latent_frame=max(self._latent_frames))
+            elif self._task.video is not None:
+                self._encode(context, "video", last_latent_frame=max(self._task.condition_latent_frames))
 
     def _encode(self, context: RunContext, kind: str, *, last_latent_frame: int) -> None:
         clip = context.clip
@@ -51,14 +42,14 @@ class EncodeStage:
         # diffusers refuses one frame; of two, the VAE makes one latent frame from the first.
         inputs.set("num_frames", max(frames, 2))
         if kind == "image":
-            assert self._image is not None
+            assert self._task.image is not None
             block = Cosmos3ImageVaeEncoderStep()
-            inputs.set("image", read_image(self._image))
+            inputs.set("image", read_image(self._task.image))
         else:
-            assert self._video is not None
+            assert self._task.video is not None
             block = Cosmos3VideoVaeEncoderStep()
-            inputs.set("video", read_clip(self._video, frames=frames, keep=self._keep))
-            inputs.set("condition_frame_indexes_vision", self._latent_frames)
+            inputs.set("video", read_clip(self._task.video, frames=frames, keep=self._task.condition_keep.value))
+            inputs.set("condition_frame_indexes_vision", self._task.condition_latent_frames)
             inputs.set("condition_video_keep", "first")  # of frames that are taken from the right end already
         context.components.vae(encoder=True)
         block(context.components.pipeline, inputs)

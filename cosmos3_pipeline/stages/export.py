@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosmos3_pipeline.config.schema import OutputConfig
 from cosmos3_pipeline.stages.context import Picture, RunContext
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.media import write_video
@@ -23,15 +24,13 @@ LATENTS_FILE = "latents.safetensors"
 class ExportStage:
     """Reads `context.frames` to the end and writes them into `context.directory` on the root.
 
-    `modality` is `video` (H.264 at quality `crf`, 0 to 51, with the x264 `preset`) or `image` (PNG). `latents`
-    also writes the denoised latents, as tensor `latents` [1, C, T, h, w] in fp32.
+    `modality` is `video` (H.264 at quality `output.crf`, 0 to 51, with the x264 `output.preset`) or `image` (PNG).
+    `output.latents` also writes the denoised latents, as tensor `latents` [1, C, T, h, w] in fp32.
     """
 
-    def __init__(self, *, modality: str, crf: int, preset: str, latents: bool) -> None:
+    def __init__(self, output: OutputConfig, *, modality: str) -> None:
+        self._output = output
         self._modality = modality
-        self._crf = crf
-        self._preset = preset
-        self._latents = latents
 
     def __call__(self, context: RunContext) -> None:
         assert context.frames is not None
@@ -48,15 +47,15 @@ class ExportStage:
             path = context.directory / VIDEO_FILE
             num_frames = self._write_video(context, frames, path)
         assert num_frames == context.clip.num_frames
-        if self._latents:
+        if self._output.latents:
             with context.measure("export"), whole_file(context.directory / LATENTS_FILE) as partial:
                 latents = context.state.get("latents").to("cpu", torch.float32).contiguous()
                 save_file({"latents": latents}, partial)
         context.picture = Picture(path=path, num_frames=num_frames, frames_sha256=sha256.hexdigest())
 
     def _write_video(self, context: RunContext, frames: Iterator[Tensor], path: Path) -> int:
-        size = {"height": context.clip.height, "width": context.clip.width}
-        with write_video(path, fps=context.fps, crf=self._crf, preset=self._preset, **size) as writer:
+        output, size = self._output, {"height": context.clip.height, "width": context.clip.width}
+        with write_video(path, fps=context.fps, crf=output.crf, preset=output.preset, **size) as writer:
             for chunk in frames:
                 with context.measure("export"):
                     writer.write(chunk.numpy())

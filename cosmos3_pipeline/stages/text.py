@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
 
+from cosmos3_pipeline.config.schema import TaskConfig
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.tokenizer import check_tokens
 from cosmos3_pipeline.stages.context import RunContext
@@ -15,26 +16,25 @@ from cosmos3_pipeline.stages.words import words_for
 class TextStage:
     """Leaves `cond_input_ids` and `uncond_input_ids` in the state.
 
-    `prompt` and `negative_prompt` are the words themselves, or `@` and the path of a file that holds them (a
-    long caption). A caption in JSON is filled in, see `stages.words`. `negative_prompt` and `use_system_prompt`
-    None take the checkpoint's own.
+    `task.prompt` and `task.negative_prompt` are the words themselves, or `@` and the path of a file that holds
+    them (a long caption). A caption in JSON is filled in, see `stages.words`. `task.negative_prompt` and
+    `task.system_prompt` None take the checkpoint's own.
     """
 
-    def __init__(self, *, prompt: str, negative_prompt: str | None, use_system_prompt: bool | None) -> None:
-        self._prompt = prompt
-        self._negative_prompt = negative_prompt
-        self._use_system_prompt = use_system_prompt
+    def __init__(self, task: TaskConfig) -> None:
+        self._task = task
 
     def __call__(self, context: RunContext) -> None:
         with context.measure("text"):
-            prompt = read_words(self._prompt)
+            task = self._task
+            prompt = read_words(task.prompt)
             if not prompt.strip():
                 raise Refusal(
-                    what=f"the prompt is empty{f' ({self._prompt[1:]})' if self._prompt else ''}",
+                    what=f"the prompt is empty{f' ({task.prompt[1:]})' if task.prompt else ''}",
                     why="the model is told what to show by words only",
                     works="task.prompt='a red kite', or task.prompt=@FILE with words in the file",
                 )
-            negative = None if self._negative_prompt is None else read_words(self._negative_prompt)
+            negative = None if task.negative_prompt is None else read_words(task.negative_prompt)
             own = context.components.checkpoint.negative_prompt
             words = words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
             context.words = words
@@ -42,7 +42,7 @@ class TextStage:
             state = context.state
             state.set("prompt", words.prompt)
             state.set("negative_prompt", words.negative_prompt)
-            state.set("use_system_prompt", self._use_system_prompt)
+            state.set("use_system_prompt", task.system_prompt)
             state.set("num_frames", context.clip.num_frames)
             state.set("height", context.clip.height)
             state.set("width", context.clip.width)

@@ -8,17 +8,17 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.jobs.rank import components, used
-from cosmos3_pipeline.jobs.ranks import resolved
+from cosmos3_pipeline.jobs.rank import components
 from cosmos3_pipeline.models import loading
 from cosmos3_pipeline.models.loading import CheckpointVae
-from cosmos3_pipeline.plan.checks import compose_checked
+from cosmos3_pipeline.plan.plan import Plan, make_plan
 from cosmos3_pipeline.stages.progress import Silent
-from cosmos3_pipeline.vae.program import program_for
 
 
-def _names_read(rank: int, plain: dict[str, Any]) -> set[str]:
+def _names_read(rank: int, config: Config, plan: Plan) -> set[str]:
     read: set[str] = set()
     load = CheckpointVae.load
 
@@ -33,19 +33,17 @@ def _names_read(rank: int, plain: dict[str, Any]) -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointVae, "load", watched)
         patch.setattr(loading, "load_vae", whole)
-        components(plain, torch.device("cpu"), RankMesh.build(cfg=2), [], Silent()).vae(encoder=False)
+        components(config, plan, torch.device("cpu"), RankMesh.build(cfg=2), [], Silent()).vae(encoder=False)
     return read
 
 
 def test_the_ranks_of_a_layer_pipeline_divide_the_decoder() -> None:
-    cfg = compose_checked(["topology=cpu_x2"])
-    plain = resolved(cfg)
-    first, second = run_on_ranks(_names_read, 2, plain)
-    decoder = program_for("decode", plain["model"]["vae"])
+    config = compose(["topology=cpu_x2"])
+    plan = make_plan(config)
+    first, second = run_on_ranks(_names_read, 2, config, plan)
+    decoder = plan.vae["decode"].program
     assert first | second == {weight.name for weight in decoder.weights()}
-    plan = used(plain, "decode").plan
-    assert plan is not None
-    for read, share in zip((first, second), plan.shares, strict=True):
+    for read, share in zip((first, second), plan.vae["decode"].plan.shares, strict=True):
         assert read == {weight.name for weight in decoder.weights(*share.ops)}
     # Both read those of the ops over which the cut between them moves.
     assert 0 < len(first & second) < len(decoder.weights()) / 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from cosmos_models import denoise_with, tiny_pipeline
 from ranks import run_on_ranks
@@ -48,9 +50,9 @@ def test_ranks_hold_and_send_what_is_planned(cfg: int, ulysses: int) -> None:
         ]
     )
     own = {**MODEL, "num_hidden_layers": 3, "head_dim": 16}
-    for key, value in own.items():
-        composed.model.transformer[key] = value
-    plan = make_plan(composed, text_tokens=WORDS)
+    transformer = replace(composed.model.transformer, **own)
+    tiny = replace(composed, model=replace(composed.model, transformer=transformer))
+    plan = make_plan(tiny, text_tokens=WORDS)
     for rank, (peak, sent_bytes, messages) in zip(plan.ranks, measured, strict=True):
         stage = rank.stages["denoise"]
         assert (stage.sent.bytes, stage.sent.messages) == (sent_bytes, messages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -153,6 +154,18 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
     assert "did you mean task.prompt?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "refused").exists()
+
+
+def test_configs_of_ones_own_are_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "more" / "experiment").mkdir(parents=True)
+    mine = "# @package _global_\nsampler:\n  steps: 3\n"
+    (tmp_path / "more" / "experiment" / "mine.yaml").write_text(mine)
+    asked = ("experiment=mine", f"hydra.run.dir={tmp_path / 'run'}", "--config-dir", str(tmp_path / "more"))
+    assert launch("job=plan", *asked).returncode == 0
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["steps"] == 3
+    done = launch("task.height=100", *asked)
+    assert done.returncode == 2
+    assert "works: task.height=96" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--help"]])

@@ -14,11 +14,11 @@ from conftest import SMALL, launch, make_photo
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from cosmos3_pipeline import compose
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.verify import check_verify
 from cosmos3_pipeline.jobs.verify.distance import Distance, exactness_of
 from cosmos3_pipeline.jobs.verify.picture import Row
-from cosmos3_pipeline.plan.checks import compose_checked
 from cosmos3_pipeline.vae.strategy import Exactness
 
 LYING_PLUGIN = '''
@@ -127,7 +127,7 @@ def latents(tmp_path: Path) -> Path:
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_verify(compose_checked([*SMALL, *overrides]))
+        check_verify(compose([*SMALL, *overrides]))
     return str(caught.value)
 
 
@@ -151,7 +151,7 @@ def test_refusals(overrides: list[str], says: str) -> None:
 
 
 def test_latents_that_fit_are_taken(latents: Path) -> None:
-    check_verify(compose_checked([*SMALL, "job=verify", "topology=cpu_x2", f"verify.latents={latents}"]))
+    check_verify(compose([*SMALL, "job=verify", "topology=cpu_x2", f"verify.latents={latents}"]))
 
 
 @pytest.mark.parametrize("wrong", ["name", "shape", "nan", "dtype"])

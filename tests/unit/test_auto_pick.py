@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from vae_models import WAN22, vae_config
 
-from cosmos3_pipeline.plan.checks import compose_checked
+from cosmos3_pipeline import compose
 from cosmos3_pipeline.plan.plan import make_plan
 from cosmos3_pipeline.plan.search import search
 from cosmos3_pipeline.vae.ops import LatentShape
@@ -55,7 +55,7 @@ def test_it_keeps_to_what_is_required_and_says_why(require: Exactness, ranks: in
 
 def test_it_estimates_as_the_plan_does() -> None:
     """With the figures of the topology the pick is the fastest of `plan.search` with the same layout."""
-    cfg = compose_checked(["model=nano", "topology=h200_x4", "vae/decode=auto", "vae.required_exactness=rounding"])
+    cfg = compose(["model=nano", "topology=h200_x4", "vae/decode=auto", "vae.required_exactness=rounding"])
     plan = make_plan(cfg)
     layout = {f"topology.cfg={cfg.topology.cfg}", f"topology.ulysses={cfg.topology.ulysses}"}
     assert not any("vae/decode=auto" in c.overrides for c in search(cfg))

@@ -37,7 +37,6 @@ from cosmos3_pipeline.jobs.bench.suite import Case
 from cosmos3_pipeline.jobs.bench.trial import Trial
 from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
-from cosmos3_pipeline.jobs.ranks import resolved
 from cosmos3_pipeline.vae import ops
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.ops import LatentShape, Margins
@@ -443,7 +442,7 @@ def test_what_was_measured_is_kept_when_a_later_case_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = ("bench.rows=2", "bench.cols=2", "bench.rounds=1", "bench.seconds=0", "bench.costs=false")
-    plain = resolved(compose(["job=bench", "bench.cases=[image_decode,image_encode]", *size]))
+    config = compose(["job=bench", "bench.cases=[image_decode,image_encode]", *size])
     run = Bench.run
 
     def failing(self: Bench, one: Case) -> dict[str, Any]:
@@ -453,7 +452,7 @@ def test_what_was_measured_is_kept_when_a_later_case_fails(
 
     monkeypatch.setattr(Bench, "run", failing)
     with pytest.raises(RuntimeError, match="no more memory"):
-        bench_rank.bench_rank(plain, TINY, str(tmp_path))
+        bench_rank.bench_rank(config, TINY, str(tmp_path))
     left = json.loads((tmp_path / "bench.json").read_text())
     assert list(left["cases"]) == ["image_decode"] and left["not_run"] == ["image_encode"]
     assert {row["case"]: row["why"] for row in left["targets"]}["image_encode"] == "image_encode has not run"

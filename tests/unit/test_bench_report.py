@@ -7,41 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.bench import check_bench
 from cosmos3_pipeline.jobs.bench.judge import judge
 from cosmos3_pipeline.jobs.bench.simulated import simulated
 from cosmos3_pipeline.jobs.bench.suite import Case, Target, cases_of, vae_dimensions
 from cosmos3_pipeline.jobs.bench.tables import case_table, markdown
-from cosmos3_pipeline.plan.checks import compose_checked
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import program_for
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 
 
 def bench(*overrides: str) -> dict[str, Any]:
-    plain = OmegaConf.to_container(compose(["job=bench", *overrides]).bench, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return plain(compose(["job=bench", *overrides]).bench)
 
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_bench(compose_checked(overrides))
+        check_bench(compose(overrides))
     return str(caught.value)
 
 
 @pytest.mark.parametrize(("topology", "width"), [("cpu_x1", "small"), ("cpu_x2", "full"), ("cpu_x2", "model")])
 def test_every_case_can_be_done(topology: str, width: str) -> None:
-    check_bench(compose_checked(["job=bench", f"topology={topology}", f"bench.width={width}"]))
+    check_bench(compose(["job=bench", f"topology={topology}", f"bench.width={width}"]))
 
 
 def test_other_jobs_carry_no_cases() -> None:
     assert compose(["job=verify"]).bench.suite == []
-    check_bench(compose_checked(["job=generate"]))
+    check_bench(compose(["job=generate"]))
 
 
 def test_what_a_user_sets_replaces_what_the_cases_say() -> None:
@@ -230,8 +227,7 @@ def test_ranks_that_do_not_talk_are_the_limit_that_the_table_names() -> None:
 
 
 def test_the_measured_runs_are_simulated_and_so_are_more_ranks(tmp_path: Path) -> None:
-    plain = OmegaConf.to_container(compose(["job=bench"]), resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
+    config = plain(compose(["job=bench"]))
     asked = ("bench.cases=[layer_pipeline]", "bench.strategies=[spatial_shard]", "bench.rows=12", "bench.cols=10")
     (one,) = cases_of(bench(*asked))
     dimensions = vae_dimensions(compose(["job=bench"]))
@@ -253,7 +249,7 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks(tmp_path: Path) -
             "link": {"latency_s": 1e-6, "bytes_per_s": 1e12},
         },
     }
-    found = simulated([one], plain, measured)
+    found = simulated([one], config, measured)
     assert found is not None
     alone, pipeline = found["runs"]
     assert alone["simulated_s"] == pytest.approx(alone["measured_s"]) and abs(alone["difference"]) < 1e-9
@@ -265,7 +261,7 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks(tmp_path: Path) -
     link = measured["costs"]["link"]
     link["busy_s_per_byte"] = 1e-12
     measured["costs"]["cases"][one.name]["message"] = {"seconds": 1.1, "bytes": 1e11}  # of which 0.1 s for bytes
-    slower = simulated([one], plain, measured)
+    slower = simulated([one], config, measured)
     assert slower is not None and slower["runs"][0]["simulated_s"] == alone["simulated_s"]
     line = LayerPipeline().plan(program_for("decode", dimensions), one.shape, 2)
     messages = line.shares[1].sent_messages
@@ -277,8 +273,8 @@ def test_the_measured_runs_are_simulated_and_so_are_more_ranks(tmp_path: Path) -
     case = {"latent_rows": one.shape.rows, "latent_cols": one.shape.cols, "alone": taken}
     path = tmp_path / "op_seconds_of_it.json"
     path.write_text(json.dumps({"vae": dimensions, "costs": {"cases": {one.name: case}}}))
-    divided, other = (simulated([one], plain, measured, {name: str(path)}) for name in (one.name, "another"))
+    divided, other = (simulated([one], config, measured, {name: str(path)}) for name in (one.name, "another"))
     assert divided is not None and other == slower
     assert divided["runs"][1]["simulated_s"] > 1.2 * slower["runs"][1]["simulated_s"]
     measured["costs"]["link"] = None
-    assert simulated([one], plain, measured) is None
+    assert simulated([one], config, measured) is None

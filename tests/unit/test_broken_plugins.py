@@ -11,6 +11,7 @@ import pytest
 
 from cosmos3_pipeline.config import plugins
 from cosmos3_pipeline.config.plugins import ENTRY_POINT_GROUP, discover
+from cosmos3_pipeline.review import plugins as command
 
 GOOD = "cosmos3_plugins.replicated:Replicated"
 
@@ -50,3 +51,17 @@ def test_the_line_that_raised_is_named(
     found = discover()
     assert list(found.strategies) == ["b"]
     assert found.broken["a"].endswith(said.format(file=file)), found.broken["a"]
+
+
+@pytest.mark.usefixtures("undiscovered")
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_lists_what_is_found(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"replicated": GOOD} | ({"theirs": "no_such_module:Mine"} if broken else {})
+    points = [EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in values.items()]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
+    assert command.main([]) == (command.BROKEN if broken else 0)
+    said = capsys.readouterr().out
+    assert "replicated" in said and "bitwise" in said
+    assert ("theirs is installed but broken: " in said and "no_such_module" in said) == broken

@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import load_file
 from toy_runs import toy_dimensions
 
@@ -121,19 +121,10 @@ def test_the_checkpoints_own_dimensions_take_the_options_place(whole: Path) -> N
     cfg = compose(["model=nano", f"model.path={whole}"])
     assert cfg.model.transformer.hidden_size == 64
     assert cfg.model.vae.base_dim == 16
-    assert "model.transformer.num_hidden_layers=4, not 36" in changed_by(compose_option("nano", whole))
-
-
-def changed_by(cfg: DictConfig) -> tuple[str, ...]:
-    adopted = adopt_checkpoint(cfg)
+    option = compose(["model=nano"])
+    adopted = adopt_checkpoint(replace(option, model=replace(option.model, path=str(whole))))
     assert adopted is not None
-    return adopted.changed
-
-
-def compose_option(model: str, folder: Path) -> DictConfig:
-    cfg = compose([f"model={model}"])
-    cfg.model.path = str(folder)
-    return cfg
+    assert "model.transformer.num_hidden_layers=4, not 36" in adopted.changed
 
 
 def test_checks_are_about_the_checkpoint_not_the_option(whole: Path, tmp_path: Path) -> None:

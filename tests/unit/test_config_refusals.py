@@ -8,9 +8,11 @@ import sys
 import pytest
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.errors import ConfigError
-from cosmos3_pipeline.jobs.start import check_start
+from cosmos3_pipeline.jobs.start import prepare
 
+NAMES = "vae.encode._target_ and vae.decode._target_ name strategies"
 REFUSALS = [
     pytest.param(["task.promt=x"], "unknown key task.promt", "did you mean task.prompt?", id="misspelt key"),
     pytest.param(["sampler.prompt=x"], "sampler.prompt", "did you mean task.prompt?", id="key of another node"),
@@ -24,7 +26,7 @@ REFUSALS = [
     pytest.param(["experiment=none_such"], "experiment=none_such", "sglang_27037", id="unknown experiment"),
     pytest.param(["+task.zoom=2"], "unknown key task.zoom", "task", id="added key"),
     pytest.param(["++sampler.sed=2"], "unknown key sampler.sed", "did you mean sampler.seed?", id="forced key"),
-    pytest.param(["+extra.node=2"], "unknown key extra", "--cfg", id="added node"),
+    pytest.param(["+extra.node=2"], "unknown key extra.node", "", id="added node"),
     pytest.param(["+vae.decode.depth=2"], "unknown key vae.decode.depth", "", id="added strategy key"),
     pytest.param(
         ["vae.decode.op_second=x"], "vae.decode.op_second", "mean vae.decode.op_seconds?", id="misspelt setting"
@@ -51,7 +53,36 @@ REFUSALS = [
     pytest.param(["nonsense"], "nonsense", "key=value", id="not an override"),
     pytest.param(["task.prompt=a, b"], "task.prompt", "quoted", id="comma in a text"),
     pytest.param(["vae.decode._target_=os.system"], "os.system", "layer_pipeline", id="foreign strategy target"),
-    pytest.param(["stages.text._target_=os.system"], "os.system", "stages.text", id="foreign stage target"),
+    pytest.param(["stages.text._target_=os.system"], "stages.text._target_", "", id="target of a stage"),
+    pytest.param(["stages.denoise.steps=3"], "stages.denoise.steps", "mean sampler.steps?", id="steps of a stage"),
+    pytest.param(["stages.export.crf=200"], "stages.export.crf", "mean output.crf?", id="crf of a stage"),
+    pytest.param(["stages.text.prompt="], "stages.text.prompt", "mean task.prompt?", id="prompt of a stage"),
+    pytest.param(["stages.export.latents=true"], "stages.export.latents", "mean output.latents", id="two mean it"),
+    pytest.param(["+stages.decode.foo=1"], "unknown key stages.decode.foo", "", id="argument of a stage"),
+    pytest.param(["stages=standard"], "stages=standard", "", id="group of the stages"),
+    pytest.param(["+task.foo._target_=os.system"], "task.foo._target_=os.system", NAMES, id="target in a section"),
+    pytest.param(["+foo._target_=os.system"], "foo._target_=os.system", NAMES, id="target in a new node"),
+    pytest.param(["+_target_=os.system"], "_target_=os.system", NAMES, id="target of all"),
+    pytest.param(["+vae._target_=os.system"], "vae._target_=os.system", NAMES, id="target of the VAE"),
+    pytest.param(
+        ["+vae.decode.foo._target_=os.system"],
+        "vae.decode.foo._target_=os",
+        NAMES,
+        id="target in a setting",
+    ),
+    pytest.param(
+        ["+vae.encode.foo=[1,{_target_: os.system}]"], "vae.encode.foo.1._target_=os", NAMES, id="target in a list"
+    ),
+    pytest.param(
+        ["+task.foo={_target_: torch.load, f: x}"], "task.foo._target_=torch.load", NAMES, id="target in a dict"
+    ),
+    pytest.param(["bench.suite=[{_target_: x}]"], "bench.suite[...]._target_", "", id="target in a list of nodes"),
+    pytest.param(["model.trained.tiers=[{sizes: [64x64]}]"], "tiers[0].min_frames", "", id="half a list item"),
+    pytest.param(["vae.decode.op_seconds=${no.such}"], "vae.decode.op_seconds cannot", "", id="lost reference"),
+    pytest.param(["vae.decode=null"], "vae.decode", "layer_pipeline", id="no strategy"),
+    pytest.param(
+        ["topology.dp=3", "topology.ranks_per_node=2", "vae=parallel_decode"], "2 ranks", "=3", id="ranks too few"
+    ),
     pytest.param(["task.image=launch.py"], "task=t2v", "task=i2v", id="image that nothing reads"),
     pytest.param(["task.prompt="], "task.prompt is empty", "task.prompt=", id="empty prompt"),
     pytest.param(["task.height=100"], "task.height=100", "task.height=96", id="height off the grid"),
@@ -90,9 +121,9 @@ def test_refused_in_three_parts(overrides: list[str], what: str, works: str) -> 
 
 @pytest.mark.parametrize(("overrides", "what", "works"), REFUSED_AT_THE_START)
 def test_a_plan_needs_no_inputs_but_a_run_does(overrides: list[str], what: str, works: str) -> None:
-    cfg = compose(overrides)
+    compose(overrides)
     with pytest.raises(ConfigError) as caught:
-        check_start(cfg)
+        prepare(composition(overrides))
     assert what in str(caught.value)
     assert works in str(caught.value)
 

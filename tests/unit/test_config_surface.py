@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config import config_dir
+from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.compose import schema_keys
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.config.schema import Config
 
@@ -35,7 +37,7 @@ def test_every_option_opens_with_when_to_choose_it(option: Path) -> None:
 
 
 def test_every_key_of_the_schema_has_a_value_in_the_default_run() -> None:
-    cfg = compose([])
+    cfg = composition([]).cfg
     missing = [k for k in schema_keys() if OmegaConf.is_missing(*_node_and_name(cfg, k))]
     assert missing == []
 
@@ -50,7 +52,7 @@ def test_every_key_of_conf_is_the_schemas() -> None:
     strategy_keys = {f.name for cls in discover().strategies.values() for f in dataclasses.fields(cls)}
     for file in CONF.rglob("*.yaml"):
         group = file.parent.relative_to(CONF).as_posix()
-        if group in (".", "experiment", "stages"):
+        if group in (".", "experiment"):
             continue
         for key in _leaves(yaml.safe_load(file.read_text()) or {}):
             if group in ("vae/encode", "vae/decode"):
@@ -82,7 +84,7 @@ def test_every_leaf_of_the_schema_is_read_by_the_library_or_by_an_interpolation(
 def test_every_dimension_of_a_model_reaches_the_model_that_is_made(tmp_path: Path) -> None:
     from cosmos3_pipeline.models.toy import write_toy
 
-    model = OmegaConf.to_container(compose(["model=toy"]).model, resolve=True, enum_to_str=True)
+    model = plain(compose(["model=toy"]).model)
     write_toy(tmp_path, transformer=model["transformer"], vae=model["vae"])
     for name in ("transformer", "vae"):
         written = json.loads((tmp_path / name / "config.json").read_text())
@@ -117,6 +119,4 @@ def _unread(type_name, code, interpolations):
     ],
 )
 def test_choices_mean_what_they_say(overrides: list[str], key: str, expected: object) -> None:
-    from cosmos3_pipeline.config.compose import compose as compose_unchecked
-
-    assert OmegaConf.select(compose_unchecked(overrides), key) == expected
+    assert OmegaConf.select(composition(overrides).cfg, key) == expected

@@ -28,8 +28,9 @@ from cosmos3_pipeline.checkpoint.hub import (
     is_hub_id,
     local_folder,
 )
+from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
-from cosmos3_pipeline.jobs.start import check_start
+from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.models.toy import toy_checkpoint
 from cosmos3_pipeline.plan.plan import make_plan
@@ -436,26 +437,25 @@ def test_a_cache_that_is_no_folder(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_a_run_fetches_last_and_pins_the_commit(toy_hub: FakeHub) -> None:
-    cfg = compose(["model=toy", f"model.path={REPO}", "task=i2v"])
     with pytest.raises(ConfigError, match=r"task\.image is not set"):
-        check_start(cfg)
+        prepare(composition(["model=toy", f"model.path={REPO}", "task=i2v"]))
     assert toy_hub.asked == []
-    cfg = compose(["model=toy", f"model.path={REPO}", "model.revision=fp8"])
-    check_start(cfg)
-    assert (cfg.model.path, cfg.model.revision, cfg.model.commit) == (REPO, "fp8", OTHER)
+    model = prepare(composition(["model=toy", f"model.path={REPO}", "model.revision=fp8"])).config.model
+    assert (model.path, model.revision, model.commit) == (REPO, "fp8", OTHER)
 
 
 def test_a_refusal_of_the_hub_is_a_problem_of_the_start(hub: FakeHub) -> None:
     hub.api = Answer(403, "GatedRepo")
     with pytest.raises(ConfigError, match="is gated"):
-        check_start(compose(["model=toy", f"model.path={REPO}"]))
+        prepare(composition(["model=toy", f"model.path={REPO}"]))
 
 
 def test_dimensions_of_what_was_fetched_are_checked_before_the_ranks_start(toy_hub: FakeHub) -> None:
-    cfg = compose(["model=nano", "topology=h100_x1", f"model.path={REPO}"])
-    assert cfg.model.transformer.hidden_size == 4096
-    check_start(cfg)
-    assert cfg.model.transformer.hidden_size == 64
+    overrides = ["model=nano", "topology=h100_x1", f"model.path={REPO}"]
+    assert compose(overrides).model.transformer.hidden_size == 4096
+    prepared = prepare(composition(overrides))
+    assert prepared.config.model.transformer.hidden_size == 64
+    assert not any("cache" in note for note in prepared.plan.notes)
 
 
 def test_a_plan_never_downloads_but_looks_into_the_cache(toy_hub: FakeHub) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
-from toy_runs import PROMPT, clip_of, components, context_of, toy_dimensions
+from toy_runs import PROMPT, clip_of, components, context_of, task_config, toy_dimensions
 
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
+from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models import toy
 from cosmos3_pipeline.models.toy_tokenizer import SMALLEST_VOCABULARY, make_tokenizer
@@ -94,8 +95,8 @@ def test_the_picture_is_lively(
     size: tuple[int, int, int], guidance: float, shift: float, seed: int, folder: Path, tmp_path: Path
 ) -> None:
     context = context_of(components(inspect_checkpoint(folder), flow_shift=shift), clip_of(*size), tmp_path)
-    TextStage(prompt=PROMPT, negative_prompt="", use_system_prompt=None)(context)
-    DenoiseStage(steps=8, guidance_scale=guidance, seed=seed)(context)
+    TextStage(task_config(prompt=PROMPT, negative_prompt=""))(context)
+    DenoiseStage(SamplerConfig(steps=8, guidance_scale=guidance, seed=seed))(context)
     DecodeStage()(context)
     assert context.frames is not None
     frames = torch.cat(list(context.frames)).numpy()
@@ -118,8 +119,8 @@ def test_the_prompt_and_the_guidance_show(folder: Path, tmp_path: Path) -> None:
 
     def latents(prompt: str, guidance: float) -> torch.Tensor:
         context = context_of(parts, clip_of(48, 64, 5), tmp_path)
-        TextStage(prompt=prompt, negative_prompt="", use_system_prompt=None)(context)
-        DenoiseStage(steps=4, guidance_scale=guidance, seed=0)(context)
+        TextStage(task_config(prompt=prompt, negative_prompt=""))(context)
+        DenoiseStage(SamplerConfig(steps=4, guidance_scale=guidance, seed=0))(context)
         found = context.state.get("latents")
         assert isinstance(found, torch.Tensor)
         return found

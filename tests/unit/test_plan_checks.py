@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.errors import ConfigError, Problem
-from cosmos3_pipeline.jobs.start import check_start
+from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.plan.plan import make_plan
 from cosmos3_pipeline.vae.strategy import Exactness
 from cosmos3_plugins.layer_pipeline import LayerPipeline
@@ -147,11 +148,10 @@ def test_untrained_sizes_warn_unless_told_otherwise() -> None:
 
 def test_memory_that_cannot_fit_stops_a_run_but_not_a_plan() -> None:
     overrides = ["model=super", "topology=h100_x1", "model.path=nvidia/Cosmos3-Super"]
-    cfg = compose(overrides)
-    assert not make_plan(cfg).fits
+    assert not make_plan(compose(overrides)).fits
     with pytest.raises(ConfigError) as caught:
-        check_start(cfg)
+        prepare(composition(overrides))
     (problem,) = [p for p in caught.value.problems if "needs" in p.what]
     assert "80 GB" in problem.why
-    check_start(compose([*overrides, "job=plan"]))
+    prepare(composition([*overrides, "job=plan"]))
     assert make_plan(compose(["model=nano", "topology=h100_x1", "model.path=nvidia/Cosmos3-Nano"])).fits

@@ -10,12 +10,12 @@ from cosmos_models import denoise_with, tiny_pipeline
 from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.plan.denoising import Denoising
 from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan
 from cosmos3_pipeline.plan.transformer import TransformerSize
-from cosmos3_pipeline.plan.vae import plain
 
 
 def plan_of(*overrides: str) -> Plan:

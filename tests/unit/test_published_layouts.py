@@ -13,12 +13,13 @@ import torch
 from checkpoints import drop, edit, make_layout, open_whole
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
 from PIL import Image
-from toy_runs import PROMPT, clip_of, components, context_of
+from toy_runs import PROMPT, clip_of, components, context_of, task_config
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.checkpoint.weights import transformer_weights, vae_weights
+from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS
 from cosmos3_pipeline.models.loading import load_scheduler, load_transformer
@@ -76,11 +77,11 @@ def test_latents_are_diffusers_own(name: str, task: str, layouts: Path, tmp_path
     context = context_of(
         components(inspect_checkpoint(folder), flow_shift=shift), clip_of(80, 48, frames), tmp_path
     )
-    TextStage(prompt=PROMPT, negative_prompt=None, use_system_prompt=None)(context)
+    TextStage(task_config(prompt=PROMPT))(context)
     assert context.words is not None and NEGATIVE_PROMPT in context.words.negative_prompt_from
     if task == "i2v":
-        EncodeStage(image=str(photo), video=None, condition_latent_frames=[0], condition_keep="first")(context)
-    DenoiseStage(steps=3, guidance_scale=5.0, seed=3)(context)
+        EncodeStage(task_config(image=str(photo), condition_latent_frames=[0]))(context)
+    DenoiseStage(SamplerConfig(steps=3, guidance_scale=5.0, seed=3))(context)
     ours = context.state.get("latents")
     assert expected.std() > 0.5
     assert (ours - expected).abs().max().item() <= 1e-5

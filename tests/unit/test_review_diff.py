@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos3_pipeline.config.sweep import jobs_of
 from cosmos3_pipeline.review import blame, command, sweep_plan
 from cosmos3_pipeline.review.revisions import git
 
@@ -88,7 +89,6 @@ def test_edits_on_top_of_renames_in_code_and_in_conf(repository: Path) -> None:
         if "sampler.guidance_scale" in text:
             file.write_text(text.replace("cfg.sampler.guidance_scale", "cfg.sampler.scale"))
     edit(conf / "sampler" / "unipc.yaml", "^guidance_scale: ", "scale: ")
-    edit(conf / "stages" / "standard.yaml", r"sampler\.guidance_scale", "sampler.scale")
     (conf / "topology" / "h200_x4.yaml").rename(conf / "topology" / "four_h200.yaml")
     edit(repository / "tests" / "golden" / "cases.yaml", "topology=h200_x4", "topology=four_h200")
     edit(conf / "topology" / "four_h200.yaml", r"^cfg: 2\nulysses: 2", "cfg: 1\nulysses: 4")
@@ -106,7 +106,7 @@ def test_edits_on_top_of_renames_in_code_and_in_conf(repository: Path) -> None:
     steps = changes["model.recommended.video.steps"]
     assert (steps["old"], steps["new"]) == (35, 40)
     assert steps["places"] == [["conf/model/nano.yaml"], ["conf/model/nano.yaml"]]
-    assert {"sampler.steps", "stages.denoise.steps"} <= set(steps["follows"])
+    assert "sampler.steps" in steps["follows"]
     ulysses = changes["topology.ulysses"]
     assert ulysses["places"] == [["conf/topology/h200_x4.yaml"], ["conf/topology/four_h200.yaml"]]
     assert "nano_h200_x4" in ulysses["cases"]
@@ -215,13 +215,11 @@ def test_two_lists_of_overrides(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_saved_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from omegaconf import OmegaConf
-
     from cosmos3_pipeline import compose
-    from cosmos3_pipeline.jobs.ranks import resolved
+    from cosmos3_pipeline.config.plain import as_yaml
 
     for name, overrides in (("a", []), ("b", ["sampler.seed=7"])):
-        (tmp_path / f"{name}.yaml").write_text(OmegaConf.to_yaml(resolved(compose(overrides))))
+        (tmp_path / f"{name}.yaml").write_text(as_yaml(compose(overrides)))
     code = command.main([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
     text = capsys.readouterr().out
     assert code == 1
@@ -282,4 +280,4 @@ def test_the_jobs_of_the_preview_are_hydras(tmp_path: Path) -> None:
     asked = [sys.executable, str(script), "-m", *overrides, f"hydra.sweep.dir={tmp_path / 'out'}"]
     done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
     ran = [line.removeprefix("JOB ") for line in done.stdout.splitlines() if line.startswith("JOB ")]
-    assert ran == [str(job) for job in sweep_plan.expand(overrides)]
+    assert ran == [str(job) for job in jobs_of(overrides)]

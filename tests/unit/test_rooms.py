@@ -48,3 +48,13 @@ def test_what_the_command_line_needs_imports_nothing_heavy(file: Path) -> None:
     light |= relative in ("denoise/cost.py", "denoise/checks.py")
     if light:
         assert {name.split(".")[0] for name in imported(file, top_level=True)} & HEAVY == set()
+
+
+def test_only_config_and_the_command_line_know_hydra_and_omegaconf() -> None:
+    """Below them there are typed dataclasses. The kit asks OmegaConf whether it can hold a plugin's settings."""
+    knowing = [LIBRARY / "config", LIBRARY / "cli.py", LIBRARY / "plugin_kit" / "test_plan.py"]
+    for root in (LIBRARY, LIBRARY.parent / "plugins", LIBRARY.parent / "examples"):
+        for file in root.rglob("*.py"):
+            names = {name.split(".")[0] for name in imported(file, top_level=False)}
+            known = any(file.is_relative_to(path) for path in knowing)
+            assert known or not names & {"hydra", "omegaconf"}, file

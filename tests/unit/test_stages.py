@@ -17,9 +17,10 @@ from diffusers.modular_pipelines.cosmos.denoise import Cosmos3LoopDenoiser
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, toy_dimensions
+from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, task_config, toy_dimensions
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
+from cosmos3_pipeline.config.schema import Keep, OutputConfig, SamplerConfig
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.stages.context import RunContext
@@ -90,16 +91,20 @@ def all_frames(path: Path) -> list[Image.Image]:
 
 
 def text(**changes: Any) -> TextStage:
-    return TextStage(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, "use_system_prompt": None, **changes})
+    return TextStage(task_config(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, **changes}))
 
 
 def encode(**changes: Any) -> EncodeStage:
-    nothing = {"image": None, "video": None, "condition_latent_frames": [], "condition_keep": "first"}
-    return EncodeStage(**{**nothing, **changes})
+    return EncodeStage(task_config(**changes))
 
 
-def export(**changes: Any) -> ExportStage:
-    return ExportStage(**{"modality": "video", "crf": 17, "preset": "ultrafast", "latents": False, **changes})
+def sampler(steps: int, guidance_scale: float, seed: int) -> SamplerConfig:
+    return SamplerConfig(steps=steps, guidance_scale=guidance_scale, flow_shift=10.0, seed=seed)
+
+
+def export(*, modality: str = "video", latents: bool = False) -> ExportStage:
+    output = OutputConfig(latents=latents, against_replicated=False, crf=17, preset="ultrafast")
+    return ExportStage(output, modality=modality)
 
 
 def denoised(context: RunContext, encode_stage: EncodeStage, denoise_stage: DenoiseStage) -> torch.Tensor:
@@ -139,7 +144,7 @@ def test_latents_equal_diffusers(
         condition = {"video": str(clip_file), "condition_latent_frames": [0, 1]}
         theirs = {"video": all_frames(clip_file), "condition_frame_indexes_vision": [0, 1]}
     elif task == "v2v-last":
-        condition = {"video": str(clip_file), "condition_latent_frames": [1], "condition_keep": "last"}
+        condition = {"video": str(clip_file), "condition_latent_frames": [1], "condition_keep": Keep.last}
         theirs = {
             "video": all_frames(clip_file),
             "condition_frame_indexes_vision": [1],
@@ -162,7 +167,7 @@ def test_latents_equal_diffusers(
         # Ours multiplies text and vision tokens apart. Measured 0 as well; the tolerance is for processors whose
         # matrix kernels round by the number of rows.
         context = context_of(parts, clip_of(height, width, num_frames), tmp_path)
-        latents = denoised(context, encode(**condition), stage(steps=steps, guidance_scale=guidance, seed=seed))
+        latents = denoised(context, encode(**condition), stage(sampler(steps, guidance, seed)))
         assert latents.shape == expected.shape and latents.dtype == torch.float32
         assert (latents - expected).abs().max().item() <= tolerance, stage.__name__
     assert parts._vae_has_encoder == bool(condition)
@@ -184,7 +189,7 @@ def test_latents_equal_diffusers_in_bfloat16(checkpoint: CheckpointInfo, photo: 
     parts = components(checkpoint, **half)
     context = context_of(parts, clip_of(80, 64, 5), tmp_path)
     condition = encode(image=str(photo), condition_latent_frames=[0])
-    assert torch.equal(denoised(context, condition, PlainDenoise(steps=2, guidance_scale=6.0, seed=4)), expected)
+    assert torch.equal(denoised(context, condition, PlainDenoise(sampler(2, 6.0, seed=4))), expected)
     kept = components(checkpoint, **half).transformer().time_embedder.linear_1.weight.dtype
     assert kept == torch.float32
 
@@ -241,7 +246,7 @@ def test_a_video_from_words_to_a_file(
 
     parts = components(checkpoint)
     context = context_of(parts, clip_of(80, 112, 9), tmp_path, measure=measure, reporter=Reporter())
-    denoise = PlainDenoise(steps=2, guidance_scale=6.0, seed=0)
+    denoise = PlainDenoise(sampler(2, 6.0, seed=0))
     run(context, text(), encode(), denoise, DecodeStage(), export(latents=True))
 
     expected = reference(
@@ -273,7 +278,7 @@ def test_an_image_is_a_png_of_the_very_pixels(
     checkpoint: CheckpointInfo, reference: Cosmos3OmniPipeline, tmp_path: Path
 ) -> None:
     context = context_of(components(checkpoint), clip_of(80, 112, 1), tmp_path)
-    denoise = PlainDenoise(steps=2, guidance_scale=4.0, seed=3)
+    denoise = PlainDenoise(sampler(2, 4.0, seed=3))
     run(context, text(), encode(), denoise, DecodeStage(), export(modality="image"))
     (expected,) = reference(
         prompt=PROMPT,
@@ -326,7 +331,7 @@ def test_tokens_are_those_of_diffusers(
     words = tmp_path / "words.txt"
     words.write_text("Ein Kätzchen läuft\n", encoding="utf-8")
     context = context_of(components(checkpoint), clip_of(80, 112, 9), tmp_path)
-    text(prompt=f"@{words}", use_system_prompt=use_system_prompt)(context)
+    text(prompt=f"@{words}", system_prompt=use_system_prompt)(context)
     expected = reference.tokenize_prompt(
         "Ein Kätzchen läuft",
         NEGATIVE,

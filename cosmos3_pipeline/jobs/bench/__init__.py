@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig
 from rich.console import Console
 
+from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.bench import checks, tables
 from cosmos3_pipeline.jobs.bench.suite import vae_dimensions
-from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
+from cosmos3_pipeline.jobs.ranks import on_ranks
 
 REPORT_FILE = "bench.json"
 MARKDOWN_FILE = "bench.md"
 OP_SECONDS_FILE = "op_seconds_{case}.json"
 
 
-def check_bench(cfg: DictConfig) -> None:
+def check_bench(cfg: Config) -> None:
     """Raise ConfigError with everything that keeps `bench` of a checked `cfg` from being done, or being read."""
     found = list(checks.problems(cfg))
     if found:
         raise ConfigError(found)
 
 
-def bench(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
+def bench(cfg: Config, output: Path, *, multirun: bool) -> None:
     """Run the cases that `cfg` chooses; leaves bench.json, bench.md and plots in `output` and prints the tables.
 
     A target that is missed is reported and fails nothing. Raises RankFailed when a rank failed.
@@ -41,11 +41,11 @@ def bench(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
     show(output)
 
 
-def join(cfg: DictConfig) -> None:
+def join(cfg: Config) -> None:
     """Be a rank other than the root in the world that RANK and WORLD_SIZE describe."""
     from cosmos3_pipeline.jobs.bench.rank import bench_rank
 
-    bench_rank(resolved(cfg), vae_dimensions(cfg), None)
+    bench_rank(cfg, vae_dimensions(cfg), None)
 
 
 def show(output: Path) -> None:

@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig
-
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import discover
-from cosmos3_pipeline.config.schema import BenchConfig, Dtype, JobName
+from cosmos3_pipeline.config.schema import BenchConfig, Config, Dtype, JobName
 from cosmos3_pipeline.errors import Problem, did_you_mean
 from cosmos3_pipeline.jobs.bench.suite import (
     BUILT_IN,
@@ -23,7 +22,7 @@ from cosmos3_pipeline.jobs.bench.suite import (
     vae_dimensions,
 )
 from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, plain
+from cosmos3_pipeline.plan.vae import ELEMENT_BYTES
 from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import StrategyError
@@ -32,7 +31,7 @@ from cosmos3_pipeline.vae.strategy import StrategyError
 COPIES = 3
 
 
-def problems(cfg: DictConfig) -> Iterator[Problem]:
+def problems(cfg: Config) -> Iterator[Problem]:
     """What keeps `bench` of a checked `cfg` from being done, or being read."""
     if cfg.job.name != JobName.bench:
         yield from _unread(cfg)
@@ -50,11 +49,12 @@ def problems(cfg: DictConfig) -> Iterator[Problem]:
         yield from _impossible(cfg, bench)
 
 
-def _unread(cfg: DictConfig) -> Iterator[Problem]:
+def _unread(cfg: Config) -> Iterator[Problem]:
     for key, default in vars(BenchConfig()).items():
-        if key != "suite" and cfg.bench[key] != default:
+        value = getattr(cfg.bench, key)
+        if key != "suite" and value != default:
             yield Problem(
-                what=f"bench.{key}={cfg.bench[key]} with job={cfg.job.name.value}",
+                what=f"bench.{key}={value} with job={cfg.job.name.value}",
                 why="only job=bench reads it, so it would be ignored",
                 works=f"job=bench, or no bench.{key}",
             )
@@ -173,7 +173,7 @@ def _target(
             )
 
 
-def _impossible(cfg: DictConfig, bench: Mapping[str, Any]) -> Iterator[Problem]:
+def _impossible(cfg: Config, bench: Mapping[str, Any]) -> Iterator[Problem]:
     """Cases that a strategy refuses, and weights that this machine cannot hold."""
     ranks = cfg.topology.nodes * cfg.topology.ranks_per_node
     dimensions = vae_dimensions(cfg)
@@ -188,7 +188,7 @@ def _impossible(cfg: DictConfig, bench: Mapping[str, Any]) -> Iterator[Problem]:
             program.chunks(case.worked)
             for name in case.contestants:
                 if name not in BUILT_IN:
-                    build(name, cfg, case.direction).plan(program, case.worked, ranks)
+                    build(name, plain(cfg), case.direction).plan(program, case.worked, ranks)
         except (ProgramError, StrategyError) as error:
             yield _three_parts(f"bench case {case.name}: ", error)
     held = sum(program.weight_elements() for program in programs.values()) * ELEMENT_BYTES[Dtype.float32]

@@ -11,6 +11,7 @@ from diffusers.modular_pipelines.cosmos.modular_pipeline import Cosmos3OmniModul
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from torch import Tensor
 
+from cosmos3_pipeline.config.schema import TaskConfig
 from cosmos3_pipeline.jobs.bench.given import Given
 from cosmos3_pipeline.models.loading import Components
 from cosmos3_pipeline.plan.geometry import Clip
@@ -49,10 +50,7 @@ def by_stage(vae: Any, given: Given) -> Tensor:
     clip = Clip(height, width, frames, config.scale_factor_spatial, config.scale_factor_temporal, patch=2)
     components = cast(Components, VaeAlone(vae))
     context = RunContext(components, clip, fps=24.0, directory=Path())
-    stage = EncodeStage(
-        image=str(given.photograph), video=None, condition_latent_frames=[0], condition_keep="first"
-    )
-    stage(context)
+    EncodeStage(TaskConfig(image=str(given.photograph), condition_latent_frames=[0]))(context)
     return _first(context.state.get("x0_tokens_vision"))
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.given import Given
@@ -31,7 +30,7 @@ from cosmos3_pipeline.jobs.bench.suite import (
 )
 from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
-from cosmos3_pipeline.plan.vae import REFERENCE
+from cosmos3_pipeline.plan.vae import reference
 from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import program_for
@@ -212,10 +211,3 @@ class Factory:
             plan=vae.plan(self.case.direction, self.case.worked),
             weights=weights,
         )
-
-
-def reference() -> Strategy:
-    """All of the work on each rank."""
-    built = discover().strategies[REFERENCE]()
-    assert isinstance(built, Strategy)
-    return built

@@ -16,6 +16,8 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 
+from cosmos3_pipeline.config.plain import plain as plain_values
+from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.jobs.bench import MARKDOWN_FILE, OP_SECONDS_FILE, REPORT_FILE
 from cosmos3_pipeline.jobs.bench.contestants import Factory
@@ -39,12 +41,13 @@ from cosmos3_pipeline.vae.program import program_for
 SCHEMA_VERSION = 1
 
 
-def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | None) -> None:
-    """Run the benchmark of the resolved config `plain` on a VAE of `dimensions`, as the rank of the environment.
+def bench_rank(config: Config, dimensions: dict[str, Any], output: str | None) -> None:
+    """Run the benchmark of `config` on a VAE of `dimensions`, as the rank of the environment.
 
     `output` is where the root writes; ranks that compose for themselves under torchrun pass None.
     """
     diffusers_logging.set_verbosity_error()
+    plain = plain_values(config)
     topology, bench = plain["topology"], plain["bench"]
     threads = topology["threads_per_rank"]
     with (
@@ -52,7 +55,7 @@ def bench_rank(plain: dict[str, Any], dimensions: dict[str, Any], output: str | 
         joined_world(device=topology["device"], threads=threads) as device,
         torch.no_grad(),
     ):
-        agreed = everyones((output, digest_of(plain)))
+        agreed = everyones((output, digest_of(config)))
         refuse_other_configs([digest for _, digest in agreed])
         world = World.join(device)
         about = machine(device, threads, everyones(cores), everyones(world.comm.reads_memory))

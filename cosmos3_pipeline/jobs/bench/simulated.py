@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.jobs.bench.suite import BUILT_IN, ONE_RANK, Case, build
 from cosmos3_pipeline.plan.op_costs import MeasuredCosts
 from cosmos3_pipeline.plan.simulation import Link, SimulationError, simulate
-from cosmos3_pipeline.plan.vae import REFERENCE
+from cosmos3_pipeline.plan.vae import reference
 from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.strategy import Strategy, StrategyError
 
@@ -74,12 +73,6 @@ def _ours(case: Case) -> list[str]:
     return [name for name in case.contestants if name not in BUILT_IN]
 
 
-def _reference() -> Strategy:
-    built = discover().strategies[REFERENCE]()
-    assert isinstance(built, Strategy)
-    return built
-
-
 def _runs(
     one: Simulation, strategies: Mapping[str, Strategy], report: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
@@ -88,7 +81,7 @@ def _runs(
     for name in (ONE_RANK, *_ours(one.case)):
         if name not in rows:
             continue
-        strategy = _reference() if name == ONE_RANK else strategies[name]
+        strategy = reference() if name == ONE_RANK else strategies[name]
         ranks, measured = rows[name]["ranks"], statistics.median(rows[name]["seconds"])
         row = {"case": one.case.name, "contestant": name, "ranks": ranks, "measured_s": measured}
         try:
@@ -101,7 +94,7 @@ def _runs(
 
 def _speed_ups(one: Simulation, strategies: Mapping[str, Strategy]) -> Iterator[dict[str, Any]]:
     """Over one rank, of every strategy that was measured somewhere, by the number of ranks."""
-    alone = one.seconds(_reference(), 1)
+    alone = one.seconds(reference(), 1)
     for name, strategy in strategies.items():
         found: dict[str, float | None] = {}
         for ranks in RANKS:

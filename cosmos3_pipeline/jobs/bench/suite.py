@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import discover
-from cosmos3_pipeline.config.schema import Dtype
-from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, plain
+from cosmos3_pipeline.config.schema import Config, Dtype
+from cosmos3_pipeline.plan.vae import ELEMENT_BYTES
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
@@ -124,23 +123,22 @@ def _case(one: Mapping[str, Any], bench: Mapping[str, Any]) -> Case:
     return replace(case, contestants=(*case.contestants, *further))
 
 
-def vae_dimensions(cfg: DictConfig) -> dict[str, Any]:
+def vae_dimensions(cfg: Config) -> dict[str, Any]:
     """The values of `AutoencoderKLWan` that `bench.width` names, as diffusers names them."""
     if cfg.bench.width == "model":
         return plain(cfg.model.vae)
-    return plain(compose([f"model={MODELS[cfg.bench.width]}"]).model.vae)
+    return plain(compose([f"model={MODELS[cfg.bench.width]}"]).typed().model.vae)
 
 
-def build(
-    name: str, cfg: DictConfig | Mapping[str, Any], direction: Direction, *, op_seconds: str = ""
-) -> Strategy:
+def build(name: str, cfg: Mapping[str, Any], direction: Direction, *, op_seconds: str = "") -> Strategy:
     """The strategy `name`, with its settings in `cfg` where it is the one configured there, else with its own.
+
+    `cfg`: the plain values of the config.
 
     `op_seconds`: a file of what ops take here, for one that can divide by them and is told of no other.
     """
     cls = discover().strategies[name]
-    node = cfg["vae"][direction]
-    settings = dict(plain(node) if OmegaConf.is_config(node) else node)
+    settings = dict(cfg["vae"][direction])
     target = settings.pop("_target_")
     built = cls(**settings) if target == discover().target(name) else cls()
     assert isinstance(built, Strategy)

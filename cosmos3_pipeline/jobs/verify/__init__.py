@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from cosmos3_pipeline.config.plugins import build_strategy, discover
-from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.jobs.ranks import on_ranks, resolved
-from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
+from cosmos3_pipeline.jobs.ranks import on_ranks
+from cosmos3_pipeline.plan.geometry import clip_of
 from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.plan.vae import ELEMENT_BYTES, directions, plain
-from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.program import Direction, program_for
-from cosmos3_pipeline.vae.strategy import Strategy
+from cosmos3_pipeline.plan.vae import VaePlan, directions, is_parallel, reference, settings_of, vae_plan
+from cosmos3_pipeline.vae.program import Direction
+
+if TYPE_CHECKING:
+    from cosmos3_pipeline.jobs.start import Prepared
 
 REPORT_FILE = "verify.json"
 PICTURE_FILE = "verify.png"
@@ -34,66 +34,115 @@ class VerifyFailed(SystemExit):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A strategy to verify in one direction: its config node, `_target_` and settings."""
+    """A strategy to verify in one direction: its settings, where they are not its defaults, and its plan."""
 
     direction: Direction
-    node: dict[str, Any]
-
-    def build(self) -> Strategy:
-        built = build_strategy(self.node)
-        assert isinstance(built, Strategy)
-        return built
+    settings: dict[str, Any]
+    plan: VaePlan
 
 
-def chosen(cfg: DictConfig) -> list[Chosen]:
-    """What `cfg` asks to verify: `verify.strategies` in every direction that the task has, or what the flags use.
+@dataclass(frozen=True)
+class Verification:
+    """What a job verifies, and the reference of each direction in it."""
 
-    A strategy that is the configured one keeps its settings from there, another has its defaults.
+    chosen: tuple[Chosen, ...]
+    references: dict[Direction, VaePlan]
+
+
+def check_verify(cfg: Config) -> Verification | None:
+    """What the checked `cfg` asks to verify, planned; None for another job.
+
+    Raises ConfigError with everything that keeps it from being done, or from being read.
     """
-    needed, plugins = directions(cfg, clip_of(cfg)), discover()
-    if cfg.verify.strategies is None:
-        return [Chosen(d, plain(cfg.vae[d])) for d in needed if cfg.vae[f"parallel_{d}"]]
-    found = []
-    for name in cfg.verify.strategies:
-        target = plugins.target(name)
-        for direction in needed:
-            configured = plain(cfg.vae[direction])
-            node = configured if configured["_target_"] == target else {"_target_": target}
-            if direction in plugins.strategies[name].directions:  # type: ignore[attr-defined]
-                found.append(Chosen(direction, node))
-    return found
+    found = list(_unread(cfg))
+    if cfg.job.name != JobName.verify:
+        _raise(found)
+        return None
+    found = list(_unknown_names(cfg.verify.strategies or []))
+    if cfg.task.prompt_file is not None:
+        found.insert(0, _several_clips(cfg))
+    picked = _picked(cfg)
+    chosen = []
+    for direction, node in picked:
+        try:
+            chosen.append(_planned(cfg, direction, node))
+        except ConfigError as error:
+            found.extend(error.problems)
+    if not picked and not found:
+        found.append(_nothing(cfg))
+    if cfg.verify.latents is not None:
+        found.extend(_latents(cfg, cfg.verify.latents))
+    _raise(found)
+    references = {d: vae_plan(cfg, d, reference()) for d in dict.fromkeys(direction for direction, _ in picked)}
+    return Verification(tuple(chosen), references)
 
 
-def check_verify(cfg: DictConfig) -> None:
-    """Raise ConfigError with everything that keeps `verify` of a checked `cfg` from being done, or being read."""
-    found = list(problems(cfg))
+def _raise(found: Sequence[Problem]) -> None:
     if found:
         raise ConfigError(found)
 
 
-def problems(cfg: DictConfig) -> Iterator[Problem]:
-    """As `check_verify` finds them."""
-    if cfg.job.name != JobName.verify:
-        for key in ("strategies", "latents"):
-            if cfg.verify[key] is not None:
-                yield Problem(
-                    what=f"verify.{key}={cfg.verify[key]} with job={cfg.job.name.value}",
-                    why="only job=verify reads it, so it would be ignored",
-                    works=f"job=verify, or no verify.{key}",
-                )
+def _picked(cfg: Config) -> list[tuple[Direction, dict[str, Any]]]:
+    """`verify.strategies` in every direction that the task has, or what the flags use: each with its node.
+
+    A strategy that is the configured one keeps its settings from there, another has its defaults.
+    """
+    needed, plugins = directions(cfg), discover()
+    if cfg.verify.strategies is None:
+        return [(d, settings_of(cfg.vae, d)) for d in needed if is_parallel(cfg.vae, d)]
+    found: list[tuple[Direction, dict[str, Any]]] = []
+    for name in cfg.verify.strategies:
+        if name not in plugins.strategies:
+            continue  # which is a problem of its own
+        target = plugins.target(name)
+        for direction in needed:
+            configured = settings_of(cfg.vae, direction)
+            node = configured if configured["_target_"] == target else {"_target_": target}
+            if direction in plugins.strategies[name].directions:  # type: ignore[attr-defined]
+                found.append((direction, node))
+    return found
+
+
+def _planned(cfg: Config, direction: Direction, node: dict[str, Any]) -> Chosen:
+    try:
+        planned = vae_plan(cfg, direction, build_strategy(node))
+    except Refusal as refusal:
+        what = f"{direction}: {refusal.problem.what}"
+        raise ConfigError([replace(refusal.problem, what=what)]) from refusal
+    return Chosen(direction, {key: value for key, value in node.items() if key != "_target_"}, planned)
+
+
+def _unread(cfg: Config) -> Iterator[Problem]:
+    """Settings of this job with another one."""
+    if cfg.job.name == JobName.verify:
         return
-    if cfg.task.prompt_file is not None:
-        yield Problem(
-            what=f"task.prompt_file={cfg.task.prompt_file} with job=verify",
-            why="strategies are compared on one clip",
-            works="task.prompt='a red kite'",
-        )
-    unknown = list(_unknown_names(cfg.verify.strategies or []))
-    yield from unknown
-    if not unknown:
-        yield from _strategies(cfg)
-    if cfg.verify.latents is not None:
-        yield from _latents(cfg)
+    for key, value in vars(cfg.verify).items():
+        if value is not None:
+            yield Problem(
+                what=f"verify.{key}={value} with job={cfg.job.name.value}",
+                why="only job=verify reads it, so it would be ignored",
+                works=f"job=verify, or no verify.{key}",
+            )
+
+
+def _several_clips(cfg: Config) -> Problem:
+    return Problem(
+        what=f"task.prompt_file={cfg.task.prompt_file} with job=verify",
+        why="strategies are compared on one clip",
+        works="task.prompt='a red kite'",
+    )
+
+
+def _nothing(cfg: Config) -> Problem:
+    asked = cfg.verify.strategies
+    flags = "vae.parallel_encode and vae.parallel_decode are off for what task={} does"
+    return Problem(
+        what="job=verify with nothing to verify",
+        why=f"verify.strategies={asked} does none of: {', '.join(directions(cfg))}"
+        if asked is not None
+        else flags.format(cfg.task.name.value) + ", so only the reference would run",
+        works=f"vae=parallel_decode, topology=cpu_x2, or {EXAMPLE}",
+    )
 
 
 def _unknown_names(names: Sequence[str]) -> Iterator[Problem]:
@@ -108,39 +157,13 @@ def _unknown_names(names: Sequence[str]) -> Iterator[Problem]:
             )
 
 
-def _strategies(cfg: DictConfig) -> Iterator[Problem]:
-    picked = chosen(cfg)
-    if not picked:
-        asked = cfg.verify.strategies
-        flags = "vae.parallel_encode and vae.parallel_decode are off for what task={} does"
-        yield Problem(
-            what="job=verify with nothing to verify",
-            why=f"verify.strategies={asked} does none of: {', '.join(directions(cfg, clip_of(cfg)))}"
-            if asked is not None
-            else flags.format(cfg.task.name.value) + ", so only the reference would run",
-            works=f"vae=parallel_decode, topology=cpu_x2, or {EXAMPLE}",
-        )
-    clip, config, ranks = clip_of(cfg), plain(cfg.model.vae), replica_ranks(cfg.topology)
-    for one in picked:
-        encoded = one.direction == "encode"
-        frames = max(cfg.task.condition_latent_frames) + 1 if encoded else clip.latent_frames
-        shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype])
-        try:
-            one.build().plan(program_for(one.direction, config), shape, ranks)
-        except Refusal as refusal:
-            yield refusal.problem
-        except ValueError as error:  # StrategyError and ProgramError say their three parts in one line
-            what, why, works = (*str(error).split("; ", 2), "", "")[:3]
-            yield Problem(what=f"{one.direction}: {what}", why=why or what, works=works or EXAMPLE)
-
-
-def _latents(cfg: DictConfig) -> Iterator[Problem]:
+def _latents(cfg: Config, latents: str) -> Iterator[Problem]:
     """What is wrong with the file of latents; looks at its values too, since the ranks would all stop at a NaN."""
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
-    named, clip = f"verify.latents={cfg.verify.latents}", clip_of(cfg)
-    file = Path(cfg.verify.latents).expanduser()
+    named, clip = f"verify.latents={latents}", clip_of(cfg)
+    file = Path(latents).expanduser()
     works = "latents.safetensors of a run with output.latents=true"
     try:
         with safe_open(file, framework="numpy") as tensors:
@@ -171,7 +194,7 @@ def _latents(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem(what=f"{named} cannot be read", why=str(error), works=works)
 
 
-def _size_of(shape: Sequence[int], cfg: DictConfig) -> str:
+def _size_of(shape: Sequence[int], cfg: Config) -> str:
     """The overrides that ask for a clip of these latents."""
     clip = clip_of(cfg)
     _, _, frames, rows, cols = shape
@@ -179,8 +202,8 @@ def _size_of(shape: Sequence[int], cfg: DictConfig) -> str:
     return f"task.height={rows * clip.spatial} task.width={cols * clip.spatial} task.num_frames={num_frames}"
 
 
-def verify(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
-    """Verify what `cfg` chooses; leaves verify.json and verify.png in `output` and prints the table.
+def verify(prepared: Prepared, output: Path, *, multirun: bool) -> None:
+    """Verify what is chosen; leaves verify.json and verify.png in `output` and prints the table.
 
     Raises VerifyFailed when a strategy misses its declaration, RankFailed when a rank failed.
     """
@@ -191,15 +214,18 @@ def verify(cfg: DictConfig, output: Path, *, multirun: bool) -> None:
             works="one run with several strategies: verify.strategies=[layer_pipeline,spatial_shard]",
         )
         raise ConfigError([problem])
-    on_ranks(cfg, output, "cosmos3_pipeline.jobs.verify.rank:verify_rank")
+    assert prepared.verification is not None
+    entry = "cosmos3_pipeline.jobs.verify.rank:verify_rank"
+    on_ranks(prepared.config, output, entry, prepared.plan, prepared.verification)
     show(output)
 
 
-def join(cfg: DictConfig) -> None:
+def join(prepared: Prepared) -> None:
     """Be a rank other than the root in the world that RANK and WORLD_SIZE describe."""
     from cosmos3_pipeline.jobs.verify.rank import verify_rank
 
-    verify_rank(resolved(cfg), None)
+    assert prepared.verification is not None
+    verify_rank(prepared.config, prepared.plan, prepared.verification, None)
 
 
 def show(output: Path) -> None:
@@ -211,9 +237,9 @@ def show(output: Path) -> None:
         table.add_column(column)
     for column in ("max", "mean", "PSNR dB", "SSIM", "seconds", "peak MB per rank", "sent"):
         table.add_column(column, justify="right")
-    for direction, reference in report["reference"].items():
+    for direction, alone in report["reference"].items():
         blank = [""] * 4
-        table.add_row(direction, "replicated", "", "the reference", *blank, *_cost_cells(reference), style="dim")
+        table.add_row(direction, "replicated", "", "the reference", *blank, *_cost_cells(alone), style="dim")
         for check in report["checks"]:
             if check["direction"] == direction:
                 table.add_row(*_cells(check), *_cost_cells(check))

@@ -8,29 +8,26 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.utils import logging as diffusers_logging
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.distributed.comm import Comm
-from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.jobs.metrics import versions
-from cosmos3_pipeline.jobs.rank import digest_of, everyones, refuse_other_configs
-from cosmos3_pipeline.jobs.verify import PICTURE_FILE, REPORT_FILE, chosen
+from cosmos3_pipeline.jobs.rank import checkpoint_of, rank_of, reporter_of, torch_dtype
+from cosmos3_pipeline.jobs.verify import PICTURE_FILE, REPORT_FILE, Verification
 from cosmos3_pipeline.jobs.verify.picture import draw
 from cosmos3_pipeline.jobs.verify.trial import Trial
-from cosmos3_pipeline.models.loading import Components, open_checkpoint
-from cosmos3_pipeline.plan.geometry import clip_of
+from cosmos3_pipeline.models.loading import Components
+from cosmos3_pipeline.plan.plan import Plan
+from cosmos3_pipeline.plan.vae import reference
+from cosmos3_pipeline.stages.build import build_stages
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
-from cosmos3_pipeline.stages.progress import Bars, Reporter, Silent
+from cosmos3_pipeline.stages.progress import Reporter
 from cosmos3_pipeline.vae.inputs import problem_of
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import program_for
@@ -38,31 +35,24 @@ from cosmos3_pipeline.vae.program import program_for
 SCHEMA_VERSION = 1
 
 
-def verify_rank(plain: dict[str, Any], output: str | None) -> None:
-    """Verify the resolved config `plain` as the rank that the environment says; all ranks call it together.
+def verify_rank(config: Config, plan: Plan, verification: Verification, output: str | None) -> None:
+    """Compare what `verification` chose as the rank that the environment says; all ranks call it together.
 
     `output` is where the root writes; ranks that compose for themselves under torchrun pass None.
     """
-    diffusers_logging.set_verbosity_error()
-    topology, cfg = plain["topology"], OmegaConf.create(plain)
-    with joined_world(device=topology["device"], threads=topology["threads_per_rank"]) as device, torch.no_grad():
-        agreed = everyones((output, digest_of(plain)))
-        refuse_other_configs([digest for _, digest in agreed])
-        directory = Path(str(agreed[0][0]))
-        axes = {axis: topology[axis] for axis in ("dp", "cfg", "ulysses")}
-        mesh = RankMesh.build(**axes, device_type=device.type)
-        reporter: Reporter = Bars(Console(stderr=True)) if mesh.rank(REPLICA) == 0 else Silent()
-        vae, latents = inputs(plain, device, mesh, reporter)
+    with rank_of(config, output) as (device, mesh, directory), torch.no_grad():
+        reporter = reporter_of(mesh)
+        vae, latents = inputs(config, plan, device, mesh, reporter)
         given = {"encode": vae.picture, "decode": latents}
-        comm, picked = Comm(mesh.group(REPLICA)), chosen(cfg)
-        reference, checks, rows = {}, [], []
-        with reporter.track("strategies", len(picked)) as advance:
-            for direction in dict.fromkeys(one.direction for one in picked):
+        comm = Comm(mesh.group(REPLICA))
+        references, checks, rows = {}, [], []
+        with reporter.track("strategies", len(verification.chosen)) as advance:
+            for direction, alone in verification.references.items():
                 tensor = given[direction]
                 assert tensor is not None, f"the task gives the VAE nothing to {direction}"
-                trial = Trial(direction, tensor, vae.autoencoder, comm)
-                reference[direction] = trial.reference.cost
-                for one in picked:
+                trial = Trial(direction, tensor, vae.autoencoder, comm, alone)
+                references[direction] = trial.reference.cost
+                for one in verification.chosen:
                     if one.direction == direction:
                         check, row = trial.check(one)
                         checks.append(check)
@@ -71,14 +61,14 @@ def verify_rank(plain: dict[str, Any], output: str | None) -> None:
         if comm.is_root:
             report = {
                 "schema_version": SCHEMA_VERSION,
-                "model": plain["model"]["name"],
-                "task": plain["task"]["name"],
-                "seed": plain["sampler"]["seed"],
-                "latents": plain["verify"]["latents"] or "denoised by this run",
-                "dtype": plain["model"]["vae_dtype"],
-                "topology": {"replica_ranks": mesh.size(REPLICA), "device": topology["device"]},
+                "model": config.model.name,
+                "task": config.task.name.value,
+                "seed": config.sampler.seed,
+                "latents": config.verify.latents or "denoised by this run",
+                "dtype": config.model.vae_dtype.value,
+                "topology": {"replica_ranks": mesh.size(REPLICA), "device": config.topology.device.value},
                 "passed": all(check["passed"] for check in checks),
-                "reference": reference,
+                "reference": references,
                 "checks": checks,
                 "versions": versions(),
             }
@@ -98,32 +88,29 @@ class ListeningVae(ParallelVAE):
 
 
 def inputs(
-    plain: dict[str, Any], device: torch.device, mesh: RankMesh, reporter: Reporter
+    config: Config, plan: Plan, device: torch.device, mesh: RankMesh, reporter: Reporter
 ) -> tuple[ListeningVae, Tensor]:
-    """What a run of `plain` gives the VAE: the VAE, with the picture if there is one, and the latents to decode.
+    """What a run of `config` gives the VAE: the VAE, with the picture if there is one, and the latents to decode.
 
     Raises Refusal for latents that cannot be decoded.
     """
-    model, latents_file = plain["model"], plain["verify"]["latents"]
-    reference = build_strategy({"_target_": discover().target("replicated")})
+    alone, latents_file = reference(), config.verify.latents
 
     def wrap(autoencoder: AutoencoderKLWan) -> ListeningVae:
-        return ListeningVae(autoencoder, encode=reference, decode=reference, group=mesh.group(REPLICA))
+        return ListeningVae(autoencoder, encode=alone, decode=alone, group=mesh.group(REPLICA))
 
     parts = Components(
-        open_checkpoint(
-            model["path"], transformer=model["transformer"], vae=model["vae"], revision=model["commit"]
-        ),
-        dtype=getattr(torch, model["dtype"]),
-        vae_dtype=getattr(torch, model["vae_dtype"]),
+        checkpoint_of(config.model),
+        dtype=torch_dtype(config.model.dtype),
+        vae_dtype=torch_dtype(config.model.vae_dtype),
         device=device,
-        flow_shift=plain["sampler"]["flow_shift"],
+        flow_shift=config.sampler.flow_shift,
         wrap_vae=wrap,
     )
-    clip = clip_of(OmegaConf.create(plain))
-    context = RunContext(parts, clip, plain["task"]["fps"], Path(), mesh=mesh, reporter=reporter)
+    context = RunContext(parts, plan.clip, config.task.fps, Path(), mesh=mesh, reporter=reporter)
+    stages = build_stages(config, plan)
     for name in ("encode",) if latents_file else ("text", "encode", "denoise"):
-        instantiate(plain["stages"][name])(context)
+        stages[name](context)
     if latents_file:
         context.state.set("latents", load_file(Path(latents_file).expanduser())["latents"].to(device))
     vae = parts.vae(encoder=False)

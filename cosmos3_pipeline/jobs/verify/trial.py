@@ -13,16 +13,15 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from cosmos3_pipeline.config.plugins import build_strategy, discover
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.jobs.metrics import peak_bytes, reset_peak
 from cosmos3_pipeline.jobs.verify import Chosen
 from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exactness_of
 from cosmos3_pipeline.jobs.verify.picture import Row
+from cosmos3_pipeline.plan.vae import VaePlan
 from cosmos3_pipeline.stages.likeness import ssim
-from cosmos3_pipeline.vae.inputs import latent_shape
-from cosmos3_pipeline.vae.program import Direction, program_for
-from cosmos3_pipeline.vae.strategy import Exactness, Pixels, Runner, Strategy, StrategyPlan
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Exactness, Pixels, Runner
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 
 LEVELS = 255.0
@@ -45,22 +44,24 @@ class Result:
 class Trial:
     """Strategies on `given`, latents [1, z_dim, T, h, w] or a picture [1, 3, F, H, W]. All ranks call it together.
 
-    `reference` is the result of `replicated`.
+    `alone` is the plan of the strategy that they are compared with, `reference` its result.
     """
 
-    def __init__(self, direction: Direction, given: Tensor, autoencoder: AutoencoderKLWan, comm: Comm) -> None:
+    def __init__(
+        self, direction: Direction, given: Tensor, autoencoder: AutoencoderKLWan, comm: Comm, alone: VaePlan
+    ) -> None:
         self._direction: Direction = direction
         self._given = given
         self._autoencoder = autoencoder
         self._comm = comm
         self._float32: list[Tensor] | None = None
-        self.reference = self._run(replicated())
+        self._alone = alone
+        self.reference = self._run(alone)
 
     def check(self, one: Chosen) -> tuple[dict[str, Any], Row | None]:
         """What the report says of a strategy, and its row of the picture; both are the root's to use."""
-        strategy = one.build()
-        plan = self._plan(strategy)
-        result = self._run(strategy)
+        plan = one.plan.plan
+        result = self._run(one.plan)
         # What other ranks have must be the same: encode gives every rank the latents.
         digests = self._comm.agree(_digest(result.values) if self._direction == "encode" else "")
         if plan.exactness == Exactness.ROUNDING and self._given.dtype != torch.float32:
@@ -84,7 +85,7 @@ class Trial:
         check = {
             "direction": self._direction,
             "strategy": plan.strategy,
-            "settings": {key: value for key, value in one.node.items() if key != "_target_"},
+            "settings": one.settings,
             "declared": plan.exactness.value,
             "reached": None if reached is None else reached.value,
             "passed": missed is None,
@@ -116,22 +117,18 @@ class Trial:
         """The reference in float32, once, on the root: it is what rounding in a narrower dtype is measured by."""
         if self._comm.is_root and self._float32 is None:
             bound = self._bound(torch.float32)
-            self._float32 = self._values(replicated().runner(bound, self._comm, self._direction), torch.float32)
+            runner = self._alone.strategy.runner(bound, self._comm, self._direction)
+            self._float32 = self._values(runner, torch.float32)
         self._comm.agree(None)
 
     def _bound(self, dtype: torch.dtype) -> BoundVae:
         weights = ModuleWeights(self._autoencoder)
         return BoundVae(self._autoencoder.config, weights, dtype=dtype, device=self._given.device)
 
-    def _plan(self, strategy: Strategy) -> StrategyPlan:
-        program = program_for(self._direction, self._autoencoder.config)
-        return strategy.plan(program, latent_shape(program, self._given), self._comm.size)
-
-    def _run(self, strategy: Strategy) -> Result:
+    def _run(self, planned: VaePlan) -> Result:
         """Twice: for every digit, which also warms up, and then as a run does it, timed."""
         bound = self._bound(self._given.dtype)
-        plan = self._plan(strategy)
-        runner = strategy.runner(bound, self._comm, self._direction)
+        runner = planned.strategy.runner(bound, self._comm, self._direction)
         with self._comm.run():
             values = self._values(runner, self._given.dtype)
         self._comm.agree(None)  # so that nobody's seconds are another's warm-up
@@ -148,7 +145,7 @@ class Trial:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds, peak = time.perf_counter() - started, peak_bytes(device)
-        counted, share = self._comm.ledger.since(before), plan.shares[self._comm.rank]
+        counted, share = self._comm.ledger.since(before), planned.plan.shares[self._comm.rank]
         own = {
             "rank": self._comm.rank,
             "seconds": seconds,
@@ -172,13 +169,6 @@ class Trial:
         for chunk in runner.stream(z, pixels=pixels):
             if self._comm.is_root:
                 yield chunk.cpu()
-
-
-def replicated() -> Strategy:
-    """The reference."""
-    built = build_strategy({"_target_": discover().target("replicated")})
-    assert isinstance(built, Strategy)
-    return built
 
 
 def distance(reference: list[Tensor], other: list[Tensor], value_range: float) -> Distance:

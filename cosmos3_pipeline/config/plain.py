@@ -1,0 +1,47 @@
+"""A typed config as plain values: what is saved, compared and shown. Imports no torch.
+
+Nothing is taken from the rest of the library, so a review can read the configs of another revision with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+
+
+def plain(node: object) -> dict[str, Any]:
+    """A section of a config, or all of it, as dicts, lists and values of JSON; an enum as its name, as in YAML."""
+    values = _plain(node)
+    assert isinstance(values, dict)
+    return values
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def as_yaml(config: object) -> str:
+    """The text of config.yaml: what `Composition.of_file` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def flat(config: object) -> dict[str, Any]:
+    """Dotted keys and plain values, sorted; lists stay whole. Takes OmegaConf's own configs too."""
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    return dict(sorted(_leaves(plain(config), "")))
+
+
+def _leaves(node: Any, key: str) -> list[tuple[str, Any]]:
+    if not (isinstance(node, dict) and (node or not key)):
+        return [(key, node)]
+    return [leaf for name, inner in node.items() for leaf in _leaves(inner, f"{key}.{name}" if key else str(name))]

@@ -1,0 +1,45 @@
+"""`cosmos3 plugins`: the strategies that are installed, and which of them cannot be used, and why."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+
+from cosmos3_pipeline.config.plugins import ENTRY_POINT_GROUP, discover
+from cosmos3_pipeline.vae.strategy import Strategy
+
+BROKEN = 1  # exit code when a plugin cannot be used
+USAGE = 3
+
+DESCRIPTION = f"""\
+The strategies of installed packages, entry points of the group {ENTRY_POINT_GROUP}, and what they are built from.
+
+Exit code: 0 all can be used, 1 at least one is broken.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `cosmos3 plugins` with `arguments` and return the exit code."""
+    parser = argparse.ArgumentParser(
+        "cosmos3 plugins", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    try:
+        parser.parse_args(arguments)
+    except SystemExit as exit_:
+        return USAGE if exit_.code else 0
+    found, console = discover(), Console()
+    table = Table(title=f"{len(found.strategies)} strategies", title_justify="left")
+    for column in ("name", "directions", "exactness", "class"):
+        table.add_column(column, overflow="fold")
+    for name, cls in found.strategies.items():
+        strategy = cast(type[Strategy], cls)
+        directions = ", ".join(sorted(strategy.directions))
+        table.add_row(name, directions, strategy.exactness.value, found.target(name))
+    console.print(table)
+    for name, why in found.broken.items():
+        console.print(f"{name} is installed but broken: {why}", highlight=False, markup=False, soft_wrap=True)
+    return BROKEN if found.broken else 0

@@ -1,0 +1,47 @@
+"""The stages of a run, built from its config and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import Refusal, did_you_mean
+from cosmos3_pipeline.plan.plan import Plan
+from cosmos3_pipeline.stages import STAGES
+from cosmos3_pipeline.stages.context import Stage
+from cosmos3_pipeline.stages.decode import DecodeStage
+from cosmos3_pipeline.stages.denoise import DenoiseStage
+from cosmos3_pipeline.stages.encode import EncodeStage
+from cosmos3_pipeline.stages.export import ExportStage
+from cosmos3_pipeline.stages.text import TextStage
+
+# Makes a stage of what a run is given. One that is sent to ranks must pickle: a function or class of a module.
+StageFactory = Callable[[Config, Plan], Stage]
+NO_OTHERS: Mapping[str, StageFactory] = MappingProxyType({})
+
+
+def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] = NO_OTHERS) -> dict[str, Stage]:
+    """The stages by their names in `STAGES`, in the order in which they run.
+
+    A stage is replaced from Python, never from a composition: `others` maps its name to what makes another one.
+    `jobs.generate.generate(prepared, output, stages=others)` hands it to every rank.
+
+    Raises:
+        Refusal: `others` has a name that no stage has.
+    """
+    for name in others:
+        if name not in STAGES:
+            raise Refusal(
+                what=f"another stage for {name}",
+                why=f"the stages of a run are: {', '.join(STAGES)}",
+                works=did_you_mean(name, STAGES, otherwise=f"one of {', '.join(STAGES)}"),
+            )
+    factories: dict[str, StageFactory] = {
+        "text": lambda config, plan: TextStage(config.task),
+        "encode": lambda config, plan: EncodeStage(config.task),
+        "denoise": lambda config, plan: DenoiseStage(config.sampler),
+        "decode": lambda config, plan: DecodeStage(),
+        "export": lambda config, plan: ExportStage(config.output, modality=config.task.modality),
+    }
+    return {name: {**factories, **others}[name](config, plan) for name in STAGES}

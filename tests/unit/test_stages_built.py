@@ -1,0 +1,53 @@
+"""The stages of a run come from its config and plan, and each can be replaced from Python."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.jobs.generate import generate
+from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.plan.plan import Plan, make_plan
+from cosmos3_pipeline.stages import STAGES
+from cosmos3_pipeline.stages.build import build_stages
+from cosmos3_pipeline.stages.context import Picture, RunContext
+
+
+@dataclass
+class Noted:
+    """A stage that makes no picture, but says that it has run."""
+
+    config: Config
+    plan: Plan
+
+    def __call__(self, context: RunContext) -> None:
+        with (context.directory / "steps.txt").open("a") as file:
+            file.write(f"{self.config.sampler.steps} {self.plan.steps}\n")
+        context.picture = Picture(context.directory / "none.mp4", self.plan.clip.num_frames, "")
+
+
+def test_they_are_in_the_order_in_which_the_data_moves() -> None:
+    config = compose()
+    names = {name: type(stage).__name__ for name, stage in build_stages(config, make_plan(config)).items()}
+    assert list(names) == list(STAGES)
+    assert names == {name: f"{name.title()}Stage" for name in STAGES}
+
+
+def test_one_that_is_replaced_runs_in_the_place_of_the_librarys(tmp_path: Path) -> None:
+    prepared = prepare(composition(["sampler.steps=3"]))
+    generate(prepared, tmp_path, stages={name: Noted for name in STAGES})
+    assert (tmp_path / "steps.txt").read_text() == "3 3\n" * len(STAGES)
+    assert json.loads((tmp_path / "metrics.json").read_text())["picture"] == "none.mp4"
+
+
+def test_a_name_that_no_stage_has_is_refused() -> None:
+    config = compose()
+    with pytest.raises(Refusal, match=r"did you mean export\?"):
+        build_stages(config, make_plan(config), {"exprot": Noted})
