@@ -18,7 +18,7 @@ from typing import Any
 
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.plan.geometry import clip_of
 from cosmos3_pipeline.plan.hardware import accelerator_of
@@ -31,7 +31,8 @@ from cosmos3_pipeline.plan.simulation import (
     simulate,
 )
 from cosmos3_pipeline.vae.program import program_for
-from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.strategy import StrategyError
 
 SERIAL_S, PARALLEL_S, PARALLEL_RANKS = 8.93, 5.203, 4  # published: decode on one H200, and sglang's on four
 RANKS = (1, 2, 4, 8, 16)

@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.compose import Composition, schema_keys
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, unknown_key
-from cosmos3_pipeline.config.plugins import Plugins, discover, settings_schema, unowned
+from cosmos3_pipeline.config.plugins import settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Problem, did_you_mean
+from cosmos3_pipeline.vae.plugins import Plugins, discover
 
 TARGET = "_target_"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.plugins import Plugins
+from cosmos3_pipeline.vae.plugins import Plugins
 
 HEAD = """\
 NVIDIA Cosmos3 video generation on many devices, from configuration.
@@ -45,7 +45,7 @@ def help_text(command: str, plugins: Plugins) -> str:
         if group != ".":
             groups.setdefault(group, {})[file.stem] = _first_line(file.read_text(encoding="utf-8"))
     for name, cls in plugins.strategies.items():
-        for direction in sorted(cls.directions):  # type: ignore[attr-defined]
+        for direction in sorted(cls.directions):
             about = (cls.__doc__ or "").strip().splitlines()[0]
             groups.setdefault(f"vae/{direction}", {}).setdefault(name, about)
     for group, options in sorted(groups.items()):

@@ -197,7 +197,7 @@ def components(
         )
         ledgers.append(parallel.ledger)
         if not whole:
-            parallel.release("decode", *(() if autoencoder.encoder is None else ("encode",)))
+            parallel.release(**{direction: planned.shape for direction, planned in plan.vae.items()})
         return parallel
 
     return Components(

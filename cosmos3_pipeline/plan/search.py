@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import cast
 
-from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.plan.checks import check
 from cosmos3_pipeline.plan.geometry import replica_ranks
 from cosmos3_pipeline.plan.plan import Plan
 from cosmos3_pipeline.plan.vae import REFERENCE
-from cosmos3_pipeline.vae.strategy import Strategy
+from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.program import program_for
+from cosmos3_pipeline.vae.search import variants
+from cosmos3_pipeline.vae.strategy import OwnRunner, Strategy
 
 
 @dataclass(frozen=True)
@@ -52,29 +54,37 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
     return False, not plan.fits, candidate.seconds, plan.peak_bytes, sent, candidate.overrides
 
 
-def _choices(cfg: Config) -> Iterator[tuple[int, int, str]]:
-    """(cfg, ulysses, decode strategy or "" for none) of every way to use all ranks of a clip."""
+def _choices(cfg: Config) -> Iterator[tuple[int, int, Strategy | None]]:
+    """(cfg, ulysses, decode strategy or None) of every way to use all ranks of a clip."""
     ranks = replica_ranks(cfg.topology)
     guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
     layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
-    usable = (n for n, cls in discover().strategies.items() if "decode" in cast(type[Strategy], cls).directions)
-    # One that picks is the best of the others.
-    real = (n for n in usable if n != REFERENCE and not cast(type[Strategy], discover().strategies[n]).picks)
-    strategies = ["", *real]
-    for (g, u), strategy in product(layouts, strategies if ranks > 1 else [""]):
+    program = program_for("decode", plain(cfg.model.vae))
+    # `auto` is the best of the others, and `replicated` is what runs without the flag.
+    classes = [cls for name, cls in discover().strategies.items() if name not in (REFERENCE, "auto")]
+    strategies: list[Strategy | None] = [None]
+    if ranks > 1:
+        strategies += [cls() for cls in classes if issubclass(cls, OwnRunner) and "decode" in cls.directions]
+        strategies += variants(classes, program, ranks)
+    for (g, u), strategy in product(layouts, strategies):
         yield g, u, strategy
 
 
-def _candidate(cfg: Config, guidance: int, ulysses: int, strategy: str) -> Candidate:
+def _candidate(cfg: Config, guidance: int, ulysses: int, strategy: Strategy | None) -> Candidate:
     overrides = [f"topology.cfg={guidance}", f"topology.ulysses={ulysses}"]
-    overrides += (
-        ["vae.parallel_decode=true", f"vae/decode={strategy}"] if strategy else ["vae.parallel_decode=false"]
-    )
-    decode = {"_target_": discover().target(strategy)} if strategy else cfg.vae.decode
+    decode = cfg.vae.decode
+    if strategy is None:
+        overrides.append("vae.parallel_decode=false")
+    else:
+        settings, default = asdict(strategy), type(strategy)()  # type: ignore[call-overload]
+        overrides += ["vae.parallel_decode=true", f"vae/decode={strategy.name}"]
+        changed = {key: value for key, value in settings.items() if value != getattr(default, key)}
+        overrides += [f"vae.decode.{key}={value}" for key, value in changed.items()]
+        decode = {"_target_": discover().target(strategy.name), **settings}
     tried = replace(
         cfg,
         topology=replace(cfg.topology, cfg=guidance, ulysses=ulysses),
-        vae=replace(cfg.vae, parallel_decode=bool(strategy), decode=decode),
+        vae=replace(cfg.vae, parallel_decode=strategy is not None, decode=decode),
     )
     try:
         return Candidate(tuple(overrides), check(tried).plan())

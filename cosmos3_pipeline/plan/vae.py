@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.config.plugins import build_strategy
 from cosmos3_pipeline.config.schema import Config, Dtype, VaeConfig
 from cosmos3_pipeline.denoise.cost import Wire
-from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.plan.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.plan.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.plan.stage import RankStage
-from cosmos3_pipeline.vae.builder import ProgramError
-from cosmos3_pipeline.vae.line_times import flops_until_end
 from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
-from cosmos3_pipeline.vae.strategy import Strategy, StrategyError, StrategyPlan
+from cosmos3_pipeline.vae.strategy import Planned, Strategy, StrategyPlan
 
 REFERENCE = "replicated"  # what runs where a direction's flag is off
 ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -43,11 +40,10 @@ class VaeStage:
             first += later * (rest + sum(op.target.elements(self.shape, first=False) for op in self.program.ops))
         return first * self.shape.element_bytes
 
-    @cached_property
+    @property
     def fill(self) -> float:
         """Time over the slowest rank's busy time: where ranks own runs of ops, some wait for others."""
-        busy = max(share.flops for share in self.plan.shares)
-        return flops_until_end(self.program, self.shape, self.plan.shares) / busy
+        return self.plan.until_end / max(share.flops for share in self.plan.shares)
 
     def bounds(
         self, rank: int, accelerator: Accelerator, dtype: Dtype, *, crosses_nodes: bool
@@ -84,7 +80,7 @@ class VaeStage:
 
 @dataclass(frozen=True)
 class VaePlan(VaeStage):
-    """A direction as a run does it: with the strategy that the ranks are given, settled for the clip."""
+    """A direction as a run does it: with what the ranks are given, the assignment that was planned."""
 
     strategy: Strategy
 
@@ -132,12 +128,7 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
     if direction == "encode":
         frames = max(cfg.task.condition_latent_frames) + 1
     shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype])
-    ranks = replica_ranks(cfg.topology)
-    try:
-        program = program_for(direction, plain(cfg.model.vae))
-        plan = strategy.plan(program, shape, ranks)
-        return VaePlan(program, shape, plan, strategy.settled(program, shape, ranks))
-    except (ProgramError, StrategyError) as error:  # they say their three parts in one line
-        what, why, works = (*str(error).split("; ", 2), "", "")[:3]
-        works = works or f"another option of vae/{direction}"
-        raise Refusal(what=what, why=why or what, works=works) from error
+    program = program_for(direction, plain(cfg.model.vae))
+    plan = strategy.plan(program, shape, replica_ranks(cfg.topology))
+    given = strategy if plan.assignment is None else Planned(plan.assignment, shape, strategy.name)
+    return VaePlan(program, shape, plan, given)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.jobs.verify.distance import Distance, exactness_of
 from cosmos3_pipeline.plugin_kit.cases import Case
 from cosmos3_pipeline.plugin_kit.observe import decode, encode, vae_with
 from cosmos3_pipeline.plugin_kit.subject import Subject
-from cosmos3_pipeline.vae.executor import Slice
+from cosmos3_pipeline.vae.bound_ops import BoundOp, Flow
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
-from cosmos3_pipeline.vae.strategy import Direction
+from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.weights import WeightSource
 from cosmos3_plugins.replicated import Replicated
 
@@ -30,7 +32,7 @@ class InjectedFault(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call ended in: the name of the exception ("" for none), its words, seconds.
+    """What a call ended in: the name of the exception ("" for none), its words, its three parts if it has such.
 
     `injected`: whether the fault was reached on this rank. `recovered`: whether the next call was right, or None
     where it was not tried.
@@ -38,42 +40,42 @@ class Outcome:
 
     error: str
     message: str
-    seconds: float
+    problem: Problem | None = None
     injected: bool = False
     recovered: bool | None = None
 
 
 def outcome_of(call: Callable[[], object]) -> Outcome:
     """Call, and note how it ended."""
-    start = time.monotonic()
     # Whatever it raises is the finding.
     try:
         call()
     except Exception as error:
-        return Outcome(type(error).__name__, str(error), time.monotonic() - start)
-    return Outcome("", "", time.monotonic() - start)
+        return Outcome(type(error).__name__, str(error), getattr(error, "problem", None))
+    return Outcome("", "")
 
 
 def break_one_rank(subject: Subject, case: Case, direction: Direction, broken: int) -> Outcome:
     """Rank `broken` raises when it comes to a chunk after the first (or to the only one); then all try again."""
     vae, reference = _vaes(subject, case)
     injected = False
-    run = Slice.portions
 
-    def breaking(
-        self: Slice, portions: Iterable[list[Tensor]], state: Any, exchange: Any = None, **ops: Any
-    ) -> Iterator[list[Tensor]]:
-        nonlocal injected
-        if state.done or state.chunks == 1:
-            injected = True
-            raise InjectedFault("the kit broke this rank")
-        return run(self, portions, state, exchange, **ops)
+    def breaking(run: Callable[[Any, Flow], None]) -> Callable[[Any, Flow], None]:
+        def broken_run(op: Any, flow: Flow) -> None:
+            nonlocal injected
+            if not flow.first or case.chunks() == 1:
+                injected = True
+                raise InjectedFault("the kit broke this rank")
+            run(op, flow)
+
+        return broken_run
 
     given = case.latents(SEED) if direction == "decode" else case.picture(SEED)
-    if dist.get_rank() == broken:
-        Slice.portions = breaking  # type: ignore[assignment, method-assign]
-    outcome = outcome_of(lambda: _call(vae, direction, given))
-    Slice.portions = run  # type: ignore[method-assign]
+    with ExitStack() as broken_ops:
+        if dist.get_rank() == broken:
+            for op in BoundOp.__subclasses__():
+                broken_ops.enter_context(patch.object(op, "run", breaking(op.run)))
+        outcome = outcome_of(lambda: _call(vae, direction, given))
     return replace(outcome, injected=injected, recovered=_right(subject, vae, reference, direction, given))
 
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exactness_of
-from cosmos3_pipeline.plugin_kit.cases import DIRECTIONS, Case
+from cosmos3_pipeline.plugin_kit.cases import CLIP, DIRECTIONS, Case
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.plugin_kit.subject import Subject
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.pixels import to_uint8
-from cosmos3_pipeline.vae.strategy import Direction, Exactness, Strategy
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Exactness, Strategy
 from cosmos3_pipeline.vae.weights import ModuleWeights, WeightSource
 from cosmos3_plugins.replicated import Replicated
 
@@ -97,6 +99,10 @@ def observe(subject: Subject, case: Case) -> Seen:
                     _hold_stream(part, chunks, to_uint8(picture)[0])
         if "encode" in strategy.directions:
             held("encode", encode, case.picture(SEED))
+        if case == CLIP:
+            for direction in DIRECTIONS:
+                if direction in strategy.directions:
+                    _weigh(seen, vae, direction, case)
         names: tuple[tuple[str, Direction], ...] = (("stream", "decode"), ("encode", "encode"))
         for name, direction in names:
             if name in seen.parts:
@@ -105,6 +111,20 @@ def observe(subject: Subject, case: Case) -> Seen:
                 wanted = {weight.name for weight in case.program(direction).weights()}
                 seen.weights[direction] = (weights.taken(wanted), share.weight_bytes)
     return seen
+
+
+def _weigh(seen: Seen, vae: ParallelVAE, direction: Direction, case: Case) -> None:
+    """Note the most bytes that are alive at once on this rank, and what the plan says of them."""
+    given = (case.latents(SEED) if direction == "decode" else case.picture(SEED)).to(vae.dtype)
+    part = seen.parts[f"alive in {direction}"] = Part()
+    with LiveBytes([given, *vae.autoencoder.state_dict().values()]) as live:
+        if direction == "decode":
+            for frames in vae.decode_stream(given):
+                del frames
+        else:
+            encode(vae, given)
+    part.counted = (live.peak, 0)
+    part.planned = (vae.plan(direction, case.shape).shares[vae.comm.rank].activation_bytes, 0)
 
 
 def vae_with(strategy: Strategy, model: AutoencoderKLWan, *, weights: WeightSource | None = None) -> ParallelVAE:

@@ -16,8 +16,10 @@ from typing import Any
 # A process forked from this server has torch and diffusers imported already, and no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed", "diffusers.models.autoencoders.autoencoder_kl_wan"])
-# What the slowest test needs on one busy core, several times over.
-TIME_LIMIT = 60.0
+# Seconds of computing that all ranks of the slowest test need together, several times over.
+CPU_LIMIT = 240.0
+# Ranks that compute less than this part of the time, for so many seconds, wait for each other.
+STILL_SECONDS, STILL_SHARE = 20.0, 0.002
 
 
 class RanksHang(AssertionError):
@@ -31,7 +33,8 @@ class RankBroke(AssertionError):
 def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """`[function(*args) on each rank]`, in `ranks` processes of one gloo world. All of it must pickle.
 
-    Raises RanksHang after TIME_LIMIT seconds, RankBroke with the traceback of a rank that raised.
+    Raises RanksHang when they stand still or compute without end, however busy the machine is; RankBroke with the
+    traceback of a rank that raised.
     """
     with tempfile.TemporaryDirectory(prefix="cosmos3_kit_") as folder:
         results = _CONTEXT.Queue()
@@ -63,7 +66,7 @@ def _rank(
             init_method=f"file://{store}",
             rank=rank,
             world_size=ranks,
-            timeout=timedelta(seconds=TIME_LIMIT),
+            timeout=timedelta(hours=1),
         )
         answer: tuple[int, Any, str | None] = (rank, function(*args), None)
     # Whatever a rank raises is the parent's to report.
@@ -76,13 +79,44 @@ def _rank(
     os._exit(0)
 
 
+class _Watch:
+    """What processes have computed, by their own clocks."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids = pids
+        self._since = time.monotonic()
+        self._before = 0.0
+
+    def problem(self) -> str:
+        """Why they will not end, if so."""
+        used = sum(map(_cpu_seconds, self._pids))
+        if used > CPU_LIMIT:
+            return f"did not end after {used:.0f} s of computing"
+        now = time.monotonic()
+        if used - self._before > STILL_SHARE * (now - self._since) * len(self._pids):
+            self._before, self._since = used, now
+        if now - self._since > STILL_SECONDS:
+            return f"did not end: for {STILL_SECONDS:.0f} s they have computed next to nothing"
+        return ""
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process has computed so far; nothing if it has ended."""
+    try:
+        # The name, which comes second, may have spaces in it; after it utime and stime are fields 12 and 13.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _collect(processes: list[Any], results: Any) -> list[Any]:
-    deadline = time.monotonic() + TIME_LIMIT
+    watch = _Watch([process.pid for process in processes])
     found: dict[int, Any] = {}
     while len(found) < len(processes):
         missing = [rank for rank in range(len(processes)) if rank not in found]
-        if time.monotonic() > deadline:
-            raise RanksHang(f"ranks {missing} of {len(processes)} did not end within {TIME_LIMIT:.0f} s")
+        if problem := watch.problem():
+            raise RanksHang(f"ranks {missing} of {len(processes)} {problem}")
         # Before the queue: what a rank put there before it ended is then seen below.
         dead = [rank for rank in missing if not processes[rank].is_alive()]
         try:

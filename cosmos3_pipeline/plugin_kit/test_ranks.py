@@ -10,10 +10,13 @@ from cosmos3_pipeline.plugin_kit.observe import Observed, Part, Seen
 from cosmos3_pipeline.plugin_kit.ranks import run_on_ranks
 from cosmos3_pipeline.plugin_kit.subject import Subject
 from cosmos3_pipeline.plugin_kit.test_plan import assert_three_parts
-from cosmos3_pipeline.vae.strategy import Direction, Exactness, Strategy
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Exactness, Strategy
 
-# Seconds in which all ranks must have heard that one has failed; peers look a few times a second.
-SOON = 20.0
+# How far what is alive at most may be above its plan, and below.
+MOST_ALIVE, LEAST_ALIVE = 1.05, 0.75
+# Of tensors too small to be worth planning.
+SMALL_BYTES = 64 << 10
 
 
 def parts_of(observed: Observed, case: Case, ranks: int, *names: str) -> list[list[Part]]:
@@ -95,6 +98,15 @@ def test_it_reads_the_weights_that_it_planned(case: Case, ranks: int, observed: 
             assert taken == planned, f"{direction} on rank {rank}: bytes of weights taken and planned"
 
 
+@pytest.mark.parametrize("name", ["alive in decode", "alive in encode"])
+def test_it_holds_as_much_as_it_planned(name: str, ranks: int, observed: Observed) -> None:
+    (parts,) = parts_of(observed, CLIP, ranks, name)
+    for rank, part in enumerate(parts):
+        alive, planned = part.counted[0], part.planned[0]
+        assert alive <= MOST_ALIVE * planned + SMALL_BYTES, f"rank {rank}: {alive} bytes alive, {planned} planned"
+        assert alive >= LEAST_ALIVE * planned - SMALL_BYTES, f"rank {rank}: {alive} bytes alive, {planned} planned"
+
+
 def largest(strategy: Strategy, most: int) -> int:
     """The largest number of ranks, up to three, on which the strategy takes the kit's clip."""
     found = [ranks for ranks in range(2, min(most, 3) + 1) if honours(strategy, CLIP, ranks)]
@@ -109,7 +121,6 @@ def assert_over(outcomes: list[Outcome], broken: int) -> None:
             assert outcome.error == "InjectedFault", f"rank {rank} hides its own error: {outcome}"
         else:
             assert outcome.error == "PeerFailed", f"rank {rank} went on without rank {broken}: {outcome}"
-        assert outcome.seconds < SOON, f"rank {rank} heard of it after {outcome.seconds:.0f} s"
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
@@ -137,7 +148,6 @@ def test_a_stream_that_is_closed_early_ends_on_every_rank(
     assert [seen for seen, _ in results] == [1] + [0] * (ranks - 1)
     for rank, (_, outcome) in enumerate(results):
         assert outcome.error == "", f"rank {rank}: {outcome}"
-        assert outcome.seconds < SOON
         assert outcome.recovered, "the decode after it is wrong"
 
 
@@ -158,4 +168,5 @@ def test_what_the_plan_refuses_is_refused_on_every_rank_before_weights_are_read(
     case, ranks, direction = refused[0]
     for outcome in run_on_ranks(refuse, ranks, subject, case, direction):
         assert outcome.error == "StrategyError", outcome
-        assert_three_parts(outcome.message)
+        assert outcome.problem is not None
+        assert_three_parts(outcome.problem)

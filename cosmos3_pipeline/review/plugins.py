@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import cast
 
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.config.plugins import ENTRY_POINT_GROUP, discover
-from cosmos3_pipeline.vae.strategy import Strategy
+from cosmos3_pipeline.vae.plugins import ENTRY_POINT_GROUP, discover
 
 BROKEN = 1  # exit code when a plugin cannot be used
 USAGE = 3
@@ -36,9 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     for column in ("name", "directions", "exactness", "class"):
         table.add_column(column, overflow="fold")
     for name, cls in found.strategies.items():
-        strategy = cast(type[Strategy], cls)
-        directions = ", ".join(sorted(strategy.directions))
-        table.add_row(name, directions, strategy.exactness.value, found.target(name))
+        table.add_row(name, ", ".join(sorted(cls.directions)), cls.exactness.value, found.target(name))
     console.print(table)
     for name, why in found.broken.items():
         console.print(f"{name} is installed but broken: {why}", highlight=False, markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -191,7 +191,8 @@ class Planned(Strategy):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        if shape != self.shape or ranks != self.made.ranks:
+        # In another dtype the same ranks do the same.
+        if replace(shape, element_bytes=self.shape.element_bytes) != self.shape or ranks != self.made.ranks:
             raise StrategyError(
                 f"a clip of {shape} on {ranks} ranks",
                 f"{self.by} was planned for {self.shape} on {self.made.ranks}",

@@ -11,7 +11,7 @@ from ranks import run_on_ranks
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.plan.plan import make_plan
 
 STEPS, WORDS = 3, (40, 17)

@@ -11,11 +11,12 @@ from ranks import run_on_ranks
 from test_vae_faults import _break, _outcome
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.pixels import to_uint8
 from cosmos3_pipeline.vae.program import encoder_program
-from cosmos3_pipeline.vae.strategy import LatentShape, Strategy, StrategyError
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.strategy import Strategy, StrategyError
 from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
 

@@ -16,10 +16,11 @@ from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 from wandering_cuts import wandering
 
 from cosmos3_pipeline.distributed.comm import Comm
-from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.program import Program, decoder_program
-from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.strategy import StrategyError
 from cosmos3_plugins.layer_pipeline import LayerPipeline, measured, runner
 from cosmos3_plugins.layer_pipeline.balance import Run
 from cosmos3_plugins.replicated import Replicated

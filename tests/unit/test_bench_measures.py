@@ -28,7 +28,7 @@ from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
 from cosmos3_pipeline.jobs.bench.costs import CHUNKS, OpSeconds, TimedOp
 from cosmos3_pipeline.jobs.bench.given import Given, given_for
-from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.jobs.bench.machine import pinned
 from cosmos3_pipeline.jobs.bench.messages import Halos
 from cosmos3_pipeline.jobs.bench.rank import Bench

@@ -16,7 +16,7 @@ from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.compose import schema_keys
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.config.schema import Config
 
 CONF = config_dir()

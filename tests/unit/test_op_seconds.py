@@ -12,7 +12,8 @@ from vae_models import WAN22, vae_config
 
 from cosmos3_pipeline.vae.line_times import ChunkCosts
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
-from cosmos3_pipeline.vae.strategy import LatentShape, StrategyError
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.strategy import StrategyError
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import speed_up
 from cosmos3_plugins.layer_pipeline.costs import op_costs

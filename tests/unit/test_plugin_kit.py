@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos3_pipeline.config.plugins import discover
+from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.plugin_kit import ranks as kit_ranks
 from cosmos3_pipeline.plugin_kit.cases import CASES, Case
 from cosmos3_pipeline.plugin_kit.subject import Subject, SubjectError

@@ -243,7 +243,7 @@ def test_nothing_here_imports_torch() -> None:
 import sys
 import cosmos3_pipeline.vae, cosmos3_pipeline.vae.program, cosmos3_pipeline.vae.strategy
 import cosmos3_pipeline.vae.footprint, cosmos3_plugins.replicated, cosmos3_plugins.layer_pipeline
-from cosmos3_pipeline.vae.strategy import LatentShape
+from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import decoder_program
 from vae_configs import CONFIG
 plan = cosmos3_plugins.layer_pipeline.LayerPipeline().plan(decoder_program(CONFIG), LatentShape(1, 48, 45, 80), 4)

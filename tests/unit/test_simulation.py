@@ -18,7 +18,8 @@ from cosmos3_pipeline.plan.simulation import Link, Nodes, OpCosts, SimulationErr
 from cosmos3_pipeline.vae.line_times import ChunkCosts, LineTimes, flops_until_end
 from cosmos3_pipeline.vae.ops import Attention, NormSilu
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program, portions_under_way
-from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, RankShare, Strategy, StrategyPlan
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.strategy import Exactness, RankShare, Strategy, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import Run, speed_up
 from cosmos3_plugins.layer_pipeline.costs import op_costs

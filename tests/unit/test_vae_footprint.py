@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ParallelVAE, kernels
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.footprint import activation_bytes

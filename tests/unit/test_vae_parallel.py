@@ -19,7 +19,8 @@ from vae_models import WAN21, WAN22, make_vae, vae_config, wan_video
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.inputs import VaeInputError
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
-from cosmos3_pipeline.vae.strategy import Exactness, LatentShape, StrategyError, StrategyPlan
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.strategy import Exactness, StrategyError, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline, moving
 from cosmos3_plugins.layer_pipeline.balance import Run, best_runs, speed_up
 from cosmos3_plugins.layer_pipeline.costs import op_costs

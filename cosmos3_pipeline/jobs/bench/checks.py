@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.config.schema import BenchConfig, Config, Dtype, JobName
 from cosmos3_pipeline.errors import Problem, did_you_mean
 from cosmos3_pipeline.jobs.bench.suite import (
@@ -24,6 +23,7 @@ from cosmos3_pipeline.jobs.bench.suite import (
 from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.plan.vae import ELEMENT_BYTES
 from cosmos3_pipeline.vae.builder import ProgramError
+from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import StrategyError
 

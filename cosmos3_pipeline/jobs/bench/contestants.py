@@ -33,8 +33,8 @@ from cosmos3_pipeline.jobs.bench.world import World
 from cosmos3_pipeline.plan.vae import reference
 from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
-from cosmos3_pipeline.vae.program import program_for
-from cosmos3_pipeline.vae.strategy import Direction, Strategy, StrategyPlan
+from cosmos3_pipeline.vae.program import Direction, program_for
+from cosmos3_pipeline.vae.strategy import Strategy, StrategyPlan
 
 # Where the picture is smaller than one of diffusers' own tiles: tiles of two thirds of it, three quarters apart as
 # its own are, if that is more than one tile.

@@ -8,10 +8,10 @@ from typing import Any
 
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.plugins import discover
 from cosmos3_pipeline.config.schema import Config, Dtype
 from cosmos3_pipeline.plan.vae import ELEMENT_BYTES
 from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
 from cosmos3_pipeline.jobs.bench.given import Given
-from cosmos3_pipeline.jobs.bench.live_bytes import LiveBytes
 from cosmos3_pipeline.jobs.bench.suite import ALONE, DIFFUSERS, DISTVAE, TILED, Case
 from cosmos3_pipeline.jobs.verify.distance import Distance
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 
 # What a peer raises for what it cannot do: its row says so, and the others go on.
 PEER_ERRORS = (ImportError, AssertionError, ValueError, RuntimeError)

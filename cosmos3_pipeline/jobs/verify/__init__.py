@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.config.plugins import build_strategy, discover
+from cosmos3_pipeline.config.plugins import build_strategy
 from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.ranks import on_ranks
 from cosmos3_pipeline.plan.geometry import clip_of
 from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.plan.vae import VaePlan, directions, is_parallel, reference, settings_of, vae_plan
+from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _picked(cfg: Config) -> list[tuple[Direction, dict[str, Any]]]:
         for direction in needed:
             configured = settings_of(cfg.vae, direction)
             node = configured if configured["_target_"] == target else {"_target_": target}
-            if direction in plugins.strategies[name].directions:  # type: ignore[attr-defined]
+            if direction in plugins.strategies[name].directions:
                 found.append((direction, node))
     return found
 

@@ -119,6 +119,5 @@ def inputs(
     program = program_for("decode", vae.config)
     problem = problem_of(program, latents, dtype=vae.dtype, device=device, one_clip=True)
     if problem is not None:
-        what, why, works = problem.split("; ", 2)
-        raise Refusal(what=what, why=why, works=works)
+        raise Refusal(problem.what, problem.why, problem.works)
     return vae, latents

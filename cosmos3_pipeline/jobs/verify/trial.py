@@ -20,8 +20,9 @@ from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exact
 from cosmos3_pipeline.jobs.verify.picture import Row
 from cosmos3_pipeline.plan.vae import VaePlan
 from cosmos3_pipeline.stages.likeness import ssim
+from cosmos3_pipeline.vae.pixels import Pixels
 from cosmos3_pipeline.vae.program import Direction
-from cosmos3_pipeline.vae.strategy import Exactness, Pixels, Runner
+from cosmos3_pipeline.vae.strategy import Exactness, Runner
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 
 LEVELS = 255.0
