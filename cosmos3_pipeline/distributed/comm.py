@@ -33,6 +33,7 @@ from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLo
 from cosmos3_pipeline.distributed.channel import Message
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.local import LocalLinks, Transfer
+from cosmos3_pipeline.errors import Refusal
 
 T = TypeVar("T")
 Region = tuple[Tensor, int]  # a tensor, or part of one, and the rank that it goes to or comes from
@@ -258,7 +259,7 @@ class Comm:
         """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere.
 
         On CPU from the one to each: between ranks of one machine that is quicker than gloo's collective. Raises
-        ValueError for a tensor that is not contiguous.
+        Refusal, a ValueError, for a tensor that is not contiguous.
         """
         _check_contiguous(tensor)
         if self._board is None:
@@ -313,17 +314,18 @@ class Comm:
                 self._board.raise_if_over(self._run)
                 time.sleep(LAST_WORDS_SECONDS / 20)
             raise PeerLost(
-                f"rank {self.rank} of {self.size} lost the connection to another rank ({error}); that process has "
-                "died or the network is down, so the run cannot go on; look for the first rank that ended, or for "
-                "memory that ran out"
+                what=f"rank {self.rank} of {self.size} lost the connection to another rank ({error})",
+                why="that process has died or the network is down, so the run cannot go on",
+                works="see the first rank that ended; the system kills a rank for which memory ran out",
             ) from error
 
 
 def _check_contiguous(tensor: Tensor) -> None:
     if not tensor.is_contiguous():
-        raise ValueError(
-            f"a broadcast of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}, whose bytes "
-            "do not lie side by side; give tensor.contiguous(), and on the other ranks a buffer of its own"
+        raise Refusal(
+            what=f"a broadcast of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}",
+            why="its bytes do not lie side by side",
+            works="give tensor.contiguous(), and on the other ranks a buffer of its own",
         )
 
 
