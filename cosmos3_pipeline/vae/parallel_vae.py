@@ -20,7 +20,6 @@ from torch.distributed import ProcessGroup
 from cosmos3_pipeline.distributed.board import RunStopped
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.distributed.ledger import Ledger
-from cosmos3_pipeline.distributed.root_tensor import RootTensor
 from cosmos3_pipeline.vae.drop_in import DropIn, default_dtype_kept
 from cosmos3_pipeline.vae.inputs import VaeInputError, latent_shape, problem_of
 from cosmos3_pipeline.vae.program import Direction
@@ -222,13 +221,10 @@ class ParallelVAE(DropIn):
 
         with comm.run():
             stream = self._runner("decode").stream(z, pixels="float")
-            if strategy.everywhere:
-                picture = z.new_empty(shape)
-                _fill(picture, stream)
-            else:
-                whole = RootTensor(comm, shape, like=z)
-                _fill(whole.tensor, stream)
-                picture = whole.everywhere()
+            picture = z.new_empty(shape)
+            _fill(picture if strategy.everywhere or comm.is_root else None, stream)
+            if not strategy.everywhere:
+                comm.broadcast(picture)
         return DecoderOutput(sample=picture) if return_dict else (picture,)
 
     def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
