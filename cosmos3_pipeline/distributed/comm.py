@@ -13,6 +13,7 @@ connections of its own between machines. Tensors on an accelerator go through th
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,9 @@ _PAYLOAD, _AGREEMENT, _COLLECTIVE = 0, 1, 2
 # Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
 LAST_WORDS_SECONDS = 1.0
 
+# How often a rank that waits for an accelerator's message looks whether another rank has ended the run.
+LOOK_SECONDS = 0.2
+
 
 class Work(Protocol):
     """A message in flight."""
@@ -51,6 +55,36 @@ class Work(Protocol):
     def wait(self) -> Any:
         """Return when it has left or arrived. Raises RuntimeError when it never will."""
         ...
+
+
+class AcceleratorWork(Work, Protocol):
+    """A message in flight between accelerators, as `torch.distributed` has it."""
+
+    def is_completed(self) -> bool:
+        """Whether it has arrived."""
+        ...
+
+
+class Watched:
+    """A message between accelerators, whose wait ends when another rank has ended the run.
+
+    Such a message does not fail by itself when its peer has gone. `look` raises when the run is over; it is called
+    while the message is late, because it takes longer than most messages do.
+    """
+
+    def __init__(self, work: AcceleratorWork, look: Callable[[], None]) -> None:
+        self._work = work
+        self._look = look
+
+    def wait(self) -> None:
+        """Return when it has left or arrived."""
+        looked = time.monotonic()
+        while not self._work.is_completed():
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                self._look()
+                looked = time.monotonic()
+            os.sched_yield()
+        self._work.wait()
 
 
 class Pending:
@@ -219,9 +253,6 @@ class Comm:
                 self.ledger.record(kind, tensor.nbytes)
         if _on_cpu(*(tensor for tensor, _ in (*sends, *receives))):
             return self._exchange_on_cpu(sends, receives, _PAYLOAD)
-        # An accelerator's messages do not fail when their peer has gone. On CPU they do, and asking the store
-        # would cost more than the message.
-        self._board.raise_if_over(self._run)
         pending = self._pending()
         landings = [(pending.landing(tensor), peer) for tensor, peer in receives]
         leaving = [(tensor.contiguous(), peer) for tensor, peer in sends]
@@ -229,8 +260,14 @@ class Comm:
         operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in leaving]
         tensors = [tensor for tensor, _ in (*landings, *leaving)]
         for work in self._translated(partial(dist.batch_isend_irecv, operations)):
-            pending.add(work, tensors)
+            pending.add(Watched(work, self._look), tensors)
         return pending
+
+    def _look(self) -> None:
+        """Raise when another rank has ended the run, or has died on this machine."""
+        assert self._board is not None
+        self._board.raise_if_over(self._run)
+        self._links.raise_if_broken()
 
     def _exchange_on_cpu(self, sends: Sequence[Region], receives: Sequence[Region], lane: int) -> Pending:
         pending, by_gloo = self._pending(), list[tuple[Work, Tensor]]()
@@ -273,7 +310,7 @@ class Comm:
         call = partial(dist.broadcast, tensor, group=self._group, group_src=source, async_op=True)
         work = self._translated(call)
         if work is not None:
-            pending.add(work, [tensor])
+            pending.add(Watched(work, self._look), [tensor])
         pending.wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -286,7 +323,7 @@ class Comm:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         call = partial(dist.all_gather, parts, tensor, group=self._group, async_op=True)
         pending = self._pending()
-        pending.add(self._translated(call), [*parts, tensor])
+        pending.add(Watched(self._translated(call), self._look), [*parts, tensor])
         pending.wait()
         return parts
 
