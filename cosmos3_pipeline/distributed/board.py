@@ -11,19 +11,30 @@ from dataclasses import dataclass
 
 from torch._C._distributed_c10d import Store
 
+from cosmos3_pipeline.errors import Problem
 
-class PeerFailed(RuntimeError):
+
+class PeerError(RuntimeError):
+    """A run ended on this rank because of another rank. `problem` says what happened, why, and what to do."""
+
+    def __init__(self, *, what: str, why: str, works: str) -> None:
+        self.problem = Problem(what=what, why=why, works=works)
+        super().__init__(str(self.problem))
+
+
+class PeerFailed(PeerError):
     """Another rank of the group failed, so this one stopped. `rank` is that rank, in the group."""
 
     def __init__(self, rank: int, reason: str) -> None:
         self.rank = rank
         super().__init__(
-            f"rank {rank} of the group failed ({reason}); its part of the work is missing, so this rank stopped "
-            f"too; see rank {rank}'s own error"
+            what=f"rank {rank} of the group failed ({reason})",
+            why="its part of the work is missing, so this rank stopped too",
+            works=f"see rank {rank}'s own error",
         )
 
 
-class PeerLost(RuntimeError):
+class PeerLost(PeerError):
     """The connection to another rank broke: its process has died, or the network has."""
 
 
@@ -62,8 +73,9 @@ class Board:
             rank, reason = json.loads(self._store.get(self._key(run)))
         except RuntimeError as error:
             raise PeerLost(
-                f"the store that the ranks share does not answer ({error}); the process that held it has died, so "
-                "no rank can learn of the others; see the first error of the run"
+                what=f"the store that the ranks share does not answer ({error})",
+                why="the process that held it has died, so no rank can learn of the others",
+                works="see the first error of the run",
             ) from error
         if reason is None:
             raise RunStopped(f"rank {rank} ended the run")

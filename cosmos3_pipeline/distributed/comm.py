@@ -1,8 +1,8 @@
 """The one place that sends tensors between ranks: point-to-point, broadcast, gather; counted, and never hanging.
 
 A `Comm` belongs to a group of ranks; ranks are numbered within it and rank 0 is the root. Tensors stay on their
-device: those on CPU, and the agreement between ranks, go over gloo connections of its own, those on an accelerator
-through the process group that it was given.
+device. Tensors on CPU, and the agreement between ranks, go through `links` on one machine, and through gloo
+connections of its own between machines. Tensors on an accelerator go through the process group that it was given.
 
     with comm.run():            # on every rank of the group; ends together or fails together
         comm.agree(...)
@@ -13,6 +13,7 @@ through the process group that it was given.
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,30 +31,64 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped
-from cosmos3_pipeline.distributed.channel import Message
 from cosmos3_pipeline.distributed.ledger import Ledger
-from cosmos3_pipeline.distributed.local import LocalLinks, Transfer
+from cosmos3_pipeline.distributed.links import Links, goes_uncopied
+from cosmos3_pipeline.errors import Refusal
 
 T = TypeVar("T")
 Region = tuple[Tensor, int]  # a tensor, or part of one, and the rank that it goes to or comes from
 
-# What a message on CPU is: a lane of its own for each, which is also gloo's tag.
-_PAYLOAD, _AGREEMENT, _BROADCAST = 0, 1, 2
+# Each kind of message on CPU has a lane of its own, which is also gloo's tag. So a rank that is out of step never
+# takes payload for an agreement, and a collective passes messages that are still in flight.
+_PAYLOAD, _AGREEMENT, _COLLECTIVE = 0, 1, 2
 
 # Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
 LAST_WORDS_SECONDS = 1.0
 
+# How often a rank that waits for an accelerator's message looks whether another rank has ended the run.
+LOOK_SECONDS = 0.2
+
 
 class Work(Protocol):
-    """A message under way."""
+    """A message in flight."""
 
     def wait(self) -> Any:
         """Return when it has left or arrived. Raises RuntimeError when it never will."""
         ...
 
 
+class AcceleratorWork(Work, Protocol):
+    """A message in flight between accelerators, as `torch.distributed` has it."""
+
+    def is_completed(self) -> bool:
+        """Whether it has arrived."""
+        ...
+
+
+class Watched:
+    """A message between accelerators, whose wait ends when another rank has ended the run.
+
+    Such a message does not fail by itself when its peer has gone. `look` raises when the run is over; it is called
+    while the message is late, because it takes longer than most messages do.
+    """
+
+    def __init__(self, work: AcceleratorWork, look: Callable[[], None]) -> None:
+        self._work = work
+        self._look = look
+
+    def wait(self) -> None:
+        """Return when it has left or arrived."""
+        looked = time.monotonic()
+        while not self._work.is_completed():
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                self._look()
+                looked = time.monotonic()
+            os.sched_yield()
+        self._work.wait()
+
+
 class Pending:
-    """Messages under way. Their tensors must not be written (sends) or read (receives) before `wait` returns."""
+    """Messages in flight. Their tensors must not be written (sends) or read (receives) before `wait` returns."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
@@ -100,7 +135,7 @@ class Comm:
         self.ledger = Ledger() if ledger is None else ledger
         self.rank, self.size = 0, 1
         self._board: Board | None = None
-        self._under_way: WeakSet[Pending] = WeakSet()
+        self._in_flight: WeakSet[Pending] = WeakSet()
         self._run = 0
         self._running = self._broken = False
         self._lost: PeerLost | None = None
@@ -123,17 +158,15 @@ class Comm:
         store = PrefixStore(name, _get_default_store())
         # Any: PyTorch's stubs leave out the methods that every backend has.
         self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=default_pg_timeout)
-        # Lanes, so that a rank that is out of step never takes payload for an agreement, and a broadcast passes
-        # messages that are still under way.
-        self._local = LocalLinks(PrefixStore("local", store), self.rank, self.size, lanes=3)
+        self._links = Links(PrefixStore("links", store), self.rank, self.size, lanes=3)
         self._board = Board(store)
         self._run = 0
         self._broken = False
 
     def _close(self) -> None:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
-        self._local.close()  # before the tensors are let go that others may be reading
-        for pending in self._under_way:
+        self._links.close()
+        for pending in self._in_flight:
             pending.drop()
         self._gloo = None
 
@@ -143,11 +176,11 @@ class Comm:
 
     @property
     def reads_memory(self) -> bool:
-        """Whether this rank and every other one read large messages on CPU out of each other's memory.
+        """Whether this rank shares memory with every other rank, for large messages on CPU.
 
-        Where they do not, such messages go through gloo.
+        Messages to ranks of other machines go through gloo.
         """
-        return self._board is not None and len(self._local.readable) == self.size - 1
+        return self._board is not None and len(self._links) == self.size - 1
 
     def _ready(self) -> None:
         if self._broken:
@@ -164,7 +197,7 @@ class Comm:
             yield
             return
         if self._running:
-            self._broken = True  # one was left in the middle: its messages may be under way
+            self._broken = True  # one was left in the middle: its messages may be in flight
         self._ready()
         self._run += 1
         self._running = True
@@ -192,27 +225,25 @@ class Comm:
     def _gather_objects(self, value: T) -> list[T]:
         self.ledger.record("control", 0)
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self._gather(torch.tensor([len(mine)]), [1] * self.size)
-        parts = self._gather(mine, [int(size) for size in sizes])
+        sizes = self._gather(torch.tensor([len(mine)]), [[1]] * self.size, _AGREEMENT)
+        parts = self._gather(mine, [[int(size)] for size in sizes], _AGREEMENT)
         return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
-    def _gather(self, mine: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Every rank's vector on CPU, which have `sizes` elements.
+    def _gather(self, mine: Tensor, shapes: Sequence[Sequence[int]], lane: int) -> list[Tensor]:
+        """Every rank's tensor on CPU, which have `shapes`.
 
-        From each to each: between ranks of one machine that is quicker than gloo's collective.
+        Each rank sends to each other one: between ranks of one machine that is quicker than gloo's collective.
         """
-        parts = [mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes)]
+        parts = [mine if rank == self.rank else mine.new_empty(shape) for rank, shape in enumerate(shapes)]
         others = [rank for rank in range(self.size) if rank != self.rank]
         sends, receives = [(mine, rank) for rank in others], [(parts[rank], rank) for rank in others]
-        self._exchange_on_cpu(sends, receives, _AGREEMENT).wait()
+        self._exchange_on_cpu(sends, receives, lane).wait()
         return parts
 
     def exchange(self, sends: Sequence[Region] = (), receives: Sequence[Region] = ()) -> Pending:
         """Start sending each tensor to its rank and receiving into each buffer from its rank.
 
-        They may have any strides; what has gaps is copied for an accelerator or gloo, and where it lies in very
-        many places. Between two ranks messages arrive in the order in which they are sent. A large one between
-        ranks of a machine leaves while its receiver waits for messages: wait for it before a collective.
+        They may have any strides. Between two ranks messages arrive in the order in which they are sent.
         """
         if not sends and not receives:
             return Pending(self)
@@ -222,9 +253,6 @@ class Comm:
                 self.ledger.record(kind, tensor.nbytes)
         if _on_cpu(*(tensor for tensor, _ in (*sends, *receives))):
             return self._exchange_on_cpu(sends, receives, _PAYLOAD)
-        # An accelerator's messages do not fail when their peer has gone. On CPU they do, and asking the store
-        # would cost more than the message.
-        self._board.raise_if_over(self._run)
         pending = self._pending()
         landings = [(pending.landing(tensor), peer) for tensor, peer in receives]
         leaving = [(tensor.contiguous(), peer) for tensor, peer in sends]
@@ -232,33 +260,42 @@ class Comm:
         operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in leaving]
         tensors = [tensor for tensor, _ in (*landings, *leaving)]
         for work in self._translated(partial(dist.batch_isend_irecv, operations)):
-            pending.add(work, tensors)
+            pending.add(Watched(work, self._look), tensors)
         return pending
 
+    def _look(self) -> None:
+        """Raise when another rank has ended the run, or has died on this machine."""
+        assert self._board is not None
+        self._board.raise_if_over(self._run)
+        self._links.raise_if_broken()
+
     def _exchange_on_cpu(self, sends: Sequence[Region], receives: Sequence[Region], lane: int) -> Pending:
-        pending, transfer = self._pending(), Transfer(self._local)
-        # First, because a rank that sits in gloo's wait moves nothing of its own, for which others may be waiting.
-        pending.add(transfer, [])
-        # What others wait for leaves before this rank makes ready for what it waits for itself.
+        pending, by_gloo = self._pending(), list[tuple[Work, Tensor]]()
+        # Sends first, because others wait for what leaves while this rank prepares its own receives.
         for tensor, peer in sends:
-            if self._local.carries(tensor, peer):
-                self._translated(partial(transfer.send, Message(tensor), peer, lane))
+            in_place = peer in self._links and goes_uncopied(tensor)
+            leaving = tensor if in_place else tensor.contiguous()
+            if peer in self._links:
+                pending.add(self._translated(partial(self._links.send, leaving, peer, lane)), [])
             else:
-                leaving = tensor.contiguous()
-                pending.add(self._translated(partial(self._gloo.send, [leaving], peer, lane)), [leaving])
+                by_gloo.append((self._translated(partial(self._gloo.send, [leaving], peer, lane)), leaving))
         for tensor, peer in receives:
-            if self._local.carries(tensor, peer):
-                transfer.receive(Message(tensor, arrives=True), peer, lane)
+            in_place = peer in self._links and goes_uncopied(tensor)
+            landing = tensor if in_place else pending.landing(tensor)
+            if peer in self._links:
+                pending.add(self._links.receive(landing, peer, lane), [])
             else:
-                landing = pending.landing(tensor)
-                pending.add(self._translated(partial(self._gloo.recv, [landing], peer, lane)), [landing])
+                by_gloo.append((self._translated(partial(self._gloo.recv, [landing], peer, lane)), landing))
+        # Last, because a rank that sits in gloo's wait moves nothing for the ranks of its own machine.
+        for work, tensor in by_gloo:
+            pending.add(work, [tensor])
         return pending
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere.
 
-        On CPU from the one to each: between ranks of one machine that is quicker than gloo's collective. Raises
-        ValueError for a tensor that is not contiguous.
+        On CPU the source sends to each other rank: on one machine that is quicker than gloo's collective. Raises
+        Refusal, a ValueError, for a tensor that is not contiguous.
         """
         _check_contiguous(tensor)
         if self._board is None:
@@ -269,13 +306,13 @@ class Comm:
         if _on_cpu(tensor):
             sends = [(tensor, peer) for peer in range(self.size) if gives and peer != source]
             receives = [] if gives else [(tensor, source)]
-            self._exchange_on_cpu(sends, receives, _BROADCAST).wait()
+            self._exchange_on_cpu(sends, receives, _COLLECTIVE).wait()
             return
         pending = self._pending()
         call = partial(dist.broadcast, tensor, group=self._group, group_src=source, async_op=True)
         work = self._translated(call)
         if work is not None:
-            pending.add(work, [tensor])
+            pending.add(Watched(work, self._look), [tensor])
         pending.wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -283,20 +320,18 @@ class Comm:
         if self._board is None:
             return [tensor]
         self.ledger.record("all_gather", tensor.nbytes)
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-
         if _on_cpu(tensor):
-            call = partial(self._gloo.allgather, [parts], [tensor])
-        else:
-            call = partial(dist.all_gather, parts, tensor, group=self._group, async_op=True)
+            return self._gather(tensor.clone(), [tensor.shape] * self.size, _COLLECTIVE)
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        call = partial(dist.all_gather, parts, tensor, group=self._group, async_op=True)
         pending = self._pending()
-        pending.add(self._translated(call), [*parts, tensor])
+        pending.add(Watched(self._translated(call), self._look), [*parts, tensor])
         pending.wait()
         return parts
 
     def _pending(self) -> Pending:
         pending = Pending(self)
-        self._under_way.add(pending)
+        self._in_flight.add(pending)
         return pending
 
     def _translated(self, call: Callable[[], T]) -> T:
@@ -313,17 +348,18 @@ class Comm:
                 self._board.raise_if_over(self._run)
                 time.sleep(LAST_WORDS_SECONDS / 20)
             raise PeerLost(
-                f"rank {self.rank} of {self.size} lost the connection to another rank ({error}); that process has "
-                "died or the network is down, so the run cannot go on; look for the first rank that ended, or for "
-                "memory that ran out"
+                what=f"rank {self.rank} of {self.size} lost the connection to another rank ({error})",
+                why="that process has died or the network is down, so the run cannot go on",
+                works="see the first rank that ended; the system kills a rank for which memory ran out",
             ) from error
 
 
 def _check_contiguous(tensor: Tensor) -> None:
     if not tensor.is_contiguous():
-        raise ValueError(
-            f"a broadcast of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}, whose bytes "
-            "do not lie side by side; give tensor.contiguous(), and on the other ranks a buffer of its own"
+        raise Refusal(
+            what=f"a broadcast of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}",
+            why="its bytes do not lie side by side",
+            works="give tensor.contiguous(), and on the other ranks a buffer of its own",
         )
 
 

@@ -68,10 +68,8 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     ("how", "said"), [("raise", "the latent is cursed"), ("linger", "the latent is cursed"), ("kill", "signal 9")]
 )
 def test_a_broken_rank_ends_the_run_with_its_own_words(tmp_path: Path, how: str, said: str) -> None:
-    started = time.monotonic()
     with pytest.raises(RankFailed) as caught:
         run_ranks(break_one, str(tmp_path), how, ranks=3)
-    assert time.monotonic() - started < 60
     assert caught.value.rank == 1
     assert said in caught.value.traceback
     assert ("break_one" in caught.value.traceback) == (how != "kill")

@@ -1,9 +1,11 @@
-"""Whatever goes wrong, every rank hears of it soon, and nobody waits for a rank that will not answer."""
+"""Whatever goes wrong, every rank hears of it, and nobody waits for a rank that will not answer.
+
+A rank that waited would do so for longer than `run_on_ranks` gives it.
+"""
 
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import pytest
@@ -18,8 +20,6 @@ from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
 CONFIG = vae_config(WAN22)
-# Without the board a rank would wait for the process group's own timeout of 60 s.
-SOON = 15.0
 
 
 def _vae() -> ParallelVAE:
@@ -30,16 +30,15 @@ def _latent(frames: int = 6) -> torch.Tensor:
     return torch.randn(1, CONFIG["z_dim"], frames, 3, 2, generator=torch.Generator().manual_seed(0))
 
 
-def _outcome(call: Any) -> tuple[str, str, float]:
-    start = time.monotonic()
+def _outcome(call: Any) -> tuple[str, str]:
     try:
         call()
     except Exception as error:
-        return type(error).__name__, str(error), time.monotonic() - start
-    return "", "", time.monotonic() - start
+        return type(error).__name__, str(error)
+    return "", ""
 
 
-def _refused(rank: int, kind: str) -> tuple[str, str, float]:
+def _refused(rank: int, kind: str) -> tuple[str, str]:
     vae, z = _vae(), _latent()
     if kind == "channels":
         return _outcome(lambda: vae.decode(z[:, :-1]))
@@ -71,10 +70,9 @@ def _refused(rank: int, kind: str) -> tuple[str, str, float]:
 )
 def test_bad_input_is_refused_on_every_rank(kind: str, error: str, says: str) -> None:
     outcomes = run_on_ranks(_refused, 2, kind)
-    for name, message, seconds in outcomes:
+    for name, message in outcomes:
         assert name == error
         assert says in message
-        assert seconds < SOON
     assert outcomes[0][1] == outcomes[1][1]
 
 
@@ -115,17 +113,16 @@ def _mid_stream(rank: int, broken: int, way: str) -> tuple[Any, Any]:
 def test_a_rank_that_raises_in_mid_stream_stops_all(broken: int, way: str) -> None:
     outcomes = run_on_ranks(_mid_stream, 3, broken, way)
     expected = ParallelVAE(make_vae(CONFIG), Replicated(), Replicated()).decode(_latent()).sample
-    for rank, ((name, message, seconds), again) in enumerate(outcomes):
+    for rank, ((name, message), again) in enumerate(outcomes):
         if rank == broken:
             assert (name, message) == ("MemoryError", "no memory for chunk")
         else:
             assert name == "PeerFailed"
             assert f"rank {broken} of the group failed (MemoryError: no memory for chunk)" in message
-        assert seconds < SOON
         assert torch.equal(again, expected)
 
 
-def _killed(rank: int, dead: int) -> tuple[str, str, float]:
+def _killed(rank: int, dead: int) -> tuple[str, str]:
     vae = _vae()
     if rank == dead:
         _break(2, lambda: os._exit(9))
@@ -138,10 +135,9 @@ def test_a_killed_rank_is_reported_by_all_others(dead: int) -> None:
     for rank, outcome in enumerate(outcomes):
         if rank == dead:
             continue
-        name, message, seconds = outcome
+        name, message = outcome
         assert name in (PeerFailed.__name__, PeerLost.__name__)
         assert "lost the connection to another rank" in message
-        assert seconds < SOON
 
 
 def _abandoned(rank: int) -> tuple[int, Any]:

@@ -1,0 +1,382 @@
+"""Messages of a Comm: whole, in order, of all sizes, and ended by a rank that leaves."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_on_ranks
+from torch.distributed.distributed_c10d import _get_default_store
+
+from cosmos3_pipeline.distributed import comm as comm_module
+from cosmos3_pipeline.distributed import links
+from cosmos3_pipeline.distributed.board import PeerError, PeerFailed
+from cosmos3_pipeline.distributed.comm import Comm, Watched
+from cosmos3_pipeline.distributed.links import MOST_PLACES, SLOT_BYTES, SMALL_BYTES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
+FEW_SLOTS = 3
+
+
+def _comm(*, apart: tuple[int, ...] = (), slots: int = links.SLOTS) -> Comm:
+    """A Comm whose ranks `apart` are as if each was on a machine of its own."""
+    links.SLOTS = slots
+    connected = links._connected
+    links._connected = lambda address, rank, peer, lanes: (
+        None if {rank, peer} & {*apart} else connected(address, rank, peer, lanes)
+    )
+    return Comm()
+
+
+def _messages(source: int, target: int) -> list[torch.Tensor]:
+    """Of all sizes around the limits, the same on both ranks."""
+    generator = torch.Generator().manual_seed(10 * source + target)
+    sizes = [0, 1, 7, 4096, *(n + d for n in (SMALL_BYTES, SLOT_BYTES, 2 * SLOT_BYTES) for d in (-1, 0, 1))]
+    sizes += [(FEW_SLOTS + 2) * SLOT_BYTES + 5, 5]
+    random.Random(source - target).shuffle(sizes)
+    return [
+        torch.randint(0, 255, (size // dtype.itemsize,), generator=generator).to(dtype)
+        for size, dtype in zip(sizes, DTYPES * len(sizes), strict=False)
+    ]
+
+
+def _everyone_to_everyone(rank: int, apart: tuple[int, ...], slots: int) -> bool:
+    comm = _comm(apart=apart, slots=slots)
+    others = [peer for peer in range(comm.size) if peer != rank]
+    assert [peer in comm._links for peer in others] == [not {rank, peer} & {*apart} for peer in others]
+    assert comm.reads_memory == (not apart)
+    with comm.run():
+        arriving = {peer: [torch.empty_like(m) for m in _messages(peer, rank)] for peer in others}
+        receives = [(buffer, peer) for peer in others for buffer in arriving[peer]]
+        comm.exchange([(message, peer) for peer in others for message in _messages(rank, peer)], receives).wait()
+        # A picture: large, from one rank to all.
+        picture = torch.arange(SLOT_BYTES)
+        given = picture.clone() if rank == 1 else torch.zeros_like(picture)
+        comm.broadcast(given, source=1)
+        gathered = comm.all_gather(given + rank)
+    assert torch.equal(given, picture)
+    assert all(torch.equal(part, picture + peer) for peer, part in enumerate(gathered))
+    assert comm.ledger.counts.get("broadcast") == (comm.ledger.counts["all_gather"] if rank == 1 else None)
+    return all(
+        torch.equal(got, sent)
+        for peer in others
+        for got, sent in zip(arriving[peer], _messages(peer, rank), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "apart", "slots"),
+    [(2, (), links.SLOTS), (2, (1,), links.SLOTS), (3, (), FEW_SLOTS), (3, (1,), FEW_SLOTS)],
+)
+def test_messages_arrive_whole_and_in_order(ranks: int, apart: tuple[int, ...], slots: int) -> None:
+    assert run_on_ranks(_everyone_to_everyone, ranks, apart, slots) == [True] * ranks
+
+
+# What halos, rows of a whole and columns look like: (shape of a whole, its part), small and large.
+PARTS = [
+    ((1, 2, 6, 40, 3), (slice(None), slice(None), slice(1, 2))),
+    ((1, 2, 6, 40, 3), (slice(None), slice(None), slice(None), slice(4, 5))),
+    ((1, 3, 90, 50, 80), (slice(None), slice(None), slice(20, 89))),
+    ((5, 4), (slice(2, 2),)),
+]
+
+
+def _parts(rank: int) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
+    generator = torch.Generator().manual_seed(rank)
+    return [(torch.randn(shape, generator=generator), part) for shape, part in PARTS]
+
+
+def _parts_into_parts(rank: int, way: str) -> bool:
+    """Parts of tensors become parts of others, and nothing beside those changes."""
+    comm, given, expected = _comm(apart=(1,) if way == "gloo" else ()), _parts(rank), _parts(1 - rank)
+    if way == "accelerator":  # by PyTorch's own calls; gloo's messages, unlike NCCL's, complete only in `wait`
+        comm_module._on_cpu = lambda *tensors: False
+        comm_module.Watched = lambda work, look: work  # type: ignore[assignment, misc]
+        given, expected = given[:-1], expected[:-1]  # there is no message of nothing
+    wholes = [torch.full_like(whole, -1.0) for whole, _ in expected]
+    with comm.run():
+        receives = [(whole[part], 1 - rank) for whole, (_, part) in zip(wholes, expected, strict=True)]
+        comm.exchange([(whole[part], 1 - rank) for whole, part in given], receives).wait()
+    for whole, (there, part) in zip(wholes, expected, strict=True):
+        right = torch.full_like(there, -1.0)
+        right[part] = there[part]
+        assert torch.equal(whole, right)
+    return True
+
+
+@pytest.mark.parametrize("way", ["links", "gloo", "accelerator"])
+def test_parts_of_tensors_arrive_in_parts_of_others(way: str) -> None:
+    assert run_on_ranks(_parts_into_parts, 2, way) == [True, True]
+
+
+@settings(deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), max_size=3),
+    random=st.randoms(use_true_random=False),
+    dtype=st.sampled_from([*DTYPES, torch.int64]),
+)
+def test_the_places_of_a_tensor_hold_its_elements_in_order(
+    shape: list[int], random: random.Random, dtype: torch.dtype
+) -> None:
+    tensor = torch.arange(math.prod(shape)).to(dtype).reshape(shape)
+    for dim, size in enumerate(shape):
+        start = random.randrange(size)
+        tensor = tensor.narrow(dim, start, random.randint(1, size - start))
+    tensor = tensor.permute(random.sample(range(tensor.dim()), tensor.dim()))
+    offsets = links._offsets(tensor.shape, tensor.stride(), tensor.element_size())
+    assert links.goes_uncopied(tensor) == bool(offsets) == (0 < len(offsets) <= MOST_PLACES)
+    if offsets:
+        length, start = tensor.nbytes // len(offsets), tensor.data_ptr()
+        held = b"".join(ctypes.string_at(start + offset, length) for offset in offsets)
+        assert held == bytes(torch.tensor(tensor.flatten().tolist(), dtype=dtype).view(torch.uint8).tolist())
+
+
+def test_a_tensor_that_is_large_or_in_very_many_places_is_copied() -> None:
+    assert not links.goes_uncopied(torch.empty(2, SMALL_BYTES, 2)[:, 1:])
+    assert not links.goes_uncopied(torch.empty(MOST_PLACES + 1, 2)[:, :1])
+    assert links._offsets((1 << 40, 3), (4, 1), 4) == ()
+
+
+def _round(rank: int, slots: int) -> bool:
+    """Every rank sends 64 MB to the next one before it asks for those of the rank before it."""
+    comm, count = _comm(slots=slots), (64 << 20) // 8
+    after, before = (rank + 1) % comm.size, (rank - 1) % comm.size
+    buffer = torch.empty(count, dtype=torch.int64)
+    with comm.run():
+        leaving = comm.exchange(sends=[(torch.arange(count) + rank, after)])
+        if slots * SLOT_BYTES >= buffer.nbytes:
+            leaving.wait()
+        arriving = comm.exchange(receives=[(buffer, before)])
+        leaving.wait()
+        arriving.wait()
+    return torch.equal(buffer, torch.arange(count) + before)
+
+
+@pytest.mark.parametrize(("ranks", "slots"), [(2, FEW_SLOTS), (2, links.SLOTS), (3, FEW_SLOTS), (4, FEW_SLOTS)])
+def test_ranks_that_send_to_each_other_do_not_block(ranks: int, slots: int) -> None:
+    assert run_on_ranks(_round, ranks, slots) == [True] * ranks
+
+
+def _flood(rank: int) -> bool:
+    """So many messages that neither socket nor slots hold them, none of which is taken at first."""
+    comm, count = Comm(), 600
+    whole, large = torch.arange(SMALL_BYTES // 4).view(MOST_PLACES, -1), torch.arange(SMALL_BYTES // 8 + 1)
+    small = whole[:, : whole.shape[1] // 2]
+    with comm.run():
+        if rank == 0:
+            leaving = comm.exchange(sends=[(small, 1), (large, 1)] * count)
+            comm.agree(None)
+            leaving.wait()
+            return True
+        comm.agree(None)  # rank 0, which waits for nothing else, must be able to say so
+        for _ in range(count):
+            buffers = [torch.zeros_like(whole)[:, : small.shape[1]], torch.zeros_like(large)]
+            comm.exchange(receives=[(buffer, 0) for buffer in buffers]).wait()
+            assert torch.equal(buffers[0], small) and torch.equal(buffers[1], large)
+    return True
+
+
+def test_more_messages_than_fit_may_be_in_flight() -> None:
+    assert run_on_ranks(_flood, 2) == [True, True]
+
+
+def _waits_for_one_who_waits(rank: int) -> bool:
+    """The receiver waits for something else, which the sender only does when its large message has left."""
+    comm, message = _comm(slots=FEW_SLOTS), torch.arange(SLOT_BYTES)
+    with comm.run():
+        if rank == 0:
+            comm.exchange(sends=[(message, 1)]).wait()
+            comm.agree(None)
+            return True
+        buffer = torch.empty_like(message)
+        arriving = comm.exchange(receives=[(buffer, 0)])
+        comm.agree(None)
+        arriving.wait()
+        return torch.equal(buffer, message)
+
+
+def test_whoever_waits_moves_the_other_messages() -> None:
+    assert run_on_ranks(_waits_for_one_who_waits, 2) == [True, True]
+
+
+def _agree_beside_payload(rank: int) -> list[list[str]]:
+    """Agreements of all sizes while payload is in flight that nobody has asked for yet."""
+    comm, agreed = Comm(), []
+    others = [peer for peer in range(comm.size) if peer != rank]
+    buffers = [torch.empty(8) for _ in others]
+    with comm.run():
+        leaving = comm.exchange(sends=[(torch.full((8,), float(rank)), peer) for peer in others])
+        for size in (0, 10, 2 * SMALL_BYTES * rank):
+            agreed.append([f"{len(text)} of {text[:1]}" for text in comm.agree(str(rank) * size)])
+        comm.exchange(receives=list(zip(buffers, others, strict=True))).wait()
+        leaving.wait()
+    assert [float(buffer[-1]) for buffer in buffers] == others
+    return agreed
+
+
+def test_an_agreement_is_of_any_size_and_not_mixed_up_with_payload() -> None:
+    long = [f"{2 * SMALL_BYTES * rank} of {rank or ''}" for rank in range(3)]
+    expected = [["0 of "] * 3, [f"10 of {rank}" for rank in range(3)], long]
+    assert run_on_ranks(_agree_beside_payload, 3) == [expected] * 3
+
+
+def _memories() -> tuple[int, int]:
+    """The memories of links that this process has open, and those that it maps."""
+    files = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.exists()]
+    maps = Path("/proc/self/maps").read_text()
+    return sum("memfd:cosmos3" in file for file in files), maps.count("memfd:cosmos3")
+
+
+def _breaks_off(rank: int, how: str) -> list[str]:
+    """A run in which one rank leaves in the middle of a large message, and a run after it."""
+    comm, told = _comm(slots=FEW_SLOTS), []
+    message = torch.arange(4 * FEW_SLOTS * SLOT_BYTES)
+    forked = how.endswith("fork") and rank == 1 and os.fork() == 0
+    if forked:  # it keeps the connections of its parent open until every rank has noticed
+        _get_default_store().wait(["noticed"])
+        os._exit(0)
+    try:
+        with comm.run():
+            if rank == 1:
+                if "sender" in how:
+                    comm.exchange(sends=[(torch.ones(8), 0), (message, 0)])
+                else:
+                    comm.exchange(receives=[(torch.empty(8), 0), (torch.empty_like(message), 0)])
+                if "dies" in how:
+                    os._exit(1)
+                raise ValueError("no paint left")
+            if "sender" in how:
+                comm.exchange(receives=[(torch.empty(8), 1), (torch.empty_like(message), 1)]).wait()
+            else:
+                comm.exchange(sends=[(torch.ones(8), 1), (message, 1)]).wait()
+    except (PeerError, ValueError) as error:
+        told.append(f"{type(error).__name__}: {error}")
+        assert comm._links._links == {} and _memories() == (0, 0)
+    if rank == 0:
+        _get_default_store().set("noticed", "")
+    elif "fork" in how:
+        _get_default_store().wait(["noticed"])
+    if "dies" in how:
+        return told
+    for _ in range(2):  # no message of the broken run is left
+        with comm.run():
+            received = torch.zeros(2 * SLOT_BYTES)
+            comm.exchange([(torch.full_like(received, 1.0 + rank), 1 - rank)], [(received, 1 - rank)]).wait()
+            assert torch.equal(received, torch.full_like(received, 2.0 - rank))
+    assert _memories() == (1, 1)
+    return told
+
+
+@pytest.mark.parametrize("how", ["sender raises", "receiver raises", "sender raises but for a fork"])
+def test_a_rank_that_raises_ends_a_large_message_for_good(how: str) -> None:
+    told, raised = run_on_ranks(_breaks_off, 2, how)
+    assert raised == ["ValueError: no paint left"]
+    assert len(told) == 1
+    assert told[0].startswith("PeerFailed: rank 1 of the group failed (ValueError: no paint left)")
+
+
+@pytest.mark.parametrize("how", ["sender dies", "receiver dies"])
+def test_a_rank_that_dies_ends_a_large_message(how: str) -> None:
+    told, _ = run_on_ranks(_breaks_off, 2, how, may_die=(1,))
+    assert len(told) == 1
+    assert told[0].startswith("PeerLost: rank 0 of 2 lost the connection to another rank")
+
+
+def _no_room(rank: int) -> list[str]:
+    """One rank has no memory for the copy of a message; the next run goes on."""
+    comm, told = Comm(), []
+    columns = torch.arange(2.0 * SMALL_BYTES).view(-1, 2)[:, :1]
+    contiguous = torch.Tensor.contiguous
+    for full in (True, False):
+        buffer = torch.zeros(SMALL_BYTES, 1)
+        if full and rank == 1:
+            torch.Tensor.contiguous = _out_of_memory  # type: ignore[assignment, method-assign]
+        try:
+            with comm.run():
+                if rank == 1:
+                    comm.exchange(sends=[(columns, 0)]).wait()
+                else:
+                    comm.exchange(receives=[(buffer, 1)]).wait()
+            told.append("equal" if rank or torch.equal(buffer, columns) else "different")
+        except RuntimeError as error:
+            told.append(type(error).__name__)
+        torch.Tensor.contiguous = contiguous  # type: ignore[method-assign]
+    return told
+
+
+def _out_of_memory(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no paint left")
+
+
+def test_a_rank_without_memory_for_a_message_is_not_one_that_was_lost() -> None:
+    assert run_on_ranks(_no_room, 2) == [["PeerFailed", "equal"], ["OutOfMemoryError", "equal"]]
+
+
+class Late:
+    """A message between accelerators that arrives after `looks` looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.waited = False
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+def test_an_accelerators_message_that_comes_soon_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm_module, "LOOK_SECONDS", float("inf"))
+    work = Late(100)
+    Watched(work, look=lambda: pytest.fail("asked")).wait()
+    assert work.waited
+
+
+def test_an_accelerators_message_that_is_late_asks_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm_module, "LOOK_SECONDS", 0.0)
+    asked: list[None] = []
+    Watched(Late(100), look=lambda: asked.append(None)).wait()
+    assert len(asked) == 100
+
+
+def _on_accelerators(rank: int, how: str) -> str:
+    """Rank 0 waits for a message between accelerators, which never comes when rank 1 is gone."""
+    comm_module._on_cpu = lambda *tensors: False
+    comm_module.LOOK_SECONDS = 0.0 if rank == 0 else float("inf")
+    late: Callable[..., Any] = lambda operations: [Late(0 if how == "arrives" else 1 << 60)]  # noqa: E731
+    comm_module.dist.batch_isend_irecv = late
+    comm = Comm()
+    board: Any = comm._board
+    asked = board.raise_if_over
+    board.raise_if_over = lambda run: pytest.fail("asked") if how == "arrives" else asked(run)
+    try:
+        with comm.run():
+            if rank == 1 and how == "dies":
+                os._exit(1)
+            if rank == 1 and how == "raises":
+                raise ValueError("no paint left")
+            comm.exchange(receives=[(torch.empty(8), 1 - rank)]).wait()
+    except (PeerError, ValueError) as error:
+        if isinstance(error, PeerFailed):
+            assert (error.rank, error.problem.works) == (1, "see rank 1's own error")
+        return type(error).__name__
+    return "done"
+
+
+@pytest.mark.parametrize(
+    ("how", "outcomes"),
+    [("arrives", ["done", "done"]), ("raises", ["PeerFailed", "ValueError"]), ("dies", ["PeerLost", None])],
+)
+def test_who_waits_for_an_accelerators_message_hears_of_a_failed_rank(how: str, outcomes: list[Any]) -> None:
+    assert run_on_ranks(_on_accelerators, 2, how, may_die=(1,) if how == "dies" else ()) == outcomes
