@@ -213,7 +213,7 @@ class _Walk:
         self._rank = rank
         self._tally = Tally()
         self._flows: dict[Tile, _Flow] = {}
-        self._portions: dict[Tile, tuple[int, int]] = {}  # elements of a portion, and how many are left
+        self._portions: dict[Tile, int] = {}  # elements of a chunk of which portions are left
         self._kept: dict[Tile, dict[int, int]] = defaultdict(dict)
         self._arriving: dict[int, int] = {}  # bytes
         self._leaving: deque[tuple[int, int]] = deque()  # due, bytes
@@ -250,8 +250,7 @@ class _Walk:
         for other, flow in self._flows.items():
             if other != tile:
                 elements += flow.elements
-        for size, left in self._portions.values():
-            elements += size * left
+        elements += sum(self._portions.values())
         return (
             elements * self._element
             + sum(self._arriving.values())
@@ -306,11 +305,12 @@ class _Walk:
     def _portion(self, portion: Portion) -> None:
         tile = portion.tile
         if portion.part == 1:
-            self._portions[tile] = self._flows.pop(tile).at[0] // portion.parts, portion.parts
-        size, left = self._portions.pop(tile)
-        if left > 1:
-            self._portions[tile] = size, left - 1
-        self._flows[tile] = _Flow([size], [])
+            self._portions[tile] = self._flows.pop(tile).at[0]
+        if portion.part < portion.parts:
+            # Portions are parts of the chunk's memory, which stays until the last of them has been used.
+            self._flows[tile] = _Flow([0], [])
+        else:
+            self._flows[tile] = _Flow([self._portions.pop(tile)], [])
 
     def _leave(self, leave: Leave) -> None:
         for tile in leave.tiles:

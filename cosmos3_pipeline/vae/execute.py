@@ -130,7 +130,7 @@ class Execution:
         self._arriving: dict[int, tuple[Tensor, Pending]] = {}  # by the message's identity
         self._leaving: deque[tuple[int, Pending]] = deque()
         self._results: deque[tuple[Tensor, list[Pending]]] = deque()
-        self._clip: tuple[int, Tensor] | None = None
+        self._clip: tuple[int, Tensor, int] | None = None  # a chunk, and how many tiles have yet to begin with it
         self._like: Tensor | None = None
         self._do: dict[type[Action], Callable[[Any], None]] = {
             Enter: self._enter,
@@ -146,7 +146,6 @@ class Execution:
             Share: _nothing_to_do,
         }
 
-    @torch.no_grad()
     def results(self) -> Iterator[Tensor]:
         """The finished picture or moments in order, where they are handed out."""
         do = self._do
@@ -170,7 +169,7 @@ class Execution:
         exchange.halos = run.halos
         bound = [self._ops[number] for number in range(run.start, run.stop)]
         following = [*bound[1:], self._ops.get(run.stop) if run.goes_on else None]
-        with keeping_large_buffers():
+        with torch.no_grad(), keeping_large_buffers():
             for op, after in zip(bound, following, strict=True):
                 flow.following = after
                 op.run(flow)
@@ -260,14 +259,22 @@ class Execution:
         if isinstance(origin, Message):
             return self._received(origin)
         if origin is None:
-            if self._clip is None or self._clip[0] != enter.chunk:
-                self._clip = enter.chunk, self._source(enter.chunk)
-            chunk = self._clip[1]
+            chunk = self._chunk(enter.chunk)
             scale = self._program.ops[0].source.scale
             whole = whole_picture(self._low.shape, scale)
             return _crop(chunk, whole, piece.rect, 3 if self._program.direction == "encode" else 2)
         scale = self._low.value_scale(piece.value, enter.op)
         return _crop(self._value(origin, piece.value, enter.op), origin.at(scale), piece.rect)
+
+    def _chunk(self, number: int) -> Tensor:
+        """A chunk of the clip; it is let go with the last tile of this rank that begins with it."""
+        if self._clip is None or self._clip[0] != number:
+            layout = self._low.layouts[number]
+            tiles = (*layout[0].tiles, *layout[0].warming)
+            self._clip = number, self._source(number), sum(tile.on(self._rank) for tile in tiles)
+        _, chunk, left = self._clip
+        self._clip = (number, chunk, left - 1) if left > 1 else None
+        return chunk
 
     def _value(self, tile: Tile, value: int, op: int) -> Tensor:
         """The activation before op `op` on `tile`, or what open shortcuts keep there."""
