@@ -39,7 +39,7 @@ from cosmos3_pipeline.vae.lowering import (
 from cosmos3_pipeline.vae.ops import NO_MARGINS, Margins, Op
 from cosmos3_pipeline.vae.pixels import Pixels, as_pixels
 
-Clip = Callable[[int], Tensor]  # from a chunk's number to the clip's chunk, as the program's first op takes it
+Clip = Callable[[int, Rect], Tensor]  # a part of one of the clip's chunks, as the program's first op takes it
 BoundOps = Mapping[int, BoundOp[Op]]
 
 
@@ -130,7 +130,6 @@ class Execution:
         self._arriving: dict[int, tuple[Tensor, Pending]] = {}  # by the message's identity
         self._leaving: deque[tuple[int, Pending]] = deque()
         self._results: deque[tuple[Tensor, list[Pending]]] = deque()
-        self._clip: tuple[int, Tensor, int] | None = None  # a chunk, and how many tiles have yet to begin with it
         self._like: Tensor | None = None
         self._do: dict[type[Action], Callable[[Any], None]] = {
             Enter: self._enter,
@@ -259,22 +258,9 @@ class Execution:
         if isinstance(origin, Message):
             return self._received(origin)
         if origin is None:
-            chunk = self._chunk(enter.chunk)
-            scale = self._program.ops[0].source.scale
-            whole = whole_picture(self._low.shape, scale)
-            return _crop(chunk, whole, piece.rect, 3 if self._program.direction == "encode" else 2)
+            return self._source(enter.chunk, piece.rect)
         scale = self._low.value_scale(piece.value, enter.op)
         return _crop(self._value(origin, piece.value, enter.op), origin.at(scale), piece.rect)
-
-    def _chunk(self, number: int) -> Tensor:
-        """A chunk of the clip; it is let go with the last tile of this rank that begins with it."""
-        if self._clip is None or self._clip[0] != number:
-            layout = self._low.layouts[number]
-            tiles = (*layout[0].tiles, *layout[0].warming)
-            self._clip = number, self._source(number), sum(tile.on(self._rank) for tile in tiles)
-        _, chunk, left = self._clip
-        self._clip = (number, chunk, left - 1) if left > 1 else None
-        return chunk
 
     def _value(self, tile: Tile, value: int, op: int) -> Tensor:
         """The activation before op `op` on `tile`, or what open shortcuts keep there."""
@@ -330,7 +316,7 @@ class Execution:
 
     def _like_of_messages(self) -> Tensor:
         if self._like is None:
-            self._like = self._source(0).new_empty(0)
+            self._like = self._source(0, Rect(0, 0, 0, 0))
         return self._like
 
     def _received(self, message: Message) -> Tensor:

@@ -770,7 +770,8 @@ class _Lowering:
         if self._low.everywhere:
             for out in self._out:
                 pieces = tuple(Piece(RESULT, tile.at(scale), tile) for tile in tiles)
-                out += [Emit(at, chunk, part, pieces), Yield(at, chunk, part)]
+                out.append(Emit(at, chunk, part, pieces))
+            due = self._out
         else:
             found: list[Piece] = []
             for tile in tiles:
@@ -781,13 +782,15 @@ class _Lowering:
                 message = Message(tile.rank, 0, RESULT, end, tile.at(scale), chunk, part)
                 found.append(Piece(RESULT, tile.at(scale), message))
                 self._send(tile.rank, Send(at, tile, (message,), copies=False))
-            self._result(Emit(at, chunk, part, tuple(found)))
+            due = self._out[:1] if self._result(Emit(at, chunk, part, tuple(found))) else []
         for tile in (*tiles, *self._spans[chunk][end - 1].warming):
             for rank in self._of(tile):
                 self._out[rank].append(Leave(at, (tile,)))
+        for out in due:
+            out.append(Yield(at, chunk, part))
 
-    def _result(self, emit: Emit) -> None:
-        """On the root: others' parts are on their way while the next result is computed."""
+    def _result(self, emit: Emit) -> bool:
+        """On the root, whether all is there: others' parts are on their way while the next result is computed."""
         local = [isinstance(piece.origin, Tile) for piece in emit.pieces]
         sources = [piece.origin.source for piece in emit.pieces if isinstance(piece.origin, Message)]
         if any(local):
@@ -798,11 +801,11 @@ class _Lowering:
         if begun:
             self._out[0].append(emit)
         if all(local):
-            self._out[0].append(Yield(emit.at, emit.chunk, emit.part))
-            return
+            return True
         self._pending.append((emit, begun))
         if len(self._pending) > len(self._ranks):
             self._hand_out(emit.at, leave=len(self._ranks))
+        return False
 
     def _hand_out(self, at: int, leave: int = 0) -> None:
         out = self._out[0]

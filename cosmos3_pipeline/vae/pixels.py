@@ -7,15 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.vae.assignment import Rect
 from cosmos3_pipeline.vae.program import ENCODE_CHUNK
 
 # "float": [B, 3, frames, H, W] in the VAE's dtype in [-1, 1]; "uint8": [B, frames, H, W, 3] in 0..255.
 Pixels = Literal["float", "uint8"]
 
 
-def latent_chunk(z: Tensor, index: int) -> Tensor:
-    """Latent frame `index` of z [B, C, T, h, w], channels-last [B, 1, h, w, C]."""
-    return z[:, :, index : index + 1].permute(0, 2, 3, 4, 1).contiguous()
+def latent_chunk(z: Tensor, index: int, part: Rect) -> Tensor:
+    """`part` of latent frame `index` of z [B, C, T, h, w], channels-last [B, 1, h, w, C]."""
+    frame = z[:, :, index : index + 1, part.top : part.bottom, part.left : part.right]
+    return frame.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def picture_chunks(frames: int) -> int:
@@ -23,10 +25,11 @@ def picture_chunks(frames: int) -> int:
     return 1 + (frames - 1) // ENCODE_CHUNK
 
 
-def picture_chunk(x: Tensor, index: int) -> Tensor:
-    """Chunk `index` of the picture x [B, 3, F, H, W]: the first frame, or the next four, contiguous."""
+def picture_chunk(x: Tensor, index: int, part: Rect) -> Tensor:
+    """`part` of chunk `index` of the picture x [B, 3, F, H, W]: the first frame, or the next four, contiguous."""
     start = 1 + ENCODE_CHUNK * (index - 1) if index else 0
-    return x[:, :, start : start + (ENCODE_CHUNK if index else 1)].contiguous()
+    frames = x[:, :, start : start + (ENCODE_CHUNK if index else 1)]
+    return frames[..., part.top : part.bottom, part.left : part.right].contiguous()
 
 
 def to_uint8(picture: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -56,16 +56,15 @@ class AssignedRunner:
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Yields the picture in order: on the root, or where each rank makes it, on each."""
         lowered, rank = self.bind(latent_shape(self._vae.program("decode"), z)), self._comm.rank
-        execution = Execution(
-            lowered, rank, self._ops, self._comm, lambda chunk: latent_chunk(z, chunk), pixels=pixels
-        )
+        execution = Execution(lowered, rank, self._ops, self._comm, partial(latent_chunk, z), pixels=pixels)
         yield from execution.results()
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, F, H, W] -> moments [B, 2 * z_dim, T, h, w]."""
         program = self._vae.program("encode")
         lowered, rank = self.bind(latent_shape(program, x)), self._comm.rank
-        execution = Execution(lowered, rank, self._ops, self._comm, lambda chunk: picture_chunk(x, chunk))
+        source = partial(picture_chunk, x)
+        execution = Execution(lowered, rank, self._ops, self._comm, source)
         parts = list(execution.results())
         shape = lowered.shape
         if parts:

@@ -46,7 +46,7 @@ class Wavefront(Strategy):
         if ranks > turns:
             raise StrategyError(
                 f"wavefront over {ranks} ranks",
-                f"the clip is {program.direction}d in {chunks} chunks, which are {turns} turns, and each rank needs one",
+                f"the clip is {program.direction}d in {chunks} chunks, {turns} turns, and each rank needs one",
                 f"use {turns} ranks or fewer, or a longer clip",
             )
         blocks = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -55,11 +56,14 @@ class TiledRunner:
             for tile, chunks in own.items():
                 tiles[tile] = next(chunks)
             arriving.wait()
-            whole = blend(_in_order(tiles), tiling, self._target.scale)
+            at = Frames(blend(_in_order(tiles), tiling, self._target.scale))
             del tiles
-            flow = Flow(Frames(whole), [], {}, first=index == 0, exchange=None)
+            flow = Flow(at, [], {}, first=index == 0, exchange=None)
+            del at
             self._ops[len(self._program) - 1].run(flow)
-            yield as_pixels(flow.at.buffer, pixels)
+            picture = flow.at.buffer
+            del flow
+            yield as_pixels(picture, pixels)
         for pending in leaving:
             pending.wait()
 
@@ -91,7 +95,7 @@ class TiledRunner:
         own = given[:, :, :, top:bottom, left:right]
         chunk_of = latent_chunk if self._program.direction == "decode" else picture_chunk
         lowered = of_tile(self._program, tiling.latent(tile, latent))
-        results = Execution(lowered, 0, self._ops, self._comm, lambda chunk: chunk_of(own, chunk)).results()
+        results = Execution(lowered, 0, self._ops, self._comm, partial(chunk_of, own)).results()
         for index in range(len(lowered.layouts)):
             parts = self._program.portions_at(len(self._on_tiles), first=index == 0)
             yield torch.cat(list(islice(results, parts)), dim=1)
