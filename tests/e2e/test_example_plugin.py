@@ -42,7 +42,7 @@ def test_it_is_not_in_this_environment() -> None:
 
 def test_a_run_chooses_it_by_name_and_makes_the_same_frames(python: Path, tmp_path: Path) -> None:
     runs = {"one": ["topology=cpu_x1"], "two": ["topology=cpu_x2", "vae/decode=wavefront"]}
-    runs["two"].append("vae.decode.convs_per_message=3")
+    runs["two"].append("vae.decode.in_a_row=2")
     for name, overrides in runs.items():
         done = launch(python, *overrides, f"hydra.run.dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr
