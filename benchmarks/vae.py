@@ -31,7 +31,7 @@ from simulate import MeasuredCosts, clip_seconds
 
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.plugin_api import LatentShape, Link, StrategyError, discover
+from cosmos3_pipeline.plugin_api import LatentShape, Link, OwnRunner, discover
 from cosmos3_pipeline.vae.program import program_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,16 +108,17 @@ class Ranks:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"do": do, **command}) + "\n")
             process.stdin.flush()
-        return [self._answer(rank, process) for rank, process in enumerate(told)]
+        answers = [self._answer(process) for process in told]
+        errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if "error" in a]
+        if errors:
+            raise RuntimeError("\n".join(errors))
+        return answers
 
-    def _answer(self, rank: int, process: subprocess.Popen[str]) -> dict[str, Any]:
+    @staticmethod
+    def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
         line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"rank {rank} ended with exit code {process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"rank {rank}: {answer['error']}")
+        answer: dict[str, Any] = json.loads(line) if line else {"error": f"exit code {process.wait()}"}
         return answer
 
     def end(self, *, failed: bool) -> None:
@@ -146,17 +147,14 @@ def started(checkout: Path, dimensions: Mapping[str, Any], ranks: int, threads: 
 
 
 def run_case(
-    case: Case, size: Sequence[int], groups: Mapping[str, Ranks], given: argparse.Namespace
+    case: Case, size: tuple[int, int], groups: Mapping[str, Ranks], given: argparse.Namespace, link: Link | None
 ) -> dict[str, Any]:
-    """Every contestant of a case in every round. `groups`: the ranks of the checkouts `new` and `old`."""
+    """Every contestant of a case in every round. `groups`: the ranks of the checkouts `new` and `old`.
+
+    link: between two ranks here, if it was measured.
+    """
     rows, cols = size
-    shape: dict[str, Any] = {
-        "call": case.call,
-        "frames": case.frames,
-        "rows": rows,
-        "cols": cols,
-        "dtype": case.dtype,
-    }
+    shape: dict[str, Any] = dict(call=case.call, frames=case.frames, rows=rows, cols=cols, dtype=case.dtype)
     for group in groups.values():
         group.tell("case", **shape)
     new = groups["new"]
@@ -179,16 +177,13 @@ def run_case(
             elif not absent:
                 taking_part.append((side, name))
     times = rounds(taking_part, groups, given.rounds, given.seconds)
-    checked = {
-        (side, name): groups[side].tell("check", root=name in ALONE, name=name)
-        for side, name in sorted(
-            taking_part, key=lambda each: each[1] != "one_rank"
-        )  # which others are held against
-    }
-    for side, name in taking_part:
-        answers = checked[side, name]
+    # One rank's result first: the others are held against it.
+    for side, name in sorted(taking_part, key=lambda each: each[1] != "one_rank"):
+        answers = groups[side].tell("check", root=name in ALONE, name=name)
         row = {"ranks": len(answers), **times[side, name], "checked": answers}
         found["contestants" if side == "new" else "old"][name] = row
+        if side == "new" and "costs" in found and link is not None:
+            row["clock_s"] = by_the_clock(name, found, given, seconds_file, link)
     line = found["contestants"].get("roofline")
     if line is not None:  # the same in every round: what the library can do is the best that it ever did
         line["seconds"] = line["checked"][0]["seconds"]
@@ -203,7 +198,7 @@ def rounds(
 
     `least` rounds, or as many as fit into `seconds` going by the first, up to MOST_TIMES_ROUNDS times that.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {key: {"rounds": [], "processor": []} for key in taking_part}
+    found: dict[tuple[str, str], dict[str, Any]] = {key: {"rounds": []} for key in taking_part}
     began, count, index = time.perf_counter(), least, 0
     while index < count:
         start = index % len(taking_part)
@@ -211,7 +206,6 @@ def rounds(
             answers = groups[side].tell("run", root=name in ALONE, name=name)
             # A round takes as long as its slowest rank.
             found[side, name]["rounds"].append(max(answer["seconds"] for answer in answers))
-            found[side, name]["processor"].append(max(answer["processor_seconds"] for answer in answers))
         if index == 0:
             count = max(least, min(MOST_TIMES_ROUNDS * least, int(seconds / (time.perf_counter() - began))))
         index += 1
@@ -227,7 +221,7 @@ def exactness(checked: Mapping[str, Any]) -> str:
     if checked["equal"]:
         return EXACTNESS[0]
     psnr_db = checked["psnr_db"]
-    return EXACTNESS[1] if psnr_db is not None and psnr_db >= ROUNDING_DB else f"{psnr_db:.0f} dB"
+    return EXACTNESS[1] if psnr_db >= ROUNDING_DB else f"{psnr_db:.0f} dB"
 
 
 def broken_promises(report: Mapping[str, Any]) -> list[str]:
@@ -242,18 +236,18 @@ def broken_promises(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def by_the_clock(report: Mapping[str, Any], case: Mapping[str, Any], name: str) -> float | None:
-    """Seconds that the clock gives a strategy for a case, from the op seconds and messages that were measured."""
-    if "costs" not in case or report["costs"]["link"] is None or name not in discover().strategies:
+def by_the_clock(
+    name: str, case: Mapping[str, Any], given: argparse.Namespace, seconds_file: str, link: Link
+) -> float | None:
+    """Seconds that the clock gives an installed strategy, from the op seconds and messages that were measured."""
+    cls = discover().strategies.get(name)
+    if cls is None or issubclass(cls, OwnRunner):
         return None
-    program = program_for("decode", report["vae"])
+    strategy = cls(**{"op_seconds": seconds_file} if hasattr(cls, "op_seconds") else {})
+    program = program_for("decode", given.dimensions)
     shape = LatentShape(1, case["frames"], case["rows"], case["cols"])
-    costs, link = MeasuredCosts(case["costs"]), Link(**report["costs"]["link"])
-    try:
-        assignment = discover().strategies[name]().assign(program, shape, report["ranks"])
-    except StrategyError:  # an own runner has no assignment
-        return None
-    return clip_seconds(program, shape, assignment, costs, lambda a, b: link)
+    assignment = strategy.assign(program, shape, given.ranks)
+    return clip_seconds(program, shape, assignment, MeasuredCosts(case["costs"]), lambda a, b: link)
 
 
 # ------------------------------------------------------------------------------------------------------ the report
@@ -272,7 +266,7 @@ def case_table(report: Mapping[str, Any], case: Mapping[str, Any]) -> str:
     rows = [["contestant", "ranks", "seconds", "times one rank", "by the clock", "result", "peak MB", "sent MB"]]
     alone = case["contestants"].get("one_rank")
     for name, row in case["contestants"].items():
-        first, clock = row["checked"][0], by_the_clock(report, case, name)
+        first, clock = row["checked"][0], row.get("clock_s")
         ratios = [a / b for a, b in zip(alone["rounds"], row["rounds"], strict=True)] if alone else []
         peak = max((answer.get("peak_bytes", 0) for answer in row["checked"]), default=0)
         sent = sum(answer.get("sent_bytes", 0) for answer in row["checked"])
@@ -408,16 +402,18 @@ def main() -> int:
         "costs": {"cases": {}, "link": None},
     }
     with ExitStack() as stack:
-        checkouts = {"new": ROOT, **({"old": given.old} if given.old else {})}
+        checkouts = {**({"old": given.old} if given.old else {}), "new": ROOT}
         groups = {
             side: stack.enter_context(started(checkout, given.dimensions, given.ranks, given.threads))
             for side, checkout in checkouts.items()
         }
+        link = None
         if given.ranks > 1 and not given.no_costs:
             report["costs"]["link"] = groups["new"].tell("link")[0]
+            link = Link(**report["costs"]["link"])
         for name, (case, size) in given.chosen.items():
             print(f"{name} ...", file=sys.stderr, flush=True)
-            found = report["cases"][name] = run_case(case, size, groups, given)
+            found = report["cases"][name] = run_case(case, size, groups, given, link)
             if "costs" in found:
                 report["costs"]["cases"][name] = found["costs"]
             (given.out / "vae.json").write_text(json.dumps(report, indent=1))

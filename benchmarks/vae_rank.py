@@ -118,13 +118,13 @@ class Rank:
         return {}
 
     def run(self, *, name: str) -> dict[str, Any]:
-        """Once, by the clock and in seconds of the processor."""
+        """Once, timed."""
         contestant = self._contestants[name]
         if contestant.everywhere:
             dist.barrier()
-        clock, processor = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         contestant.run(False)
-        return {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - processor}
+        return {"seconds": time.perf_counter() - began}
 
     def check(self, *, name: str) -> dict[str, Any]:
         """Run it untimed: its memory and messages, and on the root how its result relates to one rank's."""
@@ -160,7 +160,7 @@ class Rank:
         spread = float(expected.max()) - float(expected.min())
         off = (result.double() - expected.double()).abs_()
         rms = math.sqrt(float(off.square().mean()))
-        psnr_db = 20 * math.log10(spread / rms) if rms and spread else None
+        psnr_db = 20 * math.log10(spread / rms) if rms and spread else 0.0
         return found | {"max_abs": float(off.max()), "psnr_db": psnr_db, "equal": torch.equal(result, expected)}
 
     def ops(self, *, rounds: int) -> dict[str, Any]:
