@@ -25,15 +25,10 @@ lint: env
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
-# At full width a decode takes seconds: the cases that time it, and memory where it does not grow with the clip.
-FULL_CASES := decode,decode_bf16,layer_pipeline,spatial_shard,spatial_shard_even,image_decode,image_encode
-FULL_CASES := $(FULL_CASES),i2v_condition,memory_3,memory_ranks
-
 bench: env
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(PY) launch.py job=bench topology=cpu_x2 hydra.run.dir=outputs/bench/small
-	$(PY) launch.py job=bench topology=cpu_x2 bench.width=full 'bench.cases=[$(FULL_CASES)]' \
-		hydra.run.dir=outputs/bench/full
+	$(PY) benchmarks/vae.py --out outputs/bench/small
+	$(PY) benchmarks/vae.py --width full --out outputs/bench/full
 	$(PY) benchmarks/denoise.py
 
 clean:

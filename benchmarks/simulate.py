@@ -1,158 +1,182 @@
-"""The tables of docs/simulation.md: decoding the clip of sglang's pull request 27037 on H200s that are not there.
+"""What the clock says of ranks that are not there: each strategy's seconds, and what lowering and clock take.
 
-    python benchmarks/simulate.py [--costs bench.json]
+    python benchmarks/simulate.py                                             # sglang's 27037 on 1 to 16 H200
+    python benchmarks/simulate.py --ranks 72 --strategies spatial_shard --trace trace.json    # for Perfetto
+    python benchmarks/simulate.py experiment=sglang_27037 task.num_frames=61 --costs outputs/bench/vae.json
 
-A simulation, from data sheets and one published time; nothing here runs on a GPU. Takes some seconds and no torch.
-`--costs` takes the op seconds of a report of `job=bench bench.width=full` instead of those measured for the docs,
-which were on CPU too.
+Nothing runs on the accelerator: an op takes the longer of its FLOPs and its memory traffic by the data sheet in
+conf/topology, or its share of what it took in --costs. --serial sets what one rank takes for the clip; the default
+is 8.93 s, published for that experiment. docs/plan.md says what the clock leaves out. Needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.vae.plugins import discover
-from cosmos3_pipeline.config.schema import Dtype
 from cosmos3_pipeline.plan.geometry import clip_of
 from cosmos3_pipeline.plan.hardware import accelerator_of
-from cosmos3_pipeline.plan.simulation import (
-    EstimatedCosts,
+from cosmos3_pipeline.plugin_api import (
+    Assignment,
+    LatentShape,
     Link,
-    MeasuredCosts,
-    Nodes,
-    OpCosts,
-    simulate,
+    Program,
+    RooflineCosts,
+    StrategyError,
+    discover,
 )
+from cosmos3_pipeline.vae.account import account_repeated
+from cosmos3_pipeline.vae.clock import Links, OpCosts, timeline
+from cosmos3_pipeline.vae.lowering import lower, lower_repeated
 from cosmos3_pipeline.vae.program import program_for
-from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.strategy import StrategyError
 
-SERIAL_S, PARALLEL_S, PARALLEL_RANKS = 8.93, 5.203, 4  # published: decode on one H200, and sglang's on four
-RANKS = (1, 2, 4, 8, 16)
-NODE_RANKS = 8
-STRATEGIES = ("layer_pipeline", "spatial_shard", "pipeline_of_shards")
-OP_SECONDS = Path(__file__).with_name("op_seconds.json")
+SERIAL_S = 8.93  # published: the decode of experiment=sglang_27037 on one H200
+
+
+class MeasuredCosts:
+    """Seconds of ops out of a report of benchmarks/vae.py, in proportion to rows, times `factor`.
+
+    costs: those of one case.
+    """
+
+    def __init__(self, costs: Mapping[str, Any], factor: float = 1.0) -> None:
+        self._rows: int = costs["latent_rows"]
+        self._whole: dict[bool, list[float]] = {
+            first: [factor * op["first_s" if first else "later_s"] for op in costs["alone"]]
+            for first in (True, False)
+        }
+
+    def seconds(self, op: int, rows: float, *, first: bool) -> float:
+        """As `clock.OpCosts.seconds`."""
+        return self._whole[first][op] * rows / self._rows
+
+
+def clip_seconds(
+    program: Program, shape: LatentShape, assignment: Assignment, costs: OpCosts, links: Links | None
+) -> float:
+    """By the clock; chunks that are alike are lowered once."""
+    return lower_repeated(program, shape, assignment).total(lambda low: timeline(low, costs, links).seconds)
+
+
+def serial_seconds(program: Program, shape: LatentShape, costs: OpCosts) -> float:
+    """What one rank takes."""
+    later = program.chunks(shape) - 1
+    return sum(
+        costs.seconds(op, shape.rows, first=True) + later * costs.seconds(op, shape.rows, first=False)
+        for op in range(len(program))
+    )
 
 
 class Experiment:
-    """The clip, its decoder, and the accelerator of `experiment=sglang_27037`."""
+    """The clip of a composition, its decoder, and the accelerators on which it is to run."""
 
-    def __init__(self) -> None:
-        cfg = compose(["experiment=sglang_27037"]).typed()
+    def __init__(self, overrides: list[str], node_ranks: int) -> None:
+        cfg = compose(overrides).typed()
         clip = clip_of(cfg)
         self.program = program_for("decode", plain(cfg.model.vae))
         self.shape = LatentShape(1, clip.latent_frames, clip.latent_rows, clip.latent_cols, element_bytes=2)
-        self.accelerator = accelerator_of(cfg)
-        self.link = Link(self.accelerator.latency_s, self.accelerator.link_bytes_per_s)
-        self.network = Link(self.accelerator.latency_s, self.accelerator.network_bytes_per_s)
+        self._accelerator = accelerator_of(cfg)
+        self._rate = self._accelerator.flops_per_s[cfg.model.vae_dtype] * self._accelerator.efficiency["vae"]
+        self._node_ranks = node_ranks
 
-    def estimated(self, fixed_share: float = 0.0) -> OpCosts:
-        """Op costs by the data sheet, in shares; one rank takes the published time."""
-        costs = EstimatedCosts(self.program, self.shape, self.accelerator, Dtype.bfloat16, fixed_share=fixed_share)
-        return costs.scaled_to(SERIAL_S, self.shape)
+    def estimated(self, serial_s: float, fixed_share: float) -> OpCosts:
+        """By the data sheet; one rank takes `serial_s`. `fixed_share` of an op does not shrink with its tile."""
 
-    def measured(self, report: Mapping[str, Any]) -> OpCosts:
-        """Op costs in shares as on the machine of a bench report; one rank takes the published time.
+        def costs(slower: float) -> OpCosts:
+            rates = self._rate / slower, self._accelerator.memory_bytes_per_s / slower
+            return RooflineCosts(self.program, self.shape, *rates, fixed_share=fixed_share)
 
-        Of the largest latents that it has, as a whole: what is fixed on a slab of a few rows is nothing on 720p.
+        return costs(serial_s / serial_seconds(self.program, self.shape, costs(1.0)))
+
+    def measured(self, report: Mapping[str, Any], serial_s: float) -> OpCosts:
+        """In shares as in the largest case of a report; one rank takes `serial_s`.
+
         Raises ValueError for a report of another VAE.
         """
         if program_for("decode", report["vae"]) != self.program:
             raise ValueError(
-                f"op seconds of a VAE with decoder_base_dim={report['vae']['decoder_base_dim']}; the "
-                "experiment's is another, whose ops take other shares of the time; give a report of job=bench "
-                "with bench.width=full"
+                f"op seconds of a VAE with decoder_base_dim={report['vae']['decoder_base_dim']}; the composition "
+                "has another, whose ops take other shares of the time; run benchmarks/vae.py --width full"
             )
-        cases = report["costs"]["cases"].values()
-        case = max(cases, key=lambda case: case["latent_rows"] * case["latent_cols"])
-        samples = [(op["name"], op["rows"], op["first_s"], op["later_s"]) for op in case["ops"]]
-        whole = [sample for sample in samples if sample[1] == case["latent_rows"]]
-        return MeasuredCosts(self.program, whole).scaled_to(SERIAL_S, self.shape)
+        case = max(report["costs"]["cases"].values(), key=lambda case: case["latent_rows"] * case["latent_cols"])
+        whole = {**case, "latent_rows": self.shape.rows}  # shares of the whole picture, whatever its size
+        return MeasuredCosts(whole, serial_s / serial_seconds(self.program, self.shape, MeasuredCosts(whole)))
 
-    def run(
-        self, name: str, ranks: int, costs: OpCosts, *, slower: float = 1.0, overlaps: bool = True
-    ) -> float | None:
-        """Simulated seconds; None for a number of ranks that the strategy refuses. `slower`: times the latency."""
-        strategy = discover().strategies[name]()
+    def link(self, source: int, target: int) -> Link:
+        """Within a node, or between two."""
+        a = self._accelerator
+        apart = source // self._node_ranks != target // self._node_ranks
+        return Link(a.latency_s, a.network_bytes_per_s if apart else a.link_bytes_per_s)
+
+    def row(self, name: str, ranks: int, costs: OpCosts) -> list[str]:
+        """One line of the table."""
+        began = time.process_time()
         try:
-            plan = strategy.plan(self.program, self.shape, ranks)
-        except StrategyError:
-            return None
-        link, network = (replace(x, latency_s=slower * x.latency_s) for x in (self.link, self.network))
-        nodes = Nodes(NODE_RANKS, network)
-        return simulate(self.program, self.shape, plan, costs, link, nodes=nodes, overlaps=overlaps).seconds
-
-    def fixed_share_of_sglang(self) -> float:
-        """The fixed share with which `spatial_shard` on four ranks takes as long as sglang's parallel decode."""
-        low, high = 0.0, 1.0
-        for _ in range(12):
-            middle = (low + high) / 2
-            seconds = self.run("spatial_shard", PARALLEL_RANKS, self.estimated(middle))
-            assert seconds is not None
-            low, high = (low, middle) if seconds > PARALLEL_S else (middle, high)
-        return round(middle, 2)
+            assignment = discover().strategies[name]().assign(self.program, self.shape, ranks)
+        except StrategyError as error:
+            return [name, str(ranks), f"refused: {error.problem.what}", *[""] * 5]
+        marks = [began, time.process_time()]
+        clip = lower_repeated(self.program, self.shape, assignment)
+        marks.append(time.process_time())
+        tallies = account_repeated(clip)
+        marks.append(time.process_time())
+        seconds = clip.total(lambda low: timeline(low, costs, self.link).seconds)
+        marks.append(time.process_time())
+        serial = serial_seconds(self.program, self.shape, costs)
+        took = [f"{b - a:.2f}" for a, b in pairwise(marks)]
+        peak = max(tally.peak_bytes + tally.weight_bytes for tally in tallies)
+        return [name, str(ranks), f"{seconds:.3f} ({serial / seconds:.1f}x)", f"{peak / 1e9:.2f}", *took]
 
 
-def expected(experiment: Experiment) -> list[list[str]]:
-    """Seconds of each strategy by ranks, and beside them what was published."""
-    costs = experiment.estimated()
-    rows = [["ranks", *STRATEGIES, "published: serial, sglang's parallel"]]
-    published = {1: f"{SERIAL_S}", PARALLEL_RANKS: f"{PARALLEL_S}"}
-    for ranks in RANKS:
-        seconds = [experiment.run(name, ranks, costs) for name in STRATEGIES]
-        rows.append([f"{ranks}", *map(_speed, seconds), published.get(ranks, "")])
-    return rows
-
-
-def uncertain(experiment: Experiment, report: Mapping[str, Any]) -> list[list[str]]:
-    """The same on four and eight ranks, one assumption changed at a time, and the range of them all."""
-    base, fixed = experiment.estimated(), experiment.fixed_share_of_sglang()
-    variants: list[tuple[str, OpCosts, dict[str, Any]]] = [
-        ("as above", base, {}),
-        ("op shares as measured on a CPU", experiment.measured(report), {}),
-        ("latency x 2", base, {"slower": 2.0}),
-        ("latency x 10", base, {"slower": 10.0}),
-        ("messages not overlapped", base, {"overlaps": False}),
-        ("a tenth of each op does not shrink with its slab", experiment.estimated(0.1), {}),
-        (f"so much of it that spatial_shard is sglang's ({fixed:.0%})", experiment.estimated(fixed), {}),
+def main() -> None:
+    """Print the table, and write a trace if one is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", default=["experiment=sglang_27037"], help="a composition of conf")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    names = ["layer_pipeline", "spatial_shard", "pipeline_of_shards"]
+    parser.add_argument("--strategies", nargs="+", default=names, choices=sorted(discover().strategies))
+    parser.add_argument("--node-ranks", type=int, default=8, help="ranks of a node; between nodes is the network")
+    parser.add_argument("--serial", type=float, default=SERIAL_S, help="seconds of one rank for the whole clip")
+    parser.add_argument(
+        "--fixed-share", type=float, default=0.0, help="of an op that does not shrink with its tile"
+    )
+    parser.add_argument(
+        "--costs", type=Path, help="vae.json of benchmarks/vae.py, for the ops' shares of the time"
+    )
+    parser.add_argument("--trace", type=Path, help="a file for Perfetto: the last strategy on the most ranks")
+    given = parser.parse_args()
+    experiment = Experiment(given.overrides, given.node_ranks)
+    costs = experiment.estimated(given.serial, given.fixed_share)
+    if given.costs:
+        costs = experiment.measured(json.loads(given.costs.read_text()), given.serial)
+    heading = [
+        "strategy",
+        "ranks",
+        "seconds",
+        "peak GB",
+        "assign CPU s",
+        "lower CPU s",
+        "account CPU s",
+        "clock CPU s",
     ]
-    columns = [(name, ranks) for ranks in (PARALLEL_RANKS, 2 * PARALLEL_RANKS) for name in STRATEGIES]
-    found = [[experiment.run(*column, costs, **how) for column in columns] for _, costs, how in variants]
-    rows = [["changed", *(f"{name}, {ranks}" for name, ranks in columns)]]
-    rows += [[what, *map(_seconds, row)] for (what, _, _), row in zip(variants, found, strict=True)]
-    ranges = [[s for s in column if s is not None] for column in zip(*found, strict=True)]
-    return [*rows, ["range", *(f"{min(each):.2f}-{max(each):.2f}" for each in ranges)]]
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.2f}"
-
-
-def _speed(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.2f} ({SERIAL_S / seconds:.1f}x)"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first of `rows` are its headings."""
-    heading, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([heading, f"|{'---|' * len(rows[0])}", *body])
-
-
-def tables(report: Mapping[str, Any]) -> str:
-    """Both tables, as they stand in the docs. `report`: bench.json of a run that measured op costs."""
-    experiment = Experiment()
-    return f"{markdown(expected(experiment))}\n\n{markdown(uncertain(experiment, report))}"
+    print(f"| {' | '.join(heading)} |\n|{'---|' * len(heading)}")
+    for name in given.strategies:
+        for ranks in given.ranks:
+            print(f"| {' | '.join(experiment.row(name, ranks, costs))} |", flush=True)
+    if given.trace:
+        strategy = discover().strategies[given.strategies[-1]]()
+        assignment = strategy.assign(experiment.program, experiment.shape, max(given.ranks))
+        lowered = lower(experiment.program, experiment.shape, assignment)
+        traced = timeline(lowered, costs, experiment.link, events=True)
+        given.trace.write_text(json.dumps(traced.trace()))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--costs", type=Path, help="bench.json of job=bench")
-    given = parser.parse_args()
-    print(tables(json.loads((given.costs or OP_SECONDS).read_text())))
+    main()

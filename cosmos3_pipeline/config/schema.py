@@ -42,7 +42,6 @@ class JobName(Enum):
     generate = "generate"
     plan = "plan"
     verify = "verify"
-    bench = "bench"
 
 
 class TaskName(Enum):
@@ -242,51 +241,6 @@ class VerifyConfig:
 
 
 @dataclass
-class BenchTarget:
-    """`measure` of the contestant `of`, against that of `over` (in the case `over_case`) where it is a ratio."""
-
-    measure: str = MISSING
-    of: str = MISSING
-    over: str | None = None
-    over_case: str | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-
-
-@dataclass
-class BenchCase:
-    """Contestants that do the same work. `small` and `full` are latent rows and columns at these widths."""
-
-    name: str = MISSING
-    call: str = MISSING
-    frames: int = MISSING
-    small: list[int] = MISSING
-    full: list[int] = MISSING
-    dtype: Dtype = Dtype.float32
-    timed: bool = True
-    ranks: int | None = None
-    contestants: list[str] = MISSING
-    targets: list[BenchTarget] = field(default_factory=list)
-
-
-@dataclass
-class BenchConfig:
-    """Read by job=bench. None: all cases; each case's own size, frames and dtype; no further strategies."""
-
-    suite: list[BenchCase] = field(default_factory=list)
-    cases: list[str] | None = None
-    width: str = field(default="small", metadata={"one_of": ("small", "full", "model")})
-    rounds: int = ranged(5, at_least=1, at_most=1000)
-    seconds: float = ranged(90.0, at_least=0, at_most=86400)
-    rows: int | None = ranged(None, at_least=1)
-    cols: int | None = ranged(None, at_least=1)
-    frames: int | None = ranged(None, at_least=1)
-    dtype: Dtype | None = None
-    strategies: list[str] | None = None
-    costs: bool = True
-
-
-@dataclass
 class SamplerConfig:
     steps: int = ranged(at_least=1, at_most=1000)
     guidance_scale: float = ranged(at_least=0, at_most=100)
@@ -313,4 +267,3 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
-    bench: BenchConfig = field(default_factory=BenchConfig)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted
 from cosmos3_pipeline.config.schema import Config, JobName
-from cosmos3_pipeline.jobs import bench, generate, plan, verify
+from cosmos3_pipeline.jobs import generate, plan, verify
 from cosmos3_pipeline.jobs.start import Prepared
 
 
@@ -24,8 +24,6 @@ def run(prepared: Prepared, output: Path, *, multirun: bool) -> None:
         plan.plan_job(prepared, output)
     elif config.job.name == JobName.verify:
         verify.verify(prepared, output, multirun=multirun)
-    elif config.job.name == JobName.bench:
-        bench.bench(config, output, multirun=multirun)
     else:
         plan.head(prepared.plan, output)
         generate.generate(prepared, output, own_process=multirun)
@@ -54,7 +52,5 @@ def follow(prepared: Prepared) -> None:
     """Take part in the job of what is `prepared` as a rank that is not the root: nothing is written here."""
     if prepared.config.job.name == JobName.verify:
         verify.join(prepared)
-    elif prepared.config.job.name == JobName.bench:
-        bench.join(prepared.config)
     else:
         generate.join(prepared)

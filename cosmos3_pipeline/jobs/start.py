@@ -16,7 +16,6 @@ from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.schema import Config, Device, JobName
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.jobs.bench import check_bench
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
 from cosmos3_pipeline.plan.checks import check_composition
 from cosmos3_pipeline.plan.plan import Plan
@@ -45,10 +44,8 @@ def prepare(composition: Composition) -> Prepared:
     prepared = Prepared(checked.config, checked.plan(), checked.adopted)
     job = checked.config.job.name
     if job != JobName.plan:
-        _raise([*_world(checked.config)] if job == JobName.bench else _problems(prepared))
-    if job not in (JobName.plan, JobName.bench):  # a benchmark's VAE is random
+        _raise(_problems(prepared))
         prepared = _with_checkpoint(prepared, composition)
-    check_bench(prepared.config)
     return replace(prepared, verification=check_verify(prepared.config))
 
 

@@ -1,4 +1,4 @@
-"""What the ops of a decoder took on a machine, as a report of `job=bench` says: their costs for a line there.
+"""What the ops of a decoder took on a machine, as a report of `benchmarks/vae.py` says: their costs there.
 
 The model of `costs` was fitted to one kind of processor. On one whose arithmetic is faster and whose memory is
 not, the ranks with the early ops, which have most of the weights, would be busy longer than the others.
@@ -17,7 +17,7 @@ from cosmos3_pipeline.vae.costs import ChunkCosts, op_costs
 from cosmos3_pipeline.vae.program import Program, program_for
 from cosmos3_pipeline.vae.strategy import StrategyError
 
-_REMEDY = "run job=bench on this machine with this VAE's width, and give its bench.json"
+_REMEDY = "run benchmarks/vae.py on this machine with this VAE's width, and give its vae.json"
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class OpSeconds:
         if program.direction != "decode":
             raise StrategyError(
                 "layer_pipeline.op_seconds for encode",
-                "job=bench measures the ops of the decoder only",
+                "benchmarks/vae.py measures the ops of the decoder only",
                 "leave it empty for encode",
             )
         if element_bytes != 4:
             raise StrategyError(
                 f"layer_pipeline.op_seconds for elements of {element_bytes} bytes",
-                "job=bench measures ops in float32 only, and others take other shares of the time",
+                "benchmarks/vae.py measures ops in float32 only, and others take other shares of the time",
                 "leave it empty, or decode in float32",
             )
         if program != self.program:
@@ -79,7 +79,7 @@ def op_seconds(path: str) -> OpSeconds:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StrategyError(
             f"layer_pipeline.op_seconds={path!r} has no seconds of ops ({type(error).__name__}: {error})",
-            "a bench.json has them unless bench.costs=false",
+            "a vae.json has them of each float32 decode, unless it was told --no-costs",
             f"{_REMEDY}",
         ) from None
 

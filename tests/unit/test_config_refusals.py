@@ -76,7 +76,12 @@ REFUSALS = [
     pytest.param(
         ["+task.foo={_target_: torch.load, f: x}"], "task.foo._target_=torch.load", NAMES, id="target in a dict"
     ),
-    pytest.param(["bench.suite=[{_target_: x}]"], "bench.suite[...]._target_", "", id="target in a list of nodes"),
+    pytest.param(
+        ["model.trained.tiers=[{_target_: x}]"],
+        "model.trained.tiers[...]._target_",
+        "",
+        id="target in a list of nodes",
+    ),
     pytest.param(["model.trained.tiers=[{sizes: [64x64]}]"], "tiers[0].min_frames", "", id="half a list item"),
     pytest.param(["vae.decode.op_seconds=${no.such}"], "vae.decode.op_seconds cannot", "", id="lost reference"),
     pytest.param(["vae.decode=null"], "vae.decode", "layer_pipeline", id="no strategy"),
