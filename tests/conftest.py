@@ -1,19 +1,18 @@
-"""One thread in the tests' own process, as in the ranks that they start.
+"""One thread in the tests' own process, as in the ranks that they start. Imports no torch: many tests need none.
 
 References are made in this process, and a kernel that several threads share may sum in another order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
-import pytest
-import torch
+from hypothesis import HealthCheck, settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# The same examples every time, however slow the machine; `--hypothesis-profile search` looks for others.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=SLOW)
+settings.register_profile("search", deadline=None, max_examples=1000, suppress_health_check=SLOW)
+settings.load_profile("tests")

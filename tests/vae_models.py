@@ -23,18 +23,18 @@ def make_vae(config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torc
 
     Norm gains and biases are random too, so that a bias or a gain that is dropped or misplaced shows.
     """
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
     for name, p in vae.named_parameters():
         if name.endswith("gamma"):
-            p.uniform_(0.5, 1.5)
+            p.uniform_(0.5, 1.5, generator=generator)
         elif name.endswith("bias"):
-            p.uniform_(-0.2, 0.2)
+            p.uniform_(-0.2, 0.2, generator=generator)
         else:
             fan_in = p[0].numel()
-            p.normal_(0, (1.5 / fan_in) ** 0.5)
+            p.normal_(0, (1.5 / fan_in) ** 0.5, generator=generator)
     with torch.no_grad():
-        z = torch.randn(1, config["z_dim"], 2, 4, 4)
+        z = torch.randn(1, config["z_dim"], 2, 4, 4, generator=generator)
         out = _unclamped(vae, z)
         vae.decoder.conv_out.weight.mul_(0.35 / out.std())
         vae.decoder.conv_out.bias.mul_(0.1)

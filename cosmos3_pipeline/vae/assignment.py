@@ -206,8 +206,18 @@ def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], ch
             f"every op has to run on the whole picture of every chunk{near}",
             "let the blocks tile ops x chunks x picture",
         )
-    warming = tuple(_tile(b, shape) for b in blocks if b not in working)
-    return Span(start, stop, tuple(tiles[i] for i in order), warming)
+    warming: list[Tile] = []
+    for block in blocks:
+        if chunk < block.chunks[0] + block.warm_up:
+            tile = _tile(block, shape)
+            if tile in tiles or tile in warming:
+                raise AssignmentError(
+                    f"{block} warms up in {where}",
+                    "another block has the same rank run them there anyway, and its caches cannot be two things",
+                    "begin the warm-up later, or join the blocks",
+                )
+            warming.append(tile)
+    return Span(start, stop, tuple(tiles[i] for i in order), tuple(warming))
 
 
 def _tile(block: Block, shape: LatentShape) -> Tile:

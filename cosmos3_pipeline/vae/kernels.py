@@ -25,17 +25,21 @@ def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def norm_weight(gamma: Tensor) -> Tensor:
-    """A norm's weight, with C elements, as `rms_norm` takes it: [C] in float32, times sqrt(C)."""
-    weight: Tensor = gamma.float().flatten() * gamma.numel() ** 0.5
-    return weight
+    """A norm's weight, with C elements, as `rms_norm` takes it: [C], wide, times sqrt(C)."""
+    return _wide(gamma).flatten() * gamma.numel() ** 0.5
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is so already."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """RMS norm over the last dimension: x / ||x|| * gamma, in float32 whatever the dtype of x.
+    """RMS norm over the last dimension: x / ||x|| * gamma, in float32 unless x is float64.
 
-    Source: `WanRMS_norm`. `gamma` is [C] in float32, with sqrt(C) in it (`norm_weight`). Returns float32.
+    Source: `WanRMS_norm`. `gamma` is [C], wide, with sqrt(C) in it (`norm_weight`). Returns float32 or float64.
     """
-    wide = x.float()
+    wide = _wide(x)
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
     return torch.mul(wide, scale).mul_(gamma)
 

@@ -416,13 +416,17 @@ class _Lowering:
                     self._out[rank].append(Enter(at, tile, op, chunk, part, (Piece(0, reads, None),), fresh=True))
             return
         self._pass_by(chunk, part, op)
-        going_on = [tile for tile in before.tiles if tile in after.tiles]
-        going_on += [tile for tile in before.warming if tile in after.warming]
+        going_on = {tile for tile in before.tiles if tile in after.tiles or tile in after.warming}
+        going_on |= {tile for tile in before.warming if tile in after.warming}
+        # What a tile has made to warm up is of no use where it begins to work.
+        self._leave(at, [tile for tile in before.warming if tile not in going_on])
         self._exchange(chunk, part, op, before, after, frozenset(going_on))
-        for tile in (*before.tiles, *before.warming):
-            if tile not in going_on:
-                for rank in self._of(tile):
-                    self._out[rank].append(Leave(at, (tile,)))
+        self._leave(at, [tile for tile in before.tiles if tile not in going_on])
+
+    def _leave(self, at: int, tiles: Iterable[Tile]) -> None:
+        for tile in tiles:
+            for rank in self._of(tile):
+                self._out[rank].append(Leave(at, (tile,)))
 
     def _exchange(
         self, chunk: int, part: int, op: int, before: Span, after: Span, going_on: frozenset[Tile]
@@ -783,9 +787,7 @@ class _Lowering:
                 found.append(Piece(RESULT, tile.at(scale), message))
                 self._send(tile.rank, Send(at, tile, (message,), copies=False))
             due = self._out[:1] if self._result(Emit(at, chunk, part, tuple(found))) else []
-        for tile in (*tiles, *self._spans[chunk][end - 1].warming):
-            for rank in self._of(tile):
-                self._out[rank].append(Leave(at, (tile,)))
+        self._leave(at, (*tiles, *self._spans[chunk][end - 1].warming))
         for out in due:
             out.append(Yield(at, chunk, part))
 
