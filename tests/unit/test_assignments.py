@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -96,7 +96,7 @@ class Clip:
         def work(comm: Any) -> tuple[list[Tensor], int]:
             weights = CountedWeights(model)
             ops = self.bound(weights).bind(self.direction, lowered.ops(comm.rank))
-            execution = Execution(lowered, comm.rank, ops, comm, lambda chunk: cut(given, chunk), pixels=pixels)
+            execution = Execution(lowered, comm.rank, ops, comm, partial(cut, given), pixels=pixels)
             results = list(execution.results())
             assert not execution._flows and not execution._arriving and not execution._portions
             assert not any(execution._caches.values()), "frames are kept for a chunk that does not come"
