@@ -28,7 +28,6 @@ from cosmos3_pipeline.jobs.bench.conditioning import by_diffusers, by_stage
 from cosmos3_pipeline.jobs.bench.contestants import Contestant, Factory, Unavailable
 from cosmos3_pipeline.jobs.bench.costs import CHUNKS, OpSeconds, TimedOp
 from cosmos3_pipeline.jobs.bench.given import Given, given_for
-from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.jobs.bench.machine import pinned
 from cosmos3_pipeline.jobs.bench.messages import Halos
 from cosmos3_pipeline.jobs.bench.rank import Bench
@@ -37,6 +36,7 @@ from cosmos3_pipeline.jobs.bench.suite import Case
 from cosmos3_pipeline.jobs.bench.trial import Trial
 from cosmos3_pipeline.jobs.bench.weights import Autoencoders, CountedWeights
 from cosmos3_pipeline.jobs.bench.world import World
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.vae import ops
 from cosmos3_pipeline.vae.executor import Slice
 from cosmos3_pipeline.vae.ops import LatentShape, Margins

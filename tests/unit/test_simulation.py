@@ -16,9 +16,8 @@ from vae_models import WAN22, vae_config
 from cosmos3_pipeline.plan.events import Clock, Message, Process
 from cosmos3_pipeline.plan.simulation import Link, Nodes, OpCosts, SimulationError, simulate
 from cosmos3_pipeline.vae.line_times import ChunkCosts, LineTimes, flops_until_end
-from cosmos3_pipeline.vae.ops import Attention, NormSilu
+from cosmos3_pipeline.vae.ops import Attention, LatentShape, NormSilu
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program, portions_under_way
-from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.strategy import Exactness, RankShare, Strategy, StrategyPlan
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.balance import Run, speed_up
