@@ -1,7 +1,8 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
 # make test  lint, types and all tests
+# make quick lint, types and the tests that start no ranks
 # make bench the VAE and the denoiser by one and two ranks beside others, interleaved (two hours)
-.PHONY: env run test lint bench clean
+.PHONY: env run test quick lint bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -24,6 +25,9 @@ lint: env
 # By file: the tests of a file share what they compare with. One thread each: that is when ranks are bitwise equal.
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+
+quick: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -m 'not ranks'
 
 bench: env
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

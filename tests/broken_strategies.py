@@ -104,7 +104,7 @@ class HoldsMoreThanPlanned(Broken):
     """Every rank reads all weights, whatever the plan says."""
 
     def runner(self, vae: Any, comm: Any, direction: Any) -> Any:
-        vae.slice(direction)
+        self.all_ops = vae.bind(direction, range(len(vae.program(direction))))
         return super().runner(vae, comm, direction)
 
 
@@ -134,7 +134,7 @@ class RefusesWithoutHelp(Broken):
         from cosmos3_pipeline.vae.strategy import StrategyError
 
         if ranks > 2:
-            raise StrategyError("too many ranks")
+            raise StrategyError("too many ranks", "", "")
         return super().plan(program, shape, ranks)
 
 

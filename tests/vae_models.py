@@ -8,14 +8,25 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 from cosmos3_pipeline.plugin_kit.cases import WAN21, WAN22
+from cosmos3_pipeline.vae.program import decoder_program
 
-__all__ = ["WAN21", "WAN22", "make_vae", "vae_config", "wan_video"]
+__all__ = ["CONFIGS", "WAN21", "WAN22", "make_vae", "picture_of", "vae_config", "wan_video"]
 
 
 def vae_config(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """`base` with changes, and latents_mean and latents_std of its width."""
     config = {**base, **changes}
     return {**config, "latents_mean": [0.0] * config["z_dim"], "latents_std": [1.0] * config["z_dim"]}
+
+
+CONFIGS = {
+    "wan22": vae_config(WAN22),
+    "wan22 patch 4": vae_config(WAN22, patch_size=4, in_channels=48, out_channels=48, num_res_blocks=2),
+    "wan22 time first": vae_config(WAN22, temperal_downsample=[True, True, False], decoder_base_dim=12),
+    "wan21": vae_config(WAN21),
+    "wan21 attention": vae_config(WAN21, attn_scales=[0.5], temperal_downsample=[True, False, False]),
+    "wan21 two levels": vae_config(WAN21, dim_mult=[1, 2], temperal_downsample=[True]),
+}
 
 
 def make_vae(config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
@@ -68,7 +79,7 @@ def wan_video(vae: Any) -> torch.Tensor:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
-    words = torch.randn(1, 4, 8)
+    words = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
     pipe = WanPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -87,3 +98,11 @@ def wan_video(vae: Any) -> torch.Tensor:
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).frames
+
+
+def picture_of(
+    vae: Any, *, frames: int = 9, rows: int = 3, cols: int = 2, batch: int = 1, seed: int = 0
+) -> torch.Tensor:
+    scale = decoder_program(vae.config).spatial
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, 3, frames, rows * scale, cols * scale, generator=generator) * 2 - 1

@@ -25,7 +25,7 @@ class RankError(AssertionError):
 
 
 def run_on_ranks(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0, may_die: tuple[int, ...] = ()
+    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, may_die: tuple[int, ...] = ()
 ) -> list[Any]:
     """`[function(rank, *args) for each rank]`, in `ranks` processes that share a gloo process group.
 
@@ -60,7 +60,7 @@ def _rank(
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=600)
         )
         # By value: a tensor that a queue shares is gone when its process has ended before it is fetched.
         results.put((rank, pickle.dumps(function(rank, *args)), None))

@@ -11,8 +11,8 @@ from ranks import run_on_ranks
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.plan.plan import make_plan
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 
 STEPS, WORDS = 3, (40, 17)
 CLIP = {"height": 176, "width": 240, "num_frames": 33}  # 11 x 15 latent rows and columns: both odd

@@ -6,7 +6,10 @@ A rank that waited would do so for longer than `run_on_ranks` gives it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from vae_models import WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
 from cosmos3_pipeline.vae import ParallelVAE
-from cosmos3_pipeline.vae.executor import Slice
+from cosmos3_pipeline.vae.execute import Execution
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
@@ -76,16 +79,18 @@ def test_bad_input_is_refused_on_every_rank(kind: str, error: str, says: str) ->
     assert outcomes[0][1] == outcomes[1][1]
 
 
-def _break(at: int, how: Any) -> None:
-    """Make the next slice that runs chunk `at` end in `how` instead."""
-    run = Slice.portions
+@contextmanager
+def _breaking(at: int, how: Any) -> Iterator[None]:
+    """The first op of this rank that comes to its chunk `at` ends in `how` instead."""
+    run = Execution._run
 
-    def broken(self: Slice, given: Any, state: Any, exchange: Any = None, **ops: Any) -> Any:
-        if state.done == at:
+    def broken(self: Any, action: Any) -> None:
+        if action.chunk == at:
             how()
-        return run(self, given, state, exchange, **ops)
+        run(self, action)
 
-    Slice.portions = broken  # type: ignore[method-assign]
+    with patch.object(Execution, "_run", broken):
+        yield
 
 
 def _raise() -> None:
@@ -94,16 +99,13 @@ def _raise() -> None:
 
 def _mid_stream(rank: int, broken: int, way: str) -> tuple[Any, Any]:
     vae = _vae()
-    run = Slice.portions
-    if rank == broken:
-        _break(2, _raise)
     calls = {
         "stream": lambda: list(vae.decode_stream(_latent())),
         "decode": lambda: vae.decode(_latent()),
         "encode": lambda: vae.encode(torch.zeros(1, 3, 17, 48, 32)),
     }
-    failed = _outcome(calls[way])
-    Slice.portions = run  # type: ignore[method-assign]
+    with _breaking(2, _raise) if rank == broken else nullcontext():
+        failed = _outcome(calls[way])
     again = vae.decode(_latent()).sample  # the group can be used again
     return failed, again
 
@@ -124,9 +126,8 @@ def test_a_rank_that_raises_in_mid_stream_stops_all(broken: int, way: str) -> No
 
 def _killed(rank: int, dead: int) -> tuple[str, str]:
     vae = _vae()
-    if rank == dead:
-        _break(2, lambda: os._exit(9))
-    return _outcome(lambda: list(vae.decode_stream(_latent())))
+    with _breaking(2, lambda: os._exit(9)) if rank == dead else nullcontext():
+        return _outcome(lambda: list(vae.decode_stream(_latent())))
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])

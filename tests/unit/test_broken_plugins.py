@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cosmos3_pipeline.config import plugins
-from cosmos3_pipeline.vae.plugins import ENTRY_POINT_GROUP, discover
 from cosmos3_pipeline.review import plugins as command
+from cosmos3_pipeline.vae.plugins import ENTRY_POINT_GROUP, discover
 
 GOOD = "cosmos3_plugins.replicated:Replicated"
 

@@ -16,8 +16,8 @@ from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.compose import schema_keys
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.vae.plugins import discover
 
 CONF = config_dir()
 LIBRARY = Path(__file__).parents[2]

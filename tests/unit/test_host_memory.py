@@ -13,7 +13,7 @@ import pytest
 import torch
 from vae_models import WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.vae import ParallelVAE, convolution, executor, host_memory, weights
+from cosmos3_pipeline.vae import ParallelVAE, convolution, execute, host_memory, weights
 from cosmos3_pipeline.vae.host_memory import SETTINGS
 from cosmos3_plugins.replicated import Replicated
 
@@ -31,6 +31,8 @@ import os
 import resource
 import torch
 from cosmos3_pipeline.vae.host_memory import keep_freed_memory, keeping_large_buffers, long_lived
+
+pytestmark = pytest.mark.ranks
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PR_SET_THP_DISABLE = 41
@@ -137,7 +139,7 @@ def test_ops_keep_large_buffers_and_reordered_weights_live_long(monkeypatch: pyt
 
         return noted
 
-    monkeypatch.setattr(executor, "keeping_large_buffers", block("kept"))
+    monkeypatch.setattr(execute, "keeping_large_buffers", block("kept"))
     monkeypatch.setattr(convolution, "long_lived", block("long-lived"))
     monkeypatch.setattr(
         convolution.Convolution, "__call__", noting("convolution", convolution.Convolution.__call__)

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 from vae_models import WAN22, vae_config
 
-from cosmos3_pipeline.vae.line_times import ChunkCosts
-from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
+from cosmos3_pipeline.vae.costs import op_costs
+from cosmos3_pipeline.vae.measured import op_seconds
 from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import StrategyError
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.balance import speed_up
-from cosmos3_plugins.layer_pipeline.costs import op_costs
-from cosmos3_plugins.layer_pipeline.measured import op_seconds
 
 CONFIG = vae_config(WAN22, num_res_blocks=2, decoder_base_dim=64)
 PROGRAM = decoder_program(CONFIG)
@@ -31,7 +29,7 @@ def report_of(program: Program, sizes: dict[str, tuple[int, int]]) -> dict[str, 
     for name, (rows, cols) in sizes.items():
         first, later = (
             [max(cost, 1.0) * (SLOW if 2 * n < len(program) else 1) / 1e11 for n, cost in enumerate(each)]
-            for each in op_costs(program, 50.0, rows * cols)
+            for each in op_costs(program, rows * cols)
         )
         ops = [
             {"name": op.name, "first_s": a, "later_s": b}
@@ -52,8 +50,8 @@ def report(tmp_path: Path) -> str:
 def test_what_was_measured_is_used_and_the_rest_is_as_the_model_has_it_from_there(
     report: str, pixels: int
 ) -> None:
-    found = op_seconds(report).costs(PROGRAM, 50.0, pixels, 4)
-    modelled = op_costs(PROGRAM, 50.0, pixels)
+    found = op_seconds(report).costs(PROGRAM, pixels, 4)
+    modelled = op_costs(PROGRAM, pixels)
     for seconds, model in zip(found, modelled, strict=True):
         for number, (here, there) in enumerate(zip(seconds, model, strict=True)):
             assert here == pytest.approx(max(there, 1.0) * (SLOW if 2 * number < len(PROGRAM) else 1) / 1e11)
@@ -65,22 +63,17 @@ def test_the_nearest_measurement_counts(tmp_path: Path) -> None:
         op["later_s"] *= 10
     (tmp_path / "bench.json").write_text(json.dumps(written))
     known = op_seconds(str(tmp_path / "bench.json"))
-    near, far = (sum(known.costs(PROGRAM, 50.0, pixels, 4).later) for pixels in (30, 40))
+    near, far = (sum(known.costs(PROGRAM, pixels, 4).later) for pixels in (30, 40))
     assert far > 10 * near
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("moving", [True, False])
-def test_a_line_is_balanced_for_what_was_measured(report: str, ranks: int, *, moving: bool) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_line_is_divided_by_what_was_measured(report: str, ranks: int) -> None:
     shape = LatentShape(1, 24, 10, 20)
-    costs: ChunkCosts = op_seconds(report).costs(PROGRAM, 50.0, 200, 4)
-    measured, modelled = (
-        LayerPipeline(moving_cuts=moving, op_seconds=path).plan(PROGRAM, shape, ranks) for path in (report, "")
-    )
-    ended, before = (speed_up(PROGRAM, costs, plan.shares, 24) for plan in (measured, modelled))
-    assert ended > 1.1 * before
-    assert f"by measured seconds of ops: at best {ended:.2f} times one rank" in measured.note
-    assert "measured" not in modelled.note
+    measured, modelled = (LayerPipeline(op_seconds=path).plan(PROGRAM, shape, ranks) for path in (report, ""))
+    assert "by measured seconds of ops" in measured.note and "measured" not in modelled.note
+    # The first ops, which the last rank runs, are slower there.
+    assert measured.shares[-1].ops[1] < modelled.shares[-1].ops[1]
 
 
 def without_costs(written: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
-from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.plan.denoising import Denoising
 from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan
 from cosmos3_pipeline.plan.transformer import TransformerSize
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 
 
 def plan_of(*overrides: str) -> Plan:

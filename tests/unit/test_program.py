@@ -242,7 +242,7 @@ def test_nothing_here_imports_torch() -> None:
     code = """
 import sys
 import cosmos3_pipeline.vae, cosmos3_pipeline.vae.program, cosmos3_pipeline.vae.strategy
-import cosmos3_pipeline.vae.footprint, cosmos3_plugins.replicated, cosmos3_plugins.layer_pipeline
+import cosmos3_pipeline.plugin_api, cosmos3_plugins.replicated, cosmos3_plugins.layer_pipeline
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import decoder_program
 from vae_configs import CONFIG
@@ -252,4 +252,4 @@ heavy = {"torch", "diffusers", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """
     code = code.replace("from vae_configs import CONFIG", f"CONFIG = {vae_config(WAN22)!r}")
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -16,6 +16,8 @@ from cosmos3_pipeline.config.sweep import jobs_of
 from cosmos3_pipeline.review import blame, command, sweep_plan
 from cosmos3_pipeline.review.revisions import git
 
+pytestmark = pytest.mark.ranks
+
 PROJECT = Path(__file__).parents[2]
 KEPT = {
     "topology": {"cpu_x1", "h100_x1", "h200_x1", "h200_x4"},

@@ -23,6 +23,7 @@ from vae_models import WAN22, make_vae, vae_config
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.inputs import VaeInputError
+from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
@@ -129,7 +130,7 @@ def test_weights_that_it_has_not_cannot_be_saved_or_copied(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"encoder.conv_in.weight is not in the model; .*; load"):
         alone(half).save_pretrained(tmp_path)
     vae = ParallelVAE(make_vae(CONFIG), Replicated(), Replicated())
-    vae.release("decode")
+    vae.release(decode=LatentShape(1, 2, 3, 2))
     for call, says in (
         (
             lambda: vae.save_pretrained(tmp_path),

@@ -37,7 +37,7 @@ class LayerPipeline(Strategy):
 
     moving_cuts: cuts between ranks may move from chunk to chunk, if a line then ends 0.3% sooner, and 1% more for
     each 10% of the weights that are then held twice: those of the ops over which cuts move.
-    op_seconds: the bench.json of a job=bench on this kind of machine; ops are then divided by what they took there
+    op_seconds: the vae.json of benchmarks/vae.py on such a machine; ops are then divided by what they took there
     instead of by a model of them, which was fitted to one kind of processor. Of decode in float32 only.
     """
 

@@ -31,8 +31,9 @@ _FOR_WEIGHTS, _FOR_MOVING = 0.1, 0.003
 # The way from one place to the next has so many parts; by how many parts the mean of a cut is varied.
 _PARTS = 8
 _STEPS = (-8, -4, -2, -1, 1, 2, 4, 8)
+_SOONER = 1e-4  # what a variation has to gain
 # Beyond so many ranks a stage has too few ops for cuts to move over.
-_MOST_RANKS = 16
+_MOST_RANKS = 8
 
 
 @cache
@@ -97,15 +98,22 @@ class _Line:
         self._program, self._chunks = program, chunks
         self._times = LineTimes(program, costs)
         self._places = [n for n in range(1, len(program)) if program.may_be_cut(n)]
+        self._known: dict[tuple[int, int, int, int], Path] = {}
 
     def end(self, paths: Sequence[Path]) -> float:
         """When a clip ends."""
-        arrivals = None
+        return self._leaving(paths, [], math.inf)[-1][-1]
+
+    def _leaving(self, paths: Sequence[Path], known: list[list[float]], limit: float) -> list[list[float]]:
+        """When portions leave each stage, of which the first are `known`; fewer stages if one ends at `limit`."""
+        found = list(known)
         edges = [(0,) * self._chunks, *paths, (len(self._program),) * self._chunks]
-        for starts, stops in pairwise(edges):
-            arrivals = self._times.departures(zip(starts, stops, strict=True), arrivals)
-        assert arrivals is not None
-        return arrivals[-1]
+        for starts, stops in list(pairwise(edges))[len(known) :]:
+            runs = zip(starts, stops, strict=True)
+            found.append(self._times.departures(runs, found[-1] if found else None))
+            if found[-1][-1] >= limit:
+                break
+        return found
 
     def held_twice(self, paths: Sequence[Path]) -> float:
         """The part of the weights over which cuts move."""
@@ -132,7 +140,8 @@ class _Line:
         best = self._paths(parts, ramp)
         if best is None:
             return None
-        end, before = self.end(best), math.inf
+        leaving, before = self._leaving(best, [], math.inf), math.inf
+        end = leaving[-1][-1]
         while end < before:  # one cut after the other is varied, alone and with all after it
             before = end
             for which in range(len(parts)):
@@ -140,8 +149,11 @@ class _Line:
                     for step in _STEPS:
                         varied = [part + step * (which <= i < stop) for i, part in enumerate(parts)]
                         paths = self._paths(varied, ramp)
-                        if paths is not None and (found := self.end(paths)) < end * (1 - 1e-4):
-                            parts, best, end = varied, paths, found
+                        if paths is None:
+                            continue
+                        found = self._leaving(paths, leaving[:which], end * (1 - _SOONER))
+                        if found[-1][-1] < end * (1 - _SOONER):
+                            parts, best, leaving, end = varied, paths, found, found[-1][-1]
         return best
 
     def _paths(self, parts: Sequence[int], ramp: tuple[int, int]) -> list[Path] | None:
@@ -159,12 +171,15 @@ class _Line:
 
     def _path(self, place: int, on: int, early: int, late: int) -> Path:
         """A cut whose mean is `on` parts after a place, and which begins and ends with the ramp."""
+        if (known := self._known.get((place, on, early, late))) is not None:
+            return known
         path: list[int] = []
         for chunk in range(self._chunks):
             ramp = max(0, chunk - (self._chunks - 1 - late)) - max(0, early - chunk)
             wanted = place + (chunk + 1) * on // _PARTS - chunk * on // _PARTS + ramp
             path.append(max(0, min(len(self._places) - 1, wanted, self._furthest(path))))
-        return tuple(self._places[at] for at in path)
+        self._known[place, on, early, late] = tuple(self._places[at] for at in path)
+        return self._known[place, on, early, late]
 
     def _furthest(self, path: Sequence[int]) -> int:
         """How far a cut may lie on the next chunk: over one op, whose input the rank before it has then seen."""

@@ -1,0 +1,146 @@
+"""What the strategies decide, and that each holds what it planned. Ranks are threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cosmos3_wavefront import Wavefront
+from thread_ranks import run_on_threads
+from vae_models import WAN22, make_vae, vae_config
+
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Direction, decoder_program, encoder_program
+from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError
+from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
+from cosmos3_plugins.replicated import Replicated
+from cosmos3_plugins.spatial_shard import SpatialShard
+from cosmos3_plugins.tiled import Tiled
+
+CONFIG = vae_config(WAN22, base_dim=24, decoder_base_dim=24)
+DECODER, ENCODER = decoder_program(vae_config(WAN22)), encoder_program(vae_config(WAN22))
+FULL = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    [
+        (Replicated(), 1),
+        (LayerPipeline(), 3),
+        (SpatialShard("grid"), 4),
+        (PipelineOfShards(), 4),
+        (Wavefront(), 3),
+        (Tiled(48, 32, 32, 16), 3),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_what_is_alive_is_what_was_planned(strategy: Strategy, ranks: int, direction: Direction) -> None:
+    shape, model = LatentShape(1, 9, 5, 6), make_vae(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    vae = BoundVae(model.config, ModuleWeights(model), dtype=torch.float32, device=torch.device("cpu"))
+    given = (
+        torch.randn(1, CONFIG["z_dim"], 9, 5, 6, generator=generator)
+        if direction == "decode"
+        else torch.rand(1, 3, 33, 80, 96, generator=generator)
+    )
+    known = [*model.state_dict().values(), given]
+
+    def work(comm: Any) -> int:
+        runner = strategy.runner(vae, comm, direction)
+        for _ in range(2):  # the first time reorders weights, which are not activations
+            with LiveBytes(known) as live:
+                if direction == "encode":
+                    runner.encode(given)
+                else:
+                    for _ in runner.stream(given, pixels="uint8"):
+                        pass
+        return live.peak
+
+    planned = strategy.plan(vae.program(direction), shape, ranks).shares
+    for share, peak in zip(planned, run_on_threads(ranks, work)[0], strict=True):
+        assert 0.75 * share.activation_bytes <= peak <= 1.15 * share.activation_bytes + (64 << 10), share.rank
+
+
+def test_memory_does_not_grow_with_the_clip() -> None:
+    for strategy, ranks in ((Replicated(), 1), (SpatialShard(), 2), (LayerPipeline(moving_cuts=False), 3)):
+        plans = [strategy.plan(DECODER, LatentShape(1, frames, 6, 5), ranks).shares for frames in (9, 64)]
+        assert [a.activation_bytes for a in plans[0]] == [b.activation_bytes for b in plans[1]]
+
+
+def refusal(strategy: Strategy, shape: LatentShape, ranks: int) -> str:
+    with pytest.raises(StrategyError) as refused:
+        strategy.plan(DECODER, shape, ranks)
+    assert refused.value.problem.why and refused.value.problem.works
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "says"),
+    [
+        (LayerPipeline(), len(DECODER) + 1, f"use {len(DECODER)} ranks or fewer"),
+        (SpatialShard("height"), 4, "use 3 ranks or fewer"),
+        (SpatialShard("width"), 6, "use 5 ranks or fewer"),
+        (SpatialShard("grid"), 16, "use 15 ranks or fewer"),
+        (SpatialShard("diagonal"), 2, "give height, width or grid"),  # type: ignore[arg-type]
+        (PipelineOfShards(2), 3, "groups=1"),
+        (PipelineOfShards(0), 4, "groups=1"),
+        (PipelineOfShards(2), 8, "ranks"),
+        (Wavefront(), 3, "use 2 turns"),
+        (Wavefront(0), 2, "give 1 or more"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_what_works(strategy: Strategy, ranks: int, says: str) -> None:
+    assert says.replace("2 turns", "2 ranks") in refusal(strategy, LatentShape(1, 2, 3, 5), ranks)
+
+
+@pytest.mark.parametrize(
+    ("axis", "rows", "cols", "ranks", "note"),
+    [
+        ("height", 45, 80, 4, "4 x 1"),
+        ("width", 45, 80, 4, "1 x 4"),
+        ("grid", 45, 80, 4, "1 x 4"),  # 45 x 20 = 900 latents; 4 x 1 has 12 x 80, 2 x 2 has 23 x 40
+        ("grid", 44, 44, 4, "2 x 2"),  # all have 484 latents; 2 x 2 has the shortest cuts
+        ("grid", 3, 5, 15, "3 x 5"),
+        ("grid", 2, 7, 7, "1 x 7"),
+    ],
+)
+def test_the_grid_has_the_smallest_largest_slab(axis: Any, rows: int, cols: int, ranks: int, note: str) -> None:
+    assert SpatialShard(axis).assign(DECODER, LatentShape(1, 2, rows, cols), ranks).note.startswith(note)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "units"), [(12, 2, [1]), (11, 2, [1, 2]), (45, 4, [1, 2, 4]), (45, 8, [1, 4, 8])]
+)
+def test_rows_that_do_not_divide_become_parts_of_rows(rows: int, ranks: int, units: list[int]) -> None:
+    blocks = SpatialShard().assign(DECODER, LatentShape(1, 3, rows, 80), ranks).blocks
+    assert sorted({block.unit for block in blocks}) == units
+
+
+def test_one_group_is_spatial_shard_and_one_rank_a_group_is_layer_pipeline() -> None:
+    shape = LatentShape(1, 5, 32, 32)
+    for program in (DECODER, ENCODER):
+        assert PipelineOfShards(1).plan(program, shape, 3).shares == SpatialShard().plan(program, shape, 3).shares
+        line = LayerPipeline(moving_cuts=False)
+        assert PipelineOfShards(4).plan(program, shape, 4).shares == line.plan(program, shape, 4).shares
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_layer_pipeline_is_balanced_and_moving_cuts_make_it_faster(ranks: int) -> None:
+    shape = LatentShape(1, 32, 16, 16)
+    moving, fixed = (LayerPipeline(moving_cuts=moves).plan(FULL, shape, ranks) for moves in (True, False))
+    assert sum(share.flops for share in fixed.shares) == FULL.flops(shape) == sum(s.flops for s in moving.shares)
+    assert max(share.flops for share in fixed.shares) <= 1.35 * FULL.flops(shape) / ranks
+    assert FULL.flops(shape) / moving.until_end > 0.7 * ranks
+    assert "with moving cuts" in moving.note and "at best" in moving.note
+
+
+def test_a_plan_says_how_exact_the_clip_will_be() -> None:
+    shape = LatentShape(1, 3, 4, 4)
+    assert LayerPipeline().plan(DECODER, shape, 2).exactness == Exactness.BITWISE
+    assert SpatialShard().plan(DECODER, shape, 2).exactness == Exactness.ROUNDING
+    assert SpatialShard().plan(DECODER, shape, 1).exactness == Exactness.BITWISE
