@@ -198,7 +198,7 @@ def rounds(
 
     `least` rounds, or as many as fit into `seconds` going by the first, up to MOST_TIMES_ROUNDS times that.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {key: {"rounds": []} for key in taking_part}
+    found: dict[tuple[str, str], dict[str, Any]] = {key: {"rounds": [], "processor": []} for key in taking_part}
     began, count, index = time.perf_counter(), least, 0
     while index < count:
         start = index % len(taking_part)
@@ -206,6 +206,7 @@ def rounds(
             answers = groups[side].tell("run", root=name in ALONE, name=name)
             # A round takes as long as its slowest rank.
             found[side, name]["rounds"].append(max(answer["seconds"] for answer in answers))
+            found[side, name]["processor"].append(max(answer["processor_s"] for answer in answers))
         if index == 0:
             count = max(least, min(MOST_TIMES_ROUNDS * least, int(seconds / (time.perf_counter() - began))))
         index += 1
@@ -287,15 +288,18 @@ def case_table(report: Mapping[str, Any], case: Mapping[str, Any]) -> str:
 
 def old_table(report: Mapping[str, Any]) -> str:
     """The old checkout beside this one, in the same rounds."""
-    rows = [["case", "contestant", "old seconds", "new seconds", "new / old", "result"]]
+    rows = [["case", "contestant", "old seconds", "new seconds", "new / old", "of the processor", "result"]]
     for case, measured in report["cases"].items():
         for name, old in measured["old"].items():
             new = measured["contestants"].get(name)
             if new is not None:
-                ratios = [a / b for a, b in zip(new["rounds"], old["rounds"], strict=True)]
+                clock, cpu = (
+                    spread([a / b for a, b in zip(new[key], old[key], strict=True)])
+                    for key in ("rounds", "processor")
+                )
                 same = new["checked"][0].get("digest") == old["checked"][0].get("digest")
                 seconds = [f"{row['seconds']:.3f}" for row in (old, new)]
-                rows.append([case, name, *seconds, spread(ratios), "the same bits" if same else "other bits"])
+                rows.append([case, name, *seconds, clock, cpu, "the same bits" if same else "other bits"])
     return table(rows)
 
 
@@ -311,7 +315,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["old_revision"]:
         parts += ["## Old beside new", old_table(report)]
     for name, case in report["cases"].items():
-        count = len(next(iter(case["contestants"].values()), {"rounds": []})["rounds"])
+        count = len(next(iter(case["contestants"].values()), {"rounds": [], "processor": []})["rounds"])
         what = (
             f"{case['call']}, {case['frames']} latent frames of {case['rows']} x {case['cols']}, {case['dtype']}"
         )

@@ -50,7 +50,9 @@ class AssignedRunner:
         needed = lowered.ops(self._comm.rank)
         for op in set(self._ops) - set(needed):
             del self._ops[op]  # their weights go before others come
-        self._ops |= self._vae.bind(self._direction, [op for op in needed if op not in self._ops])
+        missing = [op for op in needed if op not in self._ops]
+        if missing:  # listing the weights of a model takes as long as several ops of a small picture
+            self._ops |= self._vae.bind(self._direction, missing)
         return lowered
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
