@@ -26,7 +26,8 @@ def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def norm_weight(gamma: Tensor) -> Tensor:
     """A norm's weight, with C elements, as `rms_norm` takes it: [C], wide, times sqrt(C)."""
-    return _wide(gamma).flatten() * gamma.numel() ** 0.5
+    weight: Tensor = _wide(gamma).flatten() * gamma.numel() ** 0.5
+    return weight
 
 
 def _wide(x: Tensor) -> Tensor:
