@@ -1,15 +1,20 @@
 """All that a strategy package imports from this library; what is here stays. Imports no torch.
 
 A strategy returns an `Assignment` of `Block`s for a `Program` and a clip of `LatentShape`; docs/plugins.md teaches
-it. `OwnRunner` is for one whose work no blocks describe.
+it. `OwnRunner` is for one whose work no blocks describe; what its runner needs imports torch when it is asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cosmos3_pipeline.vae.account import account
 from cosmos3_pipeline.vae.assignment import EVERY, Assignment, Block, Rect
 from cosmos3_pipeline.vae.clock import Link
 from cosmos3_pipeline.vae.costs import ChunkCosts, RooflineCosts, op_costs
 from cosmos3_pipeline.vae.line_times import LineTimes
+from cosmos3_pipeline.vae.lowering import Lowered, lower
 from cosmos3_pipeline.vae.measured import op_seconds
 from cosmos3_pipeline.vae.ops import LatentShape, Op
 from cosmos3_pipeline.vae.plugins import discover
@@ -25,19 +30,51 @@ from cosmos3_pipeline.vae.strategy import (
     StrategyPlan,
 )
 
+if TYPE_CHECKING:
+    from cosmos3_pipeline.distributed.comm import Comm, Pending
+    from cosmos3_pipeline.vae.bound_ops import Flow
+    from cosmos3_pipeline.vae.execute import Execution
+    from cosmos3_pipeline.vae.frames import Frames
+    from cosmos3_pipeline.vae.inputs import latent_shape
+    from cosmos3_pipeline.vae.pixels import Pixels, as_pixels, latent_chunk, picture_chunk
+    from cosmos3_pipeline.vae.weights import BoundVae
+
+# Of runners: these modules import torch.
+_RUNNING = {
+    "BoundVae": "vae.weights",
+    "Comm": "distributed.comm",
+    "Execution": "vae.execute",
+    "Flow": "vae.bound_ops",
+    "Frames": "vae.frames",
+    "Pending": "distributed.comm",
+    "Pixels": "vae.pixels",
+    "as_pixels": "vae.pixels",
+    "latent_chunk": "vae.pixels",
+    "latent_shape": "vae.inputs",
+    "picture_chunk": "vae.pixels",
+}
+
 __all__ = [
     "EVERY",
     "Assignment",
     "Block",
+    "BoundVae",
     "ChunkCosts",
+    "Comm",
     "Direction",
     "Exactness",
+    "Execution",
+    "Flow",
     "Found",
+    "Frames",
     "LatentShape",
     "LineTimes",
     "Link",
+    "Lowered",
     "Op",
     "OwnRunner",
+    "Pending",
+    "Pixels",
     "Program",
     "RankShare",
     "Rect",
@@ -46,8 +83,20 @@ __all__ = [
     "Strategy",
     "StrategyError",
     "StrategyPlan",
+    "account",
+    "as_pixels",
     "discover",
+    "latent_chunk",
+    "latent_shape",
+    "lower",
     "op_costs",
     "op_seconds",
+    "picture_chunk",
     "search",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RUNNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"cosmos3_pipeline.{_RUNNING[name]}"), name)

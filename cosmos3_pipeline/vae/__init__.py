@@ -1,4 +1,4 @@
-"""The VAE in parallel: one program of ops, one executor, and strategies as schedules over it.
+"""The VAE in parallel: one program of ops, strategies that assign them to ranks, and one lowering of that.
 
 Importing this package imports no torch; `ParallelVAE` does when it is asked for.
 """

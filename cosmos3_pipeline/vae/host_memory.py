@@ -1,7 +1,7 @@
 """What the C library does with memory that a rank on CPU no longer uses: kept for the next op, not given back.
 
 Memory that comes new from the system is mapped page by page while it is first written, which may take as long as
-computing what is written. The executor frees and takes buffers of the same sizes all the time. By default glibc
+computing what is written. Ops free and take buffers of the same sizes all the time. By default glibc
 gives large ones back at once. For an accelerator PyTorch's own allocator keeps what was freed.
 """
 

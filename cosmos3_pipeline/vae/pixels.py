@@ -1,4 +1,4 @@
-"""Between the layouts of diffusers and of the executor: latents and pictures in chunks, and pictures as bytes."""
+"""Between the layouts of diffusers and of the ops: latents and pictures in chunks, and pictures as bytes."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_report_without_them_is_refused(
     path.write_text(json.dumps(written))
     with pytest.raises(StrategyError, match=why) as error:
         LayerPipeline(op_seconds=str(path)).plan(PROGRAM, LatentShape(1, 3, 3, 2), 2)
-    assert "run job=bench on this machine" in str(error.value)
+    assert "run benchmarks/vae.py on this machine" in str(error.value)
 
 
 def test_what_is_no_report_is_refused(tmp_path: Path) -> None:

@@ -20,13 +20,12 @@ from cosmos3_pipeline.plugin_api import (
     Runner,
     StrategyError,
     StrategyPlan,
+    account,
 )
-from cosmos3_pipeline.vae.account import account
 from cosmos3_plugins.tiled.tiles import Axis, Tiling, clip_elements, kept_elements, of_tile, tile_elements
 
 if TYPE_CHECKING:
-    from cosmos3_pipeline.distributed.comm import Comm
-    from cosmos3_pipeline.vae.weights import BoundVae
+    from cosmos3_pipeline.plugin_api import BoundVae, Comm
 
 __all__ = ["Tiled"]
 

@@ -9,15 +9,21 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from cosmos3_pipeline.distributed.comm import Comm, Pending
-from cosmos3_pipeline.vae.bound_ops import Flow
-from cosmos3_pipeline.vae.execute import Execution
-from cosmos3_pipeline.vae.frames import Frames
-from cosmos3_pipeline.vae.inputs import latent_shape
-from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.pixels import Pixels, as_pixels, latent_chunk, picture_chunk
-from cosmos3_pipeline.vae.program import Direction
-from cosmos3_pipeline.vae.weights import BoundVae
+from cosmos3_pipeline.plugin_api import (
+    BoundVae,
+    Comm,
+    Direction,
+    Execution,
+    Flow,
+    Frames,
+    LatentShape,
+    Pending,
+    Pixels,
+    as_pixels,
+    latent_chunk,
+    latent_shape,
+    picture_chunk,
+)
 from cosmos3_plugins.tiled import Tiled
 from cosmos3_plugins.tiled.blend import blend
 from cosmos3_plugins.tiled.tiles import Tiling, of_tile, on_tiles

@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cosmos3_pipeline.vae.assignment import Assignment, Block
-from cosmos3_pipeline.vae.lowering import Lowered, lower
-from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.program import Program
+from cosmos3_pipeline.plugin_api import Assignment, Block, LatentShape, Lowered, Program, lower
 
 
 @dataclass(frozen=True)
