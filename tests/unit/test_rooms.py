@@ -7,7 +7,7 @@ from pathlib import Path
 
 LIBRARY = Path(__file__).parents[2] / "cosmos3_pipeline"
 ROOMS = (
-    *("errors", "config", "distributed", "vae", "denoise", "checkpoint", "plan", "models", "stages"),
+    *("errors", "distributed", "vae", "config", "denoise", "checkpoint", "plan", "models", "stages"),
     *("jobs", "review", "plugin_kit"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "safetensors", "av", "numpy"}
