@@ -133,5 +133,5 @@ def test_what_was_not_measured_is_refused(report: str) -> None:
     with pytest.raises(StrategyError, match="elements of 2 bytes"):
         strategy.plan(PROGRAM, LatentShape(1, 3, 3, 2, 2), 2)
     other = decoder_program(vae_config(WAN22, num_res_blocks=2, decoder_base_dim=32))
-    with pytest.raises(StrategyError, match=r"weights; this one has .* with this VAE's width"):
+    with pytest.raises(StrategyError, match=r"(?s)weights.*this one has .* with this VAE's width"):
         strategy.plan(other, LatentShape(1, 3, 3, 2), 2)
