@@ -108,6 +108,33 @@ class HoldsMoreThanPlanned(Broken):
         return super().runner(vae, comm, direction)
 
 
+class ForgetsThePast(Broken):
+    """Decodes a long clip in two parts, the second after eight frames of the first: too few to remember."""
+
+    class wrapper(Wrapped):
+        def stream(self, z: Any, *, pixels: str) -> Iterator[Any]:
+            half, context = z.shape[2] // 2, 8
+            if half < 2 * context:
+                yield from self.inner.stream(z, pixels=pixels)
+                return
+            yield from self.inner.stream(z[:, :, :half], pixels=pixels)
+            frames, dim = 1 + 4 * (context - 1), 1 if pixels == "uint8" else 2
+            for chunk in self.inner.stream(z[:, :, half - context :], pixels=pixels):
+                if frames < chunk.shape[dim]:
+                    yield chunk.narrow(dim, max(0, frames), chunk.shape[dim] - max(0, frames))
+                frames -= chunk.shape[dim]
+
+
+class KeepsMoreAlive(Broken):
+    """Holds a few megabytes that no plan tells of, while it decodes."""
+
+    class wrapper(Wrapped):
+        def stream(self, z: Any, *, pixels: str) -> Iterator[Any]:
+            held = z.new_zeros(1 << 20) + 1
+            yield from self.inner.stream(z, pixels=pixels)
+            del held
+
+
 class ExtraBroadcast(Broken):
     """A collective that only the plan of the root knows about; every rank calls it with a shape of its own."""
 

@@ -27,7 +27,7 @@ from cosmos3_pipeline.vae.inputs import VaeInputError, latent_shape, problem_of
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.runner import AssignedRunner
-from cosmos3_pipeline.vae.strategy import OwnRunner, Runner, Strategy, StrategyError, StrategyPlan
+from cosmos3_pipeline.vae.strategy import Runner, Strategy, StrategyError, StrategyPlan
 from cosmos3_pipeline.vae.weights import BoundVae, FolderWeights, ModuleWeights, WeightSource
 
 
@@ -387,9 +387,9 @@ class ParallelVAE(DropIn):
     def _digest(self, direction: Direction, shape: LatentShape) -> int:
         """Of who runs what. Raises StrategyError for what the strategy cannot do."""
         strategy = self._strategies[direction]
-        if isinstance(strategy, OwnRunner):
-            self.plan(direction, shape)
-            return zlib.crc32(repr(strategy).encode())
+        if type(strategy).runner is not Strategy.runner:
+            # Its runner may bind weights at once, so its plan is asked first.
+            return zlib.crc32(repr((strategy, self.plan(direction, shape).shares)).encode())
         runner = self._runner(direction)
         assert isinstance(runner, AssignedRunner)
         return zlib.crc32(repr(runner.lowered(shape).assignment.blocks).encode())
