@@ -234,8 +234,8 @@ def _check_vae(values: Mapping[str, Any], file: Path) -> None:
         program = program_for("decode", values)
         program_for("encode", values)
     except ProgramError as error:
-        what, _, why = str(error).partition("; ")
-        raise Refusal(what=f"{file} says {what}", why=why, works="the file as it was published") from error
+        problem = error.problem
+        raise Refusal(f"{file} says {problem.what}", problem.why, "the file as it was published") from error
     for key, expected, found in (
         ("scale_factor_spatial", SPATIAL, program.spatial),
         ("scale_factor_temporal", TEMPORAL, program.temporal),

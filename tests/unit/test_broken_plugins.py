@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cosmos3_pipeline.config import plugins
 from cosmos3_pipeline.review import plugins as command
+from cosmos3_pipeline.vae import plugins
 from cosmos3_pipeline.vae.plugins import ENTRY_POINT_GROUP, discover
 
 GOOD = "cosmos3_plugins.replicated:Replicated"
@@ -36,7 +36,7 @@ def undiscovered() -> Iterator[None]:
         ),
         ("class Mine\n", "SyntaxError: expected ':' (theirs.py, line 1)"),
         ("", "module 'theirs' has no attribute 'Mine'"),
-        ("class Mine: pass\n", "theirs:Mine is not a dataclass of settings"),
+        ("class Mine: pass\n", "theirs:Mine is not a Strategy that is a dataclass of its settings"),
     ],
 )
 def test_the_line_that_raised_is_named(

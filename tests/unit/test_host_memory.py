@@ -32,8 +32,6 @@ import resource
 import torch
 from cosmos3_pipeline.vae.host_memory import keep_freed_memory, keeping_large_buffers, long_lived
 
-pytestmark = pytest.mark.ranks
-
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PR_SET_THP_DISABLE = 41
 

@@ -210,8 +210,6 @@ def expected(hub: FakeHub) -> set[str]:
 def test_processes_that_start_together_download_once(hub: FakeHub) -> None:
     program = f"""
 from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint
-
-pytestmark = pytest.mark.ranks
 print(fetch_checkpoint({REPO!r}, None).commit)
 """
     home = Path(constants.HF_HUB_CACHE).parent

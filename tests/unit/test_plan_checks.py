@@ -9,8 +9,6 @@ from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.plan.plan import make_plan
-from cosmos3_pipeline.vae.strategy import Exactness
-from cosmos3_plugins.layer_pipeline import LayerPipeline
 
 
 def refused(*overrides: str) -> tuple[Problem, ...]:
@@ -105,13 +103,12 @@ def test_what_works_does_work() -> None:
         compose(overrides)
 
 
-def test_a_strategy_that_promises_too_little_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerPipeline, "exactness", Exactness.ROUNDING)
-    (problem,) = refused("topology=cpu_x2", "vae.required_exactness=bitwise")
-    assert problem.what == "vae.decode=LayerPipeline is rounding with vae.required_exactness=bitwise"
+def test_a_strategy_that_promises_too_little_is_refused() -> None:
+    (problem,) = refused("topology=cpu_x2", "vae/decode=spatial_shard", "vae.required_exactness=bitwise")
+    assert problem.what == "vae.decode=SpatialShard is rounding with vae.required_exactness=bitwise"
     assert any(origin.startswith("vae.decode by conf/vae") or "_strategy" in origin for origin in problem.set_by)
     assert "vae.required_exactness=rounding" in problem.works
-    compose(["topology=cpu_x2", "vae.required_exactness=rounding"])
+    compose(["topology=cpu_x2", "vae/decode=spatial_shard", "vae.required_exactness=rounding"])
     compose(["vae.required_exactness=bitwise"])  # what is switched off promises nothing and needs not
 
 

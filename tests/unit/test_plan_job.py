@@ -48,28 +48,16 @@ def test_a_plan_leaves_json_and_markdown_and_prints_tables(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["plan.json", "plan.md"]
 
 
-def test_a_plan_needs_neither_photograph_nor_torch_and_little_time() -> None:
-    overrides = "['model=nano', 'task=i2v', 'topology=h200_x8']"
-    composing = f"from cosmos3_pipeline.config.compose import compose\ncompose({overrides})\n"
+def test_a_plan_needs_neither_photograph_nor_torch() -> None:
     planning = (
         "import sys\n"
         "from cosmos3_pipeline import compose\n"
         "from cosmos3_pipeline.plan import plan_of\n"
-        f"plan_of(compose({overrides}))\n"
+        "plan_of(compose(['model=nano', 'task=i2v', 'topology=h200_x8']))\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy', 'av'} & set(sys.modules), 'heavy import'\n"
     )
-
-    def seconds(code: str) -> float:
-        code += "import time\nprint(time.process_time())\n"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-        assert done.returncode == 0, done.stderr
-        return float(done.stdout)
-
-    # Of the processor, and the fastest of three: other work on the machine is not the plan's. A machine where
-    # composing alone takes long is a slow one.
-    rounds = [(seconds(composing), seconds(planning)) for _ in range(3)]
-    composed, planned = map(min, zip(*rounds, strict=True))
-    assert planned < max(1.0, 2.5 * composed)
+    done = subprocess.run([sys.executable, "-c", planning], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
 
 
 def test_refused_before_anything_is_written(tmp_path: Path) -> None:

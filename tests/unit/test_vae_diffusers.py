@@ -25,7 +25,7 @@ def test_decode_is_that_of_diffusers(name: str, seed: int, frames: int, rows: in
     z = torch.randn(batch, vae.config.z_dim, frames, rows, cols)
     expected = vae.decode(z).sample
     ours = ParallelVAE(vae, Replicated(), Replicated()).decode(z).sample
-    assert expected.std() > 0.2
+    assert expected.std() > 0.15
     assert (expected.abs() >= 1).float().mean() < 0.1
     assert (ours - expected).abs().max() <= 1e-5
     assert psnr(ours, expected) >= 100
@@ -71,7 +71,7 @@ def test_a_vae_that_makes_frames_in_pairs_is_that_of_diffusers(name: str, monkey
     z, x = torch.randn(1, vae.config.z_dim, 4, 5, 3), picture_of(vae, frames=9)
     ours = ParallelVAE(vae, Replicated(), Replicated())
     expected = vae.decode(z).sample
-    assert expected.std() > 0.2
+    assert expected.std() > 0.15
     assert (expected.abs() >= 1).float().mean() < 0.1
     assert (ours.decode(z).sample - expected).abs().max() <= 1e-5
     if not vae.config.attn_scales:
