@@ -130,6 +130,7 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
     shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype])
     program = program_for(direction, plain(cfg.model.vae))
     plan = strategy.plan(program, shape, replica_ranks(cfg.topology))
-    own_runner = plan.assignment is None or type(strategy).runner is not Strategy.runner
-    given = strategy if own_runner else Planned(plan.assignment, shape, strategy.name)
+    given = strategy
+    if plan.assignment is not None and type(strategy).runner is Strategy.runner:
+        given = Planned(plan.assignment, shape, strategy.name)
     return VaePlan(program, shape, plan, given)

@@ -177,9 +177,7 @@ def test_a_call_that_needs_gradients_is_refused() -> None:
     model = make_vae(CONFIG).requires_grad_(True)
     vae, z, x = alone(model), LATENT.clone().requires_grad_(), PICTURE.clone().requires_grad_()
     for call in (lambda: vae.decode(z), lambda: next(vae.decode_stream(z)), lambda: vae.encode(x), lambda: vae(x)):
-        with pytest.raises(
-            VaeInputError, match=r"(?s)requires grad.* for inference.* call it under torch.no_grad"
-        ):
+        with pytest.raises(VaeInputError, match=r"(?s)requires grad.* inference.* call it under torch.no_grad"):
             call()
     with torch.no_grad():
         assert torch.equal(vae.decode(z).sample, picture(vae))
