@@ -59,7 +59,10 @@ def one_run(way: str, pipeline: Any, negative: str, clip: int, steps: int, mesh:
     if way != "diffusers loop":
         denoiser = ParallelLoopDenoiser(mesh if way == "ours, 2 ranks" else None)
     ids = pipeline.tokenize_prompt(**words, **size)
-    return denoise_with(denoiser, pipeline, prompt_ids=ids, **size, steps=steps, guidance_scale=6.0, seed=0)
+    latent: torch.Tensor = denoise_with(
+        denoiser, pipeline, prompt_ids=ids, **size, steps=steps, guidance_scale=6.0, seed=0
+    )
+    return latent
 
 
 def measure(model: str, clips: list[int], repeats: int, steps: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def op_seconds(
     def decode(frames: int) -> None:
         block = Block(ops=(0, len(program)), chunks=(0, frames), rank=0)
         lowered = lower(program, LatentShape(1, frames, rows, cols), Assignment.of(1, [block]))
-        for _ in Execution(lowered, 0, ops, comm, lambda chunk: latent_chunk(z, chunk)).results():
+        for _ in Execution(lowered, 0, ops, comm, partial(latent_chunk, z)).results():
             pass
 
     def timed(frames: int) -> list[tuple[list[float], list[float]]]:

@@ -174,14 +174,6 @@ class Comm:
     def is_root(self) -> bool:
         return self.rank == 0
 
-    @property
-    def reads_memory(self) -> bool:
-        """Whether this rank shares memory with every other rank, for large messages on CPU.
-
-        Messages to ranks of other machines go through gloo.
-        """
-        return self._board is not None and len(self._links) == self.size - 1
-
     def _ready(self) -> None:
         if self._broken:
             self._connect()

@@ -60,8 +60,8 @@ def _choices(cfg: Config) -> Iterator[tuple[int, int, Strategy | None]]:
     guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
     layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
     program = program_for("decode", plain(cfg.model.vae))
-    # `auto` is the best of the others, and `replicated` is what runs without the flag.
-    classes = [cls for name, cls in discover().strategies.items() if name not in (REFERENCE, "auto")]
+    # Without the flag the reference runs, so it is not tried with it.
+    classes = [cls for name, cls in discover().strategies.items() if name != REFERENCE]
     strategies: list[Strategy | None] = [None]
     if ranks > 1:
         strategies += [cls() for cls in classes if issubclass(cls, OwnRunner) and "decode" in cls.directions]

@@ -14,9 +14,9 @@ from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness, Strategy
 
 # How far what is alive at most may be above its plan, and below.
-MOST_ALIVE, LEAST_ALIVE = 1.05, 0.75
+MOST_ALIVE, LEAST_ALIVE = 1.1, 0.75
 # Of tensors too small to be worth planning.
-SMALL_BYTES = 64 << 10
+SMALL_BYTES = 8 << 10
 
 
 def parts_of(observed: Observed, case: Case, ranks: int, *names: str) -> list[list[Part]]:

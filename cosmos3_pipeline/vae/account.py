@@ -21,7 +21,6 @@ from cosmos3_pipeline.vae.lowering import (
     Lowered,
     Message,
     Pass,
-    Piece,
     Portion,
     Post,
     Recall,
@@ -263,8 +262,7 @@ class _Walk:
 
     # -------------------------------------------------------------------------------------------------- computing
     def _run(self, run: Run) -> None:
-        portions = self._program.portions_at(len(self._program), first=run.chunk == 0) if run.part else 1
-        work = self._runs.work_of(run.tile, run.chunk, portions)
+        work = self._runs.work_of(run.tile, run.chunk, self._low.portions(run.chunk, run.part))
         flow, kept = self._flows[run.tile], self._kept[run.tile]
         own = {op: kept[op] for op in range(run.start, run.stop) if op in kept}
         after = self._runs.after(run, flow, own, work)
@@ -313,23 +311,13 @@ class _Walk:
             self._flows[tile] = _Flow([self._portions.pop(tile)], [])
 
     def _leave(self, leave: Leave) -> None:
-        for tile in leave.tiles:
-            self._flows.pop(tile, None)
+        self._flows.pop(leave.tile, None)
 
     # ---------------------------------------------------------------------------------------------- what travels
-    def _elements(self, message: Message | Piece, op: int, chunk: int, part: int) -> int:
-        b, t, _, _, c = self._low.value_shape(message.value, op, chunk, part)
-        return b * t * message.rect.area * c
-
-    def _message_bytes(self, message: Message) -> int:
-        elements = self._elements(message, message.op, message.chunk, message.part)
-        pixels = message.value == RESULT and self._program.direction == "decode"
-        return elements * (1 if pixels else self._element)
-
     def _enter(self, enter: Enter) -> None:
-        portions = self._program.portions_at(len(self._program), first=enter.chunk == 0) if enter.part else 1
         undivided = enter.op == self._program.portions_from and enter.fresh
-        work = self._runs.work_of(enter.tile, enter.chunk, 1 if undivided else portions)
+        portions = 1 if undivided else self._low.portions(enter.chunk, enter.part)
+        work = self._runs.work_of(enter.tile, enter.chunk, portions)
         op = self._program.ops[enter.op]
         core, _ = self._low.input_rect(enter.op, enter.tile)
         pieces = [piece for piece in enter.pieces if piece.value == 0]
@@ -363,12 +351,12 @@ class _Walk:
 
     def _post(self, post: Post) -> None:
         for message in post.messages:
-            self._arriving[id(message)] = self._message_bytes(message)
+            self._arriving[id(message)] = self._low.message_bytes(message)
 
     def _send(self, send: Send) -> None:
-        while len(self._leaving) >= self._low.in_flight and self._leaving[0][0] < send.at:
+        while self._low.must_wait([due for due, _ in self._leaving], send):
             self._leaving.popleft()
-        sizes = [self._message_bytes(message) for message in send.messages]
+        sizes = [self._low.message_bytes(message) for message in send.messages]
         self._tally.sent_bytes += sum(sizes)
         self._tally.sent_messages += len(sizes)
         if send.forgets:

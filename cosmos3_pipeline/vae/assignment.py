@@ -92,15 +92,22 @@ class Block:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The blocks of one clip over `ranks` ranks. `note` is one line for a human; plans add how fast it is."""
+    """The blocks of one clip over `ranks` ranks.
+
+    note: one line for a human, to which plans add how fast it is at best. speed_up: how many times as fast as one
+    rank that is, if the strategy knows better than the FLOPs say.
+    """
 
     ranks: int
     blocks: tuple[Block, ...]
     note: str = ""
+    speed_up: float | None = None
 
     @classmethod
-    def of(cls, ranks: int, blocks: Iterable[Block], note: str = "") -> Assignment:
-        return cls(ranks, tuple(blocks), note)
+    def of(
+        cls, ranks: int, blocks: Iterable[Block], note: str = "", *, speed_up: float | None = None
+    ) -> Assignment:
+        return cls(ranks, tuple(blocks), note, speed_up)
 
 
 class AssignmentError(Refusal):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 from cosmos3_pipeline.vae.assignment import Tile
 from cosmos3_pipeline.vae.lowering import (
-    RESULT,
     Emit,
     Enter,
     Halo,
@@ -195,7 +194,7 @@ class _Clock:
                 for message in action.messages:
                     self._receive(rank, message)
             elif isinstance(action, Send):
-                while len(rank.leaving) >= self._low.in_flight and rank.leaving[0][0] < action.at:
+                while self._low.must_wait([due for due, _ in rank.leaving], action):
                     yield from self._wait(rank, rank.leaving.popleft()[1])
                 flights = [self._send(rank, message) for message in action.messages]
                 rank.leaving.append((max(message.due for message in action.messages), flights))
@@ -218,7 +217,7 @@ class _Clock:
 
     # -------------------------------------------------------------------------------------------------- computing
     def _compute(self, number: int, rank: _Rank, run: Run) -> Iterator[str]:
-        portions = self._program.portions_at(len(self._program), first=run.chunk == 0) if run.part else 1
+        portions = self._low.portions(run.chunk, run.part)
         tile = run.tile
         rows = tile.rect.area / tile.unit**2 / self._low.shape.cols
         sums = self._sums_of(rows, portions, first=run.chunk == 0)
@@ -328,7 +327,7 @@ class _Clock:
 
     def _send(self, rank: _Rank, message: Message) -> _Flight:
         flight = self._flight(id(message))
-        nbytes = self._message_bytes(message)
+        nbytes = self._low.message_bytes(message)
         self._pay(rank, message.source, message.target, nbytes)
         flight.sent = rank.now
         return self._go(flight, message.source, message.target, nbytes)
@@ -337,7 +336,7 @@ class _Clock:
         flight = self._flight(id(message))
         if flight.posted >= 0:
             return flight
-        nbytes = self._message_bytes(message)
+        nbytes = self._low.message_bytes(message)
         self._pay(rank, message.source, message.target, nbytes)
         flight.posted = rank.now
         return self._go(flight, message.source, message.target, nbytes)
@@ -360,11 +359,6 @@ class _Clock:
         sender.outgoing_free = taker.incoming_free = start + transfer
         flight.arrives = start + link.latency_s + transfer
         return flight
-
-    def _message_bytes(self, message: Message) -> int:
-        b, t, _, _, c = self._low.value_shape(message.value, message.op, message.chunk, message.part)
-        pixels = message.value == RESULT and self._program.direction == "decode"
-        return b * t * message.rect.area * c * (1 if pixels else self._low.shape.element_bytes)
 
 
 def _no_time(source: int, target: int) -> Link:

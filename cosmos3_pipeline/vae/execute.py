@@ -195,8 +195,7 @@ class Execution:
             del self._portions[tile]
 
     def _leave(self, leave: Leave) -> None:
-        for tile in leave.tiles:
-            self._flows.pop(tile, None)
+        self._flows.pop(leave.tile, None)
 
     # ------------------------------------------------------------------------- what travels between ops of a chunk
     def _enter(self, enter: Enter) -> None:
@@ -325,7 +324,7 @@ class Execution:
         return buffer
 
     def _send(self, send: Send) -> None:
-        while len(self._leaving) >= self._low.in_flight and self._leaving[0][0] < send.at:
+        while self._low.must_wait([due for due, _ in self._leaving], send):
             self._leaving.popleft()[1].wait()
         tensors = [self._part(message, send.tile) for message in send.messages]
         if send.copies:

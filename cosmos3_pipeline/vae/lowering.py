@@ -18,6 +18,7 @@ the op before is still at work on the rest of the tile.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -175,9 +176,9 @@ class Send(Action):
 
 @dataclass(frozen=True, slots=True)
 class Leave(Action):
-    """Let go of the activations and shortcuts of `tiles`."""
+    """Let go of the activation and shortcuts of `tile`."""
 
-    tiles: tuple[Tile, ...]
+    tile: Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +254,22 @@ class Lowered:
             }
         )
 
+    def portions(self, chunk: int, part: int) -> int:
+        """In how many portions a chunk passes, of which `part` is one; 1 where it has not been divided."""
+        return self.program.portions_at(len(self.program), first=chunk == 0) if part else 1
+
+    def message_bytes(self, message: Message) -> int:
+        """Payload of a message, as the ledger counts it; of a picture that of `decode_stream`, in bytes."""
+        pixels = message.value == RESULT and self.program.direction == "decode"
+        return math.prod(self.message_shape(message)) * (1 if pixels else self.shape.element_bytes)
+
+    def must_wait(self, due: Sequence[int], send: Send) -> bool:
+        """Whether a rank with messages in flight, each `due` at a point, waits for the first before it sends.
+
+        Only for one that whoever takes it can take without what this rank does from `send` on.
+        """
+        return len(due) >= self.in_flight and due[0] < send.at
+
     def message_shape(self, message: Message) -> tuple[int, int, int, int, int]:
         """[B, T, H, W, C] of a message; of the finished picture too, whatever its layout."""
         rect = message.rect
@@ -265,7 +282,7 @@ class Lowered:
         if value == PAST:
             return program.kept_shape(op, self.shape)
         b, t, h, w, c = program.carried(op)[max(0, value)].shape(self.shape, first=first)
-        return b, t // (program.portions_at(len(program), first=first) if part else 1), h, w, c
+        return b, t // self.portions(chunk, part), h, w, c
 
     def value_scale(self, value: int, op: int) -> int:
         """Rows of a value before op `op` that make a latent one."""
@@ -361,13 +378,11 @@ class _Lowering:
                 self._halos(span)
         for chunk in range(self._last + 1):
             self._chunk(chunk)
-        root = self._out[0]
         end = self._at(self._last + 1, 0, 0)
         self._hand_out(end)
         if self._program.direction == "encode" and not self._low.everywhere and len(self._ranks) > 1:
             for out in self._out:
                 out.append(Share(end))
-        assert root is self._out[0]
         return [self._posted(rank) for rank in self._ranks]
 
     def _at(self, chunk: int, part: int, op: int) -> int:
@@ -426,7 +441,7 @@ class _Lowering:
     def _leave(self, at: int, tiles: Iterable[Tile]) -> None:
         for tile in tiles:
             for rank in self._of(tile):
-                self._out[rank].append(Leave(at, (tile,)))
+                self._out[rank].append(Leave(at, tile))
 
     def _exchange(
         self, chunk: int, part: int, op: int, before: Span, after: Span, going_on: frozenset[Tile]

@@ -44,7 +44,7 @@ def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment
             )
         )
     until_end = flops_until_end(clip)
-    note = _note(assignment.note, program.flops(shape) / until_end, assignment.ranks)
+    note = _note(assignment.note, assignment.speed_up or program.flops(shape) / until_end, assignment.ranks)
     exactness = exactness_of(lowered)
     return StrategyPlan(strategy.name, program.direction, exactness, tuple(shares), note, assignment, until_end)
 

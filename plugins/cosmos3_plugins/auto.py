@@ -6,6 +6,7 @@ strategies side by side.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -50,6 +51,10 @@ class Auto(Strategy):
         Exactness.ROUNDING
     )  # the least that it ever chooses; a plan says what it chose
 
+    def variants(self, ranks: int) -> Iterable[Auto]:
+        """None: it is the best of the others'."""
+        return []
+
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
         """The fastest; its note says why. Raises StrategyError for bad settings."""
         if self.require not in list(Exactness):
@@ -59,8 +64,9 @@ class Auto(Strategy):
         required = min(Exactness(self.require), Exactness.ROUNDING, key=list(Exactness).index)
         tflops = self.bf16_tflops if shape.element_bytes == 2 else self.fp32_tflops
         costs = RooflineCosts(program, shape, _TERA * tflops * self.efficiency, _GIGA * self.memory_gb_per_s)
-        others = [cls for name, cls in discover().strategies.items() if name != self.name]
-        found = search(others, program, shape, ranks, costs=costs, links=self._link, required=required)
+        found = search(
+            discover().strategies.values(), program, shape, ranks, costs=costs, links=self._link, required=required
+        )
         if not found:
             raise StrategyError(
                 f"auto.require={self.require} on a latent of {shape.rows} x {shape.cols}",

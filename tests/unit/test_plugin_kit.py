@@ -78,8 +78,8 @@ BROKEN = {
     "RefusesWithoutHelp": ("plans_are_whole", "says what, why and what would work"),
     "IdleRanks": ("more_ranks_than", "have nothing to do"),
     "PlansWithTorch": ("imports_no_torch", "planning imports ['torch'"),
-    "WaitsForNobody": ("as_exact and 2-image-decode", ""),
-    "HidesItsFailure": ("raises_stops_all and root-encode", ""),
+    "WaitsForNobody": ("as_exact and 2-image-decode", "computed next to nothing"),
+    "HidesItsFailure": ("raises_stops_all and root-encode", "hides its own error"),
 }
 
 

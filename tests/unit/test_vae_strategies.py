@@ -5,20 +5,63 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from cosmos3_wavefront import Wavefront
-from vae_models import WAN22, vae_config
+from thread_ranks import run_on_threads
+from vae_models import WAN22, make_vae, vae_config
 
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.program import decoder_program, encoder_program
+from cosmos3_pipeline.vae.program import Direction, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError
+from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
+from cosmos3_plugins.tiled import Tiled
 
 CONFIG = vae_config(WAN22, base_dim=24, decoder_base_dim=24)
 DECODER, ENCODER = decoder_program(vae_config(WAN22)), encoder_program(vae_config(WAN22))
 FULL = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    [
+        (Replicated(), 1),
+        (LayerPipeline(), 3),
+        (SpatialShard("grid"), 4),
+        (PipelineOfShards(), 4),
+        (Wavefront(), 3),
+        (Tiled(48, 32, 32, 16), 3),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_what_is_alive_is_what_was_planned(strategy: Strategy, ranks: int, direction: Direction) -> None:
+    shape, model = LatentShape(1, 9, 5, 6), make_vae(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    vae = BoundVae(model.config, ModuleWeights(model), dtype=torch.float32, device=torch.device("cpu"))
+    size = (1, CONFIG["z_dim"], 9, 5, 6) if direction == "decode" else (1, 3, 33, 80, 96)
+    given = torch.rand(size, generator=generator)
+    known = [*model.state_dict().values(), given]
+
+    def work(comm: Any) -> int:
+        runner = strategy.runner(vae, comm, direction)
+        for _ in range(2):  # the first time reorders weights, which are not activations
+            with LiveBytes(known) as live:
+                if direction == "encode":
+                    runner.encode(given)
+                else:
+                    for frames in runner.stream(given, pixels="uint8"):
+                        del frames
+        return live.peak
+
+    planned = strategy.plan(vae.program(direction), shape, ranks).shares
+    alive = run_on_threads(ranks, work)[0]
+    ratios = [peak / share.activation_bytes for share, peak in zip(planned, alive, strict=True)]
+    assert all(0.8 <= ratio <= 1.15 for ratio in ratios), ratios
 
 
 def test_memory_does_not_grow_with_the_clip() -> None:

@@ -26,7 +26,7 @@ from cosmos3_pipeline.plugin_api import (
     op_costs,
     op_seconds,
 )
-from cosmos3_plugins.layer_pipeline.cuts import fixed_cuts, moving_cuts
+from cosmos3_plugins.layer_pipeline.cuts import fixed_cuts, moving_cuts, speed_up
 
 __all__ = ["LayerPipeline", "fixed_runs"]
 
@@ -72,7 +72,8 @@ class LayerPipeline(Strategy):
             ]
         moves = ", with moving cuts" * any(len(set(path)) > 1 for path in paths)
         measured = ", by measured seconds of ops" * bool(self.op_seconds)
-        return Assignment.of(ranks, blocks, f"{chunks} chunks through {ranks} stages{moves}{measured}")
+        note = f"{chunks} chunks through {ranks} stages{moves}{measured}"
+        return Assignment.of(ranks, blocks, note, speed_up=speed_up(program, costs, paths, chunks))
 
 
 def fixed_runs(program: Program, shape: LatentShape, stages: int) -> list[tuple[int, int]]:
