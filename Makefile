@@ -22,9 +22,10 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# By file: the tests of a file share what they compare with. One thread each: that is when ranks are bitwise equal.
+# By file: the tests of a file share what they compare with. In the order of the folders, because the longest files are
+# in the first. Three processes on two cores, because many tests wait. One thread each: so ranks are bitwise equal.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 quick: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -m 'not ranks'
