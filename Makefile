@@ -1,6 +1,6 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
 # make test  lint, types and all tests
-# make quick lint, types and the tests that start no ranks
+# make quick lint, types and the tests that start no ranks or processes and take no seconds
 # make bench the VAE and the denoiser by one and two ranks beside others, interleaved (two hours)
 .PHONY: env run test quick lint bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -28,7 +28,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 quick: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -m 'not ranks'
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/unit -m 'not ranks and not long'
 
 bench: env
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

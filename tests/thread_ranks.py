@@ -8,11 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from limits import HANGS
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-
-# Seconds after which a rank that waits for a message is taken to wait for ever.
-HANGS = 300.0
 
 
 class OtherRankFailed(RuntimeError):

@@ -32,7 +32,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.ledger import Ledger
-from cosmos3_pipeline.distributed.links import Links, goes_uncopied
+from cosmos3_pipeline.distributed.links import Links
 from cosmos3_pipeline.errors import Refusal
 
 T = TypeVar("T")
@@ -265,15 +265,13 @@ class Comm:
         pending, by_gloo = self._pending(), list[tuple[Work, Tensor]]()
         # Sends first, because others wait for what leaves while this rank prepares its own receives.
         for tensor, peer in sends:
-            in_place = peer in self._links and goes_uncopied(tensor)
-            leaving = tensor if in_place else tensor.contiguous()
+            leaving = tensor.contiguous()
             if peer in self._links:
                 pending.add(self._translated(partial(self._links.send, leaving, peer, lane)), [])
             else:
                 by_gloo.append((self._translated(partial(self._gloo.send, [leaving], peer, lane)), leaving))
         for tensor, peer in receives:
-            in_place = peer in self._links and goes_uncopied(tensor)
-            landing = tensor if in_place else pending.landing(tensor)
+            landing = pending.landing(tensor)
             if peer in self._links:
                 pending.add(self._links.receive(landing, peer, lane), [])
             else:

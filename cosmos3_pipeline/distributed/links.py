@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import heapq
-import math
 import mmap
 import os
 import select
@@ -24,9 +23,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 from torch._C._distributed_c10d import Store
@@ -36,8 +34,6 @@ from torch.distributed.constants import default_pg_timeout
 SMALL_BYTES = 192 << 10
 # A piece stays in a core's cache, and a message of several is copied by sender and receiver at the same time.
 SLOT_BYTES = 512 << 10
-# A small message goes out of and into so many places of memory without a copy. A halo row has one per frame.
-MOST_PLACES = 16
 SLOTS = 256  # in each direction between two ranks; a slot's number is sent as one byte
 
 # A rank asks its sockets for so long before it sleeps, because a core that idles is woken as slowly as a halo row
@@ -51,17 +47,15 @@ T = TypeVar("T")
 
 
 class Message:
-    """A tensor in flight that `goes_uncopied`. `rest` is its memory that has not left, or not arrived."""
+    """A contiguous tensor in flight. `rest` is its memory that has not left, or not arrived."""
 
     def __init__(self, tensor: Tensor, link: Link, links: Links) -> None:
         self._tensor = tensor  # whose memory `rest` is
         self._link, self._links = link, links
         self.is_small = tensor.nbytes <= SMALL_BYTES
-        self.rest = list[Any]()
+        self.rest = memoryview(b"")
         if tensor.nbytes:
-            start, offsets = tensor.data_ptr(), _offsets_of(tensor)
-            place = ctypes.c_char * (tensor.nbytes // len(offsets))
-            self.rest = [place.from_address(start + offset) for offset in offsets]
+            self.rest = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
     def wait(self) -> None:
         """Return when it has left or arrived. Raises RuntimeError when it never will."""
@@ -117,12 +111,12 @@ class Link:
     def _send(self, message: Message, end: socket.socket) -> int:
         """The bytes of `message` that have left: all that the socket takes, or a piece into a slot."""
         if message.is_small:
-            return _tried(end.sendmsg, message.rest) or 0
+            return _tried(end.send, message.rest) or 0
         for number in _tried(self.returns.recv, SLOTS) or b"":
             heapq.heappush(self._free, number)
         if not self._free:
             return 0
-        piece, start = _bytes(message.rest[0])[:SLOT_BYTES], self._free[0] * SLOT_BYTES
+        piece, start = message.rest[:SLOT_BYTES], self._free[0] * SLOT_BYTES
         self._own[start : start + len(piece)] = piece
         if not _tried(end.send, bytes(self._free[:1])):
             return 0
@@ -132,11 +126,11 @@ class Link:
     def _receive(self, message: Message, end: socket.socket) -> int:
         """The bytes of `message` that have arrived: all that the socket has, or a piece out of a slot."""
         if message.is_small:
-            return _tried(lambda places: end.recvmsg_into(places)[0], message.rest) or 0
+            return _tried(end.recv_into, message.rest) or 0
         number = _tried(end.recv, 1)
         if not number:
             return 0
-        piece, start = _bytes(message.rest[0])[:SLOT_BYTES], number[0] * SLOT_BYTES
+        piece, start = message.rest[:SLOT_BYTES], number[0] * SLOT_BYTES
         piece[:] = self._peers[start : start + len(piece)]
         self._owed += number
         self._give_back()
@@ -196,7 +190,7 @@ class Links:
         return len(self._links)
 
     def send(self, tensor: Tensor, peer: int, lane: int) -> Message:
-        """Start sending a tensor that `goes_uncopied`. It must not be written before the message was awaited."""
+        """Start sending a contiguous tensor. It must not be written before the message was awaited."""
         link = self._links[peer]
         message = Message(tensor, link, self)
         if message.rest:
@@ -205,7 +199,7 @@ class Links:
         return message
 
     def receive(self, tensor: Tensor, peer: int, lane: int) -> Message:
-        """Start receiving into a tensor that `goes_uncopied`."""
+        """Start receiving into a contiguous tensor."""
         link = self._links[peer]
         message = Message(tensor, link, self)
         if message.rest:
@@ -247,34 +241,6 @@ class Links:
         for link in self._links.values():
             link.close()
         self._links.clear()
-
-
-def goes_uncopied(tensor: Tensor) -> bool:
-    """Whether a link takes `tensor` as it lies in memory: contiguous, or small and in few places."""
-    offsets = _offsets_of(tensor)
-    return len(offsets) == 1 or (bool(offsets) and tensor.nbytes <= SMALL_BYTES)
-
-
-def _offsets_of(tensor: Tensor) -> tuple[int, ...]:
-    return (0,) if tensor.is_contiguous() else _offsets(tensor.shape, tensor.stride(), tensor.element_size())
-
-
-@lru_cache(maxsize=1 << 10)  # the tensors of the next chunk lie as those of this one do
-def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Where the equal parts without gaps begin of which a tensor consists, in bytes; its elements have `size`.
-
-    Empty when they are more than MOST_PLACES.
-    """
-    length, outer = size, len(shape)
-    while outer and (shape[outer - 1] == 1 or strides[outer - 1] * size == length):
-        outer -= 1
-        length *= shape[outer]
-    if math.prod(shape[:outer]) > MOST_PLACES:
-        return ()
-    offsets = [0]
-    for count, stride in zip(shape[:outer], strides[:outer], strict=True):
-        offsets = [offset + i * stride * size for offset in offsets for i in range(count)]
-    return tuple(offsets)
 
 
 def _listening(listener: socket.socket, address: str, size: int) -> str:
@@ -327,18 +293,11 @@ def _unnamed_file(nbytes: int) -> int:
 
 def _advanced(queue: deque[Message], count: int) -> bool:
     """Note that `count` bytes of the first message have been moved. Returns whether any were."""
-    rest, left = queue[0].rest, count
-    while rest and left >= len(rest[0]):
-        left -= len(rest.pop(0))
-    if left:
-        rest[0] = _bytes(rest[0])[left:]
-    if not rest:
+    message = queue[0]
+    message.rest = message.rest[count:]
+    if not message.rest:
         queue.popleft()
     return count > 0
-
-
-def _bytes(place: Any) -> memoryview:
-    return memoryview(place).cast("B")
 
 
 def _tried(call: Callable[[A], T], argument: A) -> T | None:

@@ -15,6 +15,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from limits import HANGS
+
 # A process forked from this server has torch and diffusers imported already, and no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "diffusers", "diffusers.models.autoencoders"])
@@ -25,7 +27,7 @@ class RankError(AssertionError):
 
 
 def run_on_ranks(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, may_die: tuple[int, ...] = ()
+    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = HANGS, may_die: tuple[int, ...] = ()
 ) -> list[Any]:
     """`[function(rank, *args) for each rank]`, in `ranks` processes that share a gloo process group.
 
@@ -60,7 +62,7 @@ def _rank(
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=600)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=HANGS)
         )
         # By value: a tensor that a queue shares is gone when its process has ended before it is fetched.
         results.put((rank, pickle.dumps(function(rank, *args)), None))

@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from limits import HANGS
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["COSMOS3_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def launch(*args: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def launch(*args: str, timeout: float = HANGS, **env: str) -> subprocess.CompletedProcess[str]:
     """`python launch.py *args` from the checkout."""
     return subprocess.run(
         [sys.executable, "launch.py", *args],

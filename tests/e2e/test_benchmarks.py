@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from conftest import REPOSITORY
+from limits import HANGS
 
 from cosmos3_pipeline.plugin_api import LatentShape, op_seconds
 from cosmos3_pipeline.vae.program import program_for
@@ -21,7 +22,7 @@ def run(program: str, *args: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "plugins")])
     command = [sys.executable, f"benchmarks/{program}", *args]
     env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_a_case_on_two_ranks_beside_another_checkout(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_the_clock_needs_no_torch_and_leaves_a_trace(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     assert "| spatial_shard | 4 | 2.2" in done.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, SMALL, metrics
+from limits import HANGS
 
 EXAMPLE = REPOSITORY / "examples" / "wavefront"
 
@@ -18,26 +19,26 @@ EXAMPLE = REPOSITORY / "examples" / "wavefront"
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a fresh environment: this one's packages, and the plugin's wheel on top."""
     environment = tmp_path_factory.mktemp("fresh") / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=HANGS)
     (site,) = environment.glob("lib/python*/site-packages")
     # addsitedir and not a plain path, so that an editable installation is followed too
     here = sysconfig.get_path("purelib")
     (site / "outer.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     interpreter = environment / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-build-isolation", str(EXAMPLE)], check=True, timeout=120)
+    subprocess.run([*pip, "--no-build-isolation", str(EXAMPLE)], check=True, timeout=HANGS)
     return interpreter
 
 
 def launch(python: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(python), "launch.py", *SMALL, *args], cwd=REPOSITORY, capture_output=True, text=True, timeout=240
+        [str(python), "launch.py", *SMALL, *args], cwd=REPOSITORY, capture_output=True, text=True, timeout=HANGS
     )
 
 
 def test_it_is_not_in_this_environment() -> None:
     code = "from cosmos3_pipeline.config.plugins import discover; assert 'wavefront' not in discover().strategies"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
 
 
 def test_a_run_chooses_it_by_name_and_makes_the_same_frames(python: Path, tmp_path: Path) -> None:
@@ -73,13 +74,13 @@ def test_it_verifies(python: Path, tmp_path: Path) -> None:
 
 
 def test_it_conforms(python: Path, tmp_path: Path) -> None:
-    kit = ["--pyargs", "cosmos3_pipeline.plugin_kit"]
+    kit, few = ["--pyargs", "cosmos3_pipeline.plugin_kit"], ["--max-ranks", "2", "-k", "not tall and not bfloat16"]
     done = subprocess.run(
-        [str(python), "-m", "pytest", "-q", *kit, "--strategy", "cosmos3_wavefront:Wavefront", "--max-ranks", "2"],
+        [str(python), "-m", "pytest", "-q", *kit, "--strategy", "cosmos3_wavefront:Wavefront", *few],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout and "declares" not in done.stdout  # its entry point was found and has its name

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, SMALL, frames_of, launch, make_clip, make_photo, metrics
+from limits import HANGS
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -75,7 +76,7 @@ def test_torchrun_joins_its_ranks_and_writes_one_folder(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     assert metrics(output)["topology"]["ranks"] == 2
@@ -94,7 +95,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path:
     )
     ranks = wait_for_ranks(run.pid, 2)
     os.kill(ranks[1], signal.SIGKILL)
-    _, errors = run.communicate(timeout=600)
+    _, errors = run.communicate(timeout=HANGS)
     assert run.returncode == 1
     assert "signal 9" in errors
     assert not [p for p in output.iterdir() if p.suffix in (".mp4", ".png") or ".partial" in p.name]
@@ -112,7 +113,7 @@ def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
     )
     ranks = wait_for_ranks(run.pid, 2)
     run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=600)
+    _, errors = run.communicate(timeout=HANGS)
     assert run.returncode == 130
     assert "stopped; nothing half-written is left" in errors
     assert not list(tmp_path.glob("*.mp4*"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, SMALL, metrics
+from limits import HANGS
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--target", str(target), str(REPOSITORY)),
         ],
         check=True,
-        timeout=120,
+        timeout=HANGS,
     )
     return target
 
@@ -34,7 +35,7 @@ def cosmos3(installed: Path, cwd: Path, *args: str) -> subprocess.CompletedProce
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, SMALL, launch
+from limits import HANGS
 
 # Python imports it in every process that finds it on its path: in the launcher and in each rank.
 SITECUSTOMIZE = """
@@ -122,7 +123,7 @@ def test_under_torchrun_each_rank_decides_once(tmp_path: Path, counting: dict[st
         env={**os.environ, **counting},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     assert counts(counting) == [ONCE + Counter(rank=1)] * 2

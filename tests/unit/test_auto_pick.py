@@ -41,6 +41,7 @@ def test_it_keeps_to_what_is_required_and_says_why(require: Exactness, ranks: in
     assert ": about " in plan.note and "s with " in plan.note and "tiled" not in plan.note
 
 
+@pytest.mark.long
 def test_it_estimates_as_the_plan_does() -> None:
     """With the figures of the topology the pick is the fastest of `plan.search` with the same layout."""
     cfg = compose(["model=nano", "topology=h200_x4", "vae/decode=auto", "vae.required_exactness=rounding"])

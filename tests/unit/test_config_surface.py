@@ -24,6 +24,7 @@ LIBRARY = Path(__file__).parents[2]
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_composes(option: Path) -> None:
     compose([f"{option.parent}={option.name}"])

@@ -17,6 +17,8 @@ from cosmos3_pipeline.vae import ParallelVAE, convolution, execute, host_memory,
 from cosmos3_pipeline.vae.host_memory import SETTINGS
 from cosmos3_plugins.replicated import Replicated
 
+pytestmark = pytest.mark.ranks
+
 # Shares of what buffers take. Where something small comes to lie among the freed ones a few of the 40 are mapped
 # anew even where all are kept; a page more than theirs may be mapped where none is.
 FEW, ALL = 0.25, 0.95

@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 from fake_hub import COMMIT, OTHER, Answer, FakeHub, files_of, serving
 from huggingface_hub import constants
+from limits import HANGS
 from toy_runs import toy_dimensions
 
 from cosmos3_pipeline import compose
@@ -224,7 +225,7 @@ print(fetch_checkpoint({REPO!r}, None).commit)
         )
         for rank in range(3)
     ]
-    ended = [rank.communicate(timeout=60) for rank in ranks]
+    ended = [rank.communicate(timeout=HANGS) for rank in ranks]
     assert [out.strip() for out, _ in ended] == [COMMIT] * 3, ended
     assert set(hub.gets().values()) == {1}
 

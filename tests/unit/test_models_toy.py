@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
+from limits import HANGS
 from toy_runs import PROMPT, clip_of, components, context_of, task_config, toy_dimensions
 
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
@@ -81,6 +82,7 @@ def test_diffusers_loads_it_as_a_pipeline(folder: Path) -> None:
 
 
 # The default clip first; then another seed, another size, an image.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "guidance", "shift", "seed"),
     [
@@ -161,7 +163,7 @@ def test_makers_at_the_same_time_leave_one_whole_toy(
 
     def write_together(path: Path, **dimensions: Any) -> None:
         write(path, **dimensions)
-        barrier.wait(timeout=60)  # all are whole before the first is renamed
+        barrier.wait(timeout=HANGS)  # all are whole before the first is renamed
 
     monkeypatch.setattr(toy, "write_toy", write_together)
     found: list[Path] = []

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANGS
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.plan import plan_of
@@ -29,7 +30,7 @@ def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "COLUMNS": "220"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
     )
 
 

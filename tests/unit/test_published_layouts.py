@@ -28,6 +28,8 @@ from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.text import TextStage
 
+pytestmark = pytest.mark.long
+
 RUN = [(name, task) for name in ("nano", "edge") for task in ("t2v", "i2v", "t2i")]
 RUN += [(name, "t2v") for name in ("super", "nano-converted", "edge-converted")]
 EDGE_CLASS = "Cosmos3EdgeUniPCMultistepScheduler"

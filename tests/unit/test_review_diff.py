@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANGS
 
 from cosmos3_pipeline.config.sweep import jobs_of
 from cosmos3_pipeline.review import blame, command, sweep_plan
@@ -33,7 +34,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'plugins'}", "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
 
 

@@ -116,6 +116,7 @@ def denoised(context: RunContext, encode_stage: EncodeStage, denoise_stage: Deno
 
 
 # Latent rows and columns: 5x7 and 3x5 are odd patch grids, padded by the transformer.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "steps", "guidance", "seed"),
     [((80, 112, 9), 3, 6.0, 0), ((96, 64, 5), 2, 1.0, 1), ((48, 80, 17), 2, 6.0, 2)],

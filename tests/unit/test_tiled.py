@@ -16,6 +16,8 @@ from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 from cosmos3_plugins.tiled import Tiled
 
+pytestmark = pytest.mark.long
+
 # For decode in pixels; for encode in what diffusers counts there, patches.
 SIZES = {"tile_sample_min_height": 64, "tile_sample_min_width": 64}
 SIZES |= {"tile_sample_stride_height": 32, "tile_sample_stride_width": 48}

@@ -11,6 +11,8 @@ from vae_models import CONFIGS, make_vae, picture_of
 from cosmos3_pipeline.vae import ParallelVAE, blocking
 from cosmos3_plugins.replicated import Replicated
 
+pytestmark = pytest.mark.long
+
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """Decibels on [-1, 1]."""

@@ -335,6 +335,7 @@ for strategy in (Replicated(), LayerPipeline(), PipelineOfShards(groups=1), Spat
 """
 
 
+@pytest.mark.long
 def test_it_needs_nothing_of_the_application() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_HYDRA], check=True)
 

@@ -102,6 +102,7 @@ def test_after_release_only_what_was_bound_works() -> None:
         vae.to(torch.bfloat16)
 
 
+@pytest.mark.long
 def test_from_folder_is_the_model(tmp_path: Any) -> None:
     model = make_vae(CONFIG)
     expected = alone(model).decode(latent()).sample
@@ -164,11 +165,13 @@ def test_exactness_is_ordered() -> None:
     assert not Exactness.APPROXIMATE.satisfies(Exactness.ROUNDING)
 
 
+@pytest.mark.long
 def test_wan_pipeline_runs_unchanged() -> None:
     model = make_vae(vae_config(WAN21, z_dim=16))
     assert (wan_video(alone(model)) - wan_video(model)).abs().max() <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("image", [False, True], ids=["t2v", "i2v"])
 def test_cosmos3_pipeline_runs_unchanged(image: bool) -> None:
     pipe = tiny_pipeline()

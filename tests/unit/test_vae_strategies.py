@@ -26,6 +26,7 @@ DECODER, ENCODER = decoder_program(vae_config(WAN22)), encoder_program(vae_confi
 FULL = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 @pytest.mark.parametrize(
     ("strategy", "ranks"),
