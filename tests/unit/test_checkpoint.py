@@ -153,6 +153,7 @@ def test_the_shipped_schedule_or_the_shift_asked_for(folder: Path) -> None:
     assert not torch.equal(schedules[0], schedules[1]) and not torch.equal(schedules[1], schedules[2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_half_a_vae_decodes_like_a_whole_one(dtype: torch.dtype, whole: Path) -> None:
     info = inspect_checkpoint(whole)

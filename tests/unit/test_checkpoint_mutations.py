@@ -498,6 +498,7 @@ def test_a_template_that_does_not_end_is_stopped(folder: Path, monkeypatch: pyte
     assert threading.active_count() == before
 
 
+@pytest.mark.long
 def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = make_layout(tmp_path / "nano", "nano")
     numbers = {**numbers_of(LAYOUTS["nano"], full_size=False)["transformer"], "vocab_size": 300}

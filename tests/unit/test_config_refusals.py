@@ -113,6 +113,7 @@ REFUSED_AT_THE_START = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("overrides", "what", "works"), REFUSALS)
 def test_refused_in_three_parts(overrides: list[str], what: str, works: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -143,6 +144,7 @@ def test_every_problem_is_told_at_once() -> None:
     assert len(caught.value.problems) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overrides", [[], ["vae=parallel_decode", "topology=cpu_x4"], ["task.height=100"]])
 def test_composing_and_refusing_import_no_torch(overrides: list[str]) -> None:
     code = (

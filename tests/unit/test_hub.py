@@ -208,6 +208,7 @@ def expected(hub: FakeHub) -> set[str]:
     return READ | {name for name in hub.files if name.startswith("text_tokenizer/")}
 
 
+@pytest.mark.long
 def test_processes_that_start_together_download_once(hub: FakeHub) -> None:
     program = f"""
 from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint

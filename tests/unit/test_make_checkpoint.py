@@ -23,6 +23,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.long
 def test_the_command_writes_a_layout_the_same_every_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,6 +44,7 @@ def test_every_file_is_what_its_index_says(tmp_path: Path) -> None:
     assert {tensor.dtype for tensors in files.values() for tensor in tensors.values()} == {torch.bfloat16}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "shards", "size"), [("nano", 7, 33e9), ("super", 27, 131e9), ("edge", 2, 9.2e9)])
 def test_the_full_size_is_that_of_the_published_one(name: str, shards: int, size: float) -> None:
     numbers = make_checkpoint.numbers_of(LAYOUTS[name], full_size=True)
