@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
+from cosmos3_pipeline.plugin_api import Assignment, Block, LatentShape, Program, StrategyError
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
@@ -123,6 +125,23 @@ class ForgetsThePast(Broken):
                 if frames < chunk.shape[dim]:
                     yield chunk.narrow(dim, max(0, frames), chunk.shape[dim] - max(0, frames))
                 frames -= chunk.shape[dim]
+
+
+class DropsContext(Broken):
+    """Every rank begins its chunks after two to warm up, which is too few for a long clip."""
+
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        chunks, ops = program.chunks(shape), (0, len(program))
+        if chunks < ranks:
+            raise StrategyError(f"{ranks} ranks", f"there are {chunks} chunks", "use fewer ranks")
+        edges = [chunks * rank // ranks for rank in range(ranks + 1)]
+        return Assignment.of(
+            ranks,
+            [
+                Block(ops, (max(0, start - 2), stop), rank, warm_up=min(2, start))
+                for rank, (start, stop) in enumerate(pairwise(edges))
+            ],
+        )
 
 
 class KeepsMoreAlive(Broken):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import ENCODE_CHUNK, Direction, Program, program_for
-from cosmos3_pipeline.vae.strategy import Strategy, StrategyError
+from cosmos3_pipeline.vae.strategy import DeclarationError, Strategy, StrategyError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -128,11 +128,14 @@ CASES = (
 
 
 def refuses(strategy: Strategy, case: Case, ranks: int, direction: Direction) -> bool:
-    """Whether the plan of one direction refuses `case` on so many ranks."""
+    """Whether the plan of one direction refuses `case` on so many ranks.
+
+    A plan that less is exact than was declared is no refusal: what runs the case then says so.
+    """
     try:
         strategy.plan(case.program(direction), case.shape, ranks)
-    except StrategyError:
-        return True
+    except StrategyError as error:
+        return not isinstance(error, DeclarationError)
     return False
 
 

@@ -239,6 +239,21 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
     box = {"ops": len(program), "chunks": program.chunks(shape)}
     seen: set[tuple[tuple[int, int], Rect | None, int]] = set()
     for block in assignment.blocks:
+        slab, unit, rank = block.slab, block.unit, block.rank
+        numbers = (
+            *block.ops,
+            *block.chunks,
+            block.warm_up,
+            unit,
+            *(slab or ()),
+            *(() if rank is EVERY else (rank,)),
+        )
+        if not all(isinstance(number, int) for number in numbers) or not isinstance(slab, Rect | None) or unit < 1:
+            raise AssignmentError(
+                f"{block} is not made of whole numbers",
+                "ops and chunks are two each, a slab is a Rect, and a latent row has a whole number of parts",
+                "give Block((op, op), (chunk, chunk), rank, Rect(top, bottom, left, right), unit=1 or more)",
+            )
         for name, size in box.items():
             start, stop = getattr(block, name)
             if not 0 <= start < stop <= size:
@@ -247,9 +262,9 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
                     f"the {program.direction}r has {size}",
                     f"stay within {size}",
                 )
-        if block.rank is not EVERY and not 0 <= block.rank < assignment.ranks:
+        if rank is not EVERY and not 0 <= rank < assignment.ranks:
             raise AssignmentError(
-                f"{block} is for rank {block.rank}",
+                f"{block} is for rank {rank}",
                 f"there are {assignment.ranks} ranks",
                 f"give 0 to {assignment.ranks - 1}, or EVERY",
             )
@@ -259,14 +274,12 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
                 f"it has {block.chunks[1] - block.chunks[0]}, and the result of one has to be of use",
                 "give 0, or fewer than it has",
             )
-        cut = (block.ops, block.slab, block.unit)
-        if block.slab is None or cut in seen:
+        cut = (block.ops, slab, unit)
+        if slab is None or cut in seen:
             continue
         seen.add(cut)
-        slab, unit = block.slab, block.unit
-        if unit < 1 or not (
-            0 <= slab.top < slab.bottom <= shape.rows * unit and 0 <= slab.left < slab.right <= shape.cols * unit
-        ):
+        rows, cols = shape.rows * unit, shape.cols * unit
+        if not (0 <= slab.top < slab.bottom <= rows and 0 <= slab.left < slab.right <= cols):
             raise AssignmentError(
                 f"{block} has a slab outside the picture",
                 f"the latent has {shape.rows} rows and {shape.cols} columns, of {unit} parts each",

@@ -506,15 +506,15 @@ class _Lowering:
             for op, rank, send in self._handed_on(chunk, part, start, stop):
                 pasts[op].append((rank, send))
         cuts |= set(recalls) | {op + 1 for op in pasts}
-        if halos is None and len(span.tiles) > 1:
+        if halos is None and len(tiles) > 1:
             cuts |= {op for op in range(start, stop) if self._widens(op)}
         edges = sorted(cuts)
         for a, b in pairwise(edges):
             at = self._at(chunk, part, a)
-            if halos is None and len(span.tiles) > 1 and (a > start or not self._entered(span, a)):
+            if halos is None and len(tiles) > 1 and (a > start or not self._entered(span, a)):
                 self._exchange(chunk, part, a, span, span, frozenset(tiles))
             self._recalled(chunk, recalls[a])
-            goes_on = b < stop and (halos is not None or len(span.tiles) == 1 or not self._widens(b))
+            goes_on = b < stop and (halos is not None or len(tiles) == 1 or not self._widens(b))
             for tile in tiles:
                 mine = {} if halos is None else halos.get(tile, {})
                 if a in mine and self._entered(span, a):

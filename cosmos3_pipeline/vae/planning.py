@@ -12,7 +12,14 @@ from cosmos3_pipeline.vae.clock import flops_until_end
 from cosmos3_pipeline.vae.lowering import Lowered, lower_repeated
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program
-from cosmos3_pipeline.vae.strategy import Exactness, RankShare, Strategy, StrategyError, StrategyPlan
+from cosmos3_pipeline.vae.strategy import (
+    DeclarationError,
+    Exactness,
+    RankShare,
+    Strategy,
+    StrategyError,
+    StrategyPlan,
+)
 
 
 def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment: Assignment) -> StrategyPlan:
@@ -60,10 +67,10 @@ def named(strategy: Strategy) -> Iterator[None]:
 
 
 def check(strategy: Strategy, lowered: Lowered) -> None:
-    """Raise StrategyError for a rank without work, and for a result less exact than the strategy promises."""
+    """Raise DeclarationError for a result less exact than the strategy promises, StrategyError for idle ranks."""
     exactness, needed = exactness_of(lowered), reach(lowered.program)
     if not exactness.satisfies(strategy.exactness):
-        raise StrategyError(
+        raise DeclarationError(
             f"{strategy.name} declares {strategy.exactness} and its blocks are {exactness}",
             "parts of a picture are computed to rounding, and a rank that warms up on fewer chunks than the ops "
             f"remember ({needed} here) sees another past",

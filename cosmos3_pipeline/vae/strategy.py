@@ -61,6 +61,10 @@ class StrategyError(Refusal):
     """A strategy cannot honour its settings on this program, shape and number of ranks."""
 
 
+class DeclarationError(StrategyError):
+    """A strategy declares to be more exact than its blocks are."""
+
+
 @dataclass(frozen=True)
 class RankShare:
     """What one rank of the group does with one clip.

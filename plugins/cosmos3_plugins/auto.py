@@ -74,8 +74,8 @@ class Auto(Strategy):
                 "install replicated, which can",
             )
         best, *rest = found
-        against = ", ".join(f"{one.seconds:.3g} s with {one.strategy.name}" for one in rest[:3])
-        note = f"picked {best.strategy.name}, {best.exactness}: about {best.seconds:.3g} s"
+        against = ", ".join(f"{one.seconds:.3g} s with {_called(one.strategy)}" for one in rest[:3])
+        note = f"picked {_called(best.strategy)}, {best.exactness}: about {best.seconds:.3g} s"
         note += f", against {against}" * bool(rest) + f"; {best.assignment.note}" * bool(best.assignment.note)
         return replace(best.assignment, note=note)
 
@@ -83,3 +83,10 @@ class Auto(Strategy):
         apart = source // self.ranks_per_node != target // self.ranks_per_node
         rate = self.network_gb_per_s if apart else self.link_gb_per_s
         return Link(self.latency_us * _MICRO, rate * _GIGA)
+
+
+def _called(strategy: Strategy) -> str:
+    """Its name, with the settings that are not its defaults."""
+    usual = vars(type(strategy)())
+    changed = ", ".join(f"{name}={value}" for name, value in vars(strategy).items() if value != usual[name])
+    return f"{strategy.name} ({changed})" if changed else strategy.name

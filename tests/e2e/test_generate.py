@@ -212,5 +212,5 @@ def test_auto_says_in_the_metrics_what_it_picked_and_why(generate: Callable[...,
     used = report["vae"]["decode"]
     assert used["strategy"] == "auto"
     assert used["exactness"] == "bitwise"
-    assert re.match(r"picked (layer_pipeline|replicated|wavefront), bitwise: about ", used["note"])
+    assert re.match(r"picked (layer_pipeline|replicated|wavefront)( \(.*\))?, bitwise: about ", used["note"])
     assert report["frames_sha256"] == metrics(one_rank)["frames_sha256"]

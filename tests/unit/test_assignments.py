@@ -255,6 +255,18 @@ def test_a_rank_that_warms_up_for_as_long_as_the_ops_remember_needs_nobody(direc
         Warmed(clip, 1).plan(program, clip.shape, 2)
 
 
+@pytest.mark.parametrize("name", ["wan22", "two levels"])
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_slabs_may_warm_up_while_another_rank_has_the_whole_picture(name: str, direction: Direction) -> None:
+    """They read each other's margins then, which nobody but the other rank has."""
+    program, shape = program_of(name, direction), LatentShape(1, 3, 4, 4, element_bytes=8)
+    ops, last = (0, len(program)), program.chunks(shape) - 1
+    blocks = [Block(ops, (0, last), 0)]
+    for rank, slab in enumerate((Rect(0, 2, 0, 4), Rect(2, 4, 0, 4))):
+        blocks.append(Block(ops, (0, last + 1), rank, slab, warm_up=last))
+    check(Clip(name, direction, shape), Assignment.of(2, blocks), "float", atol=1e-12)
+
+
 END = len(program_of("wan22", "decode"))
 SHAPE = LatentShape(1, 3, 4, 4)
 
@@ -276,6 +288,10 @@ def block(ops: tuple[int, int] = (0, END), chunks: tuple[int, int] = (0, 3), ran
         ([block(slab=Rect(0, 5, 0, 4))], "has a slab outside the picture"),
         ([block(slab=Rect(0, 3, 0, 8), unit=2)], "cuts within a row of op 0 (post_quant_conv)"),
         ([block(warm_up=3)], "warms up on 3 chunks"),
+        ([block(slab=(0, 4, 0, 4))], "is not made of whole numbers"),
+        ([block(slab=[0, 4, 0, 4])], "is not made of whole numbers"),
+        ([block(slab=Rect(0, 4, 0, 4), unit=0)], "is not made of whole numbers"),
+        ([block(rank=0.5)], "is not made of whole numbers"),
         ([block(chunks=(0, 2)), block(warm_up=2)], "warms up in ops"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",

@@ -26,7 +26,7 @@ def picked(auto: Auto, program: Program, shape: LatentShape, ranks: int) -> str:
 
 def test_a_long_clip_flows_through_layers_and_an_image_is_cut() -> None:
     assert picked(FAST, DECODER, LONG, 2) == "layer_pipeline"
-    assert picked(replace(FAST, require="rounding"), DECODER, IMAGE, 4) == "spatial_shard"
+    assert picked(replace(FAST, require="rounding"), DECODER, IMAGE, 4) == "spatial_shard (axis=grid)"
     # A line of layers has nothing to overlap in one image.
     assert picked(FAST, DECODER, IMAGE, 4) == "replicated"
     for program in (DECODER, ENCODER):
