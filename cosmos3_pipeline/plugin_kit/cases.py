@@ -130,7 +130,7 @@ CASES = (
 def refuses(strategy: Strategy, case: Case, ranks: int, direction: Direction) -> bool:
     """Whether the plan of one direction refuses `case` on so many ranks.
 
-    A plan that less is exact than was declared is no refusal: what runs the case then says so.
+    A plan that is less exact than was declared is no refusal: whatever runs the case then says so.
     """
     try:
         strategy.plan(case.program(direction), case.shape, ranks)

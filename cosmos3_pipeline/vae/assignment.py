@@ -240,19 +240,11 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
     seen: set[tuple[tuple[int, int], Rect | None, int]] = set()
     for block in assignment.blocks:
         slab, unit, rank = block.slab, block.unit, block.rank
-        numbers = (
-            *block.ops,
-            *block.chunks,
-            block.warm_up,
-            unit,
-            *(slab or ()),
-            *(() if rank is EVERY else (rank,)),
-        )
-        if not all(isinstance(number, int) for number in numbers) or not isinstance(slab, Rect | None) or unit < 1:
+        if not _is_well_formed(block):
             raise AssignmentError(
-                f"{block} is not made of whole numbers",
-                "ops and chunks are two each, a slab is a Rect, and a latent row has a whole number of parts",
-                "give Block((op, op), (chunk, chunk), rank, Rect(top, bottom, left, right), unit=1 or more)",
+                f"{block} is not well-formed",
+                "ops and chunks are pairs of whole numbers, a slab is a Rect of such, and a latent row has parts",
+                "give Block((op, op), (chunk, chunk), rank, Rect(top, bottom, left, right), unit=1)",
             )
         for name, size in box.items():
             start, stop = getattr(block, name)
@@ -294,6 +286,18 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
                     f"cut at multiples of {unit // math.gcd(unit, scale)} parts there, or give later ops a block "
                     "of their own",
                 )
+
+
+def _is_well_formed(block: Block) -> bool:
+    """Whether its fields have the types that they should, which nobody checks when a block is made."""
+    pairs = (block.ops, block.chunks)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs) or not isinstance(
+        block.slab, Rect | None
+    ):
+        return False
+    numbers = [*block.ops, *block.chunks, *(block.slab or ()), block.unit, block.warm_up]
+    numbers += [] if block.rank is EVERY else [block.rank]
+    return all(isinstance(number, int) for number in numbers) and block.unit >= 1
 
 
 def _scales(program: Program) -> list[set[int]]:

@@ -107,6 +107,7 @@ def test_a_whole_folder_is_told_by_its_numbers(folder: Path) -> None:
     assert info.transformer["num_attention_heads"] == 8 and info.vae["z_dim"] == 48
 
 
+@pytest.mark.ranks
 def test_looking_at_it_imports_no_torch(folder: Path) -> None:
     program = (
         "import sys; from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint; "

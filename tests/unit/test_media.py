@@ -290,6 +290,7 @@ def test_psnr_of_two_files(tmp_path: Path) -> None:
     assert psnr_of_files(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(20 * np.log10(255 / 10))
 
 
+@pytest.mark.ranks
 def test_media_imports_no_torch() -> None:
     program = "import sys, cosmos3_pipeline.stages.media; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

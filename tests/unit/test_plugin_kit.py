@@ -48,7 +48,7 @@ def run_kit(strategy: str, *args: str) -> Outcomes:
     return outcomes
 
 
-# What every rank computes is right by other tests; here it is the kit's turn, with the clips that differ most.
+# Other tests hold each strategy against the reference; here the kit is tested, with the clips that differ most.
 CLIPS = "not image and not tall and not two"
 # One does what the others do, the other is what all are held against.
 ONE_CLIP = ("auto", "replicated")

@@ -241,6 +241,7 @@ def test_an_encoder_that_halves_three_times_is_refused() -> None:
         encoder_program(vae_config(WAN22, temperal_downsample=[True, True, True]))
 
 
+@pytest.mark.ranks
 def test_nothing_here_imports_torch() -> None:
     code = """
 import sys
