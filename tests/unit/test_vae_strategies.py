@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from cosmos3_wavefront import Wavefront
+from diffusers import AutoencoderKLWan
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from thread_ranks import run_on_threads
+from torch import Tensor, nn
 from vae_models import WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
+from cosmos3_pipeline.vae.account import account
+from cosmos3_pipeline.vae.costs import ChunkCosts
+from cosmos3_pipeline.vae.lowering import lower
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.layer_pipeline.cuts import fixed_cuts, moving_cuts, speed_up
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
@@ -23,7 +33,8 @@ from cosmos3_plugins.tiled import Tiled
 
 CONFIG = vae_config(WAN22, base_dim=24, decoder_base_dim=24)
 DECODER, ENCODER = decoder_program(vae_config(WAN22)), encoder_program(vae_config(WAN22))
-FULL = decoder_program(vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2))
+FULL_CONFIG = vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2)
+FULL = decoder_program(FULL_CONFIG)
 
 
 @pytest.mark.long
@@ -45,17 +56,17 @@ def test_what_is_alive_is_what_was_planned(strategy: Strategy, ranks: int, direc
     generator = torch.Generator().manual_seed(0)
     vae = BoundVae(model.config, ModuleWeights(model), dtype=torch.float32, device=torch.device("cpu"))
     size = (1, CONFIG["z_dim"], 9, 5, 6) if direction == "decode" else (1, 3, 33, 80, 96)
-    given = torch.rand(size, generator=generator)
-    known = [*model.state_dict().values(), given]
+    clip = torch.rand(size, generator=generator)
+    known = [*model.state_dict().values(), clip]
 
     def work(comm: Any) -> int:
         runner = strategy.runner(vae, comm, direction)
         for _ in range(2):  # the first time reorders weights, which are not activations
             with LiveBytes(known) as live:
                 if direction == "encode":
-                    runner.encode(given)
+                    runner.encode(clip)
                 else:
-                    for frames in runner.stream(given, pixels="uint8"):
+                    for frames in runner.stream(clip, pixels="uint8"):
                         del frames
         return live.peak
 
@@ -136,6 +147,55 @@ def test_layer_pipeline_is_balanced_and_moving_cuts_make_it_faster(ranks: int) -
     assert max(share.flops for share in fixed.shares) <= 1.35 * FULL.flops(shape) / ranks
     assert FULL.flops(shape) / moving.until_end > 0.7 * ranks
     assert "with moving cuts" in moving.note and "at best" in moving.note
+
+
+@settings(max_examples=15)
+@given(ranks=st.integers(2, 4), chunks=st.integers(8, 20), seed=st.integers(0, 2**16))
+def test_moving_cuts_are_an_assignment_for_any_costs(ranks: int, chunks: int, seed: int) -> None:
+    rng = random.Random(seed)
+    later = [rng.uniform(0.3, 1.7) * op.flops(LatentShape(1, 2, 8, 8), first=False) for op in DECODER.ops]
+    costs = ChunkCosts(tuple(seconds / 4 for seconds in later), tuple(later))
+    fixed = fixed_cuts(DECODER, costs, ranks)
+    paths = moving_cuts(DECODER, costs, fixed, chunks)
+    if paths is None:
+        return
+    edges = [(0,) * chunks, *paths, (len(DECODER),) * chunks]
+    for before, after in pairwise(edges):
+        assert all(a < b for a, b in zip(before, after, strict=True)), "a rank without work on a chunk"
+        # Its frames of the chunk before must have reached the rank that runs the op next.
+        assert all(a <= b for a, b in zip(before[1:], after, strict=False))
+    assert all(DECODER.may_be_cut(cut) for path in paths for cut in path)
+    still = [(cut,) * chunks for cut in fixed]
+    assert speed_up(DECODER, costs, paths, chunks) > speed_up(DECODER, costs, still, chunks)
+
+
+def test_two_slabs_at_720p_send_one_column_of_what_each_convolution_reads() -> None:
+    sizes, edge = [LatentShape(1, frames, 45, 80) for frames in (5, 4)], 0
+    with torch.device("meta"):
+        model = AutoencoderKLWan(**FULL_CONFIG)
+
+    def count(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        nonlocal edge
+        shape = given[0].shape
+        if isinstance(module, nn.Conv3d):
+            edge += 4 * shape[1] * shape[2] * shape[3]
+        else:  # reads the picture that was doubled before it, whose rows are sent before that
+            edge += 4 * shape[0] * shape[1] * shape[2] // 2
+
+    for module in model.decoder.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.kernel_size[-1] == 3:
+            module.register_forward_hook(count)
+    sent, edges = [], []
+    for shape in sizes:
+        edge = 0
+        model.decode(torch.empty(1, 48, shape.frames, 45, 80, device="meta"))
+        edges.append(edge)
+        assignment = SpatialShard("width").assign(FULL, shape, 2)
+        sent.append([tally.sent_bytes for tally in account(lower(FULL, shape, assignment))])
+    one_chunk = [longer - shorter for longer, shorter in zip(*sent, strict=True)]
+    half_for_attention, half_of_four_frames = 4 * 1024 * 45 * 40, 4 * 3 * 720 * 640
+    assert one_chunk[0] == edges[0] - edges[1] + half_for_attention
+    assert one_chunk[1] == one_chunk[0] + half_of_four_frames
 
 
 def test_a_plan_says_how_exact_the_clip_will_be() -> None:
