@@ -122,7 +122,8 @@ def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
 
 def wait_for_ranks(parent: int, count: int) -> list[int]:
     """The processes that were forked for `parent` as ranks, once `count` of them exist."""
-    for _ in range(600):
+    end = time.monotonic() + HANGS
+    while time.monotonic() < end:
         servers = [pid for pid in children(parent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         ranks = [pid for server in servers for pid in children(server)]
         if len(ranks) >= count:
