@@ -7,8 +7,8 @@ from cosmos3_pipeline.cli import launch, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    run(cfg)
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    return run(cfg)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -33,6 +33,8 @@ from cosmos3_pipeline.config.compose import (
 )
 from cosmos3_pipeline.config.help import help_text
 from cosmos3_pipeline.config.plugins import register
+from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.config.sweep import compositions_of
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs import sweep
@@ -84,30 +86,38 @@ def launch(hydra_main: Callable[[], None]) -> None:
     try:
         _launch(hydra_main, args)
     except ConfigError as error:
-        code = _refused(error)
+        code = FAILED if sweep.was_told(error) else _refused(error)
     except Refusal as refusal:
-        code = _refused(ConfigError([refusal.problem]))
+        code = FAILED if sweep.was_told(refusal) else _refused(ConfigError([refusal.problem]))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if asked_for_traceback:
             raise
         code = _refused(as_config_error(error, args.overrides))
     except (RankFailed, PromptsFailed) as error:
-        print(error, file=sys.stderr)
+        if not sweep.was_told(error):
+            print(error, file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
         print("\nstopped; nothing half-written is left", file=sys.stderr)
         code = INTERRUPTED
-    if sweep.current is not None:
-        failures = sweep.current.report()
-        code = FAILED if failures else code
-    if code:
-        sys.exit(code)
+    except Exception as error:
+        # At the end Hydra's sweeper raises what the first failed job has raised, which was told then.
+        if asked_for_traceback or not sweep.was_told(error):
+            raise
+        code = FAILED
+    finally:
+        failed = sweep.current is not None and sweep.current.report()
+    if code or failed:
+        sys.exit(code or FAILED)
 
 
-def run(cfg: DictConfig) -> None:
-    """Do the job that Hydra composed, in Hydra's output directory: one of a sweep, or one with other configs."""
+def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    """Do the job that Hydra composed, in Hydra's output directory: one of a sweep, or one with other configs.
+
+    Returns the numbers that `objective` names, for a sweeper.
+    """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
-    jobs.run(prepare(Composition.of_a_running_job(cfg)), running.output_directory(), multirun=multirun)
+    return jobs.run(prepare(Composition.of_a_running_job(cfg)), running.output_directory(), multirun=multirun)
 
 
 def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
@@ -146,13 +156,22 @@ class SweepReport(Callback):
     """Hydra calls it, see conf/config.yaml: says where a sweep is, and at once when a job of it failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        sweep.start(Path(config.hydra.sweep.dir))
+        """Plan all jobs before the first starts, as far as they are known: another sweeper chooses as it goes."""
+        started = sweep.start(Path(config.hydra.sweep.dir).absolute(), baseline=config.sweep.baseline)
+        if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+            started.look_ahead(compositions_of(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if sweep.current is not None and job_return.status is JobStatus.FAILED:
-            error = job_return._return_value
-            assert isinstance(error, Exception)
-            sweep.job_failed(config.hydra.job.num, Path(config.hydra.runtime.output_dir), error)
+        """Called in the process that ran the job, which a launcher may have put elsewhere."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            sweep.record(
+                Path(config.hydra.sweep.dir).absolute(),
+                config.hydra.job.num,
+                config.hydra.overrides.task,
+                Path(config.hydra.runtime.output_dir),
+                JobName(config.job.name).value,
+                job_return._return_value,
+            )
 
 
 def _widen_tables() -> None:

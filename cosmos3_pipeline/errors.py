@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,20 @@ class Problem:
         return f"{self.what}{set_by}\n  why:   {self.why}\n  works: {self.works}"
 
 
+class Portable(Exception):
+    """An exception whose copy in another process has its text and its fields, whatever its constructor takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, (type(self), self.args, self.__dict__)
+
+
+def _copied(kind: type[Portable], args: tuple[Any, ...], fields: dict[str, Any]) -> Portable:
+    copy = kind.__new__(kind)
+    copy.args = args
+    copy.__dict__.update(fields)
+    return copy
+
+
 class Refusal(ValueError):
     """What cannot be honoured, found below the config: the three parts of a Problem, as an error."""
 
@@ -35,7 +50,7 @@ class Refusal(ValueError):
         return str(self.problem)
 
 
-class ConfigError(ValueError):
+class ConfigError(Portable, ValueError):
     """A composition that is refused before any work starts. Holds every problem found, not only the first."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

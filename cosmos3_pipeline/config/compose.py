@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,12 +90,16 @@ class Composition:
                 cfg = OmegaConf.create(cfg)  # a copy: what is shown and saved by Hydra is what was composed
                 for key, value in changes.items():
                     OmegaConf.update(cfg, key, value)
-            sections = {f.name: OmegaConf.to_object(cfg[f.name]) for f in dataclasses.fields(Config)}
+            sections = {f.name: _object(cfg[f.name]) for f in dataclasses.fields(Config)}
         except OmegaConfBaseException as error:
             raise as_config_error(error, self.overrides or ()) from error
-        config = Config(**typing.cast(dict[str, Any], sections))
+        config = Config(**sections)
         config.vae.encode, config.vae.decode = plain(config.vae.encode), plain(config.vae.decode)
         return config
+
+
+def _object(value: Any) -> Any:
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
 def compose(overrides: Sequence[str] = ()) -> Composition:

@@ -63,10 +63,12 @@ def unowned(target: str, key: str) -> Problem:
     )
 
 
+@functools.cache
 def settings_schema(cls: type) -> type:
     """The dataclass that Hydra checks a strategy's YAML against: its settings plus `_target_`.
 
     A Literal becomes str, which is what OmegaConf can hold; the strategy itself checks the choice.
+    It is an attribute of this module (`__getattr__`): launchers send compositions to other processes.
     """
     hints = typing.get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = [("_target_", str, field(default=path_of(cls)))]
@@ -78,4 +80,12 @@ def settings_schema(cls: type) -> type:
             fields.append((f.name, hint, field(default_factory=f.default_factory)))
         else:
             fields.append((f.name, hint, field(default=f.default)))
-    return dataclasses.make_dataclass(f"{cls.__name__}Settings", fields)
+    name = f"{cls.__module__}_{cls.__name__}Settings".replace(".", "_")
+    return dataclasses.make_dataclass(name, fields, namespace={"__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    for schema in map(settings_schema, discover().strategies.values()):
+        if schema.__name__ == name:
+            return schema
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -31,12 +31,13 @@ NESTED = re.compile(r"\$\{([^${}]+)\}")
 @contextmanager
 def beside_a_running_hydra() -> Iterator[None]:
     """Composing inside a job that Hydra itself runs: its one global instance steps aside meanwhile."""
-    instance = GlobalHydra.instance()
-    running, instance.hydra = instance.hydra, None
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
     try:
         yield
     finally:
-        instance.hydra = running
+        # Not the instance of before: `hydra.initialize` leaves a copy of it in its place.
+        GlobalHydra.instance().hydra = running
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class _Composed(Hydra):
         return self._cfg
 
 
-def run(composition: Composition, job: Callable[[Path], None]) -> None:
+def run(composition: Composition, job: Callable[[Path], object]) -> None:
     """Call `job` with the output directory that Hydra makes for it, beside Hydra's own files and callbacks.
 
     Raises what `job` raises.

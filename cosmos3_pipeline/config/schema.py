@@ -257,6 +257,13 @@ class OutputConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Read where `-m` starts a sweep. `baseline` is the job that the others' pictures are held against."""
+
+    baseline: int = ranged(at_least=0)
+
+
+@dataclass
 class Config:
     job: JobConfig = field(default_factory=JobConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -267,3 +274,6 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    # a name or a list of names, for which OmegaConf has no type
+    objective: Any = None

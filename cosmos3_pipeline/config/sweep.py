@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from cosmos3_pipeline.config.compose import as_config_error
+from cosmos3_pipeline.config.compose import Composition, as_config_error
+from cosmos3_pipeline.errors import ConfigError
 
 
 def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
@@ -22,3 +26,14 @@ def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
     except HydraException as error:
         raise as_config_error(error, overrides) from error
     return [list(job) for batch in batches for job in batch]
+
+
+def compositions_of(config: DictConfig) -> Iterator[tuple[list[str], Composition | ConfigError]]:
+    """The jobs of the sweep that Hydra has begun with `config`: each as it will be composed, or why it cannot."""
+    given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    for job in jobs_of([*given, *config.hydra.overrides.task]):
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            yield job, Composition(loader.load_sweep_config(config, job), job)
+        except (HydraException, OmegaConfBaseException) as error:
+            yield job, as_config_error(error, job)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch._C._distributed_c10d import Store
 
-from cosmos3_pipeline.errors import Problem
+from cosmos3_pipeline.errors import Portable, Problem
 
 
-class PeerError(RuntimeError):
+class PeerError(Portable, RuntimeError):
     """A run ended on this rank because of another rank. `problem` says what happened, why, and what to do."""
 
     def __init__(self, *, what: str, why: str, works: str) -> None:

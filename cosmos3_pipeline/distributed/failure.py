@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from cosmos3_pipeline.errors import Portable
 
-class RankFailed(RuntimeError):
+
+class RankFailed(Portable, RuntimeError):
     """A rank of a run raised or died; the run is over. The text holds that rank's own traceback."""
 
     def __init__(self, rank: int, ranks: int, traceback: str) -> None:

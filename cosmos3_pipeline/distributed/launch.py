@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -51,6 +52,9 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    # A new process is told this one's start method, and joblib's, which its workers have, Python does not know.
+    start_method = "forkserver" if device == "cpu" else "spawn"
+    multiprocessing.set_start_method(start_method, force=True)
     # Until torch 2.12 a launcher waits 30 seconds, and cannot be told otherwise.
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in known else {}
@@ -62,7 +66,7 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
             run_id="cosmos3",
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            start_method="forkserver" if device == "cpu" else "spawn",
+            start_method=start_method,
             monitor_interval=LOOK_SECONDS,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),

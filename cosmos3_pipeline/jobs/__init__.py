@@ -8,11 +8,14 @@ from pathlib import Path
 from cosmos3_pipeline.checkpoint.adopt import Adopted
 from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.jobs import generate, plan, verify
+from cosmos3_pipeline.jobs.objective import objective_of
 from cosmos3_pipeline.jobs.start import Prepared
 
 
-def run(prepared: Prepared, output: Path, *, multirun: bool) -> None:
+def run(prepared: Prepared, output: Path, *, multirun: bool) -> float | tuple[float, ...] | None:
     """Do the job of what is `prepared` and leave its files in the directory `output`; `multirun`: for a sweep.
+
+    Returns the numbers that `objective` names, None without.
 
     Raises RankFailed when a rank of the run failed, VerifyFailed (exit code 1) when a strategy is not as exact as
     it declares, ConfigError for a job that a sweep cannot have.
@@ -21,12 +24,13 @@ def run(prepared: Prepared, output: Path, *, multirun: bool) -> None:
     if prepared.adopted is not None:
         tell(prepared.adopted, config)
     if config.job.name == JobName.plan:
-        plan.plan_job(prepared, output)
+        plan.plan_job(prepared, output, multirun=multirun)
     elif config.job.name == JobName.verify:
         verify.verify(prepared, output, multirun=multirun)
     else:
         plan.head(prepared.plan, output)
         generate.generate(prepared, output, own_process=multirun)
+    return objective_of(config, output)
 
 
 def tell(adopted: Adopted, cfg: Config) -> None:

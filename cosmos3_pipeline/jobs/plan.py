@@ -18,14 +18,20 @@ from cosmos3_pipeline.plan.units import quantity
 from cosmos3_pipeline.stages.files import write_whole
 
 
-def plan_job(prepared: Prepared, output: Path) -> None:
-    """Print the plan and leave plan.json and plan.md in `output`; or search the layouts of the topology."""
+def plan_job(prepared: Prepared, output: Path, *, multirun: bool) -> None:
+    """Print the plan and leave plan.json and plan.md in `output`; or search the layouts of the topology.
+
+    `multirun`: in a few lines, because a sweep ends with a table.
+    """
     if prepared.config.plan.search:
         search_job(prepared.config, output)
         return
     plan = as_dict(prepared.plan)
-    write_plan(plan, output)
     write_whole(output / "plan.md", tables.as_markdown(plan))
+    if multirun:
+        head(prepared.plan, output)
+        return
+    write_plan(plan, output)
     console = Console()
     tables.show(plan, console)
     console.print(f"{output / 'plan.json'}", soft_wrap=True, highlight=False)

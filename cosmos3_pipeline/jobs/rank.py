@@ -167,7 +167,9 @@ def against_replicated(context: RunContext, kept: list[Tensor]) -> dict[str, Any
     frames = [frame for chunk in replicated.decode_stream(vae_latents(context)) for frame in chunk.cpu().numpy()]
     if not context.is_root:
         return None
-    return asdict(likeness(frames, (frame for chunk in kept for frame in chunk.numpy())))
+    found = likeness(frames, (frame for chunk in kept for frame in chunk.numpy()))
+    assert found is not None  # the same latents
+    return asdict(found)
 
 
 def reporter_of(mesh: RankMesh) -> Reporter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from multiprocessing import forkserver, set_forkserver_preload
+from multiprocessing import forkserver, set_forkserver_preload, set_start_method
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -47,5 +47,6 @@ def import_for_ranks(entry: str) -> None:
 
     It stays as long as this process, for the next runs of a sweep.
     """
+    set_start_method("forkserver", force=True)  # what it is told to be like, see `run_ranks`
     set_forkserver_preload([entry.partition(":")[0]])
     forkserver.ensure_running()

@@ -16,6 +16,7 @@ from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.schema import Config, Device, JobName
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.jobs.objective import check_objective
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
 from cosmos3_pipeline.plan.checks import check_composition
 from cosmos3_pipeline.plan.plan import Plan
@@ -35,17 +36,20 @@ class Prepared:
     verification: Verification | None = None
 
 
-def prepare(composition: Composition) -> Prepared:
+def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
     """Check `composition` and plan it, once. Raises ConfigError with everything that keeps it from running here.
 
     A hub id is fetched once nothing else is wrong; `config.model.commit` is then what all ranks open.
+    `fetch` False leaves that for later: so a sweep looks at all its jobs before the first starts.
     """
     checked = check_composition(composition)
     prepared = Prepared(checked.config, checked.plan(), checked.adopted)
     job = checked.config.job.name
+    _raise(list(check_objective(prepared.config)))
     if job != JobName.plan:
         _raise(_problems(prepared))
-        prepared = _with_checkpoint(prepared, composition)
+        if fetch:
+            prepared = _with_checkpoint(prepared, composition)
     return replace(prepared, verification=check_verify(prepared.config))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,12 @@ class Likeness:
     max_levels: int  # the largest difference of one value, of 255
 
 
-def likeness(reference: Iterable[NDArray[np.uint8]], other: Iterable[NDArray[np.uint8]]) -> Likeness:
-    """Compare frames [H, W, 3] one by one; both clips must have the same frames of the same size."""
+def likeness(reference: Iterable[NDArray[np.uint8]], other: Iterable[NDArray[np.uint8]]) -> Likeness | None:
+    """Compare frames [H, W, 3] one by one; None when clips differ in size or number of frames."""
     squares, count, largest, similarities = 0.0, 0, 0, []
-    for theirs, ours in zip(reference, other, strict=True):
+    for theirs, ours in zip_longest(reference, other):
+        if theirs is None or ours is None or theirs.shape != ours.shape:
+            return None
         difference = theirs.astype(np.int16) - ours
         largest = max(largest, int(np.abs(difference).max()))
         squares += float(np.square(difference, dtype=np.float64).sum())

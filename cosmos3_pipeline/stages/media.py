@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.files import whole_file
+from cosmos3_pipeline.stages.likeness import Likeness, likeness
 
 # With another number the same frames give other bytes.
 X264_THREADS = 4
@@ -183,18 +183,9 @@ def write_video(
         writer.finish()
 
 
-def psnr_of_files(reference: Path, other: Path) -> float | None:
-    """The PSNR in dB of two video or image files over all their frames, infinite when they are equal.
-
-    None when they differ in size or number of frames.
-    """
-    squares, count = 0.0, 0
-    for a, b in zip_longest(_pixels(reference), _pixels(other)):
-        if a is None or b is None or a.shape != b.shape:
-            return None
-        squares += float(np.square(a.astype(np.float32) - b).sum(dtype=np.float64))
-        count += a.size
-    return math.inf if squares == 0 else 10 * math.log10(255**2 * count / squares)
+def likeness_of_files(reference: Path, other: Path) -> Likeness | None:
+    """How alike two video or image files are; None when they differ in size or number of frames."""
+    return likeness(_pixels(reference), _pixels(other))
 
 
 def _pixels(file: Path) -> Iterator[NDArray[np.uint8]]:

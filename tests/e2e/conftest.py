@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, toy_cache: None) -> Path:
     done = launch(*SMALL, f"hydra.run.dir={output}")
     assert done.returncode == 0, done.stderr + done.stdout
     return output
+
+
+def wait_for_ranks(parent: int, count: int, *, until: Callable[[], bool] = lambda: True) -> list[int]:
+    """The processes that were forked for `parent` as ranks, once `until` holds and `count` of them exist."""
+    end = time.monotonic() + HANGS
+    while time.monotonic() < end:
+        servers = [pid for pid in children(parent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ranks = [pid for server in servers for pid in children(server)]
+        if until() and len(ranks) >= count:
+            time.sleep(2)
+            return ranks
+        time.sleep(0.1)
+    raise AssertionError("the ranks did not start")
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def metrics(output: Path) -> dict:

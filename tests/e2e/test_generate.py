@@ -8,14 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from conftest import REPOSITORY, SMALL, frames_of, launch, make_clip, make_photo, metrics
+from conftest import REPOSITORY, SMALL, frames_of, launch, make_clip, make_photo, metrics, wait_for_ranks
 from limits import HANGS
 from PIL import Image
 from safetensors.numpy import load_file
@@ -120,23 +118,6 @@ def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks)
 
 
-def wait_for_ranks(parent: int, count: int) -> list[int]:
-    """The processes that were forked for `parent` as ranks, once `count` of them exist."""
-    end = time.monotonic() + HANGS
-    while time.monotonic() < end:
-        servers = [pid for pid in children(parent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        ranks = [pid for server in servers for pid in children(server)]
-        if len(ranks) >= count:
-            time.sleep(2)
-            return ranks
-        time.sleep(0.1)
-    raise AssertionError("the ranks did not start")
-
-
-def children(parent: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
 @pytest.mark.parametrize("topology", ["cpu_x1", "cpu_x2"])
 def test_an_input_that_is_no_picture_is_refused_in_three_parts(tmp_path: Path, topology: str) -> None:
     broken = tmp_path / "not_a_photo.jpg"
@@ -173,25 +154,6 @@ def test_configs_of_ones_own_are_checked_too(tmp_path: Path) -> None:
 def test_the_config_and_the_help_are_shown(flags: list[str]) -> None:
     done = launch(*flags)
     assert done.returncode == 0 and "parallel_decode" in done.stdout
-
-
-def test_a_sweep_tells_every_job_and_survives_a_failing_one(tmp_path: Path) -> None:
-    done = launch(
-        "-m",
-        *SMALL,
-        "vae=replicated,parallel_decode",
-        "topology=cpu_x1,cpu_x2",
-        f"hydra.sweep.dir={tmp_path / 's'}",
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("identical") >= 2
-    assert [(tmp_path / "s" / str(i) / "metrics.json").is_file() for i in range(4)] == [True] * 4
-
-    done = launch("-m", *SMALL, "task.num_frames=8,5", f"hydra.sweep.dir={tmp_path / 'f'}")
-    assert done.returncode == 1
-    assert "task.num_frames=9" in done.stdout + done.stderr
-    assert (tmp_path / "f" / "1" / "video.mp4").is_file()
-    assert not np.any([(tmp_path / "f" / "0" / name).exists() for name in ("video.mp4", "metrics.json")])
 
 
 def test_the_sglang_experiment_runs_in_miniature_and_reports_what_that_pull_request_does(

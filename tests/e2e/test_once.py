@@ -105,14 +105,16 @@ def test_a_config_is_shown_after_one_composition(counting: dict[str, str]) -> No
     assert (found["compose"], found["check"], found["plan"]) == (1, 1, 0)
 
 
-def test_a_job_of_a_sweep_is_checked_and_planned_once(tmp_path: Path, counting: dict[str, str]) -> None:
+def test_a_job_of_a_sweep_is_planned_before_the_first_starts_and_as_it_starts(
+    tmp_path: Path, counting: dict[str, str]
+) -> None:
     sweep = [f"hydra.sweep.dir={tmp_path / 'sweep'}", "sampler.seed=1,2"]
     done = launch("-m", *SMALL, *sweep, **counting)
     assert done.returncode == 0, done.stderr
     launcher, *ranks = counts(counting)
     assert ranks == [Counter(rank=1), Counter(rank=1)]
-    # Hydra itself composes twice for the sweep, and each job once to see that it can and once to run it.
-    assert launcher == Counter({"compose": 2 + 2 * 2, **{word: 2 for word in ONCE if word != "compose"}})
+    # Hydra itself composes twice for the sweep, and each job once to see that it can and once to run it; so do we.
+    assert launcher == Counter({"compose": 2 + 3 * 2, **{word: 4 for word in ONCE if word != "compose"}})
 
 
 def test_under_torchrun_each_rank_decides_once(tmp_path: Path, counting: dict[str, str]) -> None:

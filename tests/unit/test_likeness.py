@@ -45,5 +45,4 @@ def test_ssim_is_the_mean_over_windows(frames: np.ndarray) -> None:
 
 
 def test_clips_of_different_lengths_are_not_compared(frames: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        likeness(frames, frames[:2])
+    assert likeness(frames, frames[:2]) is None and likeness(frames[:2], frames) is None

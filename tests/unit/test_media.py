@@ -18,7 +18,7 @@ from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.media import (
     frame_rate,
-    psnr_of_files,
+    likeness_of_files,
     read_clip,
     read_image,
     write_video,
@@ -78,7 +78,8 @@ def test_a_video_comes_back_as_written(fps: float, tmp_path: Path) -> None:
         assert float(stream.duration * stream.time_base) == pytest.approx(9 / fps, rel=1e-3)
         pts = [frame.time for frame in container.decode(stream)]
         assert np.allclose(np.diff(pts), 1 / fps, atol=1e-3)
-    assert psnr_of_files(path, path) == float("inf")
+    same = likeness_of_files(path, path)
+    assert same is not None and same.identical and same.psnr_db is None
     back = decoded(path)
     assert back.shape == frames.shape
     assert 10 * np.log10(255**2 / np.square(back.astype(float) - frames).mean()) > 35
@@ -278,16 +279,18 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
                 read_clip(path, frames=5, keep=keep)
 
 
-def test_psnr_of_two_files(tmp_path: Path) -> None:
+def test_likeness_of_two_files(tmp_path: Path) -> None:
     frames = pictures(5)
     best, worse = write(tmp_path / "a.mp4", frames, crf=1), write(tmp_path / "b.mp4", frames, crf=35)
     expected = 10 * np.log10(255**2 / np.square(decoded(best).astype(float) - decoded(worse)).mean())
-    assert psnr_of_files(best, worse) == pytest.approx(expected, abs=1e-3)
-    assert psnr_of_files(best, write(tmp_path / "c.mp4", frames[:4])) is None
-    assert psnr_of_files(best, write(tmp_path / "d.mp4", pictures(5, 64, 64))) is None
+    found = likeness_of_files(best, worse)
+    assert found is not None and found.psnr_db == pytest.approx(expected, abs=1e-3)
+    assert likeness_of_files(best, write(tmp_path / "c.mp4", frames[:4])) is None
+    assert likeness_of_files(best, write(tmp_path / "d.mp4", pictures(5, 64, 64))) is None
     for name, level in (("a.png", 100), ("b.png", 110)):
-        Image.fromarray(np.full((4, 4, 3), level, np.uint8)).save(tmp_path / name)
-    assert psnr_of_files(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(20 * np.log10(255 / 10))
+        Image.fromarray(np.full((16, 16, 3), level, np.uint8)).save(tmp_path / name)
+    found = likeness_of_files(tmp_path / "a.png", tmp_path / "b.png")
+    assert found is not None and found.psnr_db == pytest.approx(20 * np.log10(255 / 10))
 
 
 @pytest.mark.ranks

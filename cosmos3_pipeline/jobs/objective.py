@@ -1,0 +1,82 @@
+"""What a job returns to whoever called it: the numbers of `objective`, for a sweeper that looks for the best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from cosmos3_pipeline.config.schema import Config, JobName
+from cosmos3_pipeline.errors import Problem, Refusal, did_you_mean
+from cosmos3_pipeline.jobs.measured import measured
+from cosmos3_pipeline.stages import STAGES
+
+OF_PICTURES = {"psnr": "psnr_db", "ssim": "ssim"}
+OBJECTIVES = ("seconds", "peak_bytes", "sent_bytes", *OF_PICTURES, *(f"seconds.{stage}" for stage in STAGES))
+EQUAL_DB = 100.0  # stands for the PSNR of equal pictures, which is infinite
+
+
+def names_of(cfg: Config) -> tuple[str, ...]:
+    """The objectives that are asked for; none is the default."""
+    asked = cfg.objective
+    return () if asked is None else (asked,) if isinstance(asked, str) else tuple(map(str, asked))
+
+
+def check_objective(cfg: Config) -> Iterator[Problem]:
+    """Objectives that nothing here knows, or that this job cannot have."""
+    for name in names_of(cfg):
+        if name not in OBJECTIVES:
+            yield Problem(
+                what=f"objective={name}",
+                why=f"a job can return {', '.join(OBJECTIVES)}",
+                works=did_you_mean(
+                    name, OBJECTIVES, otherwise="one of those, or several: objective=[seconds,psnr]"
+                ),
+            )
+        elif name in OF_PICTURES and (cfg.job.name != JobName.generate or not cfg.output.against_replicated):
+            yield Problem(
+                what=f"objective={name} with job={cfg.job.name.value} and output.against_replicated="
+                f"{str(cfg.output.against_replicated).lower()}",
+                why="a picture is as good as it is like the same latents decoded on one rank",
+                works="job=generate output.against_replicated=true",
+            )
+    if names_of(cfg) and (cfg.job.name == JobName.verify or cfg.plan.search):
+        yield Problem(
+            what=f"objective={cfg.objective} with {'plan.search=true' if cfg.plan.search else 'job=verify'}",
+            why="that job compares several runs, so it has no seconds or bytes of its own",
+            works="job=generate or job=plan, or objective=null",
+        )
+
+
+def objective_of(cfg: Config, output: Path) -> float | tuple[float, ...] | None:
+    """The numbers that `cfg.objective` names, of the job that left its files in `output`, measured or planned.
+
+    None without a name, a tuple for a list of them.
+
+    Raises:
+        Refusal: a plan that does not fit its device has no seconds.
+    """
+    names = names_of(cfg)
+    if not names:
+        return None
+    found = measured(output, cfg.job.name.value)
+    planned = found["planned"]
+    if cfg.job.name == JobName.plan and not planned["fits"]:
+        raise Refusal(
+            what=f"a plan of {planned['memory.peak_bytes'] / 1e9:.1f} GB a rank does not fit",
+            why="an objective of what cannot run would be followed by a sweeper",
+            works="fewer frames, more ranks or a device with more memory",
+        )
+    values = tuple(_value(name, found, output) for name in names)
+    return values[0] if isinstance(cfg.objective, str) else values
+
+
+def _value(name: str, found: dict[str, object], output: Path) -> float:
+    if name in OF_PICTURES:
+        against = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["against_replicated"]
+        value = against[OF_PICTURES[name]]
+        return EQUAL_DB if value is None else float(value)
+    of_total, _, stage = name.partition(".")
+    table = {"seconds": "total_seconds" if not stage else "seconds"}.get(of_total, of_total)
+    value = found[table]
+    return float(value[stage] if isinstance(value, dict) else value)  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""A sweep: its jobs planned before any starts, each one's end written down, and a table of what Hydra ran.
+
+Hydra gives the results of its jobs to the sweeper alone, and calls nothing at the end when a job failed. So the
+process of each job writes down how it ended (see `outcome`), wherever a launcher has put it, and who started the
+sweep reads that. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cosmos3_pipeline.config.compose import Composition
+from cosmos3_pipeline.errors import ConfigError
+from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.jobs.sweep import table
+from cosmos3_pipeline.jobs.sweep.outcome import Outcome, as_dicts, forget, outcomes, problems_of, text_of
+from cosmos3_pipeline.plan.summary import summary
+from cosmos3_pipeline.stages.files import write_whole
+
+# The sweep that this process has started; None outside a sweep, and in a process that runs a job of one.
+current: Sweep | None = None
+
+SCHEMA_VERSION = 2
+
+
+def start(folder: Path, *, baseline: int) -> Sweep:
+    """This process starts a sweep whose jobs have their folders in `folder`."""
+    global current
+    forget(folder)
+    current = Sweep(folder, baseline)
+    return current
+
+
+def record(sweep: Path, job: int, overrides: Sequence[str], folder: Path, kind: str, result: Any) -> None:
+    """Write down how a job ended: `result` is what it returned, or the exception that it raised."""
+    failed = result if isinstance(result, BaseException) else None
+    problems = [] if failed is None else problems_of(failed)
+    Outcome(
+        job=job,
+        overrides=list(overrides),
+        folder=str(folder),
+        kind=kind,
+        status="done" if failed is None else "refused" if problems else "failed",
+        problems=as_dicts(problems),
+        error=None if failed is None else text_of(failed),
+        objective=None if failed is not None else result,
+    ).write(sweep)
+    if problems and current is not None and current.planned.get(job, {}).get("problems"):
+        print(f"job {job} is refused, as said before; the sweep goes on", file=sys.stderr)
+    elif failed is not None:
+        print(f"job {job} {'was refused' if problems else 'failed'}, the sweep goes on:", file=sys.stderr)
+        print(f"{text_of(failed)}\n", file=sys.stderr)
+
+
+def was_told(error: Exception) -> bool:
+    """Whether `error` is how a job of this process' sweep ended, which was said when it did."""
+    told = {} if current is None else outcomes(current.folder)
+    return any(outcome.error == text_of(error) for outcome in told.values())
+
+
+def plan_ahead(overrides: list[str], composition: Composition | ConfigError) -> dict[str, Any]:
+    """One job: its overrides, and its plan's summary or the problems that will refuse it here."""
+    try:
+        if isinstance(composition, ConfigError):
+            raise composition
+        plan = prepare(composition, fetch=False).plan
+        return {"overrides": overrides, "problems": [], "plan": summary(plan)}
+    except ConfigError as error:
+        return {"overrides": overrides, "problems": as_dicts(error.problems), "plan": None}
+
+
+class Sweep:
+    """The folder of a sweep. `planned` has, by number, what is known of each job before it starts."""
+
+    def __init__(self, folder: Path, baseline: int) -> None:
+        self.folder = folder
+        self.baseline = baseline
+        self.planned: dict[int, dict[str, Any]] = {}
+        # Another sweeper than Hydra's own chooses jobs as it goes, and decides itself how many of them may fail.
+        self.all_must_be_done = False
+
+    def look_ahead(self, jobs: Iterable[tuple[list[str], Composition | ConfigError]]) -> None:
+        """Plan all `jobs` before any starts, and say which of them will be refused."""
+        self.all_must_be_done = True
+        planned = [plan_ahead(*job) for job in jobs]
+        self.planned = dict(enumerate(planned))
+        refused = [number for number, job in self.planned.items() if job["problems"]]
+        if refused:
+            print(
+                f"{len(refused)} of {len(planned)} jobs will be refused: {', '.join(map(str, refused))}",
+                file=sys.stderr,
+            )
+            told: dict[str, list[int]] = {}
+            for number in refused:
+                for problem in self.planned[number]["problems"]:
+                    told.setdefault(f"{problem['what']}\n  works: {problem['works']}", []).append(number)
+            for words, numbers in told.items():
+                print(f"job {', '.join(map(str, numbers))}: {words}", file=sys.stderr)
+
+    def report(self) -> bool:
+        """Print the table, write it to sweep.json and return whether jobs that must be done are not."""
+        rows = table.rows(self.folder, outcomes(self.folder), self.planned, self.baseline)
+        if not rows:
+            return False
+        content = {"schema_version": SCHEMA_VERSION, "baseline": self.baseline, "jobs": rows}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "sweep.json", json.dumps(content, indent=2, allow_nan=False))
+        console = Console()
+        console.print(table.table(rows))
+        for reason in table.reasons(rows):
+            console.print(reason, style="red", highlight=False, markup=False, soft_wrap=True)
+        measured = [row for row in rows if row["kind"] == "generate" and row["status"] == "done"]
+        if len(measured) > 1:
+            console.print("[dim]one run of each job: on a busy machine times differ by more than that[/dim]")
+        console.print(f"[dim]{self.folder / 'sweep.json'}[/dim]", soft_wrap=True)
+        return self.all_must_be_done and any(row["status"] != "done" for row in rows)

@@ -1,0 +1,94 @@
+"""Sweeps as a user starts them: by Hydra's own launcher and sweeper, and by those that people install."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import REPOSITORY, SMALL, launch, wait_for_ranks
+from limits import HANGS
+
+
+def jobs_of(sweep: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((sweep / "sweep.json").read_text())["jobs"]
+    return rows
+
+
+def test_a_sweep_tells_every_job(tmp_path: Path) -> None:
+    choices = ("vae=replicated,parallel_decode", "topology=cpu_x1,cpu_x2")
+    done = launch("-m", *SMALL, *choices, "sweep.baseline=3", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [row["likeness"]["kind"] for row in jobs_of(tmp_path)].count("reference") == 1
+    # One thread instead of two may round otherwise; with as many the pictures are equal.
+    assert jobs_of(tmp_path)[1]["likeness"] == {"kind": "identical"}
+    assert all((tmp_path / str(i) / "video.mp4").is_file() for i in range(4))
+    assert "reference" in done.stdout and "task.height" not in done.stdout.partition("sweep ")[2]
+
+
+def test_refused_jobs_do_not_end_a_sweep_of_two_processes(tmp_path: Path) -> None:
+    asked = ("vae=replicated,parallel_decode", "topology=cpu_x2", "task.num_frames=9,8")
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}")
+    done = launch("-m", *joblib, *SMALL, *asked)
+    assert done.returncode == 1, done.stderr
+    assert [(row["job"], row["status"]) for row in jobs_of(tmp_path)] == [
+        *((0, "done"), (1, "done"), (2, "refused"), (3, "refused"))
+    ]
+    assert jobs_of(tmp_path)[1]["likeness"] == {"kind": "identical"}
+    assert "2 of 4 jobs will be refused: 2, 3" in done.stderr
+    assert "job 2, 3 refused: task.num_frames=8 is not 4k + 1" in done.stdout
+    assert "task.num_frames=9" in done.stderr and "Traceback" not in done.stderr
+    assert not any((tmp_path / "2" / name).exists() for name in ("video.mp4", "metrics.json"))
+
+
+def test_a_cluster_launcher_runs_plans_wherever_their_folders_are(tmp_path: Path) -> None:
+    folders = (
+        "hydra.sweep.subdir=n_${hydra.job.num}/x",
+        "hydra.output_subdir=null",
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    submitit = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=20")
+    where = f"hydra.sweep.dir={tmp_path}"
+    done = launch("-m", *submitit, *folders, where, "job=plan", "topology=cpu_x1,cpu_x2")
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in jobs_of(tmp_path)] == ["done", "done"]
+    assert jobs_of(tmp_path)[1]["folder"] == str(tmp_path / "n_1" / "x")
+    assert all(row["planned"]["seconds.total"] > 0 for row in jobs_of(tmp_path))
+
+
+def test_optuna_finds_the_layout_that_is_planned_fastest(tmp_path: Path) -> None:
+    optuna = (
+        *("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.direction=minimize"),
+        *("hydra.sweeper.max_failure_rate=1.0", "hydra.sweeper.n_trials=6", f"hydra.sweep.dir={tmp_path}"),
+    )
+    space = ("topology.cfg=choice(1,2)", "topology.ulysses=choice(1,2,4)")
+    done = launch("-m", *optuna, *space, "job=plan", "model=nano", "topology=h200_x4", "objective=seconds")
+    assert done.returncode == 0, done.stderr
+    rows = jobs_of(tmp_path)
+    assert sorted({row["status"] for row in rows}) == ["done", "refused"]  # 2 x 4 needs eight ranks
+    best = min((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"])
+    found = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+    assert found["best_value"] == best["objective"] == best["planned"]["seconds.total"]
+
+
+def test_a_sweep_that_is_stopped_prints_its_table(tmp_path: Path) -> None:
+    sweep = tmp_path / "jobs"
+    command = [sys.executable, "launch.py", "-m", *SMALL, "topology=cpu_x2", "sampler.steps=1,900"]
+    run = subprocess.Popen(
+        [*command, f"hydra.sweep.dir={sweep}"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    wait_for_ranks(run.pid, 2, until=lambda: (sweep / ".jobs" / "0.json").is_file())
+    run.send_signal(signal.SIGINT)
+    shown, errors = run.communicate(timeout=HANGS)
+    assert run.returncode == 130, errors
+    assert [row["status"] for row in jobs_of(sweep)] == ["done", "broken off"]
+    assert "job 1 broken off" in shown

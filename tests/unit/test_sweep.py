@@ -1,0 +1,209 @@
+"""The table of a sweep: what Hydra ran, whatever lies in the jobs' folders."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
+from cosmos3_pipeline.distributed.failure import RankFailed
+from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
+from cosmos3_pipeline.jobs import sweep
+from cosmos3_pipeline.jobs.objective import objective_of
+from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.jobs.sweep import table
+from cosmos3_pipeline.jobs.sweep.outcome import outcomes
+from cosmos3_pipeline.stages.media import likeness_of_files
+
+PROBLEM = Problem("task.num_frames=8 is not 4k + 1", "the first latent frame is one frame", "task.num_frames=9")
+
+
+@pytest.fixture(autouse=True)
+def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "current", None)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def leave_run(folder: Path, level: int, digest: str, *, seconds: float = 2.0, size: int = 16) -> None:
+    """What a run with the picture of one grey leaves in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(folder / "image.png")
+    wire = {
+        "send": {"calls": 2, "bytes": 10},
+        "recv": {"calls": 2, "bytes": 10},
+        "control": {"calls": 1, "bytes": 0},
+    }
+    stages = {
+        name: {"seconds": part, "ranks": [{"rank": 0, "peak_bytes": 5, "wire": wire}]}
+        for name, part in (("denoise", seconds * 0.75), ("decode", seconds * 0.25), ("text", 0.001))
+    }
+    metrics = {
+        "seconds": seconds,
+        "peak_bytes": 7,
+        "stages": stages,
+        "picture": "image.png",
+        "frames_sha256": digest,
+        "against_replicated": {"psnr_db": None, "ssim": 0.5},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    summary = {"fits": True, "seconds.total": 1.5, "memory.peak_bytes": 6, "exactness.decode": "rounding"}
+    (folder / "plan.json").write_text(json.dumps({"summary": summary}))
+
+
+def row_of(folder: Path, number: int) -> dict[str, Any]:
+    content = json.loads((folder / "sweep.json").read_text())
+    return next(row for row in content["jobs"] if row["job"] == number)
+
+
+def test_rows_are_those_of_this_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave_run(tmp_path / "0", 100, "a")
+    leave_run(tmp_path / "1", 110, "b")  # of an older sweep: now this job fails
+    leave_run(tmp_path / "7", 100, "a")  # of an older sweep with more jobs
+    sweep.record(tmp_path, 7, ["a=7"], tmp_path / "7", "generate", None)
+    started = sweep.start(tmp_path, baseline=0)
+    started.look_ahead([])
+    sweep.record(tmp_path, 0, ["a=0", "c=1"], tmp_path / "0", "generate", None)
+    sweep.record(tmp_path, 1, ["a=1", "c=1"], tmp_path / "1", "generate", RankFailed(1, 2, "Traceback\nE: no"))
+    sweep.record(tmp_path, 2, ["a=2", "c=1"], tmp_path / "2", "generate", ConfigError([PROBLEM]))
+    assert started.report()
+    rows = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert [(row["job"], row["status"]) for row in rows] == [(0, "done"), (1, "failed"), (2, "refused")]
+    assert "seconds" not in rows[1] and "likeness" not in rows[1]
+    assert rows[2]["problems"][0]["works"] == "task.num_frames=9"
+    assert (rows[0]["total_seconds"], rows[0]["sent_bytes"], rows[0]["peak_bytes"]) == (2.0, 30, 7)
+    shown = capsys.readouterr()
+    assert "job 2 refused: task.num_frames=8 is not 4k + 1" in shown.out
+    assert "job 1 failed: rank 1 of 2 failed and the run was stopped:" in shown.out
+    assert "c=1" not in shown.out and "reference" in shown.out and "text s" not in shown.out
+
+
+def test_pictures_are_held_against_the_baseline(tmp_path: Path) -> None:
+    levels = {0: (100, "a", 16), 1: (110, "b", 16), 2: (110, "b", 16), 3: (110, "c", 16), 4: (90, "d", 32)}
+    for number, (level, digest, size) in levels.items():
+        leave_run(tmp_path / str(number), level, digest, size=size)
+    started = sweep.start(tmp_path, baseline=1)
+    for number in levels:
+        sweep.record(tmp_path, number, [f"a={number}"], tmp_path / str(number), "generate", None)
+    assert not started.report()
+    kinds = {number: row_of(tmp_path, number)["likeness"] for number in levels}
+    assert kinds[1] == {"kind": "reference"} and kinds[2] == {"kind": "identical"}
+    assert kinds[0]["psnr_db"] == pytest.approx(20 * np.log10(255 / 10))
+    # Frames may differ by less than a file shows; "Infinity" would be no JSON.
+    assert kinds[3] == {"kind": "differs", "psnr_db": None, "ssim": pytest.approx(1.0)}
+    assert kinds[4] == {"kind": "other size"}
+
+
+def test_a_job_of_whose_end_nothing_is_known_is_in_the_table(tmp_path: Path) -> None:
+    started = sweep.start(tmp_path, baseline=0)
+    started.look_ahead([(["job=plan", "task.num_frames=9"], compose(["job=plan", "task.num_frames=9"]))])
+    assert started.report()
+    row = row_of(tmp_path, 0)
+    assert row["status"] == table.BROKEN_OFF and row["planned"]["vision_tokens"] > 0
+
+
+def test_refused_jobs_are_told_once_and_before_any_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = sweep.start(tmp_path, baseline=0)
+    jobs = [[f"task.num_frames={n}", f"sampler.seed={s}", "job=plan"] for n in (8, 9) for s in (0, 1)]
+    started.look_ahead([(job, compose(job)) for job in jobs])
+    told = capsys.readouterr().err
+    assert "2 of 4 jobs will be refused: 0, 1" in told and told.count("is not 4k + 1") == 1
+    sweep.record(tmp_path, 0, jobs[0], tmp_path / "0", "plan", ConfigError([PROBLEM]))
+    assert capsys.readouterr().err == "job 0 is refused, as said before; the sweep goes on\n"
+
+
+def test_a_plan_and_a_prompt_file_have_rows(tmp_path: Path) -> None:
+    leave_run(tmp_path / "0" / "line_0001", 1, "a", seconds=2.0)
+    leave_run(tmp_path / "0" / "line_0002", 1, "b", seconds=3.0)
+    lines = [{"folder": "line_0001"}, {"folder": "line_0002"}]
+    (tmp_path / "0" / "prompts.json").write_text(json.dumps({"lines": lines}))
+    (tmp_path / "0" / "plan.json").write_text((tmp_path / "0" / "line_0001" / "plan.json").read_text())
+    leave_run(tmp_path / "1", 1, "a")
+    started = sweep.start(tmp_path, baseline=0)
+    sweep.record(tmp_path, 0, ["a=0"], tmp_path / "0", "generate", None)
+    sweep.record(tmp_path, 1, ["a=1"], tmp_path / "1", "plan", 3.5)
+    assert not started.report()
+    clips, plan = row_of(tmp_path, 0), row_of(tmp_path, 1)
+    assert (clips["clips"], clips["total_seconds"], clips["seconds"]["denoise"]) == (2, 5.0, 3.75)
+    assert (plan["total_seconds"], plan["peak_bytes"], plan["objective"]) == (1.5, 6, 3.5)
+
+
+def test_only_what_varies_is_a_column() -> None:
+    jobs = [{"overrides": o} for o in (["a=1", "b=2", "+x=3"], ["a=1", "b=3"], ["~c", "a=1", "b=3"])]
+    assert table.varied(jobs) == ["b", "x", "~c"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError([PROBLEM, PROBLEM]),
+        RankFailed(3, 4, "Traceback\nValueError: x"),
+        Refusal(what="a", why="b", works="c"),
+        PeerFailed(2, "it raised"),
+        PeerLost(what="a", why="b", works="c"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_survives_the_way_from_another_process(error: Exception, tmp_path: Path) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and str(copy) == str(error) and copy.__dict__ == error.__dict__
+    sweep.record(tmp_path, 0, [], tmp_path, "generate", copy)
+    assert str(error) in str(outcomes(tmp_path)[0].error)
+
+
+def test_a_composition_survives_the_way_to_another_process() -> None:
+    composed = compose(["vae=parallel_decode", "topology=cpu_x2"]).cfg
+    copy = pickle.loads(pickle.dumps(composed))
+    assert OmegaConf.to_yaml(copy) == OmegaConf.to_yaml(composed)
+
+
+def config_of(*overrides: str) -> Any:
+    return prepare(compose(["job=plan", *overrides])).config
+
+
+def test_a_job_returns_what_is_asked_of_it(tmp_path: Path) -> None:
+    leave_run(tmp_path, 1, "a", seconds=4.0)
+    assert objective_of(config_of(), tmp_path) is None
+    assert objective_of(config_of("objective=seconds"), tmp_path) == 1.5
+    measured = prepare(
+        compose(["objective=[seconds.decode,psnr,sent_bytes]", "output.against_replicated=true"])
+    ).config
+    assert objective_of(measured, tmp_path) == (1.0, 100.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["objective=second"], "did you mean seconds?"),
+        (["objective=[seconds,psrn]"], "did you mean psnr?"),
+        (["objective=psnr"], "output.against_replicated=true"),
+        (["objective=seconds", "plan.search=true"], "objective=null"),
+    ],
+)
+def test_an_objective_that_the_job_cannot_have_is_refused(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config_of(*overrides)
+
+
+def test_a_plan_that_does_not_fit_is_no_result(tmp_path: Path) -> None:
+    leave_run(tmp_path, 1, "a")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["summary"]["fits"] = False
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(Refusal, match="does not fit"):
+        objective_of(config_of("objective=seconds"), tmp_path)
+
+
+def test_equal_files_have_no_psnr(tmp_path: Path) -> None:
+    leave_run(tmp_path, 5, "a")
+    found = likeness_of_files(tmp_path / "image.png", tmp_path / "image.png")
+    assert found is not None and found.psnr_db is None
