@@ -39,7 +39,7 @@ from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
-from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.jobs.start import Prepared, prepare
 from cosmos3_pipeline.plan.checks import check_composition
 
 __all__ = ["launch", "main", "run"]
@@ -52,6 +52,7 @@ COMMANDS = {
     "blame": "review.blame",
     "sweep-plan": "review.sweep_plan",
     "plugins": "review.plugins",
+    "report": "report.command",
     "make-checkpoint": "models.make_checkpoint",
 }
 
@@ -106,7 +107,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
             raise
         code = FAILED
     finally:
-        failed = sweep.current is not None and sweep.current.report()
+        failed = sweep.current is not None and _report(sweep.current)
     if code or failed:
         sys.exit(code or FAILED)
 
@@ -117,7 +118,18 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
     Returns the numbers that `objective` names, for a sweeper.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
-    return jobs.run(prepare(Composition.of_a_running_job(cfg)), running.output_directory(), multirun=multirun)
+    composition = Composition.of_a_running_job(cfg)
+    return _run(prepare(composition), composition, running.output_directory(), multirun=multirun)
+
+
+def _run(
+    prepared: Prepared, composition: Composition, output: Path, *, multirun: bool
+) -> float | tuple[float, ...] | None:
+    """Do the job, and write the page of a run where it is asked for."""
+    result = jobs.run(prepared, output, multirun=multirun)
+    if prepared.config.output.report and prepared.config.job.name == JobName.generate:
+        page(lambda: import_module("cosmos3_pipeline.report").run_page(output, composition.overrides or ()))
+    return result
 
 
 def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
@@ -149,7 +161,7 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         running.show(composition, args.cfg, args.package, resolve=args.resolve)
     else:
         prepared = prepare(composition)  # before there is an output directory
-        running.run(composition, lambda output: jobs.run(prepared, output, multirun=False))
+        running.run(composition, lambda output: _run(prepared, composition, output, multirun=False))
 
 
 class SweepReport(Callback):
@@ -172,6 +184,22 @@ class SweepReport(Callback):
                 JobName(config.job.name).value,
                 job_return._return_value,
             )
+
+
+def _report(ended: sweep.Sweep) -> bool:
+    """The table and the page of a sweep; returns whether jobs that must be done are not."""
+    failed = ended.report()
+    if (ended.folder / sweep.INDEX).is_file():
+        page(lambda: import_module("cosmos3_pipeline.report").sweep_page(ended.folder))
+    return failed
+
+
+def page(write: Callable[[], Path]) -> None:
+    """Write a page and say where it is. What goes wrong with it is told: the work that it shows is done."""
+    try:
+        print(f"{write()}")
+    except Exception as error:
+        print(f"the page could not be written: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _widen_tables() -> None:

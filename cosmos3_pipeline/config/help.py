@@ -11,7 +11,7 @@ NVIDIA Cosmos3 video generation on many devices, from configuration.
   {command}                                      a toy video in seconds, on any laptop
   {command} task=t2i task.prompt='a red kite'    one image
   {command} model=nano model.path=DIR topology=h200_x4
-  {command} -m vae=replicated,parallel_decode topology=cpu_x1,cpu_x2    a sweep, with a table at the end
+  {command} -m vae=replicated,parallel_decode topology=cpu_x1,cpu_x2    a sweep, with a table and a page at the end
   {command} job=plan model=nano topology=h200_x4    what that run would do; plan.search=true ranks layouts
   torchrun --nproc-per-node 2 launch.py topology=cpu_x2    join ranks that exist already
 
@@ -21,7 +21,7 @@ group=option chooses one of:
 FOOT = """
 key=value sets anything else; see all keys and what they are now with --cfg job:
   task.prompt task.negative_prompt task.image task.video task.height task.width task.num_frames task.fps
-  sampler.steps sampler.guidance_scale sampler.flow_shift sampler.seed     output.latents
+  sampler.steps sampler.guidance_scale sampler.flow_shift sampler.seed     output.latents output.report
   model.path model.revision model.dtype     vae.parallel_encode vae.parallel_decode
   topology.nodes .ranks_per_node .cfg .ulysses
 
@@ -30,6 +30,7 @@ key=value sets anything else; see all keys and what they are now with --cfg job:
   --hydra-help  Hydra's own flags
 
   cosmos3 diff, blame, sweep-plan: what a change does, who set a value, what a sweep would run (see their --help)
+  cosmos3 report: the page of a sweep or of a run, written anew
   cosmos3 plugins: the strategies that are installed, and why one is not to be had
   cosmos3 make-checkpoint: random weights in a published layout, to try a machine before a download
 """

@@ -251,6 +251,7 @@ class SamplerConfig:
 @dataclass
 class OutputConfig:
     latents: bool = MISSING
+    report: bool = MISSING
     against_replicated: bool = MISSING
     crf: int = ranged(at_least=0, at_most=51)
     preset: str = MISSING

@@ -15,7 +15,8 @@ def measured(folder: Path, job: str) -> dict[str, Any]:
     """Seconds, bytes and the picture of the `job` that left its files in `folder`; plain values, for JSON.
 
     `planned` is the summary of its plan. Of a plan `seconds` and bytes are the planned ones; of a prompt file they
-    are those of all its clips together, and there is no one picture. Empty where a job leaves none of it.
+    are those of all its clips together, and there is no one picture. A clip's own folder may be given as well, and
+    has its plan beside it. Empty where a job leaves none of it.
     """
     if job == JobName.plan.value:
         return _of_plan(_read(folder / "plan.json")["summary"]) if (folder / "plan.json").is_file() else {}
@@ -24,12 +25,14 @@ def measured(folder: Path, job: str) -> dict[str, Any]:
     several = (folder / INDEX_FILE).is_file()
     folders = [folder / line["folder"] for line in _read(folder / INDEX_FILE)["lines"]] if several else [folder]
     clips = [_read(each / "metrics.json") for each in folders]
+    plan = next(file for file in (folder / "plan.json", folder.parent / "plan.json") if file.is_file())
     found: dict[str, Any] = {
-        "planned": _read(folder / "plan.json")["summary"],
+        "planned": _read(plan)["summary"],
         "clips": len(clips),
         "seconds": {name: sum(clip["stages"][name]["seconds"] for clip in clips) for name in clips[0]["stages"]},
         "total_seconds": sum(clip["seconds"] for clip in clips),
         "peak_bytes": max(clip["peak_bytes"] for clip in clips),
+        "beyond_bytes": max(clip["beyond_bytes"] for clip in clips),
         "sent_bytes": sum(_sent(clip) for clip in clips),
     }
     if not several:

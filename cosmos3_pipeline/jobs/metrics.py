@@ -58,6 +58,11 @@ class Meter:
                 total["calls"] += count.calls
                 total["bytes"] += count.bytes
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that any stage held."""
+        return max(stage.peak_bytes for stage in self.stages.values())
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, to gather over the ranks and write as JSON."""
         return {name: asdict(stage) for name, stage in self.stages.items()}
@@ -69,6 +74,11 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         host.reset_peak()
+
+
+def held_bytes(device: torch.device) -> int:
+    """The bytes that are held now: what every process has, whatever it will be asked to do."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else host.resident_bytes()
 
 
 def peak_bytes(device: torch.device) -> int:

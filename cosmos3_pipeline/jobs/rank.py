@@ -24,7 +24,7 @@ from cosmos3_pipeline.config.schema import Config, Dtype, ModelConfig
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
-from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, versions
+from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, versions
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_checkpoint
 from cosmos3_pipeline.plan.geometry import replica_ranks
@@ -54,6 +54,7 @@ class Run:
     mesh: RankMesh
     components: Components
     ledgers: list[Ledger]
+    base_bytes: int  # held before anything was loaded
 
     @property
     def writes(self) -> bool:
@@ -73,9 +74,10 @@ def run_rank(config: Config, plan: Plan, stages: Mapping[str, StageFactory], out
     themselves under torchrun pass None and learn it from rank 0.
     """
     with rank_of(config, output) as (device, mesh, directory):
+        base_bytes = held_bytes(device)
         ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses")]
         parts = components(config, plan, device, mesh, ledgers, reporter_of(mesh))
-        run = Run(config, plan, stages, device, mesh, parts, ledgers)
+        run = Run(config, plan, stages, device, mesh, parts, ledgers, base_bytes)
         if config.task.prompt_file is None:
             make_clip(run, directory)
         else:
@@ -139,13 +141,15 @@ def make_clip(run: Run, directory: Path) -> None:
             assert context.frames is not None
             context.frames = keep(context.frames, kept)
     loads = {name: asdict(load) for name, load in run.components.loads.items()}
-    measured = everyones((meter.as_dict(), loads), run.mesh.group(REPLICA))
+    beyond_bytes = meter.peak_bytes - run.base_bytes
+    measured = everyones((meter.as_dict(), loads, beyond_bytes), run.mesh.group(REPLICA))
     seconds = time.perf_counter() - started
     against = against_replicated(context, kept) if compares else None
     if run.writes:
         stages, loading = (combine([rank[part] for rank in measured]) for part in (0, 1))
         report = metrics(run.config, run.plan, context, stages, seconds)
         report |= {"loading": loading, "against_replicated": against}
+        report["beyond_bytes"] = max(beyond for _, _, beyond in measured)
         write_whole(directory / "metrics.json", json.dumps(report, indent=2))
 
 

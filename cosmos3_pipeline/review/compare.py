@@ -201,7 +201,8 @@ def picture(
     exact = {name.rpartition(".")[2]: (value, value) for name, value in plan.items() if _is_exactness(name)}
     exact |= {name.rpartition(".")[2]: pair for name, pair in fields.items() if _is_exactness(name)}
     everywhere = bool({"layout", "ranks"} & set(fields))  # another split sums in another order
-    loose = []
+    # Where threads share a sum they round it in another order.
+    loose = ["another number of threads"] if "topology.threads_per_rank" in moved else []
     for stage, pair in exact.items():
         weaker = max(pair, key=strength)
         if weaker != "bitwise" and (everywhere or stage in touched or pair[0] != pair[1]):

@@ -152,7 +152,9 @@ def _change(change: Change, *, quote: str) -> str:
     name = f"{change.key} (was {change.was})" if change.was else change.key
     if not change.cases:
         return f"{name}: renamed, every value kept"
-    words = f"{name}: {_value(change.old)} -> {_value(change.new)}  ({_places(change, quote=quote)})"
+    words = f"{name}: {_value(change.old)} -> {_value(change.new)}"
+    places = _places(change, quote=quote)
+    words += f"  ({places})" if places else ""
     return words + (f"; moves along: {', '.join(change.follows)}" if change.follows else "")
 
 

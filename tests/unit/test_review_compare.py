@@ -135,6 +135,9 @@ def test_a_renamed_option_is_compared_under_its_new_name_and_its_old_one_is_gone
     ("config", "plan", "says"),
     [
         pytest.param({"topology.cfg": 1}, {"layout": "cfg 1 x ulysses 2"}, "same pixels", id="bitwise layouts"),
+        pytest.param(
+            {"topology.threads_per_rank": 1}, {}, "equal up to rounding (another number of threads)", id="threads"
+        ),
         pytest.param({"sampler.seed": 1}, {}, "another picture (sampler.seed)", id="seed"),
         pytest.param({"output.crf": 20}, {}, "same frames, compressed differently", id="codec"),
         pytest.param(

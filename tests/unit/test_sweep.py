@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from PIL import Image
+from sweep_folders import leave_run
 
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
@@ -30,32 +30,6 @@ PROBLEM = Problem("task.num_frames=8 is not 4k + 1", "the first latent frame is 
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "current", None)
     monkeypatch.setenv("COLUMNS", "200")
-
-
-def leave_run(folder: Path, level: int, digest: str, *, seconds: float = 2.0, size: int = 16) -> None:
-    """What a run with the picture of one grey leaves in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(folder / "image.png")
-    wire = {
-        "send": {"calls": 2, "bytes": 10},
-        "recv": {"calls": 2, "bytes": 10},
-        "control": {"calls": 1, "bytes": 0},
-    }
-    stages = {
-        name: {"seconds": part, "ranks": [{"rank": 0, "peak_bytes": 5, "wire": wire}]}
-        for name, part in (("denoise", seconds * 0.75), ("decode", seconds * 0.25), ("text", 0.001))
-    }
-    metrics = {
-        "seconds": seconds,
-        "peak_bytes": 7,
-        "stages": stages,
-        "picture": "image.png",
-        "frames_sha256": digest,
-        "against_replicated": {"psnr_db": None, "ssim": 0.5},
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    summary = {"fits": True, "seconds.total": 1.5, "memory.peak_bytes": 6, "exactness.decode": "rounding"}
-    (folder / "plan.json").write_text(json.dumps({"summary": summary}))
 
 
 def row_of(folder: Path, number: int) -> dict[str, Any]:

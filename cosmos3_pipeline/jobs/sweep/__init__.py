@@ -27,6 +27,7 @@ from cosmos3_pipeline.stages.files import write_whole
 current: Sweep | None = None
 
 SCHEMA_VERSION = 2
+INDEX = "sweep.json"
 
 
 def start(folder: Path, *, baseline: int) -> Sweep:
@@ -110,7 +111,7 @@ class Sweep:
             return False
         content = {"schema_version": SCHEMA_VERSION, "baseline": self.baseline, "jobs": rows}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "sweep.json", json.dumps(content, indent=2, allow_nan=False))
+        write_whole(self.folder / INDEX, json.dumps(content, indent=2, allow_nan=False))
         console = Console()
         console.print(table.table(rows))
         for reason in table.reasons(rows):
@@ -118,5 +119,5 @@ class Sweep:
         measured = [row for row in rows if row["kind"] == "generate" and row["status"] == "done"]
         if len(measured) > 1:
             console.print("[dim]one run of each job: on a busy machine times differ by more than that[/dim]")
-        console.print(f"[dim]{self.folder / 'sweep.json'}[/dim]", soft_wrap=True)
+        console.print(f"[dim]{self.folder / INDEX}[/dim]", soft_wrap=True)
         return self.all_must_be_done and any(row["status"] != "done" for row in rows)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs.measured import measured
 from cosmos3_pipeline.jobs.sweep.outcome import Outcome
 from cosmos3_pipeline.plan.units import quantity
@@ -32,6 +32,7 @@ def rows(
             "kind": job.kind if job else None,
             "status": job.status if job else BROKEN_OFF,
             "reason": job.reason if job else None,
+            "error": job.error if job else None,
             "problems": job.problems if job else [],
             "objective": job.objective if job else None,
             "planned": plan.get("plan"),
@@ -69,45 +70,65 @@ def varied(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys and groups whose value is not the same in all jobs, in the order in which they are given."""
     values: dict[str, list[str | None]] = {}
     for place, job in enumerate(jobs):
-        for key, value in _assignments(job["overrides"]).items():
+        for key, value in assignments(job["overrides"]).items():
             values.setdefault(key, [None] * len(jobs))[place] = value
     return [key for key, given in values.items() if len(set(given)) > 1]
 
 
-def _assignments(overrides: Sequence[str]) -> dict[str, str]:
+def assignments(overrides: Sequence[str]) -> dict[str, str]:
     """Value by key; of `~key` that it is removed."""
     pairs = (override.partition("=") for override in overrides)
     return {key.lstrip("+"): value if equals else "" for key, equals, value in pairs}
 
 
-def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows for a terminal: only what varies, and only columns that some job has."""
-    keys, stages = varied(jobs), [stage for stage in STAGES if any(_counts(job, stage) for job in jobs)]
-    columns: list[tuple[str, Any]] = [(f"{stage} s", _seconds_of(stage)) for stage in stages]
-    columns += [
-        ("total s", lambda job: _number(_of_a_run(job, "total_seconds"), "{:.2f}")),
-        ("planned s", lambda job: _number(_planned(job, "seconds.total"), "{:.4g}")),
-        ("peak", lambda job: _bytes(_of_a_run(job, "peak_bytes"))),
-        ("planned peak", lambda job: _bytes(_planned(job, "memory.peak_bytes"))),
-        ("sent", lambda job: _bytes(job.get("sent_bytes"))),
-        ("fits", lambda job: "" if _planned(job, "fits") in (None, True) else "[red]no[/red]"),
-        ("exactness", _exactness),
-        ("objective", lambda job: "" if job["objective"] is None else str(job["objective"])),
-        ("picture", _picture),
+class Column(NamedTuple):
+    """A column of the table: the text of a job's cell, and what it is sorted by; None is no value."""
+
+    name: str
+    text: Callable[[Mapping[str, Any]], str]
+    value: Callable[[Mapping[str, Any]], Any]
+
+
+def columns(jobs: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """What is known of `jobs` beside their overrides: only columns in which some job has a value."""
+    stages = [stage for stage in STAGES if any(_counts(job, stage) for job in jobs)]
+    known = [_column(f"{stage} s", _seconds_of(stage), "{:.2f}".format) for stage in stages]
+    known += [
+        _column("total s", _of_a_run("total_seconds"), "{:.2f}".format),
+        _column("planned s", _planned("seconds.total"), "{:.4g}".format),
+        _column("memory", _of_a_run("beyond_bytes"), _bytes),
+        _column("planned memory", _planned("memory.peak_bytes"), _bytes),
+        _column("sent", lambda job: job.get("sent_bytes"), _bytes),
+        _column("fits", lambda job: False if _planned("fits")(job) is False else None, lambda fits: "no"),
+        _column("exactness", _exactness, str),
+        _column("objective", lambda job: job["objective"], str),
+        _column("picture", lambda job: (job.get("likeness") or {}).get("kind"), str),
+        _column("PSNR dB", lambda job: (job.get("likeness") or {}).get("psnr_db"), "{:.2f}".format),
+        _column("SSIM", lambda job: (job.get("likeness") or {}).get("ssim"), "{:.4f}".format),
     ]
-    shown = [(name, cell) for name, cell in columns if any(cell(job) for job in jobs)]
+    return [column for column in known if any(column.value(job) is not None for job in jobs)]
+
+
+def _column(name: str, value: Callable[[Mapping[str, Any]], Any], text: Callable[[Any], str]) -> Column:
+    return Column(name, lambda job: "" if value(job) is None else text(value(job)), value)
+
+
+def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    keys, shown = varied(jobs), columns(jobs)
     made = Table(title="sweep", title_justify="left")
     made.add_column("job", justify="right")
     for key in keys:
         made.add_column(key, overflow="fold")
-    for name, _ in shown:
-        made.add_column(name, justify="right")
+    for column in shown:
+        made.add_column(column.name, justify="right")
     if any(job["status"] != "done" for job in jobs):
         made.add_column("")
     for job in jobs:
-        given = _assignments(job["overrides"])
+        given = assignments(job["overrides"])
         ended = "" if job["status"] == "done" else f"[red]{job['status']}[/red]"
-        made.add_row(str(job["job"]), *(given.get(key, "") for key in keys), *(c(job) for _, c in shown), ended)
+        own = [given.get(key, "") for key in keys]
+        made.add_row(str(job["job"]), *own, *(column.text(job) for column in shown), ended)
     return made
 
 
@@ -124,40 +145,27 @@ def reasons(jobs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _counts(job: Mapping[str, Any], stage: str) -> bool:
     """Whether a stage took enough of a run to be shown: the others are in sweep.json."""
-    seconds = _of_a_run(job, "seconds", {}).get(stage, 0.0)
-    return bool(seconds > SHOWN_SHARE * _of_a_run(job, "total_seconds", math.inf))
+    total, seconds = _of_a_run("total_seconds")(job), _seconds_of(stage)(job)
+    return total is not None and seconds is not None and bool(seconds > SHOWN_SHARE * total)
 
 
-def _seconds_of(stage: str) -> Any:
-    return lambda job: _number(_of_a_run(job, "seconds", {}).get(stage), "{:.2f}")
+def _seconds_of(stage: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda job: (_of_a_run("seconds")(job) or {}).get(stage)
 
 
-def _of_a_run(job: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
+def _of_a_run(key: str) -> Callable[[Mapping[str, Any]], Any]:
     """What was measured: of a plan the same keys hold what is planned, and stand in columns of their own."""
-    return job.get(key, otherwise) if job["kind"] == "generate" else otherwise
+    return lambda job: job.get(key) if job["kind"] == JobName.generate.value else None
 
 
-def _planned(job: Mapping[str, Any], key: str) -> Any:
-    return (job["planned"] or {}).get(key)
+def _planned(key: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda job: (job["planned"] or {}).get(key)
 
 
-def _exactness(job: Mapping[str, Any]) -> str:
+def _exactness(job: Mapping[str, Any]) -> str | None:
     found = [value for key, value in (job["planned"] or {}).items() if key.startswith("exactness.")]
-    return next((kind for kind in ("approximate", "rounding", "bitwise") if kind in found), "")
+    return next((kind for kind in ("approximate", "rounding", "bitwise") if kind in found), None)
 
 
-def _picture(job: Mapping[str, Any]) -> str:
-    found = job.get("likeness")
-    if found is None:
-        return ""
-    if found["kind"] != "differs":
-        return str(found["kind"])
-    return "same file" if found["psnr_db"] is None else f"{found['psnr_db']:.2f} dB"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None or not math.isfinite(value) else form.format(value)
-
-
-def _bytes(value: int | None) -> str:
-    return "" if value is None else quantity("bytes", value)
+def _bytes(value: int) -> str:
+    return quantity("bytes", value)

@@ -1,0 +1,70 @@
+"""The plots of a page, as SVG that takes its colours from the page: pygal draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pygal
+from pygal.style import Style
+
+from cosmos3_pipeline.stages import STAGES
+
+STYLE = Style(
+    background="transparent",
+    plot_background="transparent",
+    foreground="var(--ink)",
+    foreground_strong="var(--ink)",
+    foreground_subtle="var(--faint)",
+    opacity=".85",
+    opacity_hover="1",
+    colors=("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)", "var(--c6)"),
+    font_family="inherit",
+    label_font_size=16,
+    major_label_font_size=16,
+    legend_font_size=16,
+    title_font_size=18,
+)
+# Of pygal's own script nothing is used: it would come from the network.
+FIXED = {
+    **{"style": STYLE, "js": [], "disable_xml_declaration": True, "explicit_size": False},
+    **{"width": 760, "height": 320, "legend_at_bottom": True, "truncate_legend": -1},
+    **{"y_labels_major_count": 4, "show_minor_y_labels": False},
+}
+
+
+def plots(jobs: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[str]:
+    """Seconds and memory of every job that is done, measured beside planned; none where there are not two."""
+    done = [job for job in jobs if job["status"] == "done" and job.get("planned")]
+    if len(done) < 2:
+        return []
+    labels = [names[job["job"]] for job in done]
+    measured = [job for job in done if job["kind"] == "generate"]
+    found = []
+    if measured:
+        chart = pygal.StackedBar(**FIXED, title="seconds measured, by stage", x_title="job")
+        chart.x_labels = [names[job["job"]] for job in measured]
+        for stage in STAGES:
+            values = [job["seconds"].get(stage) for job in measured]
+            if any(value and value > 0.01 * max(job["total_seconds"] for job in measured) for value in values):
+                chart.add(stage, [None if value is None else round(value, 3) for value in values])
+        found.append(_svg(chart))
+    seconds = pygal.Bar(**FIXED, title="seconds, measured and planned", x_title="job")
+    memory = pygal.Bar(**FIXED, title="MB of the rank that takes most, measured and planned", x_title="job")
+    for chart, key, plan, scale in (
+        (seconds, "total_seconds", "seconds.total", 1.0),
+        (memory, "beyond_bytes", "memory.peak_bytes", 1e-6),
+    ):
+        chart.x_labels = labels
+        if measured:
+            values = [job.get(key) if job["kind"] == "generate" else None for job in done]
+            chart.add("measured", [None if value is None else round(value * scale, 3) for value in values])
+        chart.add("planned", [round(job["planned"][plan] * scale, 3) for job in done])
+        found.append(_svg(chart))
+    return found
+
+
+def _svg(chart: Any) -> str:
+    drawn = chart.render(is_unicode=True)
+    assert isinstance(drawn, str)
+    return drawn

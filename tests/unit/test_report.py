@@ -1,0 +1,99 @@
+"""The page of a sweep: nothing of it is elsewhere, and no words of a prompt are obeyed by a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_folders import leave_run
+
+from cosmos3_pipeline import report
+from cosmos3_pipeline.errors import ConfigError, Problem
+from cosmos3_pipeline.jobs import sweep
+from cosmos3_pipeline.report.command import main
+
+HOSTILE = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep of four jobs, of which one failed and one was refused."""
+    monkeypatch.setattr(sweep, "current", None)
+    started = sweep.start(tmp_path, baseline=0)
+    for number, level in ((0, 100), (1, 110)):
+        leave_run(tmp_path / str(number), level, str(level), seconds=2.0 + number)
+        (tmp_path / str(number) / "config.yaml").write_text(f"sampler: {{seed: {number}}}\nvae: {{x: 1}}\n")
+        given = [f"sampler.seed={number}", f"task.prompt={HOSTILE if number else 'a kite'}"]
+        sweep.record(tmp_path, number, given, tmp_path / str(number), "generate", None)
+    sweep.record(tmp_path, 2, ["sampler.seed=2"], tmp_path / "2", "generate", RuntimeError("the disk is full"))
+    problem = Problem("sampler.seed=-1", "seeds count from 0", "sampler.seed=0")
+    sweep.record(tmp_path, 3, ["sampler.seed=-1"], tmp_path / "3", "generate", ConfigError([problem]))
+    started.report()
+    return tmp_path
+
+
+def page_of(folder: Path) -> str:
+    return report.sweep_page(folder).read_text(encoding="utf-8")
+
+
+def test_a_page_needs_no_network_and_no_other_file(folder: Path) -> None:
+    page = page_of(folder)
+    links = re.findall(r"""(?:src|href|url\()=?["'(]?([^"' )>]+)""", page)
+    assert {link for link in links if not link.startswith(("data:", "#"))} == {"jobs.csv"}
+    assert "https:" not in page.replace("http://www.w3.org", "")
+    assert page.count("data:image/png;base64,") == 2
+
+
+def test_what_was_refused_and_what_failed_is_told(folder: Path) -> None:
+    page = page_of(folder)
+    assert "job 3 refused: sampler.seed=-1" in page and "works: sampler.seed=0" in page
+    assert "job 2 failed: RuntimeError: the disk is full" in page
+
+
+def test_words_of_a_prompt_stay_words(folder: Path) -> None:
+    page = page_of(folder)
+    assert HOSTILE not in page and "&lt;/script&gt;&lt;script&gt;alert(1)" in page
+    told = json.loads(re.search(r'id="diffs">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    assert set(told) == {"0-1", "1-0"} and "sampler.seed: 0 -> 1" in told["0-1"]
+
+
+def test_the_table_is_there_as_csv(folder: Path) -> None:
+    page_of(folder)
+    rows = list(csv.DictReader((folder / "jobs.csv").open()))
+    assert [row["status"] for row in rows] == ["done", "done", "failed", "refused"]
+    assert rows[1]["total_seconds"] == "3.0" and rows[1]["seconds.denoise"] == "2.25"
+    assert rows[1]["planned.memory.peak_bytes"] == "6" and rows[1]["likeness.kind"] == "differs"
+
+
+def test_large_pictures_stay_beside_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "EMBEDDED_BYTES", 10)
+    assert 'src="0/image.png"' in page_of(folder)
+
+
+def test_many_jobs_are_compared_with_the_baseline_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PAIRS", 1)
+    leave_run(folder / "4", 3, "c")
+    (folder / "4" / "config.yaml").write_text("sampler: {seed: 4}\nvae: {x: 1}\n")
+    content: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
+    row = {**content["jobs"][1], "job": 4, "folder": str(folder / "4")}
+    found = report.diffs([*content["jobs"], row], 0)
+    assert set(found) == {"0-1", "1-0", "0-4", "4-0"}
+
+
+def test_the_command_writes_the_page_of_a_sweep_a_run_and_a_prompt_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (folder, folder / "0"):
+        assert main([str(place)]) == 0
+        assert capsys.readouterr().out.strip() == str(place / "index.html")
+    lines = [{"folder": name, "prompt": name, "failed": None} for name in ("0", "1")]
+    (folder / "prompts.json").write_text(json.dumps({"lines": lines}))
+    (folder / "sweep.json").unlink()
+    (folder / "metrics.json").write_text("{}")
+    assert main([str(folder)]) == 0
+    assert "0: task.prompt=0" in (folder / "index.html").read_text()
+    assert main([str(folder / "2")]) == 3
