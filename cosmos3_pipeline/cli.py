@@ -29,9 +29,9 @@ from cosmos3_pipeline.config.compose import (
     Composition,
     as_config_error,
     compose,
-    refuse_doubled_choices,
 )
 from cosmos3_pipeline.config.help import help_text
+from cosmos3_pipeline.config.overrides import asks_for_sweep, check_overrides
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.config.sweep import compositions_of
@@ -47,6 +47,12 @@ __all__ = ["launch", "main", "run"]
 REFUSED = 2  # exit code of a composition that is refused before any work starts
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
+# Flags of Hydra whose next argument is theirs, and what may follow --info.
+FLAGS_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+}
+INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 COMMANDS = {
     "diff": "review.command",
     "blame": "review.blame",
@@ -74,6 +80,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
 
     Exits with 2 when the composition is refused, with 1 when a run or a job of a sweep failed.
     """
+    sys.argv[1:] = overrides_first(sys.argv[1:])
     args = get_args_parser().parse_args()
     plugins = register()
     _widen_tables()
@@ -148,7 +155,8 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         # Only the root may make an output directory, so the other ranks compose without Hydra's run.
         jobs.follow(prepare(compose(args.overrides)))
         return
-    refuse_doubled_choices(args.overrides)
+    folders_exist(args)
+    check_overrides(args.overrides, sweep=args.multirun or asks_for_sweep(args.overrides))
     other_configs = args.config_dir or args.config_name or args.config_path or args.experimental_rerun
     if args.multirun or args.hydra_help or args.info or args.shell_completion or other_configs:
         hydra_main()
@@ -162,6 +170,40 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
     else:
         prepared = prepare(composition)  # before there is an output directory
         running.run(composition, lambda output: _run(prepared, composition, output, multirun=False))
+
+
+def folders_exist(args: Namespace) -> None:
+    """Refuse folders of configs that are not there: Hydra would say that a config is missing, without its name."""
+    found = [
+        Problem(
+            what=f"--{name.replace('_', '-')} {folder}",
+            why=f"{place / folder} is no folder",
+            works="the path of a folder with YAML files",
+        )
+        # Hydra takes a path of configs from the script on, a further folder from where it was started.
+        for name, place in (("config_path", Path(sys.argv[0]).absolute().parent), ("config_dir", Path.cwd()))
+        if (folder := getattr(args, name)) is not None and "://" not in folder and not (place / folder).is_dir()
+    ]
+    if found:
+        raise ConfigError(found)
+
+
+def overrides_first(arguments: list[str]) -> list[str]:
+    """The same arguments, flags last: argparse takes overrides only where they stand together.
+
+    So `hydra/launcher=joblib -m sampler.steps=1,2` is what it looks like.
+    """
+    overrides, flags, takes_value = list[str](), list[str](), False
+    for argument in arguments:
+        if argument.startswith("-") and argument != "-":
+            flags.append(argument)
+            takes_value = argument in FLAGS_WITH_VALUE
+        elif takes_value or (flags and flags[-1] in ("--info", "-i") and argument in INFOS):
+            flags.append(argument)
+            takes_value = False
+        else:
+            overrides.append(argument)
+    return [*overrides, *flags]
 
 
 class SweepReport(Callback):

@@ -12,7 +12,6 @@ import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -20,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
+from cosmos3_pipeline.config.overrides import check_overrides, group_names
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.provenance import Provenance, beside_a_running_hydra, trace
 from cosmos3_pipeline.config.schema import Config
-from cosmos3_pipeline.errors import ConfigError, Problem
+from cosmos3_pipeline.errors import ConfigError
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -110,7 +110,7 @@ def compose(overrides: Sequence[str] = ()) -> Composition:
     register()
     conf = str(config_dir())
     try:
-        refuse_doubled_choices(overrides)
+        check_overrides(overrides)
         with beside_a_running_hydra(), hydra.initialize_config_dir(conf, JOB_NAME, VERSION_BASE):
             cfg = hydra.compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
             return Composition(cfg, overrides, GlobalHydra.instance().config_loader())
@@ -152,43 +152,3 @@ def _keys(node: DictConfig, prefix: str) -> list[str]:
         if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             found.extend(_keys(node[key], f"{dotted}."))
     return found
-
-
-def group_names() -> list[str]:
-    """The config groups: the folders of conf/, as in `vae` and `vae/decode`."""
-    root = config_dir()
-    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_dir())
-
-
-def refuse_doubled_choices(overrides: Sequence[str]) -> None:
-    """Refuse `vae=[a,b]` and `vae=a vae=b`: Hydra would merge the two options, or keep the last, silently."""
-    problems: list[Problem] = []
-    chosen: dict[str, str] = {}
-    groups = group_names()
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        group = override.key_or_group
-        if group not in groups or override.is_hydra_override():
-            continue
-        value = override.value()
-        if isinstance(value, list):
-            names = [str(v) for v in value]
-            problems.append(
-                Problem(
-                    what=f"{override.input_line} chooses {len(names)} options of the group {group}",
-                    why="a group has one option at a time; two would be merged key by key into neither",
-                    works=" or ".join(f"{group}={n}" for n in names)
-                    + "; to try each: -m "
-                    + f"{group}={','.join(names)}",
-                )
-            )
-        elif group in chosen:
-            problems.append(
-                Problem(
-                    what=f"the group {group} is chosen twice: {chosen[group]} and {override.input_line}",
-                    why="a group has one option at a time; the first choice would be dropped",
-                    works=f"{chosen[group]} or {override.input_line}",
-                )
-            )
-        chosen[group] = override.input_line or group
-    if problems:
-        raise ConfigError(problems)

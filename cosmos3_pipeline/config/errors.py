@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
+from cosmos3_pipeline.vae.plugins import discover
 
+# Hydra's plugins by the options that they bring.
+PACKAGES = {
+    **{"joblib": "hydra-joblib-launcher", "ray": "hydra-ray-launcher", "rq": "hydra-rq-launcher"},
+    **{"submitit_local": "hydra-submitit-launcher", "submitit_slurm": "hydra-submitit-launcher"},
+    **{"optuna": "hydra-optuna-sweeper", "ax": "hydra-ax-sweeper", "nevergrad": "hydra-nevergrad-sweeper"},
+}
 # The nodes that hold a strategy's own settings, which the schema does not know.
 STRATEGY_NODES = ("vae.encode", "vae.decode")
 
@@ -26,6 +36,13 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     known = [k for k in known if not key.startswith(f"{k}.")]
     if node in STRATEGY_NODES:
         known = [k for k in known if k.startswith(f"{node}.")]
+    if others := settings_of_others(key):
+        chosen = " or ".join(f"{node.replace('.', '/')}={name}" for name in others)
+        return Problem(
+            what=f"unknown key {key}{where}",
+            why=f"{leaf} is a setting of {' and '.join(others)}, not of the strategy that is chosen",
+            works=f"{chosen} beside it",
+        )
     near = nearest(key, known) or _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known)
     siblings = sorted({k[len(node) + 1 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")})
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
@@ -34,6 +51,15 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
         why="nothing reads it, so it would be ignored",
         works=f"did you mean {near}?" if near else listed,
     )
+
+
+def settings_of_others(key: str) -> list[str]:
+    """The strategies that have a setting which `key` names, as in `vae.decode.groups`; none for any other key."""
+    node, _, setting = key.rpartition(".")
+    if node not in STRATEGY_NODES:
+        return []
+    strategies = discover().strategies.items()
+    return [name for name, cls in strategies if setting in {f.name for f in fields(typing.cast(Any, cls))}]
 
 
 def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
@@ -116,6 +142,12 @@ def _missing_option(error: MissingConfigException) -> Problem:
             what=f"the strategy plugin {option} is not available",
             why="no installed package declares it, or it failed to import",
             works="installing the package that provides it; `cosmos3 plugins` lists what is found",
+        )
+    if group in ("hydra/launcher", "hydra/sweeper") and option in PACKAGES:
+        return Problem(
+            what=f"{group}={option} is not installed",
+            why=f"the options of {group} are: {', '.join(options)}",
+            works=f"pip install {PACKAGES[option]}",
         )
     return Problem(
         what=f"{group or 'config'}={option} does not exist",

@@ -34,7 +34,7 @@ REFUSALS = [
     pytest.param(
         ["vae/decode=spatial_shard", "vae.decode.op_seconds=x"],
         "vae.decode.op_seconds",
-        "the keys of vae.decode are: ",
+        "vae/decode=layer_pipeline beside it",
         id="another's setting",
     ),
     pytest.param(
@@ -51,7 +51,7 @@ REFUSALS = [
     pytest.param(["topology.cfg=3"], "topology.cfg=3", "topology.cfg=2", id="three guidance passes"),
     pytest.param(["~task.fps"], "task.fps", "task.fps=", id="deleted key"),
     pytest.param(["nonsense"], "nonsense", "key=value", id="not an override"),
-    pytest.param(["task.prompt=a, b"], "task.prompt", "quoted", id="comma in a text"),
+    pytest.param(["task.prompt=a, b"], "task.prompt", "'task.prompt=\"a, b\"'", id="comma in a text"),
     pytest.param(["vae.decode._target_=os.system"], "os.system", "layer_pipeline", id="foreign strategy target"),
     pytest.param(["stages.text._target_=os.system"], "stages.text._target_", "", id="target of a stage"),
     pytest.param(["stages.denoise.steps=3"], "stages.denoise.steps", "mean sampler.steps?", id="steps of a stage"),

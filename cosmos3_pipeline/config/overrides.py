@@ -1,0 +1,168 @@
+"""What people type after launch.py, before Hydra composes it: a mistake is answered with what to type.
+
+Hydra's grammar is meant for values of every kind; the first thing that most people type is a sentence.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from cosmos3_pipeline.config import config_dir
+from cosmos3_pipeline.config.errors import STRATEGY_NODES
+from cosmos3_pipeline.errors import ConfigError, Problem, nearest
+from cosmos3_pipeline.vae.plugins import discover
+
+# What a double-quoted argument of a shell would not leave as it is.
+_OF_THE_SHELL = re.compile(r"[$`\\!]")
+_SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
+
+
+def check_overrides(overrides: Sequence[str], *, sweep: bool = False) -> None:
+    """Refuse what is no override, and what names a group as a key; `sweep`: it was given with -m.
+
+    Raises ConfigError with every problem found.
+    """
+    problems: list[Problem] = []
+    chosen: dict[str, str] = {}
+    groups = group_names()
+    for first, words in _together(overrides):
+        if words:
+            problems.append(_unquoted(first, words))
+            continue
+        try:
+            override = OverridesParser.create().parse_override(first)
+        except HydraException:
+            problems.append(_no_override(first))
+            continue
+        problems += [*_sweep_alone(override, sweep), *_group_as_key(override, groups)]
+        if override.key_or_group in groups and not override.is_hydra_override():
+            problems += _doubled(override, chosen)
+    if problems:
+        raise ConfigError(problems)
+
+
+def asks_for_sweep(overrides: Sequence[str]) -> bool:
+    """Whether `hydra.mode=MULTIRUN` is among them, which is -m by another name."""
+    return any(override.partition("=")[::2] == ("hydra.mode", "MULTIRUN") for override in overrides)
+
+
+def group_names() -> list[str]:
+    """The config groups: the folders of conf/, as in `vae` and `vae/decode`."""
+    root = config_dir()
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_dir())
+
+
+def as_typed(key: str, value: str) -> str:
+    """The argument to type in a shell so that `key` has the text `value`, whatever is in it."""
+    # In Hydra's quotes a backslash is one where no quote follows it; an escaped ${ is no reference.
+    inner = re.sub(r'(\\*)"', lambda found: 2 * found[1] + '\\"', value.replace("${", "\\${"))
+    inner = re.sub(r"\\+$", lambda found: 2 * found[0], inner)
+    argument = f'{key}="{inner}"'
+    if "'" not in argument:
+        return f"'{argument}'"
+    if not _OF_THE_SHELL.search(value) and '"' not in value:
+        return f'"{key}=\\"{value}\\""'
+    return shlex.quote(argument)
+
+
+def _together(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each override with the words after it that can be none: a shell has torn them from its value."""
+    found: list[tuple[str, list[str]]] = []
+    for override in overrides:
+        if found and "=" in found[-1][0] and "=" not in override and not override.startswith(("~", "-")):
+            found[-1][1].append(override)
+        else:
+            found.append((override, []))
+    return iter(found)
+
+
+def _unquoted(first: str, words: Sequence[str]) -> Problem:
+    key, _, value = first.partition("=")
+    sentence = " ".join([value, *words])
+    return Problem(
+        what=f"{first} {' '.join(words)}",
+        why=f"a shell ends a value at a space, so {words[0]!r} stands alone and is no key=value",
+        works=as_typed(key, sentence),
+    )
+
+
+def _no_override(text: str) -> Problem:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return Problem(
+            what=f"{text} is no key=value", why="nothing is set by it", works="key=value or group=option"
+        )
+    return Problem(
+        what=f"the value of {key} cannot be read: {value}",
+        why="brackets, quotes, colons and commas have a meaning of their own in a value, unless it is quoted",
+        works=as_typed(key, value),
+    )
+
+
+def _sweep_alone(override: Override, sweep: bool) -> Iterator[Problem]:
+    """A comma or a function of sweeps where there is no sweep."""
+    if sweep or not override.is_sweep_override() or override.input_line is None:
+        return
+    key, _, value = override.input_line.partition("=")
+    if _SWEEPS.match(value):
+        yield Problem(
+            what=override.input_line,
+            why="it stands for several values",
+            works=f"-m {shlex.quote(override.input_line)}",
+        )
+        return
+    yield Problem(
+        what=f"{key} has a comma in it",
+        why="outside -m a comma could mean a list, a sweep or a text",
+        works=f"{as_typed(key, value)}, or with -m to try each"
+        if " " in value
+        else f"-m {shlex.quote(override.input_line)} to try each, or {as_typed(key, value)} for a text",
+    )
+
+
+def _group_as_key(override: Override, groups: Sequence[str]) -> Iterator[Problem]:
+    """`vae.decode=tiled` and `decode=tiled` for `vae/decode=tiled`."""
+    key, value = override.key_or_group, override.value()
+    if not isinstance(value, str) or key in groups:
+        return
+    meant = [
+        group for group in groups if "/" in group and key in (group.replace("/", "."), group.rpartition("/")[2])
+    ]
+    meant = [group for group in meant if value in _options(group)] or meant
+    if meant and (key in STRATEGY_NODES or "." not in key):
+        yield Problem(
+            what=f"{override.input_line} sets a whole node",
+            why=f"{' and '.join(meant)} is a group of options, which are chosen with a slash",
+            works=" or ".join(f"{group}={nearest(value, _options(group)) or _options(group)}" for group in meant),
+        )
+
+
+def _options(group: str) -> list[str]:
+    files = [file.stem for file in (config_dir() / group).glob("*.yaml")]
+    own = discover().strategies if group in ("vae/encode", "vae/decode") else {}
+    return sorted({*files, *own})
+
+
+def _doubled(override: Override, chosen: dict[str, str]) -> Iterator[Problem]:
+    """`vae=[a,b]` and `vae=a vae=b`: Hydra would merge the two options, or keep the last, silently."""
+    group, value = override.key_or_group, override.value()
+    if isinstance(value, list):
+        names = [str(v) for v in value]
+        yield Problem(
+            what=f"{override.input_line} chooses {len(names)} options of the group {group}",
+            why="a group has one option at a time; two would be merged key by key into neither",
+            works=" or ".join(f"{group}={n}" for n in names) + f"; to try each: -m {group}={','.join(names)}",
+        )
+    elif group in chosen:
+        yield Problem(
+            what=f"the group {group} is chosen twice: {chosen[group]} and {override.input_line}",
+            why="a group has one option at a time; the first choice would be dropped",
+            works=f"{chosen[group]} or {override.input_line}",
+        )
+    chosen[group] = override.input_line or group

@@ -1,0 +1,89 @@
+"""What people type, and what they are told to type instead; what they are told is tried as well."""
+
+from __future__ import annotations
+
+import shlex
+import string
+import subprocess
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosmos3_pipeline.cli import overrides_first
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.overrides import as_typed, check_overrides
+from cosmos3_pipeline.errors import ConfigError
+
+PROMPTS = st.text(string.ascii_letters + string.digits + string.punctuation + " äß", max_size=30)
+
+
+def value_of(typed: str) -> object:
+    (argument,) = shlex.split(typed)
+    return compose([argument]).typed().task.prompt
+
+
+@given(PROMPTS)
+def test_what_is_advised_sets_the_very_words(words: str) -> None:
+    (argument,) = shlex.split(as_typed("task.prompt", words))
+    assert OverridesParser.create().parse_override(argument).value() == words.replace("${", "\\${")
+
+
+@pytest.mark.parametrize(
+    "words", ["it's", 'a "red" kite', "what: a kite (red)?", "a, b", "${x}", "back\\", "[x", ""]
+)
+def test_the_words_reach_the_config(words: str) -> None:
+    assert value_of(as_typed("task.prompt", words)) == words
+
+
+@pytest.mark.parametrize(
+    ("typed", "works"),
+    [
+        ("task.prompt=it's", '"task.prompt=\\"it\'s\\""'),
+        ("task.prompt=a|red|kite", "'task.prompt=\"a red kite\"'"),
+        ("task.prompt=what: a kite (red)?", "'task.prompt=\"what: a kite (red)?\"'"),
+        ("task.prompt=[x", "'task.prompt=\"[x\"'"),
+        ("task.prompt=a, b", "'task.prompt=\"a, b\"', or with -m to try each"),
+        ("sampler.steps=1,2", "-m sampler.steps=1,2 to try each"),
+        ("topology=glob(cpu_*)", "-m 'topology=glob(cpu_*)'"),
+        ("vae.decode=tiled", "vae/decode=tiled"),
+        ("vae.decode=tile", "vae/decode=tiled"),
+        ("decode=tiled", "vae/decode=tiled"),
+        ("vae.decode.groups=2", "vae/decode=pipeline_of_shards beside it"),
+        ("vae=[tiled,replicated]", "to try each: -m vae=tiled,replicated"),
+        ("kite", "key=value or group=option"),
+        ("hydra/launcher=rq", "pip install hydra-rq-launcher"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_to_type(typed: str, works: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose(typed.split("|"))
+    (problem,) = refused.value.problems
+    assert works in problem.works and problem.why
+
+
+def test_a_sweep_may_have_commas() -> None:
+    check_overrides(["vae=tiled,replicated", "sampler.steps=range(1,3)", "topology=glob(cpu_*)"], sweep=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["a=1", "-m", "b=1,2"], ["a=1", "b=1,2", "-m"]),
+        (["--cfg", "job", "a=1"], ["a=1", "--cfg", "job"]),
+        (["-i", "plugins", "a=1", "-cd", "x"], ["a=1", "-i", "plugins", "-cd", "x"]),
+        (["--info", "a=1"], ["a=1", "--info"]),
+        (["--config-dir=x", "a=1", "--resolve", "b=2"], ["a=1", "b=2", "--config-dir=x", "--resolve"]),
+    ],
+)
+def test_flags_may_stand_between_overrides(given: list[str], taken: list[str]) -> None:
+    assert overrides_first(given) == taken
+
+
+def test_a_folder_of_configs_that_is_not_there_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cosmos3_pipeline", "--config-dir", "nope"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--config-dir nope" in done.stderr
