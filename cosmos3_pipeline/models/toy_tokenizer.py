@@ -1,4 +1,4 @@
-"""A small tokenizer for made-up models: byte-level pair encoding, trained on the text below, with real markers."""
+"""A small tokenizer for made-up models: byte-level pair encoding, with real markers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ Waves break on the shore while a dog runs across the sand towards the water.
 """
 
 
-def make_tokenizer(vocab_size: int, *, edge: bool = False) -> PreTrainedTokenizerFast:
-    """A fast tokenizer of at most `vocab_size` tokens, the same one every time; `edge` chooses the chat template.
+def make_tokenizer(vocab_size: int, *, edge: bool = False, text: str = TEXT) -> PreTrainedTokenizerFast:
+    """A fast tokenizer of at most `vocab_size` tokens for `text`, the same every time.
+
+    `edge` chooses the chat template.
 
     Raises:
         Refusal: `vocab_size` has no room for the 256 bytes and the special tokens.
@@ -65,7 +67,7 @@ def make_tokenizer(vocab_size: int, *, edge: bool = False) -> PreTrainedTokenize
         show_progress=False,
     )
     # More words than the text has are not found; a real vocabulary has room for all of them.
-    backend.train_from_iterator(TEXT.strip().splitlines(), trainer)
+    backend.train_from_iterator(text.strip().splitlines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",

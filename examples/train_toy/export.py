@@ -1,0 +1,95 @@
+"""The trained toy as a checkpoint of the published layout, in bfloat16, with its tokenizer and its words."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import flow
+import torch
+import vae as toy_vae
+from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer, UniPCMultistepScheduler
+from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import Cosmos3OmniPipeline
+from safetensors.torch import save_file
+from scenes import draw_scene
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from cosmos3_pipeline.models.layouts import LAYOUTS
+from cosmos3_pipeline.models.maker import write_checkpoint
+from cosmos3_pipeline.models.toy_tokenizer import make_tokenizer, save_tokenizer
+
+# Around the caption the pipeline writes these; the numbers are those of the sizes that are trained.
+SENTENCES = """
+user assistant system
+The video is 0.7 seconds long and is of 24 FPS. This video is of 96x160 resolution.
+The video is not 0.7 seconds long and is not of 24 FPS. This video is not of 96x96 resolution.
+This image is of 160x160 resolution. This image is not of 160x160 resolution.
+"""
+
+
+def captions() -> list[str]:
+    """Enough of them that every word is there."""
+    return [draw_scene(seed).caption for seed in range(400)]
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(int(flow.DIMENSIONS["vocab_size"]), text="\n".join([*captions(), SENTENCES]))
+
+
+def words() -> list[str]:
+    """The words that a prompt may have."""
+    return sorted({word for caption in captions() for word in re.findall(r"\w+", caption.lower())})
+
+
+def make_pipeline(vae: AutoencoderKLWan, transformer: Cosmos3OmniTransformer) -> Cosmos3OmniPipeline:
+    """diffusers' pipeline of both, which writes the prompts and packs the tokens."""
+    return Cosmos3OmniPipeline(
+        transformer=transformer,
+        text_tokenizer=toy_tokenizer(),
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(),
+        sound_tokenizer=None,
+        enable_safety_checker=False,
+    )
+
+
+def export(out: Path) -> None:
+    """Write `out/toy`, which `model.path` opens."""
+    vae, transformer = toy_vae.trained_vae(out / "vae.pt")[0], flow.make_transformer()
+    transformer.load_state_dict(torch.load(out / "flow.pt"))
+    flow.load_latents(out, make_pipeline(vae, transformer))  # their mean and deviation, into the VAE's config
+    folder = out / "toy"
+    shutil.rmtree(folder, ignore_errors=True)
+    sizes = {"transformer": flow.DIMENSIONS, "vae": toy_vae.DIMENSIONS}
+    write_checkpoint(folder, LAYOUTS["toy"], transformer={**FIXED, **sizes["transformer"]}, vae=sizes["vae"])
+    save_tokenizer(toy_tokenizer(), folder / "text_tokenizer", class_name=LAYOUTS["toy"].tokenizer_class)
+    for name, model in (("transformer", transformer), ("vae", vae)):
+        _replace_weights(folder / name, model)
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("latents_mean", "latents_std"):
+        config[key] = [round(value, 6) for value in vae.config[key]]
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "words.json").write_text(json.dumps({"words": words()}) + "\n", encoding="utf-8")
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {total / 1e6:.2f} MB")
+
+
+def _replace_weights(folder: Path, model: nn.Module) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
+
+
+# Keys of the transformer that the layout asks for beside its dimensions.
+FIXED = {
+    "hidden_act": "silu",
+    "qk_norm_for_text": True,
+    "use_und_k_norm_for_gen": False,
+    "rms_norm_eps": 1e-6,
+}

@@ -1,0 +1,251 @@
+"""The toy's transformer: diffusers' `Cosmos3OmniTransformer`, narrow, trained by flow matching on latents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import Cosmos3OmniTransformer
+from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import Cosmos3OmniPipeline
+from look import QUESTIONS, answers
+from scenes import Scene, draw_scene, render
+from torch import Tensor
+
+from cosmos3_pipeline.denoise.pathway import Pathway
+from cosmos3_pipeline.vae import ParallelVAE
+
+DIMENSIONS = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 448,
+    "vocab_size": 512,
+    "latent_patch_size": 1,
+    # Positions of a small picture lie close together, so rotations are fast.
+    "rope_theta": 1000.0,
+}
+LATENT = {"latent_channel": 48, "patch_latent_dim": 48, "rope_axes_dim": [6, 5, 5]}
+FPS = 24
+SHIFT = 3.0  # of the noise levels; the same at training and in the sampler
+NO_WORDS = 0.1  # of the prompts are the empty one, for guidance
+STEPS = 8000
+BATCH = 16
+GUIDANCE, SAMPLE_STEPS = 3.0, 20  # when measured
+UNSEEN, UNSEEN_PROMPTS = 10**9, 16
+Size = tuple[int, int, int]  # frames, height, width
+SMALL, LARGE, IMAGE = (17, 96, 96), (17, 96, 160), (1, 160, 160)
+# Scenes of each size, in parts of PART, and how often a batch is of that size early and late in training.
+PART = 100
+PARTS = {SMALL: 30, LARGE: 25, IMAGE: 20}
+EARLY, LATE = (8, 1, 1), (3, 5, 2)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Clips of one size as latents [clips, 48, T, h, w] with mean 0 and deviation 1, and their tokens."""
+
+    latents: Tensor
+    tokens: list[Tensor]  # of each prompt
+    nothing: Tensor  # tokens of the empty prompt
+    positions: dict[int, Tensor]  # [3, tokens + T h w] by the number of text tokens
+
+    def by_length(self) -> dict[int, list[int]]:
+        """Clips whose prompts have as many tokens, which can be one batch."""
+        found: dict[int, list[int]] = {}
+        for index, tokens in enumerate(self.tokens):
+            found.setdefault(len(tokens), []).append(index)
+        return found
+
+
+def make_transformer() -> Cosmos3OmniTransformer:
+    torch.manual_seed(0)
+    model = Cosmos3OmniTransformer(**DIMENSIONS, **LATENT)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+            if name.endswith(("to_out.weight", "to_add_out.weight", "down_proj.weight", "proj_out.weight")):
+                parameter.mul_(0.1)
+    return model
+
+
+def velocity(
+    model: Cosmos3OmniTransformer, tokens: Tensor, positions: Tensor, z: Tensor, sigma: Tensor, clean: int = 0
+) -> Tensor:
+    """What diffusers' forward gives for each clip of a batch, which it has no room for: noise minus clip.
+
+    tokens [B, n], positions [3, n + T h w], z [B, 48, T, h, w] of which the first `clean` latent frames are the
+    condition, sigma [B]. `test_train_toy` compares.
+    """
+    n, shape = tokens.shape[1], z.shape
+    text = model.embed_tokens(tokens)
+    vision = model.proj_in(z.flatten(2).transpose(1, 2))
+    level = model.time_embedder(model.time_proj(1000 * sigma * model.config.timestep_scale))
+    noisy = torch.ones(shape[2])
+    noisy[:clean] = 0
+    rows = noisy.repeat_interleave(shape[3] * shape[4])
+    vision = vision + rows[None, :, None] * level[:, None]
+    cos, sin = model.rotary_emb(position_ids=positions[:, None], device=z.device, dtype=z.dtype)
+    for index, layer in enumerate(model.layers):
+        und, gen = Pathway.understanding(layer), Pathway.generation(layer)
+        q, k, v = und.project(text, model.config.head_dim)
+        k = rotate(und.key_norm(k), cos[:, :n], sin[:, :n])
+        if index < len(model.layers) - 1:  # what the last layer makes of the text itself, nothing reads
+            q = rotate(und.query_norm(q), cos[:, :n], sin[:, :n])
+            text = finish(und, text, attend(q, k, v, causal=True))
+        gq, gk, gv = gen.project(vision, model.config.head_dim)
+        gq = rotate(gen.query_norm(gq), cos[:, n:], sin[:, n:])
+        gk = rotate(gen.key_norm(gk), cos[:, n:], sin[:, n:])
+        vision = finish(gen, vision, attend(gq, torch.cat((k, gk), 1), torch.cat((v, gv), 1), causal=False))
+    found: Tensor = model.proj_out(model.norm_moe_gen(vision)).transpose(1, 2).reshape(shape)
+    return found * noisy[None, None, :, None, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat((-b, a), -1) * sin[:, :, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def finish(pathway: Pathway, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + pathway.output(attended.flatten(-2))
+    made: Tensor = hidden + pathway.mlp(pathway.mlp_norm(hidden))
+    return made
+
+
+def tokens_of(pipeline: Cosmos3OmniPipeline, caption: str, size: Size) -> tuple[Tensor, Tensor]:
+    """The tokens of a prompt and of the empty one, as the pipeline writes both."""
+    frames, height, width = size
+    both = pipeline.tokenize_prompt(
+        caption, "", num_frames=frames, height=height, width=width, fps=float(FPS), use_system_prompt=False
+    )
+    return torch.tensor(both[0]), torch.tensor(both[1])
+
+
+def positions_of(pipeline: Cosmos3OmniPipeline, tokens: int, size: Size) -> Tensor:
+    """Positions of text and vision, as the pipeline packs them."""
+    frames, height, width = size
+    text = pipeline._prepare_text_segment([0] * tokens, "cpu")
+    vision = pipeline._prepare_vision_segment(
+        torch.empty(1, 1, 1 + (frames - 1) // 4, height // 16, width // 16),
+        has_image_condition=False,
+        mrope_offset=text["vision_start_temporal_offset"],
+        vision_fps=float(FPS),
+        curr=tokens,
+        device="cpu",
+    )
+    return torch.cat((text["text_mrope_ids"], vision["vision_mrope_ids"]), 1)
+
+
+@torch.no_grad()
+def encode_part(vae: ParallelVAE, size: Size, part: int) -> dict[str, Any]:
+    """PART scenes of `size` as latents in half precision, with their captions."""
+    first = (list(PARTS).index(size) + 1) * 10**6 + part * PART
+    scenes = [draw_scene(seed) for seed in range(first, first + PART)]
+    latents = [vae.encode(render(scene, *size)[None]).latent_dist.mode() for scene in scenes]
+    return {"latents": torch.cat(latents).half(), "captions": [scene.caption for scene in scenes]}
+
+
+def load_latents(out: Path, pipeline: Cosmos3OmniPipeline) -> list[Latents]:
+    """All latents that were made, with mean 0 and deviation 1 in every channel.
+
+    Both, as they were before, are written into the config of the pipeline's VAE, as Cosmos3's has them.
+    """
+    made = {
+        size: [torch.load(out / f"latents_{'x'.join(map(str, size))}_{part}.pt") for part in range(parts)]
+        for size, parts in PARTS.items()
+    }
+    clips = torch.cat([part["latents"].float().transpose(0, 1).flatten(1) for part in made[LARGE]], 1)
+    mean, deviation = clips.mean(1), clips.std(1)
+    pipeline.vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
+    sets = []
+    for size, parts in made.items():
+        tokens, nothing = [], torch.empty(0)
+        for part in parts:
+            for caption in part["captions"]:
+                own, nothing = tokens_of(pipeline, caption, size)
+                tokens.append(own)
+        latents = torch.cat([part["latents"] for part in parts]).float()
+        latents = (latents - mean.view(-1, 1, 1, 1)) / deviation.view(-1, 1, 1, 1)
+        lengths = {len(own) for own in (*tokens, nothing)}
+        positions = {length: positions_of(pipeline, length, size) for length in lengths}
+        sets.append(Latents(latents, tokens, nothing, positions))
+    return sets
+
+
+def loss_of(model: Cosmos3OmniTransformer, sets: Sequence[Latents], step: int, steps: int) -> Tensor:
+    """Flow matching on one batch: of one size, with prompts of one length, or without words."""
+    rng = random.Random(step)
+    data = rng.choices(sets, EARLY if step < steps / 2 else LATE)[0]
+    lengths = data.by_length()
+    length = rng.choices(list(lengths), [len(clips) for clips in lengths.values()])[0]
+    chosen = rng.choices(lengths[length], k=BATCH)
+    x = data.latents[chosen]
+    tokens = torch.stack([data.tokens[index] for index in chosen])
+    if rng.random() < NO_WORDS:
+        tokens = data.nothing.expand(BATCH, -1)
+    # A clip in three begins with a photograph, and one in five with five frames: their latents are clean.
+    clean = 0 if x.shape[2] == 1 else rng.choices((0, 1, 2), (7, 5, 3))[0]
+    sigma = torch.sigmoid(torch.randn(BATCH))
+    sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+    noise, level = torch.randn_like(x), sigma.view(-1, 1, 1, 1, 1)
+    z = (1 - level) * x + level * noise
+    z[:, :, :clean] = x[:, :, :clean]
+    found = velocity(model, tokens, data.positions[tokens.shape[1]], z, sigma, clean)
+    return F.mse_loss(found[:, :, clean:], (noise - x)[:, :, clean:])
+
+
+@torch.no_grad()
+def sample(
+    model: Cosmos3OmniTransformer, tokens: Tensor, nothing: Tensor, positions: Sequence[Tensor], noise: Tensor
+) -> Tensor:
+    """Latents of prompts as long as each other, by Euler steps and guidance; the pipeline's sampler is better."""
+    levels = torch.linspace(1, 0, SAMPLE_STEPS + 1)
+    levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
+    z = noise
+    for now, then in pairwise(levels):
+        sigma = now.expand(len(z))
+        without = velocity(model, nothing, positions[1], z, sigma)
+        z = z + (then - now) * (without + GUIDANCE * (velocity(model, tokens, positions[0], z, sigma) - without))
+    return z
+
+
+@torch.no_grad()
+def measure(pipeline: Cosmos3OmniPipeline, vae: ParallelVAE) -> dict[str, float]:
+    """Which part of UNSEEN_PROMPTS prompts of one thing shows what was said, by day, small."""
+    scenes, seed, model = list[Scene](), UNSEEN, pipeline.transformer
+    length = None
+    while len(scenes) < UNSEEN_PROMPTS:
+        scene = draw_scene(seed)
+        own, nothing = tokens_of(pipeline, scene.caption, SMALL)
+        seed += 1
+        if length in (None, len(own)) and len(scene.things) == 1:
+            length = len(own)
+            scenes.append(scene)
+    tokens = torch.stack([tokens_of(pipeline, scene.caption, SMALL)[0] for scene in scenes])
+    shape = (len(scenes), 48, 1 + (SMALL[0] - 1) // 4, SMALL[1] // 16, SMALL[2] // 16)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    positions = [positions_of(pipeline, len(words), SMALL) for words in (tokens[0], nothing)]
+    z = sample(model, tokens, nothing.expand(len(scenes), -1), positions, noise)
+    mean, deviation = (
+        torch.tensor(pipeline.vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    right = dict.fromkeys(QUESTIONS, 0.0)
+    for latents, scene in zip(z, scenes, strict=True):
+        clip = (vae.decode((latents * deviation + mean)[None]).sample[0].clamp(-1, 1) + 1) / 2
+        for question, yes in answers(clip, scene).items():
+            right[question] += yes / len(scenes)
+    return right

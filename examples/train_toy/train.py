@@ -1,0 +1,156 @@
+"""Trains the toy model from nothing, on two cores: python examples/train_toy/train.py vae|latents|flow|export
+
+Begun again, each part goes on where it was. A step draws its data from its own number, so that the same steps see
+the same scenes however often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import flow as toy_flow
+import torch
+import vae as toy_vae
+from export import export, make_pipeline
+from optim import Optimisers
+from torch import Tensor, nn
+
+SAVE_SECONDS = 120.0
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    measure: Callable[[], dict[str, float]],
+    *,
+    part_of_rate: Callable[[int], float] = lambda step: 1.0,
+    measure_steps: int = 250,
+    optimisers: Optimisers,
+    steps: int,
+    out: Path,
+) -> None:
+    """Take the steps that `model` has not taken yet: weights end in `out/name.pt`, the curve in `out/name.csv`."""
+    state_file = out / f"{name}.state.pt"
+    step, seconds, shown = 0, 0.0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file)
+        model.load_state_dict(state["model"])
+        optimisers.load_state_dict(state["optimisers"])
+        step, seconds = state["step"], state["seconds"]
+        print(f"{name} goes on after step {step}", flush=True)
+    begun, saved = time.monotonic() - seconds, time.monotonic()
+    while step < steps:
+        torch.manual_seed(step)
+        value = loss(step)
+        value.backward()
+        optimisers.step(step, part_of_rate(step))
+        shown += value.item()
+        step += 1
+        if step % measure_steps and step < steps:
+            continue
+        model.eval()
+        row = {
+            "step": step,
+            "seconds": round(time.monotonic() - begun),
+            "loss": shown / measure_steps,
+            **measure(),
+        }
+        model.train()
+        print(" ".join(f"{key} {number:.4g}" for key, number in row.items()), flush=True)
+        append(out / f"{name}.csv", row)
+        shown = 0.0
+        if time.monotonic() - saved > SAVE_SECONDS or step == steps:
+            saved = time.monotonic()
+            state = {"model": model.state_dict(), "optimisers": optimisers.state_dict()}
+            write_whole({**state, "step": step, "seconds": time.monotonic() - begun}, state_file)
+    write_whole(model.state_dict(), out / f"{name}.pt")
+
+
+def append(file: Path, row: dict[str, float]) -> None:
+    """Add `row` to the curve, in place of those of the same step or later that an interrupted run left."""
+    rows = list(csv.DictReader(file.open())) if file.exists() else []
+    rows = [old for old in rows if int(old["step"]) < row["step"]]
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(row))
+        writer.writeheader()
+        writer.writerows([*rows, {key: f"{number:.5g}" for key, number in row.items()}])
+
+
+def write_whole(content: object, file: Path) -> None:
+    """Save `content`, so that who interrupts it leaves the older file."""
+    partial = file.with_suffix(".partial")
+    torch.save(content, partial)
+    partial.rename(file)
+
+
+def train_vae(out: Path, steps: int | None) -> None:
+    steps = steps or toy_vae.STEPS
+    model = toy_vae.make_vae()
+    with toy_vae.single_frames_as_2d():
+        train(
+            "vae",
+            model,
+            lambda step: toy_vae.loss_of(model, toy_vae.training_batch(step)),
+            lambda: toy_vae.measure(model),
+            part_of_rate=lambda step: toy_vae.phase_of(step)[1],
+            optimisers=Optimisers(model, rate=3e-3, small_rate=1e-3, steps=steps),
+            steps=steps,
+            out=out,
+        )
+
+
+def make_latents(out: Path) -> None:
+    """The scenes that the transformer learns from, encoded; in parts, of which those that are there stay."""
+    vae = toy_vae.trained_vae(out / "vae.pt")[1]
+    for size, parts in toy_flow.PARTS.items():
+        for part in range(parts):
+            file = out / f"latents_{'x'.join(map(str, size))}_{part}.pt"
+            if not file.exists():
+                write_whole(toy_flow.encode_part(vae, size, part), file)
+                print(f"{file.name} of {parts}", flush=True)
+
+
+def train_flow(out: Path, steps: int | None) -> None:
+    steps = steps or toy_flow.STEPS
+    model = toy_flow.make_transformer()
+    vae, parallel_vae = toy_vae.trained_vae(out / "vae.pt")
+    pipeline = make_pipeline(vae, model)
+    sets = toy_flow.load_latents(out, pipeline)
+    train(
+        "flow",
+        model,
+        lambda step: toy_flow.loss_of(model, sets, step, steps),
+        lambda: toy_flow.measure(pipeline, parallel_vae),
+        measure_steps=500,
+        optimisers=Optimisers(model, rate=2e-3, small_rate=2e-3, steps=steps),
+        steps=steps,
+        out=out,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("vae", "latents", "flow", "export"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/train_toy"))
+    parser.add_argument("--steps", type=int, help="fewer steps, to try it")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    if options.part == "vae":
+        train_vae(options.out, options.steps)
+    elif options.part == "latents":
+        make_latents(options.out)
+    elif options.part == "flow":
+        train_flow(options.out, options.steps)
+    else:
+        export(options.out)
+
+
+if __name__ == "__main__":
+    main()

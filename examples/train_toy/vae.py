@@ -1,0 +1,139 @@
+"""The toy's VAE: diffusers' `AutoencoderKLWan`, narrow, trained on images first and then on clips."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders import autoencoder_kl_wan
+from scenes import draw_scene, render
+from torch import Tensor
+
+from cosmos3_pipeline.vae import ParallelVAE
+from cosmos3_plugins.replicated import Replicated
+
+DIMENSIONS = {
+    "base_dim": 16,
+    "decoder_base_dim": 16,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+}
+CROP = 64
+CANVASES = ((64, 64), (96, 96), (96, 160))
+UNSEEN = 10**9  # seeds from here on are for measuring alone
+LATENT_NOISE = 0.05  # of the standard deviation that latents have; it keeps close latents close in pixels
+
+
+def make_vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**DIMENSIONS)
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            # What a block adds is small at first, so that many blocks in a row do not explode.
+            if name.endswith("conv2.weight"):
+                parameter.mul_(0.2)
+    return vae
+
+
+def trained_vae(file: Path) -> tuple[AutoencoderKLWan, ParallelVAE]:
+    """The VAE whose weights are in `file`, and the same to encode and decode with, in a third of the time."""
+    vae = make_vae().eval().requires_grad_(False)
+    vae.load_state_dict(torch.load(file))
+    return vae, ParallelVAE(vae, encode=Replicated(), decode=Replicated())
+
+
+def crops(seed: int, count: int, frames: int) -> Tensor:
+    """Parts of scenes, [count, 3, frames, CROP, CROP], of all the sizes that the pipeline shows."""
+    rng = random.Random(seed)
+    clips = []
+    for _ in range(count):
+        height, width = rng.choice(CANVASES)
+        top, left = rng.randint(0, height - CROP), rng.randint(0, width - CROP)
+        # A crop of a few frames is a moment of a longer clip, as fast as that is.
+        long = render(draw_scene(rng.getrandbits(40)), 17, height, width) if frames > 1 else None
+        if long is None:
+            scene = render(draw_scene(rng.getrandbits(40)), 1, height, width)
+        else:
+            first = rng.randint(0, 17 - frames)
+            scene = long[:, first : first + frames]
+        clips.append(scene[:, :, top : top + CROP, left : left + CROP])
+    return torch.stack(clips)
+
+
+@contextmanager
+def single_frames_as_2d() -> Iterator[None]:
+    """Causal convolutions of one frame without frames before it, by their last temporal tap alone.
+
+    The other taps see zeros, and a 2D convolution takes a third of the time.
+    """
+    whole = autoencoder_kl_wan.WanCausalConv3d.forward
+
+    def forward(self: autoencoder_kl_wan.WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        if x.shape[2] == 1 and cache_x is None and self.stride[0] == 1:
+            columns, _, rows, *_ = self._padding
+            y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=(rows, columns))
+            return y.unsqueeze(2)
+        result: Tensor = whole(self, x, cache_x)
+        return result
+
+    autoencoder_kl_wan.WanCausalConv3d.forward = forward
+    try:
+        yield
+    finally:
+        autoencoder_kl_wan.WanCausalConv3d.forward = whole
+
+
+# Step at which a phase begins, its part of the full rate, and its batches, taken in turn: (clips, frames).
+# An update of Muon is as large as ever where a gradient is mostly noise, so small batches get less of the rate.
+PHASES = (
+    (0, 1.0, ((16, 1),)),
+    (2500, 1.0, ((16, 1), (2, 9), (3, 5), (2, 9))),
+    (3500, 0.4, ((16, 1), (4, 9), (8, 5))),
+)
+STEPS = 10000
+
+
+def phase_of(step: int) -> tuple[int, float, tuple[tuple[int, int], ...]]:
+    return next(phase for phase in reversed(PHASES) if step >= phase[0])
+
+
+def training_batch(step: int) -> Tensor:
+    """What step number `step` sees."""
+    batches = phase_of(step)[2]
+    clips, frames = batches[step % len(batches)]
+    return crops(step, clips, frames)
+
+
+def loss_of(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
+    """The squared error of what comes back. No KL term: little noise on the latents does better."""
+    latents = vae.encode(clips).latent_dist.mean
+    noise = LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
+    return F.mse_loss(vae.decode(latents + noise).sample, clips) + 1e-5 * latents.square().mean()
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKLWan) -> dict[str, float]:
+    """dB on images and clips that training does not draw."""
+    seen = {}
+    for name, clips in (("images", crops(UNSEEN, 32, 1)), ("clips", crops(UNSEEN + 1, 6, 9))):
+        seen[name] = psnr(vae.decode(vae.encode(clips).latent_dist.mode()).sample, clips)
+    return seen
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """dB of two clips in -1..1."""
+    return 10 * math.log10(4 / max(F.mse_loss(a, b).item(), 1e-12))
