@@ -7,6 +7,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import chdir, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -126,17 +127,27 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     composition = Composition.of_a_running_job(cfg)
-    return _run(prepare(composition), composition, running.output_directory(), multirun=multirun)
+    with chdir(_where_started()):
+        prepared = prepare(composition)
+    return _run(prepared, composition, running.output_directory(), multirun=multirun)
 
 
 def _run(
     prepared: Prepared, composition: Composition, output: Path, *, multirun: bool
 ) -> float | tuple[float, ...] | None:
     """Do the job, and write the page of a run where it is asked for."""
-    result = jobs.run(prepared, output, multirun=multirun)
+    # With hydra.job.chdir this process is in `output` by now; paths were typed where it was started.
+    with chdir(_where_started()):
+        result = jobs.run(prepared, output, multirun=multirun)
     if prepared.config.output.report and prepared.config.job.name == JobName.generate:
         page(lambda: import_module("cosmos3_pipeline.report").run_page(output, composition.overrides or ()))
     return result
+
+
+def _where_started() -> Path:
+    """The folder that relative paths are typed for; where a launcher has no such folder, the one it chose."""
+    started = Path(HydraConfig.get().runtime.cwd)
+    return started if started.is_dir() else Path.cwd()
 
 
 def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
@@ -156,9 +167,10 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         jobs.follow(prepare(compose(args.overrides)))
         return
     folders_exist(args)
-    check_overrides(args.overrides, sweep=args.multirun or asks_for_sweep(args.overrides))
+    sweeps = args.multirun or asks_for_sweep(args.overrides)
+    check_overrides(args.overrides, sweep=sweeps)
     other_configs = args.config_dir or args.config_name or args.config_path or args.experimental_rerun
-    if args.multirun or args.hydra_help or args.info or args.shell_completion or other_configs:
+    if sweeps or args.hydra_help or args.info or args.shell_completion or other_configs:
         hydra_main()
         return
     composition = compose(args.overrides)
@@ -213,7 +225,8 @@ class SweepReport(Callback):
         """Plan all jobs before the first starts, as far as they are known: another sweeper chooses as it goes."""
         started = sweep.start(Path(config.hydra.sweep.dir).absolute(), baseline=config.sweep.baseline)
         if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-            started.look_ahead(compositions_of(config))
+            with suppress(ConfigError):  # which Hydra's sweeper raises itself in a moment
+                started.look_ahead(compositions_of(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Called in the process that ran the job, which a launcher may have put elsewhere."""

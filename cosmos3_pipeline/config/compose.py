@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import yaml
@@ -85,6 +85,9 @@ class Composition:
         must have no structural problem (see `checks.problems`). Raises ConfigError for a problem inside a list.
         """
         cfg = self.cfg
+        running = HydraConfig.instance().cfg
+        if running is None and "hydra" in cfg:  # what `${hydra:runtime.cwd}` and the like refer to
+            HydraConfig.instance().cfg = cast(Any, cfg)  # `set_config` would lock it
         try:
             if changes:
                 cfg = OmegaConf.create(cfg)  # a copy: what is shown and saved by Hydra is what was composed
@@ -93,6 +96,8 @@ class Composition:
             sections = {f.name: _object(cfg[f.name]) for f in dataclasses.fields(Config)}
         except OmegaConfBaseException as error:
             raise as_config_error(error, self.overrides or ()) from error
+        finally:
+            HydraConfig.instance().cfg = running
         config = Config(**sections)
         config.vae.encode, config.vae.decode = plain(config.vae.encode), plain(config.vae.decode)
         return config

@@ -117,6 +117,12 @@ def explain(error: Exception, keys: Iterable[str], overrides: Sequence[str]) -> 
             why="outside -m a comma could mean a list, a sweep or a text",
             works=f"quoted twice, once for the shell: '{key}=\"{value}\"'",
         )
+    if match := re.search(r"BasicSweeper does not support sweep type : (\w+?)_SWEEP", text):
+        return Problem(
+            what=f"{match.group(1).lower()}() in a sweep",
+            why="Hydra's own sweeper tries values that are given, and an interval has no last one",
+            works="values with commas, range(1,4), or hydra/sweeper=optuna, which draws from intervals",
+        )
     if match := re.search(r"Error merging override ~(\S+)", text):
         return Problem(
             what=f"~{match.group(1)} deletes a key",

@@ -29,7 +29,7 @@ def generate(
     the root of a world that exists already.
     """
     config, entry = prepared.config, "cosmos3_pipeline.jobs.rank:run_rank"
-    on_ranks(config, output, entry, prepared.plan, dict(stages), own_process=own_process)
+    on_ranks(config, output, entry, prepared.plan, dict(stages), prepared.origin, own_process=own_process)
     if config.task.prompt_file is None:
         summary.show(output)
     else:
@@ -40,4 +40,4 @@ def join(prepared: Prepared) -> None:
     """Be a rank other than the root in the world that RANK and WORLD_SIZE describe."""
     from cosmos3_pipeline.jobs.rank import run_rank
 
-    run_rank(prepared.config, prepared.plan, {}, None)
+    run_rank(prepared.config, prepared.plan, {}, prepared.origin, None)

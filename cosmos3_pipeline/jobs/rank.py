@@ -25,6 +25,7 @@ from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, versions
+from cosmos3_pipeline.jobs.origin import Origin
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_checkpoint
 from cosmos3_pipeline.plan.geometry import replica_ranks
@@ -55,6 +56,7 @@ class Run:
     components: Components
     ledgers: list[Ledger]
     base_bytes: int  # held before anything was loaded
+    origin: Origin | None
 
     @property
     def writes(self) -> bool:
@@ -67,7 +69,9 @@ class Run:
         return self.writes and self.mesh.rank("dp") == 0
 
 
-def run_rank(config: Config, plan: Plan, stages: Mapping[str, StageFactory], output: str | None) -> None:
+def run_rank(
+    config: Config, plan: Plan, stages: Mapping[str, StageFactory], origin: Origin | None, output: str | None
+) -> None:
     """Run `plan` of `config` as the rank that the environment says; all ranks call it together.
 
     `stages` replace others, see `build_stages`. `output` is where the run writes; ranks that compose for
@@ -77,7 +81,7 @@ def run_rank(config: Config, plan: Plan, stages: Mapping[str, StageFactory], out
         base_bytes = held_bytes(device)
         ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses")]
         parts = components(config, plan, device, mesh, ledgers, reporter_of(mesh))
-        run = Run(config, plan, stages, device, mesh, parts, ledgers, base_bytes)
+        run = Run(config, plan, stages, device, mesh, parts, ledgers, base_bytes, origin)
         if config.task.prompt_file is None:
             make_clip(run, directory)
         else:
@@ -149,6 +153,7 @@ def make_clip(run: Run, directory: Path) -> None:
         stages, loading = (combine([rank[part] for rank in measured]) for part in (0, 1))
         report = metrics(run.config, run.plan, context, stages, seconds)
         report |= {"loading": loading, "against_replicated": against}
+        report["origin"] = None if run.origin is None else asdict(run.origin)
         report["beyond_bytes"] = max(beyond for _, _, beyond in measured)
         write_whole(directory / "metrics.json", json.dumps(report, indent=2))
 

@@ -17,6 +17,7 @@ from cosmos3_pipeline.config.schema import Config, Device, JobName
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.objective import check_objective
+from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
 from cosmos3_pipeline.plan.checks import check_composition
 from cosmos3_pipeline.plan.plan import Plan
@@ -27,13 +28,14 @@ from cosmos3_pipeline.plan.units import quantity
 class Prepared:
     """A composition that may start here and now. All but `adopted` is plain data that the ranks are given.
 
-    verification: what job=verify compares.
+    verification: what job=verify compares. origin: where a run comes from; a plan has none.
     """
 
     config: Config
     plan: Plan
     adopted: Adopted | None = None
     verification: Verification | None = None
+    origin: Origin | None = None
 
 
 def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
@@ -50,7 +52,8 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
         _raise(_problems(prepared))
         if fetch:
             prepared = _with_checkpoint(prepared, composition)
-    return replace(prepared, verification=check_verify(prepared.config))
+    origin = None if job == JobName.plan else origin_of(composition.overrides)
+    return replace(prepared, verification=check_verify(prepared.config), origin=origin)
 
 
 def _problems(prepared: Prepared) -> list[Problem]:

@@ -26,6 +26,8 @@ def test_a_video_of_the_frames_and_size_asked_for(generate: Callable[..., Path])
     assert frames.std() > 15
     assert load_file(output / "latents.safetensors")["latents"].shape == (1, 48, 3, 5, 6)
     report = metrics(output)
+    assert report["origin"]["command"].startswith("python launch.py task.height=80")
+    assert report["beyond_bytes"] < report["peak_bytes"]
     assert report["schema_version"] == 1
     assert list(report["stages"]) == ["text", "encode", "denoise", "decode", "export"]
     assert report["seconds"] > 0 and report["peak_bytes"] > 10**7

@@ -60,6 +60,28 @@ def test_a_cluster_launcher_runs_plans_wherever_their_folders_are(tmp_path: Path
     assert all(row["planned"]["seconds.total"] > 0 for row in jobs_of(tmp_path))
 
 
+def test_a_sweep_may_be_asked_for_by_its_mode_and_run_where_its_files_go(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a kite\n")
+    asked = ("hydra.mode=MULTIRUN", "hydra.job.chdir=true", "task.prompt_file=prompts.txt", "topology=cpu_x2")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "launch.py", *SMALL, *asked, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = jobs_of(tmp_path / "sweep")
+    assert (row["status"], row["clips"]) == ("done", 1)
+
+
+def test_what_hydras_sweeper_cannot_do_is_refused_with_what_can() -> None:
+    done = launch("-m", "job=plan", "sampler.guidance_scale=interval(1,2)")
+    assert done.returncode == 2
+    assert "hydra/sweeper=optuna" in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert "Warning" not in done.stderr and "│" not in done.stdout
+
+
 def test_optuna_finds_the_layout_that_is_planned_fastest(tmp_path: Path) -> None:
     optuna = (
         *("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.direction=minimize"),

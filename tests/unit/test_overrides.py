@@ -6,6 +6,7 @@ import shlex
 import string
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -62,6 +63,11 @@ def test_a_mistake_is_answered_with_what_to_type(typed: str, works: str) -> None
         compose(typed.split("|"))
     (problem,) = refused.value.problems
     assert works in problem.works and problem.why
+
+
+def test_paths_may_refer_to_where_hydra_was_started() -> None:
+    config = compose(["task.prompt_file=${hydra:runtime.cwd}/p.txt"]).typed()
+    assert config.task.prompt_file == f"{Path.cwd()}/p.txt"
 
 
 def test_a_sweep_may_have_commas() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.objective import objective_of
+from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.jobs.sweep import table
 from cosmos3_pipeline.jobs.sweep.outcome import outcomes
@@ -181,3 +183,22 @@ def test_equal_files_have_no_psnr(tmp_path: Path) -> None:
     leave_run(tmp_path, 5, "a")
     found = likeness_of_files(tmp_path / "image.png", tmp_path / "image.png")
     assert found is not None and found.psnr_db is None
+
+
+def test_a_run_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, cwd=tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/bin/cosmos3"])
+    assert origin_of(["task.prompt=it's"]) == Origin("""cosmos3 'task.prompt=it'"'"'s'""", None, None)
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "a")
+    clean = origin_of([])
+    assert clean.command == "cosmos3" and len(clean.commit or "") == 40 and clean.dirty is False
+    (tmp_path / "b").write_text("1")
+    assert origin_of([]) == clean
+    (tmp_path / "a").write_text("2")
+    assert origin_of([]).dirty is True

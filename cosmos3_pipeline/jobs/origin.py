@@ -1,0 +1,40 @@
+"""Where a run came from: what was typed, and the state of the repository in which it was started."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`command` starts the run again. `commit` and `dirty` are None outside of a git repository.
+
+    `dirty`: tracked files differed from the commit.
+    """
+
+    command: str
+    commit: str | None
+    dirty: bool | None
+
+
+def origin_of(overrides: Sequence[str] | None) -> Origin:
+    """Of a run with `overrides` that this process starts where it is."""
+    program = "cosmos3" if Path(sys.argv[0]).stem == "cosmos3" else "python launch.py"
+    commit = _git("rev-parse", "HEAD")
+    changes = None if commit is None else _git("status", "--porcelain", "--untracked-files=no")
+    dirty = None if changes is None else bool(changes)
+    return Origin(" ".join([program, shlex.join(overrides or [])]).strip(), commit, dirty)
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, or None where there is no git, no repository or no commit."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
