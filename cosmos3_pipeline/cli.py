@@ -223,7 +223,7 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plan all jobs before the first starts, as far as they are known: another sweeper chooses as it goes."""
-        started = sweep.start(Path(config.hydra.sweep.dir).absolute(), baseline=config.sweep.baseline)
+        started = sweep.start(_sweep_folder(config), baseline=config.sweep.baseline)
         if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
             with suppress(ConfigError):  # which Hydra's sweeper raises itself in a moment
                 started.look_ahead(compositions_of(config))
@@ -232,13 +232,18 @@ class SweepReport(Callback):
         """Called in the process that ran the job, which a launcher may have put elsewhere."""
         if config.hydra.mode == RunMode.MULTIRUN:
             sweep.record(
-                Path(config.hydra.sweep.dir).absolute(),
+                _sweep_folder(config),
                 config.hydra.job.num,
                 config.hydra.overrides.task,
                 Path(config.hydra.runtime.output_dir),
                 JobName(config.job.name).value,
                 job_return._return_value,
             )
+
+
+def _sweep_folder(config: DictConfig) -> Path:
+    """Where the sweep is; a job may have changed to its own folder since."""
+    return Path(config.hydra.runtime.cwd) / str(config.hydra.sweep.dir)
 
 
 def _report(ended: sweep.Sweep) -> bool:

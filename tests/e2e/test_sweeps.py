@@ -64,7 +64,7 @@ def test_a_sweep_may_be_asked_for_by_its_mode_and_run_where_its_files_go(tmp_pat
     (tmp_path / "prompts.txt").write_text("a kite\n")
     asked = ("hydra.mode=MULTIRUN", "hydra.job.chdir=true", "task.prompt_file=prompts.txt", "topology=cpu_x2")
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "launch.py", *SMALL, *asked, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
+        [sys.executable, REPOSITORY / "launch.py", *SMALL, *asked, "hydra.sweep.dir=sweep"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
