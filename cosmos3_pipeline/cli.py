@@ -106,6 +106,8 @@ def launch(hydra_main: Callable[[], None]) -> None:
         if not sweep.was_told(error):
             print(error, file=sys.stderr)
         code = FAILED
+    except sweep.NotComposed:
+        code = REFUSED
     except KeyboardInterrupt:
         print("\nstopped; nothing half-written is left", file=sys.stderr)
         code = INTERRUPTED

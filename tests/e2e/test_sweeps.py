@@ -75,6 +75,13 @@ def test_a_sweep_may_be_asked_for_by_its_mode_and_run_where_its_files_go(tmp_pat
     assert (row["status"], row["clips"]) == ("done", 1)
 
 
+def test_a_sweep_of_which_a_job_cannot_be_composed_does_not_start(tmp_path: Path) -> None:
+    done = launch("-m", "job=plan", "topology=cpu_x1,cpu_x3", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert done.returncode == 2
+    assert "job 1: topology=cpu_x3 does not exist" in done.stderr and "nothing was started" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.rglob("plan.json"))
+
+
 def test_what_hydras_sweeper_cannot_do_is_refused_with_what_can() -> None:
     done = launch("-m", "job=plan", "sampler.guidance_scale=interval(1,2)")
     assert done.returncode == 2

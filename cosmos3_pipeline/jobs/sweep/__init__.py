@@ -76,6 +76,10 @@ def plan_ahead(overrides: list[str], composition: Composition | ConfigError) -> 
         return {"overrides": overrides, "problems": as_dicts(error.problems), "plan": None}
 
 
+class NotComposed(BaseException):
+    """A job of a sweep cannot be composed. No Exception: of those that a callback raises Hydra makes a warning."""
+
+
 class Sweep:
     """The folder of a sweep. `planned` has, by number, what is known of each job before it starts."""
 
@@ -87,9 +91,13 @@ class Sweep:
         self.all_must_be_done = False
 
     def look_ahead(self, jobs: Iterable[tuple[list[str], Composition | ConfigError]]) -> None:
-        """Plan all `jobs` before any starts, and say which of them will be refused."""
+        """Plan all `jobs` before any starts, and say which of them will be refused.
+
+        Raises NotComposed where Hydra itself would stop at one of them, and run none of those after it.
+        """
         self.all_must_be_done = True
-        planned = [plan_ahead(*job) for job in jobs]
+        known = list(jobs)
+        planned = [plan_ahead(*job) for job in known]
         self.planned = dict(enumerate(planned))
         refused = [number for number, job in self.planned.items() if job["problems"]]
         if refused:
@@ -103,6 +111,10 @@ class Sweep:
                     told.setdefault(f"{problem['what']}\n  works: {problem['works']}", []).append(number)
             for words, numbers in told.items():
                 print(f"job {', '.join(map(str, numbers))}: {words}", file=sys.stderr)
+        if not_composed := [str(number) for number, (_, job) in enumerate(known) if isinstance(job, ConfigError)]:
+            print(f"nothing was started: Hydra would stop at job {not_composed[0]}", file=sys.stderr)
+            self.planned = {}
+            raise NotComposed(", ".join(not_composed))
 
     def report(self) -> bool:
         """Print the table, write it to sweep.json and return whether jobs that must be done are not."""
