@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import chdir, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -41,6 +41,7 @@ from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
 from cosmos3_pipeline.jobs.start import Prepared, prepare
+from cosmos3_pipeline.jobs.sweep.outcome import OUTCOMES
 from cosmos3_pipeline.plan.checks import check_composition
 
 __all__ = ["launch", "main", "run"]
@@ -106,7 +107,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
         if not sweep.was_told(error):
             print(error, file=sys.stderr)
         code = FAILED
-    except sweep.NotComposed:
+    except sweep.NotStarted:
         code = REFUSED
     except KeyboardInterrupt:
         print("\nstopped; nothing half-written is left", file=sys.stderr)
@@ -127,7 +128,12 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
     Returns the numbers that `objective` names, for a sweeper.
     """
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    multirun = hydra_config.mode == RunMode.MULTIRUN
+    if multirun and cfg.sweep.resume is not None:
+        folder = Path(hydra_config.runtime.cwd) / cfg.sweep.resume
+        if (done := sweep.done_before(folder, hydra_config.job.num, hydra_config.overrides.task)) is not None:
+            return cast(float | tuple[float, ...] | None, done.objective)
     composition = Composition.of_a_running_job(cfg)
     with chdir(_where_started()):
         prepared = prepare(composition)
@@ -169,6 +175,8 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         jobs.follow(prepare(compose(args.overrides)))
         return
     folders_exist(args)
+    if resumed := [o.partition("=")[2] for o in args.overrides if o.startswith(f"{sweep.RESUME}=")]:
+        sys.argv.insert(1, f"hydra.sweep.dir={resumed[-1]}")  # where Hydra has its files and the jobs have theirs
     sweeps = args.multirun or asks_for_sweep(args.overrides)
     check_overrides(args.overrides, sweep=sweeps)
     other_configs = args.config_dir or args.config_name or args.config_path or args.experimental_rerun
@@ -225,8 +233,16 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plan all jobs before the first starts, as far as they are known: another sweeper chooses as it goes."""
-        started = sweep.start(_sweep_folder(config), baseline=config.sweep.baseline)
-        if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        resume, basic = config.sweep.resume is not None, config.hydra.sweeper._target_.endswith(".BasicSweeper")
+        folder = _sweep_folder(config)
+        if resume and not basic:
+            raise sweep.not_started(
+                "another sweeper than Hydra's own chooses jobs as it goes: it has to resume itself"
+            )
+        if resume and not (folder / OUTCOMES).is_dir():
+            raise sweep.not_started(f"{sweep.RESUME}={config.sweep.resume}, but there is no sweep in {folder}")
+        started = sweep.start(folder, baseline=config.sweep.baseline, resume=resume)
+        if basic:
             with suppress(ConfigError):  # which Hydra's sweeper raises itself in a moment
                 started.look_ahead(compositions_of(config))
 
@@ -245,7 +261,7 @@ class SweepReport(Callback):
 
 def _sweep_folder(config: DictConfig) -> Path:
     """Where the sweep is; a job may have changed to its own folder since."""
-    return Path(config.hydra.runtime.cwd) / str(config.hydra.sweep.dir)
+    return Path(config.hydra.runtime.cwd) / str(config.sweep.resume or config.hydra.sweep.dir)
 
 
 def _report(ended: sweep.Sweep) -> bool:

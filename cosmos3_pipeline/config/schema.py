@@ -259,9 +259,13 @@ class OutputConfig:
 
 @dataclass
 class SweepConfig:
-    """Read where `-m` starts a sweep. `baseline` is the job that the others' pictures are held against."""
+    """Read where `-m` starts a sweep. `baseline` is the job that the others' pictures are held against.
+
+    `resume` is the folder of a sweep of the same jobs, of which those that are done are not run again.
+    """
 
     baseline: int = ranged(at_least=0)
+    resume: str | None = None
 
 
 @dataclass

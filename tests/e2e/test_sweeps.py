@@ -82,6 +82,23 @@ def test_a_sweep_of_which_a_job_cannot_be_composed_does_not_start(tmp_path: Path
     assert "Traceback" not in done.stderr and not list(tmp_path.rglob("plan.json"))
 
 
+def test_a_sweep_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
+    sweep, asked = tmp_path / "sweep", ("-m", "job=plan", "topology=cpu_x1,cpu_x2,cpu_x4", "objective=seconds")
+    assert launch(*asked, f"hydra.sweep.dir={sweep}").returncode == 0
+    before = {number: (sweep / str(number) / "plan.json").stat().st_mtime_ns for number in range(3)}
+    first = [row["objective"] for row in jobs_of(sweep)]
+    (sweep / ".jobs" / "1.json").unlink()  # as if it had been killed
+    done = launch(*asked, f"sweep.resume={sweep}")
+    assert done.returncode == 0 and "2 of 3 jobs are done already: 0, 2" in done.stderr, done.stderr
+    assert [row["objective"] for row in jobs_of(sweep)] == first
+    after = {number: (sweep / str(number) / "plan.json").stat().st_mtime_ns for number in range(3)}
+    assert [number for number in before if before[number] != after[number]] == [1]
+    others = launch("-m", "job=plan", "topology=cpu_x1,cpu_x2", "objective=seconds", f"sweep.resume={sweep}")
+    assert others.returncode == 2 and "job 2 of" in others.stderr
+    nothing = launch(*asked, f"sweep.resume={tmp_path / 'none'}")
+    assert nothing.returncode == 2 and "there is no sweep in" in nothing.stderr
+
+
 def test_what_hydras_sweeper_cannot_do_is_refused_with_what_can() -> None:
     done = launch("-m", "job=plan", "sampler.guidance_scale=interval(1,2)")
     assert done.returncode == 2

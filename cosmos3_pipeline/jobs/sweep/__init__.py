@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,30 @@ SCHEMA_VERSION = 2
 INDEX = "sweep.json"
 
 
-def start(folder: Path, *, baseline: int) -> Sweep:
-    """This process starts a sweep whose jobs have their folders in `folder`."""
+RESUME = "sweep.resume"
+
+
+def start(folder: Path, *, baseline: int, resume: bool = False) -> Sweep:
+    """This process starts a sweep whose jobs have their folders in `folder`; `resume`: or goes on with one."""
     global current
-    forget(folder)
+    for number, outcome in outcomes(folder).items():
+        if not (resume and outcome.status == "done"):
+            forget(folder, number)
     current = Sweep(folder, baseline)
     return current
+
+
+def done_before(folder: Path, job: int, overrides: Sequence[str]) -> Outcome | None:
+    """The outcome of job number `job` in a sweep that is resumed, where it is done and has left its files."""
+    found = outcomes(folder).get(job)
+    if found is None or found.status != "done" or found.overrides != own_overrides(overrides):
+        return None
+    return found if Path(found.folder).is_dir() else None
+
+
+def own_overrides(overrides: Sequence[str]) -> list[str]:
+    """Those that say what a job is: a sweep is the same one whether or not it is resumed."""
+    return [override for override in overrides if not override.startswith(f"{RESUME}=")]
 
 
 def record(sweep: Path, job: int, overrides: Sequence[str], folder: Path, kind: str, result: Any) -> None:
@@ -44,7 +62,7 @@ def record(sweep: Path, job: int, overrides: Sequence[str], folder: Path, kind: 
     problems = [] if failed is None else problems_of(failed)
     Outcome(
         job=job,
-        overrides=list(overrides),
+        overrides=own_overrides(overrides),
         folder=str(folder),
         kind=kind,
         status="done" if failed is None else "refused" if problems else "failed",
@@ -76,8 +94,30 @@ def plan_ahead(overrides: list[str], composition: Composition | ConfigError) -> 
         return {"overrides": overrides, "problems": as_dicts(error.problems), "plan": None}
 
 
-class NotComposed(BaseException):
-    """A job of a sweep cannot be composed. No Exception: of those that a callback raises Hydra makes a warning."""
+class NotStarted(BaseException):
+    """A sweep is refused as a whole, which was told. Hydra makes a warning of any Exception of a callback."""
+
+
+def not_started(why: str) -> NotStarted:
+    """Say why a sweep does not start; what to raise then. The table of an older one stays as it is."""
+    global current
+    current = None
+    print(f"nothing was started: {why}", file=sys.stderr)
+    return NotStarted(why)
+
+
+def _tell_refused(planned: Mapping[int, Mapping[str, Any]]) -> None:
+    """Say which jobs will be refused, each reason once."""
+    refused = {number: job["problems"] for number, job in planned.items() if job["problems"]}
+    if refused:
+        numbers = ", ".join(map(str, refused))
+        print(f"{len(refused)} of {len(planned)} jobs will be refused: {numbers}", file=sys.stderr)
+    told: dict[str, list[str]] = {}
+    for number, problems in refused.items():
+        for problem in problems:
+            told.setdefault(f"{problem['what']}\n  works: {problem['works']}", []).append(str(number))
+    for words, those in told.items():
+        print(f"job {', '.join(those)}: {words}", file=sys.stderr)
 
 
 class Sweep:
@@ -91,30 +131,27 @@ class Sweep:
         self.all_must_be_done = False
 
     def look_ahead(self, jobs: Iterable[tuple[list[str], Composition | ConfigError]]) -> None:
-        """Plan all `jobs` before any starts, and say which of them will be refused.
+        """Plan all `jobs` before any starts, and say which of them will be refused, or are done already.
 
-        Raises NotComposed where Hydra itself would stop at one of them, and run none of those after it.
+        Raises NotStarted where Hydra itself would stop at one of them, or where jobs that are done are others.
         """
         self.all_must_be_done = True
         known = list(jobs)
-        planned = [plan_ahead(*job) for job in known]
-        self.planned = dict(enumerate(planned))
-        refused = [number for number, job in self.planned.items() if job["problems"]]
-        if refused:
-            print(
-                f"{len(refused)} of {len(planned)} jobs will be refused: {', '.join(map(str, refused))}",
-                file=sys.stderr,
-            )
-            told: dict[str, list[int]] = {}
-            for number in refused:
-                for problem in self.planned[number]["problems"]:
-                    told.setdefault(f"{problem['what']}\n  works: {problem['works']}", []).append(number)
-            for words, numbers in told.items():
-                print(f"job {', '.join(map(str, numbers))}: {words}", file=sys.stderr)
-        if not_composed := [str(number) for number, (_, job) in enumerate(known) if isinstance(job, ConfigError)]:
-            print(f"nothing was started: Hydra would stop at job {not_composed[0]}", file=sys.stderr)
-            self.planned = {}
-            raise NotComposed(", ".join(not_composed))
+        self.planned = {number: plan_ahead(*job) for number, job in enumerate(known)}
+        _tell_refused(self.planned)
+        for number, (_, composition) in enumerate(known):
+            if isinstance(composition, ConfigError):
+                raise not_started(f"Hydra would stop at job {number}")
+        done = outcomes(self.folder)
+        for number, job in done.items():
+            if number >= len(known) or job.overrides != own_overrides(known[number][0]):
+                raise not_started(
+                    f"job {number} of {self.folder} was {' '.join(job.overrides)}, and is another one now; "
+                    "a sweep is resumed with the command line that began it"
+                )
+        if done:
+            numbers = ", ".join(map(str, done))
+            print(f"{len(done)} of {len(known)} jobs are done already: {numbers}", file=sys.stderr)
 
     def report(self) -> bool:
         """Print the table, write it to sweep.json and return whether jobs that must be done are not."""

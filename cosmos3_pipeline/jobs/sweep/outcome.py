@@ -55,10 +55,9 @@ def outcomes(sweep: Path) -> dict[int, Outcome]:
     return {outcome.job: outcome for outcome in sorted(found, key=lambda outcome: outcome.job)}
 
 
-def forget(sweep: Path) -> None:
-    """Remove what an older sweep has written down in the folder `sweep`."""
-    for file in (sweep / OUTCOMES).glob("*.json"):
-        file.unlink()
+def forget(sweep: Path, job: int) -> None:
+    """Remove what an older sweep in the folder `sweep` has written down of job number `job`."""
+    _file(sweep, job).unlink()
 
 
 def problems_of(error: BaseException) -> list[Problem]:
