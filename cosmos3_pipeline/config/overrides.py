@@ -139,8 +139,14 @@ def _group_as_key(override: Override, groups: Sequence[str]) -> Iterator[Problem
         yield Problem(
             what=f"{override.input_line} sets a whole node",
             why=f"{' and '.join(meant)} is a group of options, which are chosen with a slash",
-            works=" or ".join(f"{group}={nearest(value, _options(group)) or _options(group)}" for group in meant),
+            works=" or ".join(_choices(group, value) for group in meant),
         )
+
+
+def _choices(group: str, value: str) -> str:
+    """The option of `group` that `value` was most likely meant to be, or all of them."""
+    near = nearest(value, _options(group))
+    return " or ".join(f"{group}={option}" for option in ([near] if near else _options(group)))
 
 
 def _options(group: str) -> list[str]:

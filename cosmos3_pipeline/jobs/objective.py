@@ -19,7 +19,7 @@ EQUAL_DB = 100.0  # stands for the PSNR of equal pictures, which is infinite
 def names_of(cfg: Config) -> tuple[str, ...]:
     """The objectives that are asked for; none is the default."""
     asked = cfg.objective
-    return () if asked is None else (asked,) if isinstance(asked, str) else tuple(map(str, asked))
+    return () if asked is None else tuple(map(str, asked)) if isinstance(asked, list) else (str(asked),)
 
 
 def check_objective(cfg: Config) -> Iterator[Problem]:
@@ -40,6 +40,12 @@ def check_objective(cfg: Config) -> Iterator[Problem]:
                 why="a picture is as good as it is like the same latents decoded on one rank",
                 works="job=generate output.against_replicated=true",
             )
+    if cfg.task.prompt_file is not None and {*names_of(cfg)} & {*OF_PICTURES}:
+        yield Problem(
+            what=f"objective={cfg.objective} with task.prompt_file={cfg.task.prompt_file}",
+            why="several clips have no likeness in common",
+            works="task.prompt=... with one of them, or objective=seconds",
+        )
     if names_of(cfg) and (cfg.job.name == JobName.verify or cfg.plan.search):
         yield Problem(
             what=f"objective={cfg.objective} with {'plan.search=true' if cfg.plan.search else 'job=verify'}",
@@ -54,7 +60,7 @@ def objective_of(cfg: Config, output: Path) -> float | tuple[float, ...] | None:
     None without a name, a tuple for a list of them.
 
     Raises:
-        Refusal: a plan that does not fit its device has no seconds.
+        Refusal: a plan that does not fit its device has no seconds, nor has a stage that is not planned.
     """
     names = names_of(cfg)
     if not names:
@@ -79,4 +85,10 @@ def _value(name: str, found: dict[str, object], output: Path) -> float:
     of_total, _, stage = name.partition(".")
     table = {"seconds": "total_seconds" if not stage else "seconds"}.get(of_total, of_total)
     value = found[table]
+    if isinstance(value, dict) and stage not in value:
+        raise Refusal(
+            what=f"objective={name} of a plan without {stage}",
+            why=f"the stages that are planned are {', '.join(value)}",
+            works=" or ".join(f"objective=seconds.{planned}" for planned in value),
+        )
     return float(value[stage] if isinstance(value, dict) else value)  # type: ignore[arg-type]

@@ -52,6 +52,7 @@ def test_the_words_reach_the_config(words: str) -> None:
         ("vae.decode=tiled", "vae/decode=tiled"),
         ("vae.decode=tile", "vae/decode=tiled"),
         ("decode=tiled", "vae/decode=tiled"),
+        ("vae.decode=xyzzy", "vae/decode=auto or vae/decode=layer_pipeline or "),
         ("vae.decode.groups=2", "vae/decode=pipeline_of_shards beside it"),
         ("vae=[tiled,replicated]", "to try each: -m vae=tiled,replicated"),
         ("kite", "key=value or group=option"),

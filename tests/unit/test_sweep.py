@@ -18,7 +18,7 @@ from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs import sweep
-from cosmos3_pipeline.jobs.objective import objective_of
+from cosmos3_pipeline.jobs.objective import check_objective, objective_of
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.jobs.sweep import table
@@ -163,6 +163,7 @@ def test_a_job_returns_what_is_asked_of_it(tmp_path: Path) -> None:
         (["objective=[seconds,psrn]"], "did you mean psnr?"),
         (["objective=psnr"], "output.against_replicated=true"),
         (["objective=seconds", "plan.search=true"], "objective=null"),
+        (["objective=5"], "seconds.decode"),
     ],
 )
 def test_an_objective_that_the_job_cannot_have_is_refused(overrides: list[str], says: str) -> None:
@@ -177,6 +178,31 @@ def test_a_plan_that_does_not_fit_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(Refusal, match="does not fit"):
         objective_of(config_of("objective=seconds"), tmp_path)
+
+
+def test_the_clips_of_a_prompt_file_have_no_likeness_in_common() -> None:
+    asked = ["output.against_replicated=true", "objective=[seconds,ssim]", "task.prompt_file=p.txt"]
+    (problem,) = check_objective(compose(asked).typed())
+    assert "task.prompt_file=p.txt" in problem.what
+
+
+def test_a_stage_that_is_not_planned_has_no_seconds(tmp_path: Path) -> None:
+    leave_run(tmp_path, 1, "a")
+    with pytest.raises(Refusal, match="without encode"):
+        objective_of(config_of("objective=seconds.encode"), tmp_path)
+
+
+def test_what_a_job_raised_is_not_told_again_when_the_sweep_ends(tmp_path: Path) -> None:
+    sweep.start(tmp_path, baseline=0)
+    errors = []
+    for _ in range(2):  # as Hydra raises it again, from another place
+        try:
+            raise errors[0] if errors else RuntimeError("the disk is full")
+        except RuntimeError as error:
+            errors.append(error)
+            if len(errors) == 1:
+                sweep.record(tmp_path, 0, [], tmp_path, "generate", error)
+    assert sweep.was_told(errors[1]) and not sweep.was_told(RuntimeError("something else"))
 
 
 def test_equal_files_have_no_psnr(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,6 @@ current: Sweep | None = None
 
 SCHEMA_VERSION = 2
 INDEX = "sweep.json"
-
-
 RESUME = "sweep.resume"
 
 
@@ -37,18 +36,16 @@ def start(folder: Path, *, baseline: int, resume: bool = False) -> Sweep:
     """This process starts a sweep whose jobs have their folders in `folder`; `resume`: or goes on with one."""
     global current
     for number, outcome in outcomes(folder).items():
-        if not (resume and outcome.status == "done"):
+        if not (resume and outcome.status == "done" and Path(outcome.folder).is_dir()):
             forget(folder, number)
     current = Sweep(folder, baseline)
     return current
 
 
 def done_before(folder: Path, job: int, overrides: Sequence[str]) -> Outcome | None:
-    """The outcome of job number `job` in a sweep that is resumed, where it is done and has left its files."""
+    """The outcome of job number `job` in a sweep that is resumed, where it is done."""
     found = outcomes(folder).get(job)
-    if found is None or found.status != "done" or found.overrides != own_overrides(overrides):
-        return None
-    return found if Path(found.folder).is_dir() else None
+    return found if found is not None and found.overrides == own_overrides(overrides) else None
 
 
 def own_overrides(overrides: Sequence[str]) -> list[str]:
@@ -80,7 +77,9 @@ def record(sweep: Path, job: int, overrides: Sequence[str], folder: Path, kind: 
 def was_told(error: Exception) -> bool:
     """Whether `error` is how a job of this process' sweep ended, which was said when it did."""
     told = {} if current is None else outcomes(current.folder)
-    return any(outcome.error == text_of(error) for outcome in told.values())
+    # Its traceback grows on the way here; how it ends does not.
+    ends = (text_of(error), "".join(traceback.format_exception_only(error)))
+    return any(outcome.error is not None and outcome.error.endswith(ends) for outcome in told.values())
 
 
 def plan_ahead(overrides: list[str], composition: Composition | ConfigError) -> dict[str, Any]:
@@ -155,7 +154,7 @@ class Sweep:
 
     def report(self) -> bool:
         """Print the table, write it to sweep.json and return whether jobs that must be done are not."""
-        rows = table.rows(self.folder, outcomes(self.folder), self.planned, self.baseline)
+        rows = table.rows(outcomes(self.folder), self.planned, self.baseline)
         if not rows:
             return False
         content = {"schema_version": SCHEMA_VERSION, "baseline": self.baseline, "jobs": rows}

@@ -19,7 +19,7 @@ BROKEN_OFF = "broken off"  # what a job is that has begun, or never did, and of 
 
 
 def rows(
-    sweep: Path, ended: Mapping[int, Outcome], planned: Mapping[int, dict[str, Any]], baseline: int
+    ended: Mapping[int, Outcome], planned: Mapping[int, dict[str, Any]], baseline: int
 ) -> list[dict[str, Any]]:
     """A row for every job that ended or was `planned`, in the order of their numbers; plain values, for JSON."""
     found = []
