@@ -234,6 +234,8 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plan all jobs before the first starts, as far as they are known: another sweeper chooses as it goes."""
         resume, basic = config.sweep.resume is not None, config.hydra.sweeper._target_.endswith(".BasicSweeper")
+        if "optuna" in config.hydra.sweeper._target_:
+            let_a_grid_end_with_a_refusal()
         folder = _sweep_folder(config)
         if resume and not basic:
             raise sweep.not_started(
@@ -257,6 +259,22 @@ class SweepReport(Callback):
                 JobName(config.job.name).value,
                 job_return._return_value,
             )
+
+
+def let_a_grid_end_with_a_refusal() -> None:
+    """Optuna's grid sampler stops its study after the last trial, which it may not do where Hydra drives it.
+
+    hydra-optuna-sweeper 1.3.0 forgives that after a trial that was done, and ends with a traceback and without a
+    result after one that failed. It counts the trials itself, so nothing needs to be stopped.
+    """
+    grid = import_module("optuna.samplers").GridSampler
+    stops = grid.after_trial
+
+    def after_trial(*args: Any, **kwargs: Any) -> None:
+        with suppress(RuntimeError):
+            stops(*args, **kwargs)
+
+    grid.after_trial = after_trial
 
 
 def _sweep_folder(config: DictConfig) -> Path:

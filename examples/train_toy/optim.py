@@ -17,7 +17,7 @@ ORTHOGONALISE = (
     (2.8366, -3.0525, 1.2012),
 )
 WARM_UP = 100  # steps until the full rate
-DECAY = 0.3  # share of all steps at the end during which the rate falls to nothing
+DECAY = 0.35  # share of all steps at the end during which the rate falls to nothing
 
 
 class Muon(torch.optim.Optimizer):

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("part", choices=("vae", "latents", "flow", "export"))
     parser.add_argument("--out", type=Path, default=Path("outputs/train_toy"))
     parser.add_argument("--steps", type=int, help="fewer steps, to try it")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more make it no faster")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)

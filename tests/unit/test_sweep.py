@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from omegaconf import OmegaConf
 from sweep_folders import leave_run
 
+from cosmos3_pipeline.cli import let_a_grid_end_with_a_refusal
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
 from cosmos3_pipeline.distributed.failure import RankFailed
@@ -37,6 +39,15 @@ def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 def row_of(folder: Path, number: int) -> dict[str, Any]:
     content = json.loads((folder / "sweep.json").read_text())
     return next(row for row in content["jobs"] if row["job"] == number)
+
+
+def test_a_grid_of_optuna_ends_where_its_last_trial_failed() -> None:
+    let_a_grid_end_with_a_refusal()
+    study = optuna.create_study(sampler=optuna.samplers.GridSampler({"ranks": [1]}))
+    trial = study.ask()
+    trial.suggest_categorical("ranks", [1])
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    assert [trial.state.name for trial in study.trials] == ["FAIL"]
 
 
 def test_rows_are_those_of_this_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
