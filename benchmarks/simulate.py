@@ -21,8 +21,8 @@ from typing import Any
 
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.plan.geometry import clip_of
-from cosmos3_pipeline.plan.hardware import accelerator_of
+from cosmos3_pipeline.planning.geometry import clip_of
+from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.plugin_api import (
     Assignment,
     LatentShape,

@@ -35,7 +35,7 @@ from cosmos3_pipeline.plugin_api import LatentShape, Link, OwnRunner, discover
 from cosmos3_pipeline.vae.program import program_for
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = {"small": "toy", "full": "nano"}  # options of conf/model with these widths
+MODELS = {"small": "toy_random", "full": "nano"}  # options of conf/model with these widths
 PEERS = ("diffusers", "diffusers_tiled", "distvae", "roofline")
 ALONE = ("diffusers", "diffusers_tiled", "one_rank", "roofline")  # these work on the root while the others wait
 ROUNDING_DB = 100  # from so many decibels on, two float32 results differ in the order of sums only
@@ -346,7 +346,9 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES)
     )
-    parser.add_argument("--width", choices=MODELS, default="small", help="that of model=toy, or the Wan2.2 VAE's")
+    parser.add_argument(
+        "--width", choices=MODELS, default="small", help="of model=toy_random, or the Wan2.2 VAE's"
+    )
     parser.add_argument(
         "--contestants",
         nargs="+",

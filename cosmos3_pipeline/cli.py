@@ -7,8 +7,9 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import chdir, suppress
+from contextlib import chdir, redirect_stdout, suppress
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +20,13 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cosmos3_pipeline import jobs
 from cosmos3_pipeline.config import config_dir, running
+from cosmos3_pipeline.config.completion import cleaned
 from cosmos3_pipeline.config.compose import (
     VERSION_BASE,
     Composition,
@@ -35,14 +37,17 @@ from cosmos3_pipeline.config.help import help_text
 from cosmos3_pipeline.config.overrides import asks_for_sweep, check_overrides
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.schema import JobName
+from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.config.sweep import compositions_of
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs import sweep
+from cosmos3_pipeline.jobs.log import kept
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
 from cosmos3_pipeline.jobs.start import Prepared, prepare
+from cosmos3_pipeline.jobs.sweep import table
 from cosmos3_pipeline.jobs.sweep.outcome import OUTCOMES
-from cosmos3_pipeline.plan.checks import check_composition
+from cosmos3_pipeline.planning.checks import check_composition
 
 __all__ = ["launch", "main", "run"]
 
@@ -61,8 +66,15 @@ COMMANDS = {
     "sweep-plan": "review.sweep_plan",
     "plugins": "review.plugins",
     "report": "report.command",
+    "completion": "config.completion",
     "make-checkpoint": "models.make_checkpoint",
 }
+
+
+# How often a thread of OpenMP looks whether others are ready before it sleeps; read when torch is imported.
+# GNU's default takes longer than a time slice: where another program had a core, two threads waited for each
+# other, and the toy's second of work took 54. So it takes 6 there, and as long as before where nothing else runs.
+SPIN = ("GOMP_SPINCOUNT", "10000")
 
 
 def main() -> None:
@@ -86,15 +98,19 @@ def launch(hydra_main: Callable[[], None]) -> None:
     args = get_args_parser().parse_args()
     plugins = register()
     _widen_tables()
+    os.environ.setdefault(*SPIN)
     if args.help:
-        print(help_text("cosmos3" if Path(sys.argv[0]).stem == "cosmos3" else "python launch.py", plugins))
+        script = Path(sys.argv[0])
+        command = f"python {script.name}" if script.suffix == ".py" else script.name
+        print(help_text(command, plugins, Source.of(hydra_main, args) or BUILTIN))
         return
     # Hydra prints its own errors and exits unless asked for the full error; then it raises, and we explain.
     asked_for_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     code = 0
+    source = Source.of(hydra_main, args)
     try:
-        _launch(hydra_main, args)
+        _launch(hydra_main, args, source)
     except ConfigError as error:
         code = FAILED if sweep.was_told(error) else _refused(error)
     except Refusal as refusal:
@@ -102,7 +118,14 @@ def launch(hydra_main: Callable[[], None]) -> None:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if asked_for_traceback:
             raise
-        code = _refused(as_config_error(error, args.overrides))
+        code = _refused(as_config_error(error, args.overrides, source or BUILTIN))
+    except ValueError as error:
+        if not str(error).startswith(
+            ("Only one of --run", "The --resolve flag")
+        ):  # Hydra's own checks of its flags
+            raise
+        flags = Problem(str(error), "the flags contradict each other", "--cfg job --resolve, or -m without --cfg")
+        code = _refused(ConfigError([flags]))
     except (RankFailed, PromptsFailed) as error:
         if not sweep.was_told(error):
             print(error, file=sys.stderr)
@@ -134,22 +157,28 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
         folder = Path(hydra_config.runtime.cwd) / cfg.sweep.resume
         if (done := sweep.done_before(folder, hydra_config.job.num, hydra_config.overrides.task)) is not None:
             return cast(float | tuple[float, ...] | None, done.objective)
-    composition = Composition.of_a_running_job(cfg)
-    with chdir(_where_started()):
-        prepared = prepare(composition)
-    return _run(prepared, composition, running.output_directory(), multirun=multirun)
-
-
-def _run(
-    prepared: Prepared, composition: Composition, output: Path, *, multirun: bool
-) -> float | tuple[float, ...] | None:
-    """Do the job, and write the page of a run where it is asked for."""
+    output = running.output_directory()
     # With hydra.job.chdir this process is in `output` by now; paths were typed where it was started.
-    with chdir(_where_started()):
+    with chdir(_where_started()), kept(output):
+        composition, prepared = _prepared(cfg)
         result = jobs.run(prepared, output, multirun=multirun)
     if prepared.config.output.report and prepared.config.job.name == JobName.generate:
         page(lambda: import_module("cosmos3_pipeline.report").run_page(output, composition.overrides or ()))
     return result
+
+
+# What `launch` has composed and prepared before Hydra made a folder for it.
+_ahead: tuple[Composition, Prepared] | None = None
+
+
+def _prepared(cfg: DictConfig) -> tuple[Composition, Prepared]:
+    """The job of `cfg`: as it was prepared ahead, unless the program has changed it since."""
+    global _ahead
+    ahead, _ahead = _ahead, None
+    if ahead is not None and cfg == OmegaConf.masked_copy(ahead[0].cfg, list(cfg)):
+        return ahead
+    composition = Composition.of_a_running_job(cfg)
+    return composition, prepare(composition)
 
 
 def _where_started() -> Path:
@@ -158,7 +187,8 @@ def _where_started() -> Path:
     return started if started.is_dir() else Path.cwd()
 
 
-def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
+def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | None) -> None:
+    global _ahead
     rank = os.environ.get("RANK")
     if rank is not None and args.multirun:
         raise ConfigError(
@@ -172,26 +202,47 @@ def _launch(hydra_main: Callable[[], None], args: Namespace) -> None:
         )
     if rank not in (None, "0"):
         # Only the root may make an output directory, so the other ranks compose without Hydra's run.
-        jobs.follow(prepare(compose(args.overrides)))
+        jobs.follow(prepare(compose(args.overrides, source or BUILTIN)))
         return
     folders_exist(args)
-    if resumed := [o.partition("=")[2] for o in args.overrides if o.startswith(f"{sweep.RESUME}=")]:
+    if args.multirun or asks_for_sweep(args.overrides):
+        _repeat(args)
+    if args.resolve and args.cfg is None:
+        what = "--resolve without --cfg"
+        raise ConfigError([Problem(what, "it says how --cfg prints a config", "--cfg job --resolve")])
+    if resumed := [o.partition("=")[2] for o in args.overrides if o.startswith(f"{table.RESUME}=")]:
         sys.argv.insert(1, f"hydra.sweep.dir={resumed[-1]}")  # where Hydra has its files and the jobs have theirs
     sweeps = args.multirun or asks_for_sweep(args.overrides)
-    check_overrides(args.overrides, sweep=sweeps)
-    other_configs = args.config_dir or args.config_name or args.config_path or args.experimental_rerun
-    if sweeps or args.hydra_help or args.info or args.shell_completion or other_configs:
+    if args.shell_completion and any(override.startswith("query=") for override in args.overrides):
+        with redirect_stdout(StringIO()) as choices:
+            hydra_main()
+        print(cleaned(choices.getvalue()))
+        return
+    if args.hydra_help or args.info or args.shell_completion or args.experimental_rerun or source is None:
         hydra_main()
         return
-    composition = compose(args.overrides)
+    check_overrides(args.overrides, source.groups(), sweep=sweeps)
+    if sweeps:
+        hydra_main()
+        return
+    composition = compose(args.overrides, source)
     if composition.is_sweep:
         hydra_main()
     elif args.cfg is not None:
         check_composition(composition)
         running.show(composition, args.cfg, args.package, resolve=args.resolve)
     else:
-        prepared = prepare(composition)  # before there is an output directory
-        running.run(composition, lambda output: _run(prepared, composition, output, multirun=False))
+        _ahead = composition, prepare(composition)  # before there is an output directory
+        running.run(composition, getattr(hydra_main, "__wrapped__"))  # noqa: B009 - untyped
+
+
+def _repeat(args: Namespace) -> None:
+    """Sweep over the repeats of `sweep.repeats` first: all jobs have their turn before one's next."""
+    counts = [o.partition("=")[2] for o in args.overrides if o.startswith(f"{table.REPEATS}=")]
+    if counts and counts[-1].isdecimal() and int(counts[-1]) > 1:
+        turns = f"{table.REPEAT}={','.join(map(str, range(int(counts[-1]))))}"
+        sys.argv.insert(1, turns)
+        args.overrides.insert(0, turns)
 
 
 def folders_exist(args: Namespace) -> None:
@@ -237,12 +288,14 @@ class SweepReport(Callback):
         if "optuna" in config.hydra.sweeper._target_:
             let_a_grid_end_with_a_refusal()
         folder = _sweep_folder(config)
+        if config.sweep.repeats > 1 and not basic:
+            raise sweep.not_started("another sweeper than Hydra's own chooses jobs as it goes, and repeats none")
         if resume and not basic:
             raise sweep.not_started(
                 "another sweeper than Hydra's own chooses jobs as it goes: it has to resume itself"
             )
         if resume and not (folder / OUTCOMES).is_dir():
-            raise sweep.not_started(f"{sweep.RESUME}={config.sweep.resume}, but there is no sweep in {folder}")
+            raise sweep.not_started(f"{table.RESUME}={config.sweep.resume}, but there is no sweep in {folder}")
         started = sweep.start(folder, baseline=config.sweep.baseline, resume=resume)
         if basic:
             with suppress(ConfigError):  # which Hydra's sweeper raises itself in a moment

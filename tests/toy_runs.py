@@ -1,4 +1,4 @@
-"""The toy checkpoint of conf/model/toy.yaml, and runs of the stages on it without a config or a launcher."""
+"""The checkpoint of conf/model/toy_random.yaml, and runs of the stages on it without a config or a launcher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.schema import Keep, TaskConfig
 from cosmos3_pipeline.models.loading import Components
-from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.planning.geometry import Clip
 from cosmos3_pipeline.stages.context import RunContext
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -22,8 +22,8 @@ PROMPT = "A red kite turns in the wind above a rocky coast."
 
 
 def toy_dimensions() -> dict[str, dict[str, Any]]:
-    """`transformer` and `vae` of model=toy."""
-    files = [OmegaConf.load(CONF / "model" / f"{name}.yaml") for name in ("nano", "toy")]
+    """`transformer` and `vae` of model=toy_random."""
+    files = [OmegaConf.load(CONF / "model" / f"{name}.yaml") for name in ("nano", "toy_random")]
     model = OmegaConf.to_container(OmegaConf.merge(*files))
     assert isinstance(model, dict)
     return {"transformer": model["transformer"], "vae": model["vae"]}

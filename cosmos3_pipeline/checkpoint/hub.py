@@ -38,6 +38,7 @@ SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 # with its own eight at once these would be all shards of a checkpoint.
 FILES_AT_ONCE = 2
 
+BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -63,8 +64,12 @@ def is_hub_id(path: str) -> bool:
 def local_folder(path: str, revision: str | None) -> Path | None:
     """Where `path` is on this machine without asking the hub: a folder itself, or a hub id's in the hub's cache.
 
+    `builtin:toy` is the checkpoint that is part of this package.
+
     None for a hub id that is not in the cache, or not wholly. A folder need not exist.
     """
+    if path.startswith(BUILTIN):
+        return Path(__file__).parent / "builtin" / path.removeprefix(BUILTIN)
     if not is_hub_id(path):
         return Path(path).expanduser()
     try:

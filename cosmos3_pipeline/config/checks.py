@@ -1,12 +1,13 @@
 """Checks of a composition that need no arithmetic: keys, missing values, ranges, what names code to run.
 
 Hydra checks names and types while it composes, but `+key=value` slips past a schema and ranges are not
-checked at all, so the tree is walked against the dataclasses once more. What needs geometry is in `plan/`.
+checked at all, so the tree is walked against the dataclasses once more. What needs geometry is in `planning/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from cosmos3_pipeline.config.compose import Composition, schema_keys
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, unknown_key
 from cosmos3_pipeline.config.plugins import settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config
-from cosmos3_pipeline.errors import Problem, did_you_mean
+from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
 from cosmos3_pipeline.vae.plugins import Plugins, discover
 
 TARGET = "_target_"
@@ -72,9 +73,11 @@ def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, An
     try:
         value = node[name]
     except OmegaConfBaseException as error:
-        yield Problem(
-            what=f"{key} cannot be resolved", why=str(error).splitlines()[0], works="see --cfg job --resolve"
-        )
+        why = str(error).splitlines()[0]
+        missing = re.search(r"Interpolation key '([^']+)' not found", why)
+        near = nearest(missing.group(1), schema_keys()) if missing else None
+        works = f"did you mean ${{{near}}}?" if near else "see --cfg job for what there is to refer to"
+        yield Problem(what=f"{key} cannot be resolved", why=why, works=works)
         return
     if value is None or not limits:
         return

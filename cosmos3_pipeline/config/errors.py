@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +33,12 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     with the same last part the least nested are meant: `sampler.steps`, not `model.recommended.image.steps`.
     """
     node, _, leaf = key.rpartition(".")
+    if node.partition(".")[0] == "extras":
+        return Problem(
+            what=f"{key} is not there yet{where}",
+            why="extras has the keys that you add, and a plus adds one",
+            works=f"+{key}=VALUE",
+        )
     known = [k for k in known if not key.startswith(f"{k}.")]
     if node in STRATEGY_NODES:
         known = [k for k in known if k.startswith(f"{node}.")]
@@ -69,13 +75,15 @@ def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
     return " or ".join(key for key in found if key.count(".") == depth)
 
 
-def explain(error: Exception, keys: Iterable[str], overrides: Sequence[str]) -> Problem | None:
+def explain(
+    error: Exception, keys: Iterable[str], overrides: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> Problem | None:
     """The problem behind what Hydra or OmegaConf raised while composing `overrides`, or None when not theirs.
 
-    `keys` are all dotted keys of the schema, for "did you mean".
+    `keys` are all dotted keys of the schema and `groups` the options of every group, for "did you mean".
     """
     if isinstance(error, MissingConfigException):
-        return _missing_option(error)
+        return _missing_option(error, groups)
     if isinstance(error, YAMLError):
         return Problem(what="a config file is not valid YAML", why=str(error), works="mending the line it names")
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -139,10 +147,14 @@ def explain(error: Exception, keys: Iterable[str], overrides: Sequence[str]) -> 
     return Problem(what=text, why="the value cannot be resolved", works="see --cfg job for what it refers to")
 
 
-def _missing_option(error: MissingConfigException) -> Problem:
+def _missing_option(error: MissingConfigException, groups: Mapping[str, Sequence[str]]) -> Problem:
     name = error.missing_cfg_file or ""
     group, _, option = name.rpartition("/")
-    options = [o for o in error.options or [] if not o.startswith("_")]
+    # What another file's defaults list names comes without options.
+    options = [o for o in error.options or groups.get(group, ()) if not o.startswith("_")]
+    # The primary config is named as well where the choice was typed.
+    where = _where(str(error), ()).strip(" ()")
+    named = "" if "/" not in where or where.startswith("in hydra/") else f"{where.removeprefix('in ')} names it; "
     if group == "_strategy":
         return Problem(
             what=f"the strategy plugin {option} is not available",
@@ -157,7 +169,7 @@ def _missing_option(error: MissingConfigException) -> Problem:
         )
     return Problem(
         what=f"{group or 'config'}={option} does not exist",
-        why=f"the options of {group} are: {', '.join(options)}" if options else f"no file provides {name}",
+        why=f"{named}the options of {group} are: {', '.join(options)}" if options else f"no file provides {name}",
         works=did_you_mean(option, options, otherwise=f"one of {', '.join(options)}" if options else "see --help"),
     )
 

@@ -12,19 +12,22 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 
 
-def options(conf: str) -> Iterator[str]:
-    """`group=option` for every option of every group of the folder `conf`, experiments first."""
+def options(conf: str, config_name: str = "config") -> Iterator[str]:
+    """`group=option` for every option of every group of the folder `conf`, experiments first.
+
+    And of the folders that the primary config `config_name` adds to the search path.
+    """
     with hydra.initialize_config_dir(conf, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
 
         def groups(parent: str) -> Iterator[str]:
-            for name in loader.list_groups(parent):
+            for name in loader.get_group_options(parent, ObjectType.GROUP, config_name):
                 group = f"{parent}/{name}" if parent else name
                 if not group.startswith(("hydra", "_")):
                     yield group
                     yield from groups(group)
 
         for group in sorted(groups(""), key=lambda g: (g != "experiment", g)):
-            for option in loader.get_group_options(group, ObjectType.CONFIG):
+            for option in loader.get_group_options(group, ObjectType.CONFIG, config_name):
                 if not option.startswith("_"):
                     yield f"{group}={option}"

@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.errors import STRATEGY_NODES
 from cosmos3_pipeline.errors import ConfigError, Problem, nearest
-from cosmos3_pipeline.vae.plugins import discover
 
 # What a double-quoted argument of a shell would not leave as it is.
 _OF_THE_SHELL = re.compile(r"[$`\\!]")
 _SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
 
 
-def check_overrides(overrides: Sequence[str], *, sweep: bool = False) -> None:
-    """Refuse what is no override, and what names a group as a key; `sweep`: it was given with -m.
+# The options of every config group, see `Source.groups`.
+Groups = Mapping[str, Sequence[str]]
+
+
+def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = False) -> None:
+    """Refuse what is no override, and what names one of the `groups` as a key; `sweep`: it was given with -m.
 
     Raises ConfigError with every problem found.
     """
     problems: list[Problem] = []
     chosen: dict[str, str] = {}
-    groups = group_names()
     for first, words in _together(overrides):
         if words:
             problems.append(_unquoted(first, words))
@@ -50,12 +51,6 @@ def check_overrides(overrides: Sequence[str], *, sweep: bool = False) -> None:
 def asks_for_sweep(overrides: Sequence[str]) -> bool:
     """Whether `hydra.mode=MULTIRUN` is among them, which is -m by another name."""
     return any(override.partition("=")[::2] == ("hydra.mode", "MULTIRUN") for override in overrides)
-
-
-def group_names() -> list[str]:
-    """The config groups: the folders of conf/, as in `vae` and `vae/decode`."""
-    root = config_dir()
-    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_dir())
 
 
 def as_typed(key: str, value: str) -> str:
@@ -126,7 +121,7 @@ def _sweep_alone(override: Override, sweep: bool) -> Iterator[Problem]:
     )
 
 
-def _group_as_key(override: Override, groups: Sequence[str]) -> Iterator[Problem]:
+def _group_as_key(override: Override, groups: Groups) -> Iterator[Problem]:
     """`vae.decode=tiled` and `decode=tiled` for `vae/decode=tiled`."""
     key, value = override.key_or_group, override.value()
     if not isinstance(value, str) or key in groups:
@@ -134,25 +129,19 @@ def _group_as_key(override: Override, groups: Sequence[str]) -> Iterator[Problem
     meant = [
         group for group in groups if "/" in group and key in (group.replace("/", "."), group.rpartition("/")[2])
     ]
-    meant = [group for group in meant if value in _options(group)] or meant
+    meant = [group for group in meant if value in groups[group]] or meant
     if meant and (key in STRATEGY_NODES or "." not in key):
         yield Problem(
             what=f"{override.input_line} sets a whole node",
             why=f"{' and '.join(meant)} is a group of options, which are chosen with a slash",
-            works=" or ".join(_choices(group, value) for group in meant),
+            works=" or ".join(_choices(group, groups[group], value) for group in meant),
         )
 
 
-def _choices(group: str, value: str) -> str:
+def _choices(group: str, options: Sequence[str], value: str) -> str:
     """The option of `group` that `value` was most likely meant to be, or all of them."""
-    near = nearest(value, _options(group))
-    return " or ".join(f"{group}={option}" for option in ([near] if near else _options(group)))
-
-
-def _options(group: str) -> list[str]:
-    files = [file.stem for file in (config_dir() / group).glob("*.yaml")]
-    own = discover().strategies if group in ("vae/encode", "vae/decode") else {}
-    return sorted({*files, *own})
+    near = nearest(value, options)
+    return " or ".join(f"{group}={option}" for option in ([near] if near else options))
 
 
 def _doubled(override: Override, chosen: dict[str, str]) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ review can trace the configs of another revision with it.
 
 from __future__ import annotations
 
+import importlib.resources
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import DefaultsList
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -124,22 +126,27 @@ def trace(overrides: Sequence[str], conf: Path, *, config_name: str = "config") 
 
     The composition must be one that Hydra accepts: its errors are raised as they are.
     """
-    offers: dict[str, list[Offer]] = {}
     with beside_a_running_hydra(), hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        cfg = hydra.compose(config_name, overrides=list(overrides))
-        loader = GlobalHydra.instance().config_loader()
-        assert isinstance(loader, ConfigLoaderImpl)
-        defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN)
-        repository = CachingConfigRepository(loader.repository)
-        for default in defaults.defaults:
-            if default.config_path is None or default.config_path.startswith("hydra/"):
-                continue
-            loaded = loader._load_single_config(default, repository)
-            source, lines = _origin(default.config_path, default.package or "", conf)
-            because = _because(default, defaults, conf)
-            for key, value in _leaves(OmegaConf.to_container(loaded.config, enum_to_str=True), ""):
-                if not key.startswith("hydra."):
-                    offers.setdefault(key, []).append(Offer(value, source, lines.get(key, 0), because))
+        return trace_with(GlobalHydra.instance().config_loader(), overrides, config_name)
+
+
+def trace_with(loader: ConfigLoader, overrides: Sequence[str], config_name: str) -> Provenance:
+    """The same with the `loader` of Hydra's global instance, whatever its search path is."""
+    assert isinstance(loader, ConfigLoaderImpl)
+    offers: dict[str, list[Offer]] = {}
+    cfg = hydra.compose(config_name, overrides=list(overrides))
+    defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN)
+    # With what the primary config adds to the search path.
+    _, repository = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))
+    for default in defaults.defaults:
+        if default.config_path is None or default.config_path.startswith("hydra/"):
+            continue
+        loaded = loader._load_single_config(default, repository)
+        source, lines = _origin(default.config_path, default.package or "", repository)
+        because = _because(default, defaults, repository)
+        for key, value in _leaves(OmegaConf.to_container(loaded.config, enum_to_str=True), ""):
+            if not key.startswith("hydra."):
+                offers.setdefault(key, []).append(Offer(value, source, lines.get(key, 0), because))
     for override in defaults.config_overrides:
         if override.is_hydra_override() or override.is_delete():
             continue
@@ -149,18 +156,44 @@ def trace(overrides: Sequence[str], conf: Path, *, config_name: str = "config") 
     return Provenance(offers, cfg)
 
 
-def _origin(config_path: str, package: str, conf: Path) -> tuple[str, dict[str, int]]:
+def _origin(config_path: str, package: str, repository: CachingConfigRepository) -> tuple[str, dict[str, int]]:
     """How to name the config at `config_path`, and the line of each of its keys where it is a file."""
-    file = conf / f"{config_path}.yaml"
-    if not file.is_file():
+    file = file_of(config_path, repository)
+    if file is None:
         return f"the schema ({config_path})", {}
     prefix = "" if package in ("", "_global_") else f"{package}."
     root = yaml.compose(file.read_text(encoding="utf-8"))
     lines = dict(_lines(root, prefix)) if root is not None else {}
-    return f"{conf.name}/{config_path}.yaml", lines
+    return _name(config_path, repository), lines
 
 
-def _because(default: ResultDefault, defaults: DefaultsList, conf: Path) -> str:
+def file_of(config_path: str, repository: CachingConfigRepository) -> Path | None:
+    """The file that the config at `config_path` was read from."""
+    loaded = repository.load_config(config_path)
+    scheme, _, place = ("" if loaded is None else loaded.path).partition("://")
+    if scheme == "pkg":
+        folder = Path(str(importlib.resources.files(place.replace("/", "."))))
+    elif scheme == "file":
+        folder = Path(place)
+    else:
+        return None
+    file = folder / f"{config_path}.yaml"
+    return file if file.is_file() else None
+
+
+def _name(config_path: str, repository: CachingConfigRepository) -> str:
+    """The same as a person would say it: `conf/model/toy.yaml` in the program's own folder of configs."""
+    file, loaded = file_of(config_path, repository), repository.load_config(config_path)
+    if file is None or loaded is None:
+        return f"the schema ({config_path})"
+    if loaded.provider == "main":
+        return f"{file.parents[config_path.count('/')].name}/{config_path}.yaml"
+    if loaded.path.startswith("pkg://"):
+        return f"{loaded.path.removeprefix('pkg://').replace('.', '/')}/{config_path}.yaml"
+    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
+
+
+def _because(default: ResultDefault, defaults: DefaultsList, repository: CachingConfigRepository) -> str:
     """The override that chose the config of `default`, or else the file whose defaults list names it."""
     for group, option in defaults.overrides.override_choices.items():
         if default.config_path != f"{group.split('@')[0]}/{option}":
@@ -168,8 +201,8 @@ def _because(default: ResultDefault, defaults: DefaultsList, conf: Path) -> str:
         chosen = defaults.overrides.override_metadata[group]
         if chosen.external_override:
             return f"{group}={option}"
-        return f"{conf.name}/{chosen.containing_config_path}.yaml"
-    return "" if default.parent in (None, "<root>") else f"{conf.name}/{default.parent}.yaml"
+        return _name(chosen.containing_config_path or "", repository)
+    return "" if default.parent in (None, "<root>") else _name(default.parent, repository)
 
 
 def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:

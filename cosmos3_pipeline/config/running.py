@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.config.compose import CONFIG_NAME, JOB_NAME, Composition
+from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.provenance import beside_a_running_hydra
 
 
@@ -26,7 +26,7 @@ class _Composed(Hydra):
 
     def __init__(self, composition: Composition) -> None:
         assert composition.loader is not None
-        super().__init__(JOB_NAME, composition.loader)
+        super().__init__(composition.source.job, composition.loader)
         self._cfg = composition.cfg
 
     def compose_config(self, *args: Any, with_log_configuration: bool = False, **kwargs: Any) -> DictConfig:
@@ -36,13 +36,13 @@ class _Composed(Hydra):
         return self._cfg
 
 
-def run(composition: Composition, job: Callable[[Path], object]) -> None:
-    """Call `job` with the output directory that Hydra makes for it, beside Hydra's own files and callbacks.
+def run(composition: Composition, job: Callable[[DictConfig], object]) -> None:
+    """Call `job` as Hydra does: with the config, in the output directory that it makes, beside its own callbacks.
 
     Raises what `job` raises.
     """
     with _running(composition) as composed:
-        composed.run(CONFIG_NAME, lambda _: job(output_directory()), list(composition.overrides or ()))
+        composed.run(composition.source.name, job, list(composition.overrides or ()))
 
 
 def output_directory() -> Path:
@@ -53,7 +53,7 @@ def output_directory() -> Path:
 def show(composition: Composition, what: str, package: str | None, *, resolve: bool) -> None:
     """Print it as `--cfg` does: `what` is job, hydra or all, and `package` a node of it."""
     with _running(composition) as composed:
-        composed.show_cfg(CONFIG_NAME, list(composition.overrides or ()), what, package, resolve)
+        composed.show_cfg(composition.source.name, list(composition.overrides or ()), what, package, resolve)
 
 
 @contextmanager

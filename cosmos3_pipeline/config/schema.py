@@ -128,6 +128,7 @@ class Recommendation:
 
 @dataclass
 class Recommended:
+    prompt: str = MISSING
     system_prompt: bool | None = MISSING
     fps: float = ranged(at_least=1, at_most=120)
     video: Recommendation = field(default_factory=Recommendation)
@@ -151,6 +152,7 @@ class TrainedConfig:
     tasks: list[TaskName] = MISSING
     fps: list[float] = MISSING
     tiers: list[Tier] = MISSING
+    words: list[str] | None = MISSING
 
 
 @dataclass
@@ -261,11 +263,14 @@ class OutputConfig:
 class SweepConfig:
     """Read where `-m` starts a sweep. `baseline` is the job that the others' pictures are held against.
 
-    `resume` is the folder of a sweep of the same jobs, of which those that are done are not run again.
+    `resume` is the folder of a sweep of the same jobs, of which those that are done are not run again. Every job
+    is run `repeats` times, all jobs once before any a second time; `repeat` counts them from 0.
     """
 
     baseline: int = ranged(at_least=0)
     resume: str | None = None
+    repeats: int = ranged(at_least=1, at_most=1000)
+    repeat: int = 0
 
 
 @dataclass
@@ -280,5 +285,7 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    # keys of the user's own, such as tags: kept with the run, read by nothing here
+    extras: dict[str, Any] = field(default_factory=dict)
     # a name or a list of names, for which OmegaConf has no type
     objective: Any = None

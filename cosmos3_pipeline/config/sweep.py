@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -12,16 +13,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.compose import Composition, as_config_error
+from cosmos3_pipeline.config.source import Source
 from cosmos3_pipeline.errors import ConfigError
 
 
-def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job, in the order in which Hydra's sweeper runs them.
+def jobs_of(overrides: Sequence[str], loader: ConfigLoader) -> list[list[str]]:
+    """The overrides of each job, in the order of Hydra's sweeper; `loader` knows what glob() finds.
 
     Raises ConfigError for what is no override.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except HydraException as error:
         raise as_config_error(error, overrides) from error
@@ -30,10 +32,11 @@ def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
 
 def compositions_of(config: DictConfig) -> Iterator[tuple[list[str], Composition | ConfigError]]:
     """The jobs of the sweep that Hydra has begun with `config`: each as it will be composed, or why it cannot."""
+    source = Source.of_a_running_job(config.hydra)
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    for job in jobs_of([*given, *config.hydra.overrides.task]):
-        loader = GlobalHydra.instance().config_loader()
+    loader = GlobalHydra.instance().config_loader()
+    for job in jobs_of([*given, *config.hydra.overrides.task], loader):
         try:
-            yield job, Composition(loader.load_sweep_config(config, job), job)
+            yield job, Composition(loader.load_sweep_config(config, job), job, source=source)
         except (HydraException, OmegaConfBaseException) as error:
-            yield job, as_config_error(error, job)
+            yield job, as_config_error(error, job, source)

@@ -24,11 +24,14 @@ class Origin:
 
 def origin_of(overrides: Sequence[str] | None) -> Origin:
     """Of a run with `overrides` that this process starts where it is."""
-    program = "cosmos3" if Path(sys.argv[0]).stem == "cosmos3" else "python launch.py"
+    script = Path(sys.argv[0])
+    # A notebook, or a script that calls `cosmos3_pipeline.run`, has no command line of its own for it.
+    program = f"python {script.name}" if script.stem == "launch" else "cosmos3"
     commit = _git("rev-parse", "HEAD")
     changes = None if commit is None else _git("status", "--porcelain", "--untracked-files=no")
     dirty = None if changes is None else bool(changes)
-    return Origin(" ".join([program, shlex.join(overrides or [])]).strip(), commit, dirty)
+    command = "cosmos3_pipeline.run(config)" if overrides is None else f"{program} {shlex.join(overrides)}".strip()
+    return Origin(command, commit, dirty)
 
 
 def _git(*arguments: str) -> str | None:

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.jobs.start import Prepared
-from cosmos3_pipeline.plan import tables
-from cosmos3_pipeline.plan.plan import Plan, as_dict
-from cosmos3_pipeline.plan.search import Candidate, search
-from cosmos3_pipeline.plan.summary import summary, summary_lines
-from cosmos3_pipeline.plan.units import quantity
+from cosmos3_pipeline.planning import tables
+from cosmos3_pipeline.planning.plan import Plan, as_dict
+from cosmos3_pipeline.planning.search import Candidate, search
+from cosmos3_pipeline.planning.summary import summary, summary_lines
+from cosmos3_pipeline.planning.units import quantity
 from cosmos3_pipeline.stages.files import write_whole
 
 

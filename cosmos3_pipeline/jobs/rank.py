@@ -28,9 +28,9 @@ from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_b
 from cosmos3_pipeline.jobs.origin import Origin
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_checkpoint
-from cosmos3_pipeline.plan.geometry import replica_ranks
-from cosmos3_pipeline.plan.plan import DIRECTIONS, Plan
-from cosmos3_pipeline.plan.vae import reference
+from cosmos3_pipeline.planning.geometry import replica_ranks
+from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan
+from cosmos3_pipeline.planning.vae import reference
 from cosmos3_pipeline.stages import STAGES
 from cosmos3_pipeline.stages.build import StageFactory, build_stages
 from cosmos3_pipeline.stages.context import RunContext

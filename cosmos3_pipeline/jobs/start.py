@@ -19,9 +19,9 @@ from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.objective import check_objective
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
-from cosmos3_pipeline.plan.checks import check_composition
-from cosmos3_pipeline.plan.plan import Plan
-from cosmos3_pipeline.plan.units import quantity
+from cosmos3_pipeline.planning.checks import check_composition
+from cosmos3_pipeline.planning.plan import Plan
+from cosmos3_pipeline.planning.units import quantity
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.plan.text import GIVEN
+from cosmos3_pipeline.planning.text import GIVEN
 
 
 def show(output: Path) -> None:

@@ -245,7 +245,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "int4": _like(_SUPER, "Intel/Cosmos3-Super-int4-AutoRound", quantization=_INT4),
     "toy": Layout(
         "the toy model",
-        "toy",
+        "toy_random",
         {**_INDEX, "enable_safety_checker": False},
         {"_class_name": "Cosmos3OmniTransformer"},
         scheduler={**_UNIPC, "flow_shift": 10.0, "sigma_max": None, "sigma_min": None, "use_karras_sigmas": False},

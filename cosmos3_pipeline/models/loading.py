@@ -18,7 +18,7 @@ from diffusers.modular_pipelines.cosmos.modular_pipeline import Cosmos3OmniModul
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
-from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id
+from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.checkpoint.sampler import Sampler
 from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Part
@@ -41,7 +41,8 @@ def open_checkpoint(
         from cosmos3_pipeline.models.toy import toy_checkpoint
 
         return inspect_checkpoint(toy_checkpoint(transformer=transformer, vae=vae))
-    return inspect_checkpoint(fetch_checkpoint(path, revision).folder if is_hub_id(path) else path)
+    folder = fetch_checkpoint(path, revision).folder if is_hub_id(path) else local_folder(path, revision)
+    return inspect_checkpoint(folder or path)
 
 
 GB = 10**9

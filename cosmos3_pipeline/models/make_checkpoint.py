@@ -17,7 +17,7 @@ from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS, Layout
-from cosmos3_pipeline.plan.units import quantity
+from cosmos3_pipeline.planning.units import quantity
 
 REFUSED = 2
 DESCRIPTION = """\
@@ -111,7 +111,7 @@ def _write(
 def numbers_of(layout: Layout, *, full_size: bool) -> dict[str, Any]:
     """`transformer` and `vae` of a layout: its option's numbers, in small with the toy model's sizes."""
     own, nano, toy = (
-        plain(compose([f"model={option}"]).typed().model) for option in (layout.option, "nano", "toy")
+        plain(compose([f"model={option}"]).typed().model) for option in (layout.option, "nano", "toy_random")
     )
     numbers = {}
     for part in ("transformer", "vae"):

@@ -229,7 +229,7 @@ def _transformer_config(layout: Layout, transformer: Mapping[str, Any], vae: Map
     }
     if layout.edge:
         own["rope_scaling"] = {"mrope_section": axes}
-    elif layout.option != "toy":
+    elif layout.option != "toy_random":
         # The first release knows neither of these keys; its rotary axes are in rope_scaling alone.
         for key in ("rope_axes_dim", "hidden_act", "use_und_k_norm_for_gen"):
             del own[key]

@@ -37,7 +37,7 @@ TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 def sweep_page(folder: Path) -> Path:
     """Write the page of the sweep in `folder`, which has a sweep.json, and its table as CSV; returns the page."""
     found = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    jobs = found["jobs"]
+    jobs = table.merged(found["jobs"])
     return _write(folder, f"sweep {folder.name}", jobs, baseline=found["baseline"])
 
 

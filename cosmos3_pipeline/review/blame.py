@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose, schema_keys
-from cosmos3_pipeline.config.provenance import Link, Provenance, trace
+from cosmos3_pipeline.config.provenance import Link, Provenance
 from cosmos3_pipeline.errors import ConfigError, did_you_mean
 
 USAGE = 3
@@ -36,11 +35,11 @@ def main(arguments: Sequence[str]) -> int:
     except SystemExit as exit_:  # argparse ends with 2, which means a refused composition here
         return USAGE if exit_.code else 0
     try:
-        compose(asked.overrides)
+        traced = compose(asked.overrides).traced()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE
-    traced = trace(asked.overrides, config_dir())
+    assert traced is not None
     keys = [key for key in traced.keys if key == asked.key or key.startswith(f"{asked.key}.")]
     if not keys:
         hint = did_you_mean(asked.key, schema_keys(), otherwise="see --cfg job for all keys")

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from cosmos3_pipeline.review import render
 from cosmos3_pipeline.review.compare import Side, compare
 from cosmos3_pipeline.review.report import Report
-from cosmos3_pipeline.review.revisions import ReviewError, checked_out
-from cosmos3_pipeline.review.runs import side_of_file, side_of_overrides
+from cosmos3_pipeline.review.revisions import ReviewError, checked_out, touched
+from cosmos3_pipeline.review.runs import measured, saved_config, side_of_file, side_of_overrides
 
 USAGE = 3  # exit code of a comparison that could not be made
 FORMATS = {"text": render.as_text, "markdown": render.as_markdown, "json": render.as_json}
@@ -24,7 +25,7 @@ What a change of the configuration does to every run: layout, memory, speed, byt
   cosmos3 diff                                     the last commit and the working tree
   cosmos3 diff main                                main and the working tree
   cosmos3 diff main my-branch                      two revisions (also main..my-branch)
-  cosmos3 diff runs/a/config.yaml runs/b/config.yaml           two runs' saved configs
+  cosmos3 diff outputs/a outputs/b                 two runs: their configs, and what they measured
   cosmos3 diff -- vae=replicated -- vae=parallel_decode        two lists of overrides
 
 Exit code: 0 same, 1 differs, 2 a case stopped composing or planning, 3 the comparison could not be made.
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("base", nargs="?", help="a revision or a saved config.yaml (default: HEAD)")
     parser.add_argument("head", nargs="?", help="the other one (default: the working tree)")
+    parser.add_argument("--conf", default="conf", help="the folder of the project's configs (default: conf)")
+    parser.add_argument("--config-name", default="config", help="its primary config (default: config)")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument(
         "--fail-on",
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     except SystemExit as exit_:  # argparse ends with 2, which means something else here
         return USAGE if exit_.code else 0
     try:
-        report = _report(asked.base, asked.head, lists)
+        report = _report(asked.base, asked.head, lists, asked.conf, asked.config_name)
     except ReviewError as error:
         print(f"cosmos3 diff: {error}", file=sys.stderr)
         return USAGE
@@ -69,31 +72,42 @@ def _split(arguments: Sequence[str]) -> list[list[str]]:
     return parts
 
 
-def _report(base: str | None, head: str | None, lists: list[list[str]]) -> Report:
+def _report(base: str | None, head: str | None, lists: list[list[str]], conf: str, name: str) -> Report:
     if lists:
         if len(lists) != 2 or base is not None:
             raise ReviewError("two lists of overrides are compared: cosmos3 diff -- OVERRIDES -- OVERRIDES")
         return compare(*(side_of_overrides(overrides) for overrides in lists))
-    files = [Path(p) for p in (base, head) if p is not None and p.endswith((".yaml", ".yml"))]
-    if files:
-        if len(files) != 2:
-            raise ReviewError("a saved config is compared with another one: cosmos3 diff A.yaml B.yaml")
-        return compare(*(side_of_file(file) for file in files))
-    return diff_revisions(base, head, Path.cwd())
+    saved = [path for path in map(saved_config, (base, head)) if path is not None]
+    if saved:
+        if len(saved) != 2:
+            raise ReviewError("a run is compared with another one: cosmos3 diff RUN RUN, or two config.yaml")
+        return replace(compare(*map(side_of_file, saved)), measured=measured(*(file.parent for file in saved)))
+    return diff_revisions(base, head, Path.cwd(), conf, name)
 
 
-def diff_revisions(base: str | None, head: str | None, repository: Path) -> Report:
+def diff_revisions(
+    base: str | None, head: str | None, repository: Path, conf: str = "conf", name: str = "config"
+) -> Report:
     """Compare two revisions of the project around `repository`; `head` None is the working tree.
 
-    `base` may be a range, `A..B`, or `A...B` from where B left A. Raises ReviewError.
+    Its configs are in the folder `conf`, with the primary one called `name`. `base` may be a range, `A..B`, or
+    `A...B` from where B left A. Raises ReviewError.
     """
     if base is not None and head is None and ".." in base:
         base, head = _range(base, repository)
     with ExitStack() as stack:
-        trees = [stack.enter_context(checked_out(r, repository)) for r in (base or "HEAD", head)]
-        with ThreadPoolExecutor(len(trees)) as pool:  # each waits for a process of its own
-            surveys = list(pool.map(lambda tree: tree.survey(), trees))
-        return compare(*(Side(t.label, s, t.trace) for t, s in zip(trees, surveys, strict=True)))
+        trees = [stack.enter_context(checked_out(r, repository, conf, name)) for r in (base or "HEAD", head)]
+        changed = touched(*trees)
+        if changed == [] and trees[0].cases() == trees[1].cases():
+            return Report(trees[0].label, trees[1].label, compared=None)
+        untouched = 0
+        if changed is not None and trees[1].knows_sources():
+            surveys, untouched = trees[1].survey_both(trees[0], changed)
+        else:
+            with ThreadPoolExecutor(len(trees)) as pool:  # each waits for a process of its own
+                surveys = list(pool.map(lambda tree: tree.survey(), trees))
+        sides = (Side(tree.label, survey, tree.trace) for tree, survey in zip(trees, surveys, strict=True))
+        return compare(*sides, untouched=untouched)
 
 
 def _range(words: str, repository: Path) -> tuple[str, str]:

@@ -15,7 +15,7 @@ Trace = Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], list[dict[str,
 
 # What the frames are made from. model.recommended acts only through task and sampler.
 PICTURE = ("model.", "task.", "sampler.")
-NOT_PICTURE = ("model.recommended.", "model.name", "task.name", "task.modality")
+NOT_PICTURE = ("model.recommended.", "model.trained.", "model.name", "task.name", "task.modality")
 FILE_ONLY = ("output.crf", "output.preset")
 
 
@@ -42,8 +42,8 @@ class Side:
     trace: Trace
 
 
-def compare(base: Side, head: Side) -> Report:
-    """What differs from `base` to `head`."""
+def compare(base: Side, head: Side, *, untouched: int = 0) -> Report:
+    """What differs from `base` to `head`; so many more cases are `untouched`, and in neither survey."""
     options = renamed_options(base.survey, head.survey)
     pairs, broken = _match(base.survey, head.survey, options)
     names = renamed_keys([(p.old["config"], p.new["config"]) for p in pairs])
@@ -51,16 +51,18 @@ def compare(base: Side, head: Side) -> Report:
         pair.moved = _moved(pair, names)
     changes, numbers = _changes(pairs, names, base.trace, head.trace)
     valid = [n for n, case in head.survey.items() if "config" in case]
+    new = [n for n in valid if n not in base.survey and n not in options.values()]
     return Report(
         base=base.label,
         head=head.label,
-        compared=len(pairs) + len(broken),
+        compared=len(pairs) + len(broken) + untouched,
         broken=tuple(broken),
         mended=tuple(n for n in valid if "problems" in base.survey.get(n, {})),
         refused_in_both=tuple(
             n for n, c in head.survey.items() if "problems" in c and "config" not in base.survey.get(n, {})
         ),
-        added=tuple(n for n in valid if n not in base.survey and n not in options.values()),
+        added=tuple(new),
+        plans={n: dict(head.survey[n]["plan"] or {}) for n in new},
         removed=tuple(n for n in base.survey if n not in head.survey and not _is_option(n)),
         changes=changes,
         effects=_effects(pairs, numbers),
@@ -74,9 +76,11 @@ def _match(base: Survey, head: Survey, options: Mapping[str, str]) -> tuple[list
         if "config" not in old:
             continue
         new, now_called = head.get(name), options.get(name, "")
+        if new is not None and _is_option(name) and old["overrides"] != new["overrides"]:
+            continue  # what it is planned with is gone or was renamed, which is told by itself
         if new is None and _is_option(name):
             group, _, option = name.partition("=")
-            gone = {"what": f"{name} does not exist any more", "why": f"{group} has no option {option}"}
+            gone = {"what": f"{name} does not exist", "why": f"{group} has no option {option} any more"}
             gone["works"] = now_called or "another option"
             broken.append(Broken(name, (gone,), now_called))
         elif new is not None and "problems" in new:
@@ -123,6 +127,10 @@ def _changes(
         old_places, new_places = traces[pair.signature]
         for key, (old, new) in pair.moved.items():
             root = new_places.get(key, ("", key))[1]
+            if chosen := _choice_of(key, pair.moved):
+                leader = (chosen, repr(pair.moved[chosen]))
+                told.setdefault(leader, _Told(chosen, *pair.moved[chosen])).follows.add(key)
+                continue
             if root != key and pair.moved.get(root) == (old, new):
                 leader = (root, repr((old, new)))
                 told.setdefault(leader, _Told(root, old, new)).follows.add(key)
@@ -138,6 +146,13 @@ def _changes(
     numbers = {(t.key, repr((t.old, t.new))): i for i, t in enumerate(ordered, 1)}
     changes = tuple(t.change(i, was.get(t.key, "")) for i, t in enumerate([*ordered, *renames], 1))
     return changes, {case: tuple(sorted(numbers[n] for n in touched)) for case, touched in touching.items()}
+
+
+def _choice_of(key: str, moved: Mapping[str, Any]) -> str | None:
+    """The choice of another strategy that brought `key` along: one of its settings, or of those before it."""
+    node, _, leaf = key.rpartition(".")
+    chosen = f"{node}._target_"
+    return chosen if node and leaf != "_target_" and chosen in moved else None
 
 
 @dataclass

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.review.report import Broken, Change, Effect, Report, growth
+from cosmos3_pipeline.planning.units import quantity
+from cosmos3_pipeline.review.report import Change, Effect, Report, growth
 
 SHOWN_CASES = 4  # of a list of case names, before "and N more"
 UNMOVED = 0.001  # share of a value below which the first sentence does not speak of it
@@ -23,6 +23,8 @@ def as_json(report: Report) -> str:
 
 def headline(report: Report) -> str:
     """The report in one sentence."""
+    if report.compared is None:
+        return "Nothing changes: code and configs say the same, so no case was composed."
     if not report.differs:
         return f"Nothing changes in {report.compared} cases."
     effects = report.effects
@@ -54,8 +56,9 @@ def headline(report: Report) -> str:
 def as_text(report: Report) -> str:
     """For a terminal: everything, worst first."""
     lines = [f"{report.base} -> {report.head}", headline(report), *report.notes]
-    for broken in report.broken:
-        lines += ["", f"STOPPED COMPOSING  {broken.case}", *(f"  {line}" for line in _problem_lines(broken))]
+    for problems, stopped in report.causes:
+        cases = _names([broken.case for broken in stopped])
+        lines += ["", f"STOPPED COMPOSING  {cases}", *(f"  {line}" for line in _problem_lines(problems))]
     for effect in report.effects:
         lines += ["", _names(list(effect.cases), every=True), f"  pixels: {effect.pixels}"]
         lines += [f"  {name}: {_range(name, effect)}" for name in effect.fields]
@@ -71,6 +74,10 @@ def as_text(report: Report) -> str:
             if change.cases
             else "      no value moved"
         )
+    if report.plans:
+        lines += ["", "new", *(f"  {name}: {_plan_words(plan)}" for name, plan in report.plans.items())]
+    if report.measured:
+        lines += ["", "measured", *(f"  {name}: {_pair(name, pair)}" for name, pair in report.measured.items())]
     for title, names in _lists(report):
         lines += ["", f"{title}: {_names(names, every=True)}"]
     return "\n".join(lines)
@@ -87,8 +94,9 @@ def as_markdown(report: Report) -> str:
     lines += [f"> {note}" for note in report.notes]
     if report.broken:
         lines += ["#### Stopped composing", ""]
-        for broken in report.broken:
-            lines += [f"- `{broken.case}`", *(f"  - {_escape(line)}" for line in _problem_lines(broken))]
+        for problems, stopped in report.causes:
+            lines += [f"- {_names([f'`{broken.case}`' for broken in stopped])}"]
+            lines += [f"  - {_escape(line)}" for line in _problem_lines(problems)]
         lines.append("")
     if report.effects:
         head = ["| cases | pixels | memory per rank | seconds | also | because |", "|---|---|---|---|---|---|"]
@@ -99,6 +107,11 @@ def as_markdown(report: Report) -> str:
         head = ["| | key | from | to | in | cases |", "|---|---|---|---|---|---|"]
         lines += ["#### Changes", ""]
         lines += _folded(head, [_change_row(c) for c in report.changes], "more changes")
+    if report.plans:
+        lines += ["#### New", "", *(f"- `{name}`: {_plan_words(plan)}" for name, plan in report.plans.items()), ""]
+    if report.measured:
+        rows = [f"- {name}: {_cell(_pair(name, pair))}" for name, pair in report.measured.items()]
+        lines += ["#### Measured", "", *rows, ""]
     for title, names in _lists(report):
         lines += [f"**{title}:** {', '.join(f'`{n}`' for n in names)}", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -107,7 +120,6 @@ def as_markdown(report: Report) -> str:
 def _lists(report: Report) -> Iterable[tuple[str, Sequence[str]]]:
     lists = (
         ("compose again", report.mended),
-        ("new cases", report.added),
         ("cases that are gone", report.removed),
         ("refused before and after", report.refused_in_both),
     )
@@ -151,11 +163,30 @@ def _change_row(change: Change) -> str:
 def _change(change: Change, *, quote: str) -> str:
     name = f"{change.key} (was {change.was})" if change.was else change.key
     if not change.cases:
-        return f"{name}: renamed, every value kept"
+        return f"{name}: renamed, every value kept; {_breaks(change)}"
     words = f"{name}: {_value(change.old)} -> {_value(change.new)}"
+    words += f"; {_breaks(change)}" if change.was else ""
     places = _places(change, quote=quote)
     words += f"  ({places})" if places else ""
     return words + (f"; moves along: {', '.join(change.follows)}" if change.follows else "")
+
+
+def _breaks(change: Change) -> str:
+    return f"command lines and other files that say {change.was} are refused from now on"
+
+
+def _plan_words(plan: Mapping[str, Any]) -> str:
+    """A case in one line: what it runs on, what it takes, and how exact it is."""
+    if not plan:
+        return "no plan"
+    exactness = [value for name, value in plan.items() if name.startswith("exactness.")]
+    weakest = next((value for value in ("approximate", "rounding") if value in exactness), "bitwise")
+    memory = quantity("bytes", plan["memory.peak_bytes"])
+    return (
+        f"{plan['ranks']} rank{'s' * (plan['ranks'] > 1)}, {plan['layout']}, {memory} per rank"
+        f"{'' if plan['fits'] else ', which DOES NOT FIT'}, about {quantity('seconds', plan['seconds.total'])}, "
+        f"{weakest}"
+    )
 
 
 def _places(change: Change, *, quote: str) -> str:
@@ -169,12 +200,13 @@ def _because(effect: Effect) -> str:
     return " ".join(f"[{number}]" for number in effect.changes)
 
 
-def _problem_lines(broken: Broken) -> list[str]:
+def _problem_lines(problems: Sequence[Mapping[str, str]]) -> list[str]:
     return [
         line
-        for problem in broken.problems
+        for problem in problems
         for line in (
             problem["what"],
+            f"set: {problem['set']}" if problem.get("set") else "",
             f"why: {problem['why']}" if problem["why"] else "",
             f"works: {problem['works']}" if problem["works"] else "",
         )
@@ -184,7 +216,12 @@ def _problem_lines(broken: Broken) -> list[str]:
 
 def _pair(name: str, pair: tuple[Any, Any]) -> str:
     words = f"{quantity(name, pair[0])} -> {quantity(name, pair[1])}"
-    return f"{words} ({growth(pair):+.1%})" if pair[0] and growth(pair) else words
+    return f"{words} ({_growth(growth(pair))})" if pair[0] and growth(pair) else words
+
+
+def _growth(share: float) -> str:
+    """+12.5%, or 14.2x for what is several times as much."""
+    return f"{share:+.1%}" if share < 2 else f"{1 + share:.1f}x"
 
 
 def _range(name: str, effect: Effect) -> str:
@@ -193,7 +230,7 @@ def _range(name: str, effect: Effect) -> str:
     if all(pair == pairs[0] for pair in pairs):
         return _pair(name, pairs[0])
     moves = sorted(growth(pair) for pair in pairs)
-    low, high = f"{moves[0]:+.1%}", f"{moves[-1]:+.1%}"
+    low, high = _growth(moves[0]), _growth(moves[-1])
     return low if low == high else f"{low} to {high}"
 
 

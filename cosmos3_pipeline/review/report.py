@@ -95,11 +95,14 @@ class Broken:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that differs between `base` and `head`, two labels."""
+    """Everything that differs between `base` and `head`, two labels.
+
+    `compared` counts the cases; None where configs and code are the same, so that no case was composed.
+    """
 
     base: str
     head: str
-    compared: int
+    compared: int | None
     broken: tuple[Broken, ...] = ()
     mended: tuple[str, ...] = ()
     refused_in_both: tuple[str, ...] = ()
@@ -108,10 +111,26 @@ class Report:
     changes: tuple[Change, ...] = ()
     effects: tuple[Effect, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    # What new cases do: their plans by name.
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # What two runs have measured, by name: (old, new).
+    measured: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def causes(self) -> list[tuple[tuple[dict[str, str], ...], list[Broken]]]:
+        """What stopped cases from composing, each with the cases that it stopped; the most first.
+
+        An option that is gone is one cause, wherever it was named.
+        """
+        found: dict[tuple[str, ...], list[Broken]] = {}
+        for broken in self.broken:
+            found.setdefault(tuple(problem["what"] for problem in broken.problems), []).append(broken)
+        return sorted(((stopped[0].problems, stopped) for stopped in found.values()), key=lambda c: -len(c[1]))
 
     @property
     def differs(self) -> bool:
-        return any((self.broken, self.mended, self.added, self.removed, self.changes, self.effects))
+        told = (self.broken, self.mended, self.added, self.removed, self.changes, self.effects)
+        return any((*told, any(old != new for old, new in self.measured.values())))
 
     def exit_code(self, fail_on: str | None) -> int:
         """0 same, 1 differs, 2 a case stopped composing or planning.

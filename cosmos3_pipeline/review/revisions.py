@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from cosmos3_pipeline import config
+from cosmos3_pipeline.config.closure import contents
 from cosmos3_pipeline.review import worker
 
 WORKING_TREE = "working tree"
@@ -32,41 +34,78 @@ class ReviewError(ValueError):
 
 @dataclass(frozen=True)
 class Tree:
-    """The files of one revision. `plugins` is a folder that declares the revision's own entry points."""
+    """The files of one revision. `plugins` is a folder that declares the revision's own entry points.
+
+    The primary config is `name` in the folder `conf`. A project that only uses this library has no code of it:
+    then the library is the one that runs.
+    """
 
     label: str
     root: Path
     plugins: Path
-
-    @property
-    def conf(self) -> Path:
-        return self.root / "conf"
+    conf: Path
+    name: str
+    # The process that answers for it, once something was asked, and the file of what it says on its way down.
+    running: list[tuple[subprocess.Popen[str], list[str]]]
+    errors: Path
 
     def cases(self) -> dict[str, list[str]]:
         """The revision's checked-in case list: name -> overrides."""
         file = self.root / CASES_FILE
         return read_cases(file) if file.is_file() else {}
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Have the revision's code answer `request` (see `worker.py`). Raises ReviewError when it cannot start."""
+    def _start(self) -> tuple[subprocess.Popen[str], list[str]]:
+        """The revision's code, waiting for requests; and the folders that it must not see."""
         python_path = os.pathsep.join(str(p) for p in (self.plugins, self.root, self.root / "plugins"))
         own = Path(worker.__file__).resolve().parents[2]
-        hidden = [] if own == self.root else [str(own), str(own / "plugins")]
+        # Of an installed wheel the folder has everything else as well, and what comes first on the path is found.
+        checkout = (own / "pyproject.toml").is_file()
+        other_code = checkout and own != self.root and (self.root / "cosmos3_pipeline").is_dir()
+        hidden = [str(own), str(own / "plugins")] if other_code else []
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HYDRA_")}
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-P", str(Path(worker.__file__).resolve())],
-            input=json.dumps({"conf": str(self.conf), "hidden": hidden, "tools": str(TOOLS), **request}),
             env={**environment, "PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1"},
             cwd=self.root,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors.open("w"),
             text=True,
         )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return process, hidden
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Have the revision's code answer `request` (see `worker.py`). Raises ReviewError when it cannot start."""
+        if not self.running:
+            self.running.append(self._start())
+        process, hidden = self.running[0]
+        assert process.stdin is not None and process.stdout is not None
+        asked = {"conf": str(self.conf), "name": self.name, "hidden": hidden, "tools": str(TOOLS), **request}
+        try:
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            process.wait()
+            last = (self.errors.read_text().strip().splitlines() or ["no message"])[-1]
             raise ReviewError(f"the code of {self.label} does not start: {last.replace(str(self.root), '.')}")
-        answer = json.loads(done.stdout.replace(str(self.root), "."))
+        answer = json.loads(line.replace(str(self.root), "."))
         assert isinstance(answer, dict)
         return answer
+
+    def knows_sources(self) -> bool:
+        """Whether its code can compose other configs than its own; older revisions cannot."""
+        own = self.root / "cosmos3_pipeline"
+        return not own.is_dir() or (own / "config" / "source.py").is_file()
+
+    def stop(self) -> None:
+        """End the process that answers, if there is one."""
+        for process, _ in self.running:
+            process.terminate()
+            process.communicate()
+        self.running.clear()
 
     def survey(self) -> dict[str, Any]:
         """Every case of the revision: what it composes to and plans, or the problems that refuse it."""
@@ -74,12 +113,39 @@ class Tree:
         assert isinstance(answer, dict)
         return answer
 
+    def survey_both(self, base: Tree, touched: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+        """The cases of `base`, whose code is the same, and of this one, as far as the configs `touched` matter.
+
+        Then the number of cases that are in neither, because they are the same.
+        """
+        others = {"conf": str(self.conf), "cases": self.cases()}
+        request = {"conf": str(base.conf), "cases": base.cases(), "options": True, "others": others}
+        answer = self.ask({**request, "touched": touched})
+        return answer["sides"], answer["untouched"]
+
+    def code(self) -> str:
+        """A digest of everything but the configs that decides what a composition is and plans."""
+        digest = hashlib.sha256()
+        for top in sorted(path for path in self.root.iterdir() if path.name in _packages(self.root)):
+            for file in sorted(top.rglob("*.py")):
+                digest.update(file.relative_to(self.root).as_posix().encode() + file.read_bytes())
+        points = self.plugins.rglob("entry_points.txt")
+        return digest.hexdigest() + "".join(file.read_text() for file in points)
+
     def trace(self, wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, tuple[str, str]]]:
         """For each (overrides, keys): where each key's value was written, and the key that was written there."""
         if not wanted:
             return []
         answers = self.ask({"trace": [[list(o), list(k)] for o, k in wanted]})["trace"]
         return [{key: (place, root) for key, (place, root) in answer.items()} for answer in answers]
+
+
+def touched(base: Tree, head: Tree) -> list[str] | None:
+    """The configs that say something else in `head`; None where its code is another, which may touch any case."""
+    if base.code() != head.code():
+        return None
+    old, new = contents(base.conf), contents(head.conf)
+    return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
 
 
 def read_cases(file: Path) -> dict[str, list[str]]:
@@ -90,24 +156,39 @@ def read_cases(file: Path) -> dict[str, list[str]]:
     return {str(name): [str(o) for o in overrides] for name, overrides in content.items()}
 
 
+def _packages(root: Path) -> set[str]:
+    """The folders at the top of a project that have code which decides what a composition is."""
+    own = {"cosmos3_pipeline", "plugins", "conf"}
+    others = {file.parent.name for file in root.glob("*/__init__.py")}
+    return own if (root / "cosmos3_pipeline").is_dir() else others
+
+
 @contextmanager
-def checked_out(revision: str | None, repository: Path) -> Iterator[Tree]:
+def checked_out(
+    revision: str | None, repository: Path, conf: str = "conf", name: str = "config"
+) -> Iterator[Tree]:
     """The tree of `revision`, extracted to a temporary folder; None is the working tree as it stands.
 
     `repository` is any folder inside the project's git repository. Neither its index nor its worktrees change.
+    `conf` is the folder of its configs, and `name` the primary one.
     """
-    project = project_root(repository)
+    project = project_root(repository, conf, name)
     with TemporaryDirectory(prefix="cosmos3_review_") as temporary:
         root = project
         if revision is not None:
             root = Path(temporary) / "tree"
             commit = git(project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
             _extract(project, commit.decode().strip(), root)
-        if not (root / "conf").is_dir():
-            raise ReviewError(f"{revision or WORKING_TREE} has no folder conf/ with a composition in it")
+        if not (root / conf).is_dir():
+            raise ReviewError(f"{revision or WORKING_TREE} has no folder {conf}/ with a composition in it")
         plugins = Path(temporary) / "entry_points"
         _declare_entry_points(root, plugins)
-        yield Tree(revision or WORKING_TREE, root, plugins)
+        errors = Path(temporary) / "errors.txt"
+        tree = Tree(revision or WORKING_TREE, root, plugins, root / conf, name, [], errors)
+        try:
+            yield tree
+        finally:
+            tree.stop()
 
 
 def git(repository: Path, *arguments: str) -> bytes:
@@ -123,13 +204,16 @@ def git(repository: Path, *arguments: str) -> bytes:
     return done.stdout
 
 
-def project_root(folder: Path) -> Path:
-    """The nearest folder, from `folder` up to the top of its git repository, that has `conf/config.yaml`."""
+def project_root(folder: Path, conf: str, name: str) -> Path:
+    """The nearest folder, from `folder` up to the top of its git repository, that has the primary config."""
     top = Path(git(folder, "rev-parse", "--show-toplevel").decode().strip()).resolve()
     here = folder.resolve()
-    while not (here / "conf" / "config.yaml").is_file():
+    while not (here / conf / f"{name}.yaml").is_file():
         if here in (top, here.parent):
-            raise ReviewError("there is no conf/config.yaml here or above, so there is nothing to compose")
+            raise ReviewError(
+                f"there is no {conf}/{name}.yaml here or above, so there is nothing to compose; "
+                "--conf FOLDER and --config-name NAME say where a project has its primary config"
+            )
         here = here.parent
     return here
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import Composition, compose
 from cosmos3_pipeline.config.plain import flat
-from cosmos3_pipeline.config.provenance import trace
 from cosmos3_pipeline.errors import ConfigError
-from cosmos3_pipeline.plan.checks import Checked, check_composition
-from cosmos3_pipeline.plan.plan import as_dict
+from cosmos3_pipeline.planning.checks import Checked, check_composition
+from cosmos3_pipeline.planning.plan import as_dict
 from cosmos3_pipeline.review.compare import Side
 from cosmos3_pipeline.review.revisions import ReviewError
 
@@ -23,16 +22,44 @@ def side_of_overrides(overrides: Sequence[str]) -> Side:
     """The composition of `overrides` with the installed configs. Raises ReviewError when it is refused."""
     label = " ".join(overrides) or "the default run"
     try:
-        checked = check_composition(compose(overrides))
+        composition = compose(overrides)
+        checked = check_composition(composition)
     except ConfigError as error:
         raise ReviewError(f"{label} is refused:\n{error}") from error
 
     def where(wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, tuple[str, str]]]:
-        traced = trace(overrides, config_dir())
+        traced = composition.traced()
+        assert traced is not None
         chains = {key: traced.chain(key) for _, keys in wanted for key in keys}
         return [{key: (c[-1].winner.source, c[-1].key) for key, c in chains.items() if c}] * len(wanted)
 
     return Side(label, {RUN: _case(checked, list(overrides))}, where)
+
+
+def saved_config(words: str | None) -> Path | None:
+    """The config.yaml that `words` mean, a file or the folder of a run; None where they can be a revision only."""
+    if words is None:
+        return None
+    path = Path(words)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    return path / "config.yaml" if (path / "config.yaml").is_file() else None
+
+
+def measured(old: Path, new: Path) -> dict[str, tuple[Any, Any]]:
+    """What the runs in two folders measured, by name: (old, new). Empty where one of them left no metrics.json."""
+    sides = [_metrics(folder / "metrics.json") for folder in (old, new)]
+    return {name: (sides[0].get(name), sides[1][name]) for name in sides[1]} if all(sides) else {}
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        found = {"seconds": report["seconds"], "peak_bytes": report["peak_bytes"]}
+        found |= {f"seconds.{name}": stage["seconds"] for name, stage in report["stages"].items()}
+        return {**found, "frames_sha256": report["frames_sha256"]}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def side_of_file(file: Path) -> Side:

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.source import BUILTIN
 from cosmos3_pipeline.config.sweep import jobs_of
 from cosmos3_pipeline.errors import ConfigError
-from cosmos3_pipeline.plan.checks import check_composition
-from cosmos3_pipeline.plan.plan import as_dict
-from cosmos3_pipeline.plan.units import quantity
+from cosmos3_pipeline.planning.checks import check_composition
+from cosmos3_pipeline.planning.plan import as_dict
+from cosmos3_pipeline.planning.units import quantity
 
 INVALID = 2  # exit code when a job of the sweep would be refused
 USAGE = 3
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str]) -> int:
         return USAGE if exit_.code else 0
     overrides = [o for o in asked.overrides if o not in ("-m", "--multirun")]
     try:
-        jobs = [plan_job(job) for job in jobs_of(overrides)]
+        with BUILTIN.opened() as loader:
+            listed = jobs_of(overrides, loader)
+        jobs = [plan_job(job) for job in listed]
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE

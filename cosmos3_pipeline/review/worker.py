@@ -1,18 +1,24 @@
 """Runs inside one revision of the project: composes and plans cases with that revision's own code.
 
-A script, started by `revisions.py` with the revision's tree first on the import path. It reads a request from
-standard input and writes an answer to standard output, both JSON, and leans on little of the revision:
-`cosmos3_pipeline.compose(overrides)`, and `cosmos3_pipeline.plan.plan_of(cfg)` where there is one. What has to do
-with Hydra is done by the caller's own modules in the folder `tools`, which is its `config/`.
+A script, started by `revisions.py` with the revision's tree first on the import path. It reads requests from
+standard input and writes answers to standard output, JSON line by line, and leans on little of the revision:
+`cosmos3_pipeline.compose(overrides)`, and `plan_of(cfg)` of the room that plans, where there is one. What has to
+do with Hydra is done by the caller's own modules in the folder `tools`, which is its `config/`.
 
-    request  {"conf": folder, "hidden": [path], "tools": folder, "cases": {name: overrides}, "options": bool}
-          or {"conf": folder, "hidden": [path], "tools": folder, "trace": [[overrides, keys], ...]}
+    request  {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
+              "cases": {name: overrides}, "options": bool}
+          or the same with "others": {"conf", "cases"} of another revision with the same code, and "touched":
+              [config], what differs between both: only cases whose config differs are planned
+          or {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
+              "trace": [[overrides, keys]]}
     answer   {"cases": {name: {"overrides": [...], "config": flat, "plan": summary or null}, or "problems": [...]}}
+          or {"sides": [the same cases of both], "untouched": number of cases}
           or {"trace": [{key: [place, root key]}, ...]}
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -21,28 +27,149 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def main() -> None:
-    """Answer the one request on standard input."""
-    request = json.load(sys.stdin)
-    # An editable installation puts the caller's own tree on the path as well.
-    sys.path[:] = [p for p in sys.path if p not in request["hidden"]]
+    """Answer the requests on standard input, one per line."""
     # Whatever the revision's code prints must not end up inside the answer.
     answer_to, sys.stdout = sys.stdout, sys.stderr
-    answer = _trace(request) if "trace" in request else _survey(request)
-    json.dump(answer, answer_to)
+    for line in sys.stdin:
+        request = json.loads(line)
+        # An editable installation puts the caller's own tree on the path as well.
+        sys.path[:] = [p for p in sys.path if p not in request["hidden"]]
+        answer = (
+            _trace(request) if "trace" in request else _both(request) if "others" in request else _survey(request)
+        )
+        print(json.dumps(answer), file=answer_to, flush=True)
 
 
 def _survey(request: dict[str, Any]) -> dict[str, Any]:
     from cosmos3_pipeline.config.plugins import register
 
     register()
-    options, flat = _tool(request, "options").options, _tool(request, "plain").flat
-    cases: dict[str, list[str]] = {"default": []}
+    flat, compose = _tool(request, "plain").flat, _composing(request)
+    return {"cases": {name: {"overrides": o, **_case(o, flat, compose)} for name, o in _cases(request).items()}}
+
+
+def _cases(request: dict[str, Any]) -> dict[str, list[str]]:
+    """The overrides of every case of a revision."""
+    cases: dict[str, list[str]] = {"default": [], **request["cases"]}
     if request["options"]:
-        cases |= {option: [option] for option in options(request["conf"])}
-    cases |= request["cases"]
-    return {"cases": {name: {"overrides": o, **_case(o, flat)} for name, o in cases.items()}}
+        found = list(_tool(request, "options").options(request["conf"], request["name"]))
+        real = _real_models(Path(request["conf"]))
+        cases |= {option: [option, *_beside(option, found, real)] for option in found}
+    return cases
+
+
+def _both(request: dict[str, Any]) -> dict[str, Any]:
+    """Two revisions with the same code: composes what their configs can touch, plans what then differs."""
+    from cosmos3_pipeline.config.plugins import register
+    from cosmos3_pipeline.config.source import Source
+
+    register()
+    closure, flat = _tool(request, "closure"), _tool(request, "plain").flat
+    _share_work(closure)
+    requests = [request, {**request, **request["others"]}]
+    sides = [_cases(one) for one in requests]
+    sources = [Source(one["conf"], one["name"]) for one in requests]
+    known = [closure.contents(Path(one["conf"])) for one in requests]
+    touched, untouched = set(request["touched"]), 0
+    answers: list[dict[str, Any]] = [{}, {}]
+    for name in {**sides[0], **sides[1]}:
+        asked = [side.get(name) for side in sides]
+        if None not in asked and not any(
+            closure.files_of(overrides, files) & touched for overrides, files in zip(asked, known, strict=True)
+        ):
+            untouched += 1
+            continue
+        made = [_composed(overrides, source) for overrides, source in zip(asked, sources, strict=True)]
+        values = [_values(one, flat, closure) for one in made]
+        if values[0] is not None and values[0] == values[1]:
+            untouched += 1
+            continue
+        for answer, overrides, one in zip(answers, asked, made, strict=True):
+            if overrides is not None:
+                answer[name] = {"overrides": overrides, **_case(one, flat, _checked)}
+    return {"sides": answers, "untouched": untouched}
+
+
+def _composed(overrides: list[str] | None, source: Any) -> Any:
+    """The composition of `overrides`, or what kept it from being one."""
+    from cosmos3_pipeline.config.compose import compose
+
+    try:
+        return None if overrides is None else compose(overrides, source)
+    except Exception as error:  # the code of another revision may raise anything
+        return error
+
+
+def _values(made: Any, flat: Callable[[Any], dict[str, Any]], closure: Any) -> dict[str, Any] | None:
+    """What a composition says, references followed; None where it cannot be said, which a check explains."""
+    try:
+        return flat(closure.without_hydra(made.cfg))
+    except Exception:  # as above
+        return None
+
+
+def _checked(made: Any) -> Any:
+    from cosmos3_pipeline.planning.checks import check_composition
+
+    if isinstance(made, Exception):
+        raise made
+    return check_composition(made).config
+
+
+def _composing(request: dict[str, Any]) -> Callable[[list[str]], Any]:
+    """What composes and checks overrides: the revision's own `compose`, or the same for other configs."""
+    import cosmos3_pipeline
+
+    conf = Path(request["conf"])
+    if request["name"] == "config" and Path(cosmos3_pipeline.__file__).parents[1] == conf.parent:
+        return cosmos3_pipeline.compose
+    from cosmos3_pipeline.config.compose import compose
+    from cosmos3_pipeline.config.source import Source
+    from cosmos3_pipeline.planning.checks import check_composition
+
+    source = Source(str(conf), request["name"])
+    return lambda overrides: check_composition(compose(overrides, source)).config
+
+
+def _real_models(conf: Path) -> set[str]:
+    """The options of `model` whose weights are published, so that no laptop runs them."""
+    found = set()
+    for file in (conf / "model").glob("*.yaml"):
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(said, dict) and said.get("repo"):
+            found.add(file.stem)
+    return found
+
+
+def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
+    """What an option is planned with: by itself it would be a 16B model on a laptop, or a toy on eight GPUs."""
+    group, _, name = option.partition("=")
+    if group == "model" and name in real:
+        others = [other for other in options if other.startswith("topology=h")]
+        return ["topology=h200_x4"] if "topology=h200_x4" in others else others[:1]
+    if group == "topology" and not name.startswith("cpu") and "nano" in real:
+        return ["model=nano"]
+    return []
+
+
+def _share_work(closure: Any) -> None:
+    """Do once for all cases what takes longer than composing: parse each YAML file, say where a mistake is."""
+    from cosmos3_pipeline.planning import checks
+
+    locate, located = checks.located, dict[str, Any]()
+
+    def located_once(problems: Any, composition: Any) -> Any:
+        what = repr([problem.what for problem in problems])
+        if what not in located:
+            located[what] = locate(problems, composition)
+        return located[what]
+
+    checks.located = located_once
+    closure.read_each_file_once()
 
 
 def _tool(request: dict[str, Any], name: str) -> Any:
@@ -55,12 +182,10 @@ def _tool(request: dict[str, Any], name: str) -> Any:
     return tool
 
 
-def _case(overrides: list[str], flat: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Compose and plan one list of overrides; what refuses it becomes the answer."""
-    from cosmos3_pipeline import compose
-
+def _case(asked: Any, flat: Callable[[Any], dict[str, Any]], checked: Callable[[Any], Any]) -> dict[str, Any]:
+    """Check with `checked` and plan what is asked for; what refuses it becomes the answer."""
     try:
-        cfg = compose(overrides)
+        cfg = checked(asked)
         return {"config": flat(cfg), "plan": _plan(cfg)}
     # The code of another revision may raise anything: that it does is the answer for this case.
     except Exception as error:
@@ -73,7 +198,8 @@ def _words(problem: Any, error: Exception) -> dict[str, str]:
         first, *rest = f"{type(error).__name__}: {error}".splitlines()
         told = [" ".join(line.split()) for line in rest if line.strip()]
         return {"what": first, "why": "; ".join([*told, *_raised_in(error)]), "works": ""}
-    return {part: str(getattr(problem, part, "")) for part in ("what", "why", "works")}
+    said = {part: str(getattr(problem, part, "")) for part in ("what", "why", "works")}
+    return {**said, "set": "; ".join(getattr(problem, "set_by", ()))}
 
 
 def _raised_in(error: Exception) -> list[str]:
@@ -92,10 +218,13 @@ def _raised_in(error: Exception) -> list[str]:
 
 
 def _plan(cfg: Any) -> dict[str, Any] | None:
-    from cosmos3_pipeline import plan
-
-    plan_of = getattr(plan, "plan_of", None)
-    return None if plan_of is None else dict(plan_of(cfg)["summary"])
+    for room in ("planning", "plan"):  # as it is called, and as it was called in older revisions
+        try:
+            plan_of = getattr(importlib.import_module(f"cosmos3_pipeline.{room}"), "plan_of", None)
+        except ModuleNotFoundError:
+            continue
+        return None if plan_of is None else dict(plan_of(cfg)["summary"])
+    return None
 
 
 def _trace(request: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +234,7 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
     provenance = _tool(request, "provenance")
     answers = []
     for overrides, keys in request["trace"]:
-        traced = provenance.trace(overrides, Path(request["conf"]))
+        traced = provenance.trace(overrides, Path(request["conf"]), config_name=request["name"])
         chains = {key: traced.chain(key) for key in keys}
         answers.append({key: [c[-1].winner.source, c[-1].key] for key, c in chains.items() if c})
     return {"trace": answers}

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Refusal, did_you_mean
-from cosmos3_pipeline.plan.plan import Plan
+from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.stages import STAGES
 from cosmos3_pipeline.stages.context import Stage
 from cosmos3_pipeline.stages.decode import DecodeStage

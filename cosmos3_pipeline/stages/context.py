@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.models.loading import Components
-from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.planning.geometry import Clip
 from cosmos3_pipeline.stages.progress import Reporter, Silent
 from cosmos3_pipeline.stages.words import Words
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
-from cosmos3_pipeline.plan.geometry import Clip
-from cosmos3_pipeline.plan.text import GIVEN
+from cosmos3_pipeline.planning.geometry import Clip
+from cosmos3_pipeline.planning.text import GIVEN
 
 # Width over height of each label that NVIDIA's captions have.
 ASPECT_RATIOS = {"1,1": 1.0, "4,3": 4 / 3, "3,4": 3 / 4, "16,9": 16 / 9, "9,16": 9 / 16}

@@ -1,9 +1,8 @@
-"""The trained toy as a checkpoint of the published layout, in bfloat16, with its tokenizer and its words."""
+"""The trained toy as a checkpoint of the published layout, in bfloat16, with its tokenizer."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -39,11 +38,6 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(int(flow.DIMENSIONS["vocab_size"]), text="\n".join([*captions(), SENTENCES]))
 
 
-def words() -> list[str]:
-    """The words that a prompt may have."""
-    return sorted({word for caption in captions() for word in re.findall(r"\w+", caption.lower())})
-
-
 def make_pipeline(vae: AutoencoderKLWan, transformer: Cosmos3OmniTransformer) -> Cosmos3OmniPipeline:
     """diffusers' pipeline of both, which writes the prompts and packs the tokens."""
     return Cosmos3OmniPipeline(
@@ -58,7 +52,7 @@ def make_pipeline(vae: AutoencoderKLWan, transformer: Cosmos3OmniTransformer) ->
 
 def export(out: Path) -> None:
     """Write `out/toy`, which `model.path` opens."""
-    vae, transformer = toy_vae.trained_vae(out / "vae.pt")[0], flow.make_transformer()
+    vae, transformer = toy_vae.trained_vae(out)[0], flow.make_transformer()
     transformer.load_state_dict(torch.load(out / "flow.pt"))
     flow.load_latents(out, make_pipeline(vae, transformer))  # their mean and deviation, into the VAE's config
     folder = out / "toy"
@@ -73,8 +67,6 @@ def export(out: Path) -> None:
     for key in ("latents_mean", "latents_std"):
         config[key] = [round(value, 6) for value in vae.config[key]]
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "assets").mkdir()
-    (folder / "assets" / "words.json").write_text(json.dumps({"words": words()}) + "\n", encoding="utf-8")
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {total / 1e6:.2f} MB")
 

@@ -62,6 +62,8 @@ class Optimisers:
     def __init__(self, model: nn.Module, *, rate: float, small_rate: float, steps: int) -> None:
         matrices, others = [], []
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             wide = parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) >= 8
             (matrices if wide and "embed" not in name else others).append(parameter)
         self._steps = steps

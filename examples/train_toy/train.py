@@ -1,4 +1,4 @@
-"""Trains the toy model from nothing, on two cores: python examples/train_toy/train.py vae|latents|flow|export
+"""Trains the toy from nothing, on two cores: python examples/train_toy/train.py vae|decoder|latents|flow|export
 
 Begun again, each part goes on where it was. A step draws its data from its own number, so that the same steps see
 the same scenes however often it was interrupted.
@@ -17,6 +17,7 @@ import torch
 import vae as toy_vae
 from export import export, make_pipeline
 from optim import Optimisers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SAVE_SECONDS = 120.0
@@ -98,7 +99,25 @@ def train_vae(out: Path, steps: int | None) -> None:
             lambda step: toy_vae.loss_of(model, toy_vae.training_batch(step)),
             lambda: toy_vae.measure(model),
             part_of_rate=lambda step: toy_vae.phase_of(step)[1],
-            optimisers=Optimisers(model, rate=3e-3, small_rate=1e-3, steps=steps),
+            optimisers=Optimisers(model, rate=3e-3, small_rate=1e-3, steps=max(steps, toy_vae.RATE_STEPS)),
+            steps=steps,
+            out=out,
+        )
+
+
+def train_decoder(out: Path, steps: int | None) -> None:
+    steps = steps or toy_vae.DECODER_STEPS
+    model = toy_vae.make_vae()
+    model.load_state_dict(torch.load(out / "vae.pt"))
+    for part in (model.encoder, model.quant_conv):
+        part.requires_grad_(False)
+    with toy_vae.single_frames_as_2d():
+        train(
+            "decoder",
+            model,
+            lambda step: toy_vae.loss_of(model, toy_vae.decoder_batch(step)),
+            lambda: toy_vae.measure(model),
+            optimisers=Optimisers(model, rate=1.5e-3, small_rate=5e-4, steps=steps),
             steps=steps,
             out=out,
         )
@@ -106,7 +125,7 @@ def train_vae(out: Path, steps: int | None) -> None:
 
 def make_latents(out: Path) -> None:
     """The scenes that the transformer learns from, encoded; in parts, of which those that are there stay."""
-    vae = toy_vae.trained_vae(out / "vae.pt")[1]
+    vae = toy_vae.trained_vae(out)[1]
     for size, parts in toy_flow.PARTS.items():
         for part in range(parts):
             file = out / f"latents_{'x'.join(map(str, size))}_{part}.pt"
@@ -115,16 +134,18 @@ def make_latents(out: Path) -> None:
                 print(f"{file.name} of {parts}", flush=True)
 
 
-def train_flow(out: Path, steps: int | None) -> None:
+def train_flow(out: Path, steps: int | None, start: Path | None) -> None:
     steps = steps or toy_flow.STEPS
     model = toy_flow.make_transformer()
-    vae, parallel_vae = toy_vae.trained_vae(out / "vae.pt")
+    vae, parallel_vae = toy_vae.trained_vae(out)
     pipeline = make_pipeline(vae, model)
+    if start is not None:
+        model.load_state_dict(load_file(start / "transformer" / "diffusion_pytorch_model.safetensors"))
     sets = toy_flow.load_latents(out, pipeline)
     train(
         "flow",
         model,
-        lambda step: toy_flow.loss_of(model, sets, step, steps),
+        lambda step: toy_flow.loss_of(model, sets, step),
         lambda: toy_flow.measure(pipeline, parallel_vae),
         measure_steps=500,
         optimisers=Optimisers(model, rate=2e-3, small_rate=2e-3, steps=steps),
@@ -135,19 +156,22 @@ def train_flow(out: Path, steps: int | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("vae", "latents", "flow", "export"))
+    parser.add_argument("part", choices=("vae", "decoder", "latents", "flow", "export"))
     parser.add_argument("--out", type=Path, default=Path("outputs/train_toy"))
     parser.add_argument("--steps", type=int, help="fewer steps, to try it")
+    parser.add_argument("--start", type=Path, help="flow begins with the transformer of this checkpoint")
     parser.add_argument("--threads", type=int, default=1, help="more make it no faster")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     if options.part == "vae":
         train_vae(options.out, options.steps)
+    elif options.part == "decoder":
+        train_decoder(options.out, options.steps)
     elif options.part == "latents":
         make_latents(options.out)
     elif options.part == "flow":
-        train_flow(options.out, options.steps)
+        train_flow(options.out, options.steps, options.start)
     else:
         export(options.out)
 

@@ -49,10 +49,11 @@ def make_vae() -> AutoencoderKLWan:
     return vae
 
 
-def trained_vae(file: Path) -> tuple[AutoencoderKLWan, ParallelVAE]:
-    """The VAE whose weights are in `file`, and the same to encode and decode with, in a third of the time."""
+def trained_vae(out: Path) -> tuple[AutoencoderKLWan, ParallelVAE]:
+    """The VAE that was trained in `out`, and the same to encode and decode with, in a third of the time."""
     vae = make_vae().eval().requires_grad_(False)
-    vae.load_state_dict(torch.load(file))
+    further = out / "decoder.pt"
+    vae.load_state_dict(torch.load(further if further.exists() else out / "vae.pt"))
     return vae, ParallelVAE(vae, encode=Replicated(), decode=Replicated())
 
 
@@ -103,7 +104,11 @@ PHASES = (
     (0, 1.0, ((16, 1),)),
     (2000, 0.5, ((16, 1), (4, 9), (8, 5))),
 )
-STEPS = 8500
+STEPS = 4750  # of 6500 that the rate falls over: the encoder need not be better than the latents are used
+RATE_STEPS = 6500
+# Afterwards the decoder alone, while the latents stay what the transformer learns from.
+DECODER_STEPS = 4000
+DECODER_BATCHES = ((4, 9), (16, 1), (8, 5), (4, 9))
 
 
 def phase_of(step: int) -> tuple[int, float, tuple[tuple[int, int], ...]]:
@@ -117,10 +122,17 @@ def training_batch(step: int) -> Tensor:
     return crops(step, clips, frames)
 
 
+def decoder_batch(step: int) -> Tensor:
+    """What step number `step` of the decoder's own training sees."""
+    clips, frames = DECODER_BATCHES[step % len(DECODER_BATCHES)]
+    return crops(10**8 + step, clips, frames)
+
+
 def loss_of(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     """The squared error of what comes back. No KL term: little noise on the latents does better."""
     with torch.autocast("cpu", torch.bfloat16):
-        latents = vae.encode(clips).latent_dist.mean.float()
+        with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
+            latents = vae.encode(clips).latent_dist.mean.float()
         noise = LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
         shown = vae.decode(latents + noise).sample.float()
     return F.mse_loss(shown, clips) + 1e-5 * latents.square().mean()

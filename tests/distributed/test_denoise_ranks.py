@@ -15,7 +15,7 @@ from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.errors import Refusal
-from cosmos3_pipeline.plan.transformer import TransformerSize
+from cosmos3_pipeline.planning.transformer import TransformerSize
 
 # (prompt tokens, negative prompt tokens), (height, width, frames), clean latent frames: odd counts throughout
 CLIPS = {

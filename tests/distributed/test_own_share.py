@@ -14,7 +14,7 @@ from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.jobs.rank import components
 from cosmos3_pipeline.models import loading
 from cosmos3_pipeline.models.loading import CheckpointVae
-from cosmos3_pipeline.plan.plan import Plan, make_plan
+from cosmos3_pipeline.planning.plan import Plan, make_plan
 from cosmos3_pipeline.stages.progress import Silent
 
 

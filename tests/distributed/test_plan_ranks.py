@@ -11,7 +11,7 @@ from ranks import run_on_ranks
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.plan.plan import make_plan
+from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 
 STEPS, WORDS = 3, (40, 17)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 # Small enough to end in seconds, odd in latent rows (5), with more than one latent frame.
-SMALL = ("task.height=80", "task.width=96", "task.num_frames=9", "sampler.steps=2")
+SMALL = ("model=toy_random", "task.height=80", "task.width=96", "task.num_frames=9", "sampler.steps=2")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,6 +61,20 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, toy_cache: None) -> Path:
     done = launch(*SMALL, f"hydra.run.dir={output}")
     assert done.returncode == 0, done.stderr + done.stdout
     return output
+
+
+def environment_with(package: Path, folder: Path) -> Path:
+    """The interpreter of a fresh environment: this one's packages, and the wheel of `package` on top."""
+    environment = folder / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=HANGS)
+    (site,) = environment.glob("lib/python*/site-packages")
+    # addsitedir and not a plain path, so that an editable installation is followed too
+    here = sysconfig.get_path("purelib")
+    (site / "outer.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    interpreter = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", str(package)], check=True, timeout=HANGS)
+    return interpreter
 
 
 def wait_for_ranks(parent: int, count: int, *, until: Callable[[], bool] = lambda: True) -> list[int]:

@@ -64,7 +64,7 @@ def test_a_case_on_two_ranks_beside_another_checkout(tmp_path: Path) -> None:
     plan = LayerPipeline(op_seconds=str(tmp_path / "vae.json")).plan(program, shape, 2)
     assert "by measured seconds of ops" in plan.note
     # And the clock takes them.
-    toy = ("model=toy", "topology=cpu_x2", "vae=parallel_decode")
+    toy = ("model=toy_random", "topology=cpu_x2", "vae=parallel_decode")
     done = run("simulate.py", *toy, "--costs", str(tmp_path / "vae.json"), "--ranks", "2", "--serial", "4")
     assert done.returncode == 0 and "| layer_pipeline | 2 |" in done.stdout, done.stderr
 

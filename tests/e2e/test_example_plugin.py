@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, SMALL, metrics
+from conftest import REPOSITORY, SMALL, environment_with, metrics
 from limits import HANGS
 
 EXAMPLE = REPOSITORY / "examples" / "wavefront"
@@ -17,17 +16,7 @@ EXAMPLE = REPOSITORY / "examples" / "wavefront"
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a fresh environment: this one's packages, and the plugin's wheel on top."""
-    environment = tmp_path_factory.mktemp("fresh") / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=HANGS)
-    (site,) = environment.glob("lib/python*/site-packages")
-    # addsitedir and not a plain path, so that an editable installation is followed too
-    here = sysconfig.get_path("purelib")
-    (site / "outer.pth").write_text(f"import site; site.addsitedir({here!r})\n")
-    interpreter = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-build-isolation", str(EXAMPLE)], check=True, timeout=HANGS)
-    return interpreter
+    return environment_with(EXAMPLE, tmp_path_factory.mktemp("fresh"))
 
 
 def launch(python: Path, *args: str) -> subprocess.CompletedProcess[str]:

@@ -26,7 +26,7 @@ def test_a_video_of_the_frames_and_size_asked_for(generate: Callable[..., Path])
     assert frames.std() > 15
     assert load_file(output / "latents.safetensors")["latents"].shape == (1, 48, 3, 5, 6)
     report = metrics(output)
-    assert report["origin"]["command"].startswith("python launch.py task.height=80")
+    assert report["origin"]["command"].startswith("python launch.py model=toy_random task.height=80")
     assert report["beyond_bytes"] < report["peak_bytes"]
     assert report["schema_version"] == 1
     assert list(report["stages"]) == ["text", "encode", "denoise", "decode", "export"]
@@ -161,7 +161,7 @@ def test_the_config_and_the_help_are_shown(flags: list[str]) -> None:
 def test_the_sglang_experiment_runs_in_miniature_and_reports_what_that_pull_request_does(
     generate: Callable[..., Path],
 ) -> None:
-    report = metrics(generate("experiment=sglang_27037", "model=toy", "topology=cpu_x4"))
+    report = metrics(generate("experiment=sglang_27037", "topology=cpu_x4"))
     assert (report["topology"]["cfg"], report["topology"]["ulysses"]) == (2, 2)
     assert report["vae"]["decode"].items() >= {"strategy": "layer_pipeline", "exactness": "bitwise"}.items()
     assert report["seconds"] > 0 and report["peak_bytes"] > 0

@@ -19,9 +19,9 @@ import functools, importlib.abc, importlib.machinery, os, sys
 COUNTED = {
     "hydra._internal.config_loader_impl": ("ConfigLoaderImpl", "load_configuration", "compose"),
     "cosmos3_pipeline.config.checks": (None, "problems", "check structure"),
-    "cosmos3_pipeline.plan.checks": (None, "check", "check"),
-    "cosmos3_pipeline.plan.vae": (None, "vae_plan", "plan vae"),
-    "cosmos3_pipeline.plan.plan": (None, "make_plan", "plan"),
+    "cosmos3_pipeline.planning.checks": (None, "check", "check"),
+    "cosmos3_pipeline.planning.vae": (None, "vae_plan", "plan vae"),
+    "cosmos3_pipeline.planning.plan": (None, "make_plan", "plan"),
     "cosmos3_pipeline.jobs.rank": (None, "run_rank", "rank"),
 }
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 from conftest import REPOSITORY, SMALL, launch, wait_for_ranks
 from limits import HANGS
+
+from cosmos3_pipeline.jobs.sweep import table
 
 
 def jobs_of(sweep: Path) -> list[dict[str, Any]]:
@@ -99,6 +103,27 @@ def test_a_sweep_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     assert nothing.returncode == 2 and "there is no sweep in" in nothing.stderr
 
 
+def test_repeats_are_interleaved_and_their_medians_are_the_table(tmp_path: Path) -> None:
+    asked = ("-m", *SMALL, "topology.threads_per_rank=1", "sweep.repeats=3", f"hydra.sweep.dir={tmp_path}")
+    done = launch(*(o for o in asked if not o.startswith("sampler.steps")), "sampler.steps=1,2")
+    assert done.returncode == 0, done.stderr
+    rows = jobs_of(tmp_path)
+    turns = [table.assignments(row["overrides"]) for row in rows]
+    assert [(turn["sweep.repeat"], turn["sampler.steps"]) for turn in turns] == [
+        (str(repeat), str(steps)) for repeat in range(3) for steps in (1, 2)
+    ]
+    shown = table.merged(rows)
+    assert [row["job"] for row in shown] == [0, 1] and all(row["repeats"] == 3 for row in shown)
+    for row, first in zip(shown, (0, 1), strict=True):
+        totals = [rows[number]["total_seconds"] for number in range(first, 6, 2)]
+        assert row["total_seconds"] == median(totals) and row["spread"] == [min(totals), max(totals)]
+    assert "spread s" in done.stdout and "one run of each job" not in done.stdout
+    page = (tmp_path / "index.html").read_text()
+    assert "spread s" in page and "sweep.repeat=1" not in page
+    refused = launch("-m", "hydra/sweeper=optuna", "sweep.repeats=2", "job=plan", "sampler.steps=choice(1,2)")
+    assert refused.returncode == 2 and "repeats none" in refused.stderr
+
+
 def test_what_hydras_sweeper_cannot_do_is_refused_with_what_can() -> None:
     done = launch("-m", "job=plan", "sampler.guidance_scale=interval(1,2)")
     assert done.returncode == 2
@@ -106,19 +131,43 @@ def test_what_hydras_sweeper_cannot_do_is_refused_with_what_can() -> None:
     assert "Warning" not in done.stderr and "│" not in done.stdout
 
 
-def test_optuna_finds_the_layout_that_is_planned_fastest(tmp_path: Path) -> None:
-    optuna = (
-        *("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.direction=minimize"),
-        *("hydra.sweeper.max_failure_rate=1.0", "hydra.sweeper.n_trials=6", f"hydra.sweep.dir={tmp_path}"),
+def tune(script: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """One of examples/tune, whose environment may be another one here."""
+    words = (REPOSITORY / "examples" / "tune" / script).read_text()
+    command = words.replace(".venv/bin/python", shlex.quote(sys.executable)).replace(
+        '"$(dirname "$0")/../.."', "."
     )
-    space = ("topology.cfg=choice(1,2)", "topology.ulysses=choice(1,2,4)")
-    done = launch("-m", *optuna, *space, "job=plan", "model=nano", "topology=h200_x4", "objective=seconds")
+    bash = ["bash", "-c", command, script, *overrides]
+    return subprocess.run(bash, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANGS)
+
+
+def test_optuna_finds_the_layout_that_is_planned_fastest(tmp_path: Path) -> None:
+    done = tune("layout.sh", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     rows = jobs_of(tmp_path)
     assert sorted({row["status"] for row in rows}) == ["done", "refused"]  # 2 x 4 needs eight ranks
     best = min((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"])
     found = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
     assert found["best_value"] == best["objective"] == best["planned"]["seconds.total"]
+
+
+def test_optuna_finds_the_strategy_that_decodes_fastest_here(tmp_path: Path) -> None:
+    done = tune("strategy.sh", *SMALL, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    rows = jobs_of(tmp_path)
+    assert [row["status"] for row in rows] == ["done"] * 3
+    found = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+    assert found["best_value"] == min(row["seconds"]["decode"] for row in rows)
+
+
+def test_slurm_is_one_node_per_job_with_its_gpus() -> None:
+    done = launch(
+        "hydra/launcher=slurm", "model=nano", "topology=h200_x8", "--cfg", "hydra", "-p", "hydra.launcher"
+    )
+    assert done.returncode == 0, done.stderr
+    resolved = launch("hydra/launcher=slurm", "topology=h200_x8", "--cfg", "all", "--resolve").stdout
+    launcher = yaml.safe_load(resolved)["hydra"]["launcher"]
+    assert (launcher["nodes"], launcher["tasks_per_node"], launcher["gpus_per_node"]) == (1, 1, 8)
 
 
 def test_a_sweep_that_is_stopped_prints_its_table(tmp_path: Path) -> None:

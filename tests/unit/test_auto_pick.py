@@ -8,8 +8,8 @@ import pytest
 from vae_models import WAN22, vae_config
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.plan.plan import make_plan
-from cosmos3_pipeline.plan.search import search
+from cosmos3_pipeline.planning.plan import make_plan
+from cosmos3_pipeline.planning.search import search
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, StrategyError

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser, ParallelTransformer
 from cosmos3_pipeline.denoise.cost import Wire, denoise_costs
 from cosmos3_pipeline.denoise.transformer import PreparedPass
-from cosmos3_pipeline.plan.transformer import TransformerSize
+from cosmos3_pipeline.planning.transformer import TransformerSize
 
 
 def attention_flops(query: torch.Size, key: torch.Size, *_args: Any, **_kwargs: Any) -> int:

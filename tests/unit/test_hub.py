@@ -34,7 +34,7 @@ from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.models.toy import toy_checkpoint
-from cosmos3_pipeline.plan.plan import make_plan
+from cosmos3_pipeline.planning.plan import make_plan
 
 REPO = "nvidia/Cosmos3-Nano"
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
@@ -440,16 +440,16 @@ def test_a_cache_that_is_no_folder(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_a_run_fetches_last_and_pins_the_commit(toy_hub: FakeHub) -> None:
     with pytest.raises(ConfigError, match=r"task\.image is not set"):
-        prepare(composition(["model=toy", f"model.path={REPO}", "task=i2v"]))
+        prepare(composition(["model=toy_random", f"model.path={REPO}", "task=i2v"]))
     assert toy_hub.asked == []
-    model = prepare(composition(["model=toy", f"model.path={REPO}", "model.revision=fp8"])).config.model
+    model = prepare(composition(["model=toy_random", f"model.path={REPO}", "model.revision=fp8"])).config.model
     assert (model.path, model.revision, model.commit) == (REPO, "fp8", OTHER)
 
 
 def test_a_refusal_of_the_hub_is_a_problem_of_the_start(hub: FakeHub) -> None:
     hub.api = Answer(403, "GatedRepo")
     with pytest.raises(ConfigError, match="is gated"):
-        prepare(composition(["model=toy", f"model.path={REPO}"]))
+        prepare(composition(["model=toy_random", f"model.path={REPO}"]))
 
 
 def test_dimensions_of_what_was_fetched_are_checked_before_the_ranks_start(toy_hub: FakeHub) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cosmos3_pipeline.cli import overrides_first
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.overrides import as_typed, check_overrides
+from cosmos3_pipeline.config.source import BUILTIN
 from cosmos3_pipeline.errors import ConfigError
 
 PROMPTS = st.text(string.ascii_letters + string.digits + string.punctuation + " äß", max_size=30)
@@ -72,7 +73,8 @@ def test_paths_may_refer_to_where_hydra_was_started() -> None:
 
 
 def test_a_sweep_may_have_commas() -> None:
-    check_overrides(["vae=tiled,replicated", "sampler.steps=range(1,3)", "topology=glob(cpu_*)"], sweep=True)
+    asked = ["vae=tiled,replicated", "sampler.steps=range(1,3)", "topology=glob(cpu_*)"]
+    check_overrides(asked, BUILTIN.groups(), sweep=True)
 
 
 @pytest.mark.parametrize(

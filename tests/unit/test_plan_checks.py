@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import prepare
-from cosmos3_pipeline.plan.plan import make_plan
+from cosmos3_pipeline.planning.plan import make_plan
 
 
 def refused(*overrides: str) -> tuple[Problem, ...]:
@@ -82,6 +84,12 @@ def test_a_fault_in_a_file_names_the_file() -> None:
             id="untrained length",
         ),
         pytest.param(
+            ["model.trained.when_outside=refuse", "task.prompt='A red kite flies over a blue background'"],
+            "does not know: kite, flies",
+            "task.prompt='A large yellow triangle moves up over a purple background.'",
+            id="unknown words",
+        ),
+        pytest.param(
             ["model=nano", "model.trained.when_outside=refuse", "task.fps=25"],
             "task.fps=25",
             "task.fps=24",
@@ -132,6 +140,18 @@ def test_a_task_that_is_not_supported_on_a_model_warns_or_is_refused(model: str,
             compose(strict)
     else:
         compose(strict)
+
+
+def test_words_that_the_toy_does_not_know_are_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("A large red circle moves up over an orange background at night.\nA KITE\na kite and a dog\n")
+    (told,) = make_plan(compose([f"task.prompt_file={file}"])).warnings
+    assert told.startswith(f"{file} has words that model=toy does not know: kite, dog: it was trained with red")
+    assert (
+        make_plan(compose([])).warnings
+        == make_plan(compose(["model=toy_random", "task.prompt=kite"])).warnings
+        == ()
+    )
 
 
 def test_untrained_sizes_warn_unless_told_otherwise() -> None:

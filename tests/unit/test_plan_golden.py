@@ -13,7 +13,7 @@ import pytest
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.plan import plan_of
+from cosmos3_pipeline.planning import plan_of
 from cosmos3_pipeline.review.revisions import CASES_FILE, read_cases
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,10 +13,10 @@ import pytest
 from limits import HANGS
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.plan import plan_of
-from cosmos3_pipeline.plan.plan import make_plan
-from cosmos3_pipeline.plan.search import search
-from cosmos3_pipeline.plan.summary import summary_lines
+from cosmos3_pipeline.planning import plan_of
+from cosmos3_pipeline.planning.plan import make_plan
+from cosmos3_pipeline.planning.search import search
+from cosmos3_pipeline.planning.summary import summary_lines
 
 pytestmark = pytest.mark.ranks
 
@@ -53,7 +53,7 @@ def test_a_plan_needs_neither_photograph_nor_torch() -> None:
     planning = (
         "import sys\n"
         "from cosmos3_pipeline import compose\n"
-        "from cosmos3_pipeline.plan import plan_of\n"
+        "from cosmos3_pipeline.planning import plan_of\n"
         "plan_of(compose(['model=nano', 'task=i2v', 'topology=h200_x8']))\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy', 'av'} & set(sys.modules), 'heavy import'\n"
     )

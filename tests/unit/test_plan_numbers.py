@@ -12,9 +12,9 @@ from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
-from cosmos3_pipeline.plan.denoising import Denoising
-from cosmos3_pipeline.plan.plan import Plan, as_dict, make_plan
-from cosmos3_pipeline.plan.transformer import TransformerSize
+from cosmos3_pipeline.planning.denoising import Denoising
+from cosmos3_pipeline.planning.plan import Plan, as_dict, make_plan
+from cosmos3_pipeline.planning.transformer import TransformerSize
 from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 
 
@@ -102,7 +102,15 @@ def test_denoising_activations_are_within_15_percent(size, guidance, words, conf
             seed=0,
         )
     task = ["task=t2i"] if frames == 1 else [f"task.num_frames={frames}"]
-    cfg = compose([*task, f"task.height={height}", f"task.width={width}", f"sampler.guidance_scale={guidance}"])
+    cfg = compose(
+        [
+            "model=toy_random",
+            *task,
+            f"task.height={height}",
+            f"task.width={width}",
+            f"sampler.guidance_scale={guidance}",
+        ]
+    )
     planned = Denoising.of(
         cfg,
         TransformerSize.of(pipeline.transformer.config, latent_channels=48),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from limits import HANGS
 
+from cosmos3_pipeline.config.source import BUILTIN
 from cosmos3_pipeline.config.sweep import jobs_of
 from cosmos3_pipeline.review import blame, command, sweep_plan
 from cosmos3_pipeline.review.revisions import git
@@ -55,7 +56,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repository")
     ignore = shutil.ignore_patterns("__pycache__")
     for part in ("conf", "cosmos3_pipeline", "plugins"):
-        shutil.copytree(PROJECT / part, root / part, ignore=ignore)
+        shutil.copytree(PROJECT / part, root / part, ignore=ignore, symlinks=True)
     shutil.copy(PROJECT / "pyproject.toml", root)
     shutil.rmtree(root / "conf" / "experiment")
     edit(root / "conf" / "config.yaml", r"^  - experiment: null\n", "")
@@ -73,7 +74,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def repository(pristine: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "repository"
-    shutil.copytree(pristine, copy)
+    shutil.copytree(pristine, copy, symlinks=True)
     return copy
 
 
@@ -129,7 +130,7 @@ def test_nothing_changes_between_a_commit_and_its_own_tree(repository: Path) -> 
 
 
 def test_an_error_in_the_code_of_a_revision_is_told_whole_and_with_its_place(repository: Path) -> None:
-    (repository / "cosmos3_pipeline" / "plan" / "__init__.py").write_text(
+    (repository / "cosmos3_pipeline" / "planning" / "__init__.py").write_text(
         "def plan_of(cfg):\n"
         "    if cfg.topology.ulysses > 1:\n"
         '        raise ZeroDivisionError("no paint left\\n\\n   in the  bucket")\n'
@@ -139,12 +140,12 @@ def test_an_error_in_the_code_of_a_revision_is_told_whole_and_with_its_place(rep
     done = run("diff", "HEAD~1..HEAD", "--format", "json", cwd=repository)
     assert done.returncode == 2, done.stderr
     broken = json.loads(done.stdout)["broken"]
-    assert {case["case"] for case in broken} == {"topology=h200_x4", "nano_h200_x4"}
+    assert {case["case"] for case in broken} == {"topology=h200_x4", "nano_h200_x4", "model=nano"}
     for case in broken:
         assert case["problems"] == [
             {
                 "what": "ZeroDivisionError: no paint left",
-                "why": "in the bucket; raised in cosmos3_pipeline/plan/__init__.py, line 3, in plan_of()",
+                "why": "in the bucket; raised in cosmos3_pipeline/planning/__init__.py, line 3, in plan_of()",
                 "works": "",
             }
         ]
@@ -154,7 +155,7 @@ def test_an_error_in_a_library_is_placed_where_the_working_tree_called_it(reposi
     library = repository / ".venv" / "site-packages"
     library.mkdir(parents=True)
     (library / "bucket.py").write_text('def paint():\n    raise ValueError("empty")\n')
-    (repository / "cosmos3_pipeline" / "plan" / "__init__.py").write_text(
+    (repository / "cosmos3_pipeline" / "planning" / "__init__.py").write_text(
         "import sys\ndef plan_of(cfg):\n"
         '    sys.path.append(str(__import__("pathlib").Path(__file__).parents[2] / ".venv" / "site-packages"))\n'
         "    import bucket\n    return bucket.paint()\n"
@@ -165,7 +166,7 @@ def test_an_error_in_a_library_is_placed_where_the_working_tree_called_it(reposi
         problem
         == {
             "what": "ValueError: empty",
-            "why": "came up in cosmos3_pipeline/plan/__init__.py, line 5, in plan_of()",
+            "why": "came up in cosmos3_pipeline/planning/__init__.py, line 5, in plan_of()",
             "works": "",
         }
         for (problem,) in problems
@@ -283,4 +284,5 @@ def test_the_jobs_of_the_preview_are_hydras(tmp_path: Path) -> None:
     asked = [sys.executable, str(script), "-m", *overrides, f"hydra.sweep.dir={tmp_path / 'out'}"]
     done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
     ran = [line.removeprefix("JOB ") for line in done.stdout.splitlines() if line.startswith("JOB ")]
-    assert ran == [str(job) for job in jobs_of(overrides)]
+    with BUILTIN.opened() as loader:
+        assert ran == [str(job) for job in jobs_of(overrides, loader)]

@@ -14,7 +14,7 @@ from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.jobs.generate import generate
 from cosmos3_pipeline.jobs.start import prepare
-from cosmos3_pipeline.plan.plan import Plan, make_plan
+from cosmos3_pipeline.planning.plan import Plan, make_plan
 from cosmos3_pipeline.stages import STAGES
 from cosmos3_pipeline.stages.build import build_stages
 from cosmos3_pipeline.stages.context import Picture, RunContext

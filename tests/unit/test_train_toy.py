@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from cosmos3_pipeline.config.compose import compose
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_toy"))
 
@@ -41,8 +44,9 @@ def test_another_scene_is_told_from_it() -> None:
 
 
 def test_the_words_are_those_of_the_captions() -> None:
-    known = set(export.words())
-    assert {*scenes.COLOURS, *scenes.SHAPES, *scenes.DIRECTIONS, "night", "large", "an"} <= known
+    known = compose(["model=toy"]).typed().model.trained.words
+    assert known is not None
+    assert {word for caption in export.captions() for word in re.findall(r"\w+", caption.lower())} == set(known)
     tokenizer = export.toy_tokenizer()
     for word in ("red", "triangle", "left", "background"):
         assert len(tokenizer(f" {word}")["input_ids"]) == 1  # so that the transformer need not learn to spell

@@ -10,7 +10,7 @@ from checkpoints import make_layout
 from toy_runs import clip_of
 
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
-from cosmos3_pipeline.plan.geometry import Clip
+from cosmos3_pipeline.planning.geometry import Clip
 from cosmos3_pipeline.stages.words import Words, words_for
 
 CLIP = clip_of(720, 1280, 189)

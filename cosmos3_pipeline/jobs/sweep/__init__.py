@@ -21,7 +21,8 @@ from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.jobs.sweep import table
 from cosmos3_pipeline.jobs.sweep.outcome import Outcome, as_dicts, forget, outcomes, problems_of, text_of
-from cosmos3_pipeline.plan.summary import summary
+from cosmos3_pipeline.jobs.sweep.table import RESUME
+from cosmos3_pipeline.planning.summary import summary
 from cosmos3_pipeline.stages.files import write_whole
 
 # The sweep that this process has started; None outside a sweep, and in a process that runs a job of one.
@@ -29,7 +30,6 @@ current: Sweep | None = None
 
 SCHEMA_VERSION = 2
 INDEX = "sweep.json"
-RESUME = "sweep.resume"
 
 
 def start(folder: Path, *, baseline: int, resume: bool = False) -> Sweep:
@@ -45,11 +45,11 @@ def start(folder: Path, *, baseline: int, resume: bool = False) -> Sweep:
 def done_before(folder: Path, job: int, overrides: Sequence[str]) -> Outcome | None:
     """The outcome of job number `job` in a sweep that is resumed, where it is done."""
     found = outcomes(folder).get(job)
-    return found if found is not None and found.overrides == own_overrides(overrides) else None
+    return found if found is not None and found.overrides == _without_resume(overrides) else None
 
 
-def own_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those that say what a job is: a sweep is the same one whether or not it is resumed."""
+def _without_resume(overrides: Sequence[str]) -> list[str]:
+    """A sweep is the same one whether or not it is resumed."""
     return [override for override in overrides if not override.startswith(f"{RESUME}=")]
 
 
@@ -59,7 +59,7 @@ def record(sweep: Path, job: int, overrides: Sequence[str], folder: Path, kind: 
     problems = [] if failed is None else problems_of(failed)
     Outcome(
         job=job,
-        overrides=own_overrides(overrides),
+        overrides=_without_resume(overrides),
         folder=str(folder),
         kind=kind,
         status="done" if failed is None else "refused" if problems else "failed",
@@ -143,7 +143,7 @@ class Sweep:
                 raise not_started(f"Hydra would stop at job {number}")
         done = outcomes(self.folder)
         for number, job in done.items():
-            if number >= len(known) or job.overrides != own_overrides(known[number][0]):
+            if number >= len(known) or job.overrides != _without_resume(known[number][0]):
                 raise not_started(
                     f"job {number} of {self.folder} was {' '.join(job.overrides)}, and is another one now; "
                     "a sweep is resumed with the command line that began it"
@@ -161,11 +161,15 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / INDEX, json.dumps(content, indent=2, allow_nan=False))
         console = Console()
-        console.print(table.table(rows))
+        shown = table.merged(rows)
+        console.print(table.table(shown))
         for reason in table.reasons(rows):
             console.print(reason, style="red", highlight=False, markup=False, soft_wrap=True)
-        measured = [row for row in rows if row["kind"] == "generate" and row["status"] == "done"]
-        if len(measured) > 1:
-            console.print("[dim]one run of each job: on a busy machine times differ by more than that[/dim]")
+        measured = [row for row in shown if row["kind"] == "generate" and row["status"] == "done"]
+        if len(measured) > 1 and not any("spread" in row for row in measured):
+            console.print(
+                "[dim]one run of each job: on a busy machine times differ by more than that; "
+                f"{table.REPEATS}=5 takes medians[/dim]"
+            )
         console.print(f"[dim]{self.folder / INDEX}[/dim]", soft_wrap=True)
         return self.all_must_be_done and any(row["status"] != "done" for row in rows)

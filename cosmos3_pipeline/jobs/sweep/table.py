@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -11,9 +12,10 @@ from rich.table import Table
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs.measured import measured
 from cosmos3_pipeline.jobs.sweep.outcome import Outcome
-from cosmos3_pipeline.plan.units import quantity
+from cosmos3_pipeline.planning.units import quantity
 from cosmos3_pipeline.stages import STAGES
 
+RESUME, REPEATS, REPEAT = "sweep.resume", "sweep.repeats", "sweep.repeat"
 SHOWN_SHARE = 0.05  # of the seconds of a run, above which a stage has a column
 BROKEN_OFF = "broken off"  # what a job is that has begun, or never did, and of whose end nothing is known
 
@@ -45,6 +47,37 @@ def rows(
         if reference is not None and "frames_sha256" in row:
             row["likeness"] = likeness(reference, row)
     return found
+
+
+def merged(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all repeats of a job: that of the first which is done, with the medians of seconds and memory.
+
+    `spread` has the least and the most total seconds, `repeats` how many are done. A repeat that is not done makes
+    the row so.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for job in jobs:
+        groups.setdefault(tuple(own_overrides(job["overrides"])), []).append(job)
+    found = []
+    for own, group in groups.items():
+        done = [job for job in group if job["status"] == "done"]
+        row = {**(done or group)[0], "overrides": list(own)}
+        if missing := [job for job in group if job["status"] != "done"]:
+            row |= {key: missing[0][key] for key in ("status", "reason", "error", "problems")}
+        if len(done) > 1 and "total_seconds" in row:
+            totals = [job["total_seconds"] for job in done]
+            row |= {"repeats": len(done), "spread": [min(totals), max(totals)], "total_seconds": median(totals)}
+            row["seconds"] = {name: median([job["seconds"][name] for job in done]) for name in row["seconds"]}
+            row |= {
+                key: median([job[key] for job in done]) for key in ("peak_bytes", "beyond_bytes") if key in row
+            }
+        found.append(row)
+    return found
+
+
+def own_overrides(overrides: Sequence[str]) -> list[str]:
+    """Those that say what a job is, whether or not it is repeated and its sweep resumed."""
+    return [override for override in overrides if override.partition("=")[0] not in (RESUME, REPEATS, REPEAT)]
 
 
 def likeness(reference: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +128,7 @@ def columns(jobs: Sequence[Mapping[str, Any]]) -> list[Column]:
     known = [_column(f"{stage} s", _seconds_of(stage), "{:.2f}".format) for stage in stages]
     known += [
         _column("total s", _of_a_run("total_seconds"), "{:.2f}".format),
+        _column("spread s", _of_a_run("spread"), lambda pair: f"{pair[0]:.2f} to {pair[1]:.2f}"),
         _column("planned s", _planned("seconds.total"), "{:.4g}".format),
         _column("memory", _of_a_run("beyond_bytes"), _bytes),
         _column("planned memory", _planned("memory.peak_bytes"), _bytes),

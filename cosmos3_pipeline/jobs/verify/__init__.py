@@ -15,9 +15,9 @@ from cosmos3_pipeline.config.plugins import build_strategy
 from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.ranks import on_ranks
-from cosmos3_pipeline.plan.geometry import clip_of
-from cosmos3_pipeline.plan.units import quantity
-from cosmos3_pipeline.plan.vae import VaePlan, directions, is_parallel, reference, settings_of, vae_plan
+from cosmos3_pipeline.planning.geometry import clip_of
+from cosmos3_pipeline.planning.units import quantity
+from cosmos3_pipeline.planning.vae import VaePlan, directions, is_parallel, reference, settings_of, vae_plan
 from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction
 

@@ -21,8 +21,8 @@ from cosmos3_pipeline.jobs.verify import PICTURE_FILE, REPORT_FILE, Verification
 from cosmos3_pipeline.jobs.verify.picture import draw
 from cosmos3_pipeline.jobs.verify.trial import Trial
 from cosmos3_pipeline.models.loading import Components
-from cosmos3_pipeline.plan.plan import Plan
-from cosmos3_pipeline.plan.vae import reference
+from cosmos3_pipeline.planning.plan import Plan
+from cosmos3_pipeline.planning.vae import reference
 from cosmos3_pipeline.stages.build import build_stages
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import vae_latents

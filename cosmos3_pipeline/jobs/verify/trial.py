@@ -18,7 +18,7 @@ from cosmos3_pipeline.jobs.metrics import peak_bytes, reset_peak
 from cosmos3_pipeline.jobs.verify import Chosen
 from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exactness_of
 from cosmos3_pipeline.jobs.verify.picture import Row
-from cosmos3_pipeline.plan.vae import VaePlan
+from cosmos3_pipeline.planning.vae import VaePlan
 from cosmos3_pipeline.stages.likeness import ssim
 from cosmos3_pipeline.vae.pixels import Pixels
 from cosmos3_pipeline.vae.program import Direction

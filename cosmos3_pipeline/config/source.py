@@ -1,0 +1,110 @@
+"""Where the configs of a program are: what its `@hydra.main` says and its flags change. Imports no torch."""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import (
+    compute_search_path_dir,
+    create_config_search_path,
+    detect_calling_file_or_module_from_task_function,
+    detect_task_name,
+)
+from hydra.conf import HydraConf
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.object_type import ObjectType
+from omegaconf import DictConfig
+
+from cosmos3_pipeline.config import config_dir
+from cosmos3_pipeline.config.provenance import beside_a_running_hydra, file_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """The primary config `name` in the folder `main` (a path or `pkg://...`), and a `further` folder before it.
+
+    `job` is Hydra's name of the program.
+    """
+
+    main: str | None
+    name: str = "config"
+    further: str | None = None
+    job: str = "launch"
+
+    @classmethod
+    def of(cls, hydra_main: Callable[[], None], args: Namespace) -> Source | None:
+        """Of a function that `@hydra.main` has decorated, with Hydra's flags; None for any other function."""
+        said = inspect.getclosurevars(hydra_main).nonlocals
+        if not {"task_function", "config_path", "config_name"} <= set(said):
+            return None
+        file, module = detect_calling_file_or_module_from_task_function(said["task_function"])
+        main = compute_search_path_dir(file, module, args.config_path or said["config_path"])
+        further = None if args.config_dir is None else str(Path(args.config_dir).absolute())
+        return cls(
+            main, args.config_name or said["config_name"] or "config", further, detect_task_name(file, module)
+        )
+
+    @classmethod
+    def of_a_running_job(cls, hydra_config: DictConfig | HydraConf) -> Source:
+        """Of what Hydra itself has composed; `hydra_config` is its own node."""
+        places = {
+            one.provider: one.path if one.schema == "file" else f"{one.schema}://{one.path}"
+            for one in hydra_config.runtime.config_sources
+        }
+        name = hydra_config.job.config_name or "config"
+        return cls(places.get("main"), name, places.get("command-line"), hydra_config.job.name)
+
+    @contextmanager
+    def opened(self) -> Iterator[ConfigLoader]:
+        """Hydra on these folders, beside one that may run already."""
+        search_path = create_config_search_path(self.main)
+        if self.further is not None:
+            place = self.further if "://" in self.further else f"file://{self.further}"
+            search_path.prepend("command-line", place, SearchPathQuery(provider="schema"))
+        with beside_a_running_hydra():
+            yield Hydra.create_main_hydra2(self.job, search_path).config_loader
+
+    @cache  # noqa: B019 - sources are few, and as good as their fields
+    def groups(self) -> dict[str, list[str]]:
+        """The options of every group that there is, such as `vae` and `vae/decode`."""
+        with self.opened() as loader:
+            return dict(_groups(loader, "", self.name))
+
+    def abouts(self) -> dict[str, dict[str, str]]:
+        """For every option of every group, when to choose it: the first comment of its file."""
+        found = {}
+        with self.opened() as loader:
+            _, repository = cast(ConfigLoaderImpl, loader)._parse_overrides_and_create_caching_repo(self.name, [])
+            for group, options in self.groups().items():
+                files = {option: file_of(f"{group}/{option}", repository) for option in options}
+                found[group] = {option: _first_line(file) for option, file in files.items()}
+        return found
+
+
+def _first_line(file: Path | None) -> str:
+    if file is None:  # an option that a strategy's class is
+        return ""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
+
+
+def _groups(loader: ConfigLoader, parent: str, primary: str) -> Iterator[tuple[str, list[str]]]:
+    # The primary config may add to the search path.
+    for name in loader.get_group_options(parent, ObjectType.GROUP, primary):
+        group = f"{parent}/{name}" if parent else name
+        if not group.startswith(("hydra", "_")):
+            yield group, loader.get_group_options(group, ObjectType.CONFIG, primary)
+            yield from _groups(loader, group, primary)
+
+
+BUILTIN = Source(str(config_dir()))

@@ -1,0 +1,279 @@
+"""Every check of a composition, before a weight is read: structure first, then what the arithmetic says.
+
+All problems are collected, so a user mends them in one go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
+from cosmos3_pipeline.checkpoint.hub import is_hub_id
+from cosmos3_pipeline.config import checks as structure
+from cosmos3_pipeline.config.compose import Composition
+from cosmos3_pipeline.config.provenance import Provenance
+from cosmos3_pipeline.config.schema import Config, JobName
+from cosmos3_pipeline.denoise.checks import check_layout
+from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
+from cosmos3_pipeline.planning.plan import Plan, make_plan
+from cosmos3_pipeline.planning.trained import outside
+from cosmos3_pipeline.planning.vae import (
+    REFERENCE,
+    VaePlan,
+    directions,
+    is_parallel,
+    settings_of,
+    strategy_of,
+    vae_plan,
+)
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Exactness
+
+X264_PRESETS = (
+    *("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
+    "placebo",
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config without a problem, and what its check found out: the plan of its VAE, its checkpoint if any."""
+
+    config: Config
+    vae: Mapping[Direction, VaePlan]
+    adopted: Adopted | None = None
+
+    def plan(self) -> Plan:
+        """The plan of the config, whose VAE is not planned again."""
+        return make_plan(self.config, vae=self.vae)
+
+
+def check_composition(composition: Composition, changes: Mapping[str, Any] | None = None) -> Checked:
+    """The typed config of `composition`; raises ConfigError with every problem found.
+
+    Where `model.path` is a folder here, the numbers in the config are the checkpoint's own, see
+    `adopt_checkpoint`. `changes` are dotted keys and the values to take for them. Each problem says which file or
+    override set its keys.
+    """
+    found = structure.problems(composition)
+    if not found:  # what follows needs every value to be there and in range
+        config = composition.typed(changes)
+        found.extend(_model(config))
+        try:
+            adopted = adopt_checkpoint(config)
+        except Refusal as refusal:
+            found.append(refusal.problem)
+    if not found:
+        if adopted is not None:
+            config = composition.typed({**(changes or {}), **adopted.numbers})
+        try:
+            return replace(check(config), adopted=adopted)
+        except ConfigError as error:
+            found.extend(error.problems)
+    raise ConfigError(located(found, composition))
+
+
+def check(cfg: Config) -> Checked:
+    """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
+    clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
+    found = [problem for one in (_task, _clip, _ranks, _layout) for problem in one(cfg, clip)]
+    for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
+        if found and not is_parallel(cfg.vae, direction):
+            continue  # the reference works with any clip and ranks that nothing else is wrong with
+        try:
+            vae[direction] = _vae(cfg, direction)
+        except ConfigError as error:
+            found.extend(error.problems)
+    found += [problem for one in (_output, _job) for problem in one(cfg)]
+    if cfg.model.trained.when_outside == "refuse":
+        found.extend(outside(cfg))
+    if found:
+        raise ConfigError(found)
+    return Checked(cfg, vae)
+
+
+def located(problems: Sequence[Problem], composition: Composition) -> Sequence[Problem]:
+    """`problems` with the file or override that set each key named in them, as far as that is known."""
+    traced = composition.traced()
+    if traced is None:
+        return problems
+    return [replace(problem, set_by=tuple(_origins(problem.what, traced))) for problem in problems]
+
+
+def _origins(words: str, traced: Provenance) -> Iterator[str]:
+    for key in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", words)):
+        # A strategy's node was set by whoever chose what it is built from.
+        if chain := traced.chain(key) or traced.chain(f"{key}._target_"):
+            through = f" ({chain[-1].key})" if len(chain) > 1 else ""
+            yield f"{key} by {chain[-1].winner.place}{through}"
+
+
+def _model(cfg: Config) -> Iterator[Problem]:
+    path = cfg.model.path
+    if path is not None and is_hub_id(path):
+        return
+    for key in ("revision", "commit"):
+        value = cfg.model.revision if key == "revision" else cfg.model.commit
+        if value is not None:
+            yield Problem(
+                what=f"model.{key}={value} with model.path={'null' if path is None else path}",
+                why="only a repository of the hub has revisions, so it would be ignored",
+                works=f"model.path={cfg.model.repo or 'nvidia/Cosmos3-Nano'}, or no model.{key}",
+            )
+
+
+def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    task = cfg.task
+    name = task.name.value
+    for key, file, wanted_by in (("image", task.image, "i2v"), ("video", task.video, "v2v")):
+        if name != wanted_by and file is not None:
+            yield Problem(
+                what=f"task.{key}={file} with task={name}",
+                why=f"only {wanted_by} reads it, so it would be ignored",
+                works=f"task={wanted_by}, or no task.{key}",
+            )
+    frames = task.condition_latent_frames
+    if name == "i2v" and frames != [0]:
+        yield Problem(
+            what=f"task.condition_latent_frames={frames} with task=i2v",
+            why="a photograph is the first frame and no other",
+            works="task.condition_latent_frames=[0]",
+        )
+    elif name == "v2v" and (not frames or min(frames) < 0 or max(frames) >= clip.latent_frames):
+        yield Problem(
+            what=f"task.condition_latent_frames={frames}",
+            why=f"{clip.num_frames} frames are {clip.latent_frames} latent frames, numbered from 0",
+            works=f"one or more of 0..{clip.latent_frames - 1}, for example [0,1]",
+        )
+    elif name in ("t2v", "t2i") and frames:
+        yield Problem(
+            what=f"task.condition_latent_frames={frames} with task={name}",
+            why="there is no input to condition on, so it would be ignored",
+            works="task.condition_latent_frames=[]",
+        )
+    if not task.prompt.strip():
+        yield Problem(
+            what="task.prompt is empty",
+            why="the model is told what to show by words only",
+            works="task.prompt='a red kite'",
+        )
+
+
+def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    for key, value in (("height", cfg.task.height), ("width", cfg.task.width)):
+        if value % clip.spatial:
+            yield Problem(
+                what=f"task.{key}={value} is not a multiple of {clip.spatial}",
+                why=f"one latent row or column is {clip.spatial} pixels",
+                works=f"task.{key}={nearest_multiple(value, clip.spatial)}",
+            )
+    frames, step = cfg.task.num_frames, clip.temporal
+    if cfg.task.name.value == "t2i":
+        if frames != 1:
+            yield Problem(
+                what=f"task.num_frames={frames} with task=t2i",
+                why="an image has one frame",
+                works="task.num_frames=1, or task=t2v",
+            )
+    elif frames == 1:
+        yield Problem(
+            what=f"task.num_frames=1 with task={cfg.task.name.value}",
+            why="one frame is an image, which has its own task and prompt",
+            works=f"task=t2i, or task.num_frames={step + 1}",
+        )
+    elif (frames - 1) % step:
+        yield Problem(
+            what=f"task.num_frames={frames} is not {step}k + 1",
+            why=f"the first latent frame is one frame, each later one {step}",
+            works=f"task.num_frames={nearest_multiple(frames - 1, step) + 1}",
+        )
+
+
+def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    topology = cfg.topology
+    ranks = topology.nodes * topology.ranks_per_node
+    split = topology.dp * topology.cfg * topology.ulysses
+    if ranks % split:
+        axes = f"topology.cfg={topology.cfg} x topology.ulysses={topology.ulysses}"
+        axes = axes if topology.dp == 1 else f"topology.dp={topology.dp} x {axes}"
+        yield Problem(
+            what=f"{axes} on {ranks} ranks",
+            why=f"{ranks} ranks do not divide by {split}",
+            works=f"topology.ranks_per_node={nearest_multiple(ranks, split)}"
+            if topology.nodes == 1
+            else "axes whose product divides the ranks",
+        )
+    if topology.dp > 1 and cfg.task.prompt_file is None:
+        yield Problem(
+            what=f"topology.dp={topology.dp} with one prompt",
+            why="a replica makes clips of its own, and one prompt is one clip",
+            works="task.prompt_file=prompts.txt with a prompt per line, or topology.dp=1",
+        )
+
+
+def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    """What the transformer's heads and the guidance allow, with the keys' full names."""
+    model, topology = cfg.model.transformer, cfg.topology
+    for problem in refused(
+        lambda: check_layout(
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            cfg=topology.cfg,
+            ulysses=topology.ulysses,
+            guidance_scale=cfg.sampler.guidance_scale,
+        )
+    ):
+        named = re.sub(r"(?<![.\w])(cfg|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
+        what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
+        yield Problem(what=what, why=problem.why, works=works)
+
+
+def _vae(cfg: Config, direction: Direction) -> VaePlan:
+    """The plan of a direction. Raises ConfigError where its strategy refuses, or promises too little."""
+    required = Exactness(cfg.vae.required_exactness)
+    switched_on = is_parallel(cfg.vae, direction)
+    name = settings_of(cfg.vae, direction)["_target_"].rpartition(".")[2] if switched_on else REFERENCE
+    named = f"vae.{direction}={name}"
+    try:
+        planned = vae_plan(cfg, direction, strategy_of(cfg, direction))
+    except Refusal as refusal:
+        raise ConfigError([replace(refusal.problem, what=f"{named}: {refusal.problem.what}")]) from refusal
+    if switched_on and not planned.plan.exactness.satisfies(required):
+        problem = Problem(
+            what=f"{named} is {planned.plan.exactness} with vae.required_exactness={required}",
+            why=f"its output is not {required} equal to that of one rank",
+            works=f"vae/{direction}=layer_pipeline, which is bitwise, or "
+            f"vae.required_exactness={planned.plan.exactness}",
+        )
+        raise ConfigError([problem])
+    return planned
+
+
+def _job(cfg: Config) -> Iterator[Problem]:
+    if cfg.plan.search and cfg.job.name != JobName.plan:
+        yield Problem(
+            what=f"plan.search=true with job={cfg.job.name.value}",
+            why="only job=plan searches; a run has the layout that it was given",
+            works="job=plan, or plan.search=false",
+        )
+
+
+def _output(cfg: Config) -> Iterator[Problem]:
+    if cfg.output.preset not in X264_PRESETS:
+        yield Problem(
+            what=f"output.preset={cfg.output.preset} does not exist",
+            why=f"the H.264 encoder's presets are: {', '.join(X264_PRESETS)}",
+            works=did_you_mean(cfg.output.preset, X264_PRESETS, otherwise="output.preset=medium"),
+        )
+
+
+def refused(action: Callable[[], object]) -> Iterator[Problem]:
+    """The problem that `action` refuses with, or nothing when it does not refuse."""
+    try:
+        action()
+    except Refusal as refusal:
+        yield refusal.problem

@@ -1,0 +1,287 @@
+"""The plan of a composition: who does what, what it weighs, what it sends, how long it may take.
+
+FLOPs, weight bytes and bytes on the wire are exact (up to the number of text tokens, which only the
+tokenizer knows); activation bytes and seconds are estimates, see docs/plan.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cosmos3_pipeline.checkpoint.hub import local_folder
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.schema import Config, Device
+from cosmos3_pipeline.denoise.cost import Wire
+from cosmos3_pipeline.planning.denoising import Denoising
+from cosmos3_pipeline.planning.geometry import Clip, clip_of, replica_ranks
+from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
+from cosmos3_pipeline.planning.stage import RankStage
+from cosmos3_pipeline.planning.text import text_tokens_of
+from cosmos3_pipeline.planning.trained import outside
+from cosmos3_pipeline.planning.transformer import TransformerSize
+from cosmos3_pipeline.planning.vae import ELEMENT_BYTES, VaePlan, directions, strategy_of, vae_plan
+from cosmos3_pipeline.vae.program import Direction
+from cosmos3_pipeline.vae.strategy import Strategy
+
+SCHEMA_VERSION = 1
+STAGES = ("encode", "denoise", "decode")
+AXES = ("nodes", "ranks_per_node", "dp", "cfg", "ulysses")
+DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank: where it stands on each axis, what it holds throughout, and its stages by name."""
+
+    rank: int
+    node: int
+    dp: int
+    spare: int
+    cfg: int
+    ulysses: int
+    weight_bytes: dict[str, int]
+    text_bytes: int
+    stages: dict[str, RankStage]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.peak_bytes for stage in self.stages.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a composition will do: made once, shown, saved, and sent to the ranks, which carry it out.
+
+    `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
+    each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
+    """
+
+    model: str
+    task: str
+    clip: Clip
+    text_tokens: tuple[int, ...]
+    steps: int
+    topology: dict[str, int]
+    accelerator: Accelerator
+    exactness: dict[str, str]
+    strategies: dict[str, str]
+    strategy_notes: dict[str, str]
+    vae: dict[Direction, VaePlan]
+    unused: dict[Direction, Strategy]
+    ranks: tuple[RankPlan, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A few lines, as at the head of a run."""
+        from cosmos3_pipeline.planning.summary import summary_lines
+
+        return "\n".join(summary_lines(self))
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(rank.peak_bytes for rank in self.ranks)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.accelerator.memory_bytes
+
+    def slowest(self, stage: str) -> RankStage:
+        """The rank's stage that the others wait for."""
+        return max((rank.stages[stage] for rank in self.ranks), key=lambda s: s.total_seconds)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Per stage, and `rest`: text, file and host work around them."""
+        stages = {name: self.slowest(name).total_seconds for name in self.ranks[0].stages}
+        return {**stages, "rest": self.accelerator.overhead_s}
+
+    def sent(self, stage: str) -> Wire:
+        """What all ranks send in a stage."""
+        total = Wire()
+        for rank in self.ranks:
+            total += rank.stages[stage].sent
+        return total
+
+
+def make_plan(
+    cfg: Config,
+    *,
+    vae: Mapping[Direction, VaePlan] | None = None,
+    text_tokens: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan of a checked config. Imports no torch.
+
+    `vae` are its directions as the check has planned them already. `text_tokens` are the lengths of the tokenized
+    prompt and negative prompt; without them an estimate is used.
+    Raises Refusal for a strategy that cannot be honoured.
+    """
+    clip = clip_of(cfg)
+    denoising = Denoising.of(
+        cfg,
+        TransformerSize.of(plain(cfg.model.transformer), latent_channels=cfg.model.vae.z_dim),
+        text_tokens=text_tokens or text_tokens_of(cfg),
+        element_bytes=ELEMENT_BYTES[cfg.model.dtype],
+    )
+    if vae is None:
+        vae = {direction: vae_plan(cfg, direction, strategy_of(cfg, direction)) for direction in directions(cfg)}
+    stages = {str(direction): stage for direction, stage in vae.items()}
+    ranks = tuple(
+        _rank(cfg, rank, denoising, stages) for rank in range(cfg.topology.nodes * cfg.topology.ranks_per_node)
+    )
+    exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
+    exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    return Plan(
+        model=cfg.model.name,
+        task=cfg.task.name.value,
+        clip=clip,
+        text_tokens=denoising.text_tokens,
+        steps=cfg.sampler.steps,
+        topology={axis: getattr(cfg.topology, axis) for axis in AXES},
+        accelerator=accelerator_of(cfg),
+        exactness={name: exactness[name] for name in STAGES if name in exactness},
+        strategies={name: stage.plan.strategy for name, stage in stages.items()},
+        strategy_notes={name: stage.plan.note for name, stage in stages.items()},
+        vae=dict(vae),
+        unused={d: strategy_of(cfg, d) for d in DIRECTIONS if d not in vae},
+        ranks=ranks,
+        warnings=_warnings(cfg),
+        notes=_notes(cfg, text_tokens is None),
+    )
+
+
+def _rank(cfg: Config, rank: int, denoising: Denoising, stages: Mapping[str, VaePlan]) -> RankPlan:
+    topology = cfg.topology
+    dp, in_replica = divmod(rank, replica_ranks(topology))
+    spare, place = divmod(in_replica, topology.cfg * topology.ulysses)
+    cfg_rank, ulysses_rank = divmod(place, topology.ulysses)
+    transformer = denoising.size.weight_bytes(denoising.element_bytes)
+    shares = {name: stage.plan.shares[in_replica] for name, stage in stages.items()}
+    vae = {name: share.weight_bytes for name, share in shares.items()}
+    text = denoising.costs[place].text_cache_bytes
+    # What is loaded stays: the encoder from its stage on, the transformer while the decoder works.
+    held = {"encode": vae.get("encode", 0), "denoise": vae.get("encode", 0) + transformer + text}
+    held["decode"] = vae.get("encode", 0) + transformer + vae["decode"]
+    planned = {}
+    for name in STAGES:
+        if name == "denoise":
+            planned[name] = denoising.stage(cfg, place, held[name])
+        elif name in stages:
+            planned[name] = stages[name].stage(cfg, in_replica, held[name])
+    return RankPlan(
+        rank=rank,
+        node=rank // topology.ranks_per_node,
+        dp=dp,
+        spare=spare,
+        cfg=cfg_rank,
+        ulysses=ulysses_rank,
+        weight_bytes={"transformer": transformer, "vae": sum(vae.values())},
+        text_bytes=text,
+        stages=planned,
+    )
+
+
+def _warnings(cfg: Config) -> tuple[str, ...]:
+    """What the model was not made for, where that is told and not refused."""
+    if cfg.model.trained.when_outside != "warn":
+        return ()
+    return tuple(f"{problem.what}: {problem.why}; {problem.works}" for problem in outside(cfg))
+
+
+def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:
+    notes = []
+    model = cfg.model
+    if model.path is not None and local_folder(model.path, model.commit or model.revision) is None:
+        notes.append(f"{model.path} is not in the hub's cache: planned with the numbers of model={model.name}")
+    notes += [ESTIMATES[cfg.topology.device]]
+    if estimated_text:
+        notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
+    return tuple(notes)
+
+
+ESTIMATES = {
+    Device.cpu: "seconds are rough: the accelerator is a laptop core nobody measured",
+    Device.cuda: "seconds are fitted to published times of Nano on H100 and H200, see docs/plan.md for the error",
+}
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """For plan.json: keys are added, never renamed."""
+    from cosmos3_pipeline.planning.summary import summary
+
+    clip, peak = plan.clip, max(plan.ranks, key=lambda rank: rank.peak_bytes)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": plan.model,
+        "task": plan.task,
+        "clip": {
+            "height": clip.height,
+            "width": clip.width,
+            "num_frames": clip.num_frames,
+            "latent_frames": clip.latent_frames,
+            "latent_rows": clip.latent_rows,
+            "latent_cols": clip.latent_cols,
+            "vision_tokens": clip.vision_tokens,
+            "text_tokens": list(plan.text_tokens),
+        },
+        "steps": plan.steps,
+        "topology": {**plan.topology, "groups": groups(plan)},
+        "accelerator": plan.accelerator.as_dict(),
+        "exactness": plan.exactness,
+        "strategies": plan.strategies,
+        "strategy_notes": plan.strategy_notes,
+        "stages": {
+            name: {
+                "flops": sum(rank.stages[name].flops for rank in plan.ranks),
+                "sent_bytes": plan.sent(name).bytes,
+                "sent_messages": plan.sent(name).messages,
+                "seconds": plan.seconds[name],
+                "bound": plan.slowest(name).bound,
+            }
+            for name in plan.ranks[0].stages
+        },
+        "ranks": [_rank_dict(rank) for rank in plan.ranks],
+        "memory": {
+            "limit_bytes": int(plan.accelerator.memory_bytes),
+            "peak_bytes": plan.peak_bytes,
+            "peak_rank": peak.rank,
+            "peak_stage": max(peak.stages, key=lambda name: peak.stages[name].peak_bytes),
+            "fits": plan.fits,
+        },
+        "seconds": {**plan.seconds, "total": sum(plan.seconds.values())},
+        "notes": [*plan.warnings, *plan.notes],
+        "summary": summary(plan),
+    }
+
+
+def _rank_dict(rank: RankPlan) -> dict[str, Any]:
+    plain = {key: value for key, value in asdict(rank).items() if key != "stages"}
+    stages = {
+        name: {
+            **stage.share,
+            "flops": stage.flops,
+            "activation_bytes": stage.activation_bytes,
+            "peak_bytes": stage.peak_bytes,
+            "sent_bytes": stage.sent.bytes,
+            "sent_messages": stage.sent.messages,
+            "seconds": stage.seconds,
+        }
+        for name, stage in rank.stages.items()
+    }
+    return {**plain, "stages": stages}
+
+
+def groups(plan: Plan) -> dict[str, list[list[int]]]:
+    """The ranks of every group of each axis that has more than one rank, and the VAE's group."""
+    replicas = sorted({rank.dp for rank in plan.ranks})
+    found = {"vae": [[rank.rank for rank in plan.ranks if rank.dp == dp] for dp in replicas]}
+    for axis in ("cfg", "ulysses"):
+        others = [a for a in ("dp", "spare", "cfg", "ulysses") if a != axis]
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank in plan.ranks:
+            members.setdefault(tuple(getattr(rank, other) for other in others), []).append(rank.rank)
+        if plan.topology[axis] > 1:
+            found[axis] = list(members.values())
+    return found

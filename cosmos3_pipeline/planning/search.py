@@ -1,0 +1,92 @@
+"""Ranking the layouts of a topology for a task: guidance x sequence x VAE strategy, by estimated time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import ConfigError
+from cosmos3_pipeline.planning.checks import check
+from cosmos3_pipeline.planning.geometry import replica_ranks
+from cosmos3_pipeline.planning.plan import Plan
+from cosmos3_pipeline.planning.vae import REFERENCE
+from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.program import program_for
+from cosmos3_pipeline.vae.search import variants
+from cosmos3_pipeline.vae.strategy import OwnRunner, Strategy
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout: the overrides that choose it and its plan, or the reason why it cannot be."""
+
+    overrides: tuple[str, ...]
+    plan: Plan | None
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float:
+        assert self.plan is not None
+        return sum(self.plan.seconds.values())
+
+    @property
+    def usable(self) -> bool:
+        return self.plan is not None and self.plan.fits
+
+
+def search(cfg: Config) -> list[Candidate]:
+    """Every layout of the ranks of `cfg`: those that fit, fastest first, then those that do not, then the refused.
+
+    Equal times are told apart by memory, then by what is sent.
+    """
+    found = [_candidate(cfg, *choice) for choice in _choices(cfg)]
+    return sorted(found, key=_order)
+
+
+def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str, ...]]:
+    plan = candidate.plan
+    if plan is None:
+        return True, True, 0.0, 0, 0, candidate.overrides
+    sent = sum(plan.sent(stage).bytes for stage in plan.ranks[0].stages)
+    return False, not plan.fits, candidate.seconds, plan.peak_bytes, sent, candidate.overrides
+
+
+def _choices(cfg: Config) -> Iterator[tuple[int, int, Strategy | None]]:
+    """(cfg, ulysses, decode strategy or None) of every way to use all ranks of a clip."""
+    ranks = replica_ranks(cfg.topology)
+    guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
+    layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
+    program = program_for("decode", plain(cfg.model.vae))
+    # Without the flag the reference runs, so it is not tried with it.
+    classes = [cls for name, cls in discover().strategies.items() if name != REFERENCE]
+    strategies: list[Strategy | None] = [None]
+    if ranks > 1:
+        strategies += [cls() for cls in classes if issubclass(cls, OwnRunner) and "decode" in cls.directions]
+        strategies += variants(classes, program, ranks)
+    for (g, u), strategy in product(layouts, strategies):
+        yield g, u, strategy
+
+
+def _candidate(cfg: Config, guidance: int, ulysses: int, strategy: Strategy | None) -> Candidate:
+    overrides = [f"topology.cfg={guidance}", f"topology.ulysses={ulysses}"]
+    decode = cfg.vae.decode
+    if strategy is None:
+        overrides.append("vae.parallel_decode=false")
+    else:
+        settings, default = asdict(strategy), type(strategy)()  # type: ignore[call-overload]
+        overrides += ["vae.parallel_decode=true", f"vae/decode={strategy.name}"]
+        changed = {key: value for key, value in settings.items() if value != getattr(default, key)}
+        overrides += [f"vae.decode.{key}={value}" for key, value in changed.items()]
+        decode = {"_target_": discover().target(strategy.name), **settings}
+    tried = replace(
+        cfg,
+        topology=replace(cfg.topology, cfg=guidance, ulysses=ulysses),
+        vae=replace(cfg.vae, parallel_decode=strategy is not None, decode=decode),
+    )
+    try:
+        return Candidate(tuple(overrides), check(tried).plan())
+    except ConfigError as error:
+        return Candidate(tuple(overrides), None, error.problems[0].what)

@@ -1,0 +1,64 @@
+"""A plan in few numbers: what is compared between revisions, kept in golden files and printed by every run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cosmos3_pipeline.planning.units import quantity, significant
+
+if TYPE_CHECKING:
+    from cosmos3_pipeline.planning.plan import Plan
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Flat names to plain values; the end of a name is its unit. Estimated values are rounded."""
+    found: dict[str, Any] = {
+        "ranks": len(plan.ranks),
+        "layout": layout(plan.topology),
+        "vision_tokens": plan.clip.vision_tokens,
+        "fits": plan.fits,
+        "memory.peak_bytes": significant(plan.peak_bytes),
+        "memory.weight_bytes": max(sum(rank.weight_bytes.values()) for rank in plan.ranks),
+        "seconds.total": significant(sum(plan.seconds.values())),
+    }
+    for name in plan.ranks[0].stages:
+        slowest = plan.slowest(name)
+        found |= {
+            f"exactness.{name}": plan.exactness[name],
+            f"memory.{name}_bytes": significant(max(rank.stages[name].peak_bytes for rank in plan.ranks)),
+            f"flops.{name}": sum(rank.stages[name].flops for rank in plan.ranks),
+            f"wire.{name}_bytes": plan.sent(name).bytes,
+            f"wire.{name}_messages": plan.sent(name).messages,
+            f"seconds.{name}": significant(plan.seconds[name]),
+            f"bound.{name}": slowest.bound,
+        }
+        if name in plan.strategies:
+            found[f"strategy.{name}"] = plan.strategies[name]
+    return found
+
+
+def layout(topology: Mapping[str, Any]) -> str:
+    """The mesh axes that have a meaning here: `cfg 2 x ulysses 4`, with replicas `dp 2 x cfg 1 x ulysses 1`."""
+    axes = ["dp"] * (topology["dp"] > 1) + ["cfg", "ulysses"]
+    return " x ".join(f"{axis} {topology[axis]}" for axis in axes)
+
+
+def summary_lines(plan: Plan) -> list[str]:
+    """The plan in a few lines, for the head of a run's log."""
+    clip, numbers = plan.clip, summary(plan)
+    free = plan.accelerator.memory_bytes - plan.peak_bytes
+    lines = [
+        f"plan: {plan.model} {plan.task}, {clip.width}x{clip.height}, {clip.num_frames} frames "
+        f"({clip.vision_tokens:,} vision tokens), {plan.steps} steps",
+        f"  {numbers['ranks']} x {plan.accelerator.name}, {numbers['layout']}; up to "
+        f"{quantity('bytes', plan.peak_bytes)} per rank, {quantity('bytes', abs(free))} "
+        f"{'free' if free >= 0 else 'TOO MUCH'}",
+    ]
+    for name in plan.ranks[0].stages:
+        how = f"{plan.strategies[name]}, " if name in plan.strategies else ""
+        lines.append(
+            f"  {name}: {how}{plan.exactness[name]}, {quantity('bytes', plan.sent(name).bytes)} sent, about "
+            f"{quantity('seconds', plan.seconds[name])} ({plan.slowest(name).bound} bound)"
+        )
+    return [*lines, *(f"  warning: {warning}" for warning in plan.warnings)]

@@ -1,0 +1,60 @@
+"""How many tokens the prompts will be. Only the tokenizer knows; this estimates.
+
+Source: diffusers `Cosmos3OmniPipeline.tokenize_prompt`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
+from cosmos3_pipeline.checkpoint.hub import local_folder
+from cosmos3_pipeline.config.schema import Config, TaskConfig
+
+# English in a vocabulary of 150,000 is about four bytes per token.
+BYTES_PER_TOKEN = 4
+# The sentences on duration and size that the pipeline adds, and its system prompt.
+DURATION = "The video is not 7.9 seconds long and is not of 24 FPS. "
+RESOLUTION = "This video is not of 720x1280 resolution."
+SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
+GIVEN = "task.negative_prompt"  # where a negative prompt is from that the user gave
+NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints, as it is given to the tokenizer
+MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and the two that begin the picture
+
+
+def text_tokens_of(cfg: Config) -> tuple[int, int]:
+    """About how many tokens the prompt and the negative prompt of `cfg` become."""
+    task = cfg.task
+    around = len(RESOLUTION) + (len(DURATION) if task.num_frames > 1 else 0)
+    around += 0 if task.system_prompt is False else len(SYSTEM)
+    lengths = (len(_words(words).encode()) for words in (task.prompt, _negative_prompt(cfg)))
+    prompt, negative = (MARKERS + math.ceil((around + length) / BYTES_PER_TOKEN) for length in lengths)
+    return prompt, negative
+
+
+def _negative_prompt(cfg: Config) -> str:
+    """The negative prompt of `cfg`, or of its checkpoint; one as long as NVIDIA's where that is elsewhere yet."""
+    model, negative = cfg.model, cfg.task.negative_prompt
+    if negative is not None:
+        return negative
+    folder = None if model.path is None else local_folder(model.path, model.commit or model.revision)
+    if folder is not None:
+        file = folder / NEGATIVE_PROMPT
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    return "" if model.repo is None else "-" * NEGATIVE_PROMPT_BYTES
+
+
+def prompts_of(task: TaskConfig) -> list[str]:
+    """The words of each clip of a run, as far as their file can be read."""
+    if task.prompt_file is not None:
+        return _words(f"@{task.prompt_file}").splitlines()
+    return [_words(task.prompt)]
+
+
+def _words(words: str) -> str:
+    """The words themselves; those of an `@file` where it can be read."""
+    file = Path(words[1:]).expanduser()
+    if not words.startswith("@") or not file.is_file():
+        return words
+    return file.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,76 @@
+"""Tasks, sizes, lengths and frame rates that a model is not made for: told or refused, as `model.trained` says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import Problem
+from cosmos3_pipeline.planning.text import prompts_of
+
+
+def outside(cfg: Config) -> Iterator[Problem]:
+    """What of the clip the model was not trained for; nothing where the model has no list of tiers."""
+    task, trained = cfg.task, cfg.model.trained
+    tiers = [(tier, [_size(s) for s in tier.sizes]) for tier in trained.tiers]
+    if trained.when_outside == "ignore" or not tiers:
+        return
+    if task.name not in trained.tasks:
+        tasks = " and ".join(name.value for name in trained.tasks)
+        yield Problem(
+            what=f"task={task.name.value} with model={cfg.model.name}",
+            why=f"NVIDIA supports {tasks} on this model",
+            works=f"task={trained.tasks[0].value}, or another model",
+        )
+    yield from _strange_words(cfg)
+    here = (task.width, task.height)
+    tier = next((tier for tier, sizes in tiers if here in sizes), None)
+    if tier is None:
+        near = min((s for _, sizes in tiers for s in sizes), key=lambda s: _distance(s, here))
+        yield Problem(
+            what=f"task.width={task.width} x task.height={task.height} with model={cfg.model.name}",
+            why=f"the model was not trained for this size; the nearest that it was is {near[0]}x{near[1]}",
+            works=f"task.width={near[0]} task.height={near[1]}",
+        )
+    elif task.num_frames != 1 and not tier.min_frames <= task.num_frames <= tier.max_frames:
+        nearest = min(max(task.num_frames, tier.min_frames), tier.max_frames)
+        step = cfg.model.vae.scale_factor_temporal
+        rounded = (nearest - 1) // step * step + 1
+        yield Problem(
+            what=f"task.num_frames={task.num_frames} with model={cfg.model.name}",
+            why=f"at {here[0]}x{here[1]} the model was trained for {tier.min_frames} to {tier.max_frames} frames",
+            works=f"task.num_frames={rounded if rounded >= tier.min_frames else rounded + step}",
+        )
+    if task.num_frames != 1 and task.fps not in trained.fps:
+        near_fps = min(trained.fps, key=lambda fps: abs(fps - task.fps))
+        yield Problem(
+            what=f"task.fps={task.fps:g} with model={cfg.model.name}",
+            why=f"the model was trained for {', '.join(f'{fps:g}' for fps in trained.fps)} frames per second",
+            works=f"task.fps={near_fps:g}",
+        )
+
+
+def _strange_words(cfg: Config) -> Iterator[Problem]:
+    known = cfg.model.trained.words
+    if known is None:
+        return
+    prompts = "\n".join(prompts_of(cfg.task)).lower()
+    strange = dict.fromkeys(word for word in re.findall(r"\w+", prompts) if word not in known)
+    if strange:
+        yield Problem(
+            what=f"{'task.prompt' if cfg.task.prompt_file is None else cfg.task.prompt_file} has words that "
+            f"model={cfg.model.name} does not know: {', '.join(strange)}",
+            why=f"it was trained with {', '.join(known)}",
+            works=f"task.prompt='{cfg.model.recommended.prompt}'",
+        )
+
+
+def _size(words: str) -> tuple[int, int]:
+    """Width and height of `1280x720`."""
+    width, _, height = words.partition("x")
+    return int(width), int(height)
+
+
+def _distance(size: tuple[int, int], here: tuple[int, int]) -> float:
+    return abs(size[0] - here[0]) + abs(size[1] - here[1])

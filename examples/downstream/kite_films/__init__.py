@@ -1,0 +1,1 @@
+"""Films of kites, made with cosmos3_pipeline."""

@@ -1,0 +1,1 @@
+"""The configs of this project, beside those of cosmos3_pipeline."""

@@ -1,0 +1,25 @@
+# %% [markdown]
+# # Words to a video
+# The toy model knows red, green, blue, yellow, white, purple, orange and black circles, squares and triangles,
+# small or large, that move left, right, up or down over a background, by day or at night. Change the words!
+
+# %%
+from cosmos3_pipeline import plan, run
+
+prompt = "A large yellow triangle moves up over a purple background."
+asked = ["task=t2v", f"task.prompt='{prompt}'"]
+
+# %% What it will take, before it starts.
+print(plan(asked))
+
+# %%
+made = run(asked)
+print(made.picture)
+
+# %% Another seed is another clip of the same words; guidance is how closely it follows them.
+for seed in (1, 2):
+    print(run([*asked, f"sampler.seed={seed}", "sampler.guidance_scale=2"]).picture)
+
+# %% Two ranks: one with the words and one without, and the VAE in parallel. The same frames, but for rounding.
+made = run([*asked, "topology=cpu_x2"])
+print(made.metrics["seconds"], made.metrics["vae"]["decode"]["strategy"])

@@ -1,0 +1,93 @@
+"""The pictures of docs/toy.md: what the toy makes of some prompts, and the curves of its training.
+
+.venv/bin/python examples/train_toy/pictures.py samples docs/pictures/toy.png
+.venv/bin/python examples/train_toy/pictures.py curves outputs/train_toy docs/pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pygal
+from PIL import Image, ImageDraw, ImageFont
+from pygal.style import CleanStyle
+
+from cosmos3_pipeline import run
+from cosmos3_pipeline.stages.media import read_clip
+
+PROMPTS = (
+    "A red circle moves right over a blue background.",
+    "A large yellow triangle moves up over a purple background.",
+    "A small white square moves left over a green background at night.",
+    "A blue circle moves down and an orange square moves up over a white background.",
+)
+SHOWN = (0, 4, 8, 12, 16)  # frames of 17
+GAP, WORDS = 4, 22
+
+
+def samples(file: Path) -> None:
+    """A row of frames per prompt, with the prompt over it."""
+    with TemporaryDirectory() as folder:
+        rows = []
+        for number, prompt in enumerate(PROMPTS):
+            made = run([f"task.prompt='{prompt}'"], Path(folder) / str(number))
+            frames = read_clip(made.picture, frames=17, keep="first")
+            rows.append([np.asarray(frames[index]) for index in SHOWN])
+    height, width = rows[0][0].shape[:2]
+    sheet = Image.new("RGB", ((width + GAP) * len(SHOWN) - GAP, (height + WORDS + GAP) * len(rows) - GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (prompt, frames) in enumerate(zip(PROMPTS, rows, strict=True)):
+        top = row * (height + WORDS + GAP)
+        draw.text((2, top + 3), prompt, fill="black", font=font)
+        for column, pixels in enumerate(frames):
+            sheet.paste(Image.fromarray(pixels), (column * (width + GAP), top + WORDS))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file, optimize=True)
+
+
+def curves(out: Path, folder: Path) -> None:
+    """Of the VAE, and its decoder after it, dB; of the transformer the part of prompts that show what was said."""
+    first, then = _rows(out / "vae.csv"), _rows(out / "decoder.csv")
+    last = int(first[-1]["step"])
+    for row in then:
+        row["step"] += last
+    flow = _rows(out / "flow.csv")
+    _plot(
+        folder / "toy_vae.svg",
+        "VAE: dB on scenes that training does not draw",
+        [*first, *then],
+        ("images", "clips"),
+    )
+    seen = ("colour", "background", "shape", "direction")
+    _plot(folder / "toy_flow.svg", "transformer: part of 16 unseen prompts that is right", flow, seen)
+
+
+def _rows(file: Path) -> list[dict[str, float]]:
+    with file.open() as stream:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+
+
+def _plot(file: Path, title: str, rows: list[dict[str, float]], names: tuple[str, ...]) -> None:
+    chart = pygal.XY(title=title, x_title="steps", style=CleanStyle, width=760, height=320, show_dots=False, js=[])
+    for name in names:
+        chart.add(name, [(row["step"], row[name]) for row in rows])
+    file.write_bytes(chart.render(is_unicode=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("samples", "curves"))
+    parser.add_argument("paths", type=Path, nargs="+")
+    asked = parser.parse_args()
+    if asked.what == "samples":
+        samples(*asked.paths)
+    else:
+        curves(*asked.paths)
+
+
+if __name__ == "__main__":
+    main()

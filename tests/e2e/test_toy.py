@@ -1,0 +1,43 @@
+"""The trained toy shows what is said, by the statistics of its pixels: `examples/train_toy/judge.py` on ten."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_toy"))
+
+import judge
+from look import QUESTIONS, answers
+
+pytestmark = pytest.mark.ranks
+PROMPTS = 10
+# Shapes are what the toy is worst at, see docs/toy.md.
+SHAPES = {"t2v": 5, "t2i": 1, "i2v": 7, "v2v": 8}
+
+
+@pytest.mark.parametrize(
+    ("task", "size"),
+    [("t2v", (96, 160)), ("t2v", (96, 96)), ("t2i", (160, 160)), ("i2v", (96, 160)), ("v2v", (96, 160))],
+)
+def test_ten_prompts(task: str, size: tuple[int, int], tmp_path: Path) -> None:
+    scenes = judge.unseen(PROMPTS)
+    clips = judge.make(task, scenes, tmp_path, size, ["topology.threads_per_rank=1"])
+    right = dict.fromkeys(QUESTIONS, 0)
+    for scene, clip in zip(scenes, clips, strict=True):
+        assert clip.shape == (3, judge.FRAMES[task], *size)
+        for question, yes in answers(clip, scene).items():
+            right[question] += yes
+    assert right["colour"] >= 9 and right["background"] >= 9, right
+    assert right["direction"] >= 9, right
+    assert right["shape"] >= SHAPES[task], right
+
+
+def test_another_prompt_is_another_clip(tmp_path: Path) -> None:
+    """That the answers can be wrong: the clips of ten prompts, asked for ten others."""
+    clips = judge.make("t2v", judge.unseen(PROMPTS), tmp_path, (96, 160), ["topology.threads_per_rank=1"])
+    others = judge.unseen(PROMPTS, seed=1)
+    right = [answers(clip, other) for clip, other in zip(clips, others, strict=True) if len(other.things) == 1]
+    assert sum(all(found.values()) for found in right) <= 1
