@@ -56,12 +56,13 @@ class Tree:
 
     def _start(self) -> tuple[subprocess.Popen[str], list[str]]:
         """The revision's code, waiting for requests; and the folders that it must not see."""
-        python_path = os.pathsep.join(str(p) for p in (self.plugins, self.root, self.root / "plugins"))
         own = Path(worker.__file__).resolve().parents[2]
         # Of an installed wheel the folder has everything else as well, and what comes first on the path is found.
         checkout = (own / "pyproject.toml").is_file()
         other_code = checkout and own != self.root and (self.root / "cosmos3_pipeline").is_dir()
         hidden = [str(own), str(own / "plugins")] if other_code else []
+        paths = [self.plugins, self.root, self.root / "plugins", *([] if other_code else [own])]
+        python_path = os.pathsep.join(map(str, paths))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HYDRA_")}
         process = subprocess.Popen(
             [sys.executable, "-P", str(Path(worker.__file__).resolve())],

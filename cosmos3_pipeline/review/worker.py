@@ -79,7 +79,8 @@ def _both(request: dict[str, Any]) -> dict[str, Any]:
     for name in {**sides[0], **sides[1]}:
         asked = [side.get(name) for side in sides]
         if None not in asked and not any(
-            closure.files_of(overrides, files) & touched for overrides, files in zip(asked, known, strict=True)
+            closure.files_of(overrides, files, request["name"]) & touched
+            for overrides, files in zip(asked, known, strict=True)
         ):
             untouched += 1
             continue

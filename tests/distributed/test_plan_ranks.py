@@ -42,6 +42,7 @@ def test_ranks_hold_and_send_what_is_planned(cfg: int, ulysses: int) -> None:
     measured = run_on_ranks(measure, cfg * ulysses, cfg, ulysses)
     composed = compose(
         [
+            "model=toy_random",
             f"topology.ranks_per_node={cfg * ulysses}",
             f"topology.cfg={cfg}",
             f"topology.ulysses={ulysses}",

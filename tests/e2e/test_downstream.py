@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from limits import HANGS
 from cosmos3_pipeline import plan
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.planning.checks import check_composition
+from cosmos3_pipeline.review.revisions import git
 
 pytestmark = pytest.mark.ranks
 
@@ -72,6 +75,23 @@ def test_its_sweep_and_its_help_have_its_options(python: Path, tmp_path: Path) -
     assert (tmp_path / "sweep" / "index.html").is_file()
     told = films(python, tmp_path, "--help").stdout
     assert "kite-films job=plan" in told and "box       Choose for the machine in the cellar" in told
+
+
+def test_its_configs_are_reviewed(python: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(REPOSITORY / "examples" / "downstream", project, ignore=shutil.ignore_patterns("__pycache__"))
+    git(project, "init", "-q")
+    git(project, "add", "-A")
+    git(project, "-c", "user.name=n", "-c", "user.email=n@example.org", "commit", "-q", "-m", "films")
+    model = project / "kite_films" / "conf" / "model" / "little.yaml"
+    model.write_text(model.read_text().replace("steps: 2", "steps: 4"))
+    where = ("--conf", "kite_films/conf", "--config-name", "kite_films", "--format", "json")
+    review = [str(python), "-m", "cosmos3_pipeline", "diff", *where]
+    done = subprocess.run(review, cwd=project, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 1, done.stderr
+    (change,) = json.loads(done.stdout)["changes"]
+    assert (change["key"], change["old"], change["new"]) == ("model.recommended.video.steps", 2, 4)
+    assert {"default", "experiment=long", "topology=box", "vae/decode=columns"} <= set(change["cases"])
 
 
 def test_a_run_is_done_again_from_what_it_saved(tmp_path: Path) -> None:

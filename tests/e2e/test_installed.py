@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, metrics
 from limits import HANGS
+
+from cosmos3_pipeline.review.revisions import git
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,19 @@ def test_configs_and_plugins_come_from_the_installation(installed: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(installed)) == 2
     assert "layer_pipeline" in done.stdout and "replicated" in done.stdout
+
+
+def test_revisions_are_compared_from_the_installation(installed: Path, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf", ignore=shutil.ignore_patterns("__pycache__"))
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "-c", "user.name=n", "-c", "user.email=n@example.org", "commit", "-q", "-m", "configs")
+    same = cosmos3(installed, tmp_path, "diff")
+    assert same.returncode == 0 and "Nothing changes" in same.stdout, same.stderr
+    experiment = tmp_path / "conf" / "experiment" / "sglang_27037.yaml"
+    experiment.write_text(re.sub("seed: .*", "seed: 7", experiment.read_text()))
+    changed = cosmos3(installed, tmp_path, "diff")
+    assert changed.returncode == 1 and "sampler.seed: 0 -> 7" in changed.stdout, changed.stderr
 
 
 def test_a_wrong_flag_is_refused_by_the_command_too(installed: Path, tmp_path: Path) -> None:
