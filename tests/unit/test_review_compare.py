@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from cosmos3_pipeline.review import render
 from cosmos3_pipeline.review.compare import Side, compare
 from cosmos3_pipeline.review.report import Report
+from cosmos3_pipeline.review.runs import measured
 
 CONFIG: dict[str, Any] = {
     "model.name": "nano",
@@ -222,3 +225,52 @@ def test_markdown_folds_what_is_long_and_escapes_what_would_break_the_table() ->
     page = render.as_markdown(compared(base, head))
     assert page.count("<details>") == page.count("</details>") >= 2
     assert "a\\|b3" in page and "a|b3" not in page.replace("a\\|b3", "")
+
+
+def test_one_cause_is_told_once_with_all_the_cases_that_it_stopped() -> None:
+    names = [f"case{number}" for number in range(9)]
+    stopped = refused("task.height cannot be resolved")
+    report = compared({name: case() for name in names}, dict.fromkeys(names, stopped))
+    text = render.as_text(report)
+    assert text.count("cannot be resolved") == 1 and "case0, case1, case2, case3 and 5 more" in text
+    assert render.as_markdown(report).count("cannot be resolved") == 1
+    assert len(report.as_dict()["broken"]) == 9  # for programs each by itself
+
+
+def test_another_strategy_is_one_change_with_its_settings() -> None:
+    old = {"vae.decode._target_": "a.A", "vae.decode.rows": 2, "vae.decode.cols": 3}
+    new = {"vae.decode._target_": "b.B", "vae.decode.pixels": 9}
+    report = compared({"a": case(old)}, {"a": case(new)})
+    (change,) = report.changes
+    assert change.key == "vae.decode._target_"
+    assert change.follows == ("vae.decode.cols", "vae.decode.pixels", "vae.decode.rows")
+
+
+def test_a_new_case_says_what_it_does_and_a_rename_whom_it_breaks() -> None:
+    new = case({}, {"ranks": 4, "fits": False})
+    report = compared({"default": case()}, {"default": case(), "topology=new": new})
+    assert "topology=new: 4 ranks, cfg 2 x ulysses 2, 30 GB per rank, which DOES NOT FIT, about 60 s, bitwise" in (
+        render.as_text(report)
+    )
+    renamed = {**case()["config"], "sampler.start": case()["config"]["sampler.seed"]}
+    del renamed["sampler.seed"]
+    told = render.as_text(compared({"a": case()}, {"a": {**case(), "config": renamed}}))
+    assert "command lines and other files that say sampler.seed are refused from now on" in told
+
+
+def test_what_two_runs_measured_is_compared(tmp_path: Path) -> None:
+    for name, seconds in (("a", 2.0), ("b", 8.0)):
+        (tmp_path / name).mkdir()
+        stages = {"decode": {"seconds": seconds / 2}}
+        report = {"seconds": seconds, "peak_bytes": 10**8, "stages": stages, "frames_sha256": "x"}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(report))
+    found = measured(tmp_path / "a", tmp_path / "b")
+    assert found["seconds.decode"] == (1.0, 4.0) and found["frames_sha256"] == ("x", "x")
+    report = replace(compared({"a": case()}, {"a": case()}), measured=found)
+    assert report.differs and "seconds: 2 s -> 8 s (4.0x)" in render.as_text(report)
+    assert measured(tmp_path / "a", tmp_path / "none") == {}
+
+
+def test_what_a_model_was_trained_for_is_no_part_of_the_picture() -> None:
+    report = compared({"a": case({"model.trained.words": None})}, {"a": case({"model.trained.words": ["red"]})})
+    assert report.changes and not report.effects
