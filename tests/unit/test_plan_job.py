@@ -46,7 +46,8 @@ def test_a_plan_leaves_json_and_markdown_and_prints_tables(tmp_path: Path) -> No
         assert words in page
         assert words in done.stdout.replace("\n", " ")
     assert re.search(r"ops 0-\d+ \(\d+-\d+ not on every chunk\), rows", page)
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["plan.json", "plan.md"]
+    left = sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("."))
+    assert left == ["log.txt", "plan.json", "plan.md"]
 
 
 def test_a_plan_needs_neither_photograph_nor_torch() -> None:
