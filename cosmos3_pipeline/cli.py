@@ -120,12 +120,9 @@ def launch(hydra_main: Callable[[], None]) -> None:
             raise
         code = _refused(as_config_error(error, args.overrides, source or BUILTIN))
     except ValueError as error:
-        if not str(error).startswith(
-            ("Only one of --run", "The --resolve flag")
-        ):  # Hydra's own checks of its flags
+        if not str(error).startswith("Only one of --run"):  # Hydra's own check of its flags
             raise
-        flags = Problem(str(error), "the flags contradict each other", "--cfg job --resolve, or -m without --cfg")
-        code = _refused(ConfigError([flags]))
+        code = _refused(ConfigError([Problem(str(error), "each does something else", "one of them")]))
     except (RankFailed, PromptsFailed) as error:
         if not sweep.was_told(error):
             print(error, file=sys.stderr)

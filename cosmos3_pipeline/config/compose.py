@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from cosmos3_pipeline.config.closure import without_hydra
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import plain
@@ -119,8 +120,7 @@ def _typed(cfg: DictConfig) -> DictConfig:
     if "task" not in cfg or OmegaConf.get_type(cfg, "task") is TaskConfig:
         return cfg
     hydra_node = {"hydra": cfg.hydra} if "hydra" in cfg else {}
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    typed = OmegaConf.merge(OmegaConf.structured(Config), own)
+    typed = OmegaConf.merge(OmegaConf.structured(Config), without_hydra(cfg))
     with open_dict(typed):
         typed.update(hydra_node)
     assert isinstance(typed, DictConfig)

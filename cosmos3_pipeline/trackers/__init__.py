@@ -15,8 +15,9 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cosmos3_pipeline.config.closure import without_hydra
 from cosmos3_pipeline.config.plain import flat
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs.measured import measured
@@ -35,9 +36,8 @@ class Tracker(Callback):
             for name, value in flat(measured(folder, JobName(config.job.name).value)).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         try:
-            self.track(folder, flat(own), numbers)
+            self.track(folder, flat(without_hydra(config)), numbers)
         except Exception as error:  # the work that it would tell of is done
             print(f"{type(self).__name__} failed: {type(error).__name__}: {error}", file=sys.stderr)
 
