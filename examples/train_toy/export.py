@@ -53,8 +53,9 @@ def make_pipeline(vae: AutoencoderKLWan, transformer: Cosmos3OmniTransformer) ->
 def export(out: Path) -> None:
     """Write `out/toy`, which `model.path` opens."""
     vae, transformer = toy_vae.trained_vae(out)[0], flow.make_transformer()
-    transformer.load_state_dict(torch.load(out / "flow.pt"))
-    flow.load_latents(out, make_pipeline(vae, transformer))  # their mean and deviation, into the VAE's config
+    further = out / "sizes.pt"
+    transformer.load_state_dict(torch.load(further if further.exists() else out / "flow.pt"))
+    flow.load_latents(out, make_pipeline(vae, transformer), ())  # their mean and deviation, into the VAE's config
     folder = out / "toy"
     shutil.rmtree(folder, ignore_errors=True)
     sizes = {"transformer": flow.DIMENSIONS, "vae": toy_vae.DIMENSIONS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,19 +34,40 @@ DIMENSIONS = {
 }
 LATENT = {"latent_channel": 48, "patch_latent_dim": 48, "rope_axes_dim": [6, 5, 5]}
 FPS = 24
-SHIFT = 3.0  # of the noise levels; the same at training and in the sampler
+SHIFT = 3.0  # of the noise levels in the sampler
 NO_WORDS = 0.1  # of the prompts are the empty one, for guidance
-STEPS = 4200
 GUIDANCE, SAMPLE_STEPS = 3.0, 20  # when measured
 UNSEEN, UNSEEN_PROMPTS = 10**9, 16
 Size = tuple[int, int, int]  # frames, height, width
 TINY, SMALL, LARGE, IMAGE = (9, 64, 64), (17, 96, 96), (17, 96, 160), (1, 160, 160)
 # Scenes of each size, in parts of PART.
 PART = 100
-PARTS = {TINY: 60, SMALL: 20, LARGE: 20, IMAGE: 15}
-# Steps at which a phase begins, how often a batch is of each of these sizes, and how many clips it has: the words
-# are learnt on few tokens, a seventh of what the sizes that people ask for have.
-PHASES = ((0, (8, 1, 0, 1), 32), (2500, (1, 3, 5, 2), 16))
+PARTS = {TINY: 60, SMALL: 40, LARGE: 40, IMAGE: 40}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the steps of a training see."""
+
+    steps: int
+    # Steps at which a phase begins, how often a batch is of each size, and how many clips it has.
+    phases: tuple[tuple[int, Mapping[Size, int], int], ...]
+    shifts: tuple[float, ...]  # of the noise levels, taken in turn by the clips of a batch
+
+    @property
+    def sizes(self) -> set[Size]:
+        return {size for _, weights, _ in self.phases for size in weights}
+
+
+# The words are learnt on few tokens, a seventh of what the sizes that people ask for have.
+WORDS = Course(
+    steps=4200,
+    phases=((0, {TINY: 8, SMALL: 1, IMAGE: 1}, 32), (2500, {TINY: 1, SMALL: 3, LARGE: 5, IMAGE: 2}, 16)),
+    shifts=(SHIFT,),
+)
+# Then the sizes that people ask for. Which shape it is shows last among what the words decide, at noise levels of
+# 0.85 and more, of which the sampler's shift has one in five; so half of the clips are shifted further.
+SIZES = Course(steps=9000, phases=((0, {SMALL: 4, LARGE: 4, IMAGE: 3}, 32),), shifts=(SHIFT, 9.0))
 
 
 @dataclass(frozen=True)
@@ -160,19 +181,20 @@ def encode_part(vae: ParallelVAE, size: Size, part: int) -> dict[str, Any]:
     return {"latents": torch.cat(latents).half(), "captions": [scene.caption for scene in scenes]}
 
 
-def load_latents(out: Path, pipeline: Cosmos3OmniPipeline) -> list[Latents]:
-    """All latents that were made, with mean 0 and deviation 1 in every channel.
+def load_latents(out: Path, pipeline: Cosmos3OmniPipeline, sizes: Iterable[Size]) -> dict[Size, Latents]:
+    """All latents that were made of `sizes`, with mean 0 and deviation 1 in every channel of those of LARGE.
 
     Both, as they were before, are written into the config of the pipeline's VAE, as Cosmos3's has them.
     """
     made = {
         size: [torch.load(out / f"latents_{'x'.join(map(str, size))}_{part}.pt") for part in range(parts)]
         for size, parts in PARTS.items()
+        if size in {*sizes, LARGE}
     }
     clips = torch.cat([part["latents"].float().transpose(0, 1).flatten(1) for part in made[LARGE]], 1)
     mean, deviation = clips.mean(1), clips.std(1)
     pipeline.vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
-    sets = []
+    sets = {}
     for size, parts in made.items():
         tokens, nothing = [], torch.empty(0)
         for part in parts:
@@ -183,15 +205,15 @@ def load_latents(out: Path, pipeline: Cosmos3OmniPipeline) -> list[Latents]:
         latents = (latents - mean.view(-1, 1, 1, 1)) / deviation.view(-1, 1, 1, 1)
         lengths = {len(own) for own in (*tokens, nothing)}
         positions = {length: positions_of(pipeline, length, size) for length in lengths}
-        sets.append(Latents(latents, tokens, nothing, positions))
+        sets[size] = Latents(latents, tokens, nothing, positions)
     return sets
 
 
-def loss_of(model: Cosmos3OmniTransformer, sets: Sequence[Latents], step: int) -> Tensor:
+def loss_of(model: Cosmos3OmniTransformer, sets: Mapping[Size, Latents], course: Course, step: int) -> Tensor:
     """Flow matching on one batch: of one size, with prompts of one length, or without words."""
     rng = random.Random(step)
-    _, weights, batch = next(phase for phase in reversed(PHASES) if step >= phase[0])
-    data = rng.choices(sets, weights)[0]
+    _, weights, batch = next(phase for phase in reversed(course.phases) if step >= phase[0])
+    data = sets[rng.choices(list(weights), list(weights.values()))[0]]
     batch = batch if data.latents.shape[2] < 5 else min(batch, 16)
     lengths = data.by_length()
     length = rng.choices(list(lengths), [len(clips) for clips in lengths.values()])[0]
@@ -203,7 +225,8 @@ def loss_of(model: Cosmos3OmniTransformer, sets: Sequence[Latents], step: int) -
     # A clip in three begins with a photograph, and one in five with five frames: their latents are clean.
     clean = 0 if x.shape[2] == 1 else rng.choices((0, 1, 2), (7, 5, 3))[0]
     sigma = torch.sigmoid(torch.randn(batch))
-    sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+    shift = torch.tensor(course.shifts).repeat(batch)[:batch]
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
     noise, level = torch.randn_like(x), sigma.view(-1, 1, 1, 1, 1)
     z = (1 - level) * x + level * noise
     z[:, :, :clean] = x[:, :, :clean]

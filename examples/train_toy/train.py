@@ -1,4 +1,4 @@
-"""Trains the toy from nothing, on two cores: python examples/train_toy/train.py vae|decoder|latents|flow|export
+"""Trains the toy from nothing, on two cores: python examples/train_toy/train.py PART, as README.md has the parts.
 
 Begun again, each part goes on where it was. A step draws its data from its own number, so that the same steps see
 the same scenes however often it was interrupted.
@@ -17,7 +17,6 @@ import torch
 import vae as toy_vae
 from export import export, make_pipeline
 from optim import Optimisers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SAVE_SECONDS = 120.0
@@ -134,18 +133,21 @@ def make_latents(out: Path) -> None:
                 print(f"{file.name} of {parts}", flush=True)
 
 
-def train_flow(out: Path, steps: int | None, start: Path | None) -> None:
-    steps = steps or toy_flow.STEPS
+def train_flow(
+    out: Path, name: str, course: toy_flow.Course, *, steps: int | None, start: Path | None = None
+) -> None:
+    """The transformer, from noise or from the weights in `start`."""
+    steps = steps or course.steps
     model = toy_flow.make_transformer()
     vae, parallel_vae = toy_vae.trained_vae(out)
     pipeline = make_pipeline(vae, model)
     if start is not None:
-        model.load_state_dict(load_file(start / "transformer" / "diffusion_pytorch_model.safetensors"))
-    sets = toy_flow.load_latents(out, pipeline)
+        model.load_state_dict(torch.load(start))
+    sets = toy_flow.load_latents(out, pipeline, course.sizes)
     train(
-        "flow",
+        name,
         model,
-        lambda step: toy_flow.loss_of(model, sets, step),
+        lambda step: toy_flow.loss_of(model, sets, course, step),
         lambda: toy_flow.measure(pipeline, parallel_vae),
         measure_steps=500,
         optimisers=Optimisers(model, rate=2e-3, small_rate=2e-3, steps=steps),
@@ -156,10 +158,9 @@ def train_flow(out: Path, steps: int | None, start: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("vae", "decoder", "latents", "flow", "export"))
+    parser.add_argument("part", choices=("vae", "decoder", "latents", "flow", "sizes", "export"))
     parser.add_argument("--out", type=Path, default=Path("outputs/train_toy"))
     parser.add_argument("--steps", type=int, help="fewer steps, to try it")
-    parser.add_argument("--start", type=Path, help="flow begins with the transformer of this checkpoint")
     parser.add_argument("--threads", type=int, default=1, help="more make it no faster")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,9 @@ def main() -> None:
     elif options.part == "latents":
         make_latents(options.out)
     elif options.part == "flow":
-        train_flow(options.out, options.steps, options.start)
+        train_flow(options.out, "flow", toy_flow.WORDS, steps=options.steps)
+    elif options.part == "sizes":
+        train_flow(options.out, "sizes", toy_flow.SIZES, steps=options.steps, start=options.out / "flow.pt")
     else:
         export(options.out)
 
