@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
+from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS
 from cosmos3_pipeline.models.layouts import LAYOUTS
-from cosmos3_pipeline.models.loading import load_scheduler, load_transformer, load_vae
+from cosmos3_pipeline.models.loading import load_scheduler, load_vae
 from cosmos3_pipeline.models.make_checkpoint import numbers_of
 from cosmos3_pipeline.models.maker import write_checkpoint
+from cosmos3_pipeline.models.reading import read_tensors
 from cosmos3_pipeline.models.tokenizer import load_tokenizer
 
 
@@ -31,7 +33,7 @@ def open_whole(folder: Path) -> CheckpointInfo:
     cpu = torch.device("cpu")
     load_tokenizer(info)
     load_scheduler(info.sampler, flow_shift=None).set_timesteps(4)
-    load_transformer(info, dtype=torch.float32, device=cpu)
+    read_tensors(info.parts("transformer", TRANSFORMER_PARTS), dtype=torch.float32, device=cpu)
     load_vae(info, dtype=torch.float32, device=cpu, encoder=True)
     return info
 

@@ -9,7 +9,7 @@ Source: diffusers 0.42 `models/transformers/transformer_cosmos3.py`; the VAE's a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -48,6 +48,12 @@ class Weight:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the transformer's layer that it belongs to; None for one outside of the layers."""
+        first, _, rest = self.name.partition(".")
+        return int(rest.partition(".")[0]) if first == "layers" else None
 
     def bytes_in(self, element_bytes: int) -> int:
         """Bytes as loaded into a model whose elements have `element_bytes`."""
@@ -168,6 +174,47 @@ def _layer(d: _Dimensions, layer: str, add: Any, linear: Any, *, last: bool) -> 
     add(Part.VISION, f"{layer}.input_layernorm_moe_gen.weight", d.hidden)
     add(after_keys, f"{layer}.post_attention_layernorm.weight", d.hidden)
     add(Part.VISION, f"{layer}.post_attention_layernorm_moe_gen.weight", d.hidden)
+
+
+# Elements. A tensor in a slab begins where memory of its own would, on a boundary of 64 bytes in any dtype.
+SLAB_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The weights of one pathway through one layer, side by side in one piece of memory of `elements`.
+
+    `starts` says where each weight begins, in elements.
+    """
+
+    weights: tuple[Weight, ...]
+    starts: tuple[int, ...]
+    elements: int
+
+    @classmethod
+    def of(cls, weights: Iterable[Weight]) -> Slab:
+        inside, starts, end = tuple(weights), [], 0
+        for weight in inside:
+            starts.append(end)
+            end += _aligned(weight.elements, SLAB_ALIGNMENT)
+        return cls(inside, tuple(starts), end)
+
+    def share(self, ranks: int) -> int:
+        """The elements that each of `ranks` holds of it, the last ones less than they could."""
+        return _aligned(-(-self.elements // ranks), SLAB_ALIGNMENT)
+
+
+def slabs_of(weights: Iterable[Weight], part: Part) -> tuple[Slab, ...]:
+    """The slab of each layer of the pathway `part`, in the order of the layers."""
+    layers: dict[int, list[Weight]] = {}
+    for weight in weights:
+        if weight.part is part and weight.layer is not None:
+            layers.setdefault(weight.layer, []).append(weight)
+    return tuple(Slab.of(layers[number]) for number in sorted(layers))
+
+
+def _aligned(elements: int, alignment: int) -> int:
+    return -(-elements // alignment) * alignment
 
 
 def vae_weights(config: Mapping[str, Any]) -> tuple[Weight, ...]:

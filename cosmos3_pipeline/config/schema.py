@@ -66,6 +66,13 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Placement(Enum):
+    resident = "resident"
+    sharded = "sharded"
+    streamed = "streamed"
+    auto = "auto"
+
+
 class HiddenAct(Enum):
     silu = "silu"
     relu2 = "relu2"
@@ -211,6 +218,7 @@ class AcceleratorConfig:
     memory_gb_per_s: float = ranged(at_least=0.001)
     link_gb_per_s: float = ranged(at_least=0.001)
     network_gb_per_s: float = ranged(at_least=0.001)
+    host_gb_per_s: float = ranged(at_least=0.001)
     latency_us: float = ranged(at_least=0)
     overhead_s: float = ranged(at_least=0)
     transformer_efficiency: float = ranged(at_least=0.001, at_most=1)
@@ -227,6 +235,18 @@ class TopologyConfig:
     threads_per_rank: int = ranged(at_least=1)
     device: Device = MISSING
     accelerator: AcceleratorConfig = field(default_factory=AcceleratorConfig)
+
+
+@dataclass
+class WeightsConfig:
+    """Where the transformer's layers are.
+
+    `resident_layers` of those that are streamed stay on the device; None stands for as many as fit.
+    """
+
+    placement: Placement = MISSING
+    resident_layers: int | None = ranged(at_least=0)
+    keep_text: bool = MISSING
 
 
 @dataclass
@@ -279,6 +299,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import Cosmos3OmniTransformer
 from torch import Tensor
 
 
@@ -25,6 +26,10 @@ class TextKeyValue(NamedTuple):
 
     key: Tensor
     value: Tensor
+
+    def to(self, device: torch.device) -> TextKeyValue:
+        """The same on `device`; itself where it is there."""
+        return self if self.key.device == device else TextKeyValue(self.key.to(device), self.value.to(device))
 
     @property
     def nbytes(self) -> int:
@@ -71,3 +76,11 @@ def attend_with_text(
     keys[:prompt] = text.key
     rotate(key, rotary, out=keys[prompt:])
     return attend(rotate(query, rotary), keys, torch.cat([text.value, value]), key_of_query, causal=False)
+
+
+def rotary_of(transformer: Cosmos3OmniTransformer, position_ids: Tensor) -> Rotary:
+    """The angles of tokens at `position_ids` [3, tokens], in the dtype of `transformer`."""
+    cos, sin = transformer.rotary_emb(
+        position_ids=position_ids.unsqueeze(1), device=position_ids.device, dtype=transformer.dtype
+    )
+    return Rotary(cos.squeeze(0).unsqueeze(1), sin.squeeze(0).unsqueeze(1))

@@ -58,15 +58,28 @@ class Wire:
 
 
 @dataclass(frozen=True)
+class TextCost:
+    """One rank's share of encoding one prompt; the negative prompt of many clips is encoded once."""
+
+    negative: bool
+    flops: int
+    cache_bytes: int
+    ulysses: Wire
+
+
+@dataclass(frozen=True)
 class DenoiseCost:
-    """One rank's share, by its place on the two axes. `text_*` is once per prompt, `step_*` once per step."""
+    """One rank's share, by its place on the two axes.
+
+    `texts` has the prompts of its guidance passes. `clip_flops` (the angles of the vision tokens) is once per
+    clip, `step_*` once per step.
+    """
 
     cfg_rank: int
     ulysses_rank: int
-    text_flops: int
+    texts: tuple[TextCost, ...]
+    clip_flops: int
     step_flops: int
-    text_cache_bytes: int
-    text_ulysses: Wire
     step_ulysses: Wire
     step_cfg: Wire
 
@@ -95,22 +108,28 @@ def denoise_costs(
     shares = head_shares(model.num_attention_heads, model.num_key_value_heads, ulysses)
     costs = []
     for cfg_rank, rank in product(range(cfg), range(ulysses)):
-        own_passes = passes if cfg == 1 else passes[cfg_rank : cfg_rank + 1]
+        own_passes = list(enumerate(passes))[cfg_rank : cfg_rank + 1] if cfg > 1 else list(enumerate(passes))
         part = _Part(model, even_rows(len(noisy), ulysses), rank, shares, element_bytes)
         start = start_of(part.rows, rank)
         own_noisy = sum(noisy[start : start + part.own])
         prediction = own_noisy * model.patch_channels
-        text = [_Part(model, even_rows(tokens, ulysses), rank, shares, element_bytes) for tokens in own_passes]
         once = model.num_hidden_layers - 1  # the last layer's text is read by nothing: keys and values suffice
         step_flops = _embed_flops(model, part.own, sum(noisy))
-        text_flops = cache = 0
-        text_wire = step_wire = Wire()
-        for prompt in text:
-            text_flops += 3 * model.head_dim * (prompt.total + part.total)  # angles of the rotary embedding
+        clip_flops, step_wire, texts = 0, Wire(), []
+        for number, tokens in own_passes:
+            prompt = _Part(model, even_rows(tokens, ulysses), rank, shares, element_bytes)
+            angles = 3 * model.head_dim  # of the rotary embedding, of one token
             layer = prompt.project_flops + prompt.finish_flops + prompt.attend_flops(prompt.total)
-            text_flops += prompt.project_keys_flops + once * layer
-            text_wire += prompt.keys_to_heads + (prompt.to_heads + prompt.to_rows) * once
-            cache += model.num_hidden_layers * 2 * prompt.total * shares[rank].num_keys * model.head_dim
+            cache = model.num_hidden_layers * 2 * prompt.total * shares[rank].num_keys * model.head_dim
+            texts.append(
+                TextCost(
+                    negative=number > 0,
+                    flops=angles * prompt.total + prompt.project_keys_flops + once * layer,
+                    cache_bytes=cache * element_bytes,
+                    ulysses=prompt.keys_to_heads + (prompt.to_heads + prompt.to_rows) * once,
+                )
+            )
+            clip_flops += angles * part.total
             layer = part.project_flops + part.finish_flops + part.attend_flops(prompt.total + part.total)
             step_flops += model.num_hidden_layers * layer + 2 * part.own * model.hidden_size * model.patch_channels
             step_wire += (part.to_heads + part.to_rows) * model.num_hidden_layers
@@ -118,10 +137,9 @@ def denoise_costs(
             DenoiseCost(
                 cfg_rank=cfg_rank,
                 ulysses_rank=rank,
-                text_flops=text_flops,
+                texts=tuple(texts),
+                clip_flops=clip_flops,
                 step_flops=step_flops,
-                text_cache_bytes=cache * element_bytes,
-                text_ulysses=text_wire,
                 step_ulysses=step_wire + _to_each(prediction * COMBINED_BYTES, ulysses - 1),
                 step_cfg=_to_each(prediction * element_bytes, cfg - 1),
             )

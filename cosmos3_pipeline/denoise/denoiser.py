@@ -14,23 +14,28 @@ from torch import Tensor
 
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange
+from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
+from cosmos3_pipeline.denoise.texts import TextEncoder, Texts, own_passes
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer, PreparedPass
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.errors import Refusal
-
-PASSES = ("cond", "uncond")
 
 
 class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffusers is untyped
     """Predicts the guided velocity of one step; all ranks of a replica call it together and get the same.
 
     With two ranks on `cfg`, the first runs the conditional pass and the second the unconditional one; they
-    swap velocities and each combines both, in diffusers' arithmetic and order. The prompt's keys and values
-    live as long as one run of the loop. Without a mesh this rank does everything alone.
+    swap velocities and each combines both, in diffusers' arithmetic and order. Without a mesh this rank does
+    everything alone. `layers` is where the transformer's layers come from, `texts` has prompts that are encoded
+    already; without them the transformer is whole, and the text is encoded before the first step.
     """
 
-    def __init__(self, mesh: RankMesh | None = None) -> None:
+    def __init__(
+        self, mesh: RankMesh | None = None, *, layers: Layers | None = None, texts: Texts | None = None
+    ) -> None:
         super().__init__()
+        self._layers = layers
+        self._texts = texts
         self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
         self._sequence = Exchange(None if mesh is None else mesh.comm("ulysses"))
 
@@ -42,12 +47,12 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         if not hasattr(block_state, "parallel_passes"):
             block_state.parallel_transformer = self._accelerate(components.transformer, block_state)
-            block_state.parallel_passes = self._prepare(block_state)
+            block_state.parallel_passes = self._prepare(components.transformer, block_state)
         transformer, passes = block_state.parallel_transformer, block_state.parallel_passes
-        any_pass = next(iter(passes.values()))
+        any_pass = passes[0]
         timestep = torch.full((1,), t.item(), device=block_state.vision_tokens[0].device)
-        hidden, latent_shapes = transformer.embed(any_pass, block_state.vision_tokens, timestep)
-        velocities = [transformer.predict(prepared, hidden) for prepared in passes.values()]
+        embedded, latent_shapes = transformer.embed(any_pass, block_state.vision_tokens, timestep)
+        velocities = transformer.predict(passes, embedded)
         if self._guidance.ranks > 1:
             (own,) = velocities
             both = self._guidance.gather_rows(own, [len(own)] * self._guidance.ranks)
@@ -77,22 +82,25 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
                     why="the parallel transformer splits and caches text and vision only",
                     works=f"a task without {modality}, or diffusers' own Cosmos3LoopDenoiser on one rank",
                 )
-        return ParallelTransformer(transformer, ulysses=self._sequence)
+        return ParallelTransformer(transformer, ulysses=self._sequence, layers=self._layers)
 
-    def _prepare(self, block_state: Any) -> dict[str, PreparedPass]:
-        """This rank's guidance passes by name, in diffusers' order."""
-        names = PASSES if block_state.guidance_scale != 1.0 else PASSES[:1]
-        if self._guidance.ranks > 1:
-            names = (PASSES[self._guidance.rank],)
-        passes = {}
-        fields = block_state.denoiser_input_fields
-        for name in names:
+    def _prepare(self, whole: Any, block_state: Any) -> list[PreparedPass]:
+        """This rank's guidance passes, in diffusers' order."""
+        names = own_passes(block_state.guidance_scale, ranks=self._guidance.ranks, rank=self._guidance.rank)
+        transformer, fields = block_state.parallel_transformer, block_state.denoiser_input_fields
+        texts = self._texts or Texts(block_state.vision_tokens[0].device)
+        segments = [fields[f"{name}_text_segment"] for name in names]
+        prompts = [(segment["input_ids"], segment["text_mrope_ids"]) for segment in segments]
+        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
+        passes = []
+        for name, text in zip(names, texts.take(encoder, prompts), strict=True):
             vision = fields[f"{name}_vision_segment"]
-            passes[name] = block_state.parallel_transformer.prepare(
-                input_ids=fields[f"{name}_text_segment"]["input_ids"],
+            prepared = transformer.prepare(
+                text,
                 position_ids=fields[f"{name}_position_ids"],
                 vision_token_shapes=vision["vision_token_shapes"],
                 vision_mse_loss_indexes=vision["vision_mse_loss_indexes"],
                 vision_noisy_frame_indexes=vision["vision_noisy_frame_indexes"],
             )
+            passes.append(prepared)
         return passes

@@ -6,11 +6,13 @@ Everything is one collective, an all-to-all with uneven parts, so any token coun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from diffusers import Cosmos3OmniTransformer
 from torch import Tensor
 
-from cosmos3_pipeline.denoise.shards import HeadShare
+from cosmos3_pipeline.denoise.shards import HeadShare, head_shares
 from cosmos3_pipeline.distributed.comm import Comm
 
 
@@ -87,3 +89,19 @@ class Exchange:
         n, (heads, head_dim) = rows[self.rank], attended.shape[1:]
         flat = self.all_to_all(attended.split(list(rows)), [n * heads * head_dim] * self.ranks)
         return flat.view(self.ranks, n, heads, head_dim).transpose(0, 1).reshape(n, self.ranks * heads, head_dim)
+
+
+@dataclass(frozen=True)
+class OwnHeads:
+    """The heads of every rank of the axis; `key_of_query` is this rank's, None where its groups are equal."""
+
+    shares: tuple[HeadShare, ...]
+    key_of_query: Tensor | None
+
+    @classmethod
+    def of(cls, transformer: Cosmos3OmniTransformer, exchange: Exchange) -> OwnHeads:
+        config = transformer.config
+        shares = head_shares(config.num_attention_heads, config.num_key_value_heads, exchange.ranks)
+        own = shares[exchange.rank]
+        device = transformer.rotary_emb.inv_freq.device  # whose weights may not be here yet
+        return cls(shares, None if own.grouped else torch.tensor(own.key_of_query, device=device))

@@ -50,6 +50,8 @@ class Pathway:
     output: nn.Module
     mlp_norm: nn.Module
     mlp: Any  # its linear layers are read, not only called
+    # Of the text alone, in some models: the norm of its keys as vision sees them.
+    key_norm_for_vision: nn.Module | None = None
 
     @classmethod
     def understanding(cls, layer: Any) -> Self:
@@ -64,6 +66,7 @@ class Pathway:
             output=attn.to_out,
             mlp_norm=layer.post_attention_layernorm,
             mlp=layer.mlp,
+            key_norm_for_vision=attn.k_norm_und_for_gen,
         )
 
     @classmethod

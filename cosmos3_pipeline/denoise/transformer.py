@@ -11,6 +11,7 @@ Source: diffusers `models/transformers/transformer_cosmos3.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,11 +20,13 @@ from diffusers import Cosmos3OmniTransformer
 from diffusers.models.transformers.transformer_cosmos3 import Cosmos3AttnProcessor
 from torch import Tensor
 
-from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend, attend_with_text, rotate
+from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend_with_text, rotary_of
 from cosmos3_pipeline.denoise.checks import check_layout
-from cosmos3_pipeline.denoise.exchange import Exchange
+from cosmos3_pipeline.denoise.exchange import Exchange, OwnHeads
+from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
-from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, head_shares, start_of
+from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, start_of
+from cosmos3_pipeline.denoise.texts import EncodedText
 from cosmos3_pipeline.errors import Refusal
 
 
@@ -31,7 +34,7 @@ from cosmos3_pipeline.errors import Refusal
 class PreparedPass:
     """What one guidance pass over one prompt needs in every step and does not change between them."""
 
-    text: tuple[TextKeyValue, ...]  # one per layer
+    text: EncodedText
     rotary: Rotary  # of all vision tokens
     rows: tuple[int, ...]  # vision tokens held by each ulysses rank
     noisy_rows: tuple[int, ...]  # how many of them are denoised
@@ -39,24 +42,26 @@ class PreparedPass:
     token_shapes: list[tuple[int, int, int]]
     noisy_frames: list[Tensor]
 
-    @property
-    def text_bytes(self) -> int:
-        """Bytes of the prompt's keys and values on this rank."""
-        return sum(layer.nbytes for layer in self.text)
-
 
 class ParallelTransformer:
     """A diffusers `Cosmos3OmniTransformer` whose steps run vision only, split over the ranks of `ulysses`.
 
     Nothing is installed in `transformer`: it stays usable by itself, also between two calls here. All ranks
-    of the axis must make the same calls with the same arguments.
+    of the axis must make the same calls with the same arguments. `layers` is where its layers come from; without
+    it they are those of `transformer`, which is then loaded as a whole.
 
     Raises:
         UlyssesLayoutError: the model's heads do not divide over the axis.
         Refusal: the transformer carries a cache or an attention processor that would be bypassed.
     """
 
-    def __init__(self, transformer: Cosmos3OmniTransformer, *, ulysses: Exchange | None = None) -> None:
+    def __init__(
+        self,
+        transformer: Cosmos3OmniTransformer,
+        *,
+        ulysses: Exchange | None = None,
+        layers: Layers | None = None,
+    ) -> None:
         config = transformer.config
         self._model = transformer
         self._exchange = Exchange() if ulysses is None else ulysses
@@ -69,36 +74,25 @@ class ParallelTransformer:
             guidance_scale=1.0,
         )
         _refuse_what_would_be_bypassed(transformer)
-        self._shares = head_shares(config.num_attention_heads, config.num_key_value_heads, ranks)
-        self._key_of_query: Tensor | None = None
-        share = self._shares[self._exchange.rank]
-        if not share.grouped:
-            self._key_of_query = torch.tensor(share.key_of_query, device=transformer.device)
-        self._text_layers = [Pathway.understanding(layer) for layer in transformer.layers]
-        self._vision_layers = [Pathway.generation(layer) for layer in transformer.layers]
+        self._heads = OwnHeads.of(transformer, self._exchange)
+        self._layers = LoadedLayers(transformer) if layers is None else layers
 
     @torch.no_grad()
     def prepare(
         self,
+        text: EncodedText,
         *,
-        input_ids: Tensor,
         position_ids: Tensor,
         vision_token_shapes: list[tuple[int, int, int]],
         vision_mse_loss_indexes: Tensor,
         vision_noisy_frame_indexes: list[Tensor],
     ) -> PreparedPass:
-        """Run the text once and lay out the vision tokens. The arguments are those of the model's `forward`.
+        """Lay out the vision tokens after `text`. The other arguments are those of the model's `forward`.
 
-        The joint sequence is the prompt, `input_ids` [text tokens], followed by all vision tokens; `position_ids`
-        [3, sequence] and `vision_mse_loss_indexes`, the noisy tokens, count through it.
+        The joint sequence is the prompt followed by all vision tokens; `position_ids` [3, sequence] and
+        `vision_mse_loss_indexes`, the noisy tokens, count through it.
         """
-        prompt = len(input_ids)
-        cos, sin = self._model.rotary_emb(
-            position_ids=position_ids.unsqueeze(1),
-            device=input_ids.device,
-            dtype=self._model.embed_tokens.weight.dtype,
-        )
-        cos, sin = cos.squeeze(0).unsqueeze(1), sin.squeeze(0).unsqueeze(1)
+        prompt = len(text.layers[0].key)
         rows = even_rows(position_ids.shape[-1] - prompt, self._exchange.ranks)
         edges = [prompt + start_of(rows, rank) for rank in range(len(rows) + 1)]
         noisy = [
@@ -107,8 +101,8 @@ class ParallelTransformer:
         ]
         own = noisy[self._exchange.rank]
         return PreparedPass(
-            text=self._run_text(input_ids, Rotary(cos[:prompt], sin[:prompt])),
-            rotary=Rotary(cos[prompt:], sin[prompt:]),
+            text=text,
+            rotary=rotary_of(self._model, position_ids[:, prompt:]),
             rows=rows,
             noisy_rows=tuple(len(indexes) for indexes in noisy),
             own_noisy=None if len(own) == rows[self._exchange.rank] else own,
@@ -145,25 +139,34 @@ class ParallelTransformer:
         return hidden, latent_shapes
 
     @torch.no_grad()
-    def predict(self, prepared: PreparedPass, hidden: Tensor) -> Tensor:
-        """The velocity of own noisy tokens, [n, patch_latent_dim], from own vision tokens `hidden` [n, hidden]."""
-        head_dim = self._model.config.head_dim
-        for layer, text in zip(self._vision_layers, prepared.text, strict=True):
-            heads = layer.project(hidden, head_dim)
-            query, key, value = self._exchange.heads_for_rows(*heads, prepared.rows, self._shares)
-            attended = attend_with_text(
-                normalise(layer.query_norm, query),
-                normalise(layer.key_norm, key),
-                value,
-                prepared.rotary,
-                text,
-                self._key_of_query,
-            )
-            hidden = layer.finish(hidden, self._exchange.rows_for_heads(attended, prepared.rows))
-        hidden = normalise(self._model.norm_moe_gen, hidden)
-        velocity = self._model.proj_out(hidden)
-        assert isinstance(velocity, Tensor)
-        return velocity if prepared.own_noisy is None else velocity[prepared.own_noisy]
+    def predict(self, passes: Sequence[PreparedPass], embedded: Tensor) -> list[Tensor]:
+        """The velocity of own noisy tokens, [n, patch_latent_dim], of each pass over the same latents.
+
+        `embedded` [n, hidden] are own vision tokens. A layer serves all passes before the next one comes.
+        """
+        hidden = [embedded] * len(passes)
+        del embedded
+        for number, layer in enumerate(self._layers.vision()):
+            for index, prepared in enumerate(passes):
+                hidden[index] = self._run_vision(layer, prepared, prepared.text.layers[number], hidden[index])
+        velocities = []
+        for prepared in passes:
+            velocity = self._model.proj_out(normalise(self._model.norm_moe_gen, hidden.pop(0)))
+            velocities.append(velocity if prepared.own_noisy is None else velocity[prepared.own_noisy])
+        return velocities
+
+    def _run_vision(self, layer: Pathway, prepared: PreparedPass, text: TextKeyValue, hidden: Tensor) -> Tensor:
+        heads = layer.project(hidden, self._model.config.head_dim)
+        query, key, value = self._exchange.heads_for_rows(*heads, prepared.rows, self._heads.shares)
+        attended = attend_with_text(
+            normalise(layer.query_norm, query),
+            normalise(layer.key_norm, key),
+            value,
+            prepared.rotary,
+            text,
+            self._heads.key_of_query,
+        )
+        return layer.finish(hidden, self._exchange.rows_for_heads(attended, prepared.rows))
 
     @torch.no_grad()
     def assemble(
@@ -181,35 +184,6 @@ class ParallelTransformer:
         )
         assert isinstance(velocities, list)
         return velocities
-
-    def _run_text(self, input_ids: Tensor, rotary: Rotary) -> tuple[TextKeyValue, ...]:
-        """Keys and values of the prompt in every layer, for own heads."""
-        rows = even_rows(len(input_ids), self._exchange.ranks)
-        start = start_of(rows, self._exchange.rank)
-        hidden = self._model.embed_tokens(input_ids[start : start + rows[self._exchange.rank]])
-        text: list[TextKeyValue] = []
-        head_dim = self._model.config.head_dim
-        for layer, block in zip(self._text_layers, self._model.layers, strict=True):
-            # What the last layer makes of the text itself, nothing reads.
-            last = len(text) == len(self._text_layers) - 1
-            if last:
-                key, value = self._exchange.keys_for_rows(
-                    *layer.project_keys(hidden, head_dim), rows, self._shares
-                )
-            else:
-                heads = layer.project(hidden, head_dim)
-                query, key, value = self._exchange.heads_for_rows(*heads, rows, self._shares)
-            normed = normalise(layer.key_norm, key)
-            key = rotate(normed, rotary)
-            vision_norm = block.self_attn.k_norm_und_for_gen
-            key_for_vision = key if vision_norm is None else rotate(normalise(vision_norm, normed), rotary)
-            # A view would keep the whole received message alive.
-            text.append(TextKeyValue(key_for_vision, value.contiguous()))
-            if not last:
-                query = rotate(normalise(layer.query_norm, query), rotary)
-                attended = attend(query, key, value, self._key_of_query, causal=True)
-                hidden = layer.finish(hidden, self._exchange.rows_for_heads(attended, rows))
-        return tuple(text)
 
 
 def _refuse_what_would_be_bypassed(transformer: Cosmos3OmniTransformer) -> None:

@@ -319,6 +319,24 @@ class Comm:
         pending.wait()
         return parts
 
+    def gather_into(self, whole: Tensor, own: Tensor) -> Pending:
+        """Start to gather every rank's `own` [n] into `whole` [ranks x n], by rank; all are contiguous.
+
+        Counted as what it takes from point to point, each rank sending its own to each other.
+        """
+        parts = whole.split(len(own))
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        if not others or _on_cpu(whole, own):
+            parts[self.rank].copy_(own)
+            return self.exchange([(own, rank) for rank in others], [(parts[rank], rank) for rank in others])
+        for rank in others:
+            self.ledger.record("send", own.nbytes)
+            self.ledger.record("recv", parts[rank].nbytes)
+        pending = self._pending()
+        call = partial(dist.all_gather_into_tensor, whole, own, group=self._group, async_op=True)
+        pending.add(Watched(self._translated(call), self._look), [whole, own])
+        return pending
+
     def _pending(self) -> Pending:
         pending = Pending(self)
         self._in_flight.add(pending)

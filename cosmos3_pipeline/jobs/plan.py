@@ -11,6 +11,7 @@ from rich.table import Table
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.jobs.start import Prepared
 from cosmos3_pipeline.planning import tables
+from cosmos3_pipeline.planning.fitting import that_fits
 from cosmos3_pipeline.planning.plan import Plan, as_dict
 from cosmos3_pipeline.planning.search import Candidate, search
 from cosmos3_pipeline.planning.summary import summary, summary_lines
@@ -34,6 +35,11 @@ def plan_job(prepared: Prepared, output: Path, *, multirun: bool) -> None:
     write_plan(plan, output)
     console = Console()
     tables.show(plan, console)
+    if not prepared.plan.fits:
+        fits = that_fits(prepared.config, prepared.plan.accelerator.memory_bytes)
+        console.print(
+            f"what would fit: {fits or 'no placement, strategy or size that was tried'}", highlight=False
+        )
     console.print(f"{output / 'plan.json'}", soft_wrap=True, highlight=False)
 
 
@@ -62,7 +68,7 @@ def search_job(cfg: Config, output: Path) -> None:
         for candidate in found
     ]
     write_whole(output / "search.json", json.dumps({"schema_version": 1, "layouts": rows}, indent=2))
-    table = Table(title=f"{len(found)} layouts of the ranks, best first", title_justify="left")
+    table = Table(title=f"{len(found)} layouts of the ranks and their weights, best first", title_justify="left")
     table.add_column("", justify="right")
     table.add_column("overrides", overflow="fold")
     for column in ("about", "denoise", "decode", "memory per rank", "exactness"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, Dtype, ModelConfig
+from cosmos3_pipeline.denoise.texts import Prompt
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
@@ -38,7 +39,7 @@ from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
 from cosmos3_pipeline.stages.likeness import likeness
 from cosmos3_pipeline.stages.progress import Bars, Reporter, Silent
-from cosmos3_pipeline.stages.text import read_lines
+from cosmos3_pipeline.stages.text import TextStage, read_lines
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
@@ -79,7 +80,7 @@ def run_rank(
     """
     with rank_of(config, output) as (device, mesh, directory):
         base_bytes = held_bytes(device)
-        ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses")]
+        ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses", REPLICA)]
         parts = components(config, plan, device, mesh, ledgers, reporter_of(mesh))
         run = Run(config, plan, stages, device, mesh, parts, ledgers, base_bytes, origin)
         if config.task.prompt_file is None:
@@ -107,7 +108,9 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
     """One clip per line of the prompt file, dealt to the replicas in turn; a line that fails stops no other."""
     lines = read_lines(prompt_file)
     done: list[Line] = []
-    for index in range(run.mesh.rank("dp"), len(lines), run.mesh.size("dp")):
+    own = range(run.mesh.rank("dp"), len(lines), run.mesh.size("dp"))
+    encode_together(run, [lines[index] for index in own])
+    for index in own:
         folder = line_folder(directory, index)
         config = replace(run.config, task=replace(run.config.task, prompt=lines[index]))
         failed = None
@@ -122,21 +125,40 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
         write_index(directory, {line.number: line for part in everything for line in part})
 
 
+def encode_together(run: Run, prompts: Sequence[str]) -> None:
+    """Encode the prompts of all clips in one pass over the text weights; wrong ones fail in their own turn."""
+    found: list[Prompt] = []
+    for prompt in prompts:
+        config = replace(run.config, task=replace(run.config.task, prompt=prompt))
+        text = build_stages(config, run.plan, run.stages)["text"]
+        if not isinstance(text, TextStage):
+            return  # another stage, which encodes prompts as it likes
+        context = context_of(run, config, Path())
+        with suppress(ValueError):
+            text.tokenize(context)
+            found += text.prompts(context)
+    run.components.encode_texts(found, wait=True)
+
+
+def context_of(run: Run, config: Config, directory: Path) -> RunContext:
+    """One run of the stages, which writes to `directory`."""
+    return RunContext(
+        components=run.components,
+        clip=run.plan.clip,
+        fps=config.task.fps,
+        directory=directory,
+        mesh=run.mesh,
+        reporter=reporter_of(run.mesh),
+    )
+
+
 def make_clip(run: Run, directory: Path) -> None:
     """Run the stages once, on all ranks of the replica; its root writes the picture and metrics.json."""
     started = time.perf_counter()
     meter = Meter(run.device, STAGES, run.ledgers)
     if run.writes:
         directory.mkdir(parents=True, exist_ok=True)
-    context = RunContext(
-        components=run.components,
-        clip=run.plan.clip,
-        fps=run.config.task.fps,
-        directory=directory,
-        mesh=run.mesh,
-        reporter=reporter_of(run.mesh),
-        measure=meter.stage,
-    )
+    context = replace(context_of(run, run.config, directory), measure=meter.stage)
     compares = run.config.output.against_replicated
     kept: list[Tensor] = []
     for name, stage in build_stages(run.config, run.plan, run.stages).items():
@@ -219,6 +241,8 @@ def components(
         flow_shift=config.sampler.flow_shift,
         wrap_vae=wrap,
         vae_source=source,
+        weights=plan.weights,
+        mesh=mesh,
         track=reporter.track,
     )
 
@@ -272,6 +296,7 @@ def metrics(
             "device": topology.device.value,
         },
         "checkpoint": checkpoint_report(context.components, config.model),
+        "weights": plan.weights.as_dict(),
         "words": None if context.words is None else asdict(context.words),
         "vae": {direction: vae_report(plan, direction) for direction in DIRECTIONS},
         "stages": stages,

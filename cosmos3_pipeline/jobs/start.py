@@ -20,6 +20,7 @@ from cosmos3_pipeline.jobs.objective import check_objective
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
 from cosmos3_pipeline.planning.checks import check_composition
+from cosmos3_pipeline.planning.fitting import that_fits
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.units import quantity
 
@@ -114,16 +115,16 @@ def _memory(prepared: Prepared) -> Iterator[Problem]:
         owner = "this machine has for each rank, beside what runs on it now,"
     if plan.peak_bytes <= limit:
         return
-    weights = max(sum(rank.weight_bytes.values()) for rank in plan.ranks)
     needed = quantity("bytes", plan.peak_bytes)
+    peak = max((stage for rank in plan.ranks for stage in rank.stages.items()), key=lambda s: s[1].peak_bytes)
     yield Problem(
         what=f"model={cfg.model.name} needs {needed} on a rank of topology.nodes={cfg.topology.nodes} x "
         f"topology.ranks_per_node={cfg.topology.ranks_per_node}, which does not fit by "
         f"{quantity('bytes', plan.peak_bytes - limit)}",
-        why=f"{owner} {quantity('bytes', limit)}; the weights alone are {quantity('bytes', weights)}",
-        works="a smaller clip, or more ranks on topology.ulysses"
-        if weights < limit
-        else "a smaller model, or a device with more memory: every rank holds the whole transformer",
+        why=f"{owner} {quantity('bytes', limit)}; most is needed to {peak[0]}: "
+        f"{quantity('bytes', peak[1].weight_bytes)} of weights, "
+        f"{quantity('bytes', peak[1].activation_bytes)} of activations",
+        works=that_fits(cfg, limit) or "a smaller clip, more ranks on topology.ulysses, or a smaller model",
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer, UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3OmniBlocks
 from diffusers.modular_pipelines.cosmos.modular_pipeline import Cosmos3OmniModularPipeline
 from diffusers.utils.logging import disable_progress_bar
@@ -21,10 +20,16 @@ from torch import Tensor
 from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.checkpoint.sampler import Sampler
-from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Part
+from cosmos3_pipeline.checkpoint.weights import Part
+from cosmos3_pipeline.denoise.exchange import Exchange
+from cosmos3_pipeline.denoise.texts import Prompt, TextEncoder, Texts
 from cosmos3_pipeline.distributed import host
+from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.models.known import known_to
+from cosmos3_pipeline.models.placement import PlacedTransformer
 from cosmos3_pipeline.models.reading import read_tensors
 from cosmos3_pipeline.models.tokenizer import load_tokenizer
+from cosmos3_pipeline.planning.weights import RESIDENT, WeightsPlan
 
 
 def open_checkpoint(
@@ -46,6 +51,7 @@ def open_checkpoint(
 
 
 GB = 10**9
+ALONE = RankMesh()
 LONG_LOAD_BYTES = 2 * GB
 # Shows a block of work with a name and a number of units, and is told of each unit.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -77,7 +83,7 @@ class Components:
     `dtype` is the transformer's, `vae_dtype` the VAE's; for `flow_shift` see `load_scheduler`. `wrap_vae` turns
     the loaded autoencoder into what the pipeline holds as its VAE, once per load; with a `vae_source` it is given
     one on the meta device, and reads from that what it needs. `track` shows the progress of a long load, `loads`
-    says how each went.
+    says how each went. `weights` says where the transformer's are, and `mesh` who shares them.
     """
 
     def __init__(
@@ -90,6 +96,8 @@ class Components:
         flow_shift: float | None,
         wrap_vae: Callable[[AutoencoderKLWan], Any],
         vae_source: CheckpointVae | None = None,
+        weights: WeightsPlan = RESIDENT,
+        mesh: RankMesh = ALONE,
         track: Track = _untracked,
     ) -> None:
         self.checkpoint = checkpoint
@@ -101,6 +109,11 @@ class Components:
         self._vae_source = vae_source
         self._vae_has_encoder = False
         self._track = track
+        self._count: Callable[[int], None] | None = None
+        self._weights = weights
+        self._mesh = mesh
+        self._transformer: PlacedTransformer | None = None
+        self.texts = Texts(device)
         self.loads: dict[str, Load] = {}
         disable_progress_bar()  # the run has a display of its own, and every rank would show diffusers' bars
         self.pipeline = _DevicePipeline(device)
@@ -114,9 +127,38 @@ class Components:
         """The text tokenizer."""
         return self._once("text_tokenizer", partial(load_tokenizer, self.checkpoint))
 
-    def transformer(self) -> Cosmos3OmniTransformer:
-        """The transformer on the run's device."""
-        return self._once("transformer", self._load_transformer)
+    def transformer(self) -> PlacedTransformer:
+        """The transformer, whose weights come as its pathways are gone through."""
+        if self._transformer is None:
+            self._transformer = PlacedTransformer(
+                self.checkpoint,
+                self._weights,
+                dtype=self._dtype,
+                device=self.device,
+                comm=self._mesh.comm(REPLICA),
+                advance=self._advance,
+            )
+            self.pipeline.update_components(transformer=self._transformer.model)
+        return self._transformer
+
+    def encode_texts(self, prompts: Sequence[Prompt], *, wait: bool = False) -> None:
+        """Encode those of `prompts` that `texts` does not have yet; see `Texts.encode`."""
+        if not self.texts.lacks(prompts) and not wait:
+            return
+        placed = self.transformer()
+        with self._measured("text") as load, self._progress("GB of text weights", placed.text_read_bytes):
+            encoder = TextEncoder(placed.model, ulysses=Exchange(self._mesh.comm("ulysses")), layers=placed)
+            self.texts.encode(encoder, prompts, wait=wait)
+            load.kept_bytes = placed.here_bytes[Part.TEXT]
+
+    def load_vision(self) -> None:
+        """Bring what denoising keeps of the transformer, unless it is here."""
+        placed = self.transformer()
+        if placed.here_bytes[Part.VISION]:
+            return
+        with self._measured("transformer") as load, self._progress("GB of weights", placed.vision_read_bytes):
+            placed.load_vision()
+            load.kept_bytes = placed.kept_bytes
 
     def scheduler(self) -> UniPCMultistepScheduler:
         """The sampler, with the run's flow shift."""
@@ -140,14 +182,6 @@ class Components:
             self._vae_has_encoder = encoder
         return self.pipeline.vae
 
-    def _load_transformer(self) -> Cosmos3OmniTransformer:
-        kept = self.checkpoint.parts("transformer", TRANSFORMER_PARTS)
-        total = sum(placed.stored.nbytes for placed in kept)
-        with self._measured("transformer") as load, self._progress("GB of weights", total) as advance:
-            model = load_transformer(self.checkpoint, dtype=self._dtype, device=self.device, advance=advance)
-            load.kept_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        return model
-
     @contextmanager
     def _measured(self, name: str) -> Iterator[Load]:
         """Enters `name` into `loads`, with the time and the host's peak of the block."""
@@ -159,10 +193,10 @@ class Components:
         load.seconds = time.perf_counter() - started
 
     @contextmanager
-    def _progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows a bar that counts GB, where there are so many that a person waits."""
+    def _progress(self, what: str, total: int) -> Iterator[None]:
+        """Shows a bar that counts the GB that are read, where there are so many that a person waits."""
         if total < LONG_LOAD_BYTES:
-            yield lambda nbytes: None
+            yield
             return
         done = 0
         with self._track(what, total // GB) as advance:
@@ -173,7 +207,15 @@ class Components:
                 if more := done // GB - before // GB:
                     advance(more)
 
-            yield count
+            self._count = count
+            try:
+                yield
+            finally:
+                self._count = None
+
+    def _advance(self, nbytes: int) -> None:
+        if self._count is not None:
+            self._count(nbytes)
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
         if getattr(self.pipeline, name) is None:
@@ -191,42 +233,6 @@ class _DevicePipeline(Cosmos3OmniModularPipeline):  # type: ignore[misc] # diffu
     @property
     def _execution_device(self) -> torch.device:
         return self._run_device
-
-
-def load_transformer(
-    checkpoint: CheckpointInfo,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda nbytes: None,
-) -> Cosmos3OmniTransformer:
-    """The transformer in `dtype`, but for what diffusers keeps in fp32; `advance` is told the bytes that are read.
-
-    It is not whole: what no task here reads is None in it, such as `lm_head` and, of the last layer's text
-    pathway, all but keys and values.
-
-    Raises:
-        Refusal: see `read_tensors`.
-    """
-    values = checkpoint.transformer
-    with torch.device("meta"):
-        model = Cosmos3OmniTransformer.from_config(known_to(Cosmos3OmniTransformer, values))
-    kept = checkpoint.parts("transformer", TRANSFORMER_PARTS)
-    _leave_out(model, set(model.state_dict()) - {placed.weight.name for placed in kept})
-    weights = read_tensors(kept, dtype=dtype, device=device, advance=advance)
-    model.load_state_dict(weights, assign=True)
-    # Its frequencies are computed, not stored; diffusers computes them on the host, which decides their last bit.
-    rotary = type(model.rotary_emb)(values["head_dim"], values["rope_theta"], model.config.rope_axes_dim)
-    model.rotary_emb = rotary.to(device)
-    return model.eval().requires_grad_(False)
-
-
-def _leave_out(model: Cosmos3OmniTransformer, names: Iterable[str]) -> None:
-    """Put None in the place of the parameters `names`, or of the modules that they belong to."""
-    for name in names:
-        owner, _, parameter = name.rpartition(".")
-        above, _, module = owner.rpartition(".")
-        setattr(model.get_submodule(above), module or parameter, None)
 
 
 def load_scheduler(sampler: Sampler, *, flow_shift: float | None) -> UniPCMultistepScheduler:
@@ -273,9 +279,3 @@ class CheckpointVae:
         found = read_tensors((self._tensors[name] for name in names), dtype=dtype, device=device)
         self.read_bytes += sum(tensor.nbytes for tensor in found.values())
         return found
-
-
-def known_to(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that the constructor of the diffusers class `cls` takes."""
-    taken = inspect.signature(cls.__init__).parameters
-    return {key: value for key, value in values.items() if key in taken}

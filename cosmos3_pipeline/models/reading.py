@@ -5,7 +5,8 @@ A rank holds what it keeps and one block besides: nothing is mapped, and no whol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,72 +23,98 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK_BYTES = 16 * 2**20
 # A trained weight is not near it; a few of such size, one after the other, leave the range of any dtype.
 LARGEST_VALUE = 1e6
+Advance = Callable[[int], None]  # is told the bytes of the file as they are read
+
+
+def _unseen(nbytes: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of a stored tensor from `first` on, and the memory that they are read into.
+
+    `target` [n] is contiguous; what is read is converted to its dtype.
+    """
+
+    stored: StoredTensor
+    first: int
+    target: Tensor
 
 
 def read_tensors(
-    placed: Iterable[Placed],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda nbytes: None,
+    placed: Iterable[Placed], *, dtype: torch.dtype, device: torch.device, advance: Advance = _unseen
 ) -> dict[str, Tensor]:
     """The tensors, in `dtype` on `device`, but for those that their model keeps in float32.
 
-    `advance` is told the bytes of the file as they are read.
+    Raises:
+        Refusal: see `read_pieces`.
+    """
+    found: dict[str, Tensor] = {}
+
+    def pieces() -> Iterator[Piece]:
+        for one in sorted(placed, key=lambda each: (each.stored.file, each.stored.start)):
+            wanted = torch.float32 if one.weight.keeps_fp32 else dtype
+            target = found[one.stored.name] = torch.empty(one.stored.shape, dtype=wanted, device=device)
+            yield Piece(one.stored, 0, target.view(-1))
+
+    read_pieces(pieces(), advance=advance)
+    return found
+
+
+def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance = _unseen) -> None:
+    """Read each piece into its memory. `check` False is for what has been read and looked at before.
 
     Raises:
         Refusal: a file that cannot be read or has become shorter, or a value that is NaN or overflows.
     """
-    found: dict[str, Tensor] = {}
     staging: Tensor | None = None
-    by_file: dict[Path, list[Placed]] = {}
-    for one in placed:
-        by_file.setdefault(one.stored.file, []).append(one)
-    for file, inside in by_file.items():
-        try:
-            with file.open("rb", buffering=0) as stream:
-                for one in sorted(inside, key=lambda each: each.stored.start):
-                    wanted = torch.float32 if one.weight.keeps_fp32 else dtype
-                    target = torch.empty(one.stored.shape, dtype=wanted, device=device)
-                    if device.type == "cpu" and wanted == DTYPES[one.stored.dtype]:
-                        blocks = _in_place(stream, one.stored, target, advance)
-                    else:
-                        staging = _staging(device) if staging is None else staging
-                        blocks = _through(staging, stream, one.stored, target, advance)
-                    for block in blocks:
-                        _refuse_overflow(one.stored, block)
-                    found[one.stored.name] = target
-        except OSError as error:
-            raise not_whole(file, f"reading it failed: {error.strerror or error}") from error
-    return found
+    file, stream = Path(), None
+    try:
+        for piece in pieces:
+            if stream is None or piece.stored.file != file:
+                if stream is not None:
+                    stream.close()
+                file = piece.stored.file
+                stream = file.open("rb", buffering=0)
+            source = DTYPES[piece.stored.dtype]
+            stream.seek(piece.stored.start + piece.first * source.itemsize)
+            if piece.target.is_cpu and piece.target.dtype == source:
+                blocks = _in_place(stream, piece, advance)
+            else:
+                staging = _staging(staging, piece, source.itemsize)
+                blocks = _through(staging, stream, piece, advance)
+            for block in blocks:
+                if check:
+                    _refuse_overflow(piece.stored, block)
+    except OSError as error:
+        raise not_whole(file, f"reading it failed: {error.strerror or error}") from error
+    finally:
+        if stream is not None:
+            stream.close()
 
 
-def _staging(device: torch.device) -> Tensor:
-    return torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+def _staging(staging: Tensor | None, piece: Piece, itemsize: int) -> Tensor:
+    """Memory on the host for as much of `piece` as is read at once; `staging` where it is large enough."""
+    needed = min(piece.target.numel() * itemsize, BLOCK_BYTES)
+    if staging is not None and len(staging) >= needed:
+        return staging
+    return torch.empty(needed, dtype=torch.uint8, pin_memory=piece.target.is_cuda)
 
 
-def _in_place(
-    stream: BinaryIO, stored: StoredTensor, target: Tensor, advance: Callable[[int], None]
-) -> Iterable[Tensor]:
-    """Read into the memory of `target`; yields what was read, block by block."""
-    flat = target.view(-1)
-    stream.seek(stored.start)
-    for block in flat.split(max(BLOCK_BYTES // target.element_size(), 1)):
-        _fill(stream, block.view(torch.uint8), stored)
+def _in_place(stream: BinaryIO, piece: Piece, advance: Advance) -> Iterator[Tensor]:
+    """Read into the memory of the target; yields what was read, block by block."""
+    for block in piece.target.split(max(BLOCK_BYTES // piece.target.element_size(), 1)):
+        _fill(stream, block.view(torch.uint8), piece.stored)
         advance(block.nbytes)
         yield block
 
 
-def _through(
-    staging: Tensor, stream: BinaryIO, stored: StoredTensor, target: Tensor, advance: Callable[[int], None]
-) -> Iterable[Tensor]:
-    """Read block by block into `staging` and from there, converted, into `target`; yields what was written."""
-    source = DTYPES[stored.dtype]
-    flat = target.view(-1)
-    stream.seek(stored.start)
-    for part in flat.split(len(staging) // source.itemsize):
+def _through(staging: Tensor, stream: BinaryIO, piece: Piece, advance: Advance) -> Iterator[Tensor]:
+    """Read block by block into `staging` and from there, converted, into the target; yields what was written."""
+    source = DTYPES[piece.stored.dtype]
+    for part in piece.target.split(len(staging) // source.itemsize):
         raw = staging[: part.numel() * source.itemsize]
-        _fill(stream, raw, stored)
+        _fill(stream, raw, piece.stored)
         part.copy_(raw.view(source))
         advance(raw.nbytes)
         yield part

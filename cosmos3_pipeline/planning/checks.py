@@ -15,7 +15,7 @@ from cosmos3_pipeline.checkpoint.hub import is_hub_id
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.provenance import Provenance
-from cosmos3_pipeline.config.schema import Config, JobName
+from cosmos3_pipeline.config.schema import Config, JobName, Placement
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
@@ -80,7 +80,7 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
 def check(cfg: Config) -> Checked:
     """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
-    found = [problem for one in (_task, _clip, _ranks, _layout) for problem in one(cfg, clip)]
+    found = [problem for one in (_task, _clip, _ranks, _layout, _weights) for problem in one(cfg, clip)]
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
             continue  # the reference works with any clip and ranks that nothing else is wrong with
@@ -230,6 +230,30 @@ def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
         named = re.sub(r"(?<![.\w])(cfg|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
         what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
         yield Problem(what=what, why=problem.why, works=works)
+
+
+def _weights(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    weights, layers = cfg.weights, cfg.model.transformer.num_hidden_layers
+    placement, stay = weights.placement, weights.resident_layers
+    if placement is Placement.sharded and replica_ranks(cfg.topology) == 1:
+        yield Problem(
+            what="weights.placement=sharded with one rank for a clip",
+            why="there is no other rank to keep a part of the layers",
+            works="weights=streamed, or more ranks on topology.cfg or topology.ulysses",
+        )
+    if placement not in (Placement.streamed, Placement.auto) and stay != 0:
+        yield Problem(
+            what=f"weights.resident_layers={'null' if stay is None else stay} with "
+            f"weights.placement={placement.value}",
+            why="only where layers are streamed do some of them stay, so it would be ignored",
+            works="weights=streamed, or weights.resident_layers=0",
+        )
+    if stay is not None and stay > layers:
+        yield Problem(
+            what=f"weights.resident_layers={stay} with {layers} layers",
+            why="no more layers can stay than there are",
+            works=f"weights.resident_layers={layers}, which is weights=resident, or null for as many as fit",
+        )
 
 
 def _vae(cfg: Config, direction: Direction) -> VaePlan:

@@ -1,4 +1,4 @@
-"""The denoising stage of a plan: the cost of each rank, its memory and its time."""
+"""The stages of the transformer in a plan, text and denoise: the cost of each rank, its memory and its time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cosmos3_pipeline.config.schema import Config, Device
-from cosmos3_pipeline.denoise.cost import DenoiseCost, denoise_costs
-from cosmos3_pipeline.denoise.shards import HeadShare, even_rows, head_shares
-from cosmos3_pipeline.planning.geometry import clip_of
+from cosmos3_pipeline.denoise.cost import DenoiseCost, TextCost, Wire, denoise_costs
+from cosmos3_pipeline.denoise.shards import even_rows, head_shares
+from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
+from cosmos3_pipeline.planning.text import prompts_of
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
+from cosmos3_pipeline.planning.weights import WeightsCost
 
 # Tensors of the latents' size, in fp32, that are alive while the model predicts (noise, latents, what the sampler
 # remembers of earlier steps) and within a step of diffusers' UniPC sampler. Counted on running ones.
@@ -26,7 +28,8 @@ class Denoising:
     """Denoising over `cfg` x `ulysses` ranks; `costs` is in the order of the ranks, `ulysses` varying fastest.
 
     `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
-    `vision_rows` the vision tokens of each ulysses rank.
+    `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a replica, which are
+    encoded together.
     """
 
     size: TransformerSize
@@ -36,6 +39,7 @@ class Denoising:
     costs: tuple[DenoiseCost, ...]
     cfg: int
     element_bytes: int
+    prompts: int
 
     @classmethod
     def of(
@@ -62,36 +66,88 @@ class Denoising:
             costs=costs,
             cfg=cfg.topology.cfg,
             element_bytes=element_bytes,
+            prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
         )
 
-    def stage(self, cfg: Config, place: int, held: int) -> RankStage:
-        """The stage on the rank at `place` of the costs, which holds `held` bytes of weights and text besides."""
-        cost, steps, topology = self.costs[place], cfg.sampler.steps, cfg.topology
-        accelerator = accelerator_of(cfg)
-        passes = len(self.text_tokens) // self.cfg
-        flops = cost.text_flops + steps * cost.step_flops
-        rate = accelerator.flops_per_s[cfg.model.dtype] * accelerator.efficiency["transformer"]
-        # Each pass of each step reads the vision pathway's weights once.
-        reads = (
-            steps * passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements * self.element_bytes
-        )
-        sequence, guidance = cost.text_ulysses + cost.step_ulysses * steps, cost.step_cfg * steps
-        link = accelerator.wire_seconds(
-            sequence.bytes, sequence.messages, crosses_nodes=topology.ulysses > topology.ranks_per_node
-        ) + accelerator.wire_seconds(
-            guidance.bytes,
-            guidance.messages,
-            crosses_nodes=topology.cfg * topology.ulysses > topology.ranks_per_node,
-        )
-        activation = self.activation_bytes(place, on_cpu=topology.device == Device.cpu)
+    @property
+    def passes(self) -> int:
+        """The guidance passes of one rank."""
+        return len(self.text_tokens) // self.cfg
+
+    def text_bytes(self, place: int) -> int:
+        """Bytes of the encoded prompts of one clip on the rank at `place` of the costs."""
+        return sum(text.cache_bytes for text in self.costs[place].texts)
+
+    def waiting_bytes(self, place: int) -> int:
+        """Bytes of the encoded prompts of all clips, which wait on the host where there are several."""
+        if self.prompts == 1:
+            return 0
+        return sum(self._times(text) * text.cache_bytes for text in self.costs[place].texts)
+
+    def _times(self, text: TextCost) -> int:
+        """How often a run encodes such a prompt: the clips have one negative prompt."""
+        return 1 if text.negative else self.prompts
+
+    def text_stage(self, cfg: Config, place: int, weights: WeightsCost) -> RankStage:
+        """Encoding the prompts on the rank at `place` of the costs."""
+        cost, accelerator, topology = self.costs[place], accelerator_of(cfg), cfg.topology
+        on_cpu = topology.device == Device.cpu
+        flops, sent = 0, Wire()
+        for text in cost.texts:
+            flops += self._times(text) * text.flops
+            sent += text.ulysses * self._times(text)
+        held = self.waiting_bytes(place) if on_cpu and self.prompts > 1 else self.text_bytes(place)
+        crosses = topology.ulysses > topology.ranks_per_node
         return RankStage(
             flops=flops,
-            activation_bytes=activation,
-            peak_bytes=held + activation,
-            sent=sequence + guidance,
-            seconds={"compute": flops / rate, "memory": reads / accelerator.memory_bytes_per_s, "link": link},
-            share={"vision_tokens": self.vision_rows[cost.ulysses_rank], "passes": passes},
+            weight_bytes=weights.text_bytes,
+            text_bytes=held if on_cpu or self.prompts == 1 else 0,
+            activation_bytes=self.text_activation_bytes(place, on_cpu=on_cpu),
+            sent=sent,
+            seconds={
+                "compute": flops / self._rate(cfg),
+                "memory": weights.text_read / accelerator.memory_bytes_per_s,
+                "weights": weights.text_read / accelerator.host_bytes_per_s,
+                "link": accelerator.wire_seconds(sent.bytes, sent.messages, crosses_nodes=crosses),
+            },
+            share={"text_tokens": list(self.text_tokens), "prompts": self.prompts},
         )
+
+    def stage(self, cfg: Config, place: int, weights: WeightsCost, *, vae: int) -> RankStage:
+        """Denoising on the rank at `place` of the costs, which holds `vae` bytes of the VAE besides."""
+        cost, steps, topology = self.costs[place], cfg.sampler.steps, cfg.topology
+        accelerator, per_node = accelerator_of(cfg), topology.ranks_per_node
+        on_cpu = topology.device == Device.cpu
+        flops = cost.clip_flops + steps * cost.step_flops
+        # Each pass of each step reads the vision pathway's weights once.
+        reads = steps * self.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
+        sequence, guidance = cost.step_ulysses * steps, cost.step_cfg * steps
+        gathered = weights.gathered * steps
+        inner, outer = topology.ulysses, topology.cfg * topology.ulysses
+        link = accelerator.wire_seconds(sequence.bytes, sequence.messages, crosses_nodes=inner > per_node)
+        link += accelerator.wire_seconds(guidance.bytes, guidance.messages, crosses_nodes=outer > per_node)
+        brought = steps * weights.copied / accelerator.host_bytes_per_s
+        brought += accelerator.wire_seconds(
+            gathered.bytes, gathered.messages, crosses_nodes=replica_ranks(topology) > per_node
+        )
+        return RankStage(
+            flops=flops,
+            weight_bytes=weights.vision_bytes + vae,
+            text_bytes=max(self.text_bytes(place), self.waiting_bytes(place) if on_cpu else 0),
+            activation_bytes=self.activation_bytes(place, on_cpu=on_cpu),
+            sent=sequence + guidance + gathered,
+            seconds={
+                "compute": flops / self._rate(cfg),
+                "memory": reads * self.element_bytes / accelerator.memory_bytes_per_s,
+                "weights": brought,
+                "link": link,
+            },
+            share={"vision_tokens": self.vision_rows[cost.ulysses_rank], "passes": self.passes},
+        )
+
+    def _rate(self, cfg: Config) -> float:
+        accelerator = accelerator_of(cfg)
+        return accelerator.flops_per_s[cfg.model.dtype] * accelerator.efficiency["transformer"]
 
     def activation_bytes(self, place: int, *, on_cpu: bool) -> int:
         """The most that denoising holds beyond weights and text on the rank at `place` of the costs.
@@ -99,23 +155,31 @@ class Denoising:
         Counts what `ParallelTransformer.predict` has alive at once: in attention, or in the MLP, whose
         intermediates a CPU computes in parts. Half precision takes the norm apart into fp32 passes.
         """
-        size, rank = self.size, self.costs[place].ulysses_rank
-        share = head_shares(size.num_attention_heads, size.num_key_value_heads, len(self.vision_rows))[rank]
-        latents = self.latent_elements * FP32_BYTES
-        text = max(self.text_tokens)
-        rows = even_rows(text, len(self.vision_rows))
-        prompt = self._layer_bytes(rows, rank, share, before=0, on_cpu=on_cpu)
-        vision = self._layer_bytes(self.vision_rows, rank, share, before=text, on_cpu=on_cpu)
-        return max(prompt, vision + LATENTS_IN_MODEL * latents, LATENTS_IN_SAMPLER * latents)
+        rank, latents = self.costs[place].ulysses_rank, self.latent_elements * FP32_BYTES
+        vision = self._layer_bytes(self.vision_rows, rank, before=max(self.text_tokens), on_cpu=on_cpu)
+        return max(vision + LATENTS_IN_MODEL * latents, LATENTS_IN_SAMPLER * latents)
 
-    def _layer_bytes(self, rows: Sequence[int], rank: int, share: HeadShare, *, before: int, on_cpu: bool) -> int:
+    def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:
+        """The most that a layer of the text holds, for the longest prompt while the others wait."""
+        cost, ranks = self.costs[place], len(self.vision_rows)
+        rank = cost.ulysses_rank
+        own = self.text_tokens if self.cfg == 1 else self.text_tokens[cost.cfg_rank :]
+        pairs = zip(own, cost.texts, strict=False)
+        prompts = sorted(tokens for tokens, text in pairs for _ in range(self._times(text)))
+        longest = even_rows(prompts.pop(), ranks)
+        waiting = sum(even_rows(tokens, ranks)[rank] * self.size.hidden_size for tokens in prompts)
+        waiting += sum(2 * tokens * self.size.head_dim for tokens in prompts)
+        return waiting * self.element_bytes + self._layer_bytes(longest, rank, before=0, on_cpu=on_cpu)
+
+    def _layer_bytes(self, rows: Sequence[int], rank: int, *, before: int, on_cpu: bool) -> int:
         """The most that a layer holds for `rows` tokens per rank that also attend to `before` tokens of text."""
         size, n, everyone = self.size, rows[rank], sum(rows)
+        share = head_shares(size.num_attention_heads, size.num_key_value_heads, len(rows))[rank]
         queries, keys = share.num_queries * size.head_dim, share.num_keys * size.head_dim
-        passes = len(self.text_tokens) // self.cfg if before else 1  # the longest prompt runs before the other
-        # The embedded tokens that every pass begins with, the residual, and the projections of the layer.
-        held = n * (2 * size.hidden_size + size.projection_width)
-        held += passes * 2 * (max(self.text_tokens) + sum(self.vision_rows)) * size.head_dim  # rotary angles
+        passes = self.passes if before else 1
+        # What every pass has made so far, and the projections of the layer.
+        held = n * (passes * size.hidden_size + size.projection_width)
+        held += passes * 2 * everyone * size.head_dim  # rotary angles
         attended = everyone * queries
         if len(rows) > 1:
             held += everyone * (queries + 2 * keys)  # the projections as exchanged

@@ -24,6 +24,7 @@ class Accelerator:
     memory_bytes_per_s: float
     link_bytes_per_s: float
     network_bytes_per_s: float
+    host_bytes_per_s: float
     latency_s: float
     overhead_s: float
     efficiency: dict[str, float]
@@ -53,6 +54,7 @@ def accelerator_of(cfg: Config) -> Accelerator:
         memory_bytes_per_s=node.memory_gb_per_s * GIGA / sharing,
         link_bytes_per_s=node.link_gb_per_s * GIGA,
         network_bytes_per_s=node.network_gb_per_s * GIGA,
+        host_bytes_per_s=node.host_gb_per_s * GIGA / sharing,
         overhead_s=node.overhead_s,
         latency_s=node.latency_us * MICRO,
         efficiency={"transformer": node.transformer_efficiency, "vae": node.vae_efficiency},

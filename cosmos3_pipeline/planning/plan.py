@@ -7,12 +7,13 @@ tokenizer knows); activation bytes and seconds are estimates, see docs/plan.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cosmos3_pipeline.checkpoint.hub import local_folder
+from cosmos3_pipeline.checkpoint.weights import Part
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.schema import Config, Device
+from cosmos3_pipeline.config.schema import Config, Device, Placement
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.denoising import Denoising
 from cosmos3_pipeline.planning.geometry import Clip, clip_of, replica_ranks
@@ -22,18 +23,25 @@ from cosmos3_pipeline.planning.text import text_tokens_of
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.transformer import TransformerSize
 from cosmos3_pipeline.planning.vae import ELEMENT_BYTES, VaePlan, directions, strategy_of, vae_plan
+from cosmos3_pipeline.planning.weights import WeightsCost, WeightsPlan, choices
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 
 SCHEMA_VERSION = 1
-STAGES = ("encode", "denoise", "decode")
+STAGES = ("text", "encode", "denoise", "decode")
+# How much of a device's memory layers that stay may fill: its driver takes some, and no plan is exact.
+FILLED = 0.95
 AXES = ("nodes", "ranks_per_node", "dp", "cfg", "ulysses")
 DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank: where it stands on each axis, what it holds throughout, and its stages by name."""
+    """One rank: where it stands on each axis, its weights, and its stages by name.
+
+    `weight_bytes` are on the device at some time, `host_bytes` wait on the host of an accelerator; `text_bytes`
+    are the encoded prompts of one clip.
+    """
 
     rank: int
     node: int
@@ -42,6 +50,7 @@ class RankPlan:
     cfg: int
     ulysses: int
     weight_bytes: dict[str, int]
+    host_bytes: int
     text_bytes: int
     stages: dict[str, RankStage]
 
@@ -65,6 +74,7 @@ class Plan:
     steps: int
     topology: dict[str, int]
     accelerator: Accelerator
+    weights: WeightsPlan
     exactness: dict[str, str]
     strategies: dict[str, str]
     strategy_notes: dict[str, str]
@@ -116,7 +126,7 @@ def make_plan(
 
     `vae` are its directions as the check has planned them already. `text_tokens` are the lengths of the tokenized
     prompt and negative prompt; without them an estimate is used.
-    Raises Refusal for a strategy that cannot be honoured.
+    Where the weights are is chosen here, see `weights`. Raises Refusal for a strategy that cannot be honoured.
     """
     clip = clip_of(cfg)
     denoising = Denoising.of(
@@ -128,11 +138,9 @@ def make_plan(
     if vae is None:
         vae = {direction: vae_plan(cfg, direction, strategy_of(cfg, direction)) for direction in directions(cfg)}
     stages = {str(direction): stage for direction, stage in vae.items()}
-    ranks = tuple(
-        _rank(cfg, rank, denoising, stages) for rank in range(cfg.topology.nodes * cfg.topology.ranks_per_node)
-    )
+    weights, ranks = _placed(cfg, denoising, stages)
     exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
-    exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    exactness["text"] = exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
     return Plan(
         model=cfg.model.name,
         task=cfg.task.name.value,
@@ -141,6 +149,7 @@ def make_plan(
         steps=cfg.sampler.steps,
         topology={axis: getattr(cfg.topology, axis) for axis in AXES},
         accelerator=accelerator_of(cfg),
+        weights=weights,
         exactness={name: exactness[name] for name in STAGES if name in exactness},
         strategies={name: stage.plan.strategy for name, stage in stages.items()},
         strategy_notes={name: stage.plan.note for name, stage in stages.items()},
@@ -152,24 +161,89 @@ def make_plan(
     )
 
 
-def _rank(cfg: Config, rank: int, denoising: Denoising, stages: Mapping[str, VaePlan]) -> RankPlan:
+def _placed(
+    cfg: Config, denoising: Denoising, stages: Mapping[str, VaePlan]
+) -> tuple[WeightsPlan, tuple[RankPlan, ...]]:
+    """Where the weights are, and the ranks with them there.
+
+    What `weights=auto` takes is the fastest that fits, and where none does, what needs least.
+    """
+    limit = accelerator_of(cfg).memory_bytes
+    tried = [_as_many_layers(cfg, choice, denoising, stages) for choice in choices(cfg)]
+
+    def order(one: tuple[WeightsPlan, tuple[RankPlan, ...]]) -> tuple[bool, float]:
+        peak = max(rank.peak_bytes for rank in one[1])
+        seconds = max(rank.stages["denoise"].total_seconds for rank in one[1])
+        return peak > limit, peak if peak > limit else seconds
+
+    weights, ranks = min(tried, key=order)
+    if cfg.weights.placement is Placement.auto:
+        weights = replace(weights, chosen=_reason(weights, len(tried), fits=not order((weights, ranks))[0]))
+    return weights, ranks
+
+
+def _reason(weights: WeightsPlan, tried: int, *, fits: bool) -> str:
+    if not fits:
+        return f"none of {tried} placements fits; this one needs least"
+    return f"the fastest of {tried} placements that fits"
+
+
+def _as_many_layers(
+    cfg: Config, weights: WeightsPlan, denoising: Denoising, stages: Mapping[str, VaePlan]
+) -> tuple[WeightsPlan, tuple[RankPlan, ...]]:
+    """The ranks by a choice, in which -1 resident layers become as many as fit.
+
+    With several prompts the generation pathway stays while the VAE decodes, where both fit.
+    """
+    limit, layers = accelerator_of(cfg).memory_bytes, denoising.size.num_hidden_layers
+
+    def ranks(weights: WeightsPlan) -> tuple[RankPlan, ...]:
+        count = cfg.topology.nodes * cfg.topology.ranks_per_node
+        return tuple(_rank(cfg, rank, denoising, stages, weights) for rank in range(count))
+
+    if weights.resident_layers < 0:
+        weights = replace(weights, resident_layers=0)
+        peak = max(rank.stages["denoise"].peak_bytes for rank in ranks(weights))
+        each = denoising.size.slabs(Part.VISION)[0].elements * denoising.element_bytes
+        stay = int(min(max((limit * FILLED - peak) // each, 0), layers))
+        weights = replace(weights, resident_layers=stay)
+    if denoising.prompts > 1:
+        staying = replace(weights, stays=True)
+        found = ranks(staying)
+        if max(rank.peak_bytes for rank in found) <= limit:
+            return staying, found
+    return weights, ranks(weights)
+
+
+def _rank(
+    cfg: Config, rank: int, denoising: Denoising, stages: Mapping[str, VaePlan], weights: WeightsPlan
+) -> RankPlan:
     topology = cfg.topology
     dp, in_replica = divmod(rank, replica_ranks(topology))
     spare, place = divmod(in_replica, topology.cfg * topology.ulysses)
     cfg_rank, ulysses_rank = divmod(place, topology.ulysses)
-    transformer = denoising.size.weight_bytes(denoising.element_bytes)
+    on_cpu = topology.device == Device.cpu
+    cost = WeightsCost.of(
+        weights,
+        denoising.size,
+        ranks=replica_ranks(topology),
+        element_bytes=denoising.element_bytes,
+        on_cpu=on_cpu,
+    )
     shares = {name: stage.plan.shares[in_replica] for name, stage in stages.items()}
     vae = {name: share.weight_bytes for name, share in shares.items()}
-    text = denoising.costs[place].text_cache_bytes
-    # What is loaded stays: the encoder from its stage on, the transformer while the decoder works.
-    held = {"encode": vae.get("encode", 0), "denoise": vae.get("encode", 0) + transformer + text}
-    held["decode"] = vae.get("encode", 0) + transformer + vae["decode"]
-    planned = {}
-    for name in STAGES:
-        if name == "denoise":
-            planned[name] = denoising.stage(cfg, place, held[name])
-        elif name in stages:
-            planned[name] = stages[name].stage(cfg, in_replica, held[name])
+    text = denoising.text_bytes(place)
+    waiting = denoising.waiting_bytes(place) if on_cpu else 0
+    # The encoder stays from its stage on; of a prompt file the transformer, from the second clip on.
+    encoder = vae.get("encode", 0)
+    kept = cost.vision_bytes if weights.stays else cost.text_read if weights.keep_text else 0
+    planned = {"text": denoising.text_stage(cfg, place, cost)}
+    if "encode" in stages:
+        before = max(text, waiting) if denoising.prompts == 1 or on_cpu else 0
+        planned["encode"] = stages["encode"].stage(cfg, in_replica, weights=encoder + kept, text=before)
+    planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder)
+    after = encoder + vae["decode"] + kept
+    planned["decode"] = stages["decode"].stage(cfg, in_replica, weights=after, text=waiting)
     return RankPlan(
         rank=rank,
         node=rank // topology.ranks_per_node,
@@ -177,7 +251,12 @@ def _rank(cfg: Config, rank: int, denoising: Denoising, stages: Mapping[str, Vae
         spare=spare,
         cfg=cfg_rank,
         ulysses=ulysses_rank,
-        weight_bytes={"transformer": transformer, "vae": sum(vae.values())},
+        weight_bytes={
+            "text": cost.text_bytes,
+            "transformer": cost.vision_bytes - (cost.text_read if weights.keep_text else 0),
+            "vae": sum(vae.values()),
+        },
+        host_bytes=cost.host_bytes,
         text_bytes=text,
         stages=planned,
     )
@@ -229,6 +308,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "steps": plan.steps,
         "topology": {**plan.topology, "groups": groups(plan)},
         "accelerator": plan.accelerator.as_dict(),
+        "weights": plan.weights.as_dict(),
         "exactness": plan.exactness,
         "strategies": plan.strategies,
         "strategy_notes": plan.strategy_notes,
@@ -262,6 +342,8 @@ def _rank_dict(rank: RankPlan) -> dict[str, Any]:
         name: {
             **stage.share,
             "flops": stage.flops,
+            "weight_bytes": stage.weight_bytes,
+            "text_bytes": stage.text_bytes,
             "activation_bytes": stage.activation_bytes,
             "peak_bytes": stage.peak_bytes,
             "sent_bytes": stage.sent.bytes,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.config.schema import Config, Placement
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check
 from cosmos3_pipeline.planning.geometry import replica_ranks
@@ -40,9 +40,16 @@ class Candidate:
 def search(cfg: Config) -> list[Candidate]:
     """Every layout of the ranks of `cfg`: those that fit, fastest first, then those that do not, then the refused.
 
+    Where a layout does not fit with resident weights, it is there with each other placement too.
+
     Equal times are told apart by memory, then by what is sent.
     """
-    found = [_candidate(cfg, *choice) for choice in _choices(cfg)]
+    found = []
+    for choice in _choices(cfg):
+        found.append(_candidate(cfg, *choice, Placement.resident))
+        if not found[-1].refused and not found[-1].usable:
+            placements = [*[Placement.sharded] * (replica_ranks(cfg.topology) > 1), Placement.streamed]
+            found += [_candidate(cfg, *choice, placement) for placement in placements]
     return sorted(found, key=_order)
 
 
@@ -70,8 +77,14 @@ def _choices(cfg: Config) -> Iterator[tuple[int, int, Strategy | None]]:
         yield g, u, strategy
 
 
-def _candidate(cfg: Config, guidance: int, ulysses: int, strategy: Strategy | None) -> Candidate:
-    overrides = [f"topology.cfg={guidance}", f"topology.ulysses={ulysses}"]
+def _candidate(
+    cfg: Config, guidance: int, ulysses: int, strategy: Strategy | None, placement: Placement
+) -> Candidate:
+    overrides = [f"weights={placement.value}"]
+    stay = None if placement is Placement.streamed else 0
+    if stay is None:
+        overrides.append("weights.resident_layers=null")
+    overrides += [f"topology.cfg={guidance}", f"topology.ulysses={ulysses}"]
     decode = cfg.vae.decode
     if strategy is None:
         overrides.append("vae.parallel_decode=false")
@@ -84,6 +97,7 @@ def _candidate(cfg: Config, guidance: int, ulysses: int, strategy: Strategy | No
     tried = replace(
         cfg,
         topology=replace(cfg.topology, cfg=guidance, ulysses=ulysses),
+        weights=replace(cfg.weights, placement=placement, resident_layers=stay),
         vae=replace(cfg.vae, parallel_decode=strategy is not None, decode=decode),
     )
     try:

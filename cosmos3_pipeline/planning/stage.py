@@ -9,20 +9,29 @@ from cosmos3_pipeline.denoise.cost import Wire
 
 
 def total_seconds(bounds: dict[str, float]) -> float:
-    """Of what bounds a stage: compute and memory traffic overlap, the link does not."""
-    return max(bounds["compute"], bounds["memory"]) + bounds["link"]
+    """Of what bounds a stage: weights come and memory is read while it computes, the link is waited for."""
+    return max(bounds["compute"], bounds["memory"], bounds.get("weights", 0.0)) + bounds["link"]
 
 
 @dataclass(frozen=True)
 class RankStage:
-    """One stage on one rank. `peak_bytes` is everything held at once; `seconds` by what would bound it alone."""
+    """One stage on one rank. `seconds` are by what would bound it alone.
+
+    `weight_bytes` and `text_bytes` (the prompts' keys and values) are held throughout, `activation_bytes` at most.
+    """
 
     flops: int
+    weight_bytes: int
+    text_bytes: int
     activation_bytes: int
-    peak_bytes: int
     sent: Wire
     seconds: dict[str, float]
     share: dict[str, Any]  # what it owns: tokens, or ops, rows and columns
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything that is held at once."""
+        return self.weight_bytes + self.text_bytes + self.activation_bytes
 
     @property
     def total_seconds(self) -> float:
@@ -30,5 +39,5 @@ class RankStage:
 
     @property
     def bound(self) -> str:
-        """What takes longest: compute, memory or link."""
+        """What takes longest: compute, memory, weights or link."""
         return max(self.seconds, key=lambda part: self.seconds[part])

@@ -19,7 +19,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "vision_tokens": plan.clip.vision_tokens,
         "fits": plan.fits,
         "memory.peak_bytes": significant(plan.peak_bytes),
-        "memory.weight_bytes": max(sum(rank.weight_bytes.values()) for rank in plan.ranks),
+        "memory.weight_bytes": max(stage.weight_bytes for rank in plan.ranks for stage in rank.stages.values()),
+        "weights": placement(plan.weights.as_dict()),
         "seconds.total": significant(sum(plan.seconds.values())),
     }
     for name in plan.ranks[0].stages:
@@ -36,6 +37,16 @@ def summary(plan: Plan) -> dict[str, Any]:
         if name in plan.strategies:
             found[f"strategy.{name}"] = plan.strategies[name]
     return found
+
+
+def placement(weights: Mapping[str, Any]) -> str:
+    """Where the transformer's layers are: `resident`, or `streamed, 12 layers stay`."""
+    words = [str(weights["placement"])]
+    if weights["resident_layers"]:
+        words.append(f"{weights['resident_layers']} layers stay")
+    if weights["keep_text"]:
+        words.append("the text stays")
+    return ", ".join(words)
 
 
 def layout(topology: Mapping[str, Any]) -> str:
@@ -55,6 +66,8 @@ def summary_lines(plan: Plan) -> list[str]:
         f"{quantity('bytes', plan.peak_bytes)} per rank, {quantity('bytes', abs(free))} "
         f"{'free' if free >= 0 else 'TOO MUCH'}",
     ]
+    chosen = f" ({plan.weights.chosen})" if plan.weights.chosen else ""
+    lines.append(f"  weights: {placement(plan.weights.as_dict())}{chosen}")
     for name in plan.ranks[0].stages:
         how = f"{plan.strategies[name]}, " if name in plan.strategies else ""
         lines.append(

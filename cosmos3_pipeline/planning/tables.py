@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.planning.summary import layout
+from cosmos3_pipeline.planning.summary import layout, placement
 from cosmos3_pipeline.planning.units import quantity
 
 SHOWN_RANKS = 16  # of a larger world only the ranks that differ from the one before are shown
@@ -37,7 +37,7 @@ def headline(plan: Mapping[str, Any]) -> str:
     return (
         f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames, "
         f"{clip['vision_tokens']:,} vision tokens, {plan['steps']} steps, on {len(plan['ranks'])} x "
-        f"{plan['accelerator']['name']} ({layout(plan['topology'])}): about "
+        f"{plan['accelerator']['name']} ({layout(plan['topology'])}), weights {placement(plan['weights'])}: about "
         f"{quantity('seconds', plan['seconds']['total'])}, {fits}"
     )
 
@@ -61,30 +61,30 @@ def _stages(plan: Mapping[str, Any]) -> Sheet:
             )
         )
     rest = quantity("seconds", plan["seconds"]["rest"])
-    rows.append(("rest", "text, file, host", "", "", "", "", rest, "", ""))
+    rows.append(("rest", "file, host", "", "", "", "", rest, "", ""))
     columns = ("stage", "how", "exactness", "work", "sent", "messages", "about", "bound by", "slowest rank")
     return Sheet("stages, all ranks together", columns, tuple(rows))
 
 
 def _ranks(plan: Mapping[str, Any]) -> Sheet:
     stages = list(plan["stages"])
-    columns = ["rank", "cfg", "ulysses", "tokens", "weights", "text K/V"]
+    columns = ["rank", "cfg", "ulysses", "tokens", "text K/V"]
     for name in stages:
-        columns += [f"{name} owns"] * (name != "denoise")
-        columns += [f"{name} activations", f"{name} peak"]
+        columns += [f"{name} owns"] * (name not in ("text", "denoise"))
+        columns += [f"{name} weights", f"{name} activations", f"{name} peak"]
     rows, before = [], None
     for rank in plan["ranks"]:
         cells = [
             f"{rank['cfg']}",
             f"{rank['ulysses']}",
             f"{rank['stages']['denoise']['vision_tokens']:,}",
-            quantity("bytes", sum(rank["weight_bytes"].values())),
             quantity("bytes", rank["text_bytes"]),
         ]
         for name in stages:
             stage = rank["stages"][name]
             cells += [_owns(stage)] if "ops" in stage else []
-            cells += [quantity("bytes", stage["activation_bytes"]), quantity("bytes", stage["peak_bytes"])]
+            held = ("weight_bytes", "activation_bytes", "peak_bytes")
+            cells += [quantity("bytes", stage[key]) for key in held]
         if len(plan["ranks"]) <= SHOWN_RANKS or cells != before:
             rows.append((f"{rank['rank']}", *cells))
         before = cells

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Weight, transformer_weights
+from cosmos3_pipeline.checkpoint.weights import (
+    TRANSFORMER_PARTS,
+    Part,
+    Slab,
+    Weight,
+    slabs_of,
+    transformer_weights,
+)
 
 FP32_BYTES = 4
 
@@ -60,5 +67,14 @@ class TransformerSize:
         return sum(weight.elements for weight in self.weights)
 
     def weight_bytes(self, element_bytes: int) -> int:
-        """Bytes of the weights that are loaded, where an element has `element_bytes`; some are kept in fp32."""
+        """Bytes of the weights that are read, where an element has `element_bytes`; some are kept in fp32."""
         return sum(w.bytes_in(element_bytes) for w in self.weights if w.part in TRANSFORMER_PARTS)
+
+    def slabs(self, part: Part) -> tuple[Slab, ...]:
+        """The layers of a pathway, as they lie in memory."""
+        return slabs_of(self.weights, part)
+
+    def outside_bytes(self, element_bytes: int) -> int:
+        """Bytes of what the vision pathway has outside of its layers."""
+        outside = (w for w in self.weights if w.part is Part.VISION and w.layer is None)
+        return sum(w.bytes_in(element_bytes) for w in outside)

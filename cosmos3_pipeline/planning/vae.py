@@ -58,14 +58,15 @@ class VaeStage:
             "link": accelerator.wire_seconds(share.sent_bytes, share.sent_messages, crosses_nodes=crosses_nodes),
         }
 
-    def stage(self, cfg: Config, rank: int, held: int) -> RankStage:
-        """The stage on `rank`, which holds `held` bytes of weights besides."""
+    def stage(self, cfg: Config, rank: int, *, weights: int, text: int) -> RankStage:
+        """The stage on `rank`, which holds so many bytes of weights and of prompts."""
         share = self.plan.shares[rank]
         crosses = len(self.plan.shares) > cfg.topology.ranks_per_node
         return RankStage(
             flops=share.flops,
+            weight_bytes=weights,
+            text_bytes=text,
             activation_bytes=share.activation_bytes,
-            peak_bytes=held + share.activation_bytes,
             sent=Wire(share.sent_bytes, share.sent_messages),
             seconds=self.bounds(rank, accelerator_of(cfg), cfg.model.vae_dtype, crosses_nodes=crosses),
             share={

@@ -33,7 +33,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn and self._key(tensor) not in self._seen:
+            if not isinstance(tensor, torch.Tensor) or tensor.is_mkldnn or tensor.is_meta:
+                continue
+            if self._key(tensor) not in self._seen:
                 storage = tensor.untyped_storage()
                 key, size = self._key(tensor), storage.nbytes()
                 self._seen.add(key)

@@ -38,9 +38,9 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
                 works=did_you_mean(name, STAGES, otherwise=f"one of {', '.join(STAGES)}"),
             )
     factories: dict[str, StageFactory] = {
-        "text": lambda config, plan: TextStage(config.task),
+        "text": lambda config, plan: TextStage(config.task, config.sampler),
         "encode": lambda config, plan: EncodeStage(config.task),
-        "denoise": lambda config, plan: DenoiseStage(config.sampler),
+        "denoise": lambda config, plan: DenoiseStage(config.sampler, stays=plan.weights.stays),
         "decode": lambda config, plan: DecodeStage(),
         "export": lambda config, plan: ExportStage(config.output, modality=config.task.modality),
     }

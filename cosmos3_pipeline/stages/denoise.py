@@ -10,7 +10,6 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
 from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
-from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.progress import Advance
 
@@ -22,35 +21,40 @@ class DenoiseStage:
     the CPU, in fp32 and whole, so it is the same on every rank, device and layout.
 
     Packing, schedule and solver are diffusers' workflow; its denoiser block is replaced by one that computes
-    the text once and splits guidance and sequence over the mesh.
+    the text once and splits guidance and sequence over the mesh. The transformer leaves the device in the end,
+    unless it `stays` for a next clip.
     """
 
-    def __init__(self, sampler: SamplerConfig) -> None:
+    def __init__(self, sampler: SamplerConfig, *, stays: bool = False) -> None:
         self._sampler = sampler
+        self._stays = stays
 
     def __call__(self, context: RunContext) -> None:
         with context.measure("denoise"):
             context.components.scheduler()
-            context.components.transformer()
+            context.components.load_vision()
             state = context.state
             state.set("num_inference_steps", self._sampler.steps)
             state.set("guidance_scale", self._sampler.guidance_scale)
             state.set("generator", torch.Generator("cpu").manual_seed(self._sampler.seed))
             with context.reporter.track("denoising steps", self._sampler.steps) as advance:
-                self.workflow(context.mesh, advance)(context.components.pipeline, state)
+                self.workflow(context, advance)(context.components.pipeline, state)
+            if not self._stays:
+                context.components.transformer().release()
 
-    def workflow(self, mesh: RankMesh, advance: Advance) -> Cosmos3VisionCoreDenoiseStep:
+    def workflow(self, context: RunContext, advance: Advance) -> Cosmos3VisionCoreDenoiseStep:
         """diffusers' denoising workflow with this run's denoiser, which calls `advance` after every step."""
         workflow = Cosmos3VisionCoreDenoiseStep()
         loop = workflow.sub_blocks["denoise"]
         loop.set_progress_bar_config(disable=True)
-        loop.sub_blocks["denoiser"] = self.denoiser(mesh)
+        loop.sub_blocks["denoiser"] = self.denoiser(context)
         loop.sub_blocks["report"] = _ReportStep(advance)
         return workflow
 
-    def denoiser(self, mesh: RankMesh) -> ModularPipelineBlocks:
+    def denoiser(self, context: RunContext) -> ModularPipelineBlocks:
         """The block that predicts the velocity of one step."""
-        return ParallelLoopDenoiser(mesh)
+        parts = context.components
+        return ParallelLoopDenoiser(context.mesh, layers=parts.transformer(), texts=parts.texts)
 
 
 class _ReportStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
 
-from cosmos3_pipeline.config.schema import TaskConfig
+from cosmos3_pipeline.config.schema import SamplerConfig, TaskConfig
+from cosmos3_pipeline.denoise.texts import Prompt, own_passes
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.tokenizer import check_tokens
 from cosmos3_pipeline.stages.context import RunContext
@@ -14,44 +15,65 @@ from cosmos3_pipeline.stages.words import words_for
 
 
 class TextStage:
-    """Leaves `cond_input_ids` and `uncond_input_ids` in the state.
+    """Leaves `cond_input_ids` and `uncond_input_ids` in the state, and the encoded prompts in the components.
 
     `task.prompt` and `task.negative_prompt` are the words themselves, or `@` and the path of a file that holds
     them (a long caption). A caption in JSON is filled in, see `stages.words`. `task.negative_prompt` and
     `task.system_prompt` None take the checkpoint's own.
     """
 
-    def __init__(self, task: TaskConfig) -> None:
+    def __init__(self, task: TaskConfig, sampler: SamplerConfig) -> None:
         self._task = task
+        self._sampler = sampler
 
     def __call__(self, context: RunContext) -> None:
         with context.measure("text"):
-            task = self._task
-            prompt = read_words(task.prompt)
-            if not prompt.strip():
-                raise Refusal(
-                    what=f"the prompt is empty{f' ({task.prompt[1:]})' if task.prompt else ''}",
-                    why="the model is told what to show by words only",
-                    works="task.prompt='a red kite', or task.prompt=@FILE with words in the file",
-                )
-            negative = None if task.negative_prompt is None else read_words(task.negative_prompt)
-            own = context.components.checkpoint.negative_prompt
-            words = words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
-            context.words = words
-            context.components.tokenizer()
-            state = context.state
-            state.set("prompt", words.prompt)
-            state.set("negative_prompt", words.negative_prompt)
-            state.set("use_system_prompt", task.system_prompt)
-            state.set("num_frames", context.clip.num_frames)
-            state.set("height", context.clip.height)
-            state.set("width", context.clip.width)
-            state.set("fps", context.fps)
-            state.set("add_resolution_template", words.sentences)
-            state.set("add_duration_template", words.sentences)
-            Cosmos3TextEncoderStep()(context.components.pipeline, state)
-            for name in ("cond_input_ids", "uncond_input_ids"):
-                check_tokens(list(state.get(name)), context.components.checkpoint)
+            self.tokenize(context)
+            context.components.encode_texts(self.prompts(context))
+
+    def tokenize(self, context: RunContext) -> None:
+        """Words to tokens alone.
+
+        Raises Refusal for words that the model cannot be given.
+        """
+        task = self._task
+        prompt = read_words(task.prompt)
+        if not prompt.strip():
+            raise Refusal(
+                what=f"the prompt is empty{f' ({task.prompt[1:]})' if task.prompt else ''}",
+                why="the model is told what to show by words only",
+                works="task.prompt='a red kite', or task.prompt=@FILE with words in the file",
+            )
+        negative = None if task.negative_prompt is None else read_words(task.negative_prompt)
+        own = context.components.checkpoint.negative_prompt
+        words = words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
+        context.words = words
+        context.components.tokenizer()
+        state = context.state
+        state.set("prompt", words.prompt)
+        state.set("negative_prompt", words.negative_prompt)
+        state.set("use_system_prompt", task.system_prompt)
+        state.set("num_frames", context.clip.num_frames)
+        state.set("height", context.clip.height)
+        state.set("width", context.clip.width)
+        state.set("fps", context.fps)
+        state.set("add_resolution_template", words.sentences)
+        state.set("add_duration_template", words.sentences)
+        Cosmos3TextEncoderStep()(context.components.pipeline, state)
+        for name in ("cond_input_ids", "uncond_input_ids"):
+            check_tokens(list(state.get(name)), context.components.checkpoint)
+
+    def prompts(self, context: RunContext) -> list[Prompt]:
+        """The prompts of this rank's guidance passes, once they are tokens."""
+        mesh, pipeline = context.mesh, context.components.pipeline
+        context.components.transformer()  # whose config says how tokens are counted
+        names = own_passes(self._sampler.guidance_scale, ranks=mesh.size("cfg"), rank=mesh.rank("cfg"))
+        found = []
+        for name in names:
+            ids = context.state.get(f"{name}_input_ids")
+            segment = pipeline._prepare_text_segment(ids, context.components.device)
+            found.append((segment["input_ids"], segment["text_mrope_ids"]))
+        return found
 
 
 def read_words(words: str) -> str:

@@ -6,13 +6,15 @@ strategies side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cosmos3_pipeline.plugin_api import (
     Assignment,
     Exactness,
+    Found,
     LatentShape,
     Link,
     Program,
@@ -33,13 +35,15 @@ class Auto(Strategy):
     """`require`: the least exactness to choose from. The rest are the figures of one rank's accelerator and links.
 
     In the units of `topology.accelerator`; the defaults are those of a CPU core with ranks on one machine.
-    A strategy that computes another picture, such as `tiled`, is never chosen: it has to be asked for.
+    A strategy that computes another picture, such as `tiled`, is never chosen: it has to be asked for. One that
+    needs more than `memory_gb` on a rank is chosen only where all do.
     """
 
     require: str = "bitwise"
     fp32_tflops: float = 0.1
     bf16_tflops: float = 0.2
     efficiency: float = 1.0
+    memory_gb: float = math.inf
     memory_gb_per_s: float = 10.0
     link_gb_per_s: float = 2.0
     network_gb_per_s: float = 1.0
@@ -73,11 +77,23 @@ class Auto(Strategy):
                 f"no installed strategy that is {required} can {program.direction} it on {ranks} ranks",
                 "install replicated, which can",
             )
-        best, *rest = found
+        best, *rest = self._that_fit(found, program, shape, ranks)
         against = ", ".join(f"{one.seconds:.3g} s with {_called(one.strategy)}" for one in rest[:3])
         note = f"picked {_called(best.strategy)}, {best.exactness}: about {best.seconds:.3g} s"
         note += f", against {against}" * bool(rest) + f"; {best.assignment.note}" * bool(best.assignment.note)
         return replace(best.assignment, note=note)
+
+    def _that_fit(
+        self, found: Sequence[Found], program: Program, shape: LatentShape, ranks: int
+    ) -> Sequence[Found]:
+        """From the fastest that fits on, or where none does the one that needs least."""
+        peaks = []
+        for number, one in enumerate(found):
+            shares = one.strategy.plan(program, shape, ranks).shares
+            peaks.append(max(share.weight_bytes + share.activation_bytes for share in shares))
+            if peaks[-1] <= _GIGA * self.memory_gb:
+                return found[number:]
+        return [found[peaks.index(min(peaks))]]
 
     def _link(self, source: int, target: int) -> Link:
         apart = source // self.ranks_per_node != target // self.ranks_per_node

@@ -97,7 +97,10 @@ def check_wire(mesh: RankMesh, model: str, clip: str) -> None:
     before = guidance.snapshot(), sequence.snapshot()
     latents(ParallelLoopDenoiser(mesh), MODELS[model], clip, seed=1)
     assert sent(guidance, before[0]) == cost.step_cfg * STEPS
-    assert sent(sequence, before[1]) == cost.text_ulysses + cost.step_ulysses * STEPS
+    text = Wire()
+    for one in cost.texts:
+        text += one.ulysses
+    assert sent(sequence, before[1]) == text + cost.step_ulysses * STEPS
     assert (mesh.cfg > 1) == (cost.step_cfg.bytes > 0) or clip == "fewer tokens than ranks"
 
 

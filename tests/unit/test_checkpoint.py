@@ -181,8 +181,11 @@ def test_components_are_loaded_once_and_only_when_asked_for(whole: Path) -> None
     names = ("text_tokenizer", "transformer", "scheduler", "vae")
     assert all(getattr(parts.pipeline, name) is None for name in names)
     assert not parts.pipeline.requires_safety_checker
-    transformer = parts.transformer()
-    assert parts.transformer() is transformer is parts.pipeline.transformer
+    placed = parts.transformer()
+    transformer = placed.model
+    assert parts.transformer() is placed and transformer is parts.pipeline.transformer
+    assert all(parameter.is_meta for parameter in transformer.parameters())
+    parts.load_vision()
     assert transformer.dtype == torch.bfloat16
     assert transformer.time_embedder.linear_1.weight.dtype == torch.float32
     assert parts.pipeline.vae is None and parts.pipeline.text_tokenizer is None

@@ -23,10 +23,14 @@ LIBRARY = Path(__file__).parents[2]
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF)
 
 
+# What an option needs beside the defaults.
+NEEDS = {"weights/sharded": ["topology=cpu_x2"]}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_composes(option: Path) -> None:
-    compose([f"{option.parent}={option.name}"])
+    compose([f"{option.parent}={option.name}", *NEEDS.get(option.as_posix(), [])])
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)

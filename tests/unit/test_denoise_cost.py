@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser, ParallelTransformer
 from cosmos3_pipeline.denoise.cost import Wire, denoise_costs
-from cosmos3_pipeline.denoise.transformer import PreparedPass
+from cosmos3_pipeline.denoise.transformer import EncodedText, PreparedPass
 from cosmos3_pipeline.planning.transformer import TransformerSize
 
 
@@ -53,8 +53,8 @@ def test_flops_and_cache_are_exact(
     kept: list[PreparedPass] = []
     prepare = ParallelTransformer.prepare
 
-    def remember(self: ParallelTransformer, **arguments: Any) -> PreparedPass:
-        kept.append(prepare(self, **arguments))
+    def remember(self: ParallelTransformer, text: EncodedText, **arguments: Any) -> PreparedPass:
+        kept.append(prepare(self, text, **arguments))
         return kept[-1]
 
     (cost,) = denoise_costs(
@@ -81,13 +81,16 @@ def test_flops_and_cache_are_exact(
         conditioning=torch.randn(1, 48, 3, 5, 7, generator=torch.Generator().manual_seed(0)),
         condition_frames=clean,
     )
-    assert denoiser.flops == [cost.text_flops + cost.step_flops, cost.step_flops, cost.step_flops]
-    assert sum(prepared.text_bytes for prepared in kept) == cost.text_cache_bytes
+    once = sum(text.flops for text in cost.texts) + cost.clip_flops
+    cached = sum(text.cache_bytes for text in cost.texts)
+    assert denoiser.flops == [once + cost.step_flops, cost.step_flops, cost.step_flops]
+    assert sum(prepared.text.nbytes for prepared in kept) == cached
     stored = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for prepared in kept
-        for layer in prepared.text
+        for layer in prepared.text.layers
         for tensor in layer
     }
-    assert sum(stored.values()) == cost.text_cache_bytes
-    assert cost.step_ulysses == cost.step_cfg == cost.text_ulysses == Wire()
+    assert sum(stored.values()) == cached
+    assert all(text.ulysses == Wire() for text in cost.texts)
+    assert cost.step_ulysses == cost.step_cfg == Wire()

@@ -100,12 +100,16 @@ def count_calls(module: torch.nn.Module) -> list[int]:
 def test_what_does_not_change_is_computed_once() -> None:
     pipeline = tiny_pipeline(seed=1)
     model = pipeline.transformer
-    per_prompt = [model.embed_tokens, model.rotary_emb, model.layers[0].mlp, model.layers[-1].self_attn.to_k]
+    per_prompt = [model.embed_tokens, model.layers[0].mlp, model.layers[-1].self_attn.to_k]
+    per_pathway = [model.rotary_emb]
     per_step = [model.proj_in, model.time_embedder]
     never = [model.layers[-1].mlp, model.layers[-1].self_attn.to_out, model.norm]
-    once, each, none = ([count_calls(m) for m in modules] for modules in (per_prompt, per_step, never))
+    once, twice, each, none = (
+        [count_calls(m) for m in modules] for modules in (per_prompt, per_pathway, per_step, never)
+    )
     run(ParallelLoopDenoiser(), pipeline, steps=5)
     assert [len(calls) for calls in once] == [2] * len(once)  # the prompt and the negative prompt
+    assert [len(calls) for calls in twice] == [4]
     assert [len(calls) for calls in each] == [5] * len(each)
     assert [len(calls) for calls in none] == [0] * len(none)
 

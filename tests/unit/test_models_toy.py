@@ -97,7 +97,7 @@ def test_the_picture_is_lively(
     size: tuple[int, int, int], guidance: float, shift: float, seed: int, folder: Path, tmp_path: Path
 ) -> None:
     context = context_of(components(inspect_checkpoint(folder), flow_shift=shift), clip_of(*size), tmp_path)
-    TextStage(task_config(prompt=PROMPT, negative_prompt=""))(context)
+    TextStage(task_config(prompt=PROMPT, negative_prompt=""), SamplerConfig(guidance_scale=guidance))(context)
     DenoiseStage(SamplerConfig(steps=8, guidance_scale=guidance, seed=seed))(context)
     DecodeStage()(context)
     assert context.frames is not None
@@ -121,7 +121,7 @@ def test_the_prompt_and_the_guidance_show(folder: Path, tmp_path: Path) -> None:
 
     def latents(prompt: str, guidance: float) -> torch.Tensor:
         context = context_of(parts, clip_of(48, 64, 5), tmp_path)
-        TextStage(task_config(prompt=prompt, negative_prompt=""))(context)
+        TextStage(task_config(prompt=prompt, negative_prompt=""), SamplerConfig(guidance_scale=guidance))(context)
         DenoiseStage(SamplerConfig(steps=4, guidance_scale=guidance, seed=0))(context)
         found = context.state.get("latents")
         assert isinstance(found, torch.Tensor)

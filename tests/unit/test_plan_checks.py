@@ -164,11 +164,13 @@ def test_untrained_sizes_warn_unless_told_otherwise() -> None:
 
 
 def test_memory_that_cannot_fit_stops_a_run_but_not_a_plan() -> None:
-    overrides = ["model=super", "topology=h100_x1", "model.path=nvidia/Cosmos3-Super"]
+    overrides = ["model=super", "topology=l40s_x1", "model.path=nvidia/Cosmos3-Super"]
     assert not make_plan(compose(overrides)).fits
     with pytest.raises(ConfigError) as caught:
         prepare(composition(overrides))
     (problem,) = [p for p in caught.value.problems if "needs" in p.what]
-    assert "80 GB" in problem.why
+    assert "48 GB" in problem.why and "GB of weights" in problem.why
+    assert problem.works == "weights=streamed"
+    prepare(composition([*overrides, "weights=streamed"]), fetch=False)
     prepare(composition([*overrides, "job=plan"]))
     assert make_plan(compose(["model=nano", "topology=h100_x1", "model.path=nvidia/Cosmos3-Nano"])).fits

@@ -86,7 +86,7 @@ def test_the_head_of_a_run_says_what_matters() -> None:
 def test_plan_json_is_plain_json() -> None:
     plan = plan_of(compose(["task=i2v", "topology=cpu_x2"]))
     assert json.loads(json.dumps(plan)) == plan
-    assert list(plan["stages"]) == ["encode", "denoise", "decode"]
+    assert list(plan["stages"]) == ["text", "encode", "denoise", "decode"]
 
 
 def test_search_ranks_layouts_that_fit_by_time() -> None:
@@ -103,8 +103,13 @@ def test_search_ranks_layouts_that_fit_by_time() -> None:
 
 
 def test_search_tells_what_does_not_fit_and_what_is_refused() -> None:
-    too_big = search(compose(["job=plan", "model=super", "topology=h100_x1"]))
-    assert [c.usable for c in too_big] == [False]
+    too_big = search(
+        compose(["job=plan", "model=super", "topology=rtx4090_x1", "topology.accelerator.memory_gb=8"])
+    )
+    assert [c.usable for c in too_big] == [False, False]
+    assert [c.overrides[0] for c in too_big] == ["weights=streamed", "weights=resident"]
+    streamed = search(compose(["job=plan", "model=super", "topology=l40s_x1"]))
+    assert [c.usable for c in streamed] == [True, False]
     odd = search(compose(["job=plan", "topology.ranks_per_node=6", "topology.ulysses=2"]))
     assert any("heads" in c.refused for c in odd)
     assert [c.plan is None for c in odd] == sorted(c.plan is None for c in odd)
@@ -122,6 +127,5 @@ def test_searching_is_a_job(tmp_path: Path) -> None:
 def test_peaks_are_what_is_held_at_once(overrides: list[str]) -> None:
     for rank in plan_of(compose(overrides))["ranks"]:
         for name, stage in rank["stages"].items():
-            assert stage["peak_bytes"] >= stage["activation_bytes"] + (
-                rank["weight_bytes"]["transformer"] if name != "encode" else 0
-            )
+            held = rank["weight_bytes"]["transformer"] if name == "denoise" else 0
+            assert stage["peak_bytes"] >= stage["activation_bytes"] + held

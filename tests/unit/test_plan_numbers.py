@@ -117,7 +117,9 @@ def test_denoising_activations_are_within_15_percent(size, guidance, words, conf
         text_tokens=(words, words // 2),
         element_bytes=dtype.itemsize,
     )
-    expected = planned.activation_bytes(0, on_cpu=True) + planned.costs[0].text_cache_bytes
+    denoising = planned.activation_bytes(0, on_cpu=True) + planned.text_bytes(0)
+    encoding = planned.text_activation_bytes(0, on_cpu=True) + planned.text_bytes(0)
+    expected = max(denoising, encoding)
     assert expected == pytest.approx(live.peak, rel=0.15)
 
 
@@ -148,9 +150,9 @@ def test_one_h200_decodes_in_the_published_time() -> None:
 
 
 def test_memory_is_not_below_what_was_published() -> None:
-    """NVIDIA says 32 GB for Nano; sglang measured 48.8 GB with its whole pipeline on the device."""
+    """sglang measured 48.8 GB with its whole pipeline on the device; the text pathway is 13.9 GB of it."""
     peak = plan_of("model=nano", "topology=h200_x4", "vae=replicated").peak_bytes
-    assert 30e9 < peak < 48.8e9
+    assert 13.9e9 < peak < 48.8e9 - 13.9e9
 
 
 def test_groups_and_places_are_the_meshes() -> None:

@@ -45,7 +45,7 @@ class PlainDenoise(DenoiseStage):
         parts.pipeline.update_components(transformer=whole)
         super().__call__(context)
 
-    def denoiser(self, mesh: Any) -> Any:
+    def denoiser(self, context: RunContext) -> Any:
         return Cosmos3LoopDenoiser()
 
 
@@ -91,7 +91,8 @@ def all_frames(path: Path) -> list[Image.Image]:
 
 
 def text(**changes: Any) -> TextStage:
-    return TextStage(task_config(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, **changes}))
+    task = task_config(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, **changes})
+    return TextStage(task, SamplerConfig(guidance_scale=6.0))
 
 
 def encode(**changes: Any) -> EncodeStage:
@@ -191,7 +192,7 @@ def test_latents_equal_diffusers_in_bfloat16(checkpoint: CheckpointInfo, photo: 
     context = context_of(parts, clip_of(80, 64, 5), tmp_path)
     condition = encode(image=str(photo), condition_latent_frames=[0])
     assert torch.equal(denoised(context, condition, PlainDenoise(sampler(2, 6.0, seed=4))), expected)
-    kept = components(checkpoint, **half).transformer().time_embedder.linear_1.weight.dtype
+    kept = components(checkpoint, **half).transformer().model.time_embedder.linear_1.weight.dtype
     assert kept == torch.float32
 
 

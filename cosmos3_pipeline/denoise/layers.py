@@ -1,0 +1,50 @@
+"""Where `ParallelTransformer` gets its layers from: one after the other, each whole until the next is asked for.
+
+So a pathway need not be on the device as a whole: its layers may be read, copied or gathered one ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from diffusers import Cosmos3OmniTransformer
+from torch import Tensor
+
+from cosmos3_pipeline.denoise.pathway import Pathway
+
+
+class Layers(Protocol):
+    """The layers of both pathways. All ranks that share weights go through a pathway together."""
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The embedded words [tokens, hidden] of `input_ids` [tokens]."""
+        ...
+
+    def text(self) -> Iterator[Pathway]:
+        """The text pathway's layers in their order."""
+        ...
+
+    def vision(self) -> Iterator[Pathway]:
+        """The generation pathway's layers in their order."""
+        ...
+
+
+class LoadedLayers:
+    """The layers of a transformer that is loaded as a whole."""
+
+    def __init__(self, transformer: Cosmos3OmniTransformer) -> None:
+        self._model = transformer
+        self._text = [Pathway.understanding(layer) for layer in transformer.layers]
+        self._vision = [Pathway.generation(layer) for layer in transformer.layers]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        embedded = self._model.embed_tokens(input_ids)
+        assert isinstance(embedded, Tensor)
+        return embedded
+
+    def text(self) -> Iterator[Pathway]:
+        return iter(self._text)
+
+    def vision(self) -> Iterator[Pathway]:
+        return iter(self._vision)

@@ -1,0 +1,150 @@
+"""Prompts to keys and values: the text pathway, once per prompt, and what waits for the clips that it is for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import Cosmos3OmniTransformer
+from torch import Tensor
+
+from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend, rotary_of, rotate
+from cosmos3_pipeline.denoise.exchange import Exchange, OwnHeads
+from cosmos3_pipeline.denoise.layers import Layers
+from cosmos3_pipeline.denoise.pathway import Pathway, normalise
+from cosmos3_pipeline.denoise.shards import even_rows, start_of
+
+PASSES = ("cond", "uncond")
+Prompt = tuple[Tensor, Tensor]  # its tokens [n] and their positions [3, n]
+
+
+def own_passes(guidance_scale: float, *, ranks: int, rank: int) -> tuple[str, ...]:
+    """The guidance passes that the rank at `rank` of the `cfg` axis runs, in diffusers' order."""
+    names = PASSES if guidance_scale != 1.0 else PASSES[:1]
+    return names if ranks == 1 else (names[rank],)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """What a prompt is for the vision pathway: its keys and values in every layer, for the heads of this rank."""
+
+    layers: tuple[TextKeyValue, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def to(self, device: torch.device) -> EncodedText:
+        """The same on `device`; itself where it is there."""
+        return EncodedText(tuple(layer.to(device) for layer in self.layers))
+
+
+class TextEncoder:
+    """The text pathway of `transformer` over the ranks of `ulysses`, whose layers come from `layers`."""
+
+    def __init__(self, transformer: Cosmos3OmniTransformer, *, ulysses: Exchange, layers: Layers) -> None:
+        self._model = transformer
+        self._exchange = ulysses
+        self._layers = layers
+        self._heads = OwnHeads.of(transformer, ulysses)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Prompt], *, keep_on: torch.device | None = None) -> list[EncodedText]:
+        """The keys and values of `prompts`, each its tokens [n] and their positions [3, n].
+
+        The text pathway's layers pass once, whatever the number of prompts. What is found goes to the device
+        `keep_on` layer by layer; without one it stays where it is computed.
+        """
+        texts = [self._start(input_ids, position_ids) for input_ids, position_ids in prompts]
+        last = self._model.config.num_hidden_layers - 1
+        for number, layer in enumerate(self._layers.text()):
+            for text in texts:
+                found = self._run_text(layer, text, last=number == last)
+                text.found.append(found if keep_on is None else found.to(keep_on))
+        return [EncodedText(tuple(text.found)) for text in texts]
+
+    def _start(self, input_ids: Tensor, position_ids: Tensor) -> _RunningText:
+        rows = even_rows(len(input_ids), self._exchange.ranks)
+        start = start_of(rows, self._exchange.rank)
+        own = input_ids[start : start + rows[self._exchange.rank]]
+        return _RunningText(rows, rotary_of(self._model, position_ids), self._layers.embed(own))
+
+    def _run_text(self, layer: Pathway, text: _RunningText, *, last: bool) -> TextKeyValue:
+        """The keys and values of own heads; nothing reads what else the last layer makes."""
+        head_dim = self._model.config.head_dim
+        if last:
+            keys = layer.project_keys(text.hidden, head_dim)
+            key, value = self._exchange.keys_for_rows(*keys, text.rows, self._heads.shares)
+        else:
+            heads = layer.project(text.hidden, head_dim)
+            query, key, value = self._exchange.heads_for_rows(*heads, text.rows, self._heads.shares)
+        normed = normalise(layer.key_norm, key)
+        key = key_for_vision = rotate(normed, text.rotary)
+        if layer.key_norm_for_vision is not None:
+            key_for_vision = rotate(normalise(layer.key_norm_for_vision, normed), text.rotary)
+        if not last:
+            query = rotate(normalise(layer.query_norm, query), text.rotary)
+            attended = attend(query, key, value, self._heads.key_of_query, causal=True)
+            text.hidden = layer.finish(text.hidden, self._exchange.rows_for_heads(attended, text.rows))
+        # A view would keep the whole received message alive.
+        return TextKeyValue(key_for_vision, value.contiguous())
+
+
+@dataclass
+class _RunningText:
+    """A prompt on its way through the layers: `hidden` are own tokens, `found` the layers that it has passed."""
+
+    rows: tuple[int, ...]
+    rotary: Rotary
+    hidden: Tensor
+    found: list[TextKeyValue] = field(default_factory=list)
+
+
+class Texts:
+    """Encoded prompts by their tokens, on `device` or, while they wait for a later clip, on the host.
+
+    Prompts that are asked for several times, such as the negative prompt of every clip, are encoded once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[tuple[int, ...], EncodedText] = {}
+        self._wanted: Counter[tuple[int, ...]] = Counter()
+
+    def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], *, wait: bool = False) -> None:
+        """Encode those of `prompts` that are not here, in one pass over the text pathway.
+
+        `wait` says that they are for later clips, which `take` them; until then they are kept on the host.
+        """
+        missing = {key: prompt for key, prompt in ((_key(p), p) for p in prompts) if key not in self._kept}
+        if missing:
+            where = torch.device("cpu") if wait else self._device
+            found = encoder.encode(list(missing.values()), keep_on=where)
+            self._kept |= dict(zip(missing, found, strict=True))
+        self._wanted.update(map(_key, prompts) if wait else list(missing))
+
+    def take(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[EncodedText]:
+        """The encoded prompts on the device; one that no later clip waits for is forgotten here."""
+        if self.lacks(prompts):
+            self.encode(encoder, prompts)
+        found = []
+        for key in map(_key, prompts):
+            found.append(self._kept[key].to(self._device))
+            self._wanted[key] -= 1
+        self._kept = {key: text for key, text in self._kept.items() if self._wanted[key] > 0}
+        return found
+
+    def lacks(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether one of `prompts` is not encoded."""
+        return any(_key(prompt) not in self._kept for prompt in prompts)
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept here."""
+        return sum(text.nbytes for text in self._kept.values())
+
+
+def _key(prompt: Prompt) -> tuple[int, ...]:
+    return tuple(prompt[0].tolist())

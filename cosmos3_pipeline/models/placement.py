@@ -1,0 +1,236 @@
+"""A transformer whose weights are where `weights` says: on the device, shared out, or on their way to it.
+
+The text pathway always passes through the device layer by layer and is gone; `lm_head` is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from diffusers import Cosmos3OmniTransformer
+from torch import Tensor, nn
+
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
+from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Part, Weight, slabs_of
+from cosmos3_pipeline.config.schema import Placement
+from cosmos3_pipeline.denoise.pathway import Pathway
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.models.known import known_to
+from cosmos3_pipeline.models.passing import FromFiles, FromHost, FromRanks, Passing, SlabFiles, Source, spread
+from cosmos3_pipeline.models.reading import Advance, Piece, read_pieces, read_tensors
+from cosmos3_pipeline.planning.weights import WeightsPlan
+
+EMBEDDING = "embed_tokens.weight"
+
+
+class PlacedTransformer:
+    """diffusers' transformer without weights, and its `Layers`, which bring them.
+
+    `model` has no weight at first: `load_vision` brings what the generation pathway has outside of its layers and
+    the layers that stay, `release` lets all of it go. `advance` is told the bytes that are read for the first
+    time. All ranks of `comm`, which share the weights, make the same calls.
+
+    Raises:
+        Refusal: see `read_pieces`, where a file cannot be read or its values are no weights.
+    """
+
+    def __init__(
+        self,
+        checkpoint: CheckpointInfo,
+        plan: WeightsPlan,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        comm: Comm,
+        advance: Advance,
+    ) -> None:
+        self.model = empty_transformer(checkpoint, dtype=dtype, device=device)
+        self._checkpoint, self._plan, self._comm = checkpoint, plan, comm
+        self._dtype, self._device = dtype, device
+        self._advance = advance
+        self._text_modules = [Pathway.understanding(layer) for layer in self.model.layers]
+        self._vision_modules = [Pathway.generation(layer) for layer in self.model.layers]
+        self._text: Passing | None = None
+        self._vision: Passing | None = None
+        self._kept: list[Tensor] = []
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The embedded words, of which only those that are there are read."""
+        stored = next(p.stored for p in self._checkpoint.tensors["transformer"] if p.weight.name == EMBEDDING)
+        width, words = stored.shape[1], input_ids.tolist()
+        rows = {word: torch.empty(width, dtype=self._dtype) for word in sorted(set(words))}
+        read_pieces(Piece(stored, word * width, row) for word, row in rows.items())
+        found = [rows[word] for word in words]
+        return torch.stack(found).to(self._device) if found else torch.empty(0, width, dtype=self._dtype)
+
+    def text(self) -> Iterator[Pathway]:
+        """The text pathway's layers; those that do not stay are gone after the last."""
+        if self._text is None:
+            files = self._files(Part.TEXT)
+            staying = range(len(files.slabs)) if self._plan.keep_text else ()
+            self._text = self._passing(files, FromFiles(files, self._device, self._advance), staying, again=False)
+        yield from map(self._text_modules.__getitem__, self._text)
+        if not self._plan.keep_text:
+            self._text.drop()
+            self._text = None
+
+    def vision(self) -> Iterator[Pathway]:
+        """The generation pathway's layers."""
+        assert self._vision is not None, "load_vision() comes first"
+        yield from map(self._vision_modules.__getitem__, self._vision)
+
+    def load_vision(self) -> None:
+        """Bring what the generation pathway needs throughout."""
+        if self._vision is not None:
+            return
+        outside = [p for p in self._checkpoint.parts("transformer", (Part.VISION,)) if p.weight.layer is None]
+        weights = read_tensors(outside, dtype=self._dtype, device=self._device, advance=self._advance)
+        for name, weight in weights.items():
+            _set(self.model, name, weight)
+        files = self._files(Part.VISION)
+        layers = len(files.slabs)
+        if self._plan.placement is Placement.sharded:
+            self._kept = self._read_share(files)
+            self._vision = self._passing(files, FromRanks(self._kept, self._comm), pad=self._comm.size)
+            return
+        whole = self._plan.placement is Placement.resident
+        staying = range(layers) if whole else spread(self._plan.resident_layers, layers)
+        from_files = FromFiles(files, self._device, self._advance)
+        source: Source = from_files
+        if self._device.type == "cuda" and not whole:
+            kept = {number: self._pinned(files, number) for number in set(range(layers)) - set(staying)}
+            self._kept = list(kept.values())
+            source = _Either(from_files, staying, FromHost(kept, self._device))
+        self._vision = self._passing(files, source, staying)
+        self._vision.settle()
+
+    def release(self) -> None:
+        """Let the generation pathway go; the next `load_vision` brings it again."""
+        if self._vision is not None:
+            self._vision.drop()
+            self._vision = None
+            self._kept = []
+        for name, parameter in list(self.model.named_parameters()):
+            if name.partition(".")[0] != "layers" and not parameter.is_meta:
+                _set(self.model, name, parameter.to("meta"))
+
+    @property
+    def here_bytes(self) -> dict[Part, int]:
+        """Bytes of the weights that are on the device now, by what reads them."""
+        parts = {p.weight.name: p.weight.part for p in self._checkpoint.tensors["transformer"]}
+        found = dict.fromkeys(TRANSFORMER_PARTS, 0)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_meta:
+                found[parts[name]] += parameter.nbytes
+        return found
+
+    @property
+    def text_read_bytes(self) -> int:
+        """Bytes of the files that encoding prompts reads, but for single words."""
+        return sum(stored.nbytes for stored in self._files(Part.TEXT).stored.values())
+
+    @property
+    def vision_read_bytes(self) -> int:
+        """About the bytes of the files that `load_vision` reads."""
+        placed, layers = (
+            self._checkpoint.parts("transformer", (Part.VISION,)),
+            int(self.model.config.num_hidden_layers),
+        )
+        total: int = sum(p.stored.nbytes for p in placed)
+        if self._plan.placement is Placement.sharded:
+            return total // self._comm.size
+        if self._plan.placement is Placement.streamed and self._device.type == "cpu":
+            return total * self._plan.resident_layers // layers
+        return total
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the generation pathway that this rank keeps between two layers, wherever they are."""
+        return self.here_bytes[Part.VISION] + sum(tensor.nbytes for tensor in self._kept)
+
+    def _files(self, part: Part) -> SlabFiles:
+        placed = [p for p in self._checkpoint.parts("transformer", (part,)) if p.weight.layer is not None]
+        return SlabFiles(slabs_of((p.weight for p in placed), part), {p.weight.name: p.stored for p in placed})
+
+    def _passing(
+        self,
+        files: SlabFiles,
+        source: Source,
+        staying: Collection[int] = (),
+        *,
+        again: bool = True,
+        pad: int = 1,
+    ) -> Passing:
+        return Passing(
+            files.slabs,
+            self.model,
+            source,
+            dtype=self._dtype,
+            device=self._device,
+            staying=staying,
+            again=again,
+            pad=pad,
+        )
+
+    def _read_share(self, files: SlabFiles) -> list[Tensor]:
+        """This rank's part of every layer."""
+        kept = []
+        for number, slab in enumerate(files.slabs):
+            share = slab.share(self._comm.size)
+            own = torch.zeros(share, dtype=self._dtype, device=self._device)
+            files.read(number, own, first=share * self._comm.rank, check=True, advance=self._advance)
+            kept.append(own)
+        return kept
+
+    def _pinned(self, files: SlabFiles, number: int) -> Tensor:
+        slab = torch.empty(files.slabs[number].share(1), dtype=self._dtype, pin_memory=True)
+        files.read(number, slab, check=True, advance=self._advance)
+        return slab
+
+
+class _Either:
+    """Slabs that stay, from one source, and those that move from another."""
+
+    def __init__(self, stay: Source, staying: Collection[int], move: Source) -> None:
+        self._stay, self._staying, self._move = stay, staying, move
+
+    def bring(self, number: int, slab: Tensor) -> Callable[[], None]:
+        return (self._stay if number in self._staying else self._move).bring(number, slab)
+
+
+def empty_transformer(
+    checkpoint: CheckpointInfo, *, dtype: torch.dtype, device: torch.device
+) -> Cosmos3OmniTransformer:
+    """The transformer in `dtype` on the meta device, and on `device` what no file has: the rotary frequencies.
+
+    What no task here reads is None in it, such as `lm_head` and, of the last layer's text pathway, all but keys
+    and values.
+    """
+    values = checkpoint.transformer
+    with torch.device("meta"):
+        model = Cosmos3OmniTransformer.from_config(known_to(Cosmos3OmniTransformer, values))
+    weights: dict[str, Weight] = {
+        placed.weight.name: placed.weight for placed in checkpoint.parts("transformer", TRANSFORMER_PARTS)
+    }
+    for name, parameter in list(model.named_parameters()):
+        if name not in weights:
+            _leave_out(model, name)
+        else:
+            _set(model, name, parameter.to(torch.float32 if weights[name].keeps_fp32 else dtype))
+    # diffusers computes its frequencies on the host, which decides their last bit.
+    rotary = type(model.rotary_emb)(values["head_dim"], values["rope_theta"], model.config.rope_axes_dim)
+    model.rotary_emb = rotary.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _set(model: nn.Module, name: str, values: Tensor) -> None:
+    owner, _, parameter = name.rpartition(".")
+    model.get_submodule(owner)._parameters[parameter] = nn.Parameter(values, requires_grad=False)
+
+
+def _leave_out(model: nn.Module, name: str) -> None:
+    """Put None in the place of the parameter `name`, or of the module that it belongs to."""
+    owner, _, parameter = name.rpartition(".")
+    above, _, module = owner.rpartition(".")
+    setattr(model.get_submodule(above), module or parameter, None)

@@ -1,0 +1,114 @@
+"""Where the transformer's weights are, stage by stage: what a rank holds, and what it brings and when."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cosmos3_pipeline.checkpoint.weights import Part, Slab
+from cosmos3_pipeline.config.schema import Config, Placement
+from cosmos3_pipeline.denoise.cost import Wire
+from cosmos3_pipeline.planning.geometry import replica_ranks
+from cosmos3_pipeline.planning.transformer import TransformerSize
+
+# Layers that are on the device at once while others pass through it: the one that computes, and the next.
+PASSING = 2
+
+
+@dataclass(frozen=True)
+class WeightsPlan:
+    """The choice of a run, made with its plan; `placement` is never `auto`.
+
+    `resident_layers` of the generation pathway stay on the device where the others are streamed. `keep_text` keeps
+    the text pathway. `stays` says that the generation pathway stays while the VAE decodes, for the next prompt.
+    `chosen` says why, where `auto` chose.
+    """
+
+    placement: Placement
+    resident_layers: int
+    keep_text: bool
+    stays: bool
+    chosen: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "placement": self.placement.value}
+
+
+RESIDENT = WeightsPlan(Placement.resident, resident_layers=0, keep_text=False, stays=False)
+
+
+@dataclass(frozen=True)
+class WeightsCost:
+    """What a rank holds and brings by a plan. Bytes on the device, of one text pass, of all layers once.
+
+    `text_bytes` and `vision_bytes` are held while the text is encoded and while it denoises. `host_bytes` wait on
+    the host for an accelerator. `text_read` is brought for the text; `copied` is copied from the host, `gathered`
+    sent to the other ranks, each time that the vision goes through its layers.
+    """
+
+    text_bytes: int
+    vision_bytes: int
+    host_bytes: int
+    text_read: int
+    copied: int
+    gathered: Wire
+
+    @classmethod
+    def of(
+        cls, plan: WeightsPlan, size: TransformerSize, *, ranks: int, element_bytes: int, on_cpu: bool
+    ) -> WeightsCost:
+        """Of a rank of a replica of `ranks`."""
+        text, vision = size.slabs(Part.TEXT), size.slabs(Part.VISION)
+        text_read = sum(slab.elements for slab in text) * element_bytes
+        held = passing(text, 1) * element_bytes
+        outside = size.outside_bytes(element_bytes)
+        copied, host, gathered = 0, 0, Wire()
+        if plan.placement is Placement.sharded:
+            shares = [slab.share(ranks) * element_bytes for slab in vision]
+            layers = sum(shares) + passing(vision, ranks) * element_bytes
+            gathered = Wire(sum(shares) * (ranks - 1), len(shares) * (ranks - 1))
+        elif plan.placement is Placement.streamed and plan.resident_layers < len(vision) - 1:
+            each = vision[0].elements * element_bytes  # all layers of this pathway are alike
+            moving = len(vision) - plan.resident_layers
+            layers = plan.resident_layers * each + PASSING * each
+            copied = moving * each
+            host = 0 if on_cpu else copied
+        else:
+            layers = sum(slab.elements for slab in vision) * element_bytes
+        return cls(
+            text_bytes=text_read if plan.keep_text else held,
+            vision_bytes=outside + layers + (text_read if plan.keep_text else 0),
+            host_bytes=host,
+            text_read=text_read,
+            copied=copied,
+            gathered=gathered,
+        )
+
+
+def passing(slabs: tuple[Slab, ...], ranks: int) -> int:
+    """Elements of the layers that are on the device at once while all pass through it."""
+    return min(PASSING, len(slabs)) * max(slab.share(ranks) * ranks for slab in slabs)
+
+
+def choices(cfg: Config) -> list[WeightsPlan]:
+    """The plans among which `weights=auto` chooses, fastest first, or the one that is asked for.
+
+    `resident_layers` -1 stands for as many as fit.
+    """
+    asked = cfg.weights
+    layers = -1 if asked.resident_layers is None else asked.resident_layers
+    placements = [asked.placement]
+    if asked.placement is Placement.auto:
+        placements = [Placement.resident, Placement.streamed]
+        if replica_ranks(cfg.topology) > 1:
+            placements.insert(1, Placement.sharded)
+    return [
+        WeightsPlan(
+            placement=placement,
+            resident_layers=layers if placement is Placement.streamed else 0,
+            keep_text=asked.keep_text,
+            stays=False,
+        )
+        for placement in placements
+    ]

@@ -1,0 +1,141 @@
+"""Where the weights are changes no bit, takes what the plan says, and leaves nothing of the text behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import make_layout
+from ranks import run_on_ranks
+from torch import Tensor
+from toy_runs import PROMPT, clip_of, components, context_of, task_config
+
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
+from cosmos3_pipeline.checkpoint.weights import Part
+from cosmos3_pipeline.config.schema import Config, Placement, SamplerConfig
+from cosmos3_pipeline.distributed.mesh import RankMesh
+from cosmos3_pipeline.models.layouts import LAYOUTS
+from cosmos3_pipeline.models.make_checkpoint import numbers_of
+from cosmos3_pipeline.planning.plan import make_plan
+from cosmos3_pipeline.planning.weights import WeightsPlan
+from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
+from cosmos3_pipeline.stages.denoise import DenoiseStage
+from cosmos3_pipeline.stages.text import TextStage
+
+SIZE = 80, 112, 9  # 5 x 7 x 3 latents, an odd grid of patches
+STEPS, GUIDANCE = 3, 6.0
+# Of 5 layers, so that some stay and others move at an uneven pace.
+NUMBERS = {"hidden_size": 192, "num_hidden_layers": 5, "intermediate_size": 416}
+PLACEMENTS = {
+    "resident": {},
+    "text stays": {"keep_text": True},
+    "streamed": {"placement": Placement.streamed},
+    "streamed, 2 stay": {"placement": Placement.streamed, "resident_layers": 2},
+    "streamed, 4 stay": {"placement": Placement.streamed, "resident_layers": 4},
+    "streamed, the text stays": {"placement": Placement.streamed, "keep_text": True},
+    "sharded": {"placement": Placement.sharded},
+}
+RESIDENT = WeightsPlan(Placement.resident, resident_layers=0, keep_text=False, stays=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    numbers = numbers_of(LAYOUTS["nano"], full_size=False)
+    numbers["transformer"] |= NUMBERS
+    return make_layout(tmp_path_factory.mktemp("placed") / "nano", "nano", **numbers)
+
+
+def placements(ranks: int) -> dict[str, WeightsPlan]:
+    found = {name: replace(RESIDENT, **changes) for name, changes in PLACEMENTS.items()}  # type: ignore[arg-type]
+    return found if ranks > 1 else {name: plan for name, plan in found.items() if name != "sharded"}
+
+
+def run(
+    folder: str, plan: WeightsPlan, mesh: RankMesh, dtype: torch.dtype, clips: int = 1
+) -> tuple[Tensor, dict[str, Any]]:
+    """The latents of a prompt, `clips` times, and what was alive in each stage of the last."""
+    parts = components(inspect_checkpoint(folder), dtype=dtype, weights=plan, mesh=mesh)
+    measured: dict[str, Any] = {}
+    for _ in range(clips):
+        context = context_of(parts, clip_of(*SIZE), Path(folder), mesh=mesh)
+        sampler = SamplerConfig(steps=STEPS, guidance_scale=GUIDANCE, seed=1)
+        text, denoise = TextStage(task_config(prompt=PROMPT), sampler), DenoiseStage(sampler)
+        with LiveBytes([]) as live:
+            text(context)
+            measured["text"], live.peak = live.peak, live.now
+            measured["und after text"] = parts.transformer().here_bytes[Part.TEXT]
+            measured["alive after text"] = live.now - parts.texts.nbytes
+            denoise(context)
+            measured["denoise"] = live.peak
+        measured["gen after denoise"] = parts.transformer().here_bytes[Part.VISION]
+        measured["tokens"] = [len(context.state.get(f"{name}_input_ids")) for name in ("cond", "uncond")]
+    measured["sent"] = mesh.comm("replica").ledger.sent_bytes
+    latents = context.state.get("latents")
+    assert isinstance(latents, Tensor) and latents.std() > 0.3
+    return latents, measured
+
+
+def every_placement(rank: int, folder: str, cfg: int, ulysses: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
+    expected, _ = run(folder, RESIDENT, mesh, dtype)
+    found = []
+    for name, plan in placements(cfg * ulysses).items():
+        mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
+        latents, measured = run(folder, plan, mesh, dtype, clips=2)
+        assert torch.equal(latents, expected), name
+        found.append({"name": name, "rank": rank, **measured})
+    return found
+
+
+def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype) -> Config:
+    composed = compose(
+        [
+            "model=toy_random",
+            f"model.dtype={'float32' if dtype == torch.float32 else 'bfloat16'}",
+            f"weights.placement={plan.placement.value}",
+            f"weights.resident_layers={plan.resident_layers}",
+            f"weights.keep_text={plan.keep_text}",
+            f"topology.ranks_per_node={cfg * ulysses}",
+            f"topology.cfg={cfg}",
+            f"topology.ulysses={ulysses}",
+            f"sampler.steps={STEPS}",
+            f"sampler.guidance_scale={GUIDANCE}",
+            *(f"task.{key}={value}" for key, value in zip(("height", "width", "num_frames"), SIZE, strict=True)),
+        ]
+    )
+    numbers = numbers_of(LAYOUTS["nano"], full_size=False)["transformer"] | NUMBERS
+    own = {key: value for key, value in numbers.items() if key in vars(composed.model.transformer)}
+    transformer = replace(composed.model.transformer, **own)
+    return replace(composed, model=replace(composed.model, transformer=transformer))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "ulysses", "dtype"),
+    [
+        (1, 1, torch.float32),
+        (1, 1, torch.bfloat16),
+        (2, 1, torch.bfloat16),
+        (1, 2, torch.float32),
+        (2, 2, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_every_placement_has_the_bits_of_the_resident_one(
+    cfg: int, ulysses: int, dtype: torch.dtype, folder: Path
+) -> None:
+    for measured in run_on_ranks(every_placement, cfg * ulysses, str(folder), cfg, ulysses, dtype):
+        for one in measured:
+            plan = placements(cfg * ulysses)[one["name"]]
+            assert (one["und after text"] == 0) == (not plan.keep_text), one
+            # Nothing but the prompts' keys and values outlives the text, however it is looked for.
+            assert plan.keep_text or one["alive after text"] < 20_000, one
+            assert one["gen after denoise"] == 0, one
+            planned = make_plan(config_of(plan, cfg, ulysses, dtype), text_tokens=tuple(one["tokens"]))
+            rank = planned.ranks[one["rank"]]
+            for stage in ("text", "denoise"):
+                assert rank.stages[stage].peak_bytes == pytest.approx(one[stage], rel=0.05), one
