@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
@@ -88,6 +89,7 @@ def read_each_file_once() -> None:
                 parsed[text] = yaml.load(text, Loader=get_yaml_loader())
             return OmegaConf.create({} if parsed[text] is None else parsed[text])
 
+    Plugins.instance()  # looking for plugins runs these modules once more
     for source in (file_config_source, importlib_resources_config_source):
         vars(source)["OmegaConf"] = ReadOnce
 

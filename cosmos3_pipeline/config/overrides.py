@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from cosmos3_pipeline.config.errors import STRATEGY_NODES
@@ -42,6 +42,7 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
             problems.append(_no_override(first))
             continue
         problems += [*_sweep_alone(override, sweep), *_group_as_key(override, groups)]
+        problems += _no_option(override, groups)
         if override.key_or_group in groups and not override.is_hydra_override():
             problems += _doubled(override, chosen)
     if problems:
@@ -135,6 +136,31 @@ def _group_as_key(override: Override, groups: Groups) -> Iterator[Problem]:
             what=f"{override.input_line} sets a whole node",
             why=f"{' and '.join(meant)} is a group of options, which are chosen with a slash",
             works=" or ".join(_choices(group, groups[group], value) for group in meant),
+        )
+
+
+def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
+    """A number, a yes or no, or nothing in the place of an option's name, also among several."""
+    group = override.key_or_group
+    is_group = group in groups or (override.is_hydra_override() and "/" in group)
+    if override.is_delete() or not is_group:
+        return
+    values: list[object]
+    if not override.is_sweep_override():
+        values = [override.value()]
+    elif override.is_discrete_sweep() and override.value_type is not ValueType.GLOB_CHOICE_SWEEP:
+        values = list(override.sweep_iterator())
+    else:
+        return  # glob(*) has names that there are, and an interval is refused elsewhere
+    if any(value is None or isinstance(value, int | float) for value in values):
+        text = (override.input_line or group).partition("=")[2]
+        options = groups.get(group, [])
+        near = [option for option in options if text in option] or options
+        unset = f", or ~{group} for none" if None in values else ""
+        yield Problem(
+            what=f"{override.input_line} is no option of the group {group}",
+            why="an option is chosen by its name, and its name is never a number, true, false or null",
+            works=(" or ".join(f"{group}={option}" for option in near) or f"{group}=NAME, see --info") + unset,
         )
 
 

@@ -152,6 +152,8 @@ def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
     if group == "model" and name in real:
         others = [other for other in options if other.startswith("topology=h")]
         return ["topology=h200_x4"] if "topology=h200_x4" in others else others[:1]
+    if group == "weights" and "topology=h200_x4" in options:  # where there is something to share out and to save
+        return [*["model=nano"] * ("nano" in real), "topology=h200_x4"]
     if group == "topology" and not name.startswith("cpu") and "nano" in real:
         return ["model=nano"]
     return []

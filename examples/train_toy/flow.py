@@ -67,7 +67,7 @@ WORDS = Course(
 )
 # Then the sizes that people ask for. Which shape it is shows last among what the words decide, at noise levels of
 # 0.85 and more, of which the sampler's shift has one in five; so half of the clips are shifted further.
-SIZES = Course(steps=9000, phases=((0, {SMALL: 4, LARGE: 4, IMAGE: 3}, 32),), shifts=(SHIFT, 9.0))
+SIZES = Course(steps=7000, phases=((0, {SMALL: 4, LARGE: 4, IMAGE: 3}, 32),), shifts=(SHIFT, 9.0))
 
 
 @dataclass(frozen=True)
