@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -168,10 +169,11 @@ def _cuda(index: int) -> torch.device:
 
 
 @contextmanager
-def joined_world(*, device: str, threads: int) -> Iterator[torch.device]:
+def joined_world(*, device: str, threads: int, patience: float | None = None) -> Iterator[torch.device]:
     """Join the world that RANK and WORLD_SIZE describe (gloo on cpu, nccl on cuda), and leave it at the end.
 
-    Without RANK in the environment this process is a world of one and no process group is made.
+    Without RANK in the environment this process is a world of one and no process group is made. `patience` are the
+    seconds that a collective may wait for the slowest rank; without it PyTorch's default, ten minutes with nccl.
     Yields the device of this rank. Raises Refusal where there is no such device.
     """
     torch.set_num_threads(threads)
@@ -182,7 +184,11 @@ def joined_world(*, device: str, threads: int) -> Iterator[torch.device]:
     if "RANK" not in os.environ:
         yield local
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=local if device == "cuda" else None)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        device_id=local if device == "cuda" else None,
+        timeout=None if patience is None else timedelta(seconds=patience),
+    )
     yield local
     # Not in a `finally`: after an error the peers may be gone, and leaving would wait for them.
     dist.destroy_process_group()

@@ -44,6 +44,9 @@ from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 
+# Seconds, and how many times longer than planned a run may take, before a rank that waits gives up.
+LEAST_PATIENCE, SLOWER_THAN_PLANNED = 3600.0, 10
+
 
 @dataclass(frozen=True)
 class Run:
@@ -78,7 +81,7 @@ def run_rank(
     `stages` replace others, see `build_stages`. `output` is where the run writes; ranks that compose for
     themselves under torchrun pass None and learn it from rank 0.
     """
-    with rank_of(config, output) as (device, mesh, directory):
+    with rank_of(config, plan, output) as (device, mesh, directory):
         base_bytes = held_bytes(device)
         ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses", REPLICA)]
         parts = components(config, plan, device, mesh, ledgers, reporter_of(mesh))
@@ -90,14 +93,19 @@ def run_rank(
 
 
 @contextmanager
-def rank_of(config: Config, output: str | None) -> Iterator[tuple[torch.device, RankMesh, Path]]:
+def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[torch.device, RankMesh, Path]]:
     """Join the world of `config`: the device of this rank, its place in the mesh, and the directory of the run.
+
+    How long ranks wait for each other follows from `plan`: one with more clips or a slower disk is no fault.
 
     All ranks enter it together. Raises ValueError where one has composed another config.
     """
     diffusers_logging.set_verbosity_error()
     topology = config.topology
-    with joined_world(device=topology.device.value, threads=topology.threads_per_rank) as device:
+    patience = max(LEAST_PATIENCE, SLOWER_THAN_PLANNED * plan.clips * sum(plan.seconds.values()))
+    with joined_world(
+        device=topology.device.value, threads=topology.threads_per_rank, patience=patience
+    ) as device:
         agreed = everyones((output, digest_of(config)))
         refuse_other_configs([digest for _, digest in agreed])
         mesh = RankMesh.build(dp=topology.dp, cfg=topology.cfg, ulysses=topology.ulysses, device_type=device.type)

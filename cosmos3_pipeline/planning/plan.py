@@ -65,6 +65,7 @@ class Plan:
 
     `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
     each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
+    `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Plan:
     clip: Clip
     text_tokens: tuple[int, ...]
     steps: int
+    clips: int
     topology: dict[str, int]
     accelerator: Accelerator
     weights: WeightsPlan
@@ -147,6 +149,7 @@ def make_plan(
         clip=clip,
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
+        clips=denoising.prompts,
         topology={axis: getattr(cfg.topology, axis) for axis in AXES},
         accelerator=accelerator_of(cfg),
         weights=weights,
@@ -306,6 +309,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "text_tokens": list(plan.text_tokens),
         },
         "steps": plan.steps,
+        "clips_of_a_replica": plan.clips,
         "topology": {**plan.topology, "groups": groups(plan)},
         "accelerator": plan.accelerator.as_dict(),
         "weights": plan.weights.as_dict(),

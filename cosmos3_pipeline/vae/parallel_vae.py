@@ -94,7 +94,10 @@ class ParallelVAE(DropIn):
                 )
         loaded = next((p for p in autoencoder.parameters() if not p.is_meta), None)
         self._dtype: torch.dtype = dtype or (autoencoder.dtype if loaded is None else loaded.dtype)
-        self._device = device or (torch.device("cpu") if loaded is None else loaded.device)
+        if device is None:
+            device = torch.device("cpu") if loaded is None else loaded.device
+        # With the index of the one that is meant: "cuda" is no tensor's device.
+        self._device = torch.empty(0, device=device).device
         self._vae: BoundVae | None = None
         self._runners: dict[Direction, Runner] = {}
         self._honoured: dict[tuple[Direction, LatentShape], int] = {}

@@ -18,6 +18,7 @@ from cosmos_models import tiny_pipeline
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, DiffusionPipeline, ModularPipeline
 from diffusers.modular_pipelines import Cosmos3OmniBlocks
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from vae_models import WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.vae import ParallelVAE
@@ -343,3 +344,14 @@ def test_it_needs_nothing_of_the_application() -> None:
 def test_a_strategy_by_name_alone_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="encode='replicated'; a strategy is an object"):
         ParallelVAE(make_vae(CONFIG), "replicated", Replicated())  # type: ignore[arg-type]
+
+
+def test_a_device_without_an_index_is_the_one_that_tensors_name() -> None:
+    """An input on `cuda:0` is on the device of a VAE that was made for "cuda"; told by fake tensors."""
+    with torch.device("meta"):
+        autoencoder = AutoencoderKLWan(**CONFIG)
+    with FakeTensorMode():
+        vae = ParallelVAE(
+            autoencoder, encode=Replicated(), decode=Replicated(), dtype=torch.float32, device=torch.device("cuda")
+        )
+        assert vae.device == torch.empty(0, device="cuda").device == torch.device("cuda", 0)

@@ -40,7 +40,7 @@ def verify_rank(config: Config, plan: Plan, verification: Verification, output: 
 
     `output` is where the root writes; ranks that compose for themselves under torchrun pass None.
     """
-    with rank_of(config, output) as (device, mesh, directory), torch.no_grad():
+    with rank_of(config, plan, output) as (device, mesh, directory), torch.no_grad():
         reporter = reporter_of(mesh)
         vae, latents = inputs(config, plan, device, mesh, reporter)
         given = {"encode": vae.picture, "decode": latents}
@@ -106,6 +106,8 @@ def inputs(
         device=device,
         flow_shift=config.sampler.flow_shift,
         wrap_vae=wrap,
+        weights=plan.weights,
+        mesh=mesh,
     )
     context = RunContext(parts, plan.clip, config.task.fps, Path(), mesh=mesh, reporter=reporter)
     stages = build_stages(config, plan)
