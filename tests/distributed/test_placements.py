@@ -139,3 +139,48 @@ def test_every_placement_has_the_bits_of_the_resident_one(
             rank = planned.ranks[one["rank"]]
             for stage in ("text", "denoise"):
                 assert rank.stages[stage].peak_bytes == pytest.approx(one[stage], rel=0.05), one
+
+
+PROMPTS = ("a red kite 1", "a red kite 2", "a red kite 1", "a red kite 3")
+
+
+def prompt_file(rank: int, folder: str, ulysses: int) -> dict[str, Any]:
+    """What is alive while the prompts of four clips are encoded together, and while the first is denoised."""
+    torch.set_num_threads(1)
+    mesh = RankMesh.build(ulysses=ulysses)
+    parts = components(inspect_checkpoint(folder), dtype=torch.bfloat16, weights=RESIDENT, mesh=mesh)
+    sampler = SamplerConfig(steps=STEPS, guidance_scale=GUIDANCE, seed=1)
+    contexts = [context_of(parts, clip_of(*SIZE), Path(folder), mesh=mesh) for _ in PROMPTS]
+    stages = [TextStage(task_config(prompt=prompt), sampler) for prompt in PROMPTS]
+    found = []
+    for stage, context in zip(stages, contexts, strict=True):
+        stage.tokenize(context)
+        found += stage.prompts(context)
+    with LiveBytes([]) as live:
+        parts.encode_texts(found, wait=True)
+        text, live.peak = live.peak, live.now
+        waiting = parts.texts.nbytes
+        DenoiseStage(sampler)(contexts[0])
+        denoise = live.peak
+    for context in contexts[1:]:
+        DenoiseStage(sampler)(context)
+    tokens = [len(contexts[0].state.get(f"{name}_input_ids")) for name in ("cond", "uncond")]
+    assert len({len(context.state.get("cond_input_ids")) for context in contexts}) == 1
+    left = parts.texts.nbytes
+    return {"text": text, "denoise": denoise, "waiting": waiting, "tokens": tokens, "left": left}
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_the_prompts_of_a_file_take_what_is_planned(ulysses: int, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
+    config = config_of(RESIDENT, 1, ulysses, torch.bfloat16)
+    config = replace(config, task=replace(config.task, prompt_file=str(file)))
+    for rank, one in enumerate(run_on_ranks(prompt_file, ulysses, str(folder), ulysses)):
+        stages = make_plan(config, text_tokens=tuple(one["tokens"])).ranks[rank].stages
+        # One prompt is there twice, and encoded once: the plan counts lines.
+        twice = stages["text"].text_bytes - one["waiting"]
+        assert 0 < twice < one["waiting"] / 3
+        for name in ("text", "denoise"):
+            assert stages[name].peak_bytes - twice == pytest.approx(one[name], rel=0.05), name
+        assert one["left"] == 0  # who was waited for has been taken
