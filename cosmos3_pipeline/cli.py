@@ -40,7 +40,7 @@ from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.config.sweep import compositions_of
 from cosmos3_pipeline.distributed.failure import RankFailed
-from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
+from cosmos3_pipeline.errors import ConfigError, Fault, Problem, Refusal
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.log import kept
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
@@ -113,6 +113,10 @@ def launch(hydra_main: Callable[[], None]) -> None:
         _launch(hydra_main, args, source)
     except ConfigError as error:
         code = FAILED if sweep.was_told(error) else _refused(error)
+    except Fault as fault:
+        if not sweep.was_told(fault):
+            print(f"the run has stopped\n\n{fault}", file=sys.stderr)
+        code = FAILED
     except Refusal as refusal:
         code = FAILED if sweep.was_told(refusal) else _refused(ConfigError([refusal.problem]))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -50,6 +50,10 @@ class Refusal(ValueError):
         return str(self.problem)
 
 
+class Fault(Refusal):
+    """A Refusal that is found while ranks work together, such as weights that are NaN: it ends the run on all."""
+
+
 class ConfigError(Portable, ValueError):
     """A composition that is refused before any work starts. Holds every problem found, not only the first."""
 

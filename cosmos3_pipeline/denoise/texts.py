@@ -123,7 +123,7 @@ class Texts:
             where = torch.device("cpu") if wait else self._device
             found = encoder.encode(list(missing.values()), keep_on=where)
             self._kept |= dict(zip(missing, found, strict=True))
-        self._wanted.update(map(_key, prompts) if wait else list(missing))
+        self._wanted.update(key for key in map(_key, prompts) if wait or key in missing)
 
     def take(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[EncodedText]:
         """The encoded prompts on the device; one that no later clip waits for is forgotten here."""

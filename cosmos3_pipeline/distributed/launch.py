@@ -28,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.failure import RankFailed
-from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.errors import Fault, Refusal
 
 # The seconds that ranks of a broken world get to end by themselves before they are killed.
 SHUTDOWN_SECONDS = 5
@@ -149,7 +149,11 @@ def _words(failure: ProcessFailure) -> str:
     if isinstance(written, dict) and "extraInfo" in written:
         # A refusal is the user's to mend, and says how; where in the code it was raised would only hide that.
         kind, _, text = str(written["message"]).partition(": ")
-        return text if kind == Refusal.__name__ else str(written["extraInfo"]["py_callstack"]).strip()
+        return (
+            text
+            if kind in (Refusal.__name__, Fault.__name__)
+            else str(written["extraInfo"]["py_callstack"]).strip()
+        )
     if failure.exitcode < 0:
         return f"it was killed by signal {-failure.exitcode} ({failure.signal_name()})"
     return f"it ended with exit code {failure.exitcode}"

@@ -25,6 +25,7 @@ from cosmos3_pipeline.denoise.texts import Prompt
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.errors import Fault
 from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, versions
 from cosmos3_pipeline.jobs.origin import Origin
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
@@ -100,7 +101,8 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
 
     All ranks enter it together. Raises ValueError where one has composed another config.
     """
-    diffusers_logging.set_verbosity_error()
+    # Its blocks log what they raise with a traceback each, and it is told where it is caught.
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     topology = config.topology
     patience = max(LEAST_PATIENCE, SLOWER_THAN_PLANNED * plan.clips * sum(plan.seconds.values()))
     with joined_world(
@@ -124,6 +126,8 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
         failed = None
         try:
             make_clip(replace(run, config=config), folder)
+        except Fault:
+            raise  # of the weights, which no line is to blame for, and other ranks may not see
         # What is wrong with one line (its words, its latents) is told beside it; a lost rank still ends the run.
         except ValueError as error:
             failed = str(error)
@@ -142,7 +146,7 @@ def encode_together(run: Run, prompts: Sequence[str]) -> None:
         if not isinstance(text, TextStage):
             return  # another stage, which encodes prompts as it likes
         context = context_of(run, config, Path())
-        with suppress(ValueError):
+        with suppress(ValueError):  # told when it is the line's turn
             text.tokenize(context)
             found += text.prompts(context)
     run.components.encode_texts(found, wait=True)

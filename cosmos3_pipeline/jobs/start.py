@@ -109,6 +109,15 @@ def _fetched(cfg: Config) -> HubCheckpoint | None:
 def _memory(prepared: Prepared) -> Iterator[Problem]:
     """Weights and activations that the accelerator, or the memory of this machine, cannot hold."""
     cfg, plan = prepared.config, prepared.plan
+    waiting = max(rank.host_bytes for rank in plan.ranks) * cfg.topology.ranks_per_node
+    if waiting > host.available_bytes():
+        yield Problem(
+            what=f"weights.placement={plan.weights.placement.value}: the layers that wait on this host need "
+            f"{quantity('bytes', waiting)} of its memory",
+            why=f"{quantity('bytes', host.available_bytes())} are free here, for "
+            f"{cfg.topology.ranks_per_node} ranks with layers of their own",
+            works="weights=sharded, or more weights.resident_layers, or fewer ranks on one host",
+        )
     limit, owner = plan.accelerator.memory_bytes, f"one {plan.accelerator.name} has"
     if cfg.topology.device == Device.cpu:
         limit = host.available_bytes() / cfg.topology.ranks_per_node

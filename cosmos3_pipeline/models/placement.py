@@ -32,7 +32,7 @@ class PlacedTransformer:
     time. All ranks of `comm`, which share the weights, make the same calls.
 
     Raises:
-        Refusal: see `read_pieces`, where a file cannot be read or its values are no weights.
+        Fault: see `read_pieces`, where a file cannot be read or its values are no weights.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PlacedTransformer:
         rows = {word: torch.empty(width, dtype=self._dtype) for word in sorted(set(words))}
         read_pieces(Piece(stored, word * width, row) for word, row in rows.items())
         found = [rows[word] for word in words]
-        return torch.stack(found).to(self._device) if found else torch.empty(0, width, dtype=self._dtype)
+        return (torch.stack(found) if found else torch.empty(0, width, dtype=self._dtype)).to(self._device)
 
     def text(self) -> Iterator[Pathway]:
         """The text pathway's layers; those that do not stay are gone after the last."""
@@ -84,6 +84,13 @@ class PlacedTransformer:
         """Bring what the generation pathway needs throughout."""
         if self._vision is not None:
             return
+        try:
+            self._load_vision()
+        except BaseException:
+            self.release()  # half of it would be taken for all
+            raise
+
+    def _load_vision(self) -> None:
         outside = [p for p in self._checkpoint.parts("transformer", (Part.VISION,)) if p.weight.layer is None]
         weights = read_tensors(outside, dtype=self._dtype, device=self._device, advance=self._advance)
         for name, weight in weights.items():
@@ -99,8 +106,9 @@ class PlacedTransformer:
         from_files = FromFiles(files, self._device, self._advance)
         source: Source = from_files
         if self._device.type == "cuda" and not whole:
-            kept = {number: self._pinned(files, number) for number in set(range(layers)) - set(staying)}
-            self._kept = list(kept.values())
+            moving = sorted(set(range(layers)) - set(staying))
+            self._kept = self._kept or [self._pinned(files, number) for number in moving]
+            kept = dict(zip(moving, self._kept, strict=True))
             source = _Either(from_files, staying, FromHost(kept, self._device))
         self._vision = self._passing(files, source, staying)
         self._vision.settle()
@@ -110,7 +118,8 @@ class PlacedTransformer:
         if self._vision is not None:
             self._vision.drop()
             self._vision = None
-            self._kept = []
+        if self._plan.placement is Placement.sharded:
+            self._kept = []  # what waits on the host takes nothing of the device, and the next clip needs it
         for name, parameter in list(self.model.named_parameters()):
             if name.partition(".")[0] != "layers" and not parameter.is_meta:
                 _set(self.model, name, parameter.to("meta"))
@@ -133,15 +142,11 @@ class PlacedTransformer:
     @property
     def vision_read_bytes(self) -> int:
         """About the bytes of the files that `load_vision` reads."""
-        placed, layers = (
-            self._checkpoint.parts("transformer", (Part.VISION,)),
-            int(self.model.config.num_hidden_layers),
-        )
-        total: int = sum(p.stored.nbytes for p in placed)
+        total: int = sum(p.stored.nbytes for p in self._checkpoint.parts("transformer", (Part.VISION,)))
         if self._plan.placement is Placement.sharded:
             return total // self._comm.size
         if self._plan.placement is Placement.streamed and self._device.type == "cpu":
-            return total * self._plan.resident_layers // layers
+            return total * self._plan.resident_layers // len(self._vision_modules)
         return total
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from cosmos3_pipeline.checkpoint.files import not_whole
 from cosmos3_pipeline.checkpoint.inspect import Placed
 from cosmos3_pipeline.checkpoint.stored import StoredTensor
-from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.errors import Fault, Refusal
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Large enough that reading is not bound by calls, small beside any model.
@@ -47,7 +47,7 @@ def read_tensors(
     """The tensors, in `dtype` on `device`, but for those that their model keeps in float32.
 
     Raises:
-        Refusal: see `read_pieces`.
+        Fault: see `read_pieces`.
     """
     found: dict[str, Tensor] = {}
 
@@ -65,7 +65,7 @@ def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance
     """Read each piece into its memory. `check` False is for what has been read and looked at before.
 
     Raises:
-        Refusal: a file that cannot be read or has become shorter, or a value that is NaN or overflows.
+        Fault: a file that cannot be read or has become shorter, or a value that is NaN or overflows.
     """
     staging: Tensor | None = None
     file, stream = Path(), None
@@ -87,7 +87,7 @@ def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance
                 if check:
                     _refuse_overflow(piece.stored, block)
     except OSError as error:
-        raise not_whole(file, f"reading it failed: {error.strerror or error}") from error
+        raise _fault(not_whole(file, f"reading it failed: {error.strerror or error}")) from error
     finally:
         if stream is not None:
             stream.close()
@@ -127,16 +127,20 @@ def _fill(stream: BinaryIO, raw: Tensor, stored: StoredTensor) -> None:
     while done < len(memory):
         count = stream.readinto(memory[done:])  # type: ignore[attr-defined] # a file without a buffer has it
         if not count:
-            raise not_whole(stored.file, f"it ended within {stored.name}, after its header was read")
+            raise _fault(not_whole(stored.file, f"it ended within {stored.name}, after its header was read"))
         done += count
 
 
+def _fault(refusal: Refusal) -> Fault:
+    return Fault(refusal.problem.what, refusal.problem.why, refusal.problem.works)
+
+
 def _refuse_overflow(stored: StoredTensor, values: Tensor) -> None:
-    """Raise Refusal where one of `values` is NaN, or too large: smallest and largest tell, in one pass."""
+    """Raise Fault where one of `values` is NaN, or too large: smallest and largest tell, in one pass."""
     if not values.numel() or all(abs(end.item()) <= LARGEST_VALUE for end in values.aminmax()):
         return
     bad = int((~(values.abs() <= LARGEST_VALUE)).sum())
-    raise Refusal(
+    raise Fault(
         what=f"{stored.name} in {stored.file} has {bad} values in one block that are NaN or too large",
         why=f"beyond {LARGEST_VALUE:g} what they are multiplied with overflows, and the picture is black",
         works="the file as it was published, downloaded again",

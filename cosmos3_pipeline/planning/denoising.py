@@ -167,6 +167,9 @@ class Denoising:
         pairs = zip(own, cost.texts, strict=False)
         prompts = sorted(tokens for tokens, text in pairs for _ in range(self._times(text)))
         longest = even_rows(prompts.pop(), ranks)
+        if self.size.num_hidden_layers == 1:  # the last layer's keys and values are all that is made
+            keys = 3 * self.size.num_key_value_heads * self.size.head_dim
+            return longest[rank] * (2 * self.size.hidden_size + keys) * self.element_bytes
         waiting = sum(even_rows(tokens, ranks)[rank] * self.size.hidden_size for tokens in prompts)
         waiting += sum(2 * tokens * self.size.head_dim for tokens in prompts)
         return waiting * self.element_bytes + self._layer_bytes(longest, rank, before=0, on_cpu=on_cpu)
@@ -179,6 +182,8 @@ class Denoising:
         passes = self.passes if before else 1
         # What every pass has made so far, and the projections of the layer.
         held = n * (passes * size.hidden_size + size.projection_width)
+        if not before and size.norms_text_keys_again:
+            held += everyone * keys
         held += passes * 2 * everyone * size.head_dim  # rotary angles
         attended = everyone * queries
         if len(rows) > 1:

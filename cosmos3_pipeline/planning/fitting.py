@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import product
 
-from cosmos3_pipeline.config.schema import Config, Placement
+from cosmos3_pipeline.config.schema import Config, Device, Placement
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.planning.geometry import replica_ranks
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.strategy import Exactness
+
+# How far, as a logarithm, a smaller picture's ratio of width to height may be from what was asked.
+SAME_RATIO = 0.1
 
 
 def that_fits(cfg: Config, limit: float) -> str | None:
@@ -31,35 +35,45 @@ def that_fits(cfg: Config, limit: float) -> str | None:
             continue
         if plan.peak_bytes <= limit:
             return " ".join(filter(None, (placement, strategy)))
-    for smaller in _smaller(cfg):
-        words = " ".join(f"task.{key}={value}" for key, value in smaller.items())
+    for smaller, (placement, weights) in product(_smaller(cfg), _placements(cfg)):
+        words = [placement, *(f"task.{key}={value}" for key, value in smaller.items())]
         with suppress(Refusal):
             task = replace(cfg.task, **smaller)  # type: ignore[arg-type]
-            if make_plan(replace(cfg, task=task)).peak_bytes <= limit:
-                return words
+            if make_plan(replace(weights, task=task)).peak_bytes <= limit:
+                return " ".join(filter(None, words))
     return None
 
 
-def _smaller(cfg: Config) -> Iterator[dict[str, int]]:
-    """Shorter clips, then those of the model's smaller sizes, longest and largest first."""
-    frames, step = cfg.task.num_frames, cfg.model.vae.scale_factor_temporal
-    chunks = (frames - 1) // step
-    while (chunks := chunks // 2) > max(cfg.task.condition_latent_frames, default=0):
-        yield {"num_frames": step * chunks + 1}
-    wide, area = cfg.task.width >= cfg.task.height, cfg.task.width * cfg.task.height
-    sizes = {tuple(map(int, size.split("x"))) for tier in cfg.model.trained.tiers for size in tier.sizes}
-    for width, height in sorted(sizes, key=lambda size: -size[0] * size[1]):
-        if width * height < area and (width >= height) == wide:
-            yield {"width": width, "height": height}
+def _smaller(cfg: Config) -> list[dict[str, int]]:
+    """Shorter clips and those of the model's smaller sizes: those that keep most of what was asked come first."""
+    task, step = cfg.task, cfg.model.vae.scale_factor_temporal
+    lengths, chunks = [task.num_frames], (task.num_frames - 1) // step
+    while (chunks := chunks // 2) > max(task.condition_latent_frames, default=0):
+        lengths.append(step * chunks + 1)
+    trained = {size for tier in cfg.model.trained.tiers for size in tier.sizes}
+    sizes = [(task.width, task.height)]
+    for width, height in (map(int, size.split("x")) for size in sorted(trained)):
+        alike = abs(math.log(width / height * task.height / task.width)) < SAME_RATIO
+        if width * height < task.width * task.height and alike:
+            sizes.append((width, height))
+    found = []
+    for (width, height), frames in product(sizes, lengths):
+        changes = {"width": width, "height": height, "num_frames": frames}
+        found.append({key: value for key, value in changes.items() if value != getattr(task, key)})
+    asked = {"width": task.width, "height": task.height, "num_frames": task.num_frames}
+    return sorted(found[1:], key=lambda changes: (-math.prod((asked | changes).values()), len(changes)))
 
 
 def _placements(cfg: Config) -> Iterator[tuple[str, Config]]:
     """The override, "" for what is chosen already, and the config with it."""
     yield "", cfg
-    for placement in (Placement.sharded, Placement.streamed):
+    # On an accelerator the plan knows what is free, and so does `auto`.
+    streamed = Placement.streamed if cfg.topology.device is Device.cpu else Placement.auto
+    for placement in (Placement.sharded, streamed):
         if placement is Placement.sharded and replica_ranks(cfg.topology) == 1:
             continue
-        weights = replace(cfg.weights, placement=placement, resident_layers=0)
+        stay = None if placement is Placement.auto else 0
+        weights = replace(cfg.weights, placement=placement, resident_layers=stay)
         yield f"weights={placement.value}", replace(cfg, weights=weights)
 
 

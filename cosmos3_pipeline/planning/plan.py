@@ -188,7 +188,7 @@ def _placed(
 def _reason(weights: WeightsPlan, tried: int, *, fits: bool) -> str:
     if not fits:
         return f"none of {tried} placements fits; this one needs least"
-    return f"the fastest of {tried} placements that fits"
+    return f"the fastest of {tried} placements that fits" if tried > 1 else "there is no other"
 
 
 def _as_many_layers(

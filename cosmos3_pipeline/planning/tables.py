@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +117,23 @@ def as_markdown(plan: Mapping[str, Any]) -> str:
         lines.append(f"|{'|'.join(['---'] + ['---:'] * (len(sheet.columns) - 1))}|")
         lines += [f"| {' | '.join(row)} |" for row in sheet.rows]
         lines.append("")
+    lines += [f"- {note}" for note in _of_weights(plan)]
     lines += [f"- {name}: {note}" for name, note in plan["strategy_notes"].items()]
     lines += [f"- {note}" for note in plan["notes"]]
     return "\n".join(lines) + "\n"
+
+
+def _of_weights(plan: Mapping[str, Any]) -> Iterator[str]:
+    """Why the weights are where they are, and what waits on the host."""
+    if chosen := plan["weights"]["chosen"]:
+        yield f"weights {placement(plan['weights'])}: {chosen}"
+    waiting = max(rank["host_bytes"] for rank in plan["ranks"])
+    if waiting:
+        per_node = plan["topology"]["ranks_per_node"]
+        yield (
+            f"weights: {quantity('bytes', waiting)} wait in pinned memory of the host for each rank, "
+            f"{quantity('bytes', waiting * per_node)} on a node"
+        )
 
 
 def show(plan: Mapping[str, Any], console: Console) -> None:
@@ -132,6 +146,8 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
+    for note in _of_weights(plan):
+        console.print(note, style="dim", highlight=False)
     for name, note in plan["strategy_notes"].items():
         console.print(f"{name}: {note}", style="dim", highlight=False)
     for note in plan["notes"]:

@@ -33,6 +33,7 @@ class TransformerSize:
     intermediate_size: int
     gated: bool
     patch_channels: int
+    norms_text_keys_again: bool  # vision sees other keys of the text than the text itself
     weights: tuple[Weight, ...]
 
     @classmethod
@@ -47,6 +48,8 @@ class TransformerSize:
             intermediate_size=int(config["intermediate_size"]),
             gated=config.get("hidden_act", "silu") == "silu",
             patch_channels=latent_channels * int(config["latent_patch_size"]) ** 2,
+            norms_text_keys_again=bool(config.get("use_und_k_norm_for_gen"))
+            and not config.get("qk_norm_for_text", True),
             weights=transformer_weights({**config, "latent_channel": latent_channels}),
         )
 

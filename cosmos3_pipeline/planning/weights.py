@@ -73,7 +73,7 @@ class WeightsCost:
             moving = len(vision) - plan.resident_layers
             layers = plan.resident_layers * each + PASSING * each
             copied = moving * each
-            host = 0 if on_cpu else copied
+            host = 0 if on_cpu else moving * _pinned(each)
         else:
             layers = sum(slab.elements for slab in vision) * element_bytes
         return cls(
@@ -84,6 +84,11 @@ class WeightsCost:
             copied=copied,
             gathered=gathered,
         )
+
+
+def _pinned(nbytes: int) -> int:
+    """What pinned memory for `nbytes` takes of the host: PyTorch's allocator gives powers of two."""
+    return 1 << (nbytes - 1).bit_length()
 
 
 def passing(slabs: tuple[Slab, ...], ranks: int) -> int:

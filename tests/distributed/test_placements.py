@@ -16,7 +16,7 @@ from toy_runs import PROMPT, clip_of, components, context_of, task_config
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.checkpoint.weights import Part
-from cosmos3_pipeline.config.schema import Config, Placement, SamplerConfig
+from cosmos3_pipeline.config.schema import Config, HiddenAct, Placement, SamplerConfig
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.models.layouts import LAYOUTS
 from cosmos3_pipeline.models.make_checkpoint import numbers_of
@@ -42,15 +42,33 @@ PLACEMENTS = {
 RESIDENT = WeightsPlan(Placement.resident, resident_layers=0, keep_text=False, stays=False)
 
 
+# Layouts and dimensions of their transformers: Edge's has no gate, and norms the text's keys twice.
+LAYOUT = {
+    "nano": ("nano", NUMBERS),
+    "one layer": ("nano", {**NUMBERS, "num_hidden_layers": 1}),
+    "edge": ("edge", {"hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 416}),
+}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    numbers = numbers_of(LAYOUTS["nano"], full_size=False)
-    numbers["transformer"] |= NUMBERS
-    return make_layout(tmp_path_factory.mktemp("placed") / "nano", "nano", **numbers)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for name, (layout, changes) in LAYOUT.items():
+        numbers = numbers_of(LAYOUTS[layout], full_size=False)
+        numbers["transformer"] |= changes
+        found[name] = make_layout(tmp_path_factory.mktemp("placed") / layout, layout, **numbers)
+    return found
 
 
-def placements(ranks: int) -> dict[str, WeightsPlan]:
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["nano"]
+
+
+def placements(ranks: int, layers: int) -> dict[str, WeightsPlan]:
     found = {name: replace(RESIDENT, **changes) for name, changes in PLACEMENTS.items()}  # type: ignore[arg-type]
+    if layers < 5:  # no more can stay than there are
+        found = {name: plan for name, plan in found.items() if not plan.resident_layers}
     return found if ranks > 1 else {name: plan for name, plan in found.items() if name != "sharded"}
 
 
@@ -79,12 +97,14 @@ def run(
     return latents, measured
 
 
-def every_placement(rank: int, folder: str, cfg: int, ulysses: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def every_placement(
+    rank: int, folder: str, layers: int, cfg: int, ulysses: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
     expected, _ = run(folder, RESIDENT, mesh, dtype)
     found = []
-    for name, plan in placements(cfg * ulysses).items():
+    for name, plan in placements(cfg * ulysses, layers).items():
         mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
         latents, measured = run(folder, plan, mesh, dtype, clips=2)
         assert torch.equal(latents, expected), name
@@ -92,7 +112,7 @@ def every_placement(rank: int, folder: str, cfg: int, ulysses: int, dtype: torch
     return found
 
 
-def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype) -> Config:
+def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype, name: str = "nano") -> Config:
     composed = compose(
         [
             "model=toy_random",
@@ -108,34 +128,41 @@ def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype) -> 
             *(f"task.{key}={value}" for key, value in zip(("height", "width", "num_frames"), SIZE, strict=True)),
         ]
     )
-    numbers = numbers_of(LAYOUTS["nano"], full_size=False)["transformer"] | NUMBERS
+    layout, changes = LAYOUT[name]
+    numbers = numbers_of(LAYOUTS[layout], full_size=False)["transformer"] | changes
     own = {key: value for key, value in numbers.items() if key in vars(composed.model.transformer)}
+    own["hidden_act"] = HiddenAct(own["hidden_act"])
     transformer = replace(composed.model.transformer, **own)
     return replace(composed, model=replace(composed.model, transformer=transformer))
 
 
 @pytest.mark.parametrize(
-    ("cfg", "ulysses", "dtype"),
+    ("name", "cfg", "ulysses", "dtype"),
     [
-        (1, 1, torch.float32),
-        (1, 1, torch.bfloat16),
-        (2, 1, torch.bfloat16),
-        (1, 2, torch.float32),
-        (2, 2, torch.bfloat16),
+        ("nano", 1, 1, torch.float32),
+        ("nano", 1, 1, torch.bfloat16),
+        ("nano", 2, 1, torch.bfloat16),
+        ("nano", 1, 2, torch.float32),
+        ("nano", 2, 2, torch.bfloat16),
+        ("one layer", 1, 1, torch.float32),
+        ("edge", 1, 1, torch.float32),
+        ("edge", 1, 2, torch.bfloat16),
     ],
     ids=str,
 )
 def test_every_placement_has_the_bits_of_the_resident_one(
-    cfg: int, ulysses: int, dtype: torch.dtype, folder: Path
+    name: str, cfg: int, ulysses: int, dtype: torch.dtype, folders: dict[str, Path]
 ) -> None:
-    for measured in run_on_ranks(every_placement, cfg * ulysses, str(folder), cfg, ulysses, dtype):
+    layers = int(LAYOUT[name][1]["num_hidden_layers"])
+    asked = (str(folders[name]), layers, cfg, ulysses, dtype)
+    for measured in run_on_ranks(every_placement, cfg * ulysses, *asked):
         for one in measured:
-            plan = placements(cfg * ulysses)[one["name"]]
+            plan = placements(cfg * ulysses, layers)[one["name"]]
             assert (one["und after text"] == 0) == (not plan.keep_text), one
             # Nothing but the prompts' keys and values outlives the text, however it is looked for.
             assert plan.keep_text or one["alive after text"] < 20_000, one
             assert one["gen after denoise"] == 0, one
-            planned = make_plan(config_of(plan, cfg, ulysses, dtype), text_tokens=tuple(one["tokens"]))
+            planned = make_plan(config_of(plan, cfg, ulysses, dtype, name), text_tokens=tuple(one["tokens"]))
             rank = planned.ranks[one["rank"]]
             for stage in ("text", "denoise"):
                 assert rank.stages[stage].peak_bytes == pytest.approx(one[stage], rel=0.05), one

@@ -6,12 +6,31 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from checkpoints import make_layout
 from conftest import SMALL, launch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cosmos3_pipeline.stages.media import write_video
 
 pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.effect_noise((96, 80), 90).convert("RGB").save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def clip_file(tmp_path: Path) -> Path:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 80, 96, 3), dtype=np.uint8)
+    with write_video(tmp_path / "clip.mp4", height=80, width=96, fps=24, crf=10, preset="ultrafast") as video:
+        video.write(frames)
+    return tmp_path / "clip.mp4"
 
 
 def latents(folder: Path) -> torch.Tensor:
@@ -32,6 +51,38 @@ def test_a_streamed_run_is_the_resident_one(generate: Callable[..., Path]) -> No
     }
     assert kept[streamed]["ranks"][0]["kept_bytes"] < kept[resident]["ranks"][0]["kept_bytes"] / 5
     assert all(run["ranks"][0]["kept_bytes"] == 0 for run in [metrics["loading"]["text"]])
+
+
+@pytest.mark.parametrize("task", ["t2i", "i2v", "v2v", "no guidance"])
+def test_every_task_streams(task: str, generate: Callable[..., Path], photo: Path, clip_file: Path) -> None:
+    asked = {
+        "t2i": ("task=t2i", "task.num_frames=1"),
+        "i2v": ("task=i2v", f"task.image={photo}"),
+        "v2v": ("task=v2v", f"task.video={clip_file}"),
+        "no guidance": ("sampler.guidance_scale=1.0",),
+    }[task]
+    placed = ("weights=resident", "weights=streamed", "weights=streamed weights.resident_layers=1")
+    first, *others = (latents(generate("output.latents=true", *asked, *one.split())) for one in placed)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_weights_that_are_no_numbers_end_the_run_with_their_name(tmp_path: Path) -> None:
+    """On every rank and at once, whatever line of a prompt file it is at, and told once."""
+    folder = make_layout(tmp_path / "nano", "nano")
+    broken = "layers.2.post_attention_layernorm_moe_gen.weight"
+    for file in (folder / "transformer").glob("*.safetensors"):
+        tensors = load_file(file)
+        if broken in tensors:
+            tensors[broken][-1] = float("nan")
+            save_file(tensors, file, metadata={"format": "pt"})
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red kite\na blue boat\n", encoding="utf-8")
+    given = ("model=nano", f"model.path={folder}", *SMALL[1:], f"task.prompt_file={prompts}")
+    for placed in (("weights=sharded", "topology=cpu_x2"), ("weights=streamed",), ("weights=resident",)):
+        done = launch(*given, *placed, f"hydra.run.dir={tmp_path / placed[0].partition('=')[2]}")
+        assert done.returncode == 1
+        assert done.stderr.count(f"{broken} in ") == 1, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("weights", ["resident", "sharded", "streamed"])

@@ -170,7 +170,7 @@ def test_memory_that_cannot_fit_stops_a_run_but_not_a_plan() -> None:
         prepare(composition(overrides))
     (problem,) = [p for p in caught.value.problems if "needs" in p.what]
     assert "48 GB" in problem.why and "GB of weights" in problem.why
-    assert problem.works == "weights=streamed"
-    prepare(composition([*overrides, "weights=streamed"]), fetch=False)
+    assert problem.works == "weights=auto"
+    assert make_plan(compose([*overrides, "weights=auto"])).fits
     prepare(composition([*overrides, "job=plan"]))
     assert make_plan(compose(["model=nano", "topology=h100_x1", "model.path=nvidia/Cosmos3-Nano"])).fits

@@ -24,6 +24,7 @@ from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, decoder_program, encoder_program
 from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
+from cosmos3_plugins.auto import Auto
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.layer_pipeline.cuts import fixed_cuts, moving_cuts, speed_up
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
@@ -203,3 +204,17 @@ def test_a_plan_says_how_exact_the_clip_will_be() -> None:
     assert LayerPipeline().plan(DECODER, shape, 2).exactness == Exactness.BITWISE
     assert SpatialShard().plan(DECODER, shape, 2).exactness == Exactness.ROUNDING
     assert SpatialShard().plan(DECODER, shape, 1).exactness == Exactness.BITWISE
+
+
+def test_auto_leaves_out_what_does_not_fit() -> None:
+    """With less memory it takes the next that fits, and where none does the one that needs least."""
+    program, shape = decoder_program(vae_config(WAN22)), LatentShape(1, 6, 24, 40, 2)
+
+    def peak(strategy: Strategy) -> int:
+        shares = strategy.plan(program, shape, 4).shares
+        return max(share.weight_bytes + share.activation_bytes for share in shares)
+
+    fastest = peak(Auto(require="rounding"))
+    smaller = peak(Auto(require="rounding", memory_gb=(fastest - 1) / 1e9))
+    assert smaller < fastest
+    assert peak(Auto(require="rounding", memory_gb=1e-6)) <= smaller
