@@ -17,16 +17,29 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
     """Everything that is printed in the block goes to `folder`/log.txt too, and what ends it with an error."""
-    with (
-        (folder / NAME).open("a", encoding="utf-8") as file,
-        redirect_stdout(_Both(sys.stdout, file)),
-        redirect_stderr(_Both(sys.stderr, file)),
-    ):
+    with also_to(folder) as file:
         try:
             yield
         except BaseException as error:
             file.write(f"{type(error).__name__}: {error}\n")
             raise
+
+
+@contextmanager
+def also_to(folder: Path) -> Iterator[TextIO]:
+    """Everything that this process prints in the block goes to `folder`/log.txt too, after what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        (folder / NAME).open("a", encoding="utf-8") as file,
+        redirect_stdout(_Both(sys.stdout, file)),
+        redirect_stderr(_Both(sys.stderr, file)),
+    ):
+        yield file
+
+
+def is_kept() -> bool:
+    """Whether what this process prints is kept already."""
+    return isinstance(sys.stdout, _Both)
 
 
 class _Both:

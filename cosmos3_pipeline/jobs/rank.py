@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.errors import Fault
+from cosmos3_pipeline.jobs.log import also_to, is_kept
 from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, versions
 from cosmos3_pipeline.jobs.origin import Origin
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
@@ -111,7 +112,11 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
         agreed = everyones((output, digest_of(config)))
         refuse_other_configs([digest for _, digest in agreed])
         mesh = RankMesh.build(dp=topology.dp, cfg=topology.cfg, ulysses=topology.ulysses, device_type=device.type)
-        yield device, mesh, Path(str(agreed[0][0]))
+        directory = Path(str(agreed[0][0]))
+        # What a process that was started here prints, nobody else keeps; one by torchrun keeps its own.
+        first = dist.is_initialized() and dist.get_rank() == 0
+        with also_to(directory) if first and not is_kept() else nullcontext():
+            yield device, mesh, directory
 
 
 def make_clips(run: Run, prompt_file: str, directory: Path) -> None:

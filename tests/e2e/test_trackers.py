@@ -76,6 +76,9 @@ def test_the_log_says_what_the_terminal_said(tmp_path: Path) -> None:
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0 and done.stdout in log.replace(done.stderr, "") and "denoising steps" in log
     assert json.loads((tmp_path / "metrics.json").read_text())["picture"] in log
+    ranks = tmp_path / "ranks"
+    assert launch(*ONE, "topology=cpu_x2", f"hydra.run.dir={ranks}").returncode == 0
+    assert (ranks / "log.txt").read_text().count("denoising steps") == 1
     failed = launch(*ONE, f"hydra.run.dir={tmp_path / 'failed'}", "task=i2v", f"task.image={tmp_path / 'log.txt'}")
     assert failed.returncode != 0
     assert "works: a JPEG, PNG or WebP file" in (tmp_path / "failed" / "log.txt").read_text()
