@@ -50,20 +50,21 @@ def samples(file: Path) -> None:
 
 
 def curves(out: Path, folder: Path) -> None:
-    """Of the VAE, and its decoder after it, dB; of the transformer the part of prompts that show what was said."""
-    first, then = _rows(out / "vae.csv"), _rows(out / "decoder.csv")
-    last = int(first[-1]["step"])
-    for row in then:
-        row["step"] += last
-    flow = _rows(out / "flow.csv")
-    _plot(
-        folder / "toy_vae.svg",
-        "VAE: dB on scenes that training does not draw",
-        [*first, *then],
-        ("images", "clips"),
-    )
-    seen = ("colour", "background", "shape", "direction")
-    _plot(folder / "toy_flow.svg", "transformer: part of 16 unseen prompts that is right", flow, seen)
+    """Of the VAE, and its decoder after it, dB; of the transformer the part of prompts that show what was said.
+
+    Of the parts of the training that have left their numbers in `out`.
+    """
+    if (out / "decoder.csv").exists():
+        first, then = _rows(out / "vae.csv"), _rows(out / "decoder.csv")
+        for row in then:
+            row["step"] += first[-1]["step"]
+        title = "VAE: dB on scenes that training does not draw"
+        _plot(folder / "toy_vae.svg", title, [*first, *then], ("images", "clips"))
+    seen = ("colour", "background", "shape", "direction", "loss")
+    for part, name in (("flow", "first on few tokens"), ("sizes", "then on all sizes")):
+        if (out / f"{part}.csv").exists():
+            title = f"transformer, {name}: part of 16 unseen prompts that is right, and the loss"
+            _plot(folder / f"toy_{part}.svg", title, _rows(out / f"{part}.csv"), seen)
 
 
 def _rows(file: Path) -> list[dict[str, float]]:
