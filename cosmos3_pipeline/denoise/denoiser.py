@@ -50,7 +50,8 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             block_state.parallel_passes = self._prepare(components.transformer, block_state)
         transformer, passes = block_state.parallel_transformer, block_state.parallel_passes
         any_pass = passes[0]
-        timestep = torch.full((1,), t.item(), device=block_state.vision_tokens[0].device)
+        # Its value stays on the device: reading it on the host would wait for all that was launched before.
+        timestep = t.reshape(1).to(block_state.vision_tokens[0].device)
         embedded, latent_shapes = transformer.embed(any_pass, block_state.vision_tokens, timestep)
         velocities = transformer.predict(passes, embedded)
         if self._guidance.ranks > 1:

@@ -122,7 +122,7 @@ class Denoising:
         # Each pass of each step reads the vision pathway's weights once.
         reads = steps * self.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
         sequence, guidance = cost.step_ulysses * steps, cost.step_cfg * steps
-        gathered = weights.gathered * steps
+        gathered = weights.gathered * steps + weights.gathered_ahead
         inner, outer = topology.ulysses, topology.cfg * topology.ulysses
         link = accelerator.wire_seconds(sequence.bytes, sequence.messages, crosses_nodes=inner > per_node)
         link += accelerator.wire_seconds(guidance.bytes, guidance.messages, crosses_nodes=outer > per_node)

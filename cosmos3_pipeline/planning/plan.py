@@ -21,7 +21,7 @@ from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import text_tokens_of
 from cosmos3_pipeline.planning.trained import outside
-from cosmos3_pipeline.planning.transformer import TransformerSize
+from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
 from cosmos3_pipeline.planning.vae import ELEMENT_BYTES, VaePlan, directions, strategy_of, vae_plan
 from cosmos3_pipeline.planning.weights import WeightsCost, WeightsPlan, choices
 from cosmos3_pipeline.vae.program import Direction
@@ -243,10 +243,14 @@ def _rank(
     planned = {"text": denoising.text_stage(cfg, place, cost)}
     if "encode" in stages:
         before = max(text, waiting) if denoising.prompts == 1 or on_cpu else 0
-        planned["encode"] = stages["encode"].stage(cfg, in_replica, weights=encoder + kept, text=before)
+        planned["encode"] = stages["encode"].stage(
+            cfg, in_replica, weights=encoder + kept, text=before, inputs=_condition_bytes(cfg)
+        )
     planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder)
     after = encoder + vae["decode"] + kept
-    planned["decode"] = stages["decode"].stage(cfg, in_replica, weights=after, text=waiting)
+    # What was denoised, and the same as the VAE takes it; every rank has both throughout.
+    latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])
+    planned["decode"] = stages["decode"].stage(cfg, in_replica, weights=after, text=waiting, inputs=latents)
     return RankPlan(
         rank=rank,
         node=rank // topology.ranks_per_node,
@@ -263,6 +267,13 @@ def _rank(
         text_bytes=text,
         stages=planned,
     )
+
+
+def _condition_bytes(cfg: Config) -> int:
+    """Bytes of the frames that are encoded, as they are read and as diffusers pads them, to two at least."""
+    frames = clip_of(cfg).temporal * max(cfg.task.condition_latent_frames) + 1
+    pixels = 3 * cfg.task.height * cfg.task.width
+    return (frames + max(frames, 2)) * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
 
 
 def _warnings(cfg: Config) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import build_strategy
-from cosmos3_pipeline.config.schema import Config, Dtype, VaeConfig
+from cosmos3_pipeline.config.schema import Config, Device, Dtype, VaeConfig
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
@@ -58,15 +58,15 @@ class VaeStage:
             "link": accelerator.wire_seconds(share.sent_bytes, share.sent_messages, crosses_nodes=crosses_nodes),
         }
 
-    def stage(self, cfg: Config, rank: int, *, weights: int, text: int) -> RankStage:
-        """The stage on `rank`, which holds so many bytes of weights and of prompts."""
+    def stage(self, cfg: Config, rank: int, *, weights: int, text: int, inputs: int) -> RankStage:
+        """The stage on `rank`, which holds so many bytes of weights, of prompts and of the clip that it reads."""
         share = self.plan.shares[rank]
         crosses = len(self.plan.shares) > cfg.topology.ranks_per_node
         return RankStage(
             flops=share.flops,
             weight_bytes=weights,
             text_bytes=text,
-            activation_bytes=share.activation_bytes,
+            activation_bytes=share.activation_bytes + inputs,
             sent=Wire(share.sent_bytes, share.sent_messages),
             seconds=self.bounds(rank, accelerator_of(cfg), cfg.model.vae_dtype, crosses_nodes=crosses),
             share={
@@ -128,7 +128,10 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
     frames = clip.latent_frames
     if direction == "encode":
         frames = max(cfg.task.condition_latent_frames) + 1
-    shape = LatentShape(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype])
+    shape = LatentShape(
+        *(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype]),
+        on_host=cfg.topology.device == Device.cpu,
+    )
     ranks = replica_ranks(cfg.topology)
     key = repr((direction, plain(cfg.model.vae), shape, ranks, type(strategy), strategy))
     if key not in _made:

@@ -44,7 +44,8 @@ class WeightsCost:
 
     `text_bytes` and `vision_bytes` are held while the text is encoded and while it denoises. `host_bytes` wait on
     the host for an accelerator. `text_read` is brought for the text; `copied` is copied from the host, `gathered`
-    sent to the other ranks, each time that the vision goes through its layers.
+    sent to the other ranks, each time that the vision goes through its layers. `gathered_ahead` is sent once more:
+    the first layer, which comes while the last one computes, also of the last step.
     """
 
     text_bytes: int
@@ -53,6 +54,7 @@ class WeightsCost:
     text_read: int
     copied: int
     gathered: Wire
+    gathered_ahead: Wire
 
     @classmethod
     def of(
@@ -63,11 +65,12 @@ class WeightsCost:
         text_read = sum(slab.elements for slab in text) * element_bytes
         held = passing(text, 1) * element_bytes
         outside = size.outside_bytes(element_bytes)
-        copied, host, gathered = 0, 0, Wire()
+        copied, host, gathered, ahead = 0, 0, Wire(), Wire()
         if plan.placement is Placement.sharded:
             shares = [slab.share(ranks) * element_bytes for slab in vision]
             layers = sum(shares) + passing(vision, ranks) * element_bytes
             gathered = Wire(sum(shares) * (ranks - 1), len(shares) * (ranks - 1))
+            ahead = Wire(shares[0] * (ranks - 1), ranks - 1) if len(shares) > 1 else Wire()
         elif plan.placement is Placement.streamed and plan.resident_layers < len(vision) - 1:
             each = vision[0].elements * element_bytes  # all layers of this pathway are alike
             moving = len(vision) - plan.resident_layers
@@ -83,6 +86,7 @@ class WeightsCost:
             text_read=text_read,
             copied=copied,
             gathered=gathered,
+            gathered_ahead=ahead,
         )
 
 

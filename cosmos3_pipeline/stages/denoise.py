@@ -39,6 +39,10 @@ class DenoiseStage:
             state.set("generator", torch.Generator("cpu").manual_seed(self._sampler.seed))
             with context.reporter.track("denoising steps", self._sampler.steps) as advance:
                 self.workflow(context, advance)(context.components.pipeline, state)
+            # Tensors of the latents' size that nothing reads any more; decoding needs their memory.
+            context.components.scheduler().set_timesteps(1)  # forgets the steps before
+            for name in ("vision_tokens", "velocity_vision", "vision_conditioning_latents"):
+                state.set(name, None)
             if not self._stays:
                 context.components.transformer().release()
 

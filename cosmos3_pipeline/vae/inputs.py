@@ -21,7 +21,7 @@ def latent_shape(program: Program, tensor: Tensor) -> LatentShape:
     if program.direction == "encode":
         frames = 1 + (picture_chunks(frames) - 1) * program.latents_per_chunk
         rows, cols = rows // program.spatial, cols // program.spatial
-    return LatentShape(batch, frames, rows, cols, tensor.element_size())
+    return LatentShape(batch, frames, rows, cols, tensor.element_size(), on_host=tensor.is_cpu)
 
 
 def problem_of(

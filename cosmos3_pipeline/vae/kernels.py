@@ -42,7 +42,9 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """
     wide = _wide(x)
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
-    return torch.mul(wide, scale).mul_(gamma)
+    # A widened copy is nobody else's, so its product needs no memory of its own.
+    normed = torch.mul(wide, scale) if wide is x else wide.mul_(scale)
+    return normed.mul_(gamma)
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
@@ -64,6 +66,7 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
                     torch.ops.aten.silu.out(normed, out=block)
                 else:
                     block.copy_(F.silu(normed, inplace=True))
+                del normed  # before the next block's takes memory
 
 
 def attention(own: Tensor, whole: Tensor, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ class LatentShape:
 
     `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab of a
     picture that was cut between latent rows counts its rows and columns in parts of one, `unit` of which make one.
+    `on_host` says that a CPU computes it, whose kernels work in smaller pieces than those of an accelerator.
     """
 
     batch: int
@@ -32,6 +33,7 @@ class LatentShape:
     cols: int
     element_bytes: int = 4
     unit: int = 1
+    on_host: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch", "frames", "rows", "cols", "element_bytes", "unit"):
@@ -290,10 +292,10 @@ class Conv(Op):
         return 1 / self.kernel[0] if first else 1.0
 
     def makes_pairs(self, work: Work) -> bool:
-        """In float32 as on a CPU; accelerators are for bfloat16, and make all frames at once."""
+        """In float32 on a CPU; an accelerator makes all frames at once."""
         b, t, h, w, c = work.shape(self.target)
         pairs = makes_frame_pairs(self.source.channels, c, self.kernel, t, h * w)
-        return pairs and b == 1 and work.element_bytes == 4 and not work.first
+        return pairs and b == 1 and work.element_bytes == 4 and work.whole.on_host and not work.first
 
     def scratch_bytes(self, work: Work) -> int:
         """What is convolved, and what both frames have in common, where it makes two at a time."""
@@ -331,11 +333,13 @@ class NormSilu(Op):
     memory_passes: ClassVar[float] = 2.0
 
     def scratch_bytes(self, work: Work) -> int:
-        """Float32 bytes of one block of rows or frames; twice where the input must be widened first."""
+        """Float32 bytes of one block of rows or frames; on an accelerator of a frame and its pixels' lengths."""
         _, t, h, w, c = work.shape(self.source)
+        if not work.whole.on_host:
+            return h * w * (c + 1) * 4
         rows = max(1, NORM_BLOCK_ELEMENTS // (w * c))
         rows = rows if rows < h else min(t, rows // h) * h
-        return rows * w * c * 4 * (1 if work.element_bytes == 4 else 2)
+        return rows * w * c * 4
 
 
 @dataclass(frozen=True, kw_only=True)

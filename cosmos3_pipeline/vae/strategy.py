@@ -195,8 +195,9 @@ class Planned(Strategy):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        # In another dtype the same ranks do the same.
-        if replace(shape, element_bytes=self.shape.element_bytes) != self.shape or ranks != self.made.ranks:
+        # In another dtype, or on another device, the same ranks do the same.
+        alike = replace(shape, element_bytes=self.shape.element_bytes, on_host=self.shape.on_host)
+        if alike != self.shape or ranks != self.made.ranks:
             raise StrategyError(
                 f"a clip of {shape} on {ranks} ranks",
                 f"{self.by} was planned for {self.shape} on {self.made.ranks}",
