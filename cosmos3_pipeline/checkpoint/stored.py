@@ -30,6 +30,10 @@ _LFS_POINTER = b"version "  # as a length it would be absurd
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.gguf", "*.bin.index.json")
 
 
+# Stands for the file of a tensor of which only the shape is known; reading it leaves memory as it is.
+NO_FILE = Path()
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor in a file: `dtype` as safetensors spells it, `start` counted from the beginning of the file."""

@@ -248,12 +248,28 @@ class Comm:
         pending = self._pending()
         landings = [(pending.landing(tensor), peer) for tensor, peer in receives]
         leaving = [(tensor.contiguous(), peer) for tensor, peer in sends]
-        operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in landings]
-        operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in leaving]
         tensors = [tensor for tensor, _ in (*landings, *leaving)]
-        for work in self._translated(partial(dist.batch_isend_irecv, operations)):
+        for work in self._translated(partial(self._start_batch, landings, leaving)):
             pending.add(Watched(work, self._look), tensors)
         return pending
+
+    # What an accelerator's process group is asked for, and nothing else: a rehearsal has others in their place.
+    def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
+        operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in landings]
+        operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in leaving]
+        return list(dist.batch_isend_irecv(operations))
+
+    def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork | None:
+        work: AcceleratorWork | None = dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
+        return work
+
+    def _start_all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
+        work: AcceleratorWork = dist.all_gather(parts, tensor, group=self._group, async_op=True)
+        return work
+
+    def _start_gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
+        work: AcceleratorWork = dist.all_gather_into_tensor(whole, own, group=self._group, async_op=True)
+        return work
 
     def _look(self) -> None:
         """Raise when another rank has ended the run, or has died on this machine."""
@@ -299,8 +315,7 @@ class Comm:
             self._exchange_on_cpu(sends, receives, _COLLECTIVE).wait()
             return
         pending = self._pending()
-        call = partial(dist.broadcast, tensor, group=self._group, group_src=source, async_op=True)
-        work = self._translated(call)
+        work = self._translated(partial(self._start_broadcast, tensor, source))
         if work is not None:
             pending.add(Watched(work, self._look), [tensor])
         pending.wait()
@@ -313,9 +328,9 @@ class Comm:
         if _on_cpu(tensor):
             return self._gather(tensor.clone(), [tensor.shape] * self.size, _COLLECTIVE)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        call = partial(dist.all_gather, parts, tensor, group=self._group, async_op=True)
         pending = self._pending()
-        pending.add(Watched(self._translated(call), self._look), [*parts, tensor])
+        work = self._translated(partial(self._start_all_gather, parts, tensor))
+        pending.add(Watched(work, self._look), [*parts, tensor])
         pending.wait()
         return parts
 
@@ -333,8 +348,8 @@ class Comm:
             self.ledger.record("send", own.nbytes)
             self.ledger.record("recv", parts[rank].nbytes)
         pending = self._pending()
-        call = partial(dist.all_gather_into_tensor, whole, own, group=self._group, async_op=True)
-        pending.add(Watched(self._translated(call), self._look), [whole, own])
+        work = self._translated(partial(self._start_gather_into, whole, own))
+        pending.add(Watched(work, self._look), [whole, own])
         return pending
 
     def _pending(self) -> Pending:

@@ -79,10 +79,14 @@ class RankMesh:
         The first time is collective over the group.
         """
         if axis not in self._comms:
-            # For Comm no group is everybody; a mesh without one has this rank alone.
-            assert self.device_mesh is not None or not dist.is_initialized(), "use RankMesh.build()"
-            self._comms[axis] = Comm(self.group(axis))
+            self._comms[axis] = self.new_comm(axis)
         return self._comms[axis]
+
+    def new_comm(self, axis: str) -> Comm:
+        """Counted messages between the ranks of `group(axis)` with a ledger of their own; collective over them."""
+        # For Comm no group is everybody; a mesh without one has this rank alone.
+        assert self.device_mesh is not None or not dist.is_initialized(), "use RankMesh.build()"
+        return Comm(self.group(axis))
 
     def _mesh(self, axis: str) -> DeviceMesh | None:
         assert axis in (*AXES, REPLICA)

@@ -226,10 +226,17 @@ def reporter_of(mesh: RankMesh) -> Reporter:
 
 
 def components(
-    config: Config, plan: Plan, device: torch.device, mesh: RankMesh, ledgers: list[Ledger], reporter: Reporter
+    config: Config,
+    plan: Plan,
+    device: torch.device,
+    mesh: RankMesh,
+    ledgers: list[Ledger],
+    reporter: Reporter,
+    *,
+    checkpoint: CheckpointInfo | None = None,
 ) -> Components:
-    """The model that `config` names, its VAE spread over the ranks of the clip as `plan` says."""
-    checkpoint = checkpoint_of(config.model)
+    """The model that `config` names, or `checkpoint`, its VAE spread over the ranks of the clip as `plan` says."""
+    checkpoint = checkpoint or checkpoint_of(config.model)
     # A decode by one rank needs the whole model; otherwise a rank reads the weights of its own share only.
     whole = config.output.against_replicated
     source = None if whole else CheckpointVae(checkpoint)
@@ -244,10 +251,13 @@ def components(
             weights=source,
             dtype=vae_dtype,
             device=device,
+            comm=mesh.new_comm(REPLICA),
         )
         ledgers.append(parallel.ledger)
         if not whole:
-            parallel.release(**{direction: planned.shape for direction, planned in plan.vae.items()})
+            # The weights of what comes later are read then: denoising needs their memory.
+            first: Direction = "encode" if "encode" in plan.vae else "decode"
+            parallel.release(**{first: plan.vae[first].shape})
         return parallel
 
     return Components(

@@ -25,6 +25,7 @@ from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.texts import Prompt, TextEncoder, Texts
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.models.absent import without_weights
 from cosmos3_pipeline.models.known import known_to
 from cosmos3_pipeline.models.placement import PlacedTransformer
 from cosmos3_pipeline.models.reading import read_tensors
@@ -246,7 +247,7 @@ def load_scheduler(sampler: Sampler, *, flow_shift: float | None) -> UniPCMultis
 
 def empty_vae(checkpoint: CheckpointInfo, *, encoder: bool) -> AutoencoderKLWan:
     """The autoencoder on the meta device; without `encoder` its `encoder` and `quant_conv` are None."""
-    with torch.device("meta"):
+    with without_weights():
         model = AutoencoderKLWan.from_config(known_to(AutoencoderKLWan, checkpoint.vae))
     for name in () if encoder else ("encoder", "quant_conv"):
         setattr(model, name, None)

@@ -217,9 +217,7 @@ def _write_safetensors(file: Path, entries: list[Entry], advance: Callable[[int]
 
 def _transformer_config(layout: Layout, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
     channels, patch = int(vae["z_dim"]), int(transformer["latent_patch_size"])
-    half = int(transformer["head_dim"]) // 2
-    spatial = half * 5 // 16  # of the rotary frequencies for rows and for columns: 20 of 64; time takes the rest
-    axes = [half - 2 * spatial, spatial, spatial]
+    axes = rotary_axes(int(transformer["head_dim"]))
     own = {
         **transformer,
         "latent_channel": channels,
@@ -235,6 +233,13 @@ def _transformer_config(layout: Layout, transformer: Mapping[str, Any], vae: Map
             del own[key]
         own["hidden_act"] = transformer["hidden_act"]
     return {**layout.transformer, **own}
+
+
+def rotary_axes(head_dim: int) -> list[int]:
+    """How many rotary frequencies of a head are for time, rows and columns."""
+    half = head_dim // 2
+    spatial = half * 5 // 16  # 20 of 64 for rows and for columns; time takes the rest
+    return [half - 2 * spatial, spatial, spatial]
 
 
 def _configs(

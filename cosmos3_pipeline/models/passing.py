@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cosmos3_pipeline.checkpoint.stored import StoredTensor
 from cosmos3_pipeline.checkpoint.weights import Slab
 from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.models.absent import absent
 from cosmos3_pipeline.models.reading import Advance, Piece, read_pieces
 
 Wait = Callable[[], None]
@@ -122,7 +123,7 @@ class Binding:
     def unbind(self) -> None:
         now = self.module._parameters[self.name]
         assert now is not None
-        self.module._parameters[self.name] = nn.Parameter(now.to("meta"), requires_grad=False)
+        self.module._parameters[self.name] = nn.Parameter(absent(now), requires_grad=False)
 
 
 class Passing:

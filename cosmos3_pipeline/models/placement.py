@@ -16,6 +16,7 @@ from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Part, Weight,
 from cosmos3_pipeline.config.schema import Placement
 from cosmos3_pipeline.denoise.pathway import Pathway
 from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.models.absent import absent, without_weights
 from cosmos3_pipeline.models.known import known_to
 from cosmos3_pipeline.models.passing import FromFiles, FromHost, FromRanks, Passing, SlabFiles, Source, spread
 from cosmos3_pipeline.models.reading import Advance, Piece, read_pieces, read_tensors
@@ -121,8 +122,8 @@ class PlacedTransformer:
         if self._plan.placement is Placement.sharded:
             self._kept = []  # what waits on the host takes nothing of the device, and the next clip needs it
         for name, parameter in list(self.model.named_parameters()):
-            if name.partition(".")[0] != "layers" and not parameter.is_meta:
-                _set(self.model, name, parameter.to("meta"))
+            if name.partition(".")[0] != "layers":
+                _set(self.model, name, absent(parameter))
 
     @property
     def here_bytes(self) -> dict[Part, int]:
@@ -213,7 +214,7 @@ def empty_transformer(
     and values.
     """
     values = checkpoint.transformer
-    with torch.device("meta"):
+    with without_weights():
         model = Cosmos3OmniTransformer.from_config(known_to(Cosmos3OmniTransformer, values))
     weights: dict[str, Weight] = {
         placed.weight.name: placed.weight for placed in checkpoint.parts("transformer", TRANSFORMER_PARTS)
@@ -222,7 +223,7 @@ def empty_transformer(
         if name not in weights:
             _leave_out(model, name)
         else:
-            _set(model, name, parameter.to(torch.float32 if weights[name].keeps_fp32 else dtype))
+            _set(model, name, absent(parameter, torch.float32 if weights[name].keeps_fp32 else dtype))
     # diffusers computes its frequencies on the host, which decides their last bit.
     rotary = type(model.rotary_emb)(values["head_dim"], values["rope_theta"], model.config.rope_axes_dim)
     model.rotary_emb = rotary.to(device)

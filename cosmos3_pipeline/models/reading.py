@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosmos3_pipeline.checkpoint.files import not_whole
 from cosmos3_pipeline.checkpoint.inspect import Placed
-from cosmos3_pipeline.checkpoint.stored import StoredTensor
+from cosmos3_pipeline.checkpoint.stored import NO_FILE, StoredTensor
 from cosmos3_pipeline.errors import Fault, Refusal
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -64,6 +64,8 @@ def read_tensors(
 def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance = _unseen) -> None:
     """Read each piece into its memory. `check` False is for what has been read and looked at before.
 
+    A tensor of `NO_FILE` has a shape and no values, and its memory stays as it is.
+
     Raises:
         Fault: a file that cannot be read or has become shorter, or a value that is NaN or overflows.
     """
@@ -71,6 +73,8 @@ def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance
     file, stream = Path(), None
     try:
         for piece in pieces:
+            if piece.stored.file == NO_FILE:
+                continue
             if stream is None or piece.stored.file != file:
                 if stream is not None:
                     stream.close()

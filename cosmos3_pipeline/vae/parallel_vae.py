@@ -56,7 +56,8 @@ class ParallelVAE(DropIn):
     autoencoder: the model whose weights are used; its tensors are shared, not copied, and may be on the meta
     device in the half that is never called. encode, decode: strategies. group: the ranks that work together;
     None means all ranks of an initialised `torch.distributed`, else this process alone. Its rank 0 is the root.
-    weights: where to take the weights from, if not from `autoencoder`.
+    weights: where to take the weights from, if not from `autoencoder`. comm: the messages of `group`, where they
+    are made already.
 
     Every rank of the group makes one and calls the same methods with the same tensors. Bad input raises a
     ValueError on every rank. A rank that fails later raises its own error, and the others raise `PeerFailed` or
@@ -76,6 +77,7 @@ class ParallelVAE(DropIn):
         weights: WeightSource | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        comm: Comm | None = None,
     ) -> None:
         super().__init__(autoencoder, weights)
         self._group = group
@@ -101,8 +103,8 @@ class ParallelVAE(DropIn):
         self._vae: BoundVae | None = None
         self._runners: dict[Direction, Runner] = {}
         self._honoured: dict[tuple[Direction, LatentShape], int] = {}
-        self._comm: Comm | None = None
-        self._ledger = Ledger()
+        self._comm = comm
+        self._ledger = Ledger() if comm is None else comm.ledger
 
     @classmethod
     def from_folder(
