@@ -42,6 +42,7 @@ class JobName(Enum):
     generate = "generate"
     plan = "plan"
     verify = "verify"
+    rehearse = "rehearse"
 
 
 class TaskName(Enum):
@@ -263,6 +264,13 @@ class VerifyConfig:
 
 
 @dataclass
+class RehearseConfig:
+    """Read by job=rehearse. `ranks` None: one rank of each kind."""
+
+    ranks: list[int] | None = None
+
+
+@dataclass
 class SamplerConfig:
     steps: int = ranged(at_least=1, at_most=1000)
     guidance_scale: float = ranged(at_least=0, at_most=100)
@@ -305,6 +313,7 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    rehearse: RehearseConfig = field(default_factory=RehearseConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     # keys of the user's own, such as tags: kept with the run, read by nothing here
     extras: dict[str, Any] = field(default_factory=dict)

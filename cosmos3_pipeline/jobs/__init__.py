@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted
 from cosmos3_pipeline.config.schema import Config, JobName
-from cosmos3_pipeline.jobs import generate, plan, verify
+from cosmos3_pipeline.jobs import generate, plan, rehearse, verify
 from cosmos3_pipeline.jobs.objective import objective_of
 from cosmos3_pipeline.jobs.start import Prepared
 
@@ -18,7 +18,8 @@ def run(prepared: Prepared, output: Path, *, multirun: bool) -> float | tuple[fl
     Returns the numbers that `objective` names, None without.
 
     Raises RankFailed when a rank of the run failed, VerifyFailed (exit code 1) when a strategy is not as exact as
-    it declares, ConfigError for a job that a sweep cannot have.
+    it declares, RehearsalFailed (exit code 1) when a rehearsal differs from its plan, ConfigError for a job that a
+    sweep cannot have.
     """
     config = prepared.config
     if prepared.adopted is not None:
@@ -27,6 +28,8 @@ def run(prepared: Prepared, output: Path, *, multirun: bool) -> float | tuple[fl
         plan.plan_job(prepared, output, multirun=multirun)
     elif config.job.name == JobName.verify:
         verify.verify(prepared, output, multirun=multirun)
+    elif config.job.name == JobName.rehearse:
+        rehearse.rehearse(prepared, output, multirun=multirun)
     else:
         plan.head(prepared.plan, output)
         generate.generate(prepared, output, own_process=multirun)

@@ -46,10 +46,11 @@ def check_objective(cfg: Config) -> Iterator[Problem]:
             why="several clips have no likeness in common",
             works="task.prompt=... with one of them, or objective=seconds",
         )
-    if names_of(cfg) and (cfg.job.name == JobName.verify or cfg.plan.search):
+    if names_of(cfg) and (cfg.job.name in (JobName.verify, JobName.rehearse) or cfg.plan.search):
+        named = "plan.search=true" if cfg.plan.search else f"job={cfg.job.name.value}"
         yield Problem(
-            what=f"objective={cfg.objective} with {'plan.search=true' if cfg.plan.search else 'job=verify'}",
-            why="that job compares several runs, so it has no seconds or bytes of its own",
+            what=f"objective={cfg.objective} with {named}",
+            why="that job looks at several runs or ranks, so it has no seconds or bytes of its own",
             works="job=generate or job=plan, or objective=null",
         )
 

@@ -18,6 +18,7 @@ from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.objective import check_objective
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
+from cosmos3_pipeline.jobs.rehearsable import check_rehearse
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
 from cosmos3_pipeline.planning.checks import check_composition
 from cosmos3_pipeline.planning.fitting import that_fits
@@ -48,8 +49,10 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
     checked = check_composition(composition)
     prepared = Prepared(checked.config, checked.plan(), checked.adopted)
     job = checked.config.job.name
-    _raise(list(check_objective(prepared.config)))
-    if job != JobName.plan:
+    _raise([*check_objective(prepared.config), *check_rehearse(prepared.config)])
+    if job == JobName.rehearse:
+        _raise([*_inputs(prepared.config)])  # no weights are read, and other machines than this one are meant
+    elif job != JobName.plan:
         _raise(_problems(prepared))
         if fetch:
             prepared = _with_checkpoint(prepared, composition)

@@ -1,0 +1,60 @@
+"""A checkpoint of which only the config is known: every tensor has its shape, and none has a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cosmos3_pipeline.checkpoint.hub import BUILTIN, local_folder
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, Placed, inspect_checkpoint
+from cosmos3_pipeline.checkpoint.stored import NO_FILE, StoredTensor
+from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.schema import ModelConfig
+from cosmos3_pipeline.models.maker import rotary_axes
+from cosmos3_pipeline.planning.text import NEGATIVE_PROMPT_BYTES
+
+# A sentence that is repeated to the length of NVIDIA's negative prompt, for models that have one.
+FILLING = "a red circle moves left over a blue background at night, "
+
+
+def form_of(model: ModelConfig) -> CheckpointInfo:
+    """The form of the checkpoint that `model` describes. Reads no weight.
+
+    Tokenizer, sampler and all that is no number of the config are those of the toy in this package.
+    """
+    folder = local_folder(f"{BUILTIN}toy", None)
+    assert folder is not None
+    toy = inspect_checkpoint(folder)
+    dimensions: dict[str, Any] = plain(model.transformer)
+    channels, axes = model.vae.z_dim, rotary_axes(model.transformer.head_dim)
+    transformer = {
+        **toy.transformer,
+        **dimensions,
+        "latent_channel": channels,
+        "patch_latent_dim": channels * model.transformer.latent_patch_size**2,
+        "rope_axes_dim": axes,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": axes, "rope_type": "default"},
+    }
+    vae = {**toy.vae, **plain(model.vae)}
+    words = FILLING * (NEGATIVE_PROMPT_BYTES // len(FILLING))
+    return replace(
+        toy,
+        transformer=transformer,
+        vae=vae,
+        negative_prompt=None if model.repo is None else words,
+        tensors={
+            "transformer": _placed(transformer_weights(transformer)),
+            "vae": _placed(vae_weights(vae)),
+        },
+    )
+
+
+def _placed(weights: Iterable[Weight]) -> tuple[Placed, ...]:
+    return tuple(
+        Placed(weight, StoredTensor(weight.name, "F32", weight.shape, Path(NO_FILE), 0, 4 * weight.elements))
+        for weight in weights
+        if weight.part is not Part.NOTHING
+    )

@@ -1,0 +1,146 @@
+"""What a rehearsal says beside the plan, and what of it is wrong. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cosmos3_pipeline.planning.plan import Plan
+from cosmos3_pipeline.planning.stage import RankStage
+from cosmos3_pipeline.planning.units import quantity
+
+# How far the peak of a stage may be from its plan.
+MEMORY_TOLERANCE = 0.05
+# Lines of diffusers on which the host waits in every step, by what is written there, and why they may.
+ALLOWED_WAITS = {
+    '(block_state.cond_vision_segment["num_noisy_vision_tokens"],), t.item(), device=device': (
+        "diffusers reads the noise level of a step from its schedule"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the source, what is written there, and how many bytes or how often."""
+
+    place: str
+    text: str
+    amount: int
+
+
+@dataclass(frozen=True)
+class StageFound:
+    """One stage of one rank, as rehearsed.
+
+    `holders` are the lines that have allocated most of the peak. `waits` are lines on which the host waits for the
+    accelerator; those of `repeated` do so in every step or chunk.
+    """
+
+    peak_bytes: int
+    holders: tuple[Line, ...]
+    sent_bytes: int
+    sent_messages: int
+    kernels: int
+    moved_bytes: int
+    waits: tuple[Line, ...]
+    repeated: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class RankFound:
+    """One rank, as rehearsed. `left_bytes` are held after the last frame, `raised` is what ended it early."""
+
+    rank: int
+    stages: dict[str, StageFound]
+    left_bytes: int = 0
+    misplaced: tuple[Line, ...] = ()
+    raised: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong; `rank` and `stage` None where it is of several."""
+
+    kind: str
+    text: str
+    rank: int | None = None
+    stage: str | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.rank is None else f"rank {self.rank}: "
+        where += "" if self.stage is None else f"{self.stage}: "
+        return f"{where}{self.text}"
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A rehearsal: its ranks, the plan that they are held against, and what is wrong.
+
+    `alike` says for each rehearsed rank which ones of the topology it stands for.
+    """
+
+    plan: Plan
+    ranks: tuple[RankFound, ...]
+    alike: dict[int, list[int]]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def ranks_of_a_kind(plan: Plan) -> dict[int, list[int]]:
+    """Ranks whose plans differ in their number only, by the first of them; who writes is a kind of its own."""
+    size = sum(rank.dp == 0 for rank in plan.ranks)
+    kinds: dict[str, list[int]] = {}
+    for rank in plan.ranks:
+        key = repr((rank.rank % size == 0, rank.weight_bytes, rank.host_bytes, rank.text_bytes, rank.stages))
+        kinds.setdefault(key, []).append(rank.rank)
+    return {ranks[0]: ranks for ranks in kinds.values()}
+
+
+def findings_of(plan: Plan, ranks: Sequence[RankFound], unmet: Sequence[str]) -> Iterator[Finding]:
+    """Everything that is wrong with `ranks`; `unmet` are messages without a counterpart, in words."""
+    for found in ranks:
+        if found.raised is not None:
+            yield Finding("raised", f"ended early: {found.raised}", found.rank)
+        for line in found.misplaced:
+            text = f"a tensor of the host goes into an op of the accelerator ({line.place}: {line.text})"
+            yield Finding("device", text, found.rank)
+        if found.raised is None:
+            yield from _left(found, plan.ranks[found.rank].stages["decode"])
+        for name, stage in found.stages.items():
+            planned = plan.ranks[found.rank].stages.get(name)
+            if planned is not None and found.raised is None:
+                for kind, text in _beside(stage, planned):
+                    yield Finding(kind, text, found.rank, name)
+            for line in stage.repeated:
+                if line.text not in ALLOWED_WAITS:
+                    every = "step" if name == "denoise" else "chunk"
+                    text = f"the host waits for the accelerator in every {every} ({line.place}: {line.text})"
+                    yield Finding("wait", text, found.rank, name)
+    if not any(found.raised for found in ranks):
+        yield from (Finding("messages", text) for text in unmet)
+
+
+def _left(found: RankFound, decode: RankStage) -> Iterator[Finding]:
+    """What stays after the last frame: the weights and, small beside what decoding held, the latents.
+
+    Kernels of an upsampling are folded into four smaller ones, which take 16/9 of what is planned for them.
+    """
+    left = found.left_bytes - decode.weight_bytes
+    if left > MEMORY_TOLERANCE * decode.peak_bytes:
+        text = f"{quantity('bytes', left)} beside the weights are still held after the last frame"
+        yield Finding("memory", text, found.rank, "decode")
+
+
+def _beside(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
+    """What differs from the plan: kind and words."""
+    if abs(stage.peak_bytes / planned.peak_bytes - 1) > MEMORY_TOLERANCE:
+        held = ", ".join(f"{quantity('bytes', line.amount)} by {line.place}" for line in stage.holders)
+        yield (
+            "memory",
+            f"holds {quantity('bytes', stage.peak_bytes)} at most, {stage.peak_bytes / planned.peak_bytes:.2f} of "
+            f"the {quantity('bytes', planned.peak_bytes)} that are planned; most of it {held}",
+        )
+    if stage.sent_bytes != planned.sent.bytes:
+        yield "bytes", f"sends {stage.sent_bytes:,} bytes; {planned.sent.bytes:,} are planned"
+    if stage.sent_messages != planned.sent.messages:
+        yield "messages", f"sends {stage.sent_messages:,} messages; {planned.sent.messages:,} are planned"

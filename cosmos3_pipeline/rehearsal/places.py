@@ -1,0 +1,66 @@
+"""Where in the source something happens: the innermost line that is neither PyTorch's nor the rehearsal's."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import sys
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+
+import cosmos3_pipeline
+
+_LIBRARY = Path(cosmos3_pipeline.__file__).parent
+_SKIPPED = (str(Path(torch.__file__).parent), str(_LIBRARY / "rehearsal"), contextlib.__file__, "<frozen")
+
+
+class Place(NamedTuple):
+    """A line of a source file."""
+
+    file: str
+    line: int
+
+    @property
+    def name(self) -> str:
+        """The line as a person is told of it, from its package on."""
+        path = Path(self.file)
+        parts = path.parts
+        for root in (_LIBRARY.parent, _LIBRARY.parent / "plugins"):
+            if path.is_relative_to(root):
+                parts = path.relative_to(root).parts
+        if "site-packages" in parts:
+            parts = parts[parts.index("site-packages") + 1 :]
+        return f"{'/'.join(parts[-4:])}:{self.line}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it lies neither in PyTorch nor in the rehearsal."""
+        return not _skipped(self.file)
+
+    @property
+    def text(self) -> str:
+        """What is written there."""
+        return linecache.getline(self.file, self.line).strip()
+
+
+NOWHERE = Place("nowhere", 0)
+
+
+def here() -> Place:
+    """The line that is being executed."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not _skipped(file):
+            return Place(file, frame.f_lineno)
+        frame = frame.f_back
+    return NOWHERE
+
+
+@cache
+def _skipped(file: str) -> bool:
+    return file.startswith(_SKIPPED)

@@ -1,0 +1,339 @@
+"""`job=rehearse`: the toy is as planned in every layout, and bugs that are planted in the real code are found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.compose import compose as composition_of
+from cosmos3_pipeline.denoise.exchange import Exchange
+from cosmos3_pipeline.denoise.transformer import ParallelTransformer
+from cosmos3_pipeline.distributed.comm import Comm, Pending, Region
+from cosmos3_pipeline.errors import ConfigError
+from cosmos3_pipeline.jobs.rehearse import RehearsalFailed, rehearse
+from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
+from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.rehearsal.findings import MEMORY_TOLERANCE, Rehearsed
+from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, NotRehearsed, Tracker, rehearsing
+from cosmos3_pipeline.vae import bound_ops
+from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
+
+SHORT = "sampler.steps=4"
+
+
+def rehearsed(*overrides: str, ranks: Sequence[int] | None = None) -> Rehearsed:
+    return rehearse_ranks(compose([SHORT, *overrides]), ranks)
+
+
+def kinds(found: Rehearsed) -> set[str]:
+    return {finding.kind for finding in found.findings}
+
+
+LAYOUTS = [
+    ("topology=cpu_x1",),
+    ("topology=cpu_x4", "vae/decode=layer_pipeline"),
+    ("topology=cpu_x4", "vae/decode=spatial_shard"),
+    ("topology=cpu_x4", "vae=replicated"),
+    ("topology=cpu_x1", "weights=streamed"),
+    ("topology=cpu_x4", "weights=sharded"),
+    ("topology=h100_x1", "model.dtype=bfloat16", "model.vae_dtype=bfloat16"),
+    ("topology=cpu_x1", "task=t2i"),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
+def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:
+    found = rehearsed(*overrides)
+    assert found.findings == ()
+    assert sorted(rank for alike in found.alike.values() for rank in alike) == list(range(len(found.plan.ranks)))
+    for rank in found.ranks:
+        assert rank.stages.keys() == found.plan.ranks[rank.rank].stages.keys()
+        for name, stage in rank.stages.items():
+            planned = found.plan.ranks[rank.rank].stages[name]
+            assert stage.peak_bytes == pytest.approx(planned.peak_bytes, rel=MEMORY_TOLERANCE)
+            assert (stage.sent_bytes, stage.sent_messages) == (planned.sent.bytes, planned.sent.messages)
+            assert stage.kernels > 0
+            assert stage.holders
+
+
+@pytest.mark.long
+def test_a_condition_is_encoded_from_the_real_photograph(tmp_path: Path) -> None:
+    Image.new("RGB", (160, 96), "red").save(tmp_path / "photo.png")
+    found = rehearsed("task=i2v", f"task.image={tmp_path / 'photo.png'}")
+    assert "encode" in found.ranks[0].stages
+    assert found.findings == ()
+
+
+@pytest.mark.long
+def test_steps_that_are_alike_are_run_once() -> None:
+    few, many = (rehearsed(f"sampler.steps={steps}").ranks[0].stages["denoise"] for steps in (4, 40))
+    assert many.kernels / few.kernels == pytest.approx(10, rel=0.05)
+    assert many.peak_bytes == few.peak_bytes
+
+
+@pytest.mark.long
+def test_ranks_can_be_chosen() -> None:
+    found = rehearsed("topology=cpu_x4", ranks=[0, 3])
+    assert [rank.rank for rank in found.ranks] == [0, 3]
+    assert found.findings == ()
+
+
+# ------------------------------------------------------------ planted bugs
+@pytest.mark.long
+def test_a_wait_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = ParallelTransformer.predict
+
+    def reads(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
+        embedded.sum().item()
+        return predict(self, passes, embedded)
+
+    monkeypatch.setattr(ParallelTransformer, "predict", reads)
+    (finding,) = rehearsed().findings
+    assert finding.kind == "wait"
+    assert "embedded.sum().item()" in finding.text
+
+
+@pytest.mark.long
+def test_a_wait_in_every_chunk_is_found_also_where_no_frame_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bound_ops.TimeUp.run
+
+    def reads(self: bound_ops.TimeUp, flow: bound_ops.Flow) -> None:
+        flow.at.inner.mean().cpu()
+        run(self, flow)
+
+    monkeypatch.setattr(bound_ops.TimeUp, "run", reads)
+    found = rehearsed("topology=cpu_x4")
+    assert kinds(found) == {"wait"}
+    assert {finding.stage for finding in found.findings} == {"decode"}
+    assert {finding.rank for finding in found.findings} - {0}
+
+
+def changed_exchange(change: Callable[[Comm, list[Region], list[Region]], None]) -> Any:
+    exchange = Comm.exchange
+
+    def changed(self: Comm, sends: Sequence[Region] = (), receives: Sequence[Region] = ()) -> Pending:
+        given, wanted = list(sends), list(receives)
+        change(self, given, wanted)
+        return exchange(self, given, wanted)
+
+    return changed
+
+
+@pytest.mark.long
+def test_a_message_one_element_short_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shorten(comm: Comm, sends: list[Region], receives: list[Region]) -> None:
+        if sends and comm.rank == 1:
+            tensor, peer = sends[0]
+            sends[0] = tensor.reshape(-1)[:-1], peer
+
+    monkeypatch.setattr(Comm, "exchange", changed_exchange(shorten))
+    found = rehearsed("topology=cpu_x2")
+    assert kinds(found) == {"bytes", "messages"}
+    assert any("which receives" in finding.text for finding in found.findings)
+
+
+@pytest.mark.long
+def test_a_halo_one_row_short_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shorten(comm: Comm, sends: list[Region], receives: list[Region]) -> None:
+        # Activations have five dimensions; the rows are the third.
+        for regions in (sends, receives):
+            regions[:] = [(t[:, :, :-1] if t.ndim == 5 and t.shape[2] > 1 else t, peer) for t, peer in regions]
+
+    monkeypatch.setattr(Comm, "exchange", changed_exchange(shorten))
+    found = rehearsed("topology=cpu_x2", "vae/decode=spatial_shard", "vae.parallel_decode=true")
+    assert "bytes" in kinds(found)
+
+
+@pytest.mark.long
+def test_a_message_that_nobody_receives_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = Exchange.gather_rows
+
+    def sends_more(self: Exchange, own: Tensor, rows: Sequence[int]) -> Tensor:
+        if self.ranks > 1 and self.rank == 0:
+            assert self._comm is not None
+            self._comm.exchange(sends=[(own, 1)]).wait()
+        return gather(self, own, rows)
+
+    monkeypatch.setattr(Exchange, "gather_rows", sends_more)
+    found = rehearsed("topology=cpu_x2")
+    assert kinds(found) == {"bytes", "messages"}
+    assert any("nobody receives" in finding.text for finding in found.findings)
+
+
+@pytest.mark.long
+def test_a_message_that_nobody_sends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits_for_more(comm: Comm, sends: list[Region], receives: list[Region]) -> None:
+        if comm.rank == 1:
+            receives += [(torch.empty_like(tensor), peer) for tensor, peer in receives[:1]]
+
+    monkeypatch.setattr(Comm, "exchange", changed_exchange(waits_for_more))
+    found = rehearsed("topology=cpu_x2")
+    assert any(f.kind == "messages" and f.rank is None for f in found.findings)
+
+
+@pytest.mark.long
+def test_collectives_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = Exchange.gather_rows
+
+    def collectives(self: Exchange, own: Tensor, rows: Sequence[int]) -> Tensor:
+        if self.ranks > 1:
+            assert self._comm is not None
+            calls = [lambda: self._comm.all_gather(own), lambda: self._comm.broadcast(own.contiguous())]
+            for call in calls if self.rank == 0 else reversed(calls):
+                call()
+        return gather(self, own, rows)
+
+    monkeypatch.setattr(Exchange, "gather_rows", collectives)
+    found = rehearsed("topology=cpu_x2")
+    assert any("another order" in finding.text for finding in found.findings)
+
+
+@pytest.mark.long
+def test_a_buffer_that_is_kept_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    run = bound_ops.SpatialUp.run
+
+    def keeps(self: bound_ops.SpatialUp, flow: bound_ops.Flow) -> None:
+        run(self, flow)
+        kept.append(flow.at.buffer)
+
+    monkeypatch.setattr(bound_ops.SpatialUp, "run", keeps)
+    found = rehearsed()
+    assert kinds(found) == {"memory"}
+    assert {finding.stage for finding in found.findings} == {"decode"}
+    assert any("bound_ops.py" in finding.text for finding in found.findings)
+
+
+@pytest.mark.long
+def test_a_list_that_holds_every_chunk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    stream = ParallelVAE.decode_stream
+
+    def keeps(self: ParallelVAE, z: Tensor) -> Iterator[Tensor]:
+        for chunk in stream(self, z):
+            kept.append(chunk)
+            yield chunk
+
+    monkeypatch.setattr(ParallelVAE, "decode_stream", keeps)
+    found = rehearsed("topology=cpu_x2")
+    assert any("still held after the last frame" in finding.text for finding in found.findings)
+    assert {(finding.kind, finding.rank) for finding in found.findings} == {("memory", 0)}
+
+
+@pytest.mark.long
+def test_an_index_of_the_host_into_a_tensor_of_the_accelerator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = ParallelTransformer.predict
+
+    def indexes(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
+        return predict(self, passes, embedded[torch.arange(len(embedded))])
+
+    monkeypatch.setattr(ParallelTransformer, "predict", indexes)
+    found = rehearsed()
+    assert "device" in kinds(found)
+    assert any("torch.arange(len(embedded))" in finding.text for finding in found.findings)
+
+
+@pytest.mark.long
+def test_what_a_rank_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = ParallelTransformer.predict
+
+    def mixes(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
+        return predict(self, passes, embedded + torch.ones(embedded.shape))
+
+    monkeypatch.setattr(ParallelTransformer, "predict", mixes)
+    found = rehearsed()
+    assert {"device", "raised"} <= kinds(found)
+
+
+# ------------------------------------------------------------ the job
+@pytest.mark.long
+def test_the_job_leaves_its_report_and_fails_where_something_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = prepare(
+        composition_of(["job=rehearse", SHORT, "model=nano", "task.num_frames=5", "topology=h100_x1"])
+    )
+    rehearse(prepared, tmp_path, multirun=False)
+    report = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert report["findings"] == []
+    assert set(report["ranks"][0]["stages"]) == {"text", "denoise", "decode"}
+    assert "# Rehearsal" in (tmp_path / "rehearsal.md").read_text()
+    assert "as planned" in capsys.readouterr().out
+    test_a_wait_in_every_step_is_found(monkeypatch)
+    with pytest.raises(RehearsalFailed) as failed:
+        rehearse(prepare(composition_of(["job=rehearse", SHORT])), tmp_path, multirun=False)
+    assert isinstance(failed.value.code, str)  # which Python prints, and ends with exit code 1
+    assert json.loads((tmp_path / "rehearsal.json").read_text())["findings"]
+
+
+REFUSED = {
+    "no such rank": (["job=rehearse", "rehearse.ranks=[1]"], "rehearse.ranks"),
+    "no rank": (["job=rehearse", "rehearse.ranks=[]"], "rehearse.ranks"),
+    "twice": (["job=rehearse", "topology=cpu_x2", "rehearse.ranks=[0,0]"], "rehearse.ranks"),
+    "unread": (["rehearse.ranks=[0]"], "job=generate"),
+    "several clips": (["job=rehearse", f"task.prompt_file={__file__}"], "task.prompt_file"),
+    "objective": (["job=rehearse", "objective=seconds"], "objective"),
+    "no photograph": (["job=rehearse", "task=i2v"], "task.image"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "named"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_rehearsed_is_refused(overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        prepare(composition_of(overrides))
+    assert any(named in problem.what for problem in refused.value.problems)
+
+
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="torchrun"):
+        prepare(composition_of(["job=rehearse"]))
+
+
+def test_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="-m"):
+        rehearse(prepare(composition_of(["job=rehearse"])), tmp_path, multirun=True)
+
+
+# ------------------------------------------------------------ the tracker
+def test_small_tensors_have_values_where_these_follow_from_the_host() -> None:
+    tracker = Tracker()
+    with rehearsing(tracker):
+        numbers = torch.tensor([3, 5, 7], device=ACCELERATOR)
+        assert numbers.is_meta
+        assert (numbers + 1)[1].item() == 6
+        assert (numbers > 4).nonzero().shape == (2, 1)
+        numbers[0] = 9
+        assert numbers[numbers > 4].tolist() == [9, 5, 7]
+    assert tracker.waits.total() == 4
+
+
+def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_them() -> None:
+    with rehearsing(Tracker()):
+        unknown = torch.empty(4, device=ACCELERATOR)
+        assert unknown.sum().item() == 1.0
+        assert bool(torch.isfinite(unknown).all())
+        with pytest.raises(NotRehearsed, match="depends on values"):
+            unknown.nonzero()
+
+
+def test_memory_counts_until_the_last_view_is_gone() -> None:
+    tracker = Tracker()
+    with rehearsing(tracker):
+        whole = torch.empty(1000, device=ACCELERATOR)
+        part = whole[:10]
+        del whole
+        assert tracker.live == 4000
+        del part
+        assert tracker.live == 0
+    assert tracker.peak == 4000
+    assert tracker.holders[0][0].text == "whole = torch.empty(1000, device=ACCELERATOR)"
