@@ -162,6 +162,6 @@ def _notes(config: Config) -> Iterable[str]:
         yield "rehearsed and planned as on accelerators; what a CPU needs is the plan's own number, see job=plan"
     if config.model.dtype.value == "float32":
         yield (
-            "attention in float32 with fewer keys than queries counts as a fused kernel; PyTorch on CUDA has none "
-            "for it and makes a matrix of all pairs"
+            "attention in float32 with fewer keys than queries counts as a fused kernel; PyTorch on CUDA may take "
+            "one that makes a matrix of all pairs"
         )
