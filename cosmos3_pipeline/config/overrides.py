@@ -91,9 +91,13 @@ def _unquoted(first: str, words: Sequence[str]) -> Problem:
 def _no_override(text: str) -> Problem:
     key, equals, value = text.partition("=")
     if not equals:
-        return Problem(
-            what=f"{text} is no key=value", why="nothing is set by it", works="key=value or group=option"
-        )
+        words = "key=value or group=option"
+        colon, _, said = text.partition(":")
+        if " " in text.strip():
+            words = as_typed("task.prompt", text)
+        elif said and re.fullmatch(r"[\w./]+", colon):
+            words = f"{colon}={said}"
+        return Problem(what=f"{text} is no key=value", why="nothing is set by it", works=words)
     return Problem(
         what=f"the value of {key} cannot be read: {value}",
         why="brackets, quotes, colons and commas have a meaning of their own in a value, unless it is quoted",

@@ -57,6 +57,8 @@ def test_the_words_reach_the_config(words: str) -> None:
         ("vae.decode.groups=2", "vae/decode=pipeline_of_shards beside it"),
         ("vae=[tiled,replicated]", "to try each: -m vae=tiled,replicated"),
         ("kite", "key=value or group=option"),
+        ("A red circle", "'task.prompt=\"A red circle\"'"),
+        ("sampler.steps:4", "sampler.steps=4"),
         ("topology=4", "topology=cpu_x4 or topology=h200_x4"),
         ("vae=true", "vae=parallel or "),
         ("model=1.5", "model=edge or "),

@@ -24,7 +24,7 @@ from cosmos3_pipeline.jobs.objective import check_objective, objective_of
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.jobs.sweep import table
-from cosmos3_pipeline.jobs.sweep.outcome import outcomes
+from cosmos3_pipeline.jobs.sweep.outcome import Outcome, outcomes
 from cosmos3_pipeline.stages.media import likeness_of_files
 
 PROBLEM = Problem("task.num_frames=8 is not 4k + 1", "the first latent frame is one frame", "task.num_frames=9")
@@ -68,7 +68,7 @@ def test_rows_are_those_of_this_sweep(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (rows[0]["total_seconds"], rows[0]["sent_bytes"], rows[0]["peak_bytes"]) == (2.0, 30, 7)
     shown = capsys.readouterr()
     assert "job 2 refused: task.num_frames=8 is not 4k + 1" in shown.out
-    assert "job 1 failed: rank 1 of 2 failed and the run was stopped:" in shown.out
+    assert "job 1 failed: rank 1 of 2: E: no" in shown.out
     assert "c=1" not in shown.out and "reference" in shown.out and "text s" not in shown.out
 
 
@@ -239,3 +239,22 @@ def test_a_run_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.Monk
     assert origin_of([]) == clean
     (tmp_path / "a").write_text("2")
     assert origin_of([]).dirty is True
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            str(RankFailed(1, 2, "photo.jpg is no picture\n  why:   it is text")),
+            "rank 1 of 2: photo.jpg is no picture",
+        ),
+        (
+            str(RankFailed(0, 2, "Traceback (most recent call last):\n  in f\nValueError: no")),
+            "rank 0 of 2: ValueError: no",
+        ),
+        ("Traceback (most recent call last):\n  in f\nKeyError: 3", "KeyError: 3"),
+        ("", None),
+    ],
+)
+def test_the_reason_of_a_failed_job_is_a_line_that_says_why(error: str, reason: str | None) -> None:
+    assert Outcome(0, [], "0", "generate", "failed", [], error).reason == reason

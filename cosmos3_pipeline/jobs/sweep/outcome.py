@@ -39,9 +39,14 @@ class Outcome:
         """Why it failed or was refused, in a line."""
         if self.problems:
             return str(self.problems[0]["what"])
-        lines = (self.error or "").strip().splitlines()
+        lines = [line for line in (self.error or "").splitlines() if line.strip()]
+        if not lines:
+            return None
+        rank = ""
+        if len(lines) > 1 and lines[0].endswith("was stopped:"):  # it says which rank, and what follows says why
+            rank = f"{lines.pop(0).partition(' failed')[0]}: "
         # The last line of a traceback says what was raised; ours begin with what is wrong.
-        return (lines[-1] if lines[0].startswith("Traceback") else lines[0]) if lines else None
+        return rank + (lines[-1] if lines[0].startswith("Traceback") else lines[0])
 
     def write(self, sweep: Path) -> None:
         """Write it down for the sweep in the folder `sweep`."""
