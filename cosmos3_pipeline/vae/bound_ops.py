@@ -144,7 +144,8 @@ def _closed(flow: Flow) -> Tensor:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage() is b.untyped_storage()  # a tensor of shapes only has no address
+    # Not by the address of the values: a tensor of shapes only has none.
+    return int(a.untyped_storage()._cdata) == int(b.untyped_storage()._cdata)
 
 
 def _edges_first(height: int, width: int, margins: Margins) -> tuple[list[_Part], list[_Part]]:

@@ -29,7 +29,7 @@ def test_ranks_open_what_was_fetched_before_they_started(one_rank: Path, tmp_pat
     told = metrics(output)["checkpoint"]
     assert (told["path"], told["repo"], told["revision"], told["commit"]) == ("acme/toy", "acme/toy", "fp8", OTHER)
     loading = metrics(output)["loading"]
-    assert set(loading) == {"transformer", "vae"}
+    assert set(loading) == {"text", "transformer", "vae"}
     assert all(rank["host_peak_bytes"] > 0 and rank["kept_bytes"] > 0 for rank in loading["transformer"]["ranks"])
     assert metrics(output)["words"]["negative_prompt_from"] == "task.negative_prompt"
     assert metrics(output)["frames_sha256"] == metrics(one_rank)["frames_sha256"]

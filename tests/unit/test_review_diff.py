@@ -140,7 +140,10 @@ def test_an_error_in_the_code_of_a_revision_is_told_whole_and_with_its_place(rep
     done = run("diff", "HEAD~1..HEAD", "--format", "json", cwd=repository)
     assert done.returncode == 2, done.stderr
     broken = json.loads(done.stdout)["broken"]
-    assert {case["case"] for case in broken} == {"topology=h200_x4", "nano_h200_x4", "model=nano"}
+    named = {
+        case["case"] for case in broken if not case["case"].startswith("weights=")
+    }  # planned on four ranks too
+    assert named == {"topology=h200_x4", "nano_h200_x4", "model=nano"}
     for case in broken:
         assert case["problems"] == [
             {
