@@ -45,7 +45,7 @@ class SlabFiles:
     def read(self, number: int, into: Tensor, *, first: int = 0, check: bool, advance: Advance) -> None:
         """Elements `first` and following of a slab into the memory `into`, as many as it has.
 
-        Raises Refusal, see `read_pieces`.
+        Raises Fault, see `read_pieces`.
         """
         slab, last = self.slabs[number], first + into.numel()
         pieces = []

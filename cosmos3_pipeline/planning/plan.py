@@ -20,7 +20,7 @@ from cosmos3_pipeline.planning.geometry import Clip, clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import text_tokens_of
-from cosmos3_pipeline.planning.trained import outside
+from cosmos3_pipeline.planning.trained import outside, words_of_another
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
 from cosmos3_pipeline.planning.vae import ELEMENT_BYTES, VaePlan, directions, strategy_of, vae_plan
 from cosmos3_pipeline.planning.weights import WeightsCost, WeightsPlan, choices
@@ -277,10 +277,11 @@ def _condition_bytes(cfg: Config) -> int:
 
 
 def _warnings(cfg: Config) -> tuple[str, ...]:
-    """What the model was not made for, where that is told and not refused."""
-    if cfg.model.trained.when_outside != "warn":
-        return ()
-    return tuple(f"{problem.what}: {problem.why}; {problem.works}" for problem in outside(cfg))
+    """What the model was not made for, where that is told and not refused, and words that cannot be meant."""
+    found = list(words_of_another(cfg))
+    if cfg.model.trained.when_outside == "warn":
+        found += outside(cfg)
+    return tuple(f"{problem.what}: {problem.why}; {problem.works}" for problem in found)
 
 
 def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:

@@ -109,14 +109,18 @@ def _span(bounds: Sequence[int]) -> str:
     return f"{bounds[0]}-{bounds[1] - 1}" if bounds[1] > bounds[0] else "none"
 
 
+def markdown_of(sheet: Sheet) -> list[str]:
+    """A table under its title, and an empty line."""
+    lines = [f"## {sheet.title.capitalize()}", "", f"| {' | '.join(sheet.columns)} |"]
+    lines.append(f"|{'|'.join(['---'] + ['---:'] * (len(sheet.columns) - 1))}|")
+    return [*lines, *(f"| {' | '.join(row)} |" for row in sheet.rows), ""]
+
+
 def as_markdown(plan: Mapping[str, Any]) -> str:
     """The plan as a page."""
     lines = ["# Plan", "", f"{headline(plan)}.", ""]
     for sheet in sheets(plan):
-        lines += [f"## {sheet.title.capitalize()}", "", f"| {' | '.join(sheet.columns)} |"]
-        lines.append(f"|{'|'.join(['---'] + ['---:'] * (len(sheet.columns) - 1))}|")
-        lines += [f"| {' | '.join(row)} |" for row in sheet.rows]
-        lines.append("")
+        lines += markdown_of(sheet)
     lines += [f"- {note}" for note in _of_weights(plan)]
     lines += [f"- {name}: {note}" for name, note in plan["strategy_notes"].items()]
     lines += [f"- {note}" for note in plan["notes"]]

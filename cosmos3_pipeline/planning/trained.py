@@ -24,13 +24,6 @@ def outside(cfg: Config) -> Iterator[Problem]:
             works=f"task={trained.tasks[0].value}, or another model",
         )
     yield from _strange_words(cfg)
-    given = "task.image" if task.image is not None else "task.video"
-    if task.condition_latent_frames and task.prompt == cfg.model.recommended.prompt and task.prompt_file is None:
-        yield Problem(
-            what=f"task.prompt is the example of model={cfg.model.name}, which does not know your {given}",
-            why="the words say what the whole clip shows, and win over what it begins with",
-            works=f"task.prompt=... with what {given} shows and what happens then",
-        )
     here = (task.width, task.height)
     tier = next((tier for tier, sizes in tiers if here in sizes), None)
     if tier is None:
@@ -55,6 +48,18 @@ def outside(cfg: Config) -> Iterator[Problem]:
             what=f"task.fps={task.fps:g} with model={cfg.model.name}",
             why=f"the model was trained for {', '.join(f'{fps:g}' for fps in trained.fps)} frames per second",
             works=f"task.fps={near_fps:g}",
+        )
+
+
+def words_of_another(cfg: Config) -> Iterator[Problem]:
+    """The model's example of a prompt beside a photograph or a clip of the user's own."""
+    task = cfg.task
+    given = "task.image" if task.image is not None else "task.video" if task.video is not None else None
+    if given is not None and task.prompt == cfg.model.recommended.prompt and task.prompt_file is None:
+        yield Problem(
+            what=f"task.prompt is the example of model={cfg.model.name}, which does not know your {given}",
+            why="the words say what the whole clip shows, and win over what it begins with",
+            works=f"task.prompt=... with what {given} shows and what happens then",
         )
 
 

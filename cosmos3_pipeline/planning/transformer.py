@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosmos3_pipeline.checkpoint.weights import (
-    TRANSFORMER_PARTS,
     Part,
     Slab,
     Weight,
@@ -68,10 +67,6 @@ class TransformerSize:
     def elements(self) -> int:
         """All weights."""
         return sum(weight.elements for weight in self.weights)
-
-    def weight_bytes(self, element_bytes: int) -> int:
-        """Bytes of the weights that are read, where an element has `element_bytes`; some are kept in fp32."""
-        return sum(w.bytes_in(element_bytes) for w in self.weights if w.part in TRANSFORMER_PARTS)
 
     def slabs(self, part: Part) -> tuple[Slab, ...]:
         """The layers of a pathway, as they lie in memory."""

@@ -8,8 +8,10 @@ import pytest
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.planning.fitting import that_fits
 from cosmos3_pipeline.planning.plan import make_plan
 
 
@@ -174,3 +176,29 @@ def test_memory_that_cannot_fit_stops_a_run_but_not_a_plan() -> None:
     assert make_plan(compose([*overrides, "weights=auto"])).fits
     prepare(composition([*overrides, "job=plan"]))
     assert make_plan(compose(["model=nano", "topology=h100_x1", "model.path=nvidia/Cosmos3-Nano"])).fits
+
+
+def test_layers_that_wait_on_the_host_need_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["model=super", "topology=l40s_x4", "weights=streamed", "model.path=nvidia/Cosmos3-Super"]
+    monkeypatch.setattr(host, "available_bytes", lambda: 200 * 10**9)
+    with pytest.raises(ConfigError, match=r"(?s)wait on this host need 275 GB.*200 GB are free.*weights=sharded"):
+        prepare(composition(asked), fetch=False)
+    monkeypatch.setattr(host, "available_bytes", lambda: 300 * 10**9)
+    prepare(composition(asked), fetch=False)
+
+
+def test_what_would_fit_keeps_most_of_the_clip_and_its_ratio() -> None:
+    small = compose(["model=nano", "topology=rtx4090_x1", "topology.accelerator.memory_gb=6"])
+    said = that_fits(small, 6e9)
+    assert said == "weights=auto task.width=832 task.height=480"
+    again = compose(["model=nano", "topology=rtx4090_x1", "topology.accelerator.memory_gb=6", *said.split()])
+    assert make_plan(again).fits
+
+
+def test_a_photograph_beside_the_models_own_words_is_told_and_never_refused() -> None:
+    asked = ["task=i2v", "task.image=photo.png", "model.trained.when_outside=refuse"]
+    (warning,) = make_plan(compose(asked)).warnings
+    assert "does not know your task.image" in warning
+    assert not make_plan(
+        compose([*asked, "task.prompt='A red circle moves left over a blue background.'"])
+    ).warnings

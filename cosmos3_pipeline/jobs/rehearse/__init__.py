@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import Prepared
-from cosmos3_pipeline.planning.tables import Sheet
+from cosmos3_pipeline.planning.tables import Sheet, markdown_of
 from cosmos3_pipeline.planning.units import quantity
 from cosmos3_pipeline.rehearsal.findings import Rehearsed, StageFound
 from cosmos3_pipeline.stages.files import write_whole
@@ -137,10 +137,7 @@ def as_markdown(found: Rehearsed) -> str:
     """The rehearsal as a page."""
     lines = ["# Rehearsal", "", f"{headline(found)}.", ""]
     for sheet in sheets(found):
-        lines += [f"## {sheet.title.capitalize()}", "", f"| {' | '.join(sheet.columns)} |"]
-        lines.append(f"|{'|'.join(['---:'] * len(sheet.columns))}|")
-        lines += [f"| {' | '.join(row)} |" for row in sheet.rows]
-        lines.append("")
+        lines += markdown_of(sheet)
     lines += [f"- {remark}" for remark in remarks(found)]
     return "\n".join(lines) + "\n"
 

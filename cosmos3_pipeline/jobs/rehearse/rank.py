@@ -42,7 +42,7 @@ def rehearse_ranks(config: Config, ranks: Sequence[int] | None) -> Rehearsed:
 
     Every topology counts as accelerators. Raises Refusal for a strategy that cannot be honoured.
     """
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # what it raises is told as a finding
     notes, checkpoint = tuple(_notes(config)), form_of(config.model)
     config = on_accelerators(config)
     plan = make_plan(config)
