@@ -69,9 +69,12 @@ class FromFiles:
 
     def bring(self, number: int, slab: Tensor) -> Wait:
         free = None if self._stream is None else torch.cuda.current_stream().record_event()
-        return self._thread.submit(self._read, number, slab, free).result
+        # A thread keeps what it was given until some time after its result is seen, so that it is given a list
+        # and takes the slab out of it.
+        return self._thread.submit(self._read, number, [slab], free).result
 
-    def _read(self, number: int, slab: Tensor, free: Any) -> None:
+    def _read(self, number: int, slabs: list[Tensor], free: Any) -> None:
+        slab = slabs.pop()
         with torch.cuda.stream(self._stream):  # on the host alone there is none, and it does nothing
             if self._stream is not None:
                 self._stream.wait_event(free)
