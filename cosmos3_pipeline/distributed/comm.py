@@ -2,7 +2,8 @@
 
 A `Comm` belongs to a group of ranks; ranks are numbered within it and rank 0 is the root. Tensors stay on their
 device. Tensors on CPU, and the agreement between ranks, go through `links` on one machine, and through gloo
-connections of its own between machines. Tensors on an accelerator go through the process group that it was given.
+connections of its own between machines. Tensors on an accelerator go through a communicator of its own, while a
+`watch` looks whether another rank has ended the run.
 
     with comm.run():            # on every rank of the group; ends together or fails together
         comm.agree(...)
@@ -13,11 +14,11 @@ connections of its own between machines. Tensors on an accelerator go through th
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
@@ -30,13 +31,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 
-from cosmos3_pipeline.distributed.board import Board, Notice, PeerFailed, PeerLost, RunStopped
+from cosmos3_pipeline.distributed.accelerator import AcceleratorGroup, AcceleratorWork, Region
+from cosmos3_pipeline.distributed.board import Board, Notice, PeerError, PeerFailed, PeerLost, RunStopped
+from cosmos3_pipeline.distributed.device import on_host
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.links import Links
+from cosmos3_pipeline.distributed.watch import Watch
 from cosmos3_pipeline.errors import Refusal
 
 T = TypeVar("T")
-Region = tuple[Tensor, int]  # a tensor, or part of one, and the rank that it goes to or comes from
 
 # Each kind of message on CPU has a lane of its own, which is also gloo's tag. So a rank that is out of step never
 # takes payload for an agreement, and a collective passes messages that are still in flight.
@@ -45,9 +48,6 @@ _PAYLOAD, _AGREEMENT, _COLLECTIVE = 0, 1, 2
 # Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
 LAST_WORDS_SECONDS = 1.0
 
-# How often a rank that waits for an accelerator's message looks whether another rank has ended the run.
-LOOK_SECONDS = 0.2
-
 
 class Work(Protocol):
     """A message in flight."""
@@ -55,36 +55,6 @@ class Work(Protocol):
     def wait(self) -> Any:
         """Return when it has left or arrived. Raises RuntimeError when it never will."""
         ...
-
-
-class AcceleratorWork(Work, Protocol):
-    """A message in flight between accelerators, as `torch.distributed` has it."""
-
-    def is_completed(self) -> bool:
-        """Whether it has arrived."""
-        ...
-
-
-class Watched:
-    """A message between accelerators, whose wait ends when another rank has ended the run.
-
-    Such a message does not fail by itself when its peer has gone. `look` raises when the run is over; it is called
-    while the message is late, because it takes longer than most messages do.
-    """
-
-    def __init__(self, work: AcceleratorWork, look: Callable[[], None]) -> None:
-        self._work = work
-        self._look = look
-
-    def wait(self) -> None:
-        """Return when it has left or arrived."""
-        looked = time.monotonic()
-        while not self._work.is_completed():
-            if time.monotonic() - looked >= LOOK_SECONDS:
-                self._look()
-                looked = time.monotonic()
-            os.sched_yield()
-        self._work.wait()
 
 
 class Pending:
@@ -128,11 +98,23 @@ class Comm:
     """Messages within a group (None: all ranks of an initialised `torch.distributed`, else this process alone).
 
     Making one, and the first run after one that broke off, is collective over the group. With one rank nothing is
-    sent. `ledger` counts this rank's messages.
+    sent. `ledger` counts this rank's messages. Tensors are those of `device`, or of the CPU. `patience` is how
+    long a message may take, by default as long as PyTorch's.
     """
 
-    def __init__(self, group: ProcessGroup | None = None, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        ledger: Ledger | None = None,
+        *,
+        device: torch.device | None = None,
+        patience: timedelta = default_pg_timeout,
+    ) -> None:
         self.ledger = Ledger() if ledger is None else ledger
+        self._device = device or torch.device("cpu")
+        self._patience = patience
+        self._accelerator: AcceleratorGroup | None = None
+        self._watch: Watch | None = None
         self.rank, self.size = 0, 1
         self._board: Board | None = None
         self._in_flight: WeakSet[Pending] = WeakSet()
@@ -146,7 +128,7 @@ class Comm:
                 self._connect()
 
     def _connect(self) -> None:
-        """Make gloo connections of its own.
+        """Make connections of its own.
 
         Of its own, so that messages of a run that broke off in the middle are never received by a later one, and
         made directly: `new_group` names a group after all those that each process has made before, and processes
@@ -157,14 +139,51 @@ class Comm:
         name = _unique_name(dist.get_process_group_ranks(self._group))
         store = PrefixStore(name, _get_default_store())
         # Any: PyTorch's stubs leave out the methods that every backend has.
-        self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=default_pg_timeout)
-        self._links = Links(PrefixStore("links", store), self.rank, self.size, lanes=3)
+        self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=self._patience)
+        self._links = Links(
+            PrefixStore("links", store), self.rank, self.size, lanes=3, patience=self._patience.total_seconds()
+        )
         self._board = Board(store)
         self._run = 0
         self._broken = False
+        if not on_host(self._device):
+            self._connect_accelerator(store)
+
+    def _connect_accelerator(self, store: PrefixStore) -> None:
+        # A client of its own: in the other one this process may wait for long.
+        other: Any = store
+        other = other.clone()
+        self._watch = Watch(
+            partial(self._look, Board(other)),
+            self._abort,
+            store=PrefixStore("watch", other),
+            rank=self.rank,
+            size=self.size,
+            patience=self._patience.total_seconds(),
+        )
+        self._accelerator = AcceleratorGroup(
+            PrefixStore("accelerator", store),
+            self.rank,
+            self.size,
+            device=self._device,
+            patience=2 * self._patience,  # the watch is first, and says whose fault it is
+        )
+
+    def _look(self, board: Board) -> None:
+        """Raise when another rank has ended the run, or has died on this machine. The watch's thread calls it."""
+        board.raise_if_over(self._run)
+        self._links.raise_if_broken()
+
+    def _abort(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.abort()
 
     def _close(self) -> None:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._abort()
+            self._watch = self._accelerator = None
         self._links.close()
         for pending in self._in_flight:
             pending.drop()
@@ -195,6 +214,9 @@ class Comm:
         self._running = True
         try:
             yield
+            if self._accelerator is not None:
+                # Whoever agrees that the run has ended has computed and received all of it.
+                self._accelerator.synchronize()
             self._gather_objects(None)
         except BaseException as error:
             self._running, self._broken = False, True
@@ -243,39 +265,43 @@ class Comm:
         for kind, messages in (("recv", receives), ("send", sends)):
             for tensor, _ in messages:
                 self.ledger.record(kind, tensor.nbytes)
-        if _on_cpu(*(tensor for tensor, _ in (*sends, *receives))):
+        if _all_on_host(*(tensor for tensor, _ in (*sends, *receives))):
             return self._exchange_on_cpu(sends, receives, _PAYLOAD)
         pending = self._pending()
         landings = [(pending.landing(tensor), peer) for tensor, peer in receives]
         leaving = [(tensor.contiguous(), peer) for tensor, peer in sends]
         tensors = [tensor for tensor, _ in (*landings, *leaving)]
-        for work in self._translated(partial(self._start_batch, landings, leaving)):
-            pending.add(Watched(work, self._look), tensors)
+        return self._started(pending, partial(self._start_batch, landings, leaving), tensors)
+
+    def _started(
+        self, pending: Pending, start: Callable[[], list[AcceleratorWork]], tensors: Sequence[Tensor]
+    ) -> Pending:
+        """Start messages between accelerators, and wait for them in `pending`."""
+        if self._watch is not None:
+            self._translated(self._watch.check)
+        works = self._translated(start)
+        if self._watch is not None:
+            self._watch.started(works)
+        for work in works:
+            pending.add(work, tensors)
         return pending
 
-    # What an accelerator's process group is asked for, and nothing else: a rehearsal has others in their place.
+    # What an accelerator's group is asked for, and nothing else: a rehearsal has others in their place.
     def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
-        operations = [dist.P2POp(dist.irecv, t, group=self._group, group_peer=peer) for t, peer in landings]
-        operations += [dist.P2POp(dist.isend, t, group=self._group, group_peer=peer) for t, peer in leaving]
-        return list(dist.batch_isend_irecv(operations))
+        return self._between_accelerators().batch(landings, leaving)
 
-    def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork | None:
-        work: AcceleratorWork | None = dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
-        return work
+    def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
+        return self._between_accelerators().broadcast(tensor, source)
 
     def _start_all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
-        work: AcceleratorWork = dist.all_gather(parts, tensor, group=self._group, async_op=True)
-        return work
+        return self._between_accelerators().all_gather(parts, tensor)
 
     def _start_gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
-        work: AcceleratorWork = dist.all_gather_into_tensor(whole, own, group=self._group, async_op=True)
-        return work
+        return self._between_accelerators().gather_into(whole, own)
 
-    def _look(self) -> None:
-        """Raise when another rank has ended the run, or has died on this machine."""
-        assert self._board is not None
-        self._board.raise_if_over(self._run)
-        self._links.raise_if_broken()
+    def _between_accelerators(self) -> AcceleratorGroup:
+        assert self._accelerator is not None, f"this Comm was made for {self._device}"
+        return self._accelerator
 
     def _exchange_on_cpu(self, sends: Sequence[Region], receives: Sequence[Region], lane: int) -> Pending:
         pending, by_gloo = self._pending(), list[tuple[Work, Tensor]]()
@@ -309,29 +335,23 @@ class Comm:
         gives = self.rank == source
         if gives:
             self.ledger.record("broadcast", tensor.nbytes)
-        if _on_cpu(tensor):
+        if _all_on_host(tensor):
             sends = [(tensor, peer) for peer in range(self.size) if gives and peer != source]
             receives = [] if gives else [(tensor, source)]
             self._exchange_on_cpu(sends, receives, _COLLECTIVE).wait()
             return
-        pending = self._pending()
-        work = self._translated(partial(self._start_broadcast, tensor, source))
-        if work is not None:
-            pending.add(Watched(work, self._look), [tensor])
-        pending.wait()
+        self._started(self._pending(), lambda: [self._start_broadcast(tensor, source)], [tensor]).wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, by rank; same shape and dtype everywhere."""
         if self._board is None:
             return [tensor]
         self.ledger.record("all_gather", tensor.nbytes)
-        if _on_cpu(tensor):
+        if _all_on_host(tensor):
             return self._gather(tensor.clone(), [tensor.shape] * self.size, _COLLECTIVE)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        pending = self._pending()
-        work = self._translated(partial(self._start_all_gather, parts, tensor))
-        pending.add(Watched(work, self._look), [*parts, tensor])
-        pending.wait()
+        start = partial(self._start_all_gather, parts, tensor)
+        self._started(self._pending(), lambda: [start()], [*parts, tensor]).wait()
         return parts
 
     def gather_into(self, whole: Tensor, own: Tensor) -> Pending:
@@ -341,16 +361,13 @@ class Comm:
         """
         parts = whole.split(len(own))
         others = [rank for rank in range(self.size) if rank != self.rank]
-        if not others or _on_cpu(whole, own):
+        if not others or _all_on_host(whole, own):
             parts[self.rank].copy_(own)
             return self.exchange([(own, rank) for rank in others], [(parts[rank], rank) for rank in others])
         for rank in others:
             self.ledger.record("send", own.nbytes)
             self.ledger.record("recv", parts[rank].nbytes)
-        pending = self._pending()
-        work = self._translated(partial(self._start_gather_into, whole, own))
-        pending.add(Watched(work, self._look), [whole, own])
-        return pending
+        return self._started(self._pending(), lambda: [self._start_gather_into(whole, own)], [whole, own])
 
     def _pending(self) -> Pending:
         pending = Pending(self)
@@ -364,6 +381,8 @@ class Comm:
         """
         try:
             return call()
+        except PeerError:
+            raise
         except RuntimeError as error:
             assert self._board is not None
             deadline = time.monotonic() + LAST_WORDS_SECONDS
@@ -386,8 +405,8 @@ def _check_contiguous(tensor: Tensor) -> None:
         )
 
 
-def _on_cpu(*tensors: Tensor) -> bool:
-    return all(tensor.is_cpu for tensor in tensors)
+def _all_on_host(*tensors: Tensor) -> bool:
+    return all(map(on_host, tensors))
 
 
 _made: dict[tuple[int, ...], int] = {}

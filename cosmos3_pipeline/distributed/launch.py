@@ -27,7 +27,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost, RunStopped
+from cosmos3_pipeline.distributed.device import gpu, use
 from cosmos3_pipeline.distributed.failure import RankFailed
+from cosmos3_pipeline.distributed.interface import use_interface_of_store
 from cosmos3_pipeline.errors import Fault, Refusal
 
 # The seconds that ranks of a broken world get to end by themselves before they are killed.
@@ -159,40 +161,25 @@ def _words(failure: ProcessFailure) -> str:
     return f"it ended with exit code {failure.exitcode}"
 
 
-def _cuda(index: int) -> torch.device:
-    """The GPU of the rank `index` of this machine."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index >= count:
-        raise Refusal(
-            what=f"topology.device=cuda with {count} GPUs for rank {index} of this machine",
-            why=f"PyTorch {torch.__version__} sees {count or 'none'} here"
-            + ("" if torch.version.cuda else ", because it was built for the CPU alone"),
-            works=f"topology.ranks_per_node={count}" if count else "topology=cpu_x1, or PyTorch built with CUDA",
-        )
-    return torch.device("cuda", index)
-
-
 @contextmanager
 def joined_world(*, device: str, threads: int, patience: float | None = None) -> Iterator[torch.device]:
-    """Join the world that RANK and WORLD_SIZE describe (gloo on cpu, nccl on cuda), and leave it at the end.
+    """Join the world that RANK and WORLD_SIZE describe, and leave it at the end.
 
-    Without RANK in the environment this process is a world of one and no process group is made. `patience` are the
-    seconds that a collective may wait for the slowest rank; without it PyTorch's default, ten minutes with nccl.
+    Without RANK in the environment this process is a world of one and no process group is made. The world is
+    gloo's, also on cuda: in it ranks agree, and each Comm makes the connections of its tensors. `patience` are the
+    seconds that a rank waits for the slowest; without it PyTorch's default.
     Yields the device of this rank. Raises Refusal where there is no such device.
     """
     torch.set_num_threads(threads)
     local = torch.device("cpu")
     if device == "cuda":
-        local = _cuda(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(local)
+        local = gpu(int(os.environ.get("LOCAL_RANK", "0")))
+        use(local)
     if "RANK" not in os.environ:
         yield local
         return
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        device_id=local if device == "cuda" else None,
-        timeout=None if patience is None else timedelta(seconds=patience),
-    )
+    use_interface_of_store(os.environ)
+    dist.init_process_group("gloo", timeout=None if patience is None else timedelta(seconds=patience))
     yield local
     # Not in a `finally`: after an error the peers may be gone, and leaving would wait for them.
     dist.destroy_process_group()

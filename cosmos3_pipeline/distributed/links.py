@@ -28,7 +28,6 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 from torch._C._distributed_c10d import Store
-from torch.distributed.constants import default_pg_timeout
 
 # A socket's buffer takes so many at once, so that a small message leaves without its receiver's help.
 SMALL_BYTES = 192 << 10
@@ -166,11 +165,13 @@ class Links:
     """Links of one rank to the ranks of its group that are on the same machine, each with `lanes` lanes.
 
     Making them is collective over the ranks of `store`. Both ends must know the size of a message. A rank that
-    waits for one message moves all that can be moved. Errors are RuntimeErrors, as those of gloo.
+    waits for one message moves all that can be moved, and gives up when for `patience` seconds there was nothing.
+    Errors are RuntimeErrors, as those of gloo.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, *, lanes: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, *, lanes: int, patience: float) -> None:
         self._links = dict[int, Link]()
+        self._patience = patience
         with tempfile.TemporaryDirectory(prefix="cosmos3-") as folder, socket.socket(socket.AF_UNIX) as listener:
             store.set(f"address/{rank}", _listening(listener, str(Path(folder) / "rank"), size))
             for peer in range(rank):
@@ -220,11 +221,10 @@ class Links:
         while not found and time.perf_counter() < until:
             os.sched_yield()  # where ranks share a core, to the one that is waited for
             found = ready.poll(0)
-        seconds = default_pg_timeout.total_seconds()
-        found = found or ready.poll(1000 * seconds)
+        found = found or ready.poll(1000 * self._patience)
         if not found:
             peers = sorted({link.peer for link in waiting.values()})
-            raise RuntimeError(f"no message from ranks {peers} within {seconds:.0f} s")
+            raise RuntimeError(f"no message from ranks {peers} within {self._patience:.0f} s")
         for link in {waiting[number] for number, _ in found}:
             link.move()
 

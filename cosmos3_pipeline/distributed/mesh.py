@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 
+import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cosmos3_pipeline.distributed.comm import Comm
@@ -22,7 +26,11 @@ REPLICA = "replica"  # the ranks of one dp replica: spare x cfg x ulysses, the V
 
 @dataclass(frozen=True)
 class RankMesh:
-    """Where this rank stands on each axis. `device_mesh` is None in a world of one without process groups."""
+    """Where this rank stands on each axis. `device_mesh` is None in a world of one without process groups.
+
+    The groups are gloo's, whatever the `device`: they say who belongs together. Each Comm has connections of its
+    own, in which a message may take as long as `patience`.
+    """
 
     dp: int = 1
     spare: int = 1
@@ -30,10 +38,20 @@ class RankMesh:
     ulysses: int = 1
     device_mesh: DeviceMesh | None = None
     replica_mesh: DeviceMesh | None = field(default=None, repr=False)
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    patience: timedelta = default_pg_timeout
     _comms: dict[str, Comm] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def build(cls, *, dp: int = 1, cfg: int = 1, ulysses: int = 1, device_type: str = "cpu") -> RankMesh:
+    def build(
+        cls,
+        *,
+        dp: int = 1,
+        cfg: int = 1,
+        ulysses: int = 1,
+        device: torch.device | None = None,
+        patience: timedelta = default_pg_timeout,
+    ) -> RankMesh:
         """The mesh of the initialised world (one rank when there is none), `spare` taking the ranks left over.
 
         Every rank of the world must call it: making process groups is collective.
@@ -50,11 +68,21 @@ class RankMesh:
                 works=f"{wanted * max(round(world / wanted), 1)} ranks, or axes whose product divides {world}",
             )
         spare = world // wanted
+        device = device or torch.device("cpu")
         if not dist.is_initialized():
-            return cls()
-        mesh = init_device_mesh(device_type, (dp, spare, cfg, ulysses), mesh_dim_names=AXES)
+            return cls(device=device)
+        mesh = init_device_mesh("cpu", (dp, spare, cfg, ulysses), mesh_dim_names=AXES)
         replica = mesh["spare", "cfg", "ulysses"]._flatten(REPLICA)
-        return cls(dp=dp, spare=spare, cfg=cfg, ulysses=ulysses, device_mesh=mesh, replica_mesh=replica)
+        return cls(
+            dp=dp,
+            spare=spare,
+            cfg=cfg,
+            ulysses=ulysses,
+            device_mesh=mesh,
+            replica_mesh=replica,
+            device=device,
+            patience=patience,
+        )
 
     def size(self, axis: str) -> int:
         """Ranks on `axis`, one of `AXES` or `REPLICA`."""
@@ -86,7 +114,7 @@ class RankMesh:
         """Counted messages between the ranks of `group(axis)` with a ledger of their own; collective over them."""
         # For Comm no group is everybody; a mesh without one has this rank alone.
         assert self.device_mesh is not None or not dist.is_initialized(), "use RankMesh.build()"
-        return Comm(self.group(axis))
+        return Comm(self.group(axis), device=self.device, patience=self.patience)
 
     def _mesh(self, axis: str) -> DeviceMesh | None:
         assert axis in (*AXES, REPLICA)

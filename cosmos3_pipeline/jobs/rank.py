@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, Dtype, ModelConfig
 from cosmos3_pipeline.denoise.texts import Prompt
+from cosmos3_pipeline.distributed.device import numerics
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
@@ -111,7 +113,13 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
     ) as device:
         agreed = everyones((output, digest_of(config)))
         refuse_other_configs([digest for _, digest in agreed])
-        mesh = RankMesh.build(dp=topology.dp, cfg=topology.cfg, ulysses=topology.ulysses, device_type=device.type)
+        mesh = RankMesh.build(
+            dp=topology.dp,
+            cfg=topology.cfg,
+            ulysses=topology.ulysses,
+            device=device,
+            patience=timedelta(seconds=patience),
+        )
         directory = Path(str(agreed[0][0]))
         # What a process that was started here prints, nobody else keeps; one by torchrun keeps its own.
         first = dist.is_initialized() and dist.get_rank() == 0
@@ -328,6 +336,7 @@ def metrics(
         "vae": {direction: vae_report(plan, direction) for direction in DIRECTIONS},
         "stages": stages,
         "versions": versions(),
+        "numerics": numerics(context.components.device),
     }
 
 

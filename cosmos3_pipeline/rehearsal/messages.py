@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from cosmos3_pipeline.distributed.accelerator import AcceleratorWork, Region
 from cosmos3_pipeline.distributed.board import Notice
-from cosmos3_pipeline.distributed.comm import AcceleratorWork, Comm, Pending, Region
+from cosmos3_pipeline.distributed.comm import Comm, Pending
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.rehearsal.places import Place, here

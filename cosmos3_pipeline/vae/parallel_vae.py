@@ -211,7 +211,7 @@ class ParallelVAE(DropIn):
     def comm(self) -> Comm:
         """The messages of its group. Made on first use, which is collective over the group."""
         if self._comm is None:
-            self._comm = Comm(self._group, self._ledger)
+            self._comm = Comm(self._group, self._ledger, device=self._device)
         return self._comm
 
     def plan(self, direction: Direction, shape: LatentShape) -> StrategyPlan:
@@ -308,6 +308,8 @@ class ParallelVAE(DropIn):
                     f"the VAE was released as {self._dtype} on {self._device}; the weights from which "
                     f"{moved.dtype} on {moved.device} could be made are gone; move it before release()"
                 )
+            if moved.device != self._device:
+                self._comm = None  # its connections are those of the device that it was made for
             self._dtype, self._device = moved.dtype, moved.device
             self._unbind()
         super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)

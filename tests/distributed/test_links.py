@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from ranks import run_on_ranks
 from torch.distributed.distributed_c10d import _get_default_store
 
-from cosmos3_pipeline.distributed import comm as comm_module
 from cosmos3_pipeline.distributed import links
 from cosmos3_pipeline.distributed.board import PeerError, PeerFailed
-from cosmos3_pipeline.distributed.comm import Comm, Watched
+from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.distributed.device import FORCED
 from cosmos3_pipeline.distributed.links import SLOT_BYTES, SMALL_BYTES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
@@ -92,11 +91,11 @@ def _parts(rank: int) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
 
 def _parts_into_parts(rank: int, way: str) -> bool:
     """Parts of tensors become parts of others, and nothing beside those changes."""
-    comm, given, expected = _comm(apart=(1,) if way == "gloo" else ()), _parts(rank), _parts(1 - rank)
-    if way == "accelerator":  # by PyTorch's own calls; gloo's messages, unlike NCCL's, complete only in `wait`
-        comm_module._on_cpu = lambda *tensors: False
-        comm_module.Watched = lambda work, look: work  # type: ignore[assignment, misc]
+    given, expected = _parts(rank), _parts(1 - rank)
+    if way == "accelerator":
+        os.environ[FORCED] = "1"
         given, expected = given[:-1], expected[:-1]  # there is no message of nothing
+    comm = _comm(apart=(1,) if way == "gloo" else ())
     wholes = [torch.full_like(whole, -1.0) for whole, _ in expected]
     with comm.run():
         receives = [(whole[part], 1 - rank) for whole, (_, part) in zip(wholes, expected, strict=True)]
@@ -288,52 +287,21 @@ def test_a_rank_without_memory_for_a_message_is_not_one_that_was_lost() -> None:
     assert run_on_ranks(_no_room, 2) == [["PeerFailed", "equal"], ["OutOfMemoryError", "equal"]]
 
 
-class Late:
-    """A message between accelerators that arrives after `looks` looks."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-        self.waited = False
-
-    def is_completed(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-    def wait(self) -> None:
-        self.waited = True
-
-
-def test_an_accelerators_message_that_comes_soon_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm_module, "LOOK_SECONDS", float("inf"))
-    work = Late(100)
-    Watched(work, look=lambda: pytest.fail("asked")).wait()
-    assert work.waited
-
-
-def test_an_accelerators_message_that_is_late_asks_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm_module, "LOOK_SECONDS", 0.0)
-    asked: list[None] = []
-    Watched(Late(100), look=lambda: asked.append(None)).wait()
-    assert len(asked) == 100
-
-
 def _on_accelerators(rank: int, how: str) -> str:
     """Rank 0 waits for a message between accelerators, which never comes when rank 1 is gone."""
-    comm_module._on_cpu = lambda *tensors: False
-    comm_module.LOOK_SECONDS = 0.0 if rank == 0 else float("inf")
-    late: Callable[..., Any] = lambda operations: [Late(0 if how == "arrives" else 1 << 60)]  # noqa: E731
-    comm_module.dist.batch_isend_irecv = late
+    os.environ[FORCED] = "1"
     comm = Comm()
-    board: Any = comm._board
-    asked = board.raise_if_over
-    board.raise_if_over = lambda run: pytest.fail("asked") if how == "arrives" else asked(run)
     try:
         with comm.run():
             if rank == 1 and how == "dies":
                 os._exit(1)
             if rank == 1 and how == "raises":
                 raise ValueError("no paint left")
-            comm.exchange(receives=[(torch.empty(8), 1 - rank)]).wait()
+            comm.exchange([(torch.ones(8), 1 - rank)], [(torch.empty(8), 1 - rank)]).wait()
+            if how == "raises late" and rank == 1:
+                raise ValueError("no paint left")
+            if how == "raises late":
+                comm.exchange(receives=[(torch.empty(8), 1)]).wait()
     except (PeerError, ValueError) as error:
         if isinstance(error, PeerFailed):
             assert (error.rank, error.problem.works) == (1, "see rank 1's own error")
@@ -343,7 +311,12 @@ def _on_accelerators(rank: int, how: str) -> str:
 
 @pytest.mark.parametrize(
     ("how", "outcomes"),
-    [("arrives", ["done", "done"]), ("raises", ["PeerFailed", "ValueError"]), ("dies", ["PeerLost", None])],
+    [
+        ("arrives", ["done", "done"]),
+        ("raises", ["PeerFailed", "ValueError"]),
+        ("raises late", ["PeerFailed", "ValueError"]),
+        ("dies", ["PeerLost", None]),
+    ],
 )
 def test_who_waits_for_an_accelerators_message_hears_of_a_failed_rank(how: str, outcomes: list[Any]) -> None:
     assert run_on_ranks(_on_accelerators, 2, how, may_die=(1,) if how == "dies" else ()) == outcomes

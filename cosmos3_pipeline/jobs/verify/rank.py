@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosmos3_pipeline.config.schema import Config
-from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.distributed.device import numerics
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.jobs.metrics import versions
@@ -44,7 +44,7 @@ def verify_rank(config: Config, plan: Plan, verification: Verification, output: 
         reporter = reporter_of(mesh)
         vae, latents = inputs(config, plan, device, mesh, reporter)
         given = {"encode": vae.picture, "decode": latents}
-        comm = Comm(mesh.group(REPLICA))
+        comm = mesh.new_comm(REPLICA)
         references, checks, rows = {}, [], []
         with reporter.track("strategies", len(verification.chosen)) as advance:
             for direction, alone in verification.references.items():
@@ -71,6 +71,7 @@ def verify_rank(config: Config, plan: Plan, verification: Verification, output: 
                 "reference": references,
                 "checks": checks,
                 "versions": versions(),
+                "numerics": numerics(device),
             }
             if rows:
                 draw(rows, directory / PICTURE_FILE)

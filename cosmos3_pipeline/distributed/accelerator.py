@@ -1,0 +1,100 @@
+"""Messages between the accelerators of a `Comm`: a communicator of its own, aborted and made anew with it.
+
+On GPUs that is NCCL's. Its messages go one batch after the other in the order in which they were started, and
+waiting for one makes what is computed next wait, not this process. Where the accelerator's path is forced on a CPU
+(`device.on_host`) gloo moves them, and there this process waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C import _distributed_c10d as c10d
+from torch._C._distributed_c10d import Store
+
+Region = tuple[Tensor, int]  # a tensor, or part of one, and the rank that it goes to or comes from
+
+_TAG = 0
+
+
+class AcceleratorWork(Protocol):
+    """A message in flight between accelerators, as `torch.distributed` has it."""
+
+    def is_completed(self) -> bool:
+        """Whether it has arrived."""
+        ...
+
+    def wait(self) -> Any:
+        """Return when what is computed next can use it. Raises RuntimeError when it never will."""
+        ...
+
+
+class AcceleratorGroup:
+    """The communicator of rank `rank` of the `size` ranks that share `store`, all of which make it together.
+
+    `patience` is how long a message may take.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, *, device: torch.device, patience: timedelta) -> None:
+        self._device = device
+        # Any: PyTorch's stubs leave out the methods that every backend has.
+        self._backend: Any = _backend(store, rank, size, device, patience)
+
+    def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[AcceleratorWork]:
+        """Start to receive and to send, both ways at once."""
+        backend = self._backend
+        together = backend.supports_coalescing
+        if together:
+            backend._start_coalescing()
+        works = [backend.recv([tensor], peer, _TAG) for tensor, peer in receives]
+        works += [backend.send([tensor], peer, _TAG) for tensor, peer in sends]
+        return [backend._end_coalescing()] if together else works
+
+    def broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
+        options = c10d.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.asyncOp = source, 0, True
+        work: AcceleratorWork = self._backend.broadcast([tensor], options)
+        return work
+
+    def all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
+        options = c10d.AllgatherOptions()
+        options.asyncOp = True
+        work: AcceleratorWork = self._backend.allgather([parts], [tensor], options)
+        return work
+
+    def gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
+        options = c10d.AllgatherOptions()
+        options.asyncOp = True
+        work: AcceleratorWork = self._backend._allgather_base(whole, own, options)
+        return work
+
+    def synchronize(self) -> None:
+        """Wait, on the host, for all that the accelerator was asked to do; an abort ends that too."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def abort(self) -> None:
+        """End every wait for its messages on this rank, whichever thread asks.
+
+        Nothing has to be done for gloo, whose waits end when the peer has closed its connections.
+        """
+        if self._device.type == "cuda":
+            self._backend.abort()
+
+
+def _backend(store: Store, rank: int, size: int, device: torch.device, patience: timedelta) -> Any:
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(store, rank, size, timeout=patience)
+    nccl: Any = c10d.ProcessGroupNCCL  # which a build for the CPU does not have
+    options = nccl.Options()
+    options._timeout = patience
+    backend = nccl(store, rank, size, options)
+    backend._set_sequence_number_for_group()
+    # Now, with all ranks: the first message need not be one in which each of them takes part.
+    backend.eager_connect_single_device(device)
+    return backend

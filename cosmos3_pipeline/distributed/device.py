@@ -1,0 +1,91 @@
+"""The device of a rank: which it is, which path its tensors take, and by which settings it computes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos3_pipeline.errors import Refusal
+
+# Set in the environment, it makes ranks on a CPU go the way of an accelerator, so that tests cover it.
+FORCED = "COSMOS3_ACCELERATOR_PATH"
+
+
+def on_host(where: Tensor | torch.device) -> bool:
+    """Whether a tensor, or what is on a device, goes the way of the CPU: its kernels, its memory, its messages."""
+    device = where.device if isinstance(where, Tensor) else where
+    return device.type == "cpu" and not os.environ.get(FORCED)
+
+
+def gpu(index: int) -> torch.device:
+    """The GPU of the rank `index` of this machine. Raises Refusal where there is none that PyTorch can use."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index < count:
+        return torch.device("cuda", index)
+    if not torch.version.cuda:
+        why, works = f"PyTorch {torch.__version__} was built for the CPU alone", "PyTorch built with CUDA"
+    elif count:
+        why, works = f"this machine has {count}", f"topology.ranks_per_node={count}"
+    else:
+        why, works = (
+            _driver_problem(),
+            "a driver for this version of CUDA (nvidia-smi tells), or a machine with a GPU",
+        )
+    raise Refusal(
+        what=f"topology.device=cuda, and there is no GPU for rank {index} of this machine",
+        why=why,
+        works=works if count else f"{works}; without one topology=cpu_x1",
+    )
+
+
+def _driver_problem() -> str:
+    """Why PyTorch, which has CUDA, sees no GPU, in CUDA's words."""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # CUDA raises RuntimeErrors and AssertionErrors of many kinds here
+        return f"PyTorch {torch.__version__} with CUDA {torch.version.cuda} sees none: {error}"
+    return f"PyTorch {torch.__version__} with CUDA {torch.version.cuda} sees none"
+
+
+# Versions of cuDNN with which PyTorch sends convolutions of bfloat16 clips through its own loops, which take many
+# times as long and as much memory. Source: pytorch issues 166643, 163581, 166480.
+SLOW_CUDNN = range(90800, 91500)
+
+
+def use(device: torch.device) -> None:
+    """Compute on the GPU `device` in the dtype that was asked for, and with the same kernel for the same shape.
+
+    float32 is float32: PyTorch would round the inputs of its convolutions to TF32. A kernel that is chosen by
+    trying could be another one on each rank, and their parts of a picture would not fit together to the last bit.
+    """
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    cudnn = torch.backends.cudnn.version()
+    if cudnn in SLOW_CUDNN:
+        logging.getLogger(__name__).warning(
+            "cuDNN %s is known for bfloat16 convolutions of clips that take many times as long and as much "
+            "memory; versions before 9.8 and from 9.15 on do not; PyTorch's own wheel brings one, which is used "
+            "where LD_LIBRARY_PATH names no other; or take model.vae_dtype=float32",
+            cudnn,
+        )
+
+
+def numerics(device: torch.device) -> dict[str, Any]:
+    """What decides the last bits of a result on `device`, beside the versions: for metrics.json."""
+    if device.type != "cuda":
+        return {"device": device.type, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+    }
