@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_pipeline.denoise.shards import even_rows
+from cosmos3_pipeline.vae.host_path import takes_host_path
 
 # On a CPU, an MLP intermediate of several MB is mapped, zeroed and unmapped by the allocator in every call,
 # which costs up to a sixth of the MLP. Parts of about this size stay in the heap and the cache; parts of fewer
@@ -103,7 +104,7 @@ class Pathway:
         hidden = hidden + self.output(attended.flatten(-2))
         normed = normalise(self.mlp_norm, hidden)
         parts = 1
-        if hidden.device.type == "cpu":
+        if takes_host_path(hidden):
             intermediate = hidden.shape[0] * self.mlp.up_proj.out_features * hidden.element_size()
             parts = max(min(intermediate // MLP_PART_BYTES, hidden.shape[0] // MLP_PART_ROWS), 1)
         rows = list(even_rows(hidden.shape[0], parts))

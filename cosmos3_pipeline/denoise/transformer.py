@@ -28,6 +28,7 @@ from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, start_of
 from cosmos3_pipeline.denoise.texts import EncodedText
 from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.vae.host_path import takes_host_path
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class ParallelTransformer:
         # One row would do, but diffusers embeds every noisy token: a block of rows has the same bits. Where
         # threads share a product on a CPU they round its last rows differently: there it takes as many rows.
         noisy = sum(prepared.noisy_rows)
-        threaded = self._exchange.ranks == 1 and hidden.device.type == "cpu" and torch.get_num_threads() > 1
+        threaded = self._exchange.ranks == 1 and takes_host_path(hidden) and torch.get_num_threads() > 1
         rows = max(noisy if threaded else min(noisy, BLOCK_ROWS), 1)
         embedded = model.time_embedder(frequencies.expand(rows, -1)).to(hidden.dtype)
         embedded = embedded if threaded and noisy else embedded[:1]

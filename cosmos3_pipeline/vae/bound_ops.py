@@ -17,6 +17,7 @@ from cosmos3_pipeline.vae import kernels, ops
 from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
 from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
 from cosmos3_pipeline.vae.frames import Arrival, Frames, HaloExchange, with_room
+from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 # On CPU, a norm of so many blocks or fewer is one call: it then takes a millisecond or so, and computing the edges
@@ -223,7 +224,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
             frames = _with_room(flow, following, room)
         out, margins = frames.inner, frames.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
-        if x.device.type == "cpu" and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
+        if takes_host_path(x) and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for rows, cols in edges:
             kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])

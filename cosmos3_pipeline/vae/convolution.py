@@ -31,6 +31,7 @@ from torch import Tensor
 from cosmos3_pipeline.vae.blocking import makes_frame_pairs, pair_band
 from cosmos3_pipeline.vae.frames import Arrival
 from cosmos3_pipeline.vae.host_memory import long_lived
+from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.ops import Margins
 
@@ -362,7 +363,7 @@ def _channels_last(out: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor) -> bool:
-    available = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    available = takes_host_path(x) and torch.backends.mkldnn.is_available()
     return available and x.dtype in (torch.float32, torch.bfloat16)
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
@@ -85,7 +86,7 @@ def with_room(like: Tensor, shape: tuple[int, ...], room: Room, coming: Margins 
     buffer = like.new_empty(b, room.front + t, m.top + h + m.bottom, m.left + w + m.right, c)
     frames = Frames(buffer, room)
     chunk = frames.chunk
-    coming = coming if buffer.is_cpu else NO_MARGINS
+    coming = coming if takes_host_path(buffer) else NO_MARGINS
     if m.top > coming.top:
         chunk[:, :, : m.top].zero_()
     if m.bottom > coming.bottom:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_pipeline.errors import Problem, Refusal
+from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.pixels import picture_chunks
 from cosmos3_pipeline.vae.program import Program
@@ -21,7 +22,7 @@ def latent_shape(program: Program, tensor: Tensor) -> LatentShape:
     if program.direction == "encode":
         frames = 1 + (picture_chunks(frames) - 1) * program.latents_per_chunk
         rows, cols = rows // program.spatial, cols // program.spatial
-    return LatentShape(batch, frames, rows, cols, tensor.element_size(), on_host=tensor.is_cpu)
+    return LatentShape(batch, frames, rows, cols, tensor.element_size(), on_host=takes_host_path(tensor))
 
 
 def problem_of(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
+from cosmos3_pipeline.vae.host_path import takes_host_path
 
 
 def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -19,7 +20,7 @@ def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     float32 for bfloat16 on a processor without instructions for it, where PyTorch's own loops are some fifty times
     as slow; otherwise `dtype`.
     """
-    if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if dtype != torch.bfloat16 or not takes_host_path(device) or not torch.backends.mkldnn.is_available():
         return dtype
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
@@ -55,7 +56,7 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     """
     _, t, h, w, c = x.shape
     # Where there is no such cache, a frame: more at once would only take memory.
-    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if x.device.type == "cpu" else h
+    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if takes_host_path(x) else h
     frames = max(1, rows // h)
     for clip, target in zip(x.unbind(0), out.unbind(0), strict=True):
         for start in range(0, t, frames):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cosmos3_pipeline.vae.bound_ops import BoundOp, bind
 from cosmos3_pipeline.vae.host_memory import keep_freed_memory
+from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import Op
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 
@@ -113,7 +114,7 @@ class BoundVae:
 
     def bind(self, direction: Direction, numbers: Iterable[int]) -> dict[int, BoundOp[Op]]:
         """The ops `numbers` of `direction`, holding their weights and no others. Reads those weights."""
-        if self.device.type == "cpu":
+        if takes_host_path(self.device):
             keep_freed_memory()
         ops = self.program(direction).ops
         numbers = list(numbers)
