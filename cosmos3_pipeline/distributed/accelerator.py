@@ -2,11 +2,12 @@
 
 On GPUs that is NCCL's. Its messages go one batch after the other in the order in which they were started, and
 waiting for one makes what is computed next wait, not this process. Where the accelerator's path is forced on a CPU
-(`device.on_host`) gloo moves them, and there this process waits.
+(`host_path`) gloo moves them, and there this process waits.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -17,31 +18,82 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 from torch._C._distributed_c10d import Store
 
+from cosmos3_pipeline.distributed.watch import Watch
+
 Region = tuple[Tensor, int]  # a tensor, or part of one, and the rank that it goes to or comes from
 
 _TAG = 0
+# How often whoever waits for gloo looks whether the run is over.
+LOOK_SECONDS = 0.1
 
 
 class AcceleratorWork(Protocol):
     """A message in flight between accelerators, as `torch.distributed` has it."""
-
-    def is_completed(self) -> bool:
-        """Whether it has arrived."""
-        ...
 
     def wait(self) -> Any:
         """Return when what is computed next can use it. Raises RuntimeError when it never will."""
         ...
 
 
+class OnHost:
+    """gloo's message in flight, for which this process waits until the watch knows that the run is over.
+
+    gloo itself may wait for ever: a message to a rank that has died does not fail when nothing of it has left.
+    """
+
+    def __init__(self, work: AcceleratorWork, watch: Watch) -> None:
+        self._work = work
+        self._watch = watch
+
+    def wait(self) -> None:
+        ended, errors = threading.Event(), list[RuntimeError]()
+        self._watch.waits_for(ended.is_set)
+
+        def wait() -> None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                errors.append(error)
+            ended.set()
+
+        threading.Thread(target=wait, daemon=True).start()
+        while not ended.wait(LOOK_SECONDS):
+            self._watch.check()
+        if errors:
+            raise errors[0]
+
+
+class OnStream:
+    """NCCL's message in flight, for which the accelerator waits, and this process goes on."""
+
+    def __init__(self, work: AcceleratorWork, watch: Watch) -> None:
+        self._work = work
+        self._watch = watch
+
+    def wait(self) -> None:
+        self._work.wait()
+        # Not the message, which would keep its tensors.
+        self._watch.waits_for(torch.cuda.current_stream().record_event().query)
+
+
 class AcceleratorGroup:
     """The communicator of rank `rank` of the `size` ranks that share `store`, all of which make it together.
 
-    `patience` is how long a message may take.
+    `patience` is how long a message may take. `watch` is told for what this rank waits.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, *, device: torch.device, patience: timedelta) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        *,
+        device: torch.device,
+        patience: timedelta,
+        watch: Watch,
+    ) -> None:
         self._device = device
+        self._watch = watch
         # Any: PyTorch's stubs leave out the methods that every backend has.
         self._backend: Any = _backend(store, rank, size, device, patience)
 
@@ -53,25 +105,22 @@ class AcceleratorGroup:
             backend._start_coalescing()
         works = [backend.recv([tensor], peer, _TAG) for tensor, peer in receives]
         works += [backend.send([tensor], peer, _TAG) for tensor, peer in sends]
-        return [backend._end_coalescing()] if together else works
+        return list(map(self._watched, [backend._end_coalescing()] if together else works))
 
     def broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
         options = c10d.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = source, 0, True
-        work: AcceleratorWork = self._backend.broadcast([tensor], options)
-        return work
+        return self._watched(self._backend.broadcast([tensor], options))
 
     def all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
         options = c10d.AllgatherOptions()
         options.asyncOp = True
-        work: AcceleratorWork = self._backend.allgather([parts], [tensor], options)
-        return work
+        return self._watched(self._backend.allgather([parts], [tensor], options))
 
     def gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
         options = c10d.AllgatherOptions()
         options.asyncOp = True
-        work: AcceleratorWork = self._backend._allgather_base(whole, own, options)
-        return work
+        return self._watched(self._backend._allgather_base(whole, own, options))
 
     def synchronize(self) -> None:
         """Wait, on the host, for all that the accelerator was asked to do; an abort ends that too."""
@@ -79,12 +128,12 @@ class AcceleratorGroup:
             torch.cuda.synchronize(self._device)
 
     def abort(self) -> None:
-        """End every wait for its messages on this rank, whichever thread asks.
-
-        Nothing has to be done for gloo, whose waits end when the peer has closed its connections.
-        """
+        """End every wait for its messages on this rank, whichever thread asks; of gloo's each ends by itself."""
         if self._device.type == "cuda":
             self._backend.abort()
+
+    def _watched(self, work: AcceleratorWork) -> AcceleratorWork:
+        return (OnHost if self._device.type == "cpu" else OnStream)(work, self._watch)
 
 
 def _backend(store: Store, rank: int, size: int, device: torch.device, patience: timedelta) -> Any:

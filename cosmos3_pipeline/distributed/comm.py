@@ -33,7 +33,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from cosmos3_pipeline.distributed.accelerator import AcceleratorGroup, AcceleratorWork, Region
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerError, PeerFailed, PeerLost, RunStopped
-from cosmos3_pipeline.distributed.device import on_host
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.links import Links
 from cosmos3_pipeline.distributed.watch import Watch
@@ -146,14 +146,14 @@ class Comm:
         self._board = Board(store)
         self._run = 0
         self._broken = False
-        if not on_host(self._device):
+        if not takes_host_path(self._device):
             self._connect_accelerator(store)
 
     def _connect_accelerator(self, store: PrefixStore) -> None:
         # A client of its own: in the other one this process may wait for long.
         other: Any = store
         other = other.clone()
-        self._watch = Watch(
+        watch = self._watch = Watch(
             partial(self._look, Board(other)),
             self._abort,
             store=PrefixStore("watch", other),
@@ -167,6 +167,7 @@ class Comm:
             self.size,
             device=self._device,
             patience=2 * self._patience,  # the watch is first, and says whose fault it is
+            watch=watch,
         )
 
     def _look(self, board: Board) -> None:
@@ -279,10 +280,8 @@ class Comm:
         """Start messages between accelerators, and wait for them in `pending`."""
         if self._watch is not None:
             self._translated(self._watch.check)
-        works = self._translated(start)
-        if self._watch is not None:
-            self._watch.started(works)
-        for work in works:
+            self._watch.begun += 1
+        for work in self._translated(start):
             pending.add(work, tensors)
         return pending
 
@@ -406,7 +405,7 @@ def _check_contiguous(tensor: Tensor) -> None:
 
 
 def _all_on_host(*tensors: Tensor) -> bool:
-    return all(map(on_host, tensors))
+    return all(map(takes_host_path, tensors))
 
 
 _made: dict[tuple[int, ...], int] = {}

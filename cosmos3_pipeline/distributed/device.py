@@ -1,24 +1,13 @@
-"""The device of a rank: which it is, which path its tensors take, and by which settings it computes."""
+"""The device of a rank: which it is, and by which settings it computes."""
 
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cosmos3_pipeline.errors import Refusal
-
-# Set in the environment, it makes ranks on a CPU go the way of an accelerator, so that tests cover it.
-FORCED = "COSMOS3_ACCELERATOR_PATH"
-
-
-def on_host(where: Tensor | torch.device) -> bool:
-    """Whether a tensor, or what is on a device, goes the way of the CPU: its kernels, its memory, its messages."""
-    device = where.device if isinstance(where, Tensor) else where
-    return device.type == "cpu" and not os.environ.get(FORCED)
 
 
 def gpu(index: int) -> torch.device:

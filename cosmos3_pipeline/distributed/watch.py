@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 from torch._C._distributed_c10d import Store
 
@@ -22,17 +21,11 @@ LOOK_SECONDS = 0.2
 TELL_SECONDS = 2.0
 
 
-class Late(Protocol):
-    """The message that was started last."""
-
-    def is_completed(self) -> bool: ...
-
-
 class Watch:
     """Looks until `stop`, or until `look` raises; then it keeps the error in `over` and calls `abort`.
 
-    A message that is late by more than `patience` seconds ends the run too, with the name of the rank that has
-    begun the fewest messages: each rank of `size` tells in `store` how many it has begun.
+    A message that this rank waits for during more than `patience` seconds ends the run too, with the name of the
+    rank that has begun the fewest messages: each rank of `size` tells in `store` how many it has begun.
     """
 
     def __init__(
@@ -49,16 +42,15 @@ class Watch:
         self._look, self._abort = look, abort
         self._store, self._rank, self._size = store, rank, size
         self._patience = patience
-        self._begun = 0
-        self._late: tuple[float, Sequence[Late]] = (0.0, ())
+        self.begun = 0
+        self._waits: tuple[float, Callable[[], bool]] = (0.0, lambda: True)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cosmos3-watch", daemon=True)
         self._thread.start()
 
-    def started(self, works: Sequence[Late]) -> None:
-        """Note that messages were started."""
-        self._begun += 1
-        self._late = time.monotonic(), works
+    def waits_for(self, arrived: Callable[[], bool]) -> None:
+        """Note that this rank, or its accelerator, waits from now on until `arrived`, which any thread may ask."""
+        self._waits = time.monotonic(), arrived
 
     def check(self) -> None:
         """Raise what has ended the run."""
@@ -76,8 +68,8 @@ class Watch:
         while not self._stopped.wait(LOOK_SECONDS):
             try:
                 self._look()
-                if self._begun != told and time.monotonic() - told_at >= TELL_SECONDS:
-                    told, told_at = self._begun, time.monotonic()
+                if self.begun != told and time.monotonic() - told_at >= TELL_SECONDS:
+                    told, told_at = self.begun, time.monotonic()
                     self._store.set(_key(self._rank), str(told))
                 self._refuse_late()
             except Exception as error:  # whatever it is: nobody else is there to be told
@@ -86,15 +78,15 @@ class Watch:
                 return
 
     def _refuse_late(self) -> None:
-        since, works = self._late
+        since, arrived = self._waits
         seconds = time.monotonic() - since
-        if seconds < self._patience or all(work.is_completed() for work in works):
+        if seconds < self._patience or arrived():
             return
-        begun = {rank: self._told(rank) for rank in range(self._size)} | {self._rank: self._begun}
+        begun = {rank: self._told(rank) for rank in range(self._size)} | {self._rank: self.begun}
         slowest = min(begun, key=lambda rank: begun[rank])
         raise PeerLost(
             what=f"a message of rank {self._rank} of {self._size} has not arrived for {seconds:.0f} s; rank "
-            f"{slowest} has begun the fewest messages, {begun[slowest]} where this one has begun {self._begun}",
+            f"{slowest} has begun the fewest messages, {begun[slowest]} where this one has begun {self.begun}",
             why="that rank is stuck, or slower than any plan allows for",
             works="see what that rank does (py-spy dump shows where a process is), and its log",
         )

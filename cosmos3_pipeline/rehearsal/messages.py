@@ -43,9 +43,6 @@ class Log:
 class _Arrived:
     """A message that is there already."""
 
-    def is_completed(self) -> bool:
-        return True
-
     def wait(self) -> None: ...
 
 

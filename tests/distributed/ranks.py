@@ -17,6 +17,8 @@ from typing import Any
 
 from limits import HANGS
 
+from cosmos3_pipeline.distributed.host_path import FORCED
+
 # A process forked from this server has torch and diffusers imported already, and no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "diffusers", "diffusers.models.autoencoders"])
@@ -38,7 +40,9 @@ def run_on_ranks(
         results = _CONTEXT.Queue()
         store = str(Path(folder) / "store")
         processes = [
-            _CONTEXT.Process(target=_rank, args=(function, rank, ranks, store, results, args), daemon=True)
+            _CONTEXT.Process(
+                target=_rank, args=(function, rank, ranks, store, results, args, _forced()), daemon=True
+            )
             for rank in range(ranks)
         ]
         for process in processes:
@@ -52,9 +56,21 @@ def run_on_ranks(
                 process.join()
 
 
+def _forced() -> dict[str, str]:
+    """What the test says of the way of tensors; a process forked from the server would not know it."""
+    return {FORCED: os.environ[FORCED]} if FORCED in os.environ else {}
+
+
 def _rank(
-    function: Callable[..., Any], rank: int, ranks: int, store: str, results: Any, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    store: str,
+    results: Any,
+    args: tuple[Any, ...],
+    environ: dict[str, str],
 ) -> None:
+    os.environ |= environ
     import torch
     import torch.distributed as dist
 

@@ -19,6 +19,7 @@ from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
 
 # 5 latent rows: no number of ranks from 2 to 4 divides them.
+pytestmark = pytest.mark.usefixtures("path")
 SIZE = {"height": 80, "width": 96, "num_frames": 9}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from cosmos3_pipeline.distributed import links
 from cosmos3_pipeline.distributed.board import PeerError, PeerFailed
 from cosmos3_pipeline.distributed.comm import Comm
-from cosmos3_pipeline.distributed.device import FORCED
+from cosmos3_pipeline.distributed.host_path import FORCED
 from cosmos3_pipeline.distributed.links import SLOT_BYTES, SMALL_BYTES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
@@ -189,6 +190,7 @@ def _agree_beside_payload(rank: int) -> list[list[str]]:
     return agreed
 
 
+@pytest.mark.usefixtures("path")
 def test_an_agreement_is_of_any_size_and_not_mixed_up_with_payload() -> None:
     long = [f"{2 * SMALL_BYTES * rank} of {rank or ''}" for rank in range(3)]
     expected = [["0 of "] * 3, [f"10 of {rank}" for rank in range(3)], long]
@@ -242,6 +244,7 @@ def _breaks_off(rank: int, how: str) -> list[str]:
     return told
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("how", ["sender raises", "receiver raises", "sender raises but for a fork"])
 def test_a_rank_that_raises_ends_a_large_message_for_good(how: str) -> None:
     told, raised = run_on_ranks(_breaks_off, 2, how)
@@ -250,6 +253,7 @@ def test_a_rank_that_raises_ends_a_large_message_for_good(how: str) -> None:
     assert told[0].startswith("PeerFailed: rank 1 of the group failed (ValueError: no paint left)")
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("how", ["sender dies", "receiver dies"])
 def test_a_rank_that_dies_ends_a_large_message(how: str) -> None:
     told, _ = run_on_ranks(_breaks_off, 2, how, may_die=(1,))
@@ -320,3 +324,30 @@ def _on_accelerators(rank: int, how: str) -> str:
 )
 def test_who_waits_for_an_accelerators_message_hears_of_a_failed_rank(how: str, outcomes: list[Any]) -> None:
     assert run_on_ranks(_on_accelerators, 2, how, may_die=(1,) if how == "dies" else ()) == outcomes
+
+
+def _stuck(rank: int) -> str:
+    """Rank 1 begins its second message when the others have given up."""
+    comm, store = Comm(patience=timedelta(seconds=2)), _get_default_store()
+    try:
+        with comm.run():
+            for number in range(2):
+                if rank == 1 and number == 1:
+                    store.wait(["given up/0", "given up/2"])
+                received = torch.empty(8)
+                before, after = (rank - 1) % 3, (rank + 1) % 3
+                comm.exchange([(torch.ones(8), after)], [(received, before)]).wait()
+    except (PeerError, RuntimeError) as error:
+        return str(error)
+    finally:
+        if rank != 1:
+            store.set(f"given up/{rank}", "")
+    return "done"
+
+
+def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCED, "1")
+    first, stuck, last = run_on_ranks(_stuck, 3)
+    says = "has not arrived for 2 s; rank 1 has begun the fewest messages, 1 where this one has begun 2"
+    assert says in first and says in last  # the one that gave up later hears it from the other
+    assert "rank 1 has begun the fewest" in stuck

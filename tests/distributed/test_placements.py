@@ -137,21 +137,24 @@ def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype, nam
 
 
 @pytest.mark.parametrize(
-    ("name", "cfg", "ulysses", "dtype"),
+    ("name", "cfg", "ulysses", "dtype", "path"),
     [
-        ("nano", 1, 1, torch.float32),
-        ("nano", 1, 1, torch.bfloat16),
-        ("nano", 2, 1, torch.bfloat16),
-        ("nano", 1, 2, torch.float32),
-        ("nano", 2, 2, torch.bfloat16),
-        ("one layer", 1, 1, torch.float32),
-        ("edge", 1, 1, torch.float32),
-        ("edge", 1, 2, torch.bfloat16),
+        ("nano", 1, 1, torch.float32, "host"),
+        ("nano", 1, 1, torch.bfloat16, "host"),
+        ("nano", 2, 1, torch.bfloat16, "host"),
+        ("nano", 1, 2, torch.float32, "host"),
+        ("nano", 1, 2, torch.float32, "accelerator"),
+        ("nano", 2, 2, torch.bfloat16, "host"),
+        ("nano", 2, 2, torch.bfloat16, "accelerator"),
+        ("one layer", 1, 1, torch.float32, "host"),
+        ("edge", 1, 1, torch.float32, "host"),
+        ("edge", 1, 2, torch.bfloat16, "host"),
     ],
+    indirect=["path"],
     ids=str,
 )
 def test_every_placement_has_the_bits_of_the_resident_one(
-    name: str, cfg: int, ulysses: int, dtype: torch.dtype, folders: dict[str, Path]
+    name: str, cfg: int, ulysses: int, dtype: torch.dtype, path: str, folders: dict[str, Path]
 ) -> None:
     layers = int(LAYOUT[name][1]["num_hidden_layers"])
     asked = (str(folders[name]), layers, cfg, ulysses, dtype)
@@ -162,6 +165,8 @@ def test_every_placement_has_the_bits_of_the_resident_one(
             # Nothing but the prompts' keys and values outlives the text, however it is looked for.
             assert plan.keep_text or one["alive after text"] < 20_000, one
             assert one["gen after denoise"] == 0, one
+            if path == "accelerator":
+                continue  # gloo gathers into a memory of its own, which NCCL does not need
             planned = make_plan(config_of(plan, cfg, ulysses, dtype, name), text_tokens=tuple(one["tokens"]))
             rank = planned.ranks[one["rank"]]
             for stage in ("text", "denoise"):

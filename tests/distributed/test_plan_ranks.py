@@ -37,6 +37,7 @@ def measure(rank: int, cfg: int, ulysses: int) -> tuple[int, int, int]:
     return live.peak, sum(ledger.sent_bytes for ledger in ledgers), sum(ledger.sent_messages for ledger in ledgers)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("cfg", "ulysses"), [(1, 2), (2, 1), (2, 2)])
 def test_ranks_hold_and_send_what_is_planned(cfg: int, ulysses: int) -> None:
     measured = run_on_ranks(measure, cfg * ulysses, cfg, ulysses)

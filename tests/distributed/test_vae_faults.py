@@ -22,6 +22,7 @@ from cosmos3_pipeline.vae.execute import Execution
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
+pytestmark = pytest.mark.usefixtures("path")
 CONFIG = vae_config(WAN22)
 
 

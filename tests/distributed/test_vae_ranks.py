@@ -22,6 +22,7 @@ from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
 
+pytestmark = pytest.mark.usefixtures("path")
 CONFIG = vae_config(WAN22)
 # config, dtype, latent frames, rows and columns, batch
 CASES = (

@@ -16,14 +16,6 @@ from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost
 from cosmos3_pipeline.distributed.watch import Watch
 
 
-class Message:
-    def __init__(self, arrived: bool) -> None:
-        self.arrived = arrived
-
-    def is_completed(self) -> bool:
-        return self.arrived
-
-
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "LOOK_SECONDS", 0.005)
@@ -61,8 +53,8 @@ def test_a_message_that_is_late_names_the_rank_that_has_begun_the_fewest(arrived
     store.set("begun/1", "7")
     store.set("begun/2", "3")
     with watching(lambda: None, aborted, store=store, patience=0.05) as watch:
-        for _ in range(8):
-            watch.started([Message(arrived)])
+        watch.begun = 8
+        watch.waits_for(lambda: arrived)
         assert aborted.wait(0.5 if arrived else 60) != arrived
         if arrived:
             watch.check()
@@ -75,7 +67,8 @@ def test_a_message_that_is_late_names_the_rank_that_has_begun_the_fewest(arrived
 def test_a_rank_that_never_began_is_named() -> None:
     aborted = threading.Event()
     with watching(lambda: None, aborted, patience=0.02, size=2) as watch:
-        watch.started([Message(arrived=False)])
+        watch.begun = 1
+        watch.waits_for(lambda: False)
         assert aborted.wait(60)
         with pytest.raises(PeerLost, match=r"rank 1 has begun the fewest messages, 0 where"):
             watch.check()
@@ -85,6 +78,6 @@ def test_messages_that_go_on_are_not_late() -> None:
     aborted = threading.Event()
     with watching(lambda: None, aborted, patience=30) as watch:
         for _ in range(20):
-            watch.started([Message(arrived=False)])
+            watch.waits_for(lambda: False)
             time.sleep(0.005)
         assert not aborted.is_set()
