@@ -41,14 +41,17 @@ class Meter:
         self._ledgers = ledgers  # may grow while a stage runs: the VAE brings its own
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[StageMeasure]:
-        """Time the block, and take its own peak: what an earlier stage needed does not count."""
+    def stage(self, name: str, /, *, portion: bool = False) -> Iterator[StageMeasure]:
+        """Time the block, and take its own peak: what an earlier stage needed does not count.
+
+        A stage ends when its device has computed all of it; after a `portion` of it the device goes on.
+        """
         measure = self.stages[name]
         before = {id(ledger): ledger.snapshot() for ledger in self._ledgers}
         reset_peak(self.device)
         started = time.perf_counter()
         yield measure
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not portion:
             torch.cuda.synchronize(self.device)
         measure.seconds += time.perf_counter() - started
         measure.peak_bytes = max(measure.peak_bytes, peak_bytes(self.device))

@@ -58,7 +58,7 @@ class StageMeter:
         self._ledgers = ledgers
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, /, *, portion: bool = False) -> Iterator[None]:
         """Add what the block does to the stage `name`."""
         measured = self.stages.setdefault(name, Measured())
         before, waits = self._now(), self._tracker.waits.copy()

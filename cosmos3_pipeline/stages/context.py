@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,16 @@ class Picture:
     frames_sha256: str
 
 
-def _not_measured(stage: str) -> AbstractContextManager[object]:
+class Measure(Protocol):
+    """Entered for the time that a stage works.
+
+    `portion` says that decode and export take turns: then the device is not waited for.
+    """
+
+    def __call__(self, stage: str, /, *, portion: bool = False) -> AbstractContextManager[object]: ...
+
+
+def _not_measured(stage: str, /, *, portion: bool = False) -> AbstractContextManager[object]:
     return nullcontext()
 
 
@@ -36,8 +45,7 @@ class RunContext:
     """One run on one rank. The stages are called with it one after the other, on every rank of the replica.
 
     `components`, `clip` and `fps` (frames per second) say what to make; `mesh` says where this rank stands and
-    `directory` where the root writes. `measure(stage)` is entered for the time a stage works: decode and export
-    take turns, so each is entered once per chunk of frames.
+    `directory` where the root writes. `measure` is entered by the stages.
     """
 
     components: Components
@@ -46,7 +54,7 @@ class RunContext:
     directory: Path
     mesh: RankMesh = field(default_factory=RankMesh)
     reporter: Reporter = field(default_factory=Silent)
-    measure: Callable[[str], AbstractContextManager[object]] = _not_measured
+    measure: Measure = _not_measured
 
     # What diffusers' blocks leave for each other: the prompts' tokens, the clean latents of the condition, then
     # `latents`, the denoised latents [1, C, T, h, w].

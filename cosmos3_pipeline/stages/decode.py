@@ -27,7 +27,7 @@ class DecodeStage:
             chunks = iter(vae.decode_stream(vae_latents(context)))
         with context.reporter.track("decoded frames", context.clip.num_frames) as advance:
             while True:
-                with context.measure("decode"), torch.no_grad():
+                with context.measure("decode", portion=True), torch.no_grad():
                     chunk = next(chunks, _END)
                 if not isinstance(chunk, Tensor):
                     return

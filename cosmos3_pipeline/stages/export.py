@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
 
 from cosmos3_pipeline.config.schema import OutputConfig
 from cosmos3_pipeline.stages.context import Picture, RunContext
 from cosmos3_pipeline.stages.files import whole_file
+from cosmos3_pipeline.stages.frame_queue import FrameQueue
 from cosmos3_pipeline.stages.media import write_video
 
 VIDEO_FILE = "video.mp4"
@@ -39,38 +40,45 @@ class ExportStage:
                 pass
             return
         sha256 = hashlib.sha256()
-        frames = _hashed(context.frames, sha256)
         if self._modality == "image":
             path = context.directory / IMAGE_FILE
-            num_frames = self._write_image(context, frames, path)
+            self._write_image(context, path, sha256)
         else:
             path = context.directory / VIDEO_FILE
-            num_frames = self._write_video(context, frames, path)
-        assert num_frames == context.clip.num_frames
+            self._write_video(context, path, sha256)
         if self._output.latents:
             with context.measure("export"), whole_file(context.directory / LATENTS_FILE) as partial:
                 latents = context.state.get("latents").to("cpu", torch.float32).contiguous()
                 save_file({"latents": latents}, partial)
-        context.picture = Picture(path=path, num_frames=num_frames, frames_sha256=sha256.hexdigest())
+        digest, num_frames = sha256.hexdigest(), context.clip.num_frames
+        context.picture = Picture(path=path, num_frames=num_frames, frames_sha256=digest)
 
-    def _write_video(self, context: RunContext, frames: Iterator[Tensor], path: Path) -> int:
+    def _write_video(self, context: RunContext, path: Path, sha256: hashlib._Hash) -> None:
         output, size = self._output, {"height": context.clip.height, "width": context.clip.width}
         with write_video(path, fps=context.fps, crf=output.crf, preset=output.preset, **size) as writer:
-            for chunk in frames:
+
+            def write(frames: NDArray[np.uint8]) -> None:
+                sha256.update(frames.data)
+                writer.write(frames)
+
+            with FrameQueue(write) as queue:
+                assert context.frames is not None
+                for chunk in context.frames:
+                    # The device has the next portion to compute already, while this process waits for the last.
+                    with context.measure("decode", portion=True):
+                        queue.arrived()
+                    with context.measure("export", portion=True):
+                        queue.put(chunk)
+                with context.measure("decode", portion=True):
+                    queue.arrived()
                 with context.measure("export"):
-                    writer.write(chunk.numpy())
-        return writer.num_frames
+                    queue.finish()
+        assert writer.num_frames == context.clip.num_frames
 
-    def _write_image(self, context: RunContext, frames: Iterator[Tensor], path: Path) -> int:
-        images = torch.cat(list(frames))
+    def _write_image(self, context: RunContext, path: Path, sha256: hashlib._Hash) -> None:
+        assert context.frames is not None
+        (images,) = context.frames
         with context.measure("export"), whole_file(path) as partial:
-            Image.fromarray(images[0].numpy()).save(partial, format="PNG")
-        return len(images)
-
-
-def _hashed(chunks: Iterator[Tensor], sha256: hashlib._Hash) -> Iterator[Tensor]:
-    """The chunks on the CPU, each added to `sha256` on its way."""
-    for chunk in chunks:
-        frames = chunk.cpu().contiguous()
-        sha256.update(frames.numpy().data)
-        yield frames
+            frames = images.cpu().contiguous().numpy()
+            sha256.update(frames.data)
+            Image.fromarray(frames[0]).save(partial, format="PNG")
