@@ -127,6 +127,11 @@ class AcceleratorGroup:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def shutdown(self) -> None:
+        """Give back what the communicator has, when no message is in flight."""
+        if self._device.type == "cuda":
+            self._backend.shutdown()
+
     def abort(self) -> None:
         """End every wait for its messages on this rank, whichever thread asks; of gloo's each ends by itself."""
         if self._device.type == "cuda":

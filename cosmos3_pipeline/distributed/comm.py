@@ -183,12 +183,23 @@ class Comm:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
         if self._watch is not None:
             self._watch.stop()
-            self._abort()
+            if self._watch.over is None:
+                self._abort()
             self._watch = self._accelerator = None
         self._links.close()
         for pending in self._in_flight:
             pending.drop()
         self._gloo = None
+
+    def close(self) -> None:
+        """Close the connections for good, once no rank of the group waits for another; each rank by itself."""
+        if self._board is None or self._broken:
+            return
+        if self._accelerator is not None:
+            self._accelerator.shutdown()
+            self._accelerator = None
+        self._close()
+        self._broken = True
 
     @property
     def is_root(self) -> bool:

@@ -41,6 +41,7 @@ class RankMesh:
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     patience: timedelta = default_pg_timeout
     _comms: dict[str, Comm] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: list[Comm] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -114,7 +115,13 @@ class RankMesh:
         """Counted messages between the ranks of `group(axis)` with a ledger of their own; collective over them."""
         # For Comm no group is everybody; a mesh without one has this rank alone.
         assert self.device_mesh is not None or not dist.is_initialized(), "use RankMesh.build()"
-        return Comm(self.group(axis), device=self.device, patience=self.patience)
+        self._made.append(Comm(self.group(axis), device=self.device, patience=self.patience))
+        return self._made[-1]
+
+    def close(self) -> None:
+        """Close the connections of all that were made here, once no rank waits for another."""
+        for comm in self._made:
+            comm.close()
 
     def _mesh(self, axis: str) -> DeviceMesh | None:
         assert axis in (*AXES, REPLICA)

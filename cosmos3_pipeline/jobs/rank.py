@@ -125,6 +125,8 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
         first = dist.is_initialized() and dist.get_rank() == 0
         with also_to(directory) if first and not is_kept() else nullcontext():
             yield device, mesh, directory
+        everyones(None)  # nobody waits for anybody any more
+        mesh.close()
 
 
 def make_clips(run: Run, prompt_file: str, directory: Path) -> None:

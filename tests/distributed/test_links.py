@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -351,3 +352,22 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     says = "has not arrived for 2 s; rank 1 has begun the fewest messages, 1 where this one has begun 2"
     assert says in first and says in last  # the one that gave up later hears it from the other
     assert "rank 1 has begun the fewest" in stuck
+
+
+def _closed(rank: int) -> tuple[Any, ...]:
+    """Connections and threads before and after the end."""
+    comm = Comm()
+    with comm.run():
+        comm.broadcast(torch.ones(4))
+    before = _memories(), {thread.name for thread in threading.enumerate()}
+    comm.agree(None)
+    comm.close()
+    comm.close()
+    return *before, _memories(), {thread.name for thread in threading.enumerate()}
+
+
+def test_what_is_closed_leaves_nothing(path: str) -> None:
+    watches = {"cosmos3-watch"} if path == "accelerator" else set()
+    for open_links, threads, links_left, left in run_on_ranks(_closed, 2):
+        assert (open_links, links_left) == ((1, 1), (0, 0))
+        assert threads - left == watches
