@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -40,7 +42,7 @@ from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.config.sweep import compositions_of
 from cosmos3_pipeline.distributed.failure import RankFailed
-from cosmos3_pipeline.errors import ConfigError, Fault, Problem, Refusal
+from cosmos3_pipeline.errors import ConfigError, Fault, Problem, Refusal, nearest
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.log import kept
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
@@ -86,6 +88,10 @@ def main() -> None:
         _widen_tables()
         module = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}")
         sys.exit(module.main(sys.argv[2:]))
+    first = next(iter(sys.argv[1:]), "")
+    if re.fullmatch(r"[\w-]+", first) and (command := nearest(first, COMMANDS)):
+        typed = f"cosmos3 {first}"
+        sys.exit(_refused(ConfigError([Problem(typed, "there is no such command", f"cosmos3 {command}")])))
     launch(hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(run))
 
 
@@ -95,6 +101,8 @@ def launch(hydra_main: Callable[[], None]) -> None:
     Exits with 2 when the composition is refused, with 1 when a run or a job of a sweep failed.
     """
     sys.argv[1:] = overrides_first(sys.argv[1:])
+    if dashed := _dashed(sys.argv[1:]):
+        sys.exit(_refused(ConfigError([_without_dashes(argument) for argument in dashed])))
     args = get_args_parser().parse_args()
     plugins = register()
     _widen_tables()
@@ -260,6 +268,26 @@ def folders_exist(args: Namespace) -> None:
     ]
     if found:
         raise ConfigError(found)
+
+
+def _dashed(arguments: list[str]) -> list[str]:
+    """Keys as other programs want them, with a value: --sampler.steps=4."""
+    flags = get_args_parser()._option_string_actions
+    return [
+        argument
+        for argument in arguments
+        if argument.startswith("--") and "=" in argument
+        # argparse takes the beginning of a flag for the flag
+        if not any(flag.startswith(argument.partition("=")[0]) for flag in flags)
+    ]
+
+
+def _without_dashes(argument: str) -> Problem:
+    return Problem(
+        what=f"{argument} begins with a dash",
+        why="a key is set without one; flags such as --help have one",
+        works=shlex.quote(argument.lstrip("-")),
+    )
 
 
 def overrides_first(arguments: list[str]) -> list[str]:

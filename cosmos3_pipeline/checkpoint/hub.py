@@ -61,15 +61,28 @@ def is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
+def _builtin(path: str) -> Path:
+    brought = Path(__file__).parent / "builtin"
+    names = sorted(one.name for one in brought.iterdir() if one.is_dir())
+    if path.removeprefix(BUILTIN) not in names:
+        raise Refusal(
+            what=f"model.path={path}",
+            why=f"what begins with {BUILTIN} is part of this package, and it has no such checkpoint",
+            works=" or ".join(f"model.path={BUILTIN}{name}" for name in names),
+        )
+    return brought / path.removeprefix(BUILTIN)
+
+
 def local_folder(path: str, revision: str | None) -> Path | None:
     """Where `path` is on this machine without asking the hub: a folder itself, or a hub id's in the hub's cache.
 
     `builtin:toy` is the checkpoint that is part of this package.
 
-    None for a hub id that is not in the cache, or not wholly. A folder need not exist.
+    None for a hub id that is not in the cache, or not wholly. A folder need not exist. Raises Refusal for a
+    checkpoint that is no part of this package.
     """
     if path.startswith(BUILTIN):
-        return Path(__file__).parent / "builtin" / path.removeprefix(BUILTIN)
+        return _builtin(path)
     if not is_hub_id(path):
         return Path(path).expanduser()
     try:

@@ -52,10 +52,13 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     near = nearest(key, known) or _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known)
     siblings = sorted({k[len(node) + 1 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")})
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
+    size = re.search(rf"{re.escape(key)}=(\d+)[x,*](\d+)", where)
+    if size and {f"{node}.width", f"{node}.height"} <= set(known):
+        listed = f"{node}.width={size.group(1)} {node}.height={size.group(2)}"
     return Problem(
         what=f"unknown key {key}{where}",
         why="nothing reads it, so it would be ignored",
-        works=f"did you mean {near}?" if near else listed,
+        works=f"did you mean {near}?" if near and not size else listed,
     )
 
 
@@ -73,6 +76,12 @@ def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
     found = [key for key in known if key.rpartition(".")[2] == leaf]
     depth = min((key.count(".") for key in found), default=0)
     return " or ".join(key for key in found if key.count(".") == depth)
+
+
+def _number_in(key: str, cause: str) -> str:
+    """`17` for `17frames`."""
+    number = re.search(r"Value '(-?\d+(?:\.\d+)?)[^']*' .* (?:Integer|Float)", cause)
+    return f"{key}={number.group(1)}" if number else "a value of the type that --cfg job shows"
 
 
 def explain(
@@ -116,7 +125,7 @@ def explain(
         return Problem(
             what=f"{key} has a value of the wrong type{where}",
             why=match.group(1).rstrip("."),
-            works=f"one of {allowed.group(1)}" if allowed else "a value of the type that --cfg job shows",
+            works=f"one of {allowed.group(1)}" if allowed else _number_in(key, cause),
         )
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.+)'", text):
         key, value = match.groups()

@@ -473,6 +473,11 @@ def test_a_plan_never_downloads_but_looks_into_the_cache(toy_hub: FakeHub) -> No
     assert toy_hub.asked == []
 
 
+def test_a_checkpoint_that_is_no_part_of_the_package_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"model\.path=builtin:nope\n.*\n.*model\.path=builtin:toy"):
+        local_folder("builtin:nope", None)
+
+
 @pytest.mark.parametrize("path", [["model.path=conf"], []], ids=["folder", "no path"])
 def test_a_revision_of_no_repository_is_refused(path: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:

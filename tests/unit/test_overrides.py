@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosmos3_pipeline import cli
 from cosmos3_pipeline.cli import overrides_first
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.overrides import as_typed, check_overrides
@@ -64,6 +65,8 @@ def test_the_words_reach_the_config(words: str) -> None:
         ("model=1.5", "model=edge or "),
         ("experiment=null", "or ~experiment for none"),
         ("hydra/launcher=3", "hydra/launcher=NAME"),
+        ("task.num_frames=17frames", "task.num_frames=17"),
+        ("task.size=160x96", "task.width=160 task.height=96"),
         ("hydra/launcher=rq", "pip install hydra-rq-launcher"),
     ],
 )
@@ -103,3 +106,27 @@ def test_a_folder_of_configs_that_is_not_there_is_named() -> None:
         [sys.executable, "-m", "cosmos3_pipeline", "--config-dir", "nope"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "--config-dir nope" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "works"),
+    [
+        ("--sampler.steps=4", "sampler.steps=4"),
+        ("--vae=tiled", "vae=tiled"),
+        ("--task.prompt=a kite", "'task.prompt=a kite'"),
+        ("dif", "cosmos3 diff"),
+        ("plugin", "cosmos3 plugins"),
+    ],
+)
+def test_what_is_no_flag_and_no_command_is_told_before_anything_else(
+    typed: str, works: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cosmos3", typed])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.REFUSED
+    assert capsys.readouterr().err.rstrip().endswith(f"works: {works}")
+
+
+def test_a_flag_of_hydras_own_is_no_mistake() -> None:
+    assert cli._dashed(["--cfg=job", "--config-na=x", "--multirun", "-m", "sampler.steps=4"]) == []
