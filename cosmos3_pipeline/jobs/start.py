@@ -44,7 +44,8 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
     """Check `composition` and plan it, once. Raises ConfigError with everything that keeps it from running here.
 
     A hub id is fetched once nothing else is wrong; `config.model.commit` is then what all ranks open.
-    `fetch` False leaves that for later: so a sweep looks at all its jobs before the first starts.
+    `fetch` False leaves that, and whether GPUs are here, for later: so a sweep looks at all its jobs before the
+    first starts, which may be on another machine.
     """
     checked = check_composition(composition)
     prepared = Prepared(checked.config, checked.plan(), checked.adopted)
@@ -55,6 +56,7 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
     elif job != JobName.plan:
         _raise(_problems(prepared))
         if fetch:
+            _raise([*_accelerators(prepared.config)])
             prepared = _with_checkpoint(prepared, composition)
     origin = None if job == JobName.plan else origin_of(composition.overrides)
     return replace(prepared, verification=check_verify(prepared.config), origin=origin)
@@ -138,6 +140,18 @@ def _memory(prepared: Prepared) -> Iterator[Problem]:
         f"{quantity('bytes', peak[1].activation_bytes)} of activations",
         works=that_fits(cfg, limit) or "a smaller clip, more ranks on topology.ulysses, or a smaller model",
     )
+
+
+def _accelerators(cfg: Config) -> Iterator[Problem]:
+    """A rank of this machine for which there is no GPU."""
+    if cfg.topology.device == Device.cpu:
+        return
+    from cosmos3_pipeline.distributed.device import gpu  # imports torch, as what follows will
+
+    try:
+        gpu(cfg.topology.ranks_per_node - 1)
+    except Refusal as refusal:
+        yield refusal.problem
 
 
 def _inputs(cfg: Config) -> Iterator[Problem]:
