@@ -35,7 +35,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: str | None, gpus: int, say
         (
             {"cuda": "13.0", "gpus": 0, "says": "The NVIDIA driver on your system is too old"},
             "with CUDA 13.0 sees none: The NVIDIA driver on your system is too old",
-            "a driver for this version of CUDA (nvidia-smi tells), or a machine with a GPU; without one topology=cpu_x1",
+            "a driver for this version of CUDA (nvidia-smi tells), or a machine with a GPU; without one",
         ),
         ({"cuda": "13.0", "gpus": 0}, "with CUDA 13.0 sees none", "without one topology=cpu_x1"),
     ],
