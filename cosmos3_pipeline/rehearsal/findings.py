@@ -11,6 +11,14 @@ from cosmos3_pipeline.planning.units import quantity
 
 # How far the peak of a stage may be from its plan.
 MEMORY_TOLERANCE = 0.05
+# How far its FLOPs may be. An upsampling computes one row and one column more than is planned, which adds to the
+# VAE's FLOPs at most a tenth of what a row and a column are of a rank's picture.
+FLOPS_TOLERANCE = 0.01
+UPSAMPLING_SHARE = 0.1
+# Kinds of kernels, as the report adds them up.
+KINDS = ("convolution", "matmul and attention", "everything else")
+# Of a replica of at most so many ranks every one is rehearsed, so that their messages can be replayed.
+REPLAYED_RANKS = 8
 # Lines of diffusers on which the host waits in every step, by what is written there, and why they may.
 ALLOWED_WAITS = {
     '(block_state.cond_vision_segment["num_noisy_vision_tokens"],), t.item(), device=device': (
@@ -29,11 +37,26 @@ class Line:
 
 
 @dataclass(frozen=True)
+class KernelFound:
+    """Kernels that one line launches: how often, what they read and write, and seconds by the roofline."""
+
+    name: str
+    place: str
+    text: str
+    calls: int
+    moved_bytes: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StageFound:
     """One stage of one rank, as rehearsed.
 
     `holders` are the lines that have allocated most of the peak. `waits` are lines on which the host waits for the
-    accelerator; those of `repeated` do so in every step or chunk.
+    accelerator; those of `repeated` do so in every step or chunk. `roofline_seconds` is the least that its kernels
+    take one after the other; `kinds` has that, calls, bytes and FLOPs of each kind of kernel, and `costliest` the
+    kernels that take most. `copied_bytes` go from the host to the accelerator.
     """
 
     peak_bytes: int
@@ -42,19 +65,37 @@ class StageFound:
     sent_messages: int
     kernels: int
     moved_bytes: int
+    flops: int
+    roofline_seconds: float
+    kinds: dict[str, dict[str, float]]
+    costliest: tuple[KernelFound, ...]
+    copied_bytes: int
     waits: tuple[Line, ...]
     repeated: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
 class RankFound:
-    """One rank, as rehearsed. `left_bytes` are held after the last frame, `raised` is what ended it early."""
+    """One rank, as rehearsed. `left_bytes` are held after the last frame, `raised` is what ended it early.
+
+    `second_clip` has the stages of the second clip, where there is one. `pinned_bytes` is the most that it has of
+    the host's pinned memory.
+    """
 
     rank: int
     stages: dict[str, StageFound]
+    second_clip: dict[str, StageFound] = field(default_factory=dict)
     left_bytes: int = 0
+    pinned_bytes: int = 0
     misplaced: tuple[Line, ...] = ()
     raised: str | None = None
+
+    @property
+    def clips(self) -> Iterator[tuple[str, dict[str, StageFound]]]:
+        """The stages of each clip, and what to say after the rank's number."""
+        yield "", self.stages
+        if self.second_clip:
+            yield ", second clip", self.second_clip
 
 
 @dataclass(frozen=True)
@@ -86,6 +127,20 @@ class Rehearsed:
     notes: tuple[str, ...] = field(default=())
 
 
+def rehearsed_ranks(plan: Plan, ranks: Sequence[int] | None) -> dict[int, list[int]]:
+    """Which ranks are rehearsed, each with those that it stands for.
+
+    Those of `ranks`; else every rank of the first replica, each for its like in the others, where these are few;
+    else one of each kind.
+    """
+    if ranks is not None:
+        return {rank: [rank] for rank in ranks}
+    size = sum(rank.dp == 0 for rank in plan.ranks)
+    if size <= REPLAYED_RANKS:
+        return {place: list(range(place, len(plan.ranks), size)) for place in range(size)}
+    return ranks_of_a_kind(plan)
+
+
 def ranks_of_a_kind(plan: Plan) -> dict[int, list[int]]:
     """Ranks whose plans differ in their number only, by the first of them; who writes is a kind of its own."""
     size = sum(rank.dp == 0 for rank in plan.ranks)
@@ -96,8 +151,8 @@ def ranks_of_a_kind(plan: Plan) -> dict[int, list[int]]:
     return {ranks[0]: ranks for ranks in kinds.values()}
 
 
-def findings_of(plan: Plan, ranks: Sequence[RankFound], unmet: Sequence[str]) -> Iterator[Finding]:
-    """Everything that is wrong with `ranks`; `unmet` are messages without a counterpart, in words."""
+def findings_of(plan: Plan, ranks: Sequence[RankFound], faults: Sequence[str]) -> Iterator[Finding]:
+    """Everything that is wrong with `ranks`; `faults` are those of their messages, in words."""
     for found in ranks:
         if found.raised is not None:
             yield Finding("raised", f"ended early: {found.raised}", found.rank)
@@ -106,18 +161,29 @@ def findings_of(plan: Plan, ranks: Sequence[RankFound], unmet: Sequence[str]) ->
             yield Finding("device", text, found.rank)
         if found.raised is None:
             yield from _left(found, plan.ranks[found.rank].stages["decode"])
-        for name, stage in found.stages.items():
-            planned = plan.ranks[found.rank].stages.get(name)
-            if planned is not None and found.raised is None:
-                for kind, text in _beside(stage, planned):
-                    yield Finding(kind, text, found.rank, name)
-            for line in stage.repeated:
-                if line.text not in ALLOWED_WAITS:
-                    every = "step" if name == "denoise" else "chunk"
-                    text = f"the host waits for the accelerator in every {every} ({line.place}: {line.text})"
-                    yield Finding("wait", text, found.rank, name)
+            yield from _pinned(found, plan.ranks[found.rank].host_bytes)
+        for clip, stages in found.clips:
+            for name, stage in stages.items():
+                for kind, text in _of_stage(found, plan, name, stage):
+                    yield Finding(kind, text, found.rank, f"{name}{clip}")
     if not any(found.raised for found in ranks):
-        yield from (Finding("messages", text) for text in unmet)
+        yield from (Finding("messages", text) for text in faults)
+
+
+def _of_stage(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Iterator[tuple[str, str]]:
+    """What is wrong with one stage of one clip: kind and words."""
+    if found.raised is None:
+        yield from _beside(stage, plan.ranks[found.rank].stages[name])
+    for line in stage.repeated:
+        if line.text not in ALLOWED_WAITS:
+            every = "step" if name == "denoise" else "chunk"
+            yield "wait", f"the host waits for the accelerator in every {every} ({line.place}: {line.text})"
+
+
+def _pinned(found: RankFound, planned: int) -> Iterator[Finding]:
+    if found.pinned_bytes != planned:
+        text = f"{found.pinned_bytes:,} bytes of the host's memory are pinned; {planned:,} are planned"
+        yield Finding("host", text, found.rank)
 
 
 def _left(found: RankFound, decode: RankStage) -> Iterator[Finding]:
@@ -140,7 +206,22 @@ def _beside(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
             f"holds {quantity('bytes', stage.peak_bytes)} at most, {stage.peak_bytes / planned.peak_bytes:.2f} of "
             f"the {quantity('bytes', planned.peak_bytes)} that are planned; most of it {held}",
         )
+    if planned.flops and abs(stage.flops / planned.flops - 1) > _flops_tolerance(planned):
+        most = "; ".join(f"{quantity('flops', k.flops)} by {k.name} at {k.place}" for k in stage.costliest[:2])
+        yield (
+            "flops",
+            f"{quantity('flops', stage.flops)} of products, {stage.flops / planned.flops:.3f} of the "
+            f"{quantity('flops', planned.flops)} that are planned; {most}",
+        )
     if stage.sent_bytes != planned.sent.bytes:
         yield "bytes", f"sends {stage.sent_bytes:,} bytes; {planned.sent.bytes:,} are planned"
     if stage.sent_messages != planned.sent.messages:
         yield "messages", f"sends {stage.sent_messages:,} messages; {planned.sent.messages:,} are planned"
+
+
+def _flops_tolerance(planned: RankStage) -> float:
+    if "rows" not in planned.share:
+        return FLOPS_TOLERANCE
+    (top, bottom), (left, right) = planned.share["rows"], planned.share["cols"]
+    edges: float = 1 / (bottom - top) + 1 / (right - left)
+    return FLOPS_TOLERANCE + UPSAMPLING_SHARE * edges

@@ -6,25 +6,34 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.rehearsal.places import Place
+from cosmos3_pipeline.rehearsal.roofline import NO_WORK, Works
 from cosmos3_pipeline.rehearsal.tracker import Tracker
 from cosmos3_pipeline.stages.progress import Advance
 
 
-class Counts(NamedTuple):
-    """What grows as a rank works."""
+@dataclass(frozen=True)
+class Counts:
+    """What grows as a rank works. `copied_bytes` go from the host to the accelerator."""
 
-    kernels: int = 0
-    moved_bytes: int = 0
+    works: Works = field(default_factory=dict)
     sent_bytes: int = 0
     sent_messages: int = 0
+    copied_bytes: int = 0
 
     def plus(self, other: Counts, times: int = 1) -> Counts:
         """The sum with `times` as much as `other`."""
-        return Counts(*(a + times * b for a, b in zip(self, other, strict=True)))
+        works = dict(self.works)
+        for kernel, work in other.works.items():
+            works[kernel] = works.get(kernel, NO_WORK).plus(work, times)
+        return Counts(
+            {kernel: work for kernel, work in works.items() if work.calls},
+            self.sent_bytes + times * other.sent_bytes,
+            self.sent_messages + times * other.sent_messages,
+            self.copied_bytes + times * other.copied_bytes,
+        )
 
 
 @dataclass
@@ -46,16 +55,16 @@ class Measured:
 class StageMeter:
     """The stages of one rank, measured by `tracker`; also what the stages report their progress to."""
 
-    def __init__(self, tracker: Tracker, ledgers: Sequence[Ledger]) -> None:
+    def __init__(self, tracker: Tracker) -> None:
         self.stages: dict[str, Measured] = {}
         self._tracker = tracker
-        self._ledgers = ledgers
+        self._ledgers: Sequence[Ledger] = ()
         self._current: str | None = None
-        self._waits_before: Counter[Place] = Counter()
 
-    def watch(self, ledgers: Sequence[Ledger]) -> None:
-        """Count what goes into `ledgers`, to which the VAE adds its own."""
+    def watching(self, ledgers: Sequence[Ledger]) -> StageMeter:
+        """This meter, which counts what goes into `ledgers` from now on; the VAE adds its own to them."""
         self._ledgers = ledgers
+        return self
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -95,4 +104,5 @@ class StageMeter:
     def _now(self) -> Counts:
         sent_bytes = sum(ledger.sent_bytes for ledger in self._ledgers)
         sent_messages = sum(ledger.sent_messages for ledger in self._ledgers)
-        return Counts(self._tracker.kernels, self._tracker.moved_bytes, sent_bytes, sent_messages)
+        works = dict(self._tracker.roofline.works)
+        return Counts(works, sent_bytes, sent_messages, self._tracker.copied_bytes)

@@ -21,6 +21,7 @@ from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.rehearse import RehearsalFailed, rehearse
 from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.rehearsal.findings import MEMORY_TOLERANCE, Rehearsed
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, NotRehearsed, Tracker, rehearsing
 from cosmos3_pipeline.vae import bound_ops
@@ -280,7 +281,7 @@ REFUSED = {
     "no rank": (["job=rehearse", "rehearse.ranks=[]"], "rehearse.ranks"),
     "twice": (["job=rehearse", "topology=cpu_x2", "rehearse.ranks=[0,0]"], "rehearse.ranks"),
     "unread": (["rehearse.ranks=[0]"], "job=generate"),
-    "several clips": (["job=rehearse", f"task.prompt_file={__file__}"], "task.prompt_file"),
+    "format unread": (["rehearse.format=markdown"], "rehearse.format"),
     "objective": (["job=rehearse", "objective=seconds"], "objective"),
     "no photograph": (["job=rehearse", "task=i2v"], "task.image"),
 }
@@ -306,7 +307,7 @@ def test_a_sweep_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------ the tracker
 def test_small_tensors_have_values_where_these_follow_from_the_host() -> None:
-    tracker = Tracker()
+    tracker = Tracker(accelerator_of(compose(["topology=h100_x1"])))
     with rehearsing(tracker):
         numbers = torch.tensor([3, 5, 7], device=ACCELERATOR)
         assert numbers.is_meta
@@ -318,7 +319,7 @@ def test_small_tensors_have_values_where_these_follow_from_the_host() -> None:
 
 
 def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_them() -> None:
-    with rehearsing(Tracker()):
+    with rehearsing(Tracker(accelerator_of(compose(["topology=h100_x1"])))):
         unknown = torch.empty(4, device=ACCELERATOR)
         assert unknown.sum().item() == 1.0
         assert bool(torch.isfinite(unknown).all())
@@ -327,7 +328,7 @@ def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_
 
 
 def test_memory_counts_until_the_last_view_is_gone() -> None:
-    tracker = Tracker()
+    tracker = Tracker(accelerator_of(compose(["topology=h100_x1"])))
     with rehearsing(tracker):
         whole = torch.empty(1000, device=ACCELERATOR)
         part = whole[:10]
