@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.units import quantity
@@ -172,12 +173,25 @@ def findings_of(plan: Plan, ranks: Sequence[RankFound], faults: Sequence[str]) -
 
 def _of_stage(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Iterator[tuple[str, str]]:
     """What is wrong with one stage of one clip: kind and words."""
+    planned = plan.ranks[found.rank].stages[name]
     if found.raised is None:
-        yield from _beside(stage, plan.ranks[found.rank].stages[name])
+        # The plan has the most that any clip holds. Later clips find what the first one does not.
+        lasts = stage is found.second_clip.get(name, stage)
+        yield from _held(stage, planned, at_least=1 - MEMORY_TOLERANCE if lasts else 0)
+        yield from _computed(stage, planned)
+        yield from _sent(stage, _to_send(found, plan, name, stage))
     for line in stage.repeated:
         if line.text not in ALLOWED_WAITS:
             every = "step" if name == "denoise" else "chunk"
             yield "wait", f"the host waits for the accelerator in every {every} ({line.place}: {line.text})"
+
+
+def _to_send(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Wire:
+    """What is planned to be sent in the stage of one clip; a later clip has what came ahead for it."""
+    planned = plan.ranks[found.rank].stages[name]
+    if not plan.weights.stays or stage is not found.second_clip.get(name):
+        return planned.sent
+    return planned.sent + planned.sent_ahead * -1
 
 
 def _pinned(found: RankFound, planned: int) -> Iterator[Finding]:
@@ -197,15 +211,19 @@ def _left(found: RankFound, decode: RankStage) -> Iterator[Finding]:
         yield Finding("memory", text, found.rank, "decode")
 
 
-def _beside(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
-    """What differs from the plan: kind and words."""
-    if abs(stage.peak_bytes / planned.peak_bytes - 1) > MEMORY_TOLERANCE:
+def _held(stage: StageFound, planned: RankStage, *, at_least: float) -> Iterator[tuple[str, str]]:
+    """A peak that is less than `at_least` of its plan, or more than MEMORY_TOLERANCE beyond it."""
+    if not at_least <= stage.peak_bytes / planned.peak_bytes <= 1 + MEMORY_TOLERANCE:
         held = ", ".join(f"{quantity('bytes', line.amount)} by {line.place}" for line in stage.holders)
         yield (
             "memory",
             f"holds {quantity('bytes', stage.peak_bytes)} at most, {stage.peak_bytes / planned.peak_bytes:.2f} of "
             f"the {quantity('bytes', planned.peak_bytes)} that are planned; most of it {held}",
         )
+
+
+def _computed(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
+    """FLOPs that are not as planned."""
     if planned.flops and abs(stage.flops / planned.flops - 1) > _flops_tolerance(planned):
         most = "; ".join(f"{quantity('flops', k.flops)} by {k.name} at {k.place}" for k in stage.costliest[:2])
         yield (
@@ -213,10 +231,14 @@ def _beside(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
             f"{quantity('flops', stage.flops)} of products, {stage.flops / planned.flops:.3f} of the "
             f"{quantity('flops', planned.flops)} that are planned; {most}",
         )
-    if stage.sent_bytes != planned.sent.bytes:
-        yield "bytes", f"sends {stage.sent_bytes:,} bytes; {planned.sent.bytes:,} are planned"
-    if stage.sent_messages != planned.sent.messages:
-        yield "messages", f"sends {stage.sent_messages:,} messages; {planned.sent.messages:,} are planned"
+
+
+def _sent(stage: StageFound, planned: Wire) -> Iterator[tuple[str, str]]:
+    """Bytes and messages that are not as planned."""
+    if stage.sent_bytes != planned.bytes:
+        yield "bytes", f"sends {stage.sent_bytes:,} bytes; {planned.bytes:,} are planned"
+    if stage.sent_messages != planned.messages:
+        yield "messages", f"sends {stage.sent_messages:,} messages; {planned.messages:,} are planned"
 
 
 def _flops_tolerance(planned: RankStage) -> float:
