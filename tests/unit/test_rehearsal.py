@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.rehearsal.findings import MEMORY_TOLERANCE, Rehearsed
+from cosmos3_pipeline.rehearsal.messages import RehearsedComm
+from cosmos3_pipeline.rehearsal.roofline import Work, by_kind
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, NotRehearsed, Tracker, rehearsing
 from cosmos3_pipeline.vae import bound_ops
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
@@ -198,6 +201,95 @@ def test_collectives_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch)
     assert any("another order" in finding.text for finding in found.findings)
 
 
+def planted_in_gather(extra: Callable[[Comm, Tensor], object]) -> Any:
+    """`Exchange.gather_rows`, of every step, which does `extra` with 8 elements before its own work."""
+    gather = Exchange.gather_rows
+
+    def planted(self: Exchange, own: Tensor, rows: Sequence[int]) -> Tensor:
+        if self.ranks > 1:
+            assert self._comm is not None
+            extra(self._comm, own.new_empty(8))
+        return gather(self, own, rows)
+
+    return planted
+
+
+def faults(found: Rehearsed) -> list[str]:
+    """What is wrong with the messages of all ranks together."""
+    return [finding.text for finding in found.findings if finding.kind == "messages" and finding.rank is None]
+
+
+ULYSSES = ("topology=cpu_x4", "topology.cfg=1", "topology.ulysses=4", "task.num_frames=5", "vae=replicated")
+
+
+@pytest.mark.long
+def test_a_deadlock_across_pairs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_a_ring(comm: Comm, some: Tensor) -> None:
+        before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+        comm.exchange(receives=[(some.clone(), before)]).wait()
+        comm.exchange(sends=[(some, after)]).wait()
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(in_a_ring))
+    (fault,) = faults(rehearsed(*ULYSSES))
+    assert "a deadlock: rank 0 waits at" in fault
+    assert all(f"rank {rank} to send" in fault for rank in range(4))
+    assert "comm.exchange(receives=[(some.clone(), before)]).wait()" in fault
+
+
+@pytest.mark.long
+def test_the_same_ring_in_batches_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_a_ring(comm: Comm, some: Tensor) -> None:
+        before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+        comm.exchange(sends=[(some, after)], receives=[(some.clone(), before)]).wait()
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(in_a_ring))
+    assert not faults(rehearsed(*ULYSSES))
+
+
+@pytest.mark.long
+def test_a_rank_that_asks_two_groups_in_another_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[int, list[Comm]] = {}
+
+    def of_two(comm: Comm, some: Tensor) -> None:
+        assert isinstance(comm, RehearsedComm)
+        log, members = comm._log, (0, 1)
+        groups = made.setdefault(comm.rank, [])
+        if not groups:
+            for name in ("first", "second"):
+                log.members[name] = members
+                groups.append(RehearsedComm(name, comm.rank, members, log))
+        for group in groups if comm.rank == 0 else reversed(groups):
+            group.all_gather(some)
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(of_two))
+    (fault,) = faults(rehearsed("topology=cpu_x2", "topology.cfg=1", "topology.ulysses=2", "vae=replicated"))
+    assert "a deadlock" in fault
+    assert "all_gather" in fault
+    assert "[first]" in fault
+    assert "[second]" in fault
+
+
+@pytest.mark.long
+def test_a_message_of_another_dtype_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sends(comm: Comm, some: Tensor) -> None:
+        if comm.rank == 0:
+            comm.exchange(sends=[(some.view(torch.int32), 1)]).wait()
+        if comm.rank == 1:
+            comm.exchange(receives=[(some, 0)]).wait()
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(sends))
+    (fault,) = faults(rehearsed(*ULYSSES))
+    assert "32 bytes of int32" in fault
+    assert "receives 32 bytes of float32" in fault
+
+
+def test_what_could_not_be_replayed_is_said() -> None:
+    some = rehearsed("topology=cpu_x4", "task.num_frames=5", "sampler.steps=1", ranks=[0, 1])
+    (note,) = (note for note in some.notes if "replayed" in note)
+    assert "ranks [2, 3] were not rehearsed" in note
+    assert "ulysses 0-1" not in note
+
+
 @pytest.mark.long
 def test_a_buffer_that_is_kept_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Tensor] = []
@@ -307,19 +399,19 @@ def test_a_sweep_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------ the tracker
 def test_small_tensors_have_values_where_these_follow_from_the_host() -> None:
-    tracker = Tracker(accelerator_of(compose(["topology=h100_x1"])))
-    with rehearsing(tracker):
+    used = tracker()
+    with rehearsing(used):
         numbers = torch.tensor([3, 5, 7], device=ACCELERATOR)
         assert numbers.is_meta
         assert (numbers + 1)[1].item() == 6
         assert (numbers > 4).nonzero().shape == (2, 1)
         numbers[0] = 9
         assert numbers[numbers > 4].tolist() == [9, 5, 7]
-    assert tracker.waits.total() == 4
+    assert used.waits.total() == 4
 
 
 def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_them() -> None:
-    with rehearsing(Tracker(accelerator_of(compose(["topology=h100_x1"])))):
+    with rehearsing(tracker()):
         unknown = torch.empty(4, device=ACCELERATOR)
         assert unknown.sum().item() == 1.0
         assert bool(torch.isfinite(unknown).all())
@@ -328,13 +420,73 @@ def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_
 
 
 def test_memory_counts_until_the_last_view_is_gone() -> None:
-    tracker = Tracker(accelerator_of(compose(["topology=h100_x1"])))
-    with rehearsing(tracker):
+    used = tracker()
+    with rehearsing(used):
         whole = torch.empty(1000, device=ACCELERATOR)
         part = whole[:10]
         del whole
-        assert tracker.live == 4000
+        assert used.live == 4000
         del part
-        assert tracker.live == 0
-    assert tracker.peak == 4000
-    assert tracker.holders[0][0].text == "whole = torch.empty(1000, device=ACCELERATOR)"
+        assert used.live == 0
+    assert used.peak == 4000
+    assert used.holders[0][0].text == "whole = torch.empty(1000, device=ACCELERATOR)"
+
+
+def tracker() -> Tracker:
+    return Tracker(accelerator_of(compose(["topology=h100_x1"])))
+
+
+def works_of(used: Tracker) -> dict[str, Work]:
+    """What was launched, by the names of kernels."""
+    return {kernel.name: work for kernel, work in used.roofline.works.items()}
+
+
+def test_a_kernel_takes_what_bounds_it() -> None:
+    used, half = tracker(), {"dtype": torch.bfloat16, "device": ACCELERATOR}
+    with rehearsing(used):
+        large = torch.empty(8192, 8192, **half)
+        large @ large
+        large.mul_(2)
+        F.conv3d(torch.empty(1, 16, 4, 32, 32, **half), torch.empty(16, 16, 3, 3, 3, **half), padding=1)
+        heads = torch.empty(1, 4, 128, 64, **half)
+        F.scaled_dot_product_attention(heads, heads[:, :2], heads[:, :2], enable_gqa=True)
+    works = works_of(used)
+    assert works["mm"] == (1, 3 * 2 * 8192**2, 2 * 8192**3, 2 * 8192**3 / 989e12)
+    assert works["mul_"] == (1, 2 * 2 * 8192**2, 0, pytest.approx(2 * 2 * 8192**2 / 3350e9))
+    assert works["convolution"].flops == 2 * 27 * 16 * 16 * 4 * 32 * 32
+    assert works["attention"].flops == 2 * 2 * 4 * 128 * 128 * 64
+    kinds = by_kind(used.roofline.works)
+    assert kinds["matmul and attention"].calls == 2
+    assert kinds["everything else"].flops == 0
+
+
+def test_an_op_of_another_library_is_one_kernel() -> None:
+    used = tracker()
+    with torch.library._scoped_library("rehearsed", "FRAGMENT") as library:
+        library.define("scaled(Tensor x, Tensor(a!) into) -> Tensor")
+
+        def scaled(x: Tensor, into: Tensor) -> Tensor:
+            into.copy_(x * 2)
+            return x.new_empty(3, dtype=torch.float32)
+
+        library.impl("scaled", scaled, "Meta")
+        with rehearsing(used):
+            x, into = (torch.empty(1000, device=ACCELERATOR) for _ in range(2))
+            small = torch.ops.rehearsed.scaled(x, into)
+            assert used.live == 4000 + 4000 + 12
+            del small
+            assert used.live == 8000
+    (kernel,) = used.roofline.works
+    assert kernel.name == "rehearsed::scaled"
+    assert used.roofline.works[kernel][:3] == (1, 4000 + 4000 + 12, 0)
+
+
+def test_pinned_memory_and_copies_from_it_are_counted() -> None:
+    used = tracker()
+    with rehearsing(used):
+        kept = torch.empty(1000, dtype=torch.bfloat16, pin_memory=True)
+        torch.empty(1000, dtype=torch.bfloat16, device=ACCELERATOR).copy_(kept, non_blocking=True)
+        assert used.pinned_bytes == 2048
+        del kept
+    assert (used.pinned_bytes, used.most_pinned_bytes, used.copied_bytes) == (0, 2048, 2000)
+    assert not used.waits
