@@ -23,7 +23,7 @@ from cosmos3_pipeline.jobs.rehearse import RehearsalFailed, rehearse
 from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.hardware import accelerator_of
-from cosmos3_pipeline.rehearsal.findings import MEMORY_TOLERANCE, Rehearsed
+from cosmos3_pipeline.rehearsal.findings import Rehearsed
 from cosmos3_pipeline.rehearsal.messages import RehearsedComm
 from cosmos3_pipeline.rehearsal.roofline import Work, by_kind
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, NotRehearsed, Tracker, rehearsing
@@ -63,7 +63,7 @@ def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:
         assert rank.stages.keys() == found.plan.ranks[rank.rank].stages.keys()
         for name, stage in rank.stages.items():
             planned = found.plan.ranks[rank.rank].stages[name]
-            assert stage.peak_bytes == pytest.approx(planned.peak_bytes, rel=MEMORY_TOLERANCE)
+            assert stage.peak_bytes == pytest.approx(planned.peak_bytes, rel=0.05)
             assert (stage.sent_bytes, stage.sent_messages) == (planned.sent.bytes, planned.sent.messages)
             assert stage.kernels > 0
             assert stage.holders
