@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import make_layout
 from PIL import Image
 from torch import Tensor
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.compose import compose as composition_of
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer
@@ -22,6 +24,9 @@ from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.rehearse import RehearsalFailed, rehearse
 from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.models import loading, reading
+from cosmos3_pipeline.models.placement import PlacedTransformer
+from cosmos3_pipeline.models.tokenizer import load_tokenizer
 from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.rehearsal.findings import Rehearsed
 from cosmos3_pipeline.rehearsal.messages import RehearsedComm
@@ -89,6 +94,89 @@ def test_ranks_can_be_chosen() -> None:
     found = rehearsed("topology=cpu_x4", ranks=[0, 3])
     assert [rank.rank for rank in found.ranks] == [0, 3]
     assert found.findings == ()
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red kite\na small blue circle moves over a green field\nrain\n")
+    return file
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("weights", ["resident", "sharded", "streamed"])
+def test_two_clips_of_a_prompt_file_are_as_planned(weights: str, prompt_file: Path) -> None:
+    found = rehearsed("topology=cpu_x2", f"weights={weights}", f"task.prompt_file={prompt_file}")
+    assert found.findings == ()
+    assert found.plan.clips == 3
+    for rank in found.ranks:
+        assert rank.second_clip.keys() == {"denoise", "decode"}
+        # The decoder's weights are there from the first clip on.
+        more = rank.second_clip["denoise"].peak_bytes - rank.stages["denoise"].peak_bytes
+        assert more > 0.9 * found.plan.ranks[rank.rank].weight_bytes["vae"]
+    assert any("2 of the 3 clips" in note for note in found.notes)
+
+
+@pytest.mark.long
+def test_what_the_first_clip_leaves_is_found_in_the_second(
+    prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Tensor] = []
+    assemble = ParallelTransformer.assemble
+
+    def keeps(self: ParallelTransformer, prepared: Any, velocity: Tensor, shapes: Any) -> list[Tensor]:
+        kept.append(velocity.repeat(10, 1))
+        return assemble(self, prepared, velocity, shapes)
+
+    monkeypatch.setattr(ParallelTransformer, "assemble", keeps)
+    found = rehearsed(f"task.prompt_file={prompt_file}")
+    assert ("memory", "denoise, second clip") in {(f.kind, f.stage) for f in found.findings}
+
+
+@pytest.mark.long
+def test_streamed_layers_wait_in_pinned_memory_and_are_copied() -> None:
+    found = rehearsed("weights=streamed", "weights.resident_layers=0", "topology=h200_x1")
+    (rank,), planned = found.ranks, found.plan.ranks[0]
+    assert rank.pinned_bytes == planned.host_bytes > 0
+    brought = planned.stages["denoise"].seconds["weights"] * found.plan.accelerator.host_bytes_per_s
+    # A layer comes before the first step, and a few numbers of the schedule with every one.
+    assert rank.stages["denoise"].copied_bytes == pytest.approx(brought, rel=0.2)
+
+
+@pytest.mark.long
+def test_pinned_memory_that_is_not_planned_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlacedTransformer, "_pinned", pinned_twice(PlacedTransformer._pinned))
+    found = rehearsed("weights=streamed", "weights.resident_layers=0")
+    assert "host" in kinds(found)
+
+
+def pinned_twice(pinned: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    kept = []
+
+    def twice(self: PlacedTransformer, files: Any, number: int) -> Tensor:
+        kept.append(pinned(self, files, number))
+        return pinned(self, files, number)
+
+    return twice
+
+
+@pytest.mark.long
+def test_a_checkpoint_that_is_here_is_rehearsed_with_its_own_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_layout(tmp_path / "edge", "edge")
+    used: list[Path] = []
+
+    def loaded(info: CheckpointInfo) -> Any:
+        used.append(info.folder)
+        return load_tokenizer(info)
+
+    monkeypatch.setattr(loading, "load_tokenizer", loaded)
+    monkeypatch.setattr(reading, "_fill", lambda *args: pytest.fail("a weight was read"))
+    found = rehearsed("model=edge", f"model.path={folder}", "task=t2i", "task.height=96", "task.width=96")
+    assert found.findings == ()
+    assert set(used) == {folder}
+    assert not any("tokenizer" in note for note in found.notes)
 
 
 # ------------------------------------------------------------ planted bugs
@@ -352,15 +440,20 @@ def test_what_a_rank_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_job_leaves_its_report_and_fails_where_something_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepared = prepare(
-        composition_of(["job=rehearse", SHORT, "model=nano", "task.num_frames=5", "topology=h100_x1"])
-    )
-    rehearse(prepared, tmp_path, multirun=False)
+    overrides = ["job=rehearse", SHORT, "model=nano", "task.num_frames=5", "topology=h100_x1"]
+    rehearse(prepare(composition_of(overrides)), tmp_path, multirun=False)
     report = json.loads((tmp_path / "rehearsal.json").read_text())
     assert report["findings"] == []
     assert set(report["ranks"][0]["stages"]) == {"text", "denoise", "decode"}
+    decode = report["ranks"][0]["stages"]["decode"]
+    assert decode["flops"] == pytest.approx(decode["planned"]["flops"], rel=0.01)
+    assert sum(kind["seconds"] for kind in decode["kinds"].values()) == pytest.approx(decode["roofline_seconds"])
+    assert decode["costliest"][0]["name"] == "convolution"
     assert "# Rehearsal" in (tmp_path / "rehearsal.md").read_text()
     assert "as planned" in capsys.readouterr().out
+    page = [*overrides, "rehearse.format=markdown"]
+    rehearse(prepare(composition_of(page)), tmp_path, multirun=False)
+    assert capsys.readouterr().out == (tmp_path / "rehearsal.md").read_text()
     test_a_wait_in_every_step_is_found(monkeypatch)
     with pytest.raises(RehearsalFailed) as failed:
         rehearse(prepare(composition_of(["job=rehearse", SHORT])), tmp_path, multirun=False)

