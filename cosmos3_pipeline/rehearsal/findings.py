@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from cosmos3_pipeline.config.schema import Placement
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.stage import RankStage
@@ -17,6 +18,9 @@ MEMORY_TOLERANCE_BELOW = 0.1
 # VAE's FLOPs at most a fifth of what a row and a column are of a rank's picture.
 FLOPS_TOLERANCE = 0.01
 UPSAMPLING_SHARE = 0.2
+# Copies from the host that are not planned, such as the schedule's numbers, may take this share of the least time
+# of the kernels.
+COPIES_SHARE = 0.2
 # Kinds of kernels, as the report adds them up.
 KINDS = ("convolution", "matmul and attention", "everything else")
 # Of a replica of at most so many ranks every one is rehearsed, so that their messages can be replayed.
@@ -56,7 +60,8 @@ class StageFound:
     """One stage of one rank, as rehearsed.
 
     `holders` are the lines that have allocated most of the peak. `waits` are lines on which the host waits for the
-    accelerator; those of `repeated` do so in every step or chunk. `roofline_seconds` is the least that its kernels
+    accelerator; those of `repeated` do so in every step or chunk. `left` are lines that have allocated what a step
+    leaves on the accelerator for ever. `roofline_seconds` is the least that its kernels
     take one after the other; `kinds` has that, calls, bytes and FLOPs of each kind of kernel, and `costliest` the
     kernels that take most. `copied_bytes` go from the host to the accelerator.
     """
@@ -74,6 +79,7 @@ class StageFound:
     copied_bytes: int
     waits: tuple[Line, ...]
     repeated: tuple[Line, ...]
+    left: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class RankFound:
     """One rank, as rehearsed. `left_bytes` are held after the last frame, `raised` is what ended it early.
 
     `second_clip` has the stages of the second clip, where there is one. `pinned_bytes` is the most that it has of
-    the host's pinned memory.
+    the host's pinned memory. `waits_between` are lines outside of all stages on which the host waits.
     """
 
     rank: int
@@ -89,6 +95,7 @@ class RankFound:
     second_clip: dict[str, StageFound] = field(default_factory=dict)
     left_bytes: int = 0
     pinned_bytes: int = 0
+    waits_between: tuple[Line, ...] = ()
     misplaced: tuple[Line, ...] = ()
     raised: str | None = None
 
@@ -161,6 +168,10 @@ def findings_of(plan: Plan, ranks: Sequence[RankFound], faults: Sequence[str]) -
         for line in found.misplaced:
             text = f"a tensor of the host goes into an op of the accelerator ({line.place}: {line.text})"
             yield Finding("device", text, found.rank)
+        for line in found.waits_between:
+            times = f"{line.amount} time{'s' * (line.amount > 1)}"
+            text = f"the host waits for the accelerator {times} outside of stages ({line.place}: {line.text})"
+            yield Finding("wait", text, found.rank)
         if found.raised is None:
             yield from _left(found, plan.ranks[found.rank].stages["decode"])
             yield from _pinned(found, plan.ranks[found.rank].host_bytes)
@@ -181,6 +192,11 @@ def _of_stage(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Ite
         yield from _held(stage, planned, at_least=1 - MEMORY_TOLERANCE_BELOW if lasts else 0)
         yield from _computed(stage, planned)
         yield from _sent(stage, _to_send(found, plan, name, stage))
+        if name in ("denoise", "decode"):  # the others have their words and pictures from the host
+            yield from _copied(stage, plan, planned)
+    for line in stage.left:
+        bytes_left = quantity("bytes", line.amount)
+        yield "memory", f"every step leaves {bytes_left} more on the accelerator ({line.place}: {line.text})"
     for line in stage.repeated:
         if line.text not in ALLOWED_WAITS:
             every = "step" if name == "denoise" else "chunk"
@@ -193,6 +209,17 @@ def _to_send(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Wire
     if not plan.weights.stays or stage is not found.second_clip.get(name):
         return planned.sent
     return planned.sent + planned.sent_ahead * -1
+
+
+def _copied(stage: StageFound, plan: Plan, planned: RankStage) -> Iterator[tuple[str, str]]:
+    """Copies from the host that take time and are not planned: streamed weights are, and prompts that waited."""
+    rate = plan.accelerator.host_bytes_per_s
+    streamed = plan.weights.placement is Placement.streamed
+    wanted = planned.seconds.get("weights", 0.0) * rate if streamed else 0.0
+    wanted += planned.text_bytes if plan.clips > 1 else 0
+    if stage.copied_bytes - wanted > COPIES_SHARE * stage.roofline_seconds * rate:
+        copied = quantity("bytes", stage.copied_bytes)
+        yield "host", f"copies {copied} from the host, {quantity('bytes', wanted)} are planned"
 
 
 def _pinned(found: RankFound, planned: int) -> Iterator[Finding]:

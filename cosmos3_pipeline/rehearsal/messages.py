@@ -12,7 +12,7 @@ from cosmos3_pipeline.distributed.board import Notice
 from cosmos3_pipeline.distributed.comm import AcceleratorWork, Comm, Pending, Region
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
-from cosmos3_pipeline.rehearsal.places import Place, asker
+from cosmos3_pipeline.rehearsal.places import Place, asker, askers
 
 T = TypeVar("T")
 AGREEMENTS = ", agreements"  # after the name of a group: what its hosts tell each other
@@ -20,16 +20,20 @@ AGREEMENTS = ", agreements"  # after the name of a group: what its hosts tell ea
 
 @dataclass(frozen=True)
 class Event:
-    """One message of a rank, or its part in a collective. `peer` is a rank of the world, None in a collective."""
+    """One message of a rank, or its part in a collective. `peer` is a rank of the world, None in a collective.
+
+    `place` asks for it, on behalf of `caller`.
+    """
 
     kind: str  # send, recv, or a collective's name
     peer: int | None
     nbytes: int
     dtype: str
     place: Place
+    caller: Place
 
     def __str__(self) -> str:
-        return f"{self.nbytes:,} bytes of {self.dtype} ({self.place.name})"
+        return f"{self.nbytes:,} bytes of {self.dtype} ({self.place.name}, called at {self.caller.name})"
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class RehearsedComm(Comm):
     def _gather_objects(self, value: T) -> list[T]:
         self.ledger.record("control", 0)
         # Between hosts, beside what the accelerators send each other.
-        self._log.start(f"{self._name}{AGREEMENTS}", Event("agreement", None, 0, "objects", asker())).wait()
+        self._log.start(f"{self._name}{AGREEMENTS}", Event("agreement", None, 0, "objects", *askers())).wait()
         return [value] * self.size
 
     def _exchange_on_cpu(self, sends: Sequence[Region], receives: Sequence[Region], lane: int) -> Pending:
@@ -150,7 +154,7 @@ class RehearsedComm(Comm):
         if not tensor.is_meta:
             self._log.on_host.append(asker())
         world = None if peer is None else self._members[peer]
-        return Event(kind, world, tensor.nbytes, str(tensor.dtype).removeprefix("torch."), asker())
+        return Event(kind, world, tensor.nbytes, str(tensor.dtype).removeprefix("torch."), *askers())
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,18 @@ def here() -> Place:
 
 def asker() -> Place:
     """The line that asks `distributed` for a message, or that waits for one."""
-    return next((place for place in _lines() if not place.file.startswith(_MESSAGES)), NOWHERE)
+    return next(_askers(), NOWHERE)
+
+
+def askers() -> tuple[Place, Place]:
+    """The line that asks `distributed` for a message, and the line in another file that wants it of that one."""
+    places = _askers()
+    first = next(places, NOWHERE)
+    return first, next((place for place in places if place.file != first.file), NOWHERE)
+
+
+def _askers() -> Iterator[Place]:
+    return (place for place in _lines() if not place.file.startswith(_MESSAGES))
 
 
 def _lines() -> Iterator[Place]:

@@ -87,6 +87,11 @@ class Tracker(TorchDispatchMode):
         self._by_place: Counter[Place] = Counter()
         self._facts: dict[Any, _Facts] = {}
 
+    @property
+    def live_by_place(self) -> Counter[Place]:
+        """The bytes of `live`, by the line that has allocated them."""
+        return self._by_place.copy()
+
     def restart_peak(self) -> None:
         """Take the peak from here on."""
         self.peak, self.holders = self.live, self._largest()
@@ -118,6 +123,10 @@ class Tracker(TorchDispatchMode):
         # An expanded tensor is read once.
         moved_bytes = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in moved)
         self.roofline.add(Kernel(name, kind, here()), moved_bytes, flops, moved[0].dtype)
+
+    def wait(self, device: object = None) -> None:
+        """Count that the host waits for all that it has asked the accelerator for."""
+        self.waits[here()] += 1
 
     def pin(self, memory: Tensor, nbytes: int) -> None:
         """Count `nbytes` of pinned memory until `memory`, which stands for them, is gone."""
@@ -172,7 +181,7 @@ class Tracker(TorchDispatchMode):
     def _waited(self, facts: _Facts, inputs: list[Tensor], values: Any) -> Any:
         """The result of an op whose result, or the shape of it, only its values tell."""
         place = here()
-        self.waits[place] += 1
+        self.wait()
         if facts.name in ("_local_scalar_dense", "equal"):
             if values is not None:
                 return values
@@ -195,7 +204,7 @@ class Tracker(TorchDispatchMode):
     def _left(self, facts: _Facts, args: Any, kwargs: Any, values: Any) -> Tensor:
         """A copy on the host, with the values where they are known."""
         if not kwargs.get("non_blocking"):
-            self.waits[here()] += 1
+            self.wait()
         source: Tensor = args[1] if facts.name == "copy_" else args[0]
         if facts.name == "copy_":
             target: Tensor = args[0]
@@ -287,7 +296,8 @@ def rehearsing(tracker: Tracker) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "autocast", any_autocast))
         # There is one stream: what is copied on another one has arrived when it is asked for.
-        stack.enter_context(mock.patch.multiple(cuda, Stream=_Stream, current_stream=_Stream, stream=nullcontext))
+        others: dict[str, Any] = {"Stream": _Stream, "current_stream": _Stream, "stream": nullcontext}
+        stack.enter_context(mock.patch.multiple(cuda, **others, synchronize=tracker.wait))
         for mode in (tracker, _Functions(tracker), torch.no_grad()):
             stack.enter_context(mode)
         yield

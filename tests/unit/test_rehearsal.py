@@ -32,6 +32,8 @@ from cosmos3_pipeline.rehearsal.findings import Rehearsed
 from cosmos3_pipeline.rehearsal.messages import RehearsedComm
 from cosmos3_pipeline.rehearsal.roofline import Work, by_kind
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, NotRehearsed, Tracker, rehearsing
+from cosmos3_pipeline.stages.context import RunContext
+from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.vae import bound_ops
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 
@@ -433,6 +435,65 @@ def test_what_a_rank_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ParallelTransformer, "predict", mixes)
     found = rehearsed()
     assert {"device", "raised"} <= kinds(found)
+
+
+def planted_in_predict(extra: Callable[[Tensor], object]) -> Any:
+    """`ParallelTransformer.predict`, of every step, which does `extra` with its input before its own work."""
+    predict = ParallelTransformer.predict
+
+    def planted(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
+        extra(embedded)
+        return predict(self, passes, embedded)
+
+    return planted
+
+
+@pytest.mark.long
+def test_what_every_step_leaves_is_found_by_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: kept.append(x[:8].clone())))
+    (finding,) = rehearsed("sampler.steps=20").findings
+    assert "every step leaves" in finding.text
+    assert "kept.append(x[:8].clone())" in finding.text
+
+
+@pytest.mark.long
+def test_a_synchronization_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: torch.cuda.synchronize()))
+    (finding,) = rehearsed().findings
+    assert finding.kind == "wait"
+    assert "torch.cuda.synchronize()" in finding.text
+
+
+@pytest.mark.long
+def test_products_that_are_not_planned_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: (x @ x.T) @ (x @ x.T)))
+    found = rehearsed()
+    assert "flops" in kinds(found)
+
+
+@pytest.mark.long
+def test_a_copy_from_the_host_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copies(embedded: Tensor) -> None:
+        torch.zeros(4096, 1024).to(embedded.device, non_blocking=True)
+
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(copies))
+    found = rehearsed("topology=h100_x1")
+    assert any("from the host" in finding.text for finding in found.findings)
+
+
+@pytest.mark.long
+def test_a_wait_for_every_frame_outside_of_the_decoder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = DecodeStage._decode
+
+    def reads(self: DecodeStage, context: RunContext) -> Iterator[Tensor]:
+        for chunk in decode(self, context):
+            yield chunk.cpu()
+
+    monkeypatch.setattr(DecodeStage, "_decode", reads)
+    (finding,) = rehearsed().findings
+    assert "outside of stages" in finding.text
+    assert "yield chunk.cpu()" in finding.text
 
 
 # ------------------------------------------------------------ the job

@@ -17,7 +17,7 @@ from cosmos3_pipeline.distributed.mesh import REPLICA
 from cosmos3_pipeline.jobs.rank import Run, components, context_of, encode_together
 from cosmos3_pipeline.models.form import folder_of, form_of
 from cosmos3_pipeline.planning.geometry import replica_ranks
-from cosmos3_pipeline.planning.plan import Plan, make_plan
+from cosmos3_pipeline.planning.plan import Plan, RankPlan, make_plan
 from cosmos3_pipeline.rehearsal.findings import (
     KernelFound,
     Line,
@@ -176,13 +176,14 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
                     encode_together(run, script.words)
             for words, meter in zip(script.words, meters, strict=False):
                 _play(run, _with_words(short, words), meter.watching(run.ledgers), tell)
+                meter.finish(steps=script.config.sampler.steps)
             left = tracker.live
     # Whatever the code raises on a rank is what the rehearsal is for.
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)
         where = [Place(line.filename, line.lineno or 0) for line in last]
         raised = f"{type(error).__name__}: {error} ({_innermost(where)})"
-    clips = [_stages_found(meter, script, rank) for meter in meters]
+    clips = [_stages_found(meter, script.plan.ranks[rank]) for meter in meters]
     for later in clips[1:]:
         later.pop("text", None)  # all are encoded before the first clip
     return RankFound(
@@ -191,6 +192,7 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
         second_clip=clips[1] if len(clips) > 1 else {},
         left_bytes=left,
         pinned_bytes=tracker.most_pinned_bytes,
+        waits_between=_lines(sum((meter.between for meter in meters), Counter[Place]()).items()),
         misplaced=_lines((tracker.misplaced + Counter(log.on_host)).items()),
         raised=raised,
     )
@@ -213,10 +215,8 @@ def _innermost(places: Sequence[Place]) -> str:
     return (ours or list(places))[-1].name
 
 
-def _stages_found(meter: StageMeter, script: Script, rank: int) -> dict[str, StageFound]:
-    meter.finish(steps=script.config.sampler.steps)
-    planned = script.plan.ranks[rank].stages
-    return {name: _found(measured) for name, measured in meter.stages.items() if name in planned}
+def _stages_found(meter: StageMeter, planned: RankPlan) -> dict[str, StageFound]:
+    return {name: _found(measured) for name, measured in meter.stages.items() if name in planned.stages}
 
 
 def _found(measured: Measured) -> StageFound:
@@ -239,6 +239,7 @@ def _found(measured: Measured) -> StageFound:
         copied_bytes=counts.copied_bytes,
         waits=_lines(measured.waits.items()),
         repeated=_lines(measured.repeated.items()),
+        left=_lines(measured.left.items()),
     )
 
 
