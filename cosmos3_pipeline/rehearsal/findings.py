@@ -84,7 +84,8 @@ class StageFound:
 
 @dataclass(frozen=True)
 class RankFound:
-    """One rank, as rehearsed. `left_bytes` are held after the last frame, `raised` is what ended it early.
+    """One rank, as rehearsed. `left_bytes` are held after the last frame, most of them by the lines
+    `left`; `raised` is what ended it early.
 
     `second_clip` has the stages of the second clip, where there is one. `pinned_bytes` is the most that it has of
     the host's pinned memory. `waits_between` are lines outside of all stages on which the host waits.
@@ -94,6 +95,7 @@ class RankFound:
     stages: dict[str, StageFound]
     second_clip: dict[str, StageFound] = field(default_factory=dict)
     left_bytes: int = 0
+    left: tuple[Line, ...] = ()
     pinned_bytes: int = 0
     waits_between: tuple[Line, ...] = ()
     misplaced: tuple[Line, ...] = ()
@@ -235,7 +237,11 @@ def _left(found: RankFound, decode: RankStage) -> Iterator[Finding]:
     """
     left = found.left_bytes - decode.weight_bytes
     if left > MEMORY_TOLERANCE * decode.peak_bytes:
-        text = f"{quantity('bytes', left)} beside the weights are still held after the last frame"
+        held = ", ".join(f"{quantity('bytes', line.amount)} by {line.place}" for line in found.left)
+        text = (
+            f"{quantity('bytes', left)} beside the weights are still held after the last frame; "
+            f"of all that is held {held}"
+        )
         yield Finding("memory", text, found.rank, "decode")
 
 

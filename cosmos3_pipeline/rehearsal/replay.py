@@ -203,7 +203,7 @@ def _waits_for(stuck: Mapping[int, _Rank], number: int) -> tuple[int | None, str
     start, events = rank.queues[group][0], rank.open[group]
     event = events[0]
     line = f"ends with {event.place.name}" if wait is None else f"waits at {wait.place.name} ({wait.place.text})"
-    behind = "" if wait is None or start.number == wait.number else ", which is behind"
+    behind = "" if wait is None or start.number == wait.number else ", behind another message,"
     if event.peer is None:
         others = [
             other

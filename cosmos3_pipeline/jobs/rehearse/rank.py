@@ -43,6 +43,8 @@ STEPS = 3
 CLIPS = 2
 # Kernels of a stage that the report names.
 COSTLIEST = 5
+# Lines that hold most of what is left after the last frame, as many as are named.
+HELD = 5
 Tell = Callable[[str], None]
 
 
@@ -166,7 +168,7 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
     )
     steps = min(script.config.sampler.steps, STEPS)
     short = replace(script.config, sampler=replace(script.config.sampler, steps=steps))
-    meters, raised, left = [StageMeter(tracker) for _ in script.words[:CLIPS]], None, 0
+    meters, raised, left = [StageMeter(tracker) for _ in script.words[:CLIPS]], None, Counter[Place]()
     try:
         with rehearsing(tracker):
             run = _run(replace(script, config=short), mesh, meters[0])
@@ -177,7 +179,7 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
             for words, meter in zip(script.words, meters, strict=False):
                 _play(run, _with_words(short, words), meter.watching(run.ledgers), tell)
                 meter.finish(steps=script.config.sampler.steps)
-            left = tracker.live
+            left = tracker.live_by_place
     # Whatever the code raises on a rank is what the rehearsal is for.
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)
@@ -190,7 +192,8 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
         rank=rank,
         stages=clips[0],
         second_clip=clips[1] if len(clips) > 1 else {},
-        left_bytes=left,
+        left_bytes=left.total(),
+        left=_lines(left.most_common(HELD)),
         pinned_bytes=tracker.most_pinned_bytes,
         waits_between=_lines(sum((meter.between for meter in meters), Counter[Place]()).items()),
         misplaced=_lines((tracker.misplaced + Counter(log.on_host)).items()),
