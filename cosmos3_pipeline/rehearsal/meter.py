@@ -37,6 +37,10 @@ class Counts:
         )
 
 
+# So many steps UniPC takes until it keeps no more of those before: each keeps its own prediction.
+SOLVER_ORDER = 2
+
+
 class Unit(NamedTuple):
     """What has been done, and what is held by the line that has allocated it, when a unit of a stage is done."""
 
@@ -112,11 +116,12 @@ class StageMeter:
         """Find what is repeated; what one step does or leaves more often counts `steps` times in all."""
         if denoise := self.stages.get("denoise"):
             done = denoise.units
+            more = max(steps - len(done), 0)
             if len(done) > 1:
-                more = max(steps - len(done), 0)
                 denoise.repeated = done[-1].waits - done[0].waits
                 one = done[1].counts.plus(done[0].counts, -1)
                 denoise.counts = denoise.counts.plus(one, more)
+            if len(done) > SOLVER_ORDER:
                 denoise.left = done[-1].live - done[-2].live
                 denoise.peak_bytes += more * denoise.left.total()
         self.between = self._tracker.waits - self._waits_before
