@@ -13,6 +13,7 @@ NVIDIA Cosmos3 video generation on many devices, from configuration.
   {command} model=nano model.path=DIR topology=h200_x4
   {command} -m vae=replicated,parallel_decode topology=cpu_x1,cpu_x2    a sweep, with a table and a page at the end
   {command} job=plan model=nano topology=h200_x4    what that run would do; plan.search=true ranks layouts
+  {command} job=rehearse model=nano topology=h200_x4    its real code, without weights or a GPU
   torchrun --nproc-per-node 2 launch.py topology=cpu_x2    join ranks that exist already
 
 group=option chooses one of:
@@ -24,6 +25,7 @@ key=value sets anything else; see all keys and what they are now with --cfg job:
   sampler.steps sampler.guidance_scale sampler.flow_shift sampler.seed     output.latents output.report
   model.path model.revision model.dtype     vae.parallel_encode vae.parallel_decode
   topology.nodes .ranks_per_node .cfg .ulysses
+  rehearse.ranks (else all of a replica of up to eight, whose messages are replayed)     rehearse.format=markdown
 
   --cfg job     print the composed configuration and stop (--resolve: with the references followed)
   -m            run every combination of comma-separated values

@@ -74,6 +74,11 @@ class Placement(Enum):
     auto = "auto"
 
 
+class RehearsalFormat(Enum):
+    table = "table"
+    markdown = "markdown"
+
+
 class HiddenAct(Enum):
     silu = "silu"
     relu2 = "relu2"
@@ -265,9 +270,10 @@ class VerifyConfig:
 
 @dataclass
 class RehearseConfig:
-    """Read by job=rehearse. `ranks` None: one rank of each kind."""
+    """Read by job=rehearse. `ranks` None: all ranks of a replica of up to eight, else one of each kind."""
 
     ranks: list[int] | None = None
+    format: RehearsalFormat = RehearsalFormat.table
 
 
 @dataclass

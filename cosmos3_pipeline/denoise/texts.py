@@ -63,6 +63,7 @@ class TextEncoder:
             for text in texts:
                 found = self._run_text(layer, text, last=number == last)
                 text.found.append(found if keep_on is None else found.to(keep_on))
+                del found  # else it is still on the device while the next prompt needs the memory
         return [EncodedText(tuple(text.found)) for text in texts]
 
     def _start(self, input_ids: Tensor, position_ids: Tensor) -> _RunningText:

@@ -1,4 +1,4 @@
-"""A checkpoint of which only the config is known: every tensor has its shape, and none has a file."""
+"""A checkpoint of which no weight is read: every tensor has its shape, and none has a file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ FILLING = "a red circle moves left over a blue background at night, "
 
 
 def form_of(model: ModelConfig) -> CheckpointInfo:
-    """The form of the checkpoint that `model` describes. Reads no weight.
+    """The form of the checkpoint that `model` names, or else describes. Reads no weight.
 
-    Tokenizer, sampler and all that is no number of the config are those of the toy in this package.
+    Of a checkpoint that is here, config, tokenizer and sampler are its own. Otherwise tokenizer, sampler and all
+    that is no number of the config are those of the toy in this package.
     """
+    here = folder_of(model)
+    if here is not None:
+        found = inspect_checkpoint(here)
+        return replace(found, tensors={name: _unread(placed) for name, placed in found.tensors.items()})
     folder = local_folder(f"{BUILTIN}toy", None)
     assert folder is not None
     toy = inspect_checkpoint(folder)
@@ -50,6 +55,16 @@ def form_of(model: ModelConfig) -> CheckpointInfo:
             "vae": _placed(vae_weights(vae)),
         },
     )
+
+
+def folder_of(model: ModelConfig) -> Path | None:
+    """The folder of the checkpoint that `model` names, where it is on this machine."""
+    return None if model.path is None else local_folder(model.path, model.commit or model.revision)
+
+
+def _unread(tensors: Iterable[Placed]) -> tuple[Placed, ...]:
+    """The same with a shape only, so that no file is opened."""
+    return tuple(replace(one, stored=replace(one.stored, file=Path(NO_FILE))) for one in tensors)
 
 
 def _placed(weights: Iterable[Weight]) -> tuple[Placed, ...]:

@@ -106,7 +106,7 @@ class PlacedTransformer:
         staying = range(layers) if whole else spread(self._plan.resident_layers, layers)
         from_files = FromFiles(files, self._device, self._advance)
         source: Source = from_files
-        if self._device.type == "cuda" and not whole:
+        if self._device.type != "cpu" and not whole:
             moving = sorted(set(range(layers)) - set(staying))
             self._kept = self._kept or [self._pinned(files, number) for number in moving]
             kept = dict(zip(moving, self._kept, strict=True))

@@ -96,12 +96,16 @@ class Denoising:
         for text in cost.texts:
             flops += self._times(text) * text.flops
             sent += text.ulysses * self._times(text)
-        held = self.waiting_bytes(place) if on_cpu and self.prompts > 1 else self.text_bytes(place)
+        held = self.text_bytes(place)
+        if self.prompts > 1:
+            # On an accelerator they go to the host layer by layer.
+            one_layer = max(text.cache_bytes for text in cost.texts) // self.size.num_hidden_layers
+            held = self.waiting_bytes(place) if on_cpu else one_layer
         crosses = topology.ulysses > topology.ranks_per_node
         return RankStage(
             flops=flops,
             weight_bytes=weights.text_bytes,
-            text_bytes=held if on_cpu or self.prompts == 1 else 0,
+            text_bytes=held,
             activation_bytes=self.text_activation_bytes(place, on_cpu=on_cpu),
             sent=sent,
             seconds={
@@ -143,6 +147,7 @@ class Denoising:
                 "link": link,
             },
             share={"vision_tokens": self.vision_rows[cost.ulysses_rank], "passes": self.passes},
+            sent_ahead=weights.gathered_ahead,
         )
 
     def _rate(self, cfg: Config) -> float:

@@ -237,16 +237,17 @@ def _rank(
     vae = {name: share.weight_bytes for name, share in shares.items()}
     text = denoising.text_bytes(place)
     waiting = denoising.waiting_bytes(place) if on_cpu else 0
-    # The encoder stays from its stage on; of a prompt file the transformer, from the second clip on.
+    # The encoder stays from its stage on; of a prompt file decoder and transformer, from the second clip on.
     encoder = vae.get("encode", 0)
+    decoder = 0 if denoising.prompts == 1 else vae["decode"]
     kept = cost.vision_bytes if weights.stays else cost.text_read if weights.keep_text else 0
     planned = {"text": denoising.text_stage(cfg, place, cost)}
     if "encode" in stages:
         before = max(text, waiting) if denoising.prompts == 1 or on_cpu else 0
         planned["encode"] = stages["encode"].stage(
-            cfg, in_replica, weights=encoder + kept, text=before, inputs=_condition_bytes(cfg)
+            cfg, in_replica, weights=encoder + decoder + kept, text=before, inputs=_condition_bytes(cfg)
         )
-    planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder)
+    planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder + decoder)
     after = encoder + vae["decode"] + kept
     # What was denoised, and the same as the VAE takes it; every rank has both throughout.
     latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cosmos3_pipeline.denoise.cost import Wire
@@ -17,6 +17,7 @@ def total_seconds(bounds: dict[str, float]) -> float:
 class RankStage:
     """One stage on one rank. `seconds` are by what would bound it alone.
 
+    `sent_ahead` is the part of `sent` that serves the next clip where weights stay; a later clip need not send it.
     `weight_bytes` and `text_bytes` (the prompts' keys and values) are held throughout, `activation_bytes` at most.
     """
 
@@ -27,6 +28,7 @@ class RankStage:
     sent: Wire
     seconds: dict[str, float]
     share: dict[str, Any]  # what it owns: tokens, or ops, rows and columns
+    sent_ahead: Wire = field(default_factory=Wire)
 
     @property
     def peak_bytes(self) -> int:

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from cosmos3_pipeline.config.schema import Placement
+from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.units import quantity
 
-# How far the peak of a stage may be from its plan.
+# How far the peak of a stage may be above its plan, and below: a plan that is too low ends in a run out of memory.
 MEMORY_TOLERANCE = 0.05
+MEMORY_TOLERANCE_BELOW = 0.1
+# How far its FLOPs may be. An upsampling computes one row and one column more than is planned, which adds to the
+# VAE's FLOPs at most a fifth of what a row and a column are of a rank's picture.
+FLOPS_TOLERANCE = 0.01
+UPSAMPLING_SHARE = 0.2
+# Copies from the host that are not planned, such as the schedule's numbers, may take this share of the least time
+# of the kernels.
+COPIES_SHARE = 0.2
+# Kinds of kernels, as the report adds them up.
+KINDS = ("convolution", "matmul and attention", "everything else")
+# Of a replica of at most so many ranks every one is rehearsed, so that their messages can be replayed.
+REPLAYED_RANKS = 8
 # Lines of diffusers on which the host waits in every step, by what is written there, and why they may.
 ALLOWED_WAITS = {
     '(block_state.cond_vision_segment["num_noisy_vision_tokens"],), t.item(), device=device': (
@@ -29,11 +43,27 @@ class Line:
 
 
 @dataclass(frozen=True)
+class KernelFound:
+    """Kernels that one line launches: how often, what they read and write, and seconds by the roofline."""
+
+    name: str
+    place: str
+    text: str
+    calls: int
+    moved_bytes: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StageFound:
     """One stage of one rank, as rehearsed.
 
     `holders` are the lines that have allocated most of the peak. `waits` are lines on which the host waits for the
-    accelerator; those of `repeated` do so in every step or chunk.
+    accelerator; those of `repeated` do so in every step or chunk. `left` are lines that have allocated what a step
+    leaves on the accelerator for ever. `roofline_seconds` is the least that its kernels
+    take one after the other; `kinds` has that, calls, bytes and FLOPs of each kind of kernel, and `costliest` the
+    kernels that take most. `copied_bytes` go from the host to the accelerator.
     """
 
     peak_bytes: int
@@ -42,19 +72,41 @@ class StageFound:
     sent_messages: int
     kernels: int
     moved_bytes: int
+    flops: int
+    roofline_seconds: float
+    kinds: dict[str, dict[str, float]]
+    costliest: tuple[KernelFound, ...]
+    copied_bytes: int
     waits: tuple[Line, ...]
     repeated: tuple[Line, ...]
+    left: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
 class RankFound:
-    """One rank, as rehearsed. `left_bytes` are held after the last frame, `raised` is what ended it early."""
+    """One rank, as rehearsed. `left_bytes` are held after the last frame, most of them by the lines
+    `left`; `raised` is what ended it early.
+
+    `second_clip` has the stages of the second clip, where there is one. `pinned_bytes` is the most that it has of
+    the host's pinned memory. `waits_between` are lines outside of all stages on which the host waits.
+    """
 
     rank: int
     stages: dict[str, StageFound]
+    second_clip: dict[str, StageFound] = field(default_factory=dict)
     left_bytes: int = 0
+    left: tuple[Line, ...] = ()
+    pinned_bytes: int = 0
+    waits_between: tuple[Line, ...] = ()
     misplaced: tuple[Line, ...] = ()
     raised: str | None = None
+
+    @property
+    def clips(self) -> Iterator[tuple[str, dict[str, StageFound]]]:
+        """The stages of each clip, and what to say after the rank's number."""
+        yield "", self.stages
+        if self.second_clip:
+            yield ", second clip", self.second_clip
 
 
 @dataclass(frozen=True)
@@ -86,6 +138,20 @@ class Rehearsed:
     notes: tuple[str, ...] = field(default=())
 
 
+def rehearsed_ranks(plan: Plan, ranks: Sequence[int] | None) -> dict[int, list[int]]:
+    """Which ranks are rehearsed, each with those that it stands for.
+
+    Those of `ranks`; else every rank of the first replica, each for its like in the others, where these are few;
+    else one of each kind.
+    """
+    if ranks is not None:
+        return {rank: [rank] for rank in ranks}
+    size = sum(rank.dp == 0 for rank in plan.ranks)
+    if size <= REPLAYED_RANKS:
+        return {place: list(range(place, len(plan.ranks), size)) for place in range(size)}
+    return ranks_of_a_kind(plan)
+
+
 def ranks_of_a_kind(plan: Plan) -> dict[int, list[int]]:
     """Ranks whose plans differ in their number only, by the first of them; who writes is a kind of its own."""
     size = sum(rank.dp == 0 for rank in plan.ranks)
@@ -96,28 +162,72 @@ def ranks_of_a_kind(plan: Plan) -> dict[int, list[int]]:
     return {ranks[0]: ranks for ranks in kinds.values()}
 
 
-def findings_of(plan: Plan, ranks: Sequence[RankFound], unmet: Sequence[str]) -> Iterator[Finding]:
-    """Everything that is wrong with `ranks`; `unmet` are messages without a counterpart, in words."""
+def findings_of(plan: Plan, ranks: Sequence[RankFound], faults: Sequence[str]) -> Iterator[Finding]:
+    """Everything that is wrong with `ranks`; `faults` are those of their messages, in words."""
     for found in ranks:
         if found.raised is not None:
             yield Finding("raised", f"ended early: {found.raised}", found.rank)
         for line in found.misplaced:
             text = f"a tensor of the host goes into an op of the accelerator ({line.place}: {line.text})"
             yield Finding("device", text, found.rank)
+        for line in found.waits_between:
+            times = f"{line.amount} time{'s' * (line.amount > 1)}"
+            text = f"the host waits for the accelerator {times} outside of stages ({line.place}: {line.text})"
+            yield Finding("wait", text, found.rank)
         if found.raised is None:
             yield from _left(found, plan.ranks[found.rank].stages["decode"])
-        for name, stage in found.stages.items():
-            planned = plan.ranks[found.rank].stages.get(name)
-            if planned is not None and found.raised is None:
-                for kind, text in _beside(stage, planned):
-                    yield Finding(kind, text, found.rank, name)
-            for line in stage.repeated:
-                if line.text not in ALLOWED_WAITS:
-                    every = "step" if name == "denoise" else "chunk"
-                    text = f"the host waits for the accelerator in every {every} ({line.place}: {line.text})"
-                    yield Finding("wait", text, found.rank, name)
+            yield from _pinned(found, plan.ranks[found.rank].host_bytes)
+        for clip, stages in found.clips:
+            for name, stage in stages.items():
+                for kind, text in _of_stage(found, plan, name, stage):
+                    yield Finding(kind, text, found.rank, f"{name}{clip}")
     if not any(found.raised for found in ranks):
-        yield from (Finding("messages", text) for text in unmet)
+        yield from (Finding("messages", text) for text in faults)
+
+
+def _of_stage(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Iterator[tuple[str, str]]:
+    """What is wrong with one stage of one clip: kind and words."""
+    planned = plan.ranks[found.rank].stages[name]
+    if found.raised is None:
+        # The plan has the most that any clip holds. Later clips find what the first one does not.
+        lasts = stage is found.second_clip.get(name, stage)
+        yield from _held(stage, planned, at_least=1 - MEMORY_TOLERANCE_BELOW if lasts else 0)
+        yield from _computed(stage, planned)
+        yield from _sent(stage, _to_send(found, plan, name, stage))
+        if name in ("denoise", "decode"):  # the others have their words and pictures from the host
+            yield from _copied(stage, plan, planned)
+    for line in stage.left:
+        bytes_left = quantity("bytes", line.amount)
+        yield "memory", f"every step leaves {bytes_left} more on the accelerator ({line.place}: {line.text})"
+    for line in stage.repeated:
+        if line.text not in ALLOWED_WAITS:
+            every = "step" if name == "denoise" else "chunk"
+            yield "wait", f"the host waits for the accelerator in every {every} ({line.place}: {line.text})"
+
+
+def _to_send(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Wire:
+    """What is planned to be sent in the stage of one clip; a later clip has what came ahead for it."""
+    planned = plan.ranks[found.rank].stages[name]
+    if not plan.weights.stays or stage is not found.second_clip.get(name):
+        return planned.sent
+    return planned.sent + planned.sent_ahead * -1
+
+
+def _copied(stage: StageFound, plan: Plan, planned: RankStage) -> Iterator[tuple[str, str]]:
+    """Copies from the host that take time and are not planned: streamed weights are, and prompts that waited."""
+    rate = plan.accelerator.host_bytes_per_s
+    streamed = plan.weights.placement is Placement.streamed
+    wanted = planned.seconds.get("weights", 0.0) * rate if streamed else 0.0
+    wanted += planned.text_bytes if plan.clips > 1 else 0
+    if stage.copied_bytes - wanted > COPIES_SHARE * stage.roofline_seconds * rate:
+        copied = quantity("bytes", stage.copied_bytes)
+        yield "host", f"copies {copied} from the host, {quantity('bytes', wanted)} are planned"
+
+
+def _pinned(found: RankFound, planned: int) -> Iterator[Finding]:
+    if found.pinned_bytes != planned:
+        text = f"{found.pinned_bytes:,} bytes of the host's memory are pinned; {planned:,} are planned"
+        yield Finding("host", text, found.rank)
 
 
 def _left(found: RankFound, decode: RankStage) -> Iterator[Finding]:
@@ -127,20 +237,47 @@ def _left(found: RankFound, decode: RankStage) -> Iterator[Finding]:
     """
     left = found.left_bytes - decode.weight_bytes
     if left > MEMORY_TOLERANCE * decode.peak_bytes:
-        text = f"{quantity('bytes', left)} beside the weights are still held after the last frame"
+        held = ", ".join(f"{quantity('bytes', line.amount)} by {line.place}" for line in found.left)
+        text = (
+            f"{quantity('bytes', left)} beside the weights are still held after the last frame; "
+            f"of all that is held {held}"
+        )
         yield Finding("memory", text, found.rank, "decode")
 
 
-def _beside(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
-    """What differs from the plan: kind and words."""
-    if abs(stage.peak_bytes / planned.peak_bytes - 1) > MEMORY_TOLERANCE:
+def _held(stage: StageFound, planned: RankStage, *, at_least: float) -> Iterator[tuple[str, str]]:
+    """A peak that is less than `at_least` of its plan, or more than MEMORY_TOLERANCE beyond it."""
+    if not at_least <= stage.peak_bytes / planned.peak_bytes <= 1 + MEMORY_TOLERANCE:
         held = ", ".join(f"{quantity('bytes', line.amount)} by {line.place}" for line in stage.holders)
         yield (
             "memory",
             f"holds {quantity('bytes', stage.peak_bytes)} at most, {stage.peak_bytes / planned.peak_bytes:.2f} of "
             f"the {quantity('bytes', planned.peak_bytes)} that are planned; most of it {held}",
         )
-    if stage.sent_bytes != planned.sent.bytes:
-        yield "bytes", f"sends {stage.sent_bytes:,} bytes; {planned.sent.bytes:,} are planned"
-    if stage.sent_messages != planned.sent.messages:
-        yield "messages", f"sends {stage.sent_messages:,} messages; {planned.sent.messages:,} are planned"
+
+
+def _computed(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
+    """FLOPs that are not as planned."""
+    if planned.flops and abs(stage.flops / planned.flops - 1) > _flops_tolerance(planned):
+        most = "; ".join(f"{quantity('flops', k.flops)} by {k.name} at {k.place}" for k in stage.costliest[:2])
+        yield (
+            "flops",
+            f"{quantity('flops', stage.flops)} of products, {stage.flops / planned.flops:.3f} of the "
+            f"{quantity('flops', planned.flops)} that are planned; {most}",
+        )
+
+
+def _sent(stage: StageFound, planned: Wire) -> Iterator[tuple[str, str]]:
+    """Bytes and messages that are not as planned."""
+    if stage.sent_bytes != planned.bytes:
+        yield "bytes", f"sends {stage.sent_bytes:,} bytes; {planned.bytes:,} are planned"
+    if stage.sent_messages != planned.messages:
+        yield "messages", f"sends {stage.sent_messages:,} messages; {planned.messages:,} are planned"
+
+
+def _flops_tolerance(planned: RankStage) -> float:
+    if "rows" not in planned.share:
+        return FLOPS_TOLERANCE
+    (top, bottom), (left, right) = planned.share["rows"], planned.share["cols"]
+    edges: float = 1 / (bottom - top) + 1 / (right - left)
+    return FLOPS_TOLERANCE + UPSAMPLING_SHARE * edges

@@ -1,9 +1,8 @@
-"""Messages that go nowhere: what a rank would send and receive, and whether that meets a counterpart."""
+"""Messages that go nowhere: what a rank would send and receive, and when it would wait, written down."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,36 +13,82 @@ from cosmos3_pipeline.distributed.board import Notice
 from cosmos3_pipeline.distributed.comm import Comm, Pending
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
-from cosmos3_pipeline.rehearsal.places import Place, here
+from cosmos3_pipeline.rehearsal.places import Place, asker, askers
 
 T = TypeVar("T")
+AGREEMENTS = ", agreements"  # after the name of a group: what its hosts tell each other
 
 
 @dataclass(frozen=True)
 class Event:
-    """One message of a rank, or its part in a collective. `peer` is a rank of the world, None in a collective."""
+    """One message of a rank, or its part in a collective. `peer` is a rank of the world, None in a collective.
+
+    `place` asks for it, on behalf of `caller`.
+    """
 
     kind: str  # send, recv, or a collective's name
     peer: int | None
     nbytes: int
+    dtype: str
+    place: Place
+    caller: Place
+
+    def __str__(self) -> str:
+        return f"{self.nbytes:,} bytes of {self.dtype} ({self.place.name}, called at {self.caller.name})"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A rank hands `events` to the communicator of `group`, which goes on with what comes after once all are done.
+
+    It is one collective, or a batch of messages from point to point.
+    """
+
+    number: int
+    group: str
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A rank does nothing more before start `number` is done."""
+
+    number: int
     place: Place
 
 
 @dataclass
 class Log:
-    """The events of one rank, by the group whose messages they are, in the order in which they begin.
+    """What one rank starts and waits for, in its order. `members` are the ranks of each group, by its name.
 
     `on_host` are places that give a message a tensor of the host.
     """
 
-    events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
+    acts: list[Start | Wait] = field(default_factory=list)
+    members: dict[str, tuple[int, ...]] = field(default_factory=dict)
     on_host: list[Place] = field(default_factory=list)
+
+    def start(self, group: str, *events: Event) -> _Arrived:
+        """Write down that `events` begin; what is returned writes down that they are waited for."""
+        number = len(self.acts)
+        self.acts.append(Start(number, group, events))
+        return _Arrived(self, number)
+
+    def events(self, group: str) -> list[Event]:
+        """All events of `group`, in the order in which they begin."""
+        started = (act for act in self.acts if isinstance(act, Start) and act.group == group)
+        return [event for act in started for event in act.events]
 
 
 class _Arrived:
     """A message that is there already."""
 
-    def wait(self) -> None: ...
+    def __init__(self, log: Log, number: int) -> None:
+        self._log = log
+        self._number = number
+
+    def wait(self) -> None:
+        self._log.acts.append(Wait(self._number, asker()))
 
 
 class _Silence:
@@ -81,33 +126,33 @@ class RehearsedComm(Comm):
 
     def _gather_objects(self, value: T) -> list[T]:
         self.ledger.record("control", 0)
+        # Between hosts, beside what the accelerators send each other.
+        self._log.start(f"{self._name}{AGREEMENTS}", Event("agreement", None, 0, "objects", *askers())).wait()
         return [value] * self.size
 
     def _exchange_on_cpu(self, sends: Sequence[Region], receives: Sequence[Region], lane: int) -> Pending:
-        self._log.on_host.append(here())
+        self._log.on_host.append(asker())
         return self._pending()
 
     def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
-        for kind, regions in (("recv", landings), ("send", leaving)):
-            for tensor, peer in regions:
-                self._note(kind, tensor, peer)
-        return [_Arrived()]
+        events = [self._event("recv", tensor, peer) for tensor, peer in landings]
+        events += [self._event("send", tensor, peer) for tensor, peer in leaving]
+        return [self._log.start(self._name, *events)]
 
     def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
-        return self._note(f"broadcast of rank {source}", tensor)
+        return self._log.start(self._name, self._event(f"broadcast of rank {self._members[source]}", tensor))
 
     def _start_all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
-        return self._note("all_gather", tensor)
+        return self._log.start(self._name, self._event("all_gather", tensor))
 
     def _start_gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
-        return self._note("gather_into", own)
+        return self._log.start(self._name, self._event("gather_into", own))
 
-    def _note(self, kind: str, tensor: Tensor, peer: int | None = None) -> AcceleratorWork:
+    def _event(self, kind: str, tensor: Tensor, peer: int | None = None) -> Event:
         if not tensor.is_meta:
-            self._log.on_host.append(here())
+            self._log.on_host.append(asker())
         world = None if peer is None else self._members[peer]
-        self._log.events[self._name].append(Event(kind, world, tensor.nbytes, here()))
-        return _Arrived()
+        return Event(kind, world, tensor.nbytes, str(tensor.dtype).removeprefix("torch."), *askers())
 
 
 @dataclass(frozen=True)
@@ -127,9 +172,9 @@ class RehearsedMesh(RankMesh):
     def new_comm(self, axis: str) -> Comm:
         """Messages between this rank and those that differ from it on `axis` only."""
         members = self._members(axis)
-        known = sum(name.startswith(f"{axis} ") for name in self.log.events)
-        name = f"{axis} {'-'.join(map(str, members))} #{known}"
-        self.log.events[name] = []
+        made = sum(name.startswith(f"{axis} ") and AGREEMENTS not in name for name in self.log.members)
+        name = f"{axis} {'-'.join(map(str, members))} #{made}"
+        self.log.members |= dict.fromkeys((name, f"{name}{AGREEMENTS}"), tuple(members))
         return RehearsedComm(name, self.place, members, self.log)
 
     def _stride(self, axis: str) -> int:
@@ -143,53 +188,3 @@ class RehearsedMesh(RankMesh):
         stride = 1 if axis == REPLICA else self._stride(axis)
         first = self.place - self.rank(axis) * stride
         return [first + number * stride for number in range(self.size(axis))]
-
-
-def unmet(logs: Mapping[int, Log]) -> Iterator[str]:
-    """Messages between ranks in `logs` that meet no counterpart, in words; ranks that are not in it are not asked.
-
-    Messages of a pair arrive in the order in which they are sent, so the n-th send meets the n-th receive. The
-    collectives of a group are the same ones in the same order on all of its ranks.
-    """
-    for source, log in logs.items():
-        for group, events in log.events.items():
-            for target, other in logs.items():
-                theirs = other.events.get(group)
-                if target == source or theirs is None:
-                    continue
-                yield from _pair(group, source, target, events, theirs)
-                if source < target:
-                    yield from _collectives(group, source, target, events, theirs)
-
-
-def _pair(group: str, source: int, target: int, mine: list[Event], theirs: list[Event]) -> Iterator[str]:
-    sends = [event for event in mine if event.kind == "send" and event.peer == target]
-    receives = [event for event in theirs if event.kind == "recv" and event.peer == source]
-    for number, (send, receive) in enumerate(zip(sends, receives, strict=False)):
-        if send.nbytes != receive.nbytes:
-            yield (
-                f"{group}: rank {source} sends rank {target} {send.nbytes} bytes as message {number} "
-                f"({send.place.name}), which receives {receive.nbytes} ({receive.place.name})"
-            )
-            return
-    for event in _beyond(sends, receives):
-        yield (
-            f"{group}: rank {source} sends rank {target} {len(sends)} messages, which receives {len(receives)}; "
-            f"nobody receives the one of {event.place.name}"
-        )
-    for event in _beyond(receives, sends):
-        yield (
-            f"{group}: rank {target} waits for {len(receives)} messages of rank {source}, which sends "
-            f"{len(sends)}; nobody sends the one of {event.place.name}"
-        )
-
-
-def _beyond(longer: Sequence[Event], shorter: Sequence[Event]) -> Iterable[Event]:
-    """The first of `longer` that has no counterpart."""
-    return longer[len(shorter) : len(shorter) + 1]
-
-
-def _collectives(group: str, one: int, other: int, mine: list[Event], theirs: list[Event]) -> Iterator[str]:
-    first, second = ([(e.kind, e.nbytes) for e in events if e.peer is None] for events in (mine, theirs))
-    if first != second:
-        yield f"{group}: ranks {one} and {other} take part in different collectives, or in another order"

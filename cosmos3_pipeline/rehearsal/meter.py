@@ -10,21 +10,43 @@ from typing import NamedTuple
 
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.rehearsal.places import Place
+from cosmos3_pipeline.rehearsal.roofline import NO_WORK, Works
 from cosmos3_pipeline.rehearsal.tracker import Tracker
 from cosmos3_pipeline.stages.progress import Advance
 
 
-class Counts(NamedTuple):
-    """What grows as a rank works."""
+@dataclass(frozen=True)
+class Counts:
+    """What grows as a rank works. `copied_bytes` go from the host to the accelerator."""
 
-    kernels: int = 0
-    moved_bytes: int = 0
+    works: Works = field(default_factory=dict)
     sent_bytes: int = 0
     sent_messages: int = 0
+    copied_bytes: int = 0
 
     def plus(self, other: Counts, times: int = 1) -> Counts:
         """The sum with `times` as much as `other`."""
-        return Counts(*(a + times * b for a, b in zip(self, other, strict=True)))
+        works = dict(self.works)
+        for kernel, work in other.works.items():
+            works[kernel] = works.get(kernel, NO_WORK).plus(work, times)
+        return Counts(
+            {kernel: work for kernel, work in works.items() if work.calls},
+            self.sent_bytes + times * other.sent_bytes,
+            self.sent_messages + times * other.sent_messages,
+            self.copied_bytes + times * other.copied_bytes,
+        )
+
+
+# So many steps UniPC takes until it keeps no more of those before: each keeps its own prediction.
+SOLVER_ORDER = 2
+
+
+class Unit(NamedTuple):
+    """What has been done, and what is held by the line that has allocated it, when a unit of a stage is done."""
+
+    counts: Counts
+    waits: Counter[Place]
+    live: Counter[Place]
 
 
 @dataclass
@@ -32,7 +54,8 @@ class Measured:
     """One stage of one rank.
 
     `units` are the steps of denoising, or the portions of frames that the root has had, that are done. `repeated`
-    are waits of the host between the first and the last step, or more than once in all that is decoded.
+    are waits of the host between the first and the last step, or more than once in all that is decoded. `left` is
+    what a step leaves on the accelerator for ever.
     """
 
     peak_bytes: int = 0
@@ -40,22 +63,30 @@ class Measured:
     counts: Counts = field(default_factory=Counts)
     waits: Counter[Place] = field(default_factory=Counter)
     repeated: Counter[Place] = field(default_factory=Counter)
-    units: list[tuple[Counts, Counter[Place]]] = field(default_factory=list)
+    left: Counter[Place] = field(default_factory=Counter)
+    units: list[Unit] = field(default_factory=list)
 
 
 class StageMeter:
-    """The stages of one rank, measured by `tracker`; also what the stages report their progress to."""
+    """The stages of one clip of a rank, measured by `tracker`; also what the stages report their progress to.
 
-    def __init__(self, tracker: Tracker, ledgers: Sequence[Ledger]) -> None:
+    `between` are waits of the host outside of all stages, once `finish` was called.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
         self.stages: dict[str, Measured] = {}
         self._tracker = tracker
-        self._ledgers = ledgers
+        self._ledgers: Sequence[Ledger] = ()
         self._current: str | None = None
         self._waits_before: Counter[Place] = Counter()
+        self.between: Counter[Place] = Counter()
 
-    def watch(self, ledgers: Sequence[Ledger]) -> None:
-        """Count what goes into `ledgers`, to which the VAE adds its own."""
+    def watching(self, ledgers: Sequence[Ledger]) -> StageMeter:
+        """This meter, which counts what goes into `ledgers` from now on; the VAE adds its own to them."""
         self._ledgers = ledgers
+        if not self.stages:
+            self._waits_before = self._tracker.waits.copy()
+        return self
 
     @contextmanager
     def stage(self, name: str, /, *, portion: bool = False) -> Iterator[None]:
@@ -76,23 +107,31 @@ class StageMeter:
 
         def advance(units: int = 1) -> None:
             if self._current is not None:
-                self.stages[self._current].units.append((self._now(), self._tracker.waits.copy()))
+                unit = Unit(self._now(), self._tracker.waits.copy(), self._tracker.live_by_place)
+                self.stages[self._current].units.append(unit)
 
         yield advance
 
     def finish(self, *, steps: int) -> None:
-        """Find what is repeated; what one step does more often counts `steps` times in all."""
+        """Find what is repeated; what one step does or leaves more often counts `steps` times in all."""
         if denoise := self.stages.get("denoise"):
             done = denoise.units
+            more = max(steps - len(done), 0)
             if len(done) > 1:
-                (first, before), (second, _), (_, after) = done[0], done[1], done[-1]
-                denoise.repeated = after - before
-                one = second.plus(first, -1)
-                denoise.counts = denoise.counts.plus(one, max(steps - len(done), 0))
+                denoise.repeated = done[-1].waits - done[0].waits
+                one = done[1].counts.plus(done[0].counts, -1)
+                denoise.counts = denoise.counts.plus(one, more)
+            if len(done) > SOLVER_ORDER:
+                denoise.left = done[-1].live - done[-2].live
+                denoise.peak_bytes += more * denoise.left.total()
+        self.between = self._tracker.waits - self._waits_before
+        for measured in self.stages.values():
+            self.between -= measured.waits
         if decode := self.stages.get("decode"):
             decode.repeated = Counter({place: count for place, count in decode.waits.items() if count > 1})
 
     def _now(self) -> Counts:
         sent_bytes = sum(ledger.sent_bytes for ledger in self._ledgers)
         sent_messages = sum(ledger.sent_messages for ledger in self._ledgers)
-        return Counts(self._tracker.kernels, self._tracker.moved_bytes, sent_bytes, sent_messages)
+        works = dict(self._tracker.roofline.works)
+        return Counts(works, sent_bytes, sent_messages, self._tracker.copied_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import linecache
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ import cosmos3_pipeline
 
 _LIBRARY = Path(cosmos3_pipeline.__file__).parent
 _SKIPPED = (str(Path(torch.__file__).parent), str(_LIBRARY / "rehearsal"), contextlib.__file__, "<frozen")
+_MESSAGES = str(_LIBRARY / "distributed")
 
 
 class Place(NamedTuple):
@@ -52,13 +54,32 @@ NOWHERE = Place("nowhere", 0)
 
 def here() -> Place:
     """The line that is being executed."""
+    return next(_lines(), NOWHERE)
+
+
+def asker() -> Place:
+    """The line that asks `distributed` for a message, or that waits for one."""
+    return next(_askers(), NOWHERE)
+
+
+def askers() -> tuple[Place, Place]:
+    """The line that asks `distributed` for a message, and the line in another file that wants it of that one."""
+    places = _askers()
+    first = next(places, NOWHERE)
+    return first, next((place for place in places if place.file != first.file), NOWHERE)
+
+
+def _askers() -> Iterator[Place]:
+    return (place for place in _lines() if not place.file.startswith(_MESSAGES))
+
+
+def _lines() -> Iterator[Place]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if not _skipped(file):
-            return Place(file, frame.f_lineno)
+            yield Place(file, frame.f_lineno)
         frame = frame.f_back
-    return NOWHERE
 
 
 @cache

@@ -1,11 +1,12 @@
-"""What ops would do on an accelerator, told from their shapes: memory, kernels, bytes moved, waits of the host.
+"""What ops would do on an accelerator, told from their shapes: memory, kernels, copies, waits of the host.
 
 The accelerator is torch's `meta` device: its tensors have a shape, a dtype and strides, and no values. Tensors of
 the host are real, so what computes on the host (words, schedules, solvers' coefficients) runs as ever. A small
 tensor of the accelerator that was made of known values keeps a copy of them on the host (its *values*), which
 goes through the same ops: so `.item()`, masks and `nonzero` have something to say.
 
-What stands for weights that are not here (`models.absent`) counts for nothing.
+What stands for weights that are not here (`models.absent`) counts for nothing. An op of another library is one
+kernel: it reads its arguments, and writes its results and the arguments that it changes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from heapq import nlargest
 from typing import Any
@@ -28,7 +29,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cosmos3_pipeline.models.absent import makes_no_weights
+from cosmos3_pipeline.planning.hardware import Accelerator
 from cosmos3_pipeline.rehearsal.places import Place, here
+from cosmos3_pipeline.rehearsal.roofline import (
+    OTHER,
+    PRODUCT,
+    Kernel,
+    Roofline,
+    attention_flops,
+    flops_of,
+    kind_of,
+)
 
 ACCELERATOR = torch.device("meta")
 # Elements of the largest tensor whose values are kept: the tokens of the longest prompts fit, no activation does.
@@ -47,29 +58,39 @@ class _Facts:
     """What is known of an op before it is called."""
 
     name: str
-    is_view: bool
+    kind: str
+    is_aten: bool
     is_mutable: bool
     launches: bool
+    written: tuple[tuple[int, str], ...]  # arguments that it changes, by place and name
+    only_written: bool  # those arguments are not read
 
 
 class Tracker(TorchDispatchMode):
     """Counts while it is entered.
 
     `live` and `peak` are bytes of the accelerator; `holders` says which lines have allocated those of the peak.
-    `kernels` are ops that would launch one, `moved_bytes` what they read and write. `waits` counts by place how
-    often the host waits for the accelerator, `misplaced` tensors of the host that an op of the accelerator reads.
+    `roofline` has the kernels. `copied_bytes` go from the host to the accelerator. `pinned_bytes` are of pinned
+    memory of the host now, `most_pinned_bytes` at most. `waits` counts by place how often the host waits for the
+    accelerator, `misplaced` tensors of the host that an op of the accelerator reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self.kernels = self.moved_bytes = 0
+        self.copied_bytes = self.pinned_bytes = self.most_pinned_bytes = 0
+        self.roofline = Roofline(accelerator)
         self.waits: Counter[Place] = Counter()
         self.misplaced: Counter[Place] = Counter()
         self.holders: list[tuple[Place, int]] = []
         self._held: dict[int, tuple[Place, int]] = {}
         self._by_place: Counter[Place] = Counter()
         self._facts: dict[Any, _Facts] = {}
+
+    @property
+    def live_by_place(self) -> Counter[Place]:
+        """The bytes of `live`, by the line that has allocated them."""
+        return self._by_place.copy()
 
     def restart_peak(self) -> None:
         """Take the peak from here on."""
@@ -78,7 +99,7 @@ class Tracker(TorchDispatchMode):
     def hold(self, tensor: Tensor) -> None:
         """Count the memory of `tensor` until it is gone."""
         storage = tensor.untyped_storage()
-        key, nbytes = int(storage._cdata), storage.nbytes()
+        key, nbytes = _storage(tensor), storage.nbytes()
         if key in self._held:
             return
         place = here()
@@ -97,11 +118,26 @@ class Tracker(TorchDispatchMode):
     def _largest(self) -> list[tuple[Place, int]]:
         return nlargest(HOLDERS, self._by_place.items(), key=lambda item: item[1])
 
-    def launch(self, *moved: Tensor) -> None:
+    def launch(self, name: str, *moved: Tensor, kind: str = OTHER, flops: int = 0) -> None:
         """Count a kernel that reads and writes `moved`."""
-        self.kernels += 1
         # An expanded tensor is read once.
-        self.moved_bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in moved)
+        moved_bytes = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in moved)
+        self.roofline.add(Kernel(name, kind, here()), moved_bytes, flops, moved[0].dtype)
+
+    def wait(self, device: object = None) -> None:
+        """Count that the host waits for all that it has asked the accelerator for."""
+        self.waits[here()] += 1
+
+    def pin(self, memory: Tensor, nbytes: int) -> None:
+        """Count `nbytes` of pinned memory until `memory`, which stands for them, is gone."""
+        # PyTorch's allocator of pinned memory gives powers of two.
+        taken = 1 << max(nbytes - 1, 0).bit_length()
+        self.pinned_bytes += taken
+        self.most_pinned_bytes = max(self.most_pinned_bytes, self.pinned_bytes)
+        weakref.finalize(memory.untyped_storage(), self._unpin, taken)
+
+    def _unpin(self, taken: int) -> None:
+        self.pinned_bytes -= taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,14 +162,26 @@ class Tracker(TorchDispatchMode):
         if func not in self._facts:
             schema = func._schema
             name = schema.name.removeprefix("aten::")
-            launches = not func.is_view and name not in _EMPTY
-            self._facts[func] = _Facts(name, func.is_view, schema.is_mutable, launches)
+            changed = [
+                argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments
+            ]
+            written = tuple((i, a.name) for i, a in enumerate(schema.arguments) if changed[i])
+            is_aten = name != schema.name
+            self._facts[func] = _Facts(
+                name=name,
+                kind=kind_of(func),
+                is_aten=is_aten,
+                is_mutable=schema.is_mutable,
+                launches=not func.is_view and name not in _EMPTY,
+                written=written,
+                only_written=not is_aten or name in _OVERWRITES or any(a.is_out for a in schema.arguments),
+            )
         return self._facts[func]
 
     def _waited(self, facts: _Facts, inputs: list[Tensor], values: Any) -> Any:
         """The result of an op whose result, or the shape of it, only its values tell."""
         place = here()
-        self.waits[place] += 1
+        self.wait()
         if facts.name in ("_local_scalar_dense", "equal"):
             if values is not None:
                 return values
@@ -142,7 +190,7 @@ class Tracker(TorchDispatchMode):
             return True if dtype == torch.bool or facts.name == "equal" else 1.0 if dtype.is_floating_point else 1
         if values is None:
             raise NotRehearsed(f"{place.name}: the shape of what {facts.name} makes depends on values")
-        self.launch(*inputs)
+        self.launch(facts.name, *inputs)
         return tree_map(self._on_accelerator, values)
 
     def _on_accelerator(self, values: Any) -> Any:
@@ -156,9 +204,8 @@ class Tracker(TorchDispatchMode):
     def _left(self, facts: _Facts, args: Any, kwargs: Any, values: Any) -> Tensor:
         """A copy on the host, with the values where they are known."""
         if not kwargs.get("non_blocking"):
-            self.waits[here()] += 1
+            self.wait()
         source: Tensor = args[1] if facts.name == "copy_" else args[0]
-        self.launch(source)
         if facts.name == "copy_":
             target: Tensor = args[0]
             return target
@@ -169,23 +216,30 @@ class Tracker(TorchDispatchMode):
 
     def _ran(self, func: Any, facts: _Facts, args: Any, kwargs: Any, inputs: list[Tensor], values: Any) -> Any:
         out = func(*args, **kwargs)
-        dense = None
         if facts.name == "convolution" and _is_channels_last(args[0]):
             # As cuDNN answers, which copies an input that has gaps.
             out = torch.empty_strided(out.shape, _channels_last(out.shape), dtype=out.dtype, device=ACCELERATOR)
             if not args[0].is_contiguous(memory_format=torch.channels_last_3d):
                 dense = torch.empty(args[0].shape, dtype=out.dtype, device=ACCELERATOR)
                 self.hold(dense)
-                self.launch(args[0], dense)
+                self.launch("clone", args[0], dense)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not facts.is_view and not facts.is_mutable:
-            for tensor in made:
-                if tensor.is_meta:
-                    self.hold(tensor)
-        if facts.launches:
-            read = [t for t in inputs if t is not kwargs.get("out")]
-            self.launch(*(read[1:] if facts.name in _OVERWRITES else read), *made)
+        changed = _changed(facts, args, kwargs)
+        given = {_storage(t) for t in inputs}
+        new = [t for t in made if t.is_meta and _storage(t) not in given]
+        for tensor in new:
+            self.hold(tensor)
+        if facts.name in _CROSSES and not all(t.is_meta for t in inputs):
+            self.copied_bytes += sum(t.nbytes for t in inputs if not t.is_meta)
+        elif facts.launches and (new or changed):  # without them it is a view of what it was given
+            ids = {id(t) for t in changed}
+            read = [t for t in inputs if not (facts.only_written and id(t) in ids)]
+            written = [*changed, *(t for t in made if id(t) not in ids)]
+            flops = flops_of(func, args, kwargs, out)
+            self.launch(facts.name, *read, *written, kind=facts.kind, flops=flops)
         known = [None] * len(made) if values is None else tree_leaves(values)
+        for tensor in changed:
+            _know(tensor, None)
         for tensor, value in zip(made, known, strict=False):
             if tensor.is_meta and (value is not None or facts.is_mutable):
                 _know(tensor, value)
@@ -207,6 +261,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return self._attend(*args[:3])
+        if func is torch.empty and kwargs.get("pin_memory"):
+            return self._pinned(*args, dtype=kwargs["dtype"])
         makes = func in (torch.tensor, torch.as_tensor) and _is_accelerator(kwargs.get("device"))
         if makes and not makes_no_weights():
             return func(*args, **{**kwargs, "device": "cpu"}).to(ACCELERATOR)
@@ -217,21 +273,51 @@ class _Functions(TorchFunctionMode):
         batch, heads, rows, _ = query.shape
         out = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
         sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
-        self._tracker.launch(query, key, value, out, sums)
+        flops = attention_flops(query, key, value)
+        self._tracker.launch("attention", query, key, value, out, sums, kind=PRODUCT, flops=flops)
         return out
+
+    def _pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """What stands for pinned memory of the host: a shape, and the memory of one element."""
+        memory = torch.empty(1, dtype=dtype)
+        self._tracker.pin(memory, math.prod(shape) * memory.element_size())
+        return memory.expand(*shape)
 
 
 @contextmanager
 def rehearsing(tracker: Tracker) -> Iterator[None]:
     """Count in `tracker` what the block does on `ACCELERATOR`."""
-    autocast = torch.autocast
+    autocast, cuda = torch.autocast, torch.cuda
 
     def any_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
         # PyTorch knows none for this device; diffusers asks for one only to switch it off.
         return nullcontext() if device_type == ACCELERATOR.type else autocast(device_type, *args, **kwargs)
 
-    with mock.patch.object(torch, "autocast", any_autocast), tracker, _Functions(tracker), torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "autocast", any_autocast))
+        # There is one stream: what is copied on another one has arrived when it is asked for.
+        others: dict[str, Any] = {"Stream": _Stream, "current_stream": _Stream, "stream": nullcontext}
+        stack.enter_context(mock.patch.multiple(cuda, **others, synchronize=tracker.wait))
+        for mode in (tracker, _Functions(tracker), torch.no_grad()):
+            stack.enter_context(mode)
         yield
+
+
+class _Stream:
+    """A stream of the accelerator on which everything is done at once."""
+
+    def __init__(self, device: torch.device = ACCELERATOR) -> None: ...
+
+    def wait_stream(self, other: _Stream) -> None: ...
+
+    def wait_event(self, event: None) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tells the memory of `tensor` from another's; a tensor without values has no address."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_accelerator(device: Any) -> bool:
@@ -252,8 +338,16 @@ def _know(tensor: Tensor, values: Tensor | None) -> None:
     tensor._rehearsed_values = values  # type: ignore[attr-defined]
 
 
+def _changed(facts: _Facts, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that the op is given and changes."""
+    given = (args[place] if place < len(args) else kwargs.get(name) for place, name in facts.written)
+    return [leaf for leaf in tree_leaves(list(given)) if isinstance(leaf, Tensor)]
+
+
 def _computed(func: Any, facts: _Facts, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
     """What the op makes of the values of its inputs; None where one is not known."""
+    if not facts.is_aten:
+        return None  # it may have no kernel for the host
     if inputs:
         if any(_known(t) is None for t in inputs):
             return None

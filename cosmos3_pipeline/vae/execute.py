@@ -131,7 +131,11 @@ class Execution:
         self._leaving: deque[tuple[int, Pending]] = deque()
         self._results: deque[tuple[Tensor, list[Pending]]] = deque()
         self._like: Tensor | None = None
-        self._do: dict[type[Action], Callable[[Any], None]] = {
+
+    def results(self) -> Iterator[Tensor]:
+        """The finished picture or moments in order, where they are handed out."""
+        # Not kept in the execution, which would then hold itself, and with it the clip, until it is collected.
+        do: dict[type[Action], Callable[[Any], None]] = {
             Enter: self._enter,
             Emit: self._emit,
             Forget: self._forget,
@@ -144,10 +148,6 @@ class Execution:
             Send: self._send,
             Share: _nothing_to_do,
         }
-
-    def results(self) -> Iterator[Tensor]:
-        """The finished picture or moments in order, where they are handed out."""
-        do = self._do
         for action in self._low.actions[self._rank]:
             if isinstance(action, Yield):
                 result, pending = self._results.popleft()

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from checkpoints import make_layout
 from PIL import Image
 from torch import Tensor
 
 from cosmos3_pipeline import compose
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.compose import compose as composition_of
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer
@@ -21,8 +24,16 @@ from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.rehearse import RehearsalFailed, rehearse
 from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 from cosmos3_pipeline.jobs.start import prepare
-from cosmos3_pipeline.rehearsal.findings import MEMORY_TOLERANCE, Rehearsed
+from cosmos3_pipeline.models import loading, reading
+from cosmos3_pipeline.models.placement import PlacedTransformer
+from cosmos3_pipeline.models.tokenizer import load_tokenizer
+from cosmos3_pipeline.planning.hardware import accelerator_of
+from cosmos3_pipeline.rehearsal.findings import Rehearsed
+from cosmos3_pipeline.rehearsal.messages import RehearsedComm
+from cosmos3_pipeline.rehearsal.roofline import Work, by_kind
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, NotRehearsed, Tracker, rehearsing
+from cosmos3_pipeline.stages.context import RunContext
+from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.vae import bound_ops
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 
@@ -59,7 +70,7 @@ def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:
         assert rank.stages.keys() == found.plan.ranks[rank.rank].stages.keys()
         for name, stage in rank.stages.items():
             planned = found.plan.ranks[rank.rank].stages[name]
-            assert stage.peak_bytes == pytest.approx(planned.peak_bytes, rel=MEMORY_TOLERANCE)
+            assert stage.peak_bytes == pytest.approx(planned.peak_bytes, rel=0.05)
             assert (stage.sent_bytes, stage.sent_messages) == (planned.sent.bytes, planned.sent.messages)
             assert stage.kernels > 0
             assert stage.holders
@@ -85,6 +96,89 @@ def test_ranks_can_be_chosen() -> None:
     found = rehearsed("topology=cpu_x4", ranks=[0, 3])
     assert [rank.rank for rank in found.ranks] == [0, 3]
     assert found.findings == ()
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red kite\na small blue circle moves over a green field\nrain\n")
+    return file
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("weights", ["resident", "sharded", "streamed"])
+def test_two_clips_of_a_prompt_file_are_as_planned(weights: str, prompt_file: Path) -> None:
+    found = rehearsed("topology=cpu_x2", f"weights={weights}", f"task.prompt_file={prompt_file}")
+    assert found.findings == ()
+    assert found.plan.clips == 3
+    for rank in found.ranks:
+        assert rank.second_clip.keys() == {"denoise", "decode"}
+        # The decoder's weights are there from the first clip on.
+        more = rank.second_clip["denoise"].peak_bytes - rank.stages["denoise"].peak_bytes
+        assert more > 0.9 * found.plan.ranks[rank.rank].weight_bytes["vae"]
+    assert any("2 of the 3 clips" in note for note in found.notes)
+
+
+@pytest.mark.long
+def test_what_the_first_clip_leaves_is_found_in_the_second(
+    prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Tensor] = []
+    assemble = ParallelTransformer.assemble
+
+    def keeps(self: ParallelTransformer, prepared: Any, velocity: Tensor, shapes: Any) -> list[Tensor]:
+        kept.append(velocity.repeat(10, 1))
+        return assemble(self, prepared, velocity, shapes)
+
+    monkeypatch.setattr(ParallelTransformer, "assemble", keeps)
+    found = rehearsed(f"task.prompt_file={prompt_file}")
+    assert ("memory", "denoise, second clip") in {(f.kind, f.stage) for f in found.findings}
+
+
+@pytest.mark.long
+def test_streamed_layers_wait_in_pinned_memory_and_are_copied() -> None:
+    found = rehearsed("weights=streamed", "weights.resident_layers=0", "topology=h200_x1")
+    (rank,), planned = found.ranks, found.plan.ranks[0]
+    assert rank.pinned_bytes == planned.host_bytes > 0
+    brought = planned.stages["denoise"].seconds["weights"] * found.plan.accelerator.host_bytes_per_s
+    # A layer comes before the first step, and a few numbers of the schedule with every one.
+    assert rank.stages["denoise"].copied_bytes == pytest.approx(brought, rel=0.2)
+
+
+@pytest.mark.long
+def test_pinned_memory_that_is_not_planned_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlacedTransformer, "_pinned", pinned_twice(PlacedTransformer._pinned))
+    found = rehearsed("weights=streamed", "weights.resident_layers=0")
+    assert "host" in kinds(found)
+
+
+def pinned_twice(pinned: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    kept = []
+
+    def twice(self: PlacedTransformer, files: Any, number: int) -> Tensor:
+        kept.append(pinned(self, files, number))
+        return pinned(self, files, number)
+
+    return twice
+
+
+@pytest.mark.long
+def test_a_checkpoint_that_is_here_is_rehearsed_with_its_own_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_layout(tmp_path / "edge", "edge")
+    used: list[Path] = []
+
+    def loaded(info: CheckpointInfo) -> Any:
+        used.append(info.folder)
+        return load_tokenizer(info)
+
+    monkeypatch.setattr(loading, "load_tokenizer", loaded)
+    monkeypatch.setattr(reading, "_fill", lambda *args: pytest.fail("a weight was read"))
+    found = rehearsed("model=edge", f"model.path={folder}", "task=t2i", "task.height=96", "task.width=96")
+    assert found.findings == ()
+    assert set(used) == {folder}
+    assert not any("tokenizer" in note for note in found.notes)
 
 
 # ------------------------------------------------------------ planted bugs
@@ -197,6 +291,95 @@ def test_collectives_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch)
     assert any("another order" in finding.text for finding in found.findings)
 
 
+def planted_in_gather(extra: Callable[[Comm, Tensor], object]) -> Any:
+    """`Exchange.gather_rows`, of every step, which does `extra` with 8 elements before its own work."""
+    gather = Exchange.gather_rows
+
+    def planted(self: Exchange, own: Tensor, rows: Sequence[int]) -> Tensor:
+        if self.ranks > 1:
+            assert self._comm is not None
+            extra(self._comm, own.new_empty(8))
+        return gather(self, own, rows)
+
+    return planted
+
+
+def faults(found: Rehearsed) -> list[str]:
+    """What is wrong with the messages of all ranks together."""
+    return [finding.text for finding in found.findings if finding.kind == "messages" and finding.rank is None]
+
+
+ULYSSES = ("topology=cpu_x4", "topology.cfg=1", "topology.ulysses=4", "task.num_frames=5", "vae=replicated")
+
+
+@pytest.mark.long
+def test_a_deadlock_across_pairs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_a_ring(comm: Comm, some: Tensor) -> None:
+        before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+        comm.exchange(receives=[(some.clone(), before)]).wait()
+        comm.exchange(sends=[(some, after)]).wait()
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(in_a_ring))
+    (fault,) = faults(rehearsed(*ULYSSES))
+    assert "a deadlock: rank 0 waits at" in fault
+    assert all(f"rank {rank} to send" in fault for rank in range(4))
+    assert "comm.exchange(receives=[(some.clone(), before)]).wait()" in fault
+
+
+@pytest.mark.long
+def test_the_same_ring_in_batches_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_a_ring(comm: Comm, some: Tensor) -> None:
+        before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+        comm.exchange(sends=[(some, after)], receives=[(some.clone(), before)]).wait()
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(in_a_ring))
+    assert not faults(rehearsed(*ULYSSES))
+
+
+@pytest.mark.long
+def test_a_rank_that_asks_two_groups_in_another_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[int, list[Comm]] = {}
+
+    def of_two(comm: Comm, some: Tensor) -> None:
+        assert isinstance(comm, RehearsedComm)
+        log, members = comm._log, (0, 1)
+        groups = made.setdefault(comm.rank, [])
+        if not groups:
+            for name in ("first", "second"):
+                log.members[name] = members
+                groups.append(RehearsedComm(name, comm.rank, members, log))
+        for group in groups if comm.rank == 0 else reversed(groups):
+            group.all_gather(some)
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(of_two))
+    (fault,) = faults(rehearsed("topology=cpu_x2", "topology.cfg=1", "topology.ulysses=2", "vae=replicated"))
+    assert "a deadlock" in fault
+    assert "all_gather" in fault
+    assert "[first]" in fault
+    assert "[second]" in fault
+
+
+@pytest.mark.long
+def test_a_message_of_another_dtype_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sends(comm: Comm, some: Tensor) -> None:
+        if comm.rank == 0:
+            comm.exchange(sends=[(some.view(torch.int32), 1)]).wait()
+        if comm.rank == 1:
+            comm.exchange(receives=[(some, 0)]).wait()
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(sends))
+    (fault,) = faults(rehearsed(*ULYSSES))
+    assert "32 bytes of int32" in fault
+    assert "receives 32 bytes of float32" in fault
+
+
+def test_what_could_not_be_replayed_is_said() -> None:
+    some = rehearsed("topology=cpu_x4", "task.num_frames=5", "sampler.steps=1", ranks=[0, 1])
+    (note,) = (note for note in some.notes if "replayed" in note)
+    assert "ranks [2, 3] were not rehearsed" in note
+    assert "ulysses 0-1" not in note
+
+
 @pytest.mark.long
 def test_a_buffer_that_is_kept_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Tensor] = []
@@ -254,20 +437,84 @@ def test_what_a_rank_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {"device", "raised"} <= kinds(found)
 
 
+def planted_in_predict(extra: Callable[[Tensor], object]) -> Any:
+    """`ParallelTransformer.predict`, of every step, which does `extra` with its input before its own work."""
+    predict = ParallelTransformer.predict
+
+    def planted(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
+        extra(embedded)
+        return predict(self, passes, embedded)
+
+    return planted
+
+
+@pytest.mark.long
+def test_what_every_step_leaves_is_found_by_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: kept.append(x[:8].clone())))
+    (finding,) = rehearsed("sampler.steps=20").findings
+    assert "every step leaves" in finding.text
+    assert "kept.append(x[:8].clone())" in finding.text
+
+
+@pytest.mark.long
+def test_a_synchronization_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: torch.cuda.synchronize()))
+    (finding,) = rehearsed().findings
+    assert finding.kind == "wait"
+    assert "torch.cuda.synchronize()" in finding.text
+
+
+@pytest.mark.long
+def test_products_that_are_not_planned_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: (x @ x.T) @ (x @ x.T)))
+    found = rehearsed()
+    assert "flops" in kinds(found)
+
+
+@pytest.mark.long
+def test_a_copy_from_the_host_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copies(embedded: Tensor) -> None:
+        torch.zeros(4096, 1024).to(embedded.device, non_blocking=True)
+
+    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(copies))
+    found = rehearsed("topology=h100_x1")
+    assert any("from the host" in finding.text for finding in found.findings)
+
+
+@pytest.mark.long
+def test_a_wait_for_every_frame_outside_of_the_decoder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = DecodeStage._decode
+
+    def reads(self: DecodeStage, context: RunContext) -> Iterator[Tensor]:
+        for chunk in decode(self, context):
+            yield chunk.cpu()
+
+    monkeypatch.setattr(DecodeStage, "_decode", reads)
+    (finding,) = rehearsed().findings
+    assert "outside of stages" in finding.text
+    assert "yield chunk.cpu()" in finding.text
+
+
 # ------------------------------------------------------------ the job
 @pytest.mark.long
 def test_the_job_leaves_its_report_and_fails_where_something_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepared = prepare(
-        composition_of(["job=rehearse", SHORT, "model=nano", "task.num_frames=5", "topology=h100_x1"])
-    )
-    rehearse(prepared, tmp_path, multirun=False)
+    overrides = ["job=rehearse", SHORT, "model=nano", "task.num_frames=5", "topology=h100_x1"]
+    rehearse(prepare(composition_of(overrides)), tmp_path, multirun=False)
     report = json.loads((tmp_path / "rehearsal.json").read_text())
     assert report["findings"] == []
     assert set(report["ranks"][0]["stages"]) == {"text", "denoise", "decode"}
+    decode = report["ranks"][0]["stages"]["decode"]
+    assert decode["flops"] == pytest.approx(decode["planned"]["flops"], rel=0.01)
+    assert sum(kind["seconds"] for kind in decode["kinds"].values()) == pytest.approx(decode["roofline_seconds"])
+    assert decode["costliest"][0]["name"] == "convolution"
     assert "# Rehearsal" in (tmp_path / "rehearsal.md").read_text()
     assert "as planned" in capsys.readouterr().out
+    page = [*overrides, "rehearse.format=markdown"]
+    rehearse(prepare(composition_of(page)), tmp_path, multirun=False)
+    assert capsys.readouterr().out == (tmp_path / "rehearsal.md").read_text()
     test_a_wait_in_every_step_is_found(monkeypatch)
     with pytest.raises(RehearsalFailed) as failed:
         rehearse(prepare(composition_of(["job=rehearse", SHORT])), tmp_path, multirun=False)
@@ -280,7 +527,7 @@ REFUSED = {
     "no rank": (["job=rehearse", "rehearse.ranks=[]"], "rehearse.ranks"),
     "twice": (["job=rehearse", "topology=cpu_x2", "rehearse.ranks=[0,0]"], "rehearse.ranks"),
     "unread": (["rehearse.ranks=[0]"], "job=generate"),
-    "several clips": (["job=rehearse", f"task.prompt_file={__file__}"], "task.prompt_file"),
+    "format unread": (["rehearse.format=markdown"], "rehearse.format"),
     "objective": (["job=rehearse", "objective=seconds"], "objective"),
     "no photograph": (["job=rehearse", "task=i2v"], "task.image"),
 }
@@ -306,19 +553,19 @@ def test_a_sweep_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------ the tracker
 def test_small_tensors_have_values_where_these_follow_from_the_host() -> None:
-    tracker = Tracker()
-    with rehearsing(tracker):
+    used = tracker()
+    with rehearsing(used):
         numbers = torch.tensor([3, 5, 7], device=ACCELERATOR)
         assert numbers.is_meta
         assert (numbers + 1)[1].item() == 6
         assert (numbers > 4).nonzero().shape == (2, 1)
         numbers[0] = 9
         assert numbers[numbers > 4].tolist() == [9, 5, 7]
-    assert tracker.waits.total() == 4
+    assert used.waits.total() == 4
 
 
 def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_them() -> None:
-    with rehearsing(Tracker()):
+    with rehearsing(tracker()):
         unknown = torch.empty(4, device=ACCELERATOR)
         assert unknown.sum().item() == 1.0
         assert bool(torch.isfinite(unknown).all())
@@ -327,13 +574,73 @@ def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_
 
 
 def test_memory_counts_until_the_last_view_is_gone() -> None:
-    tracker = Tracker()
-    with rehearsing(tracker):
+    used = tracker()
+    with rehearsing(used):
         whole = torch.empty(1000, device=ACCELERATOR)
         part = whole[:10]
         del whole
-        assert tracker.live == 4000
+        assert used.live == 4000
         del part
-        assert tracker.live == 0
-    assert tracker.peak == 4000
-    assert tracker.holders[0][0].text == "whole = torch.empty(1000, device=ACCELERATOR)"
+        assert used.live == 0
+    assert used.peak == 4000
+    assert used.holders[0][0].text == "whole = torch.empty(1000, device=ACCELERATOR)"
+
+
+def tracker() -> Tracker:
+    return Tracker(accelerator_of(compose(["topology=h100_x1"])))
+
+
+def works_of(used: Tracker) -> dict[str, Work]:
+    """What was launched, by the names of kernels."""
+    return {kernel.name: work for kernel, work in used.roofline.works.items()}
+
+
+def test_a_kernel_takes_what_bounds_it() -> None:
+    used, half = tracker(), {"dtype": torch.bfloat16, "device": ACCELERATOR}
+    with rehearsing(used):
+        large = torch.empty(8192, 8192, **half)
+        large @ large
+        large.mul_(2)
+        F.conv3d(torch.empty(1, 16, 4, 32, 32, **half), torch.empty(16, 16, 3, 3, 3, **half), padding=1)
+        heads = torch.empty(1, 4, 128, 64, **half)
+        F.scaled_dot_product_attention(heads, heads[:, :2], heads[:, :2], enable_gqa=True)
+    works = works_of(used)
+    assert works["mm"] == (1, 3 * 2 * 8192**2, 2 * 8192**3, 2 * 8192**3 / 989e12)
+    assert works["mul_"] == (1, 2 * 2 * 8192**2, 0, pytest.approx(2 * 2 * 8192**2 / 3350e9))
+    assert works["convolution"].flops == 2 * 27 * 16 * 16 * 4 * 32 * 32
+    assert works["attention"].flops == 2 * 2 * 4 * 128 * 128 * 64
+    kinds = by_kind(used.roofline.works)
+    assert kinds["matmul and attention"].calls == 2
+    assert kinds["everything else"].flops == 0
+
+
+def test_an_op_of_another_library_is_one_kernel() -> None:
+    used = tracker()
+    with torch.library._scoped_library("rehearsed", "FRAGMENT") as library:
+        library.define("scaled(Tensor x, Tensor(a!) into) -> Tensor")
+
+        def scaled(x: Tensor, into: Tensor) -> Tensor:
+            into.copy_(x * 2)
+            return x.new_empty(3, dtype=torch.float32)
+
+        library.impl("scaled", scaled, "Meta")
+        with rehearsing(used):
+            x, into = (torch.empty(1000, device=ACCELERATOR) for _ in range(2))
+            small = torch.ops.rehearsed.scaled(x, into)
+            assert used.live == 4000 + 4000 + 12
+            del small
+            assert used.live == 8000
+    (kernel,) = used.roofline.works
+    assert kernel.name == "rehearsed::scaled"
+    assert used.roofline.works[kernel][:3] == (1, 4000 + 4000 + 12, 0)
+
+
+def test_pinned_memory_and_copies_from_it_are_counted() -> None:
+    used = tracker()
+    with rehearsing(used):
+        kept = torch.empty(1000, dtype=torch.bfloat16, pin_memory=True)
+        torch.empty(1000, dtype=torch.bfloat16, device=ACCELERATOR).copy_(kept, non_blocking=True)
+        assert used.pinned_bytes == 2048
+        del kept
+    assert (used.pinned_bytes, used.most_pinned_bytes, used.copied_bytes) == (0, 2048, 2000)
+    assert not used.waits

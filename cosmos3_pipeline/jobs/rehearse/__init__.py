@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cosmos3_pipeline.config.schema import RehearsalFormat
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import Prepared
+from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.tables import Sheet, markdown_of
 from cosmos3_pipeline.planning.units import quantity
-from cosmos3_pipeline.rehearsal.findings import Rehearsed, StageFound
+from cosmos3_pipeline.rehearsal.findings import KINDS, KernelFound, Rehearsed, StageFound
 from cosmos3_pipeline.stages.files import write_whole
 
 REPORT_FILE = "rehearsal.json"
 MARKDOWN_FILE = "rehearsal.md"
+# Of what is told where there is no terminal: a rank takes some seconds.
+SECONDS_BETWEEN_LINES = 5.0
 SCHEMA_VERSION = 1
+# Columns of the tables, of which all begin with PLACE.
+PLACE = ("rank", "stage")
+HELD_AND_SENT = ("holds at most", "planned", "ratio", "sent", "planned", "messages", "planned", "kernels", "moved")
+TIMES = ("at least", "planned", "FLOPs", "planned", *KINDS, "copied from the host")
+OF_KERNEL = ("kernel", "times", "moved", "FLOPs", "at least", "line")
 
 
 class RehearsalFailed(SystemExit):
@@ -28,7 +39,7 @@ class RehearsalFailed(SystemExit):
 
 
 def rehearse(prepared: Prepared, output: Path, *, multirun: bool) -> None:
-    """Rehearse the ranks in this process; leaves rehearsal.json and rehearsal.md in `output` and prints a table.
+    """Rehearse the ranks in this process; leaves rehearsal.json and rehearsal.md in `output`, and prints them.
 
     Raises RehearsalFailed when something is wrong, ConfigError in a sweep.
     """
@@ -42,30 +53,49 @@ def rehearse(prepared: Prepared, output: Path, *, multirun: bool) -> None:
     from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 
     config = prepared.config
-    found = rehearse_ranks(config, config.rehearse.ranks)
+    with progress() as tell:
+        found = rehearse_ranks(config, config.rehearse.ranks, tell)
     write_whole(output / REPORT_FILE, json.dumps(as_dict(found), indent=2))
     write_whole(output / MARKDOWN_FILE, as_markdown(found))
-    show(found, output)
+    if config.rehearse.format == RehearsalFormat.markdown:
+        print(as_markdown(found), end="")
+    else:
+        show(found, output)
     if found.findings:
         raise RehearsalFailed("\n".join([*map(str, found.findings), f"see {output / REPORT_FILE}"]))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Shows on stderr what it is told: at once on a terminal, and now and then elsewhere."""
+    console, told = Console(stderr=True), time.monotonic()
+    with console.status("") as status:
+
+        def tell(words: str) -> None:
+            nonlocal told
+            status.update(f"rehearsing {words}")
+            if not console.is_terminal and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                console.print(f"rehearsing {words}", highlight=False)
+
+        yield tell
 
 
 def as_dict(found: Rehearsed) -> dict[str, Any]:
     """For rehearsal.json: keys are added, never renamed."""
     ranks = []
     for rank in found.ranks:
-        stages = {}
-        for name, stage in rank.stages.items():
-            planned = found.plan.ranks[rank.rank].stages[name]
-            stages[name] = {
-                **asdict(stage),
-                "planned": {
-                    "peak_bytes": planned.peak_bytes,
-                    "sent_bytes": planned.sent.bytes,
-                    "sent_messages": planned.sent.messages,
-                },
+        planned = found.plan.ranks[rank.rank]
+        clips = [_stages_dict(stages, planned.stages) for _, stages in rank.clips]
+        ranks.append(
+            {
+                **asdict(rank),
+                "stages": clips[0],
+                "second_clip": clips[1] if len(clips) > 1 else None,
+                "planned_pinned_bytes": planned.host_bytes,
+                "stands_for": found.alike[rank.rank],
             }
-        ranks.append({**asdict(rank), "stages": stages, "stands_for": found.alike[rank.rank]})
+        )
     return {
         "schema_version": SCHEMA_VERSION,
         "model": found.plan.model,
@@ -74,6 +104,22 @@ def as_dict(found: Rehearsed) -> dict[str, Any]:
         "ranks": ranks,
         "findings": [asdict(finding) for finding in found.findings],
         "notes": list(found.notes),
+    }
+
+
+def _stages_dict(stages: dict[str, StageFound], planned: dict[str, RankStage]) -> dict[str, Any]:
+    return {
+        name: {
+            **asdict(stage),
+            "planned": {
+                "peak_bytes": planned[name].peak_bytes,
+                "sent_bytes": planned[name].sent.bytes,
+                "sent_messages": planned[name].sent.messages,
+                "flops": planned[name].flops,
+                "seconds": {**planned[name].seconds, "total": planned[name].total_seconds},
+            },
+        }
+        for name, stage in stages.items()
     }
 
 
@@ -89,26 +135,30 @@ def headline(found: Rehearsed) -> str:
 
 
 def sheets(found: Rehearsed) -> Iterator[Sheet]:
-    """The tables of a rehearsal: each stage of each rank beside its plan, who holds most, where the host waits."""
-    stages, holders, waits = [], [], []
+    """The tables of a rehearsal: each stage of each rank beside its plan, its time, who holds most, who waits."""
+    stages, times, kernels, holders, waits = [], [], [], [], []
     for rank in found.ranks:
-        number = f"{rank.rank}"
-        for name, stage in rank.stages.items():
-            stages.append((number, name, *_cells(found, rank.rank, name, stage)))
-            holders += [(number, name, quantity("bytes", line.amount), line.place) for line in stage.holders]
-            repeated = {line.place for line in stage.repeated}
-            waits += [
-                (number, name, f"{line.amount}", "yes" if line.place in repeated else "", line.place)
-                for line in stage.waits
-            ]
-    columns = ("rank", "stage", "holds at most", "planned", "ratio", "sent", "planned", "messages", "planned")
-    yield Sheet("stages, beside the plan", (*columns, "kernels", "moved"), tuple(stages))
-    yield Sheet("lines that hold most", ("rank", "stage", "bytes", "line"), tuple(holders))
-    yield Sheet("where the host waits", ("rank", "stage", "times", "again and again", "line"), tuple(waits))
+        for clip, of_clip in rank.clips:
+            for name, stage in of_clip.items():
+                planned = found.plan.ranks[rank.rank].stages[name]
+                first = (f"{rank.rank}{clip}", name)
+                stages.append((*first, *_held_and_sent(stage, planned)))
+                times.append((*first, *_times(stage, planned)))
+                kernels += [(*first, *_of_kernel(kernel)) for kernel in stage.costliest]
+                holders += [(*first, quantity("bytes", line.amount), line.place) for line in stage.holders]
+                repeated = {line.place for line in stage.repeated}
+                waits += [
+                    (*first, f"{line.amount}", "yes" if line.place in repeated else "", line.place)
+                    for line in stage.waits
+                ]
+    yield Sheet("stages, beside the plan", (*PLACE, *HELD_AND_SENT), tuple(stages))
+    yield Sheet("seconds by the roofline", (*PLACE, *TIMES), tuple(times))
+    yield Sheet("kernels that take most", (*PLACE, *OF_KERNEL), tuple(kernels))
+    yield Sheet("lines that hold most", (*PLACE, "bytes", "line"), tuple(holders))
+    yield Sheet("where the host waits", (*PLACE, "times", "again and again", "line"), tuple(waits))
 
 
-def _cells(found: Rehearsed, rank: int, name: str, stage: StageFound) -> tuple[str, ...]:
-    planned = found.plan.ranks[rank].stages[name]
+def _held_and_sent(stage: StageFound, planned: RankStage) -> tuple[str, ...]:
     return (
         quantity("bytes", stage.peak_bytes),
         quantity("bytes", planned.peak_bytes),
@@ -122,9 +172,40 @@ def _cells(found: Rehearsed, rank: int, name: str, stage: StageFound) -> tuple[s
     )
 
 
+def _times(stage: StageFound, planned: RankStage) -> tuple[str, ...]:
+    kinds = (
+        f"{quantity('seconds', kind['seconds'])}, {quantity('bytes', kind['moved_bytes'])}"
+        for kind in stage.kinds.values()
+    )
+    return (
+        quantity("seconds", stage.roofline_seconds),
+        quantity("seconds", planned.total_seconds),
+        quantity("flops", stage.flops),
+        quantity("flops", planned.flops),
+        *kinds,
+        quantity("bytes", stage.copied_bytes),
+    )
+
+
+def _of_kernel(kernel: KernelFound) -> tuple[str, ...]:
+    return (
+        kernel.name,
+        f"{kernel.calls:,}",
+        quantity("bytes", kernel.moved_bytes),
+        quantity("flops", kernel.flops),
+        quantity("seconds", kernel.seconds),
+        kernel.place,
+    )
+
+
 def remarks(found: Rehearsed) -> list[str]:
     """What is wrong, and what has to be known."""
     lines = [f"wrong: {finding}" for finding in found.findings]
+    lines += [
+        f"rank {rank.rank} pins {quantity('bytes', rank.pinned_bytes)} of the host's memory"
+        for rank in found.ranks
+        if rank.pinned_bytes
+    ]
     lines += [
         f"rank {rank} stands for {', '.join(map(str, others[1:]))}: their plans are equal"
         for rank, others in found.alike.items()
@@ -149,7 +230,9 @@ def show(found: Rehearsed, output: Path) -> None:
     for sheet in sheets(found):
         table = Table(title=sheet.title, title_justify="left")
         for column in sheet.columns:
-            table.add_column(column, justify="left" if column in ("stage", "line") else "right", overflow="fold")
+            table.add_column(
+                column, justify="left" if column in ("stage", "kernel", "line") else "right", overflow="fold"
+            )
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)

@@ -4,59 +4,120 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
-from cosmos3_pipeline.config.schema import Config, Device, Placement
+from cosmos3_pipeline.config.schema import Config, Device, Placement, SamplerConfig, TaskConfig
 from cosmos3_pipeline.distributed.mesh import REPLICA
-from cosmos3_pipeline.jobs.rank import Run, components, context_of
-from cosmos3_pipeline.models.form import form_of
+from cosmos3_pipeline.jobs.rank import Run, components, context_of, encode_together
+from cosmos3_pipeline.models.form import folder_of, form_of
 from cosmos3_pipeline.planning.geometry import replica_ranks
-from cosmos3_pipeline.planning.plan import Plan, make_plan
+from cosmos3_pipeline.planning.plan import Plan, RankPlan, make_plan
 from cosmos3_pipeline.rehearsal.findings import (
+    KernelFound,
     Line,
     RankFound,
     Rehearsed,
     StageFound,
     findings_of,
-    ranks_of_a_kind,
+    rehearsed_ranks,
 )
-from cosmos3_pipeline.rehearsal.messages import Log, RehearsedMesh, unmet
+from cosmos3_pipeline.rehearsal.messages import Log, RehearsedMesh
 from cosmos3_pipeline.rehearsal.meter import Measured, StageMeter
 from cosmos3_pipeline.rehearsal.places import Place
+from cosmos3_pipeline.rehearsal.replay import faults_of, not_replayed
+from cosmos3_pipeline.rehearsal.roofline import by_kind, summed
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, Tracker, rehearsing
-from cosmos3_pipeline.stages.build import build_stages
+from cosmos3_pipeline.stages.build import StageFactory, build_stages
 from cosmos3_pipeline.stages.context import RunContext
-from cosmos3_pipeline.stages.text import TextStage
+from cosmos3_pipeline.stages.text import TextStage, read_lines
 
 # Steps that are run; those between the first and the last do the same.
 STEPS = 3
+# Clips of a prompt file that are run; from the second on they find what the one before has left.
+CLIPS = 2
+# Kernels of a stage that the report names.
+COSTLIEST = 5
+# Lines that hold most of what is left after the last frame, as many as are named.
+HELD = 5
+Tell = Callable[[str], None]
 
 
-def rehearse_ranks(config: Config, ranks: Sequence[int] | None) -> Rehearsed:
-    """Rehearse `ranks` of a checked config, or one of each kind, and hold them against its plan.
+@dataclass(frozen=True)
+class Script:
+    """What every rank rehearses: a config on accelerators, its plan, the form of its checkpoint.
 
-    Every topology counts as accelerators. Raises Refusal for a strategy that cannot be honoured.
+    `words` are the prompts of a replica's clips, `tokens` the length that each of them is given.
+    """
+
+    config: Config
+    plan: Plan
+    checkpoint: CheckpointInfo
+    words: tuple[str, ...]
+    tokens: int
+
+    @property
+    def stages(self) -> dict[str, StageFactory]:
+        """The stages that are other ones than a run's."""
+        if self.config.task.prompt_file is None:
+            return {}
+        return {"text": lambda config, plan: EvenText(config.task, config.sampler, self.tokens)}
+
+
+class EvenText(TextStage):
+    """Gives every clip's prompt `tokens` tokens, so that one plan is true for each of them."""
+
+    def __init__(self, task: TaskConfig, sampler: SamplerConfig, tokens: int) -> None:
+        super().__init__(task, sampler)
+        self._tokens = tokens
+
+    def tokenize(self, context: RunContext) -> None:
+        """Words to tokens, of which the last is repeated."""
+        super().tokenize(context)
+        ids = list(context.state.get("cond_input_ids"))
+        context.state.set("cond_input_ids", ids + ids[-1:] * (self._tokens - len(ids)))
+
+
+def rehearse_ranks(config: Config, ranks: Sequence[int] | None, tell: Tell = lambda words: None) -> Rehearsed:
+    """Rehearse `ranks` of a checked config, or those of `rehearsed_ranks`, and hold them against its plan.
+
+    Every topology counts as accelerators. `tell` is told what is being done. Raises Refusal for a strategy that
+    cannot be honoured.
     """
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # what it raises is told as a finding
-    notes, checkpoint = tuple(_notes(config)), form_of(config.model)
-    config = on_accelerators(config)
-    plan = make_plan(config)
-    tokens = tokens_of(config, plan, checkpoint)
+    script = script_of(on_accelerators(config))
+    alike = rehearsed_ranks(script.plan, ranks)
+    logs = {rank: Log() for rank in alike}
+    found = []
+    for number, (rank, log) in enumerate(logs.items(), 1):
+        place = f"rank {rank} ({number} of {len(logs)})"
+        found.append(_rehearse(script, rank, log, partial(_tell_stage, tell, place)))
+    findings = tuple(findings_of(script.plan, found, faults_of(logs)))
+    notes = (*_notes(config, script), *_not_replayed(logs))
+    return Rehearsed(script.plan, tuple(found), alike, findings, notes)
+
+
+def _tell_stage(tell: Tell, place: str, stage: str) -> None:
+    tell(f"{place}: {stage}")
+
+
+def script_of(config: Config) -> Script:
+    """What is rehearsed of `config`; a replica's clips are all as the longest line of its prompt file."""
+    plan, checkpoint = make_plan(config), form_of(config.model)
+    words = [config.task.prompt]
+    if config.task.prompt_file is not None:
+        longest = max(read_lines(config.task.prompt_file), key=len)
+        words = [f"{longest} {number}" for number in range(plan.clips)]  # so that no two are the same
+    lengths = [tokens_of(_with_words(config, each), plan, checkpoint) for each in words]
+    tokens, negative = max(prompt for prompt, _ in lengths), lengths[0][1]
     # With the weights where they are without knowing the tokens, as a run's plan has them.
-    plan = make_plan(_with_weights(config, plan), text_tokens=tokens)
-    alike = ranks_of_a_kind(plan) if ranks is None else {rank: [rank] for rank in ranks}
-    found, logs = list[RankFound](), dict[int, Log]()
-    for rank in alike:
-        logs[rank] = Log()
-        found.append(_rehearse(config, plan, checkpoint, rank, logs[rank]))
-    # Of ranks that are alike only one is there, so a peer may be missing; those that are there are asked.
-    findings = tuple(findings_of(plan, found, list(unmet(logs))))
-    return Rehearsed(plan, tuple(found), alike, findings, notes)
+    plan = make_plan(_with_weights(config, plan), text_tokens=(tokens, negative))
+    return Script(config, plan, checkpoint, tuple(words), tokens)
 
 
 def on_accelerators(config: Config) -> Config:
@@ -75,10 +136,15 @@ def _with_weights(config: Config, plan: Plan) -> Config:
     return replace(config, weights=chosen)
 
 
+def _with_words(config: Config, words: str) -> Config:
+    return replace(config, task=replace(config.task, prompt=words))
+
+
 def tokens_of(config: Config, plan: Plan, checkpoint: CheckpointInfo) -> tuple[int, int]:
     """The lengths of the prompt and of the negative prompt, as the transformer is given them."""
     guided = replace(config, sampler=replace(config.sampler, guidance_scale=2.0))  # so that both are asked for
-    run = _run(guided, plan, checkpoint, RehearsedMesh(), StageMeter(Tracker(), []))
+    script = Script(guided, plan, checkpoint, (), 0)
+    run = _run(script, RehearsedMesh(), StageMeter(Tracker(plan.accelerator)))
     context = context_of(run, guided, Path())
     text = build_stages(guided, plan)["text"]
     assert isinstance(text, TextStage)
@@ -87,42 +153,60 @@ def tokens_of(config: Config, plan: Plan, checkpoint: CheckpointInfo) -> tuple[i
     return prompt, negative
 
 
-def _run(config: Config, plan: Plan, checkpoint: CheckpointInfo, mesh: RehearsedMesh, meter: StageMeter) -> Run:
+def _run(script: Script, mesh: RehearsedMesh, meter: StageMeter) -> Run:
     ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses", REPLICA)]
-    meter.watch(ledgers)
-    parts = components(config, plan, ACCELERATOR, mesh, ledgers, meter, checkpoint=checkpoint)
-    return Run(config, plan, {}, ACCELERATOR, mesh, parts, ledgers, base_bytes=0, origin=None)
+    config, plan = script.config, script.plan
+    parts = components(config, plan, ACCELERATOR, mesh, ledgers, meter, checkpoint=script.checkpoint)
+    return Run(config, plan, script.stages, ACCELERATOR, mesh, parts, ledgers, base_bytes=0, origin=None)
 
 
-def _rehearse(config: Config, plan: Plan, checkpoint: CheckpointInfo, rank: int, log: Log) -> RankFound:
-    topology, tracker = config.topology, Tracker()
+def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
+    topology, tracker = script.config.topology, Tracker(script.plan.accelerator)
     spare = replica_ranks(topology) // (topology.cfg * topology.ulysses)
     mesh = RehearsedMesh(
         dp=topology.dp, spare=spare, cfg=topology.cfg, ulysses=topology.ulysses, place=rank, log=log
     )
-    meter, raised, left = StageMeter(tracker, []), None, 0
-    short = replace(config, sampler=replace(config.sampler, steps=min(config.sampler.steps, STEPS)))
+    steps = min(script.config.sampler.steps, STEPS)
+    short = replace(script.config, sampler=replace(script.config.sampler, steps=steps))
+    meters, raised, left = [StageMeter(tracker) for _ in script.words[:CLIPS]], None, Counter[Place]()
     try:
         with rehearsing(tracker):
-            run = _run(short, plan, checkpoint, mesh, meter)
-            context = replace(context_of(run, short, Path()), measure=meter.stage, reporter=meter)
-            _play(short, plan, context)
-            left = tracker.live
+            run = _run(replace(script, config=short), mesh, meters[0])
+            if short.task.prompt_file is not None:
+                tell("text of all clips")
+                with meters[0].watching(run.ledgers).stage("text"):
+                    encode_together(run, script.words)
+            for words, meter in zip(script.words, meters, strict=False):
+                _play(run, _with_words(short, words), meter.watching(run.ledgers), tell)
+                meter.finish(steps=script.config.sampler.steps)
+            left = tracker.live_by_place
     # Whatever the code raises on a rank is what the rehearsal is for.
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)
         where = [Place(line.filename, line.lineno or 0) for line in last]
         raised = f"{type(error).__name__}: {error} ({_innermost(where)})"
-    meter.finish(steps=config.sampler.steps)
-    stages = {name: _found(measured) for name, measured in meter.stages.items() if name in plan.ranks[rank].stages}
-    misplaced = tracker.misplaced + Counter(log.on_host)
-    return RankFound(rank, stages, left, _lines(misplaced.items()), raised)
+    clips = [_stages_found(meter, script.plan.ranks[rank]) for meter in meters]
+    for later in clips[1:]:
+        later.pop("text", None)  # all are encoded before the first clip
+    return RankFound(
+        rank=rank,
+        stages=clips[0],
+        second_clip=clips[1] if len(clips) > 1 else {},
+        left_bytes=left.total(),
+        left=_lines(left.most_common(HELD)),
+        pinned_bytes=tracker.most_pinned_bytes,
+        waits_between=_lines(sum((meter.between for meter in meters), Counter[Place]()).items()),
+        misplaced=_lines((tracker.misplaced + Counter(log.on_host)).items()),
+        raised=raised,
+    )
 
 
-def _play(config: Config, plan: Plan, context: RunContext) -> None:
+def _play(run: Run, config: Config, meter: StageMeter, tell: Tell) -> None:
     """The stages as `make_clip` calls them; frames are read and dropped in place of the export."""
-    for name, stage in build_stages(config, plan).items():
+    context = replace(context_of(run, config, Path()), measure=meter.stage, reporter=meter)
+    for name, stage in build_stages(config, run.plan, run.stages).items():
         if name != "export":
+            tell(name)
             stage(context)
     assert context.frames is not None
     for _ in context.frames:
@@ -134,17 +218,31 @@ def _innermost(places: Sequence[Place]) -> str:
     return (ours or list(places))[-1].name
 
 
+def _stages_found(meter: StageMeter, planned: RankPlan) -> dict[str, StageFound]:
+    return {name: _found(measured) for name, measured in meter.stages.items() if name in planned.stages}
+
+
 def _found(measured: Measured) -> StageFound:
     counts = measured.counts
+    total = summed(counts.works.values())
+    costliest = sorted(counts.works.items(), key=lambda item: -item[1].seconds)[:COSTLIEST]
     return StageFound(
         peak_bytes=measured.peak_bytes,
         holders=_lines(measured.holders),
         sent_bytes=counts.sent_bytes,
         sent_messages=counts.sent_messages,
-        kernels=counts.kernels,
-        moved_bytes=counts.moved_bytes,
+        kernels=total.calls,
+        moved_bytes=total.moved_bytes,
+        flops=total.flops,
+        roofline_seconds=total.seconds,
+        kinds={kind: work._asdict() for kind, work in by_kind(counts.works).items()},
+        costliest=tuple(
+            KernelFound(kernel.name, kernel.place.name, kernel.place.text, *work) for kernel, work in costliest
+        ),
+        copied_bytes=counts.copied_bytes,
         waits=_lines(measured.waits.items()),
         repeated=_lines(measured.repeated.items()),
+        left=_lines(measured.left.items()),
     )
 
 
@@ -152,10 +250,18 @@ def _lines(counted: Iterable[tuple[Place, int]]) -> tuple[Line, ...]:
     return tuple(Line(place.name, place.text, amount) for place, amount in counted)
 
 
-def _notes(config: Config) -> Iterable[str]:
+def _notes(config: Config, script: Script) -> Iterable[str]:
     """What the reader of a rehearsal has to know of it."""
     if config.sampler.steps > STEPS:
         yield f"{STEPS} of {config.sampler.steps} denoising steps were run; each other one counts as the second"
+    if config.task.prompt_file is not None:
+        run = min(len(script.words), CLIPS)
+        yield (
+            f"{run} of the {len(script.words)} clips of a replica were run, and the text of all was encoded; each "
+            f"counts as the longest line of {config.task.prompt_file}, with {script.tokens:,} tokens"
+        )
+    if config.model.repo is not None and folder_of(config.model) is None:
+        yield "the checkpoint is not on this machine: the words are cut into tokens by the toy's tokenizer"
     if config.output.against_replicated:
         yield "the second decode of output.against_replicated is not rehearsed, nor the weights that it needs"
     if config.topology.device is Device.cpu:
@@ -164,4 +270,16 @@ def _notes(config: Config) -> Iterable[str]:
         yield (
             "attention in float32 with fewer keys than queries counts as a fused kernel; PyTorch on CUDA may take "
             "one that makes a matrix of all pairs"
+        )
+
+
+def _not_replayed(logs: dict[int, Log]) -> Iterable[str]:
+    """What of the messages was not replayed, because some of the ranks that exchange them were not rehearsed."""
+    missing = not_replayed(logs)
+    if missing:
+        absent = sorted({rank for ranks in missing.values() for rank in ranks})
+        groups = sorted({name.partition(" #")[0] for name in missing})
+        yield (
+            f"who waits for whom was not replayed in {', '.join(groups)}, because ranks {absent} were not "
+            "rehearsed; messages between rehearsed ranks were compared. rehearse.ranks with all of them replays it"
         )
