@@ -91,6 +91,10 @@ class ThreadComm:
         into = [self._world.post(peer, self.rank, tensor, sends=False) for tensor, peer in receives]
         return _Pending(self._world, out + into)
 
+    pass_on = exchange
+
+    def connect_pairs(self, pairs: Any) -> None: ...
+
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         assert source == 0
         if self.is_root and self.size > 1:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -40,6 +40,7 @@ from cosmos3_pipeline.distributed.watch import Watch
 from cosmos3_pipeline.errors import Refusal
 
 T = TypeVar("T")
+Pair = tuple[int, int]  # the rank that sends and the one that receives
 
 # Each kind of message on CPU has a lane of its own, which is also gloo's tag. So a rank that is out of step never
 # takes payload for an agreement, and a collective passes messages that are still in flight.
@@ -94,6 +95,9 @@ class Pending:
         self._landings.clear()
 
 
+_Start = Callable[[Sequence[Region], Sequence[Region]], list[AcceleratorWork]]
+
+
 class Comm:
     """Messages within a group (None: all ranks of an initialised `torch.distributed`, else this process alone).
 
@@ -114,6 +118,7 @@ class Comm:
         self._device = device or torch.device("cpu")
         self._patience = patience
         self._accelerator: AcceleratorGroup | None = None
+        self._pairs: dict[Pair, AcceleratorGroup] = {}
         self._watch: Watch | None = None
         self.rank, self.size = 0, 1
         self._board: Board | None = None
@@ -153,7 +158,8 @@ class Comm:
         # A client of its own: in the other one this process may wait for long.
         other: Any = store
         other = other.clone()
-        watch = self._watch = Watch(
+        self._store = store
+        self._watch = Watch(
             partial(self._look, Board(other)),
             self._abort,
             store=PrefixStore("watch", other),
@@ -161,14 +167,33 @@ class Comm:
             size=self.size,
             patience=self._patience.total_seconds(),
         )
-        self._accelerator = AcceleratorGroup(
-            PrefixStore("accelerator", store),
-            self.rank,
-            self.size,
+        self._accelerator = self._new_group("all", self.rank, self.size)
+
+    def _new_group(self, name: str, rank: int, size: int) -> AcceleratorGroup:
+        assert self._watch is not None
+        return AcceleratorGroup(
+            PrefixStore(name, self._store),
+            rank,
+            size,
             device=self._device,
             patience=2 * self._patience,  # the watch is first, and says whose fault it is
-            watch=watch,
+            watch=self._watch,
         )
+
+    def connect_pairs(self, pairs: Iterable[Pair]) -> None:
+        """Make what `pass_on` needs for messages of these pairs of ranks; all ranks of the group call it together.
+
+        Between accelerators each pair has a communicator of its own. One for all would do one message after the
+        other in the order in which each rank asks for them: two ranks that each send before they receive would
+        wait for each other, and what arrives for a later chunk would hold up what leaves.
+        """
+        for pair in sorted(set(pairs)):  # in one order, because both ranks of a pair wait for each other here
+            if self.rank in pair and pair not in self._pairs:
+                self._connect_pair(pair)
+
+    def _connect_pair(self, pair: Pair) -> None:
+        if self._accelerator is not None:
+            self._pairs[pair] = self._new_group("-".join(map(str, pair)), pair.index(self.rank), 2)
 
     def _look(self, board: Board) -> None:
         """Raise when another rank has ended the run, or has died on this machine. The watch's thread calls it."""
@@ -176,8 +201,11 @@ class Comm:
         self._links.raise_if_broken()
 
     def _abort(self) -> None:
-        if self._accelerator is not None:
-            self._accelerator.abort()
+        for group in self._groups():
+            group.abort()
+
+    def _groups(self) -> list[AcceleratorGroup]:
+        return [*self._pairs.values(), *([self._accelerator] if self._accelerator is not None else [])]
 
     def _close(self) -> None:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
@@ -186,6 +214,7 @@ class Comm:
             if self._watch.over is None:
                 self._abort()
             self._watch = self._accelerator = None
+            self._pairs.clear()
         self._links.close()
         for pending in self._in_flight:
             pending.drop()
@@ -195,9 +224,10 @@ class Comm:
         """Close the connections for good, once no rank of the group waits for another; each rank by itself."""
         if self._board is None or self._broken:
             return
-        if self._accelerator is not None:
-            self._accelerator.shutdown()
-            self._accelerator = None
+        for group in self._groups():
+            group.shutdown()
+        self._accelerator = None
+        self._pairs.clear()
         self._close()
         self._broken = True
 
@@ -271,6 +301,17 @@ class Comm:
 
         They may have any strides. Between two ranks messages arrive in the order in which they are sent.
         """
+        return self._exchange(sends, receives, self._start_batch)
+
+    def pass_on(self, sends: Sequence[Region] = (), receives: Sequence[Region] = ()) -> Pending:
+        """As `exchange`, for messages of which the other end sends or receives when it comes to it.
+
+        Ranks that do not take part in it at the same point wait for nothing but the messages of their own pair.
+        `connect_pairs` comes first. A message between two ranks goes one of the two ways throughout.
+        """
+        return self._exchange(sends, receives, self._start_in_pairs)
+
+    def _exchange(self, sends: Sequence[Region], receives: Sequence[Region], start: _Start) -> Pending:
         if not sends and not receives:
             return Pending(self)
         assert self._board is not None, "a Comm of one rank has nobody to exchange with"
@@ -283,7 +324,15 @@ class Comm:
         landings = [(pending.landing(tensor), peer) for tensor, peer in receives]
         leaving = [(tensor.contiguous(), peer) for tensor, peer in sends]
         tensors = [tensor for tensor, _ in (*landings, *leaving)]
-        return self._started(pending, partial(self._start_batch, landings, leaving), tensors)
+        return self._started(pending, partial(start, landings, leaving), tensors)
+
+    def _start_in_pairs(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
+        works: list[AcceleratorWork] = []
+        for peer in sorted({peer for _, peer in landings}):
+            works += self._start_pair((peer, self.rank), [tensor for tensor, p in landings if p == peer])
+        for peer in sorted({peer for _, peer in leaving}):
+            works += self._start_pair((self.rank, peer), [tensor for tensor, p in leaving if p == peer])
+        return works
 
     def _started(
         self, pending: Pending, start: Callable[[], list[AcceleratorWork]], tensors: Sequence[Tensor]
@@ -299,6 +348,12 @@ class Comm:
     # What an accelerator's group is asked for, and nothing else: a rehearsal has others in their place.
     def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
         return self._between_accelerators().batch(landings, leaving)
+
+    def _start_pair(self, pair: Pair, tensors: Sequence[Tensor]) -> list[AcceleratorWork]:
+        assert pair in self._pairs, f"connect_pairs() has not named the messages of {pair}"
+        if pair[0] == self.rank:
+            return self._pairs[pair].batch([], [(tensor, 1) for tensor in tensors])
+        return self._pairs[pair].batch([(tensor, 0) for tensor in tensors], [])
 
     def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
         return self._between_accelerators().broadcast(tensor, source)

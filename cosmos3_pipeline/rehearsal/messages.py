@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from cosmos3_pipeline.distributed.accelerator import AcceleratorWork, Region
 from cosmos3_pipeline.distributed.board import Notice
-from cosmos3_pipeline.distributed.comm import Comm, Pending
+from cosmos3_pipeline.distributed.comm import Comm, Pair, Pending
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.rehearsal.places import Place, asker, askers
@@ -139,6 +139,21 @@ class RehearsedComm(Comm):
         events += [self._event("send", tensor, peer) for tensor, peer in leaving]
         return [self._log.start(self._name, *events)]
 
+    def _connect_pair(self, pair: Pair) -> None:
+        # Both ranks of it wait for each other, wherever they are.
+        self._pairs[pair] = cast(Any, None)
+        source, target = (self._members[rank] for rank in pair)
+        name = f"{self._name}, from {source} to {target}"
+        self._log.members[name] = (source, target)
+        self._log.start(name, Event("connection", None, 0, "objects", *askers())).wait()
+
+    def _start_pair(self, pair: Pair, tensors: Sequence[Tensor]) -> list[AcceleratorWork]:
+        assert pair in self._pairs, f"connect_pairs() has not named the messages of {pair}"
+        source, target = (self._members[rank] for rank in pair)
+        kind, peer = ("send", pair[1]) if pair[0] == self.rank else ("recv", pair[0])
+        events = [self._event(kind, tensor, peer) for tensor in tensors]
+        return [self._log.start(f"{self._name}, from {source} to {target}", *events)]
+
     def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
         return self._log.start(self._name, self._event(f"broadcast of rank {self._members[source]}", tensor))
 
@@ -172,7 +187,7 @@ class RehearsedMesh(RankMesh):
     def new_comm(self, axis: str) -> Comm:
         """Messages between this rank and those that differ from it on `axis` only."""
         members = self._members(axis)
-        made = sum(name.startswith(f"{axis} ") and AGREEMENTS not in name for name in self.log.members)
+        made = sum(name.startswith(f"{axis} ") and "," not in name for name in self.log.members)
         name = f"{axis} {'-'.join(map(str, members))} #{made}"
         self.log.members |= dict.fromkeys((name, f"{name}{AGREEMENTS}"), tuple(members))
         return RehearsedComm(name, self.place, members, self.log)

@@ -300,7 +300,7 @@ class Execution:
         for _, group in groupby(post.messages, key=lambda message: message.group):
             messages = list(group)
             buffers = [self._buffer(message) for message in messages]
-            pending = self._comm.exchange(
+            pending = self._comm.pass_on(
                 receives=[(buffer, message.source) for buffer, message in zip(buffers, messages, strict=True)]
             )
             for message, buffer in zip(messages, buffers, strict=True):
@@ -329,7 +329,7 @@ class Execution:
         tensors = [self._part(message, send.tile) for message in send.messages]
         if send.copies:
             tensors = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-        pending = self._comm.exchange(
+        pending = self._comm.pass_on(
             sends=[(tensor, message.target) for tensor, message in zip(tensors, send.messages, strict=True)]
         )
         self._leaving.append((max(message.due for message in send.messages), pending))
@@ -382,7 +382,7 @@ class Execution:
             elif isinstance(piece.origin, Message):
                 direct.append((place, piece.origin.source))
         if direct:
-            pending.append(self._comm.exchange(receives=direct))
+            pending.append(self._comm.pass_on(receives=direct))
         self._results.append((result, pending))
 
 

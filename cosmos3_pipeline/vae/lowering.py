@@ -254,6 +254,12 @@ class Lowered:
             }
         )
 
+    @cached_property
+    def pairs(self) -> frozenset[tuple[int, int]]:
+        """Which ranks send something to which others, beside what tiles that are cut read of each other."""
+        sends = (action for actions in self.actions for action in actions if isinstance(action, Send))
+        return frozenset((message.source, message.target) for send in sends for message in send.messages)
+
     def portions(self, chunk: int, part: int) -> int:
         """In how many portions a chunk passes, of which `part` is one; 1 where it has not been divided."""
         return self.program.portions_at(len(self.program), first=chunk == 0) if part else 1

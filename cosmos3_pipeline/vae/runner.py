@@ -45,7 +45,10 @@ class AssignedRunner:
         return lowered
 
     def bind(self, shape: LatentShape) -> Lowered:
-        """What is done with a clip of `shape`, whose weights this rank then holds, and no others."""
+        """What is done with a clip of `shape`, whose weights this rank then holds, and no others.
+
+        Also makes the connections of its messages, so all ranks call it together.
+        """
         lowered = self.lowered(shape)
         needed = lowered.ops(self._comm.rank)
         for op in set(self._ops) - set(needed):
@@ -53,6 +56,7 @@ class AssignedRunner:
         missing = [op for op in needed if op not in self._ops]
         if missing:  # listing the weights of a model takes as long as several ops of a small picture
             self._ops |= self._vae.bind(self._direction, missing)
+        self._comm.connect_pairs(lowered.pairs)
         return lowered
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:

@@ -130,11 +130,6 @@ def test_the_experiment_of_sglang_at_full_size() -> None:
 
 
 # ------------------------------------------------------------ a third party's strategies
-CROSSING = (
-    "a deadlock: two ranks send to each other, and each receives on the same communicator after its own send"
-)
-
-
 def installed(example: Path, into: Path) -> dict[str, str]:
     """The environment of a process in which `example` is installed, by what an installer writes into `into`."""
     project = tomllib.loads((example / "pyproject.toml").read_text())["project"]
@@ -156,7 +151,6 @@ def installed(example: Path, into: Path) -> dict[str, str]:
         pytest.param(
             "wavefront",
             ["launch.py", "topology=cpu_x2", "vae/decode=wavefront", "task.num_frames=17", *SMALL],
-            marks=pytest.mark.xfail(strict=True, reason=CROSSING),
             id="wavefront",
         ),
         pytest.param("downstream", ["-m", "kite_films.make"], id="columns"),
