@@ -50,6 +50,8 @@ class _Facts:
     is_view: bool
     is_mutable: bool
     launches: bool
+    # The arguments that it writes, where it returns nothing: their places, or names.
+    writes: tuple[int | str, ...] = ()
 
 
 class Tracker(TorchDispatchMode):
@@ -127,7 +129,7 @@ class Tracker(TorchDispatchMode):
             schema = func._schema
             name = schema.name.removeprefix("aten::")
             launches = not func.is_view and name not in _EMPTY
-            self._facts[func] = _Facts(name, func.is_view, schema.is_mutable, launches)
+            self._facts[func] = _Facts(name, func.is_view, schema.is_mutable, launches, _written(schema))
         return self._facts[func]
 
     def _waited(self, facts: _Facts, inputs: list[Tensor], values: Any) -> Any:
@@ -183,9 +185,10 @@ class Tracker(TorchDispatchMode):
                 if tensor.is_meta:
                     self.hold(tensor)
         if facts.launches:
+            made += [kwargs[at] if isinstance(at, str) else args[at] for at in facts.writes]
             read = [t for t in inputs if t is not kwargs.get("out")]
             self.launch(*(read[1:] if facts.name in _OVERWRITES else read), *made)
-        known = [None] * len(made) if values is None else tree_leaves(values)
+        known: list[Any] = [None] * len(made) if values is None else tree_leaves(values)
         for tensor, value in zip(made, known, strict=False):
             if tensor.is_meta and (value is not None or facts.is_mutable):
                 _know(tensor, value)
@@ -232,6 +235,16 @@ def rehearsing(tracker: Tracker) -> Iterator[None]:
 
     with mock.patch.object(torch, "autocast", any_autocast), tracker, _Functions(tracker), torch.no_grad():
         yield
+
+
+def _written(schema: Any) -> tuple[int | str, ...]:
+    """The places, or names, of the arguments that an op writes which returns nothing."""
+    if schema.returns:
+        return ()
+    alias = [(at, arg, arg.alias_info) for at, arg in enumerate(schema.arguments)]
+    return tuple(
+        arg.name if arg.kwarg_only else at for at, arg, info in alias if info is not None and info.is_write
+    )
 
 
 def _is_accelerator(device: Any) -> bool:

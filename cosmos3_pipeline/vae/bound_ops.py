@@ -32,6 +32,7 @@ class Flow:
     cache: by an op's name the frames that it keeps for the next chunk. first: whether this is the clip's first
     chunk. exchange: None where the tile is the whole picture. whole: the input of an attention that has been put
     together already. forgets: the ops whose frames are not needed again. following: the op after this one.
+    follows_at_once: whether nothing happens between this op and the one after it.
     """
 
     at: Frames
@@ -42,6 +43,7 @@ class Flow:
     whole: Tensor | None = None
     forgets: frozenset[int] = frozenset()
     following: BoundOp[ops.Op] | None = None
+    follows_at_once: bool = False
 
 
 _Part = tuple[slice, slice]
@@ -185,7 +187,7 @@ class Conv(BoundOp[ops.Conv]):
         frames = _take(flow, self)
         cut, own = frames.room.margins, self.op.margins
         apart = not flow.first and count > frames.room.front
-        if frames.room.front:
+        if frames.room.front and not frames.recalled:
             _recall(flow, name, frames)
         _begin(flow, frames, self)
         before = None
@@ -204,7 +206,7 @@ class Conv(BoundOp[ops.Conv]):
         )
         if apart and self.number not in flow.forgets and _may_stay(flow, frames.buffer, count):
             flow.cache[name] = frames.buffer
-        elif count:
+        elif count and not frames.recalled:
             _remember(flow, self, frames.buffer)
         flow.at = Frames(out)
 
@@ -222,6 +224,9 @@ class NormSilu(BoundOp[ops.NormSilu]):
         else:
             room = following.room(x.shape, x, first=flow.first, exchange=flow.exchange)
             frames = _with_room(flow, following, room)
+        if self._recalls(flow, frames.room):
+            self._after_kept(flow, frames)
+            return
         out, margins = frames.inner, frames.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
         if takes_host_path(x) and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
@@ -235,6 +240,27 @@ class NormSilu(BoundOp[ops.NormSilu]):
             kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
         flow.at = frames
 
+    def _recalls(self, flow: Flow, room: Room) -> bool:
+        """Whether it also puts the frames that the next op has kept in front, in the same pass over memory.
+
+        Not on a slab: there the kept frames have margins, which come from other slabs later.
+        """
+        return (
+            bool(room.front) and not room.margins and flow.follows_at_once and not takes_host_path(flow.at.buffer)
+        )
+
+    def _after_kept(self, flow: Flow, frames: Frames) -> None:
+        assert flow.following is not None
+        x, name = flow.at.inner, flow.following.op.name
+        if name not in flow.cache:  # a rank that begins to warm up in the middle of a clip
+            b, _, h, w, c = x.shape
+            flow.cache[name] = x.new_zeros(b, frames.room.front, h, w, c)
+        torch.ops.cosmos3.norm_silu_after(x, self._gamma, flow.cache[name], out=frames.buffer)
+        if flow.following.number in flow.forgets:
+            del flow.cache[name]
+        frames.recalled = True
+        flow.at = frames
+
 
 class Attention(BoundOp[ops.Attention]):
     def __init__(self, number: int, op: ops.Attention, weights: Mapping[str, Tensor]) -> None:
@@ -246,10 +272,10 @@ class Attention(BoundOp[ops.Attention]):
 
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
-        normed = whole = kernels.rms_norm(x, self._gamma).to(x.dtype)
+        normed = whole = torch.ops.cosmos3.vae_norm(x, self._gamma)
         # Keys and values are those of whole frames.
         if flow.whole is not None:
-            whole, flow.whole = kernels.rms_norm(flow.whole, self._gamma).to(x.dtype), None
+            whole, flow.whole = torch.ops.cosmos3.vae_norm(flow.whole, self._gamma), None
         elif flow.exchange is not None:
             whole = flow.exchange.gather(self.number, normed)
         mixed = kernels.attention(normed, whole, self._qkv, self._proj)

@@ -55,12 +55,14 @@ class Frames:
     """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`.
 
     `arrival`, when it is set, is of neighbours' rows into the margins; that was begun early, so that they travel
-    while the rest of the activation is computed.
+    while the rest of the activation is computed. recalled: the kept frames are in front already, and the frames to
+    be kept for the next chunk are where they belong.
     """
 
     buffer: Tensor
     room: Room = NO_ROOM
     arrival: Arrival | None = None
+    recalled: bool = False
 
     @property
     def inner(self) -> Tensor:

@@ -333,10 +333,10 @@ class NormSilu(Op):
     memory_passes: ClassVar[float] = 2.0
 
     def scratch_bytes(self, work: Work) -> int:
-        """Float32 bytes of one block of rows or frames; on an accelerator of a frame and its pixels' lengths."""
+        """Float32 bytes of one block of rows or frames on a CPU; an accelerator's kernel needs none."""
         _, t, h, w, c = work.shape(self.source)
         if not work.whole.on_host:
-            return h * w * (c + 1) * 4
+            return 0
         rows = max(1, NORM_BLOCK_ELEMENTS // (w * c))
         rows = rows if rows < h else min(t, rows // h) * h
         return rows * w * c * 4
