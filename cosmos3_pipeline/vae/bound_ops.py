@@ -407,7 +407,10 @@ class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
 
 class AverageDown(BoundOp[ops.AverageDown]):
     def run(self, flow: Flow) -> None:
-        kept = flow.shortcuts.pop()
+        kept, out = flow.shortcuts.pop(), flow.at.inner
+        if not self.op.averages:
+            out.add_(kept)
+            return
         ft, fs = self.op.factor_t, self.op.factor_s
         missing = -kept.shape[1] % ft
         if missing:
@@ -415,7 +418,6 @@ class AverageDown(BoundOp[ops.AverageDown]):
             kept = torch.cat((kept.new_zeros(b, missing, h, w, c), kept), dim=1)
         b, t, h, w, c = kept.shape
         cells = kept.view(b, t // ft, ft, h // fs, fs, w // fs, fs, c).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        out = flow.at.inner
         out.add_(cells.reshape(*out.shape, -1).mean(dim=-1))
 
 

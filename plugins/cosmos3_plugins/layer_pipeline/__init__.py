@@ -86,7 +86,7 @@ def _costs(program: Program, shape: LatentShape, measured: str = "") -> ChunkCos
     pixels = shape.batch * shape.rows * shape.cols
     if measured:
         return op_seconds(measured).costs(program, pixels, shape.element_bytes)
-    return op_costs(program, pixels, shape.element_bytes)
+    return op_costs(program, pixels, shape.element_bytes, on_host=shape.on_host)
 
 
 def _alike(runs: list[tuple[int, int]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
