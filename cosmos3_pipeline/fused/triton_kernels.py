@@ -129,3 +129,144 @@ def norm_silu(x: Tensor, gamma: Tensor, *, out: Tensor) -> None:
 def norm_silu_after(x: Tensor, gamma: Tensor, kept: Tensor, *, out: Tensor) -> None:
     """As `torch.ops.cosmos3.norm_silu_after`."""
     _launch_norm(x, gamma, kept, out, silu=True)
+
+
+@triton.jit
+def _rms_normed(x, weight, length, eps, dtype: tl.constexpr):
+    """x [rows, channels] in float32 over its root mean square, rounded to `dtype`, times the weight, rounded."""
+    scale = tl.div_rn(1.0, tl.sqrt_rn(length + eps))
+    return ((x * scale[:, None]).to(dtype).to(tl.float32) * weight[None, :]).to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "stride", "eps"])
+def add_rms_norm_kernel(
+    x,
+    added,
+    weight,
+    total,
+    out,
+    rows,
+    stride,
+    eps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """Rows of x are `stride` x C apart, those of the others side by side."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_C)
+    there = (row < rows)[:, None] & (channel < C)[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
+    dense = row[:, None] * C + channel[None, :]
+    value = tl.load(x + row[:, None] * stride * C + channel[None, :], mask=there, other=0.0).to(tl.float32)
+    if ADDS:
+        value += tl.load(added + dense, mask=there, other=0.0).to(tl.float32)
+        tl.store(total + dense, value.to(dtype), mask=there)
+        value = value.to(dtype).to(tl.float32)
+    scales = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)
+    mean = tl.div_rn(tl.sum(value * value, axis=1), C * 1.0)
+    tl.store(out + dense, _rms_normed(value, scales, mean, eps, dtype).to(dtype), mask=there)
+
+
+@triton.jit(do_not_specialize=["rows", "heads", "eps", "xt", "xh", "ot", "oh", "at"])
+def norm_rotate_kernel(
+    x,
+    weight,
+    cos,
+    sin,
+    out,
+    rows,
+    heads,
+    eps,
+    xt,
+    xh,
+    ot,
+    oh,
+    at,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Of `rows` = tokens x heads, each of 2 x HALF channels; strides are in halves."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    wide = channel < HALF
+    there = (row < rows)[:, None] & wide[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
+    token, head = row // heads, row % heads
+    source = x + (token * xt + head * xh)[:, None] * HALF + channel[None, :]
+    target = out + (token * ot + head * oh)[:, None] * HALF + channel[None, :]
+    angle = (token * at)[:, None] * HALF + channel[None, :]
+    a = tl.load(source, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(source + HALF, mask=there, other=0.0).to(tl.float32)
+    mean = tl.div_rn(tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1), 2.0 * HALF)
+    a = _rms_normed(a, tl.load(weight + channel, mask=wide, other=0.0).to(tl.float32), mean, eps, dtype)
+    b = _rms_normed(b, tl.load(weight + HALF + channel, mask=wide, other=0.0).to(tl.float32), mean, eps, dtype)
+    cos_a = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
+    cos_b = tl.load(cos + angle + HALF, mask=there, other=0.0).to(tl.float32)
+    sin_a = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
+    sin_b = tl.load(sin + angle + HALF, mask=there, other=0.0).to(tl.float32)
+    # Each product is rounded, and then the sum, as PyTorch's ops do one after the other.
+    left = (a * cos_a).to(dtype).to(tl.float32) - (b * sin_a).to(dtype).to(tl.float32)
+    right = (b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)
+    tl.store(target, left.to(dtype), mask=there)
+    tl.store(target + HALF, right.to(dtype), mask=there)
+
+
+@triton.jit(do_not_specialize=["elements"])
+def silu_mul_kernel(gate, up, elements, BLOCK: tl.constexpr):
+    """In the place of `gate`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < elements
+    value = _silu(tl.load(gate + at, mask=there, other=0.0).to(tl.float32)).to(gate.dtype.element_ty)
+    product = value.to(tl.float32) * tl.load(up + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(gate + at, product.to(gate.dtype.element_ty), mask=there)
+
+
+def _launch_rms_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows, c = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = out if added is None else torch.empty_like(out)
+    block = block_of(c)
+    add_rms_norm_kernel[(triton.cdiv(rows, block["ROWS"]),)](
+        *(x, x if added is None else added.contiguous(), weight, total, out, rows, x.stride(0) // c, eps),
+        **block,
+        ADDS=added is not None,
+        **OPTIONS,
+    )
+    return total, out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `torch.ops.cosmos3.rms_norm`."""
+    return _launch_rms_norm(x, None, weight, eps)[1]
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `torch.ops.cosmos3.add_rms_norm`."""
+    return _launch_rms_norm(x, added, weight, eps)
+
+
+def block_of_halves(channels: int) -> dict[str, int]:
+    """As `block_of`, for rows of `channels` that are read as two halves."""
+    half = block_of(channels // 2)
+    return {"HALF": half["C"], "BLOCK": half["BLOCK_C"], "ROWS": max(1, half["ROWS"] // 2)}
+
+
+def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, *, out: Tensor) -> None:
+    """As `torch.ops.cosmos3.norm_rotate`."""
+    tokens, heads, c = x.shape
+    block = block_of_halves(c)
+    half = block["HALF"]
+    strides = [stride // half for tensor in (x, out) for stride in tensor.stride()[:2]]
+    norm_rotate_kernel[(triton.cdiv(tokens * heads, block["ROWS"]),)](
+        *(x, weight, cos, sin, out, tokens * heads, heads, eps, *strides, cos.stride(0) // half),
+        **block,
+        **OPTIONS,
+    )
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> None:
+    """As `torch.ops.cosmos3.silu_mul`."""
+    silu_mul_kernel[(triton.cdiv(gate.numel(), _ELEMENTS),)](gate, up, gate.numel(), BLOCK=_ELEMENTS, **OPTIONS)
