@@ -214,11 +214,11 @@ def norm_rotate_kernel(
     tl.store(target + HALF, right.to(dtype), mask=there)
 
 
-@triton.jit(do_not_specialize=["elements"])
-def silu_mul_kernel(gate, up, elements, BLOCK: tl.constexpr):
-    """In the place of `gate`."""
+@triton.jit(do_not_specialize=["units"])
+def silu_mul_kernel(gate, up, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """In the place of `gate`, of `units` x UNIT elements: so 16 bytes are loaded at once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < elements
+    there = at < units.to(tl.int64) * UNIT
     value = _silu(tl.load(gate + at, mask=there, other=0.0).to(tl.float32)).to(gate.dtype.element_ty)
     product = value.to(tl.float32) * tl.load(up + at, mask=there, other=0.0).to(tl.float32)
     tl.store(gate + at, product.to(gate.dtype.element_ty), mask=there)
@@ -269,4 +269,5 @@ def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
 
 def silu_mul(gate: Tensor, up: Tensor) -> None:
     """As `torch.ops.cosmos3.silu_mul`."""
-    silu_mul_kernel[(triton.cdiv(gate.numel(), _ELEMENTS),)](gate, up, gate.numel(), BLOCK=_ELEMENTS, **OPTIONS)
+    unit, grid = 16 // gate.element_size(), (triton.cdiv(gate.numel(), _ELEMENTS),)
+    silu_mul_kernel[grid](gate, up, gate.numel() // unit, UNIT=unit, BLOCK=_ELEMENTS, **OPTIONS)
