@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers import Cosmos3OmniTransformer
 from torch import Tensor
 
+from cosmos3_pipeline.denoise.attention_kernel import attention
 from cosmos3_pipeline.denoise.pathway import Pathway, is_fused, normalise
 from cosmos3_pipeline.fused.transformer import rotated
 
@@ -57,14 +57,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, key_of_query: Tensor | Non
     """
     if key_of_query is not None:
         key, value = key.index_select(1, key_of_query), value.index_select(1, key_of_query)
-    attended = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        is_causal=causal,
-        enable_gqa=True,
-    )
-    return attended[0].transpose(0, 1)
+    return attention(query, key, value, causal=causal)
 
 
 def attend_with_text(
