@@ -72,6 +72,15 @@ def pictures() -> Iterator[Case]:
         PLAIN.norm_silu_after(x, gamma, kepts[1], out=outs[1])
         yield Case(f"norm_silu_after, {name}", *outs, ulps)
         yield Case(f"norm_silu_after, what is kept, {name}", *kepts, ulps)
+        added, sums = torch.randn(x.shape).to(dtype), [x.contiguous() for _ in range(2)]
+        triton_kernels.add_norm_silu(sums[0], added, gamma, out=outs[0][:, 2:])
+        PLAIN.add_norm_silu(sums[1], added, gamma, out=outs[1][:, 2:])
+        yield Case(f"add_norm_silu, {name}", *outs, ulps)
+        yield Case(f"add_norm_silu, the sum, {name}", *sums, 0)
+        triton_kernels.add_norm_silu_after(sums[0], added, gamma, kepts[0], out=outs[0])
+        PLAIN.add_norm_silu_after(sums[1], added, gamma, kepts[1], out=outs[1])
+        yield Case(f"add_norm_silu_after, {name}", *outs, ulps)
+        yield Case(f"add_norm_silu_after, the sum, {name}", *sums, 0)
 
 
 def parts() -> Iterator[Case]:

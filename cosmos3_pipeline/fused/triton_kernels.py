@@ -43,6 +43,7 @@ def _silu(x):
 @triton.jit(do_not_specialize=["pixels", "T", "H", "W", *(f"{t}{d}" for t in "xko" for d in "bthw")])
 def norm_silu_kernel(
     x,
+    added,
     gamma,
     kept,
     out,
@@ -67,25 +68,34 @@ def norm_silu_kernel(
     ROWS: tl.constexpr,
     KEPT: tl.constexpr,
     SILU: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
-    """Of `pixels` = B x H x W, each through its T frames. Strides are in pixels, so that channels divide them."""
+    """Of `pixels` = B x H x W, each through its T frames. Strides are in pixels, so that channels divide them.
+
+    `added` has the strides of x.
+    """
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
     there = (pixel < pixels)[:, None] & (channel < C)[None, :]
     b, h, w = pixel // (H * W), pixel // W % H, pixel % W
-    source = x + (b * xb + h * xh + w * xw)[:, None] * C + channel[None, :]
+    at = (b * xb + h * xh + w * xw)[:, None] * C + channel[None, :]
     target = out + (b * ob + h * oh + w * ow)[:, None] * C + channel[None, :]
     weight = tl.load(gamma + channel, mask=channel < C, other=0.0)
     if KEPT:
         memory = kept + (b * kb + h * kh + w * kw)[:, None] * C + channel[None, :]
         # A program has its pixels to itself: it reads a kept frame before it writes another in its place.
         for k in tl.static_range(KEPT):
-            frame = tl.load(memory + k * kt.to(tl.int64) * C, mask=there)
-            tl.store(target + k * ot.to(tl.int64) * C, frame, mask=there)
+            old = tl.load(memory + k * kt.to(tl.int64) * C, mask=there)
+            tl.store(target + k * ot.to(tl.int64) * C, old, mask=there)
             if k >= T:
-                tl.store(memory + (k - T) * kt.to(tl.int64) * C, frame, mask=there)
+                tl.store(memory + (k - T) * kt.to(tl.int64) * C, old, mask=there)
     for t in range(T):
-        y = _normed(tl.load(source + t * xt.to(tl.int64) * C, mask=there, other=0.0).to(tl.float32), weight)
+        frame = at + t * xt.to(tl.int64) * C
+        y = tl.load(x + frame, mask=there, other=0.0).to(tl.float32)
+        if ADDS:
+            y = (y + tl.load(added + frame, mask=there, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+            tl.store(x + frame, y, mask=there)
+        y = _normed(y.to(tl.float32), weight)
         if SILU:
             y = _silu(y)
         y = y.to(out.dtype.element_ty)
@@ -100,16 +110,20 @@ def _in_pixels(tensor: Tensor) -> tuple[int, ...]:
     return tuple(stride // tensor.shape[-1] for stride in tensor.stride()[:-1])
 
 
-def _launch_norm(x: Tensor, gamma: Tensor, kept: Tensor | None, out: Tensor, *, silu: bool) -> None:
+def _launch_norm(
+    x: Tensor, gamma: Tensor, out: Tensor, *, kept: Tensor | None = None, added: Tensor | None = None, silu: bool
+) -> None:
     b, t, h, w, c = x.shape
     block = block_of(c)
-    memory = x if kept is None else kept
+    memory, other = x if kept is None else kept, x if added is None else added
+    assert other.stride() == x.stride(), "a kernel reads both at the same places"
     norm_silu_kernel[(triton.cdiv(b * h * w, block["ROWS"]),)](
-        *(x, gamma, memory, out, b * h * w, t, h, w),
+        *(x, other, gamma, memory, out, b * h * w, t, h, w),
         *(*_in_pixels(x), *_in_pixels(memory), *_in_pixels(out)),
         **block,
         KEPT=0 if kept is None else kept.shape[1],
         SILU=silu,
+        ADDS=added is not None,
         **OPTIONS,
     )
 
@@ -117,18 +131,28 @@ def _launch_norm(x: Tensor, gamma: Tensor, kept: Tensor | None, out: Tensor, *, 
 def vae_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """As `torch.ops.cosmos3.vae_norm`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch_norm(x, gamma, None, out, silu=False)
+    _launch_norm(x, gamma, out, silu=False)
     return out
 
 
 def norm_silu(x: Tensor, gamma: Tensor, *, out: Tensor) -> None:
     """As `torch.ops.cosmos3.norm_silu`."""
-    _launch_norm(x, gamma, None, out, silu=True)
+    _launch_norm(x, gamma, out, silu=True)
 
 
 def norm_silu_after(x: Tensor, gamma: Tensor, kept: Tensor, *, out: Tensor) -> None:
     """As `torch.ops.cosmos3.norm_silu_after`."""
-    _launch_norm(x, gamma, kept, out, silu=True)
+    _launch_norm(x, gamma, out, kept=kept, silu=True)
+
+
+def add_norm_silu(x: Tensor, added: Tensor, gamma: Tensor, *, out: Tensor) -> None:
+    """As `torch.ops.cosmos3.add_norm_silu`."""
+    _launch_norm(x, gamma, out, added=added, silu=True)
+
+
+def add_norm_silu_after(x: Tensor, added: Tensor, gamma: Tensor, kept: Tensor, *, out: Tensor) -> None:
+    """As `torch.ops.cosmos3.add_norm_silu_after`."""
+    _launch_norm(x, gamma, out, kept=kept, added=added, silu=True)
 
 
 @triton.jit

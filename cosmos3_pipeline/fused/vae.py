@@ -57,6 +57,14 @@ def _norm_silu_after(x: Tensor, gamma: Tensor, kept: Tensor, *, out: Tensor) -> 
     kept.copy_(out[:, -count:])
 
 
+def _add_norm_silu(x: Tensor, added: Tensor, gamma: Tensor, *, out: Tensor) -> None:
+    _norm_silu(x.add_(added), gamma, out=out)
+
+
+def _add_norm_silu_after(x: Tensor, added: Tensor, gamma: Tensor, kept: Tensor, *, out: Tensor) -> None:
+    _norm_silu_after(x.add_(added), gamma, kept, out=out)
+
+
 def _nothing(*args: Tensor, **kwargs: Tensor) -> None:
     return
 
@@ -69,4 +77,13 @@ declare("norm_silu(Tensor x, Tensor gamma, *, Tensor(a!) out) -> ()", _norm_silu
 # the last k frames of that are kept then.
 declare(
     "norm_silu_after(Tensor x, Tensor gamma, Tensor(a!) kept, *, Tensor(b!) out) -> ()", _norm_silu_after, _nothing
+)
+# Both of what `added`, of the shape of x and as it lies in memory, is first added to x: the end of a shortcut.
+declare(
+    "add_norm_silu(Tensor(a!) x, Tensor added, Tensor gamma, *, Tensor(b!) out) -> ()", _add_norm_silu, _nothing
+)
+declare(
+    "add_norm_silu_after(Tensor(a!) x, Tensor added, Tensor gamma, Tensor(b!) kept, *, Tensor(c!) out) -> ()",
+    _add_norm_silu_after,
+    _nothing,
 )

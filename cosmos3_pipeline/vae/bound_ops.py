@@ -146,6 +146,16 @@ def _closed(flow: Flow) -> Tensor:
     return kept.clone() if any(_same_memory(kept, outer) for outer in flow.shortcuts) else kept
 
 
+def _is_added_later(flow: Flow) -> bool:
+    """Whether the next op adds what this one makes to a shortcut, in the pass in which it reads the sum."""
+    following = flow.following
+    if takes_host_path(flow.at.buffer) or not flow.follows_at_once or following is None:
+        return False
+    return isinstance(following.op, ops.NormSilu) or (
+        isinstance(following.op, ops.ShortcutBegin) and not following.op.weights
+    )
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     # Not by the address of the values: a tensor of shapes only has none.
     return int(a.untyped_storage()._cdata) == int(b.untyped_storage()._cdata)
@@ -196,19 +206,21 @@ class Conv(BoundOp[ops.Conv]):
             if before is None:  # a rank that begins to warm up in the middle of a clip
                 b, _, h, w, c = frames.buffer.shape
                 before = frames.buffer.new_zeros(b, count, h, w, c)
+        shortcut = _closed(flow) if self.op.adds_shortcut else None
+        owed_to = shortcut if _is_added_later(flow) else None
         out = self._conv(
             frames.buffer,
             before=before,
             padding=(own.top - cut.top, own.left - cut.left),
             taps=1 if flow.first else 0,
-            onto=_closed(flow) if self.op.adds_shortcut else None,
+            onto=None if owed_to is not None else shortcut,
             arrival=frames.arrival,
         )
         if apart and self.number not in flow.forgets and _may_stay(flow, frames.buffer, count):
             flow.cache[name] = frames.buffer
         elif count and not frames.recalled:
             _remember(flow, self, frames.buffer)
-        flow.at = Frames(out)
+        flow.at = Frames(out) if owed_to is None else Frames(owed_to, owed=out)
 
 
 class NormSilu(BoundOp[ops.NormSilu]):
@@ -218,7 +230,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
         self._gamma = kernels.norm_weight(gamma)
 
     def run(self, flow: Flow) -> None:
-        x, following = flow.at.inner, flow.following
+        x, following, owed = flow.at.inner, flow.following, flow.at.owed
         if following is None:
             frames = with_room(x, tuple(x.shape), NO_ROOM)
         else:
@@ -231,14 +243,18 @@ class NormSilu(BoundOp[ops.NormSilu]):
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
         if takes_host_path(x) and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
-        for rows, cols in edges:
-            kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
+        for part in edges:
+            self._norm(x, owed, out, part)
         # What other tiles wait for is ready: it travels while the rest is computed.
         if following is not None:
             _begin(flow, frames, following)
-        for rows, cols in rest:
-            kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
+        for part in rest:
+            self._norm(x, owed, out, part)
         flow.at = frames
+
+    def _norm(self, x: Tensor, owed: Tensor | None, out: Tensor, part: _Part) -> None:
+        at = (slice(None), slice(None), *part)
+        kernels.norm_silu(x[at], self._gamma, out[at], added=None if owed is None else owed[at])
 
     def _recalls(self, flow: Flow, room: Room) -> bool:
         """Whether it also puts the frames that the next op has kept in front, in the same pass over memory.
@@ -255,7 +271,11 @@ class NormSilu(BoundOp[ops.NormSilu]):
         if name not in flow.cache:  # a rank that begins to warm up in the middle of a clip
             b, _, h, w, c = x.shape
             flow.cache[name] = x.new_zeros(b, frames.room.front, h, w, c)
-        torch.ops.cosmos3.norm_silu_after(x, self._gamma, flow.cache[name], out=frames.buffer)
+        kept, owed = flow.cache[name], flow.at.owed
+        if owed is None:
+            torch.ops.cosmos3.norm_silu_after(x, self._gamma, kept, out=frames.buffer)
+        else:
+            torch.ops.cosmos3.add_norm_silu_after(x, owed, self._gamma, kept, out=frames.buffer)
         if flow.following.number in flow.forgets:
             del flow.cache[name]
         frames.recalled = True
@@ -401,6 +421,8 @@ class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
         self._conv = Convolution(*self._tensors(weights)) if op.weights else None
 
     def run(self, flow: Flow) -> None:
+        if flow.at.owed is not None and not _is_added_later(flow):
+            flow.at = Frames(flow.at.buffer.add_(flow.at.owed))
         x = _take(flow, self).buffer
         flow.shortcuts.append(x if self._conv is None else self._conv(x))
 

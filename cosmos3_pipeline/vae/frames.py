@@ -56,13 +56,14 @@ class Frames:
 
     `arrival`, when it is set, is of neighbours' rows into the margins; that was begun early, so that they travel
     while the rest of the activation is computed. recalled: the kept frames are in front already, and the frames to
-    be kept for the next chunk are where they belong.
+    be kept for the next chunk are where they belong. owed: what the next norm adds to `buffer` before it reads it.
     """
 
     buffer: Tensor
     room: Room = NO_ROOM
     arrival: Arrival | None = None
     recalled: bool = False
+    owed: Tensor | None = None
 
     @property
     def inner(self) -> Tensor:

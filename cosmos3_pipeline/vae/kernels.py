@@ -32,16 +32,20 @@ def norm_weight(gamma: Tensor) -> Tensor:
     return weight
 
 
-def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, *, added: Tensor | None = None) -> None:
     """SiLU of the RMS norm of x [B, T, H, W, C], written into `out` (same shape, any strides), rounded once.
 
-    `gamma` is a `norm_weight`. A CPU works through the picture in blocks of rows or frames that fit a core's
-    cache, because each of its passes would otherwise go through memory. The result of a pixel does not depend on
-    the blocks.
+    `gamma` is a `norm_weight`. On an accelerator `added` may be added to x first. A CPU works through the picture
+    in blocks of rows or frames that fit a core's cache, because each of its passes would otherwise go through
+    memory. The result of a pixel does not depend on the blocks.
     """
     if not takes_host_path(x):
-        torch.ops.cosmos3.norm_silu(x, gamma, out=out)
+        if added is None:
+            torch.ops.cosmos3.norm_silu(x, gamma, out=out)
+        else:
+            torch.ops.cosmos3.add_norm_silu(x, added, gamma, out=out)
         return
+    assert added is None, "a CPU has added it already"
     _, t, h, w, c = x.shape
     rows = max(1, NORM_BLOCK_ELEMENTS // (w * c))
     frames = max(1, rows // h)

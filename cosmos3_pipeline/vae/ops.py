@@ -305,7 +305,12 @@ class Conv(Op):
         return pairs and b == 1 and work.element_bytes == 4 and work.whole.on_host and not work.first
 
     def scratch_bytes(self, work: Work) -> int:
-        """What is convolved, and what both frames have in common, where it makes two at a time."""
+        """What is convolved, and what both frames have in common, where it makes two at a time.
+
+        On an accelerator what is added to a shortcut.
+        """
+        if not work.whole.on_host:
+            return work.elements(self.target) * work.element_bytes if self.adds_shortcut else 0
         if not self.makes_pairs(work):
             return 0
         _, _, h, w, c = work.shape(self.target)
@@ -315,8 +320,8 @@ class Conv(Op):
         return (given + 2 * band * w * c) * work.element_bytes
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """For the shortcut: both that are added, and the sum."""
-        return 3 * self.target.elements(latent, first=first) if self.adds_shortcut else 0
+        """For the shortcut: what it kept is read, and the sum is written, while the next norm is computed."""
+        return 2 * self.target.elements(latent, first=first) if self.adds_shortcut else 0
 
     @property
     def margins(self) -> Margins:

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 from cosmos_models import tiny_pipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_assignments import ROUNDING, Clip, assigned, check
 from test_denoise_transformer import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from vae_models import CONFIGS, make_vae, picture_of
@@ -21,6 +24,7 @@ from vae_models import CONFIGS, make_vae, picture_of
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.fused import backend, transformer, vae
 from cosmos3_pipeline.vae import ParallelVAE, execute
+from cosmos3_pipeline.vae.assignment import Assignment
 from cosmos3_plugins.replicated import Replicated
 
 ASKING = (
@@ -62,7 +66,7 @@ def test_kernels_are_as_near_to_the_plain_ops_as_declared() -> None:
         [sys.executable, script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("130 cases")
+    assert done.stdout.startswith("226 cases")
 
 
 def kernels() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
@@ -71,12 +75,12 @@ def kernels() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     for dtype in ("bf16", "fp32"):
         pointer, wide = f"*{dtype}", "*fp32"
         for channels in (96, 256, 1024):  # of Wan 2.1 and 2.2
-            for kept, silu in ((0, False), (0, True), (2, True)):
-                pointers = {"x": pointer, "gamma": wide, "kept": pointer, "out": pointer}
+            for kept, silu, adds in ((0, False, False), (0, True, True), (2, True, False), (2, True, True)):
+                pointers = {**dict.fromkeys(("x", "added", "kept", "out"), pointer), "gamma": wide}
                 yield (
                     "norm_silu_kernel",
                     pointers,
-                    {**triton.block_of(channels), "KEPT": kept, "SILU": silu},
+                    {**triton.block_of(channels), "KEPT": kept, "SILU": silu, "ADDS": adds},
                 )
         pointers = dict.fromkeys(("x", "added", "weight", "total", "out"), pointer)
         for hidden in (4096, 5120):
@@ -122,7 +126,7 @@ def test_every_op_has_a_kernel() -> None:
         for schema in torch._C._dispatch_get_all_op_names()
         if schema.startswith(f"{backend.NAMESPACE}::")
     ]
-    assert len(names) == 7
+    assert len(names) == 9
     assert all(callable(getattr(module, name)) for name in names)
 
 
@@ -185,7 +189,20 @@ def test_an_accelerator_decodes_the_picture_of_a_cpu(config: str, as_accelerator
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     convolutions = sum(op.cached_frames == 2 for op in vae_._vae.program("decode").ops)
     # From the second chunk on, and in two portions of the late ops; upsampling in time has no norm before it.
-    assert calls.count["norm_silu_after"] > 3 * (convolutions - 4)
+    recalling = calls.count["norm_silu_after"] + calls.count["add_norm_silu_after"]
+    assert recalling > 3 * (convolutions - 4)
+    assert calls.count["add_norm_silu_after"] > 0.2 * recalling
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(given=st.one_of(assigned(slabs=False), assigned(slabs=True)))
+def test_any_assignment_gives_the_picture_of_one_rank(
+    given: tuple[Clip, Assignment], as_accelerator: Callable[[], None]
+) -> None:
+    """Bit for bit where the picture is whole: a fused sum or norm has the bits of one that is not fused."""
+    as_accelerator()
+    clip, assignment = given
+    check(clip, assignment, "float", atol=ROUNDING if clip.shape.element_bytes == 8 else 0)
 
 
 def test_an_accelerator_encodes_the_moments_of_a_cpu(as_accelerator: Callable[[], None]) -> None:
@@ -211,7 +228,8 @@ def test_a_norm_that_recalls_frames_has_the_bits_of_one_that_does_not(
     monkeypatch.setattr(execute, "Flow", Apart)
     with Calls() as calls:
         apart = ParallelVAE(model, Replicated(), Replicated()).decode(z).sample
-    assert not calls.count["norm_silu_after"] and calls.count["norm_silu"]
+    assert calls.count["norm_silu"] and not calls.count["norm_silu_after"]
+    assert not calls.count["add_norm_silu"] and not calls.count["add_norm_silu_after"]
     assert torch.equal(fused, apart)
 
 
