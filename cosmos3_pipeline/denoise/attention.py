@@ -14,7 +14,9 @@ from torch import Tensor
 
 from cosmos3_pipeline.denoise.attention_kernel import attention
 from cosmos3_pipeline.denoise.pathway import Pathway, is_fused, normalise
+from cosmos3_pipeline.denoise.shards import HeadShare
 from cosmos3_pipeline.fused.transformer import rotated
+from cosmos3_pipeline.vae.host_path import takes_host_path
 
 
 class Rotary(NamedTuple):
@@ -49,15 +51,22 @@ def norm_and_rotate(norm: Any, x: Tensor, rotary: Rotary, out: Tensor | None = N
     return out
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, key_of_query: Tensor | None, *, causal: bool) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, share: HeadShare, *, causal: bool) -> Tensor:
     """Attention of query [n, heads, D] over key and value [m, key/value heads, D]; returns [n, heads, D].
 
-    `key_of_query` [heads] is for a rank whose heads cut through a group: the kernels know equal groups alone,
-    so there each query head gets its own copy of its key/value head. None is equal groups.
+    The kernels know equal groups alone. Where the heads of a rank cut through a group, an accelerator attends with
+    each run of equal groups apart; a CPU gives each query head its own copy of its key/value head.
     """
-    if key_of_query is not None:
+    if share.grouped:
+        return attention(query, key, value, causal=causal)
+    if takes_host_path(query):
+        key_of_query = torch.tensor(share.key_of_query)
         key, value = key.index_select(1, key_of_query), value.index_select(1, key_of_query)
-    return attention(query, key, value, causal=causal)
+        return attention(query, key, value, causal=causal)
+    out = query.new_empty(query.shape)
+    for queries, keys in share.equal_groups:
+        out[:, queries] = attention(query[:, queries], key[:, keys], value[:, keys], causal=causal)
+    return out
 
 
 def attend_with_text(
@@ -65,7 +74,7 @@ def attend_with_text(
     heads: tuple[Tensor, Tensor, Tensor],
     rotary: Rotary,
     text: TextKeyValue,
-    key_of_query: Tensor | None,
+    share: HeadShare,
 ) -> Tensor:
     """Full attention of vision `heads`, queries, keys and values [n, heads, D], over the prompt and themselves.
 
@@ -77,7 +86,7 @@ def attend_with_text(
     keys[:prompt] = text.key
     norm_and_rotate(layer.key_norm, key, rotary, out=keys[prompt:])
     query = norm_and_rotate(layer.query_norm, query, rotary)
-    return attend(query, keys, torch.cat([text.value, value]), key_of_query, causal=False)
+    return attend(query, keys, torch.cat([text.value, value]), share, causal=False)
 
 
 def rotary_of(transformer: Cosmos3OmniTransformer, position_ids: Tensor) -> Rotary:

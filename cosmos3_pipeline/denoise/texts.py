@@ -91,7 +91,7 @@ class TextEncoder:
             )
         if not last:
             query = norm_and_rotate(layer.query_norm, query, text.rotary)
-            attended = attend(query, key, value, self._heads.key_of_query, causal=True)
+            attended = attend(query, key, value, self._heads.own, causal=True)
             text.hidden = layer.finish(text.hidden, self._exchange.rows_for_heads(attended, text.rows))
         # A view would keep the whole received message alive.
         return TextKeyValue(key_for_vision, value.contiguous())

@@ -159,7 +159,7 @@ class ParallelTransformer:
     def _run_vision(self, layer: Pathway, prepared: PreparedPass, text: TextKeyValue, hidden: Tensor) -> Tensor:
         heads = layer.project(hidden, self._model.config.head_dim)
         own_heads = self._exchange.heads_for_rows(*heads, prepared.rows, self._heads.shares)
-        attended = attend_with_text(layer, own_heads, prepared.rotary, text, self._heads.key_of_query)
+        attended = attend_with_text(layer, own_heads, prepared.rotary, text, self._heads.own)
         return layer.finish(hidden, self._exchange.rows_for_heads(attended, prepared.rows))
 
     @torch.no_grad()

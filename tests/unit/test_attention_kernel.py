@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from cosmos3_pipeline.denoise import attention_kernel
+from cosmos3_pipeline.denoise import attention, attention_kernel
+from cosmos3_pipeline.denoise.shards import head_shares
 from cosmos3_pipeline.jobs.metrics import kernels
 
 CUDA = torch.device("cuda:0")
@@ -86,3 +87,23 @@ def test_metrics_say_what_computes_attention(capability: int, request: pytest.Fi
     host = kernels(torch.device("cpu"), torch.bfloat16)
     assert host == {"attention": "scaled_dot_product_attention", "norms": "plain ops"}
     assert kernels(CUDA, torch.bfloat16)["norms"].startswith("triton ")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_accelerator_repeats_no_keys_where_heads_cut_through_a_group(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, share = torch.Generator().manual_seed(0), head_shares(12, 3, 2)[rank]
+    counts = (6, share.num_keys, share.num_keys)
+    query, key, value = (torch.randn(5, n, 16, generator=generator) for n in counts)
+    expected = attention.attend(query, key, value, share, causal=True)
+    given, kernel = list[int](), attention_kernel.attention
+
+    def counting(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        given.append(key.shape[1])
+        return kernel(query, key, value, causal=causal)
+
+    monkeypatch.setattr(attention, "takes_host_path", lambda where: False)
+    monkeypatch.setattr(attention, "attention", counting)
+    torch.testing.assert_close(attention.attend(query, key, value, share, causal=True), expected)
+    assert not share.grouped and sum(given) == share.num_keys
