@@ -37,9 +37,9 @@ _PART_OF_A_BLOCK = 1.04
 # Where a convolution makes two frames at a time: the part of its products that is left, how many weights it reads
 # for one, its ways through input and output, most of them for sums and differences of frames, and its calls.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
-# FLOPs in the time in which an accelerator reads or writes one byte: of an H100 as `conf/topology` has it, 331
-# TFLOP/s of its convolutions beside 3.35 TB/s. With 50 or with 140 a line of four ranks ends 1.2% later.
-_FLOPS_PER_BYTE = 100.0
+# FLOPs in the time in which an accelerator reads or writes one byte: of an H200 as `conf/topology` has it, 331
+# TFLOP/s of its convolutions beside 4.8 TB/s. A line of four of them that is divided by 140 ends 1.5% later.
+_FLOPS_PER_BYTE = 70.0
 # How often an accelerator reads or writes a frame that an op keeps: from its place to the front of the next chunk,
 # and the next one into its place.
 RECALLED_PASSES = 3

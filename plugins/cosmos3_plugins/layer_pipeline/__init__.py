@@ -63,7 +63,7 @@ class LayerPipeline(Strategy):
         fixed = fixed_cuts(program, costs, ranks)
         paths = [(cut,) * chunks for cut in fixed]
         if self.moving_cuts and ranks > 1:
-            paths = moving_cuts(program, costs, fixed, chunks) or paths
+            paths = moving_cuts(program, costs, fixed, chunks, on_host=shape.on_host) or paths
         edges = [(0,) * chunks, *paths, (len(program),) * chunks]
         blocks = []
         for stage, (starts, stops) in enumerate(pairwise(edges)):
