@@ -81,7 +81,9 @@ class Experiment:
         cfg = compose(overrides).typed()
         clip = clip_of(cfg)
         self.program = program_for("decode", plain(cfg.model.vae))
-        self.shape = LatentShape(1, clip.latent_frames, clip.latent_rows, clip.latent_cols, element_bytes=2)
+        self.shape = LatentShape(
+            1, clip.latent_frames, clip.latent_rows, clip.latent_cols, element_bytes=2, on_host=False
+        )
         self._accelerator = accelerator_of(cfg)
         self._rate = self._accelerator.flops_per_s[cfg.model.vae_dtype] * self._accelerator.efficiency["vae"]
         self._node_ranks = node_ranks

@@ -6,12 +6,17 @@ its bits; what differs is what is stored and when.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers import Cosmos3OmniTransformer
 from torch import Tensor
+
+from cosmos3_pipeline.denoise.attention_kernel import attention
+from cosmos3_pipeline.denoise.pathway import Pathway, is_fused, normalise
+from cosmos3_pipeline.denoise.shards import HeadShare
+from cosmos3_pipeline.distributed.host_path import takes_host_path
+from cosmos3_pipeline.fused.transformer import rotated
 
 
 class Rotary(NamedTuple):
@@ -36,46 +41,52 @@ class TextKeyValue(NamedTuple):
         return self.key.nbytes + self.value.nbytes
 
 
-def rotate(x: Tensor, rotary: Rotary, out: Tensor | None = None) -> Tensor:
-    """`x * cos + rotate_half(x) * sin` for x [tokens, heads, D], into `out` when given.
-
-    Halves instead of a rotated copy: the same products and sums, so the same bits.
-    """
-    cos, sin = rotary
-    half = x.shape[-1] // 2
-    out = torch.mul(x, cos) if out is None else torch.mul(x, cos, out=out)
-    out[..., :half] -= x[..., half:] * sin[..., :half]
-    out[..., half:] += x[..., :half] * sin[..., half:]
+def norm_and_rotate(norm: Any, x: Tensor, rotary: Rotary, out: Tensor | None = None) -> Tensor:
+    """The heads x [tokens, heads, D] normed and turned by their positions, into `out` when given."""
+    if not is_fused(norm, x):
+        return rotated(normalise(norm, x), *rotary, out)
+    if out is None:
+        out = x.new_empty(x.shape)
+    torch.ops.cosmos3.norm_rotate(x, norm.weight, norm.eps, *rotary, out=out)
     return out
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, key_of_query: Tensor | None, *, causal: bool) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, share: HeadShare, *, causal: bool) -> Tensor:
     """Attention of query [n, heads, D] over key and value [m, key/value heads, D]; returns [n, heads, D].
 
-    `key_of_query` [heads] is for a rank whose heads cut through a group: the kernels know equal groups alone,
-    so there each query head gets its own copy of its key/value head. None is equal groups.
+    The kernels know equal groups alone. Where the heads of a rank cut through a group, an accelerator attends with
+    each run of equal groups apart; a CPU gives each query head its own copy of its key/value head.
     """
-    if key_of_query is not None:
+    if share.grouped:
+        return attention(query, key, value, causal=causal)
+    if takes_host_path(query):
+        key_of_query = torch.tensor(share.key_of_query)
         key, value = key.index_select(1, key_of_query), value.index_select(1, key_of_query)
-    attended = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        is_causal=causal,
-        enable_gqa=True,
-    )
-    return attended[0].transpose(0, 1)
+        return attention(query, key, value, causal=causal)
+    out = query.new_empty(query.shape)
+    for queries, keys in share.equal_groups:
+        out[:, queries] = attention(query[:, queries], key[:, keys], value[:, keys], causal=causal)
+    return out
 
 
 def attend_with_text(
-    query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, text: TextKeyValue, key_of_query: Tensor | None
+    layer: Pathway,
+    heads: tuple[Tensor, Tensor, Tensor],
+    rotary: Rotary,
+    text: TextKeyValue,
+    share: HeadShare,
 ) -> Tensor:
-    """Full attention of normed, unrotated vision heads [n, heads, D] over the prompt and themselves."""
+    """Full attention of vision `heads`, queries, keys and values [n, heads, D], over the prompt and themselves.
+
+    Queries and keys are as they were projected; they are normed and rotated here.
+    """
+    query, key, value = heads
     prompt = text.key.shape[0]
     keys = key.new_empty(prompt + key.shape[0], *key.shape[1:])
     keys[:prompt] = text.key
-    rotate(key, rotary, out=keys[prompt:])
-    return attend(rotate(query, rotary), keys, torch.cat([text.value, value]), key_of_query, causal=False)
+    norm_and_rotate(layer.key_norm, key, rotary, out=keys[prompt:])
+    query = norm_and_rotate(layer.query_norm, query, rotary)
+    return attend(query, keys, torch.cat([text.value, value]), share, causal=False)
 
 
 def rotary_of(transformer: Cosmos3OmniTransformer, position_ids: Tensor) -> Rotary:

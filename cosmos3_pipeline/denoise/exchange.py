@@ -93,15 +93,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class OwnHeads:
-    """The heads of every rank of the axis; `key_of_query` is this rank's, None where its groups are equal."""
+    """The heads of every rank of the axis, and this rank's."""
 
     shares: tuple[HeadShare, ...]
-    key_of_query: Tensor | None
+    own: HeadShare
 
     @classmethod
     def of(cls, transformer: Cosmos3OmniTransformer, exchange: Exchange) -> OwnHeads:
         config = transformer.config
         shares = head_shares(config.num_attention_heads, config.num_key_value_heads, exchange.ranks)
-        own = shares[exchange.rank]
-        device = transformer.rotary_emb.inv_freq.device  # whose weights may not be here yet
-        return cls(shares, None if own.grouped else torch.tensor(own.key_of_query, device=device))
+        return cls(shares, shares[exchange.rank])

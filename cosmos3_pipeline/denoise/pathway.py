@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_pipeline.denoise.shards import even_rows
-from cosmos3_pipeline.vae.host_path import takes_host_path
+from cosmos3_pipeline.distributed.host_path import takes_host_path
+from cosmos3_pipeline.fused import transformer as _fused  # noqa: F401 # declares its ops
 
 # On a CPU, an MLP intermediate of several MB is mapped, zeroed and unmapped by the allocator in every call,
 # which costs up to a sixth of the MLP. Parts of about this size stay in the heap and the cache; parts of fewer
@@ -23,14 +24,22 @@ MLP_PART_BYTES = 2**20
 MLP_PART_ROWS = 128
 
 
-def normalise(norm: Any, x: Tensor) -> Tensor:
-    """RMS norm over the last dim, in one pass where that has the module's bits.
+def is_fused(norm: Any, x: Tensor) -> bool:
+    """Whether an accelerator's kernel takes the norm of x: not one that is switched off, nor in another dtype."""
+    return not takes_host_path(x) and not isinstance(norm, nn.Identity) and bool(norm.weight.dtype == x.dtype)
 
-    In fp32 the fused kernel computes what diffusers' modules do in six passes. In half precision they round
-    in between, so there the module runs. A norm that is switched off is an `nn.Identity`.
+
+def normalise(norm: Any, x: Tensor) -> Tensor:
+    """RMS norm over the last dim, in one pass where there is one.
+
+    On a CPU in fp32 PyTorch's kernel computes what diffusers' modules do in six passes. In half precision they
+    round in between, so there the module runs. A norm that is switched off is an `nn.Identity`.
     """
     if isinstance(norm, nn.Identity):
         return x
+    if is_fused(norm, x) and x.ndim == 2:
+        fused: Tensor = torch.ops.cosmos3.rms_norm(x, norm.weight, norm.eps)
+        return fused
     if x.dtype == norm.weight.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
     normed = norm(x)
@@ -101,14 +110,34 @@ class Pathway:
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """`hidden` after the output projection of `attended` [n, heads, D] and the MLP, each with its residual."""
-        hidden = hidden + self.output(attended.flatten(-2))
-        normed = normalise(self.mlp_norm, hidden)
-        parts = 1
-        if takes_host_path(hidden):
-            intermediate = hidden.shape[0] * self.mlp.up_proj.out_features * hidden.element_size()
-            parts = max(min(intermediate // MLP_PART_BYTES, hidden.shape[0] // MLP_PART_ROWS), 1)
+        hidden, normed = self._add_and_norm(hidden, self.output(attended.flatten(-2)))
+        if not takes_host_path(hidden):
+            return hidden.add_(self._gated(normed) if self._has_gate else self.mlp(normed))
+        intermediate = hidden.shape[0] * self.mlp.up_proj.out_features * hidden.element_size()
+        parts = max(min(intermediate // MLP_PART_BYTES, hidden.shape[0] // MLP_PART_ROWS), 1)
         rows = list(even_rows(hidden.shape[0], parts))
         # Row by row the MLP is one function, so its parts can be added where they belong.
         for residual, part in zip(hidden.split(rows), normed.split(rows), strict=True):
             residual += self.mlp(part)
         return hidden
+
+    def _add_and_norm(self, hidden: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of both [n, hidden], and the norm of the sum that the MLP is given."""
+        norm: Any = self.mlp_norm
+        if is_fused(norm, hidden):
+            total, normed = torch.ops.cosmos3.add_rms_norm(hidden, branch, norm.weight, norm.eps)
+            return total, normed
+        hidden = hidden + branch
+        return hidden, normalise(norm, hidden)
+
+    @property
+    def _has_gate(self) -> bool:
+        return hasattr(self.mlp, "gate_proj")
+
+    def _gated(self, normed: Tensor) -> Tensor:
+        """The MLP of `normed` [n, hidden], whose product takes the memory of its gate."""
+        gate, up = self.mlp.gate_proj(normed), self.mlp.up_proj(normed)
+        torch.ops.cosmos3.silu_mul(gate, up)
+        del up
+        made: Tensor = self.mlp.down_proj(gate)
+        return made

@@ -6,6 +6,7 @@ DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509), with uneven tokens an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 # Rows that stay together. On a CPU a BLAS multiplies fewer rows by another kernel, which sums in another order,
 # and an activation over fewer elements falls out of the vector loop: with whole blocks, a token has the same
@@ -64,6 +65,17 @@ class HeadShare:
         """Whether the query heads fall into equal consecutive groups, one per key/value head."""
         per_key, rest = divmod(self.num_queries, self.num_keys)
         return rest == 0 and self.key_of_query == tuple(i // per_key for i in range(self.num_queries))
+
+    @property
+    def equal_groups(self) -> tuple[tuple[slice, slice], ...]:
+        """The query heads in runs of equal groups, each with its key/value heads: one run if `grouped`."""
+        sizes = [self.key_of_query.count(key) for key in range(self.num_keys)]
+        runs, query, key = [], 0, 0
+        for size, alike in groupby(sizes):
+            keys = len(list(alike))
+            runs.append((slice(query, query + size * keys), slice(key, key + keys)))
+            query, key = query + size * keys, key + keys
+        return tuple(runs)
 
 
 def head_shares(num_attention_heads: int, num_key_value_heads: int, ranks: int) -> tuple[HeadShare, ...]:

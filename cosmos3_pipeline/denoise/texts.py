@@ -10,11 +10,12 @@ import torch
 from diffusers import Cosmos3OmniTransformer
 from torch import Tensor
 
-from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend, rotary_of, rotate
+from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend, norm_and_rotate, rotary_of
 from cosmos3_pipeline.denoise.exchange import Exchange, OwnHeads
 from cosmos3_pipeline.denoise.layers import Layers
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import even_rows, start_of
+from cosmos3_pipeline.fused.transformer import rotated
 
 PASSES = ("cond", "uncond")
 Prompt = tuple[Tensor, Tensor]  # its tokens [n] and their positions [3, n]
@@ -81,13 +82,17 @@ class TextEncoder:
         else:
             heads = layer.project(text.hidden, head_dim)
             query, key, value = self._exchange.heads_for_rows(*heads, text.rows, self._heads.shares)
-        normed = normalise(layer.key_norm, key)
-        key = key_for_vision = rotate(normed, text.rotary)
-        if layer.key_norm_for_vision is not None:
-            key_for_vision = rotate(normalise(layer.key_norm_for_vision, normed), text.rotary)
+        if layer.key_norm_for_vision is None:
+            key = key_for_vision = norm_and_rotate(layer.key_norm, key, text.rotary)
+        else:
+            normed = normalise(layer.key_norm, key)
+            key, key_for_vision = (
+                rotated(normed, *text.rotary),
+                norm_and_rotate(layer.key_norm_for_vision, normed, text.rotary),
+            )
         if not last:
-            query = rotate(normalise(layer.query_norm, query), text.rotary)
-            attended = attend(query, key, value, self._heads.key_of_query, causal=True)
+            query = norm_and_rotate(layer.query_norm, query, text.rotary)
+            attended = attend(query, key, value, self._heads.own, causal=True)
             text.hidden = layer.finish(text.hidden, self._exchange.rows_for_heads(attended, text.rows))
         # A view would keep the whole received message alive.
         return TextKeyValue(key_for_vision, value.contiguous())

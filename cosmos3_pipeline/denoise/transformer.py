@@ -27,8 +27,8 @@ from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, start_of
 from cosmos3_pipeline.denoise.texts import EncodedText
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.errors import Refusal
-from cosmos3_pipeline.vae.host_path import takes_host_path
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,8 @@ class ParallelTransformer:
 
     def _run_vision(self, layer: Pathway, prepared: PreparedPass, text: TextKeyValue, hidden: Tensor) -> Tensor:
         heads = layer.project(hidden, self._model.config.head_dim)
-        query, key, value = self._exchange.heads_for_rows(*heads, prepared.rows, self._heads.shares)
-        attended = attend_with_text(
-            normalise(layer.query_norm, query),
-            normalise(layer.key_norm, key),
-            value,
-            prepared.rotary,
-            text,
-            self._heads.key_of_query,
-        )
+        own_heads = self._exchange.heads_for_rows(*heads, prepared.rows, self._heads.shares)
+        attended = attend_with_text(layer, own_heads, prepared.rotary, text, self._heads.own)
         return layer.finish(hidden, self._exchange.rows_for_heads(attended, prepared.rows))
 
     @torch.no_grad()

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from cosmos3_pipeline.denoise.attention_kernel import chosen
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.distributed.ledger import Ledger
+from cosmos3_pipeline.fused.backend import fused_by
 
 SCHEMA_VERSION = 1
 PACKAGES = ("cosmos3-pipeline", "torch", "diffusers", "transformers", "hydra-core", "av")
@@ -98,6 +100,11 @@ def combine(per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name in per_rank[0]
     }
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What computes attention in `dtype` on `device`, and the ops of one pass: numbers depend on it too."""
+    return {"attention": chosen(device, dtype), "norms": fused_by(device)}
 
 
 def versions() -> dict[str, str]:

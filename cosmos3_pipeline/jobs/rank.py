@@ -29,7 +29,7 @@ from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.errors import Fault
 from cosmos3_pipeline.jobs.log import also_to, is_kept
-from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, versions
+from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, kernels, versions
 from cosmos3_pipeline.jobs.origin import Origin
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_checkpoint
@@ -202,6 +202,7 @@ def make_clip(run: Run, directory: Path) -> None:
         stages, loading = (combine([rank[part] for rank in measured]) for part in (0, 1))
         report = metrics(run.config, run.plan, context, stages, seconds)
         report |= {"loading": loading, "against_replicated": against}
+        report["kernels"] = kernels(run.device, torch_dtype(run.config.model.dtype))
         report["origin"] = None if run.origin is None else asdict(run.origin)
         report["beyond_bytes"] = max(beyond for _, _, beyond in measured)
         write_whole(directory / "metrics.json", json.dumps(report, indent=2))

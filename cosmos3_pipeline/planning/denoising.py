@@ -158,7 +158,8 @@ class Denoising:
         """The most that denoising holds beyond weights and text on the rank at `place` of the costs.
 
         Counts what `ParallelTransformer.predict` has alive at once: in attention, or in the MLP, whose
-        intermediates a CPU computes in parts. Half precision takes the norm apart into fp32 passes.
+        intermediates a CPU computes in parts. There half precision takes the norm apart into fp32 passes; on an
+        accelerator a norm is one, and the product of a gated MLP takes the memory of its gate.
         """
         rank, latents = self.costs[place].ulysses_rank, self.latent_elements * FP32_BYTES
         vision = self._layer_bytes(self.vision_rows, rank, before=max(self.text_tokens), on_cpu=on_cpu)
@@ -193,12 +194,14 @@ class Denoising:
         attended = everyone * queries
         if len(rows) > 1:
             held += everyone * (queries + 2 * keys)  # the projections as exchanged
-        attention = held + everyone * (2 * queries + keys) + 2 * (before + everyone) * keys + attended
-        part = n
+        attention = held + everyone * queries + 2 * (before + everyone) * keys + attended
+        part, intermediates = n, 2
         if on_cpu:
             part = n // max(min(n * size.intermediate_size * self.element_bytes // MLP_PART_BYTES, n // 128), 1)
-        mlp = held + attended + 2 * n * size.hidden_size + part * (3 if size.gated else 2) * size.intermediate_size
+            intermediates = 3 if size.gated else 2
+        mlp = held + attended + 2 * n * size.hidden_size + part * intermediates * size.intermediate_size
         if len(rows) > 1:
             mlp += n * size.num_attention_heads * size.head_dim
-        norm = 0 if self.element_bytes == FP32_BYTES else 2 * n * size.hidden_size * FP32_BYTES
+        fused = not on_cpu or self.element_bytes == FP32_BYTES
+        norm = 0 if fused else 2 * n * size.hidden_size * FP32_BYTES
         return max(max(attention, mlp) * self.element_bytes, (held + attended) * self.element_bytes + norm)

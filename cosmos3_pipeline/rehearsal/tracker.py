@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from heapq import nlargest
@@ -63,7 +63,7 @@ class _Facts:
     is_mutable: bool
     launches: bool
     written: tuple[tuple[int, str], ...]  # arguments that it changes, by place and name
-    only_written: bool  # those arguments are not read
+    not_read: tuple[tuple[int, str], ...]  # those of them that it does not read
 
 
 class Tracker(TorchDispatchMode):
@@ -167,6 +167,7 @@ class Tracker(TorchDispatchMode):
             ]
             written = tuple((i, a.name) for i, a in enumerate(schema.arguments) if changed[i])
             is_aten = name != schema.name
+            overwrites = is_aten and (name in _OVERWRITES or any(a.is_out for a in schema.arguments))
             self._facts[func] = _Facts(
                 name=name,
                 kind=kind_of(func),
@@ -174,7 +175,8 @@ class Tracker(TorchDispatchMode):
                 is_mutable=schema.is_mutable,
                 launches=not func.is_view and name not in _EMPTY,
                 written=written,
-                only_written=not is_aten or name in _OVERWRITES or any(a.is_out for a in schema.arguments),
+                # Of another library's op only what it calls `out` is surely not read.
+                not_read=tuple(one for one in written if overwrites or (not is_aten and one[1] == "out")),
             )
         return self._facts[func]
 
@@ -224,7 +226,7 @@ class Tracker(TorchDispatchMode):
                 self.hold(dense)
                 self.launch("clone", args[0], dense)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        changed = _changed(facts, args, kwargs)
+        changed = _given(facts.written, args, kwargs)
         given = {_storage(t) for t in inputs}
         new = [t for t in made if t.is_meta and _storage(t) not in given]
         for tensor in new:
@@ -233,7 +235,8 @@ class Tracker(TorchDispatchMode):
             self.copied_bytes += sum(t.nbytes for t in inputs if not t.is_meta)
         elif facts.launches and (new or changed):  # without them it is a view of what it was given
             ids = {id(t) for t in changed}
-            read = [t for t in inputs if not (facts.only_written and id(t) in ids)]
+            not_read = {id(t) for t in _given(facts.not_read, args, kwargs)}
+            read = [t for t in inputs if id(t) not in not_read]
             written = [*changed, *(t for t in made if id(t) not in ids)]
             flops = flops_of(func, args, kwargs, out)
             self.launch(facts.name, *read, *written, kind=facts.kind, flops=flops)
@@ -338,9 +341,9 @@ def _know(tensor: Tensor, values: Tensor | None) -> None:
     tensor._rehearsed_values = values  # type: ignore[attr-defined]
 
 
-def _changed(facts: _Facts, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that the op is given and changes."""
-    given = (args[place] if place < len(args) else kwargs.get(name) for place, name in facts.written)
+def _given(arguments: Iterable[tuple[int, str]], args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an op is given as `arguments`, which are places and names."""
+    given = (args[place] if place < len(args) else kwargs.get(name) for place, name in arguments)
     return [leaf for leaf in tree_leaves(list(given)) if isinstance(leaf, Tensor)]
 
 

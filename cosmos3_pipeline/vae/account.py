@@ -215,7 +215,9 @@ class _Walk:
         self._portions: dict[Tile, int] = {}  # elements of a chunk of which portions are left
         self._kept: dict[Tile, dict[int, int]] = defaultdict(dict)
         self._arriving: dict[int, int] = {}  # bytes
-        self._leaving: deque[tuple[int, int]] = deque()  # due, bytes
+        self._leaving: deque[list[int]] = deque()  # due, bytes
+        # By chunk, value and op the bytes of a shortcut's last portion that was sent, and with which message.
+        self._portions_sent: dict[tuple[int, int, int], tuple[list[int], int]] = {}
         self._results: deque[int] = deque()
         self._kept_now = 0  # elements
         self._sent: dict[Any, tuple[int, int]] = {}
@@ -361,8 +363,25 @@ class _Walk:
         self._tally.sent_messages += len(sizes)
         if send.forgets:
             self._forget_frames(send.tile, send.messages[0].op)
-        self._leaving.append((max(message.due for message in send.messages), sum(sizes)))
+        self._leaving.append([max(message.due for message in send.messages), sum(sizes)])
+        if not send.copies and send.tile in self._flows:
+            for message in send.messages:
+                self._hold_chunk_of(message, send.tile)
         self._peak(self._beside())
+
+    def _hold_chunk_of(self, message: Message, tile: Tile) -> None:
+        """Count the whole chunk while a portion of a shortcut is leaving that lies in its memory."""
+        scale = self._low.value_scale(message.value, message.op) if message.value > 0 else 0
+        if not scale or message.rect != tile.at(scale):  # a part of a tile is copied
+            return
+        key, nbytes = (message.chunk, message.value, message.op), self._low.message_bytes(message)
+        shortcut = self._flows[tile].shortcuts[self._program.shortcuts(message.op).index(message.value - 1)]
+        more = max(0, shortcut[0] * self._element - nbytes)
+        if more and key in self._portions_sent:
+            before, counted = self._portions_sent[key]
+            before[1] -= counted
+        self._leaving[-1][1] += more
+        self._portions_sent[key] = self._leaving[-1], nbytes
 
     def _emit(self, emit: Emit) -> None:
         b, t, _, _, c = self._low.value_shape(RESULT, len(self._program), emit.chunk, emit.part)

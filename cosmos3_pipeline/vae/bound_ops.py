@@ -13,11 +13,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.vae import kernels, ops
 from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
 from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
 from cosmos3_pipeline.vae.frames import Arrival, Frames, HaloExchange, with_room
-from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 # On CPU, a norm of so many blocks or fewer is one call: it then takes a millisecond or so, and computing the edges
@@ -32,6 +32,7 @@ class Flow:
     cache: by an op's name the frames that it keeps for the next chunk. first: whether this is the clip's first
     chunk. exchange: None where the tile is the whole picture. whole: the input of an attention that has been put
     together already. forgets: the ops whose frames are not needed again. following: the op after this one.
+    follows_at_once: whether nothing happens between this op and the one after it.
     """
 
     at: Frames
@@ -42,6 +43,7 @@ class Flow:
     whole: Tensor | None = None
     forgets: frozenset[int] = frozenset()
     following: BoundOp[ops.Op] | None = None
+    follows_at_once: bool = False
 
 
 _Part = tuple[slice, slice]
@@ -144,6 +146,16 @@ def _closed(flow: Flow) -> Tensor:
     return kept.clone() if any(_same_memory(kept, outer) for outer in flow.shortcuts) else kept
 
 
+def _is_added_later(flow: Flow) -> bool:
+    """Whether the next op adds what this one makes to a shortcut, in the pass in which it reads the sum."""
+    following = flow.following
+    if takes_host_path(flow.at.buffer) or not flow.follows_at_once or following is None:
+        return False
+    return isinstance(following.op, ops.NormSilu) or (
+        isinstance(following.op, ops.ShortcutBegin) and not following.op.weights
+    )
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     # Not by the address of the values: a tensor of shapes only has none.
     return int(a.untyped_storage()._cdata) == int(b.untyped_storage()._cdata)
@@ -185,7 +197,7 @@ class Conv(BoundOp[ops.Conv]):
         frames = _take(flow, self)
         cut, own = frames.room.margins, self.op.margins
         apart = not flow.first and count > frames.room.front
-        if frames.room.front:
+        if frames.room.front and not frames.recalled:
             _recall(flow, name, frames)
         _begin(flow, frames, self)
         before = None
@@ -194,19 +206,21 @@ class Conv(BoundOp[ops.Conv]):
             if before is None:  # a rank that begins to warm up in the middle of a clip
                 b, _, h, w, c = frames.buffer.shape
                 before = frames.buffer.new_zeros(b, count, h, w, c)
+        shortcut = _closed(flow) if self.op.adds_shortcut else None
+        owed_to = shortcut if _is_added_later(flow) else None
         out = self._conv(
             frames.buffer,
             before=before,
             padding=(own.top - cut.top, own.left - cut.left),
             taps=1 if flow.first else 0,
-            onto=_closed(flow) if self.op.adds_shortcut else None,
+            onto=None if owed_to is not None else shortcut,
             arrival=frames.arrival,
         )
         if apart and self.number not in flow.forgets and _may_stay(flow, frames.buffer, count):
             flow.cache[name] = frames.buffer
-        elif count:
+        elif count and not frames.recalled:
             _remember(flow, self, frames.buffer)
-        flow.at = Frames(out)
+        flow.at = Frames(out) if owed_to is None else Frames(owed_to, owed=out)
 
 
 class NormSilu(BoundOp[ops.NormSilu]):
@@ -216,23 +230,55 @@ class NormSilu(BoundOp[ops.NormSilu]):
         self._gamma = kernels.norm_weight(gamma)
 
     def run(self, flow: Flow) -> None:
-        x, following = flow.at.inner, flow.following
+        x, following, owed = flow.at.inner, flow.following, flow.at.owed
         if following is None:
             frames = with_room(x, tuple(x.shape), NO_ROOM)
         else:
             room = following.room(x.shape, x, first=flow.first, exchange=flow.exchange)
             frames = _with_room(flow, following, room)
+        if self._recalls(flow, frames.room):
+            self._after_kept(flow, frames)
+            return
         out, margins = frames.inner, frames.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
         if takes_host_path(x) and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
-        for rows, cols in edges:
-            kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
+        for part in edges:
+            self._norm(x, owed, out, part)
         # What other tiles wait for is ready: it travels while the rest is computed.
         if following is not None:
             _begin(flow, frames, following)
-        for rows, cols in rest:
-            kernels.norm_silu(x[:, :, rows, cols], self._gamma, out[:, :, rows, cols])
+        for part in rest:
+            self._norm(x, owed, out, part)
+        flow.at = frames
+
+    def _norm(self, x: Tensor, owed: Tensor | None, out: Tensor, part: _Part) -> None:
+        at = (slice(None), slice(None), *part)
+        kernels.norm_silu(x[at], self._gamma, out[at], added=None if owed is None else owed[at])
+
+    def _recalls(self, flow: Flow, room: Room) -> bool:
+        """Whether it also puts the frames that the next op has kept in front, in the same pass over memory.
+
+        Not on a slab: there the kept frames have margins, which come from other slabs later.
+        """
+        return (
+            bool(room.front) and not room.margins and flow.follows_at_once and not takes_host_path(flow.at.buffer)
+        )
+
+    def _after_kept(self, flow: Flow, frames: Frames) -> None:
+        assert flow.following is not None
+        x, name = flow.at.inner, flow.following.op.name
+        if name not in flow.cache:  # a rank that begins to warm up in the middle of a clip
+            b, _, h, w, c = x.shape
+            flow.cache[name] = x.new_zeros(b, frames.room.front, h, w, c)
+        kept, owed = flow.cache[name], flow.at.owed
+        if owed is None:
+            torch.ops.cosmos3.norm_silu_after(x, self._gamma, kept, out=frames.buffer)
+        else:
+            torch.ops.cosmos3.add_norm_silu_after(x, owed, self._gamma, kept, out=frames.buffer)
+        if flow.following.number in flow.forgets:
+            del flow.cache[name]
+        frames.recalled = True
         flow.at = frames
 
 
@@ -246,10 +292,10 @@ class Attention(BoundOp[ops.Attention]):
 
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
-        normed = whole = kernels.rms_norm(x, self._gamma).to(x.dtype)
+        normed = whole = torch.ops.cosmos3.vae_norm(x, self._gamma)
         # Keys and values are those of whole frames.
         if flow.whole is not None:
-            whole, flow.whole = kernels.rms_norm(flow.whole, self._gamma).to(x.dtype), None
+            whole, flow.whole = torch.ops.cosmos3.vae_norm(flow.whole, self._gamma), None
         elif flow.exchange is not None:
             whole = flow.exchange.gather(self.number, normed)
         mixed = kernels.attention(normed, whole, self._qkv, self._proj)
@@ -375,13 +421,18 @@ class ShortcutBegin(BoundOp[ops.ShortcutBegin]):
         self._conv = Convolution(*self._tensors(weights)) if op.weights else None
 
     def run(self, flow: Flow) -> None:
+        if flow.at.owed is not None and not _is_added_later(flow):
+            flow.at = Frames(flow.at.buffer.add_(flow.at.owed))
         x = _take(flow, self).buffer
         flow.shortcuts.append(x if self._conv is None else self._conv(x))
 
 
 class AverageDown(BoundOp[ops.AverageDown]):
     def run(self, flow: Flow) -> None:
-        kept = flow.shortcuts.pop()
+        kept, out = flow.shortcuts.pop(), flow.at.inner
+        if not self.op.averages:
+            out.add_(kept)
+            return
         ft, fs = self.op.factor_t, self.op.factor_s
         missing = -kept.shape[1] % ft
         if missing:
@@ -389,7 +440,6 @@ class AverageDown(BoundOp[ops.AverageDown]):
             kept = torch.cat((kept.new_zeros(b, missing, h, w, c), kept), dim=1)
         b, t, h, w, c = kept.shape
         cells = kept.view(b, t // ft, ft, h // fs, fs, w // fs, fs, c).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        out = flow.at.inner
         out.add_(cells.reshape(*out.shape, -1).mean(dim=-1))
 
 

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.vae.blocking import makes_frame_pairs, pair_band
 from cosmos3_pipeline.vae.frames import Arrival
 from cosmos3_pipeline.vae.host_memory import long_lived
-from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.ops import Margins
 
@@ -58,6 +58,10 @@ class Convolution:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self._shape = tuple(weight.shape)
+        if not takes_host_path(weight):
+            # As cuDNN wants it, which would otherwise reorder it at every call. The last tap alone is dense only
+            # after a copy; the one call of a clip that wants it makes it.
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
         self._given: Tensor | None = weight
         self._middle: Tensor | None = None  # of three taps, beside the other two of a pair of frames
         self._bias = bias

@@ -1,13 +1,17 @@
 """What the ops of a program cost beside each other, without a weight read: in FLOPs, for the ranks of a line.
 
-Fitted to what ops took on one core of an EPYC 9004, in float32, at decoder widths from 16 to 256 with 8 to 1080
-latent pixels (22 shapes): the share of a later chunk before a cut in the middle is within 1.2 percentage points of
-that, 1.6 in one shape, and what the first chunk takes of a later one, 0.17 to 0.22, within 0.02.
+Those of a CPU are fitted to what ops took on one core of an EPYC 9004, in float32, at decoder widths from 16 to
+256 with 8 to 1080 latent pixels (22 shapes): the share of a later chunk before a cut in the middle is within 1.2
+percentage points of that, 1.6 in one shape, and what the first chunk takes of a later one, 0.17 to 0.22, within
+0.02.
+
+Those of an accelerator, whose norms are one pass over memory, are a roofline by its kernels' FLOPs and bytes.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -33,6 +37,12 @@ _PART_OF_A_BLOCK = 1.04
 # Where a convolution makes two frames at a time: the part of its products that is left, how many weights it reads
 # for one, its ways through input and output, most of them for sums and differences of frames, and its calls.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
+# FLOPs in the time in which an accelerator reads or writes one byte: of an H200 as `conf/topology` has it, 331
+# TFLOP/s of its convolutions beside 4.8 TB/s. A line of four of them that is divided by 140 ends 1.5% later.
+_FLOPS_PER_BYTE = 70.0
+# How often an accelerator reads or writes a frame that an op keeps: from its place to the front of the next chunk,
+# and the next one into its place.
+RECALLED_PASSES = 3
 
 
 class ChunkCosts(NamedTuple):
@@ -43,12 +53,19 @@ class ChunkCosts(NamedTuple):
 
 
 @cache
-def op_costs(program: Program, pixels: int = LARGE_PIXELS, element_bytes: int = 4) -> ChunkCosts:
+def op_costs(
+    program: Program, pixels: int = LARGE_PIXELS, element_bytes: int = 4, *, on_host: bool = True
+) -> ChunkCosts:
     """Cost of each op on chunks of `pixels` latent pixels, in FLOPs; of more than LARGE_PIXELS, of so many.
 
-    In float32, of 4 `element_bytes`, the convolutions are those of a CPU, which makes two frames at a time.
+    on_host: of a CPU, which in float32, of 4 `element_bytes`, makes two frames at a time; else of an accelerator.
     """
-    latent = chunks_of(min(pixels, LARGE_PIXELS), element_bytes)
+    latent = replace(chunks_of(min(pixels, LARGE_PIXELS), element_bytes), on_host=on_host)
+    if not on_host:
+        roofline, every = RooflineCosts(program, latent, 1.0, 1 / _FLOPS_PER_BYTE), range(len(program))
+        return ChunkCosts(
+            *(tuple(roofline.seconds(op, 1, first=first) for op in every) for first in (True, False))
+        )
 
     def cost(number: int, op: Op, *, first: bool) -> float:
         portions = program.portions_at(number + 1, first=first)
@@ -89,6 +106,7 @@ def _elements_touched(op: Op, latent: LatentShape, passes: float, *, first: bool
 class RooflineCosts:
     """The longer of an op's arithmetic and its memory traffic (input and output once), in seconds.
 
+    On an accelerator also what its other kernels read and write: copies, norms and sums come after a convolution.
     `fixed_share` of an op's seconds on the whole picture stays whatever the tile; the rest shrinks with its rows.
     """
 
@@ -105,14 +123,27 @@ class RooflineCosts:
         self._fixed_share = fixed_share
         self._whole = {}
         for first in (True, False):
-            traffic = [
-                op.source.elements(shape, first=first) + op.target.elements(shape, first=first)
-                for op in program.ops
-            ]
             self._whole[first] = [
-                max(op.flops(shape, first=first) / flops_per_s, n * shape.element_bytes / bytes_per_s)
-                for op, n in zip(program.ops, traffic, strict=True)
+                self._seconds(program, number, shape, first=first, rates=(flops_per_s, bytes_per_s))
+                for number in range(len(program))
             ]
+
+    @staticmethod
+    def _seconds(
+        program: Program, number: int, shape: LatentShape, *, first: bool, rates: tuple[float, float]
+    ) -> float:
+        """Of one op on the whole picture, at so many FLOPs and bytes a second."""
+        op, elements_per_s = program.ops[number], rates[1] / shape.element_bytes
+        computing = op.flops(shape, first=first) / rates[0]
+        touched = op.source.elements(shape, first=first) + op.target.elements(shape, first=first)
+        if shape.on_host:
+            return max(computing, touched / elements_per_s)
+        moved = op.moved_elements(shape, first=first)
+        if op.keeps(first=first) and not first:
+            frame = op.source.elements(shape, first=True)
+            moved += RECALLED_PASSES * op.cached_frames * frame * program.portions_at(number + 1, first=False)
+        convolving = max(computing, touched / elements_per_s) if computing else 0.0
+        return convolving + moved / elements_per_s
 
     def seconds(self, op: int, rows: float, *, first: bool) -> float:
         """As `clock.OpCosts.seconds`."""

@@ -170,7 +170,7 @@ class Execution:
         following = [*bound[1:], self._ops.get(run.stop) if run.goes_on else None]
         with torch.no_grad(), keeping_large_buffers():
             for op, after in zip(bound, following, strict=True):
-                flow.following = after
+                flow.following, flow.follows_at_once = after, op is not bound[-1]
                 op.run(flow)
 
     def _flow(self, tile: Tile, at: Frames, shortcuts: list[Tensor], *, first: bool) -> Flow:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cosmos3_pipeline.vae.host_path import takes_host_path
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
@@ -55,12 +55,15 @@ class Frames:
     """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`.
 
     `arrival`, when it is set, is of neighbours' rows into the margins; that was begun early, so that they travel
-    while the rest of the activation is computed.
+    while the rest of the activation is computed. recalled: the kept frames are in front already, and the frames to
+    be kept for the next chunk are where they belong. owed: what the next norm adds to `buffer` before it reads it.
     """
 
     buffer: Tensor
     room: Room = NO_ROOM
     arrival: Arrival | None = None
+    recalled: bool = False
+    owed: Tensor | None = None
 
     @property
     def inner(self) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.errors import Problem, Refusal
-from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.pixels import picture_chunks
 from cosmos3_pipeline.vae.program import Program

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosmos3_pipeline.distributed.host_path import takes_host_path
+from cosmos3_pipeline.fused.vae import plain_rms_norm, widened
 from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
-from cosmos3_pipeline.vae.host_path import takes_host_path
 
 
 def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -26,43 +27,33 @@ def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def norm_weight(gamma: Tensor) -> Tensor:
-    """A norm's weight, with C elements, as `rms_norm` takes it: [C], wide, times sqrt(C)."""
-    weight: Tensor = _wide(gamma).flatten() * gamma.numel() ** 0.5
+    """A norm's weight, with C elements, as norms take it: [C], wide, times sqrt(C)."""
+    weight: Tensor = widened(gamma).flatten() * gamma.numel() ** 0.5
     return weight
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is so already."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """RMS norm over the last dimension: x / ||x|| * gamma, in float32 unless x is float64.
-
-    Source: `WanRMS_norm`. `gamma` is [C], wide, with sqrt(C) in it (`norm_weight`). Returns float32 or float64.
-    """
-    wide = _wide(x)
-    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
-    # A widened copy is nobody else's, so its product needs no memory of its own.
-    normed = torch.mul(wide, scale) if wide is x else wide.mul_(scale)
-    return normed.mul_(gamma)
-
-
-def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, *, added: Tensor | None = None) -> None:
     """SiLU of the RMS norm of x [B, T, H, W, C], written into `out` (same shape, any strides), rounded once.
 
-    Works through the picture in blocks of rows or frames that fit a core's cache, because each of its passes would
-    otherwise go through memory. The result of a pixel does not depend on the blocks.
+    `gamma` is a `norm_weight`. On an accelerator `added` may be added to x first. A CPU works through the picture
+    in blocks of rows or frames that fit a core's cache, because each of its passes would otherwise go through
+    memory. The result of a pixel does not depend on the blocks.
     """
+    if not takes_host_path(x):
+        if added is None:
+            torch.ops.cosmos3.norm_silu(x, gamma, out=out)
+        else:
+            torch.ops.cosmos3.add_norm_silu(x, added, gamma, out=out)
+        return
+    assert added is None, "a CPU has added it already"
     _, t, h, w, c = x.shape
-    # Where there is no such cache, a frame: more at once would only take memory.
-    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c)) if takes_host_path(x) else h
+    rows = max(1, NORM_BLOCK_ELEMENTS // (w * c))
     frames = max(1, rows // h)
     for clip, target in zip(x.unbind(0), out.unbind(0), strict=True):
         for start in range(0, t, frames):
             for top in range(0, h, rows):
                 part = (slice(start, start + frames), slice(top, top + rows))
-                normed, block = rms_norm(clip[part], gamma), target[part]
+                normed, block = plain_rms_norm(clip[part], gamma), target[part]
                 if block.dtype == normed.dtype:
                     torch.ops.aten.silu.out(normed, out=block)
                 else:

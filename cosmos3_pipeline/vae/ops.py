@@ -250,6 +250,13 @@ class Op:
         """What it allocates beside its input and output."""
         return 0
 
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """Elements that an accelerator reads and writes for it beside its convolutions and matrix products.
+
+        Kept frames apart, see `costs.RECALLED_PASSES`.
+        """
+        return self.source.elements(latent, first=first) + self.target.elements(latent, first=first)
+
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         """Multiplications and additions of its convolutions and matrix products as the executor does them.
 
@@ -298,7 +305,12 @@ class Conv(Op):
         return pairs and b == 1 and work.element_bytes == 4 and work.whole.on_host and not work.first
 
     def scratch_bytes(self, work: Work) -> int:
-        """What is convolved, and what both frames have in common, where it makes two at a time."""
+        """What is convolved, and what both frames have in common, where it makes two at a time.
+
+        On an accelerator what is added to a shortcut.
+        """
+        if not work.whole.on_host:
+            return work.elements(self.target) * work.element_bytes if self.adds_shortcut else 0
         if not self.makes_pairs(work):
             return 0
         _, _, h, w, c = work.shape(self.target)
@@ -306,6 +318,10 @@ class Conv(Op):
         above = m.top + m.bottom if band == h else self.kernel[1] - 1
         given = (band + above) * (m.left + w + m.right) * self.source.channels
         return (given + 2 * band * w * c) * work.element_bytes
+
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """For the shortcut: what it kept is read, and the sum is written, while the next norm is computed."""
+        return 2 * self.target.elements(latent, first=first) if self.adds_shortcut else 0
 
     @property
     def margins(self) -> Margins:
@@ -333,10 +349,10 @@ class NormSilu(Op):
     memory_passes: ClassVar[float] = 2.0
 
     def scratch_bytes(self, work: Work) -> int:
-        """Float32 bytes of one block of rows or frames; on an accelerator of a frame and its pixels' lengths."""
+        """Float32 bytes of one block of rows or frames on a CPU; an accelerator's kernel needs none."""
         _, t, h, w, c = work.shape(self.source)
         if not work.whole.on_host:
-            return h * w * (c + 1) * 4
+            return 0
         rows = max(1, NORM_BLOCK_ELEMENTS // (w * c))
         rows = rows if rows < h else min(t, rows // h) * h
         return rows * w * c * 4
@@ -347,6 +363,10 @@ class Attention(Op):
     """Single-head self-attention over the pixels of each frame, with its norm, projections and residual."""
 
     reads_whole: ClassVar[bool] = True
+
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """For the norm, and for the sum with its input."""
+        return 5 * self.target.elements(latent, first=first)
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         b, t, h, w, c = self.source.shape(latent, first=first)
@@ -386,6 +406,10 @@ class TimeUp(Op):
     def keeps(self, *, first: bool) -> bool:
         return not first
 
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """For the buffer that has room for kept frames, and while pairs of frames are interleaved."""
+        return 0 if first else 2 * super().moved_elements(latent, first=False)
+
     def scratch_bytes(self, work: Work) -> int:
         """The pairs of frames before they are interleaved."""
         return work.elements(self.target) * work.element_bytes
@@ -404,6 +428,10 @@ class TimeDown(Op):
     """
 
     takes_room: ClassVar[bool] = True
+
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """For the buffer that has room for the kept frame."""
+        return 0 if first else 2 * self.source.elements(latent, first=False)
 
     @property
     def cached_frames(self) -> int:
@@ -456,6 +484,10 @@ class SpatialUp(Op):
     def shortcut_elements(self, latent: LatentShape, *, first: bool) -> int:
         return self.duplicates.kept.elements(latent, first=first) if self.duplicates else 0
 
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """While the outputs of four convolutions are interleaved, each with its copy of a kept value."""
+        return (3 if self.duplicates else 2) * self.target.elements(latent, first=first)
+
     @property
     def closes(self) -> bool:
         return self.duplicates is not None
@@ -495,6 +527,10 @@ class SpatialDown(Op):
         """Always the margins: a convolution cannot pad one side only, so the zeros are in the buffer."""
         return Room(0, self.margins)
 
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """For the buffer with the zeros."""
+        return 2 * self.source.elements(latent, first=first)
+
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         return 2 * 9 * self.source.channels * self.target.channels * self._pixels(latent, first=first)
 
@@ -515,6 +551,10 @@ class ShortcutBegin(Op):
     @property
     def opens(self) -> TensorSpec:
         return self.kept
+
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """None: it hands on its input."""
+        return 0
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         if not self.weights:
@@ -540,8 +580,20 @@ class AverageDown(Op):
     def closes(self) -> bool:
         return True
 
+    @property
+    def averages(self) -> bool:
+        """Whether an output has more than one value to average, or takes it from another place."""
+        return self.factor_t * self.factor_s > 1 or self.kept.channels != self.target.channels
+
+    def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
+        """For the sum, and for the kept values in groups and their means."""
+        kept, target = self.kept.elements(latent, first=first), self.target.elements(latent, first=first)
+        return 3 * (kept + target) + target if self.averages else 3 * target
+
     def scratch_bytes(self, work: Work) -> int:
         """The kept values padded in time, then their copy in groups; the unpadded ones are gone by then."""
+        if not self.averages:
+            return 0
         kept = work.elements(self.kept)
         frames = work.shape(self.kept)[1]
         padded = kept // frames * (frames + -frames % self.factor_t)

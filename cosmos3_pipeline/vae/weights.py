@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.vae.bound_ops import BoundOp, bind
 from cosmos3_pipeline.vae.host_memory import keep_freed_memory
-from cosmos3_pipeline.vae.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import Op
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 
@@ -120,4 +120,10 @@ class BoundVae:
         numbers = list(numbers)
         names = [weight.name for number in numbers for weight in ops[number].weights]
         weights = self._source.load(names, dtype=self.dtype, device=self.device)
-        return {number: bind(number, ops[number], weights) for number in numbers}
+        bound = {}
+        for number in numbers:
+            # One after the other, because an accelerator lays them out anew: so they are there twice one by one.
+            own = {weight.name: weights.pop(weight.name) for weight in ops[number].weights}
+            bound[number] = bind(number, ops[number], own)
+            del own
+        return bound

@@ -11,14 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vae_models import WAN22, vae_config
 
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.planning.geometry import clip_of
+from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.vae.account import account
 from cosmos3_pipeline.vae.assignment import EVERY, Assignment, Block, Rect
 from cosmos3_pipeline.vae.clock import FlopCosts, Link, flops_until_end, timeline
 from cosmos3_pipeline.vae.costs import RooflineCosts
 from cosmos3_pipeline.vae.lowering import Lowered, lower, lower_repeated
 from cosmos3_pipeline.vae.ops import LatentShape, NormSilu
-from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
-from cosmos3_pipeline.vae.strategy import Strategy
+from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program, program_for
+from cosmos3_pipeline.vae.search import search
+from cosmos3_pipeline.vae.strategy import Exactness, Strategy
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.replicated import Replicated
@@ -209,3 +215,28 @@ def test_chunks_that_repeat_are_counted(name: str, rows: int, cols: int, program
     assert clip.total(lambda lowered: timeline(lowered, FlopCosts(lowered)).seconds) == pytest.approx(
         timeline(whole, FlopCosts(whole)).seconds, rel=1e-6
     )
+
+
+def test_four_accelerators_share_the_decoder_of_a_full_clip_bit_for_bit() -> None:
+    """Wan 2.2 at 1280x720, 189 frames, with the rates that conf/topology has for an H200."""
+    config = compose(["model=nano", "topology=h200_x4"]).typed()
+    clip, accelerator = clip_of(config), accelerator_of(config)
+    program = program_for("decode", plain(config.model.vae))
+    size = (clip.latent_frames, clip.latent_rows, clip.latent_cols)
+    shape = LatentShape(1, *size, element_bytes=2, on_host=False)
+    rate = accelerator.flops_per_s[config.model.vae_dtype] * accelerator.efficiency["vae"]
+    costs = RooflineCosts(program, shape, rate, accelerator.memory_bytes_per_s)
+    alone, best = (
+        search(
+            discover().strategies.values(),
+            program,
+            shape,
+            ranks,
+            costs=costs,
+            links=lambda source, target: Link(accelerator.latency_s, accelerator.link_bytes_per_s),
+            required=Exactness.BITWISE,
+        )[0]
+        for ranks in (1, 4)
+    )
+    assert best.exactness == Exactness.BITWISE
+    assert alone.seconds / best.seconds >= 3.85

@@ -33,6 +33,13 @@ def test_every_rank_gets_the_keys_of_its_queries(data: st.DataObject) -> None:
         assert [share.keys.start + k for k in share.key_of_query] == wanted
         assert share.num_keys == len(set(wanted))  # not one more than needed
         assert share.sent_heads == share.num_queries + 2 * share.num_keys
+        assert share.grouped == (len(share.equal_groups) == 1)
+        found: list[int] = []
+        for queries, keys in share.equal_groups:
+            each, rest = divmod(queries.stop - queries.start, keys.stop - keys.start)
+            assert rest == 0 and queries.start == len(found)
+            found += [key for key in range(keys.start, keys.stop) for _ in range(each)]
+        assert tuple(found) == share.key_of_query
 
 
 @pytest.mark.parametrize(

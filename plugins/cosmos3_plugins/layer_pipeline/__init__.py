@@ -63,7 +63,7 @@ class LayerPipeline(Strategy):
         fixed = fixed_cuts(program, costs, ranks)
         paths = [(cut,) * chunks for cut in fixed]
         if self.moving_cuts and ranks > 1:
-            paths = moving_cuts(program, costs, fixed, chunks) or paths
+            paths = moving_cuts(program, costs, fixed, chunks, on_host=shape.on_host) or paths
         edges = [(0,) * chunks, *paths, (len(program),) * chunks]
         blocks = []
         for stage, (starts, stops) in enumerate(pairwise(edges)):
@@ -86,7 +86,7 @@ def _costs(program: Program, shape: LatentShape, measured: str = "") -> ChunkCos
     pixels = shape.batch * shape.rows * shape.cols
     if measured:
         return op_seconds(measured).costs(program, pixels, shape.element_bytes)
-    return op_costs(program, pixels, shape.element_bytes)
+    return op_costs(program, pixels, shape.element_bytes, on_host=shape.on_host)
 
 
 def _alike(runs: list[tuple[int, int]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:

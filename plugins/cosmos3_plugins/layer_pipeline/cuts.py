@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -18,6 +18,8 @@ from cosmos3_pipeline.plugin_api import ChunkCosts, LatentShape, LineTimes, Prog
 
 Cuts = tuple[int, ...]  # the ops before which a line is cut, first to last
 Path = tuple[int, ...]  # of one cut, the op before which it lies on each chunk
+Ramp = tuple[int, int]  # by how many places a cut begins early and ends late
+_Cut = tuple[int, Ramp]  # parts of places before a cut's mean, and its ramp
 
 _NONE: tuple[float, Cuts] = (math.inf, ())
 # Chunks of the clip that fixed cuts are chosen for: 125 frames of video.
@@ -28,6 +30,10 @@ _SLACK = 1.002
 _RAMPS = ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (4, 4))
 # By which part of itself a clip has to end sooner for each part of the weights that is held twice, and at least.
 _FOR_WEIGHTS, _FOR_MOVING = 0.1, 0.003
+# The same on accelerators, whose memory holds a transformer before: the VAE's weights are a twentieth of it.
+_FOR_ACCELERATORS_WEIGHTS = 0.01
+# By how many places one cut's beginning and end are varied by themselves.
+_RAMP_STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 # The way from one place to the next has so many parts; by how many parts the mean of a cut is varied.
 _PARTS = 8
 _STEPS = (-8, -4, -2, -1, 1, 2, 4, 8)
@@ -75,17 +81,24 @@ def _end(program: Program, costs: ChunkCosts, start: int, stop: int) -> float:
 
 
 @cache
-def moving_cuts(program: Program, costs: ChunkCosts, fixed: Cuts, chunks: int) -> list[Path] | None:
-    """The path of each cut over a clip of `chunks`; None where moving is not worth it."""
+def moving_cuts(
+    program: Program, costs: ChunkCosts, fixed: Cuts, chunks: int, *, on_host: bool = True
+) -> list[Path] | None:
+    """The path of each cut over a clip of `chunks`; None where moving is not worth it.
+
+    On accelerators each cut may begin early and end late by numbers of its own, and weights held twice weigh less.
+    """
     if len(fixed) >= _MOST_RANKS:
         return None
     line = _Line(program, costs, chunks)
     end, best = line.end([(cut,) * chunks for cut in fixed]) * (1 - _FOR_MOVING), None
     for ramp in _RAMPS:
-        paths = line.improved(line.even(len(fixed)), ramp) or line.improved(line.near(fixed), ramp)
+        starts = (line.even(len(fixed)), line.near(fixed))
+        paths = next(filter(None, (line.improved(parts, ramp, apart=not on_host) for parts in starts)), None)
         if paths is None:
             continue
-        weighed = line.end(paths) * (1 + _FOR_WEIGHTS * line.held_twice(paths))
+        weight = _FOR_WEIGHTS if on_host else _FOR_ACCELERATORS_WEIGHTS
+        weighed = line.end(paths) * (1 + weight * line.held_twice(paths))
         if weighed < end:
             end, best = weighed, paths
     return best
@@ -94,6 +107,11 @@ def moving_cuts(program: Program, costs: ChunkCosts, fixed: Cuts, chunks: int) -
 def speed_up(program: Program, costs: ChunkCosts, paths: Sequence[Path], chunks: int) -> float:
     """How many times as fast as one rank a line with cuts on `paths` is, if messages take no time."""
     return LineTimes(program, costs).of_clip(chunks) / _Line(program, costs, chunks).end(paths)
+
+
+def _moved(cut: _Cut, change: _Cut) -> _Cut:
+    (part, (early, late)), (step, (more_early, more_late)) = cut, change
+    return part + step, (early + more_early, late + more_late)
 
 
 class _Line:
@@ -140,9 +158,13 @@ class _Line:
         """Parts of the places that are nearest to `cuts`."""
         return [_PARTS * min(range(len(self._places)), key=lambda p: abs(self._places[p] - cut)) for cut in cuts]
 
-    def improved(self, parts: list[int], ramp: tuple[int, int]) -> list[Path] | None:
-        """Paths around `parts` or where a clip ends sooner; None if some would leave a rank nothing to do."""
-        best = self._paths(parts, ramp)
+    def improved(self, parts: list[int], ramp: Ramp, *, apart: bool = False) -> list[Path] | None:
+        """Paths around `parts` or where a clip ends sooner; None if some would leave a rank nothing to do.
+
+        apart: the ramp of each cut is varied too.
+        """
+        at = [(part, ramp) for part in parts]
+        best = self._paths(at)
         if best is None:
             return None
         leaving, before = self._leaving(best, [], math.inf), math.inf
@@ -150,21 +172,29 @@ class _Line:
         while end < before:  # one cut after the other is varied, alone and with all after it
             before = end
             for which in range(len(parts)):
-                for stop in sorted({which + 1, len(parts)}):
-                    for step in _STEPS:
-                        varied = [part + step * (which <= i < stop) for i, part in enumerate(parts)]
-                        paths = self._paths(varied, ramp)
-                        if paths is None:
-                            continue
-                        found = self._leaving(paths, leaving[:which], end * (1 - _SOONER))
-                        if found[-1][-1] < end * (1 - _SOONER):
-                            parts, best, leaving, end = varied, paths, found, found[-1][-1]
+                for varied in self._variations(which, len(parts), apart=apart):
+                    tried = [_moved(cut, change) for cut, change in zip(at, varied, strict=True)]
+                    paths = self._paths(tried)
+                    if paths is None:
+                        continue
+                    found = self._leaving(paths, leaving[:which], end * (1 - _SOONER))
+                    if found[-1][-1] < end * (1 - _SOONER):
+                        at, best, leaving, end = tried, paths, found, found[-1][-1]
         return best
 
-    def _paths(self, parts: Sequence[int], ramp: tuple[int, int]) -> list[Path] | None:
+    @staticmethod
+    def _variations(which: int, cuts: int, *, apart: bool) -> Iterator[list[_Cut]]:
+        """What is added to each cut, of which `which` is the first that changes."""
+        for stop in sorted({which + 1, cuts}):
+            for step in _STEPS:
+                yield [(step * (which <= i < stop), (0, 0)) for i in range(cuts)]
+        for early, late in _RAMP_STEPS if apart else ():
+            yield [(0, (early * (i == which), late * (i == which))) for i in range(cuts)]
+
+    def _paths(self, cuts: Sequence[_Cut]) -> list[Path] | None:
         edges: list[Path] = [(0,) * self._chunks]
-        for part in parts:
-            if not 0 <= part < _PARTS * len(self._places):
+        for part, ramp in cuts:
+            if not 0 <= part < _PARTS * len(self._places) or min(ramp) < 0:
                 return None
             edges.append(self._path(*divmod(part, _PARTS), *ramp))
             before, path = edges[-2:]

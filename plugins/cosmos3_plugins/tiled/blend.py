@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from cosmos3_plugins.tiled.tiles import Tiling
@@ -29,10 +30,17 @@ def blend(tiles: Sequence[Tensor], tiling: Tiling, scale: int) -> Tensor:
 def _fade(before: Tensor, tile: Tensor, extent: int, *, dim: int) -> None:
     """Fade the start of `tile` from the end of `before`, over at most `extent` rows or columns.
 
-    Line by line with scalar weights: a tensor of weights would be rounded to the dtype first.
+    diffusers multiplies line by line with Python's numbers. PyTorch takes those in float32 and rounds each product
+    to the dtype: as here, for all lines at once.
     """
     extent = min(before.shape[dim], tile.shape[dim], extent)
-    start = before.shape[dim] - extent
-    for i in range(extent):
-        line = tile.select(dim, i)
-        line.copy_(before.select(dim, start + i) * (1 - i / extent) + line * (i / extent))
+    start = tile.narrow(dim, 0, extent)
+    fading = torch.arange(extent, dtype=torch.float64, device=tile.device) / extent
+    old = _faded(before.narrow(dim, before.shape[dim] - extent, extent), 1 - fading, dim)
+    torch.add(old, _faded(start, fading, dim), out=start)
+
+
+def _faded(lines: Tensor, weights: Tensor, dim: int) -> Tensor:
+    """Each row or column times its weight, multiplied in float32 (or float64) and rounded once."""
+    ramp = weights.to(torch.promote_types(lines.dtype, torch.float32))
+    return (lines * ramp.view(-1, *[1] * (lines.ndim - 1 - dim))).to(lines.dtype)

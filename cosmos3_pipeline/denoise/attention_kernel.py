@@ -1,0 +1,83 @@
+"""Which kernel computes attention: chosen here for each kind of accelerator, and told to a run's records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+HALF = (torch.bfloat16, torch.float16)
+HOPPER = 9  # major compute capability
+FLASH_3 = "flash_attn_interface"  # the module of FlashAttention-3, which is for Hopper alone
+# PyTorch's kernels in the order in which they are tried; the first that takes the shapes runs. From Hopper on
+# cuDNN's uses the matrix instructions of the chip, while FlashAttention-2 uses those of Ampere.
+_SINCE_HOPPER = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+_BEFORE_HOPPER = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+_OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    """Attention of query [n, heads, D] over key and value [m, groups, D], heads a multiple; returns [n, heads, D].
+
+    `causal` is for n == m.
+    """
+    flash = flash_attention_3() if _takes_flash_3(query.device, query.dtype) else None
+    if flash is not None:
+        attended: Tensor = flash(query[None], key[None], value[None], causal=causal)[0]
+        return attended
+    with sdpa_kernel(list(order(query.device)), set_priority=True) if query.is_cuda else nullcontext():
+        attended = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            is_causal=causal,
+            enable_gqa=True,
+        )
+    return attended[0].transpose(0, 1)
+
+
+def chosen(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes attention in `dtype` on `device`, for a run's records."""
+    if _takes_flash_3(device, dtype) and flash_attention_3() is not None:
+        try:
+            return f"{FLASH_3} {version('flash_attn_3')}"
+        except PackageNotFoundError:  # built where it lies
+            return FLASH_3
+    if device.type != "cuda":
+        return "scaled_dot_product_attention"
+    names = (backend.name.removesuffix("_ATTENTION").lower() for backend in order(device))
+    return f"scaled_dot_product_attention by the first that can of {', '.join(names)}"
+
+
+@cache
+def flash_attention_3() -> Callable[..., Any] | None:
+    """FlashAttention-3 where it is installed: queries, keys, values [B, n, heads, D] and `causal`."""
+    try:
+        found: Callable[..., Any] = import_module(FLASH_3).flash_attn_func
+    except ImportError:
+        return None
+    return found
+
+
+@cache
+def order(device: torch.device) -> tuple[SDPBackend, ...]:
+    """PyTorch's kernels for an accelerator, in the order in which they are tried."""
+    first = _SINCE_HOPPER if _capability(device) >= HOPPER else _BEFORE_HOPPER
+    return (*first, *_OTHERS)
+
+
+def _takes_flash_3(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in HALF and _capability(device) == HOPPER
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
