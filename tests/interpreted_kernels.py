@@ -92,6 +92,19 @@ def parts() -> Iterator[Case]:
         yield Case(f"a part, {dtype}", triton_kernels.vae_norm(x[part], gamma), whole[part], 0)
 
 
+def in_bytes() -> Iterator[Case]:
+    """Pictures of odd sizes, beyond [-1, 1] too, and at the halves between two bytes."""
+    for dtype, (frames, rows, cols) in product(DTYPES, ((1, 3, 8), (2, 5, 24), (3, 17, 40))):
+        picture = torch.randn(2, 3, frames, rows, cols)
+        halves = (torch.arange(256) + 0.5) / 255 * 2 - 1
+        picture.flatten()[: picture.numel() // 2].copy_(
+            halves.repeat(picture.numel() // 512 + 1)[: picture.numel() // 2]
+        )
+        picture = picture.to(dtype)
+        name = f"picture_bytes, {dtype}, {frames} frames"
+        yield Case(name, triton_kernels.picture_bytes(picture).float(), PLAIN.picture_bytes(picture).float(), 0)
+
+
 def tokens() -> Iterator[Case]:
     """Norms of tokens and of heads, and gates."""
     for dtype, channels in product(DTYPES, (8, 48, 320)):
@@ -136,7 +149,7 @@ def main() -> int:
     """1 if a case is too far away, or there is none."""
     torch.manual_seed(0)
     round_to_nearest()
-    cases = [*pictures(), *parts(), *tokens()]
+    cases = [*pictures(), *parts(), *in_bytes(), *tokens()]
     wrong = [case for case in cases if not case.distance <= case.ulps]
     for case in wrong:
         print(f"{case.name}: {case.distance:.2f} units of the last place, {case.ulps} are declared")

@@ -135,6 +135,17 @@ def vae_norm(x: Tensor, gamma: Tensor) -> Tensor:
     return out
 
 
+def picture_bytes(picture: Tensor) -> Tensor:
+    """As `torch.ops.cosmos3.picture_bytes`."""
+    b, c, t, h, w = picture.shape
+    assert c == 3 and picture.is_contiguous()
+    out = picture.new_empty(b, t, h, w, c, dtype=torch.uint8)
+    unit, pixels = 16 // picture.element_size(), t * h * w
+    grid = triton.cdiv(pixels, _ELEMENTS), b
+    picture_bytes_kernel[grid](picture, out, pixels // unit, UNIT=unit, BLOCK=_ELEMENTS, **OPTIONS)
+    return out
+
+
 def norm_silu(x: Tensor, gamma: Tensor, *, out: Tensor) -> None:
     """As `torch.ops.cosmos3.norm_silu`."""
     _launch_norm(x, gamma, out, silu=True)
@@ -236,6 +247,22 @@ def norm_rotate_kernel(
     right = (b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)
     tl.store(target, left.to(dtype), mask=there)
     tl.store(target + HALF, right.to(dtype), mask=there)
+
+
+@triton.jit(do_not_specialize=["units"])
+def picture_bytes_kernel(x, out, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Three planes of `units` x UNIT pixels of each clip to bytes that lie pixel by pixel."""
+    pixels = units.to(tl.int64) * UNIT
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < pixels
+    clip = tl.program_id(1).to(tl.int64) * 3
+    for colour in tl.static_range(3):
+        y = tl.load(x + (clip + colour) * pixels + at, mask=there, other=0.0).to(tl.float32)
+        y = (y * 0.5).to(x.dtype.element_ty).to(tl.float32)
+        y = (y + 0.5).to(x.dtype.element_ty).to(tl.float32)
+        y = tl.minimum(tl.maximum(y, 0.0), 1.0) * 255.0
+        y = (y + 8388608.0) - 8388608.0  # 2^23: rounds to the nearest, a half to the even one
+        tl.store(out + (clip * pixels + 3 * at) + colour, y.to(tl.uint8), mask=there)
 
 
 @triton.jit(do_not_specialize=["units"])

@@ -65,12 +65,28 @@ def _add_norm_silu_after(x: Tensor, added: Tensor, gamma: Tensor, kept: Tensor, 
     _norm_silu_after(x.add_(added), gamma, kept, out=out)
 
 
+def plain_picture_bytes(picture: Tensor) -> Tensor:
+    """[B, 3, F, H, W] in [-1, 1] to bytes [B, F, H, W, 3].
+
+    The arithmetic and dtypes of diffusers' `VideoProcessor.postprocess_video`, so the bytes equal its.
+    """
+    halved = (picture * 0.5 + 0.5).clamp_(0, 1).permute(0, 2, 3, 4, 1)
+    return halved.float().mul_(255).round_().to(torch.uint8).contiguous()
+
+
+def _bytes_of_shape(picture: Tensor) -> Tensor:
+    b, c, t, h, w = picture.shape
+    return picture.new_empty(b, t, h, w, c, dtype=torch.uint8)
+
+
 def _nothing(*args: Tensor, **kwargs: Tensor) -> None:
     return
 
 
 # The RMS norm of x [B, T, H, W, C] in the dtype of x; `gamma` [C] is float32.
 declare("vae_norm(Tensor x, Tensor gamma) -> Tensor", _norm, lambda x, gamma: x.new_empty(x.shape))
+# A contiguous picture [B, 3, F, H, W] in [-1, 1] as bytes [B, F, H, W, 3]. The kernel has the plain ops' bits.
+declare("picture_bytes(Tensor picture) -> Tensor", plain_picture_bytes, _bytes_of_shape)
 # SiLU of that norm, rounded once, into `out` of the shape of x.
 declare("norm_silu(Tensor x, Tensor gamma, *, Tensor(a!) out) -> ()", _norm_silu, _nothing)
 # The same behind the frames that a causal convolution has `kept` [B, k, H, W, C], into `out` [B, k + T, H, W, C];

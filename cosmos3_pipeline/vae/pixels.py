@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.distributed.host_path import takes_host_path
+from cosmos3_pipeline.fused.vae import plain_picture_bytes
 from cosmos3_pipeline.vae.assignment import Rect
 from cosmos3_pipeline.vae.program import ENCODE_CHUNK
 
@@ -33,12 +35,11 @@ def picture_chunk(x: Tensor, index: int, part: Rect) -> Tensor:
 
 
 def to_uint8(picture: Tensor) -> Tensor:
-    """[B, 3, F, H, W] in [-1, 1] to bytes [B, F, H, W, 3].
-
-    The arithmetic and dtypes of diffusers' `VideoProcessor.postprocess_video`, so the bytes equal its.
-    """
-    halved = (picture * 0.5 + 0.5).clamp_(0, 1).permute(0, 2, 3, 4, 1)
-    return halved.float().mul_(255).round_().to(torch.uint8).contiguous()
+    """[B, 3, F, H, W] in [-1, 1] to bytes [B, F, H, W, 3], which are those that diffusers writes."""
+    if takes_host_path(picture):
+        return plain_picture_bytes(picture)
+    found: Tensor = torch.ops.cosmos3.picture_bytes(picture.contiguous())
+    return found
 
 
 def as_pixels(picture: Tensor, pixels: Pixels) -> Tensor:

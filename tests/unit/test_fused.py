@@ -57,7 +57,7 @@ def test_kernels_are_as_near_to_the_plain_ops_as_declared() -> None:
         [sys.executable, script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("226 cases")
+    assert done.stdout.startswith("232 cases")
 
 
 def kernels() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
@@ -79,6 +79,7 @@ def kernels() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
                 yield "add_rms_norm_kernel", pointers, {**triton.block_of(hidden), "ADDS": adds}
         pointers = dict.fromkeys(("x", "weight", "cos", "sin", "out"), pointer)
         yield "norm_rotate_kernel", pointers, triton.block_of_halves(128)
+        yield "picture_bytes_kernel", {"x": pointer, "out": "*u8"}, {"UNIT": 8, "BLOCK": 2048}
         yield "silu_mul_kernel", dict.fromkeys(("gate", "up"), pointer), {"UNIT": 8, "BLOCK": 2048}
 
 
@@ -117,12 +118,12 @@ def test_every_op_has_a_kernel() -> None:
         for schema in torch._C._dispatch_get_all_op_names()
         if schema.startswith(f"{backend.NAMESPACE}::")
     ]
-    assert len(names) == 9
+    assert len(names) == 10
     assert all(callable(getattr(module, name)) for name in names)
 
 
 @pytest.mark.parametrize(
-    "name", ["norm_silu", "norm_silu_after", "norm_rotate", "silu_mul", "vae_norm", "rms_norm"]
+    "name", ["norm_silu", "norm_silu_after", "norm_rotate", "picture_bytes", "silu_mul", "vae_norm", "rms_norm"]
 )
 def test_meta_tensors_have_the_shapes_of_real_ones(name: str) -> None:
     """A rehearsal calls the ops on these."""
@@ -130,6 +131,7 @@ def test_meta_tensors_have_the_shapes_of_real_ones(name: str) -> None:
         "norm_silu": ([(1, 2, 3, 4, 8), (8,)], {"out": (1, 2, 3, 4, 8)}),
         "norm_silu_after": ([(1, 2, 3, 4, 8), (8,), (1, 2, 3, 4, 8)], {"out": (1, 4, 3, 4, 8)}),
         "norm_rotate": ([(5, 2, 8), (8,), 1e-6, (5, 1, 8), (5, 1, 8)], {"out": (5, 2, 8)}),
+        "picture_bytes": ([(2, 3, 4, 5, 8)], {}),
         "silu_mul": ([(5, 8), (5, 8)], {}),
         "vae_norm": ([(1, 2, 3, 4, 8), (8,)], {}),
         "rms_norm": ([(5, 8), (8,), 1e-6], {}),

@@ -70,7 +70,8 @@ def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:
         assert rank.stages.keys() == found.plan.ranks[rank.rank].stages.keys()
         for name, stage in rank.stages.items():
             planned = found.plan.ranks[rank.rank].stages[name]
-            assert stage.peak_bytes == pytest.approx(planned.peak_bytes, rel=0.05)
+            # A plan may be higher: of a line whose cuts move it knows two short clips and what a chunk adds.
+            assert 0.9 < stage.peak_bytes / planned.peak_bytes < 1.05
             assert (stage.sent_bytes, stage.sent_messages) == (planned.sent.bytes, planned.sent.messages)
             assert stage.kernels > 0
             assert stage.holders
@@ -614,25 +615,27 @@ def test_a_kernel_takes_what_bounds_it() -> None:
     assert kinds["everything else"].flops == 0
 
 
-def test_an_op_of_another_library_is_one_kernel() -> None:
+@pytest.mark.parametrize(("into", "read"), [("into", 8000), ("out", 4000)])
+def test_an_op_of_another_library_is_one_kernel(into: str, read: int) -> None:
+    """What it changes it may read as well, unless it calls it `out`."""
     used = tracker()
     with torch.library._scoped_library("rehearsed", "FRAGMENT") as library:
-        library.define("scaled(Tensor x, Tensor(a!) into) -> Tensor")
+        library.define(f"scaled(Tensor x, Tensor(a!) {into}) -> Tensor")
 
-        def scaled(x: Tensor, into: Tensor) -> Tensor:
-            into.copy_(x * 2)
+        def scaled(x: Tensor, changed: Tensor) -> Tensor:
+            changed.copy_(x * 2)
             return x.new_empty(3, dtype=torch.float32)
 
         library.impl("scaled", scaled, "Meta")
         with rehearsing(used):
-            x, into = (torch.empty(1000, device=ACCELERATOR) for _ in range(2))
-            small = torch.ops.rehearsed.scaled(x, into)
+            x, changed = (torch.empty(1000, device=ACCELERATOR) for _ in range(2))
+            small = torch.ops.rehearsed.scaled(x, changed)
             assert used.live == 4000 + 4000 + 12
             del small
             assert used.live == 8000
     (kernel,) = used.roofline.works
     assert kernel.name == "rehearsed::scaled"
-    assert used.roofline.works[kernel][:3] == (1, 4000 + 4000 + 12, 0)
+    assert used.roofline.works[kernel][:3] == (1, read + 4000 + 12, 0)
 
 
 def test_pinned_memory_and_copies_from_it_are_counted() -> None:

@@ -67,9 +67,10 @@ class TiledRunner:
             flow = Flow(at, [], {}, first=index == 0, exchange=None)
             del at
             self._ops[len(self._program) - 1].run(flow)
-            picture = flow.at.buffer
+            picture = as_pixels(flow.at.buffer, pixels)
             del flow
-            yield as_pixels(picture, pixels)
+            yield picture
+            del picture
         for pending in leaving:
             pending.wait()
 
