@@ -58,7 +58,7 @@ class Clip:
 
 def clips(*, small: bool) -> Iterator[Clip]:
     """The most important first. The long one has the latent frames of Nano's 189, the large one its 720p."""
-    sizes = (3, 4, 4) if small else (48, 8, 8)
+    sizes = (2, 4, 4) if small else (48, 8, 8)
     for direction in ("decode", "encode"):
         for dtype in (torch.bfloat16, torch.float32):
             yield Clip(direction, dtype, *sizes)
@@ -94,7 +94,7 @@ def check_all(setting: Setting) -> None:
     with on_rank(setting, shares=setting.shares) as device:
         if is_root():
             shared = "share one device and send through the host by gloo"
-            found.note(f"{setting.ranks} ranks, which {shared if setting.shares else 'have a GPU each'}")
+            found.note(f"{dist.get_world_size()} ranks, which {shared if setting.shares else 'have a GPU each'}")
         vaes = Vaes(vae_dimensions(setting.model), device)
         for clip in clips(small=setting.small):
             check_clip(found, vaes, clip)

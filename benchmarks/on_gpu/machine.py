@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -64,6 +65,7 @@ def facts(device: torch.device) -> Iterator[tuple[str, str]]:
             yield name, "not installed"
     for name, value in numerics(device).items():
         yield name, str(value)
+    yield "C compiler, which Triton needs", shutil.which("cc") or shutil.which("gcc") or "none"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         yield "memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
