@@ -1,4 +1,4 @@
-"""Random models of a published size, drawn on the device, and a checkpoint whose reading draws numbers."""
+"""A transformer of a published size, drawn on the device, and a checkpoint whose reading draws numbers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from cosmos_models import denoise_with, tiny_scheduler
 from diffusers import Cosmos3OmniTransformer
 from torch import Tensor, nn
 
-from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import ModelConfig
 from cosmos3_pipeline.models import passing, placement, reading
 from cosmos3_pipeline.models.absent import without_weights
@@ -22,17 +20,6 @@ from cosmos3_pipeline.models.form import form_of
 from cosmos3_pipeline.models.known import known_to
 from cosmos3_pipeline.models.random_weights import scale_and_mean
 from cosmos3_pipeline.models.reading import Piece
-
-
-def model_config(name: str) -> ModelConfig:
-    """The model option `name` of conf/model."""
-    return compose([f"model={name}"]).model
-
-
-def vae_dimensions(name: str) -> dict[str, Any]:
-    """The VAE of the model option `name`, as `AutoencoderKLWan` names its dimensions."""
-    dimensions: dict[str, Any] = plain(model_config(name).vae)
-    return dimensions
 
 
 def drawn_transformer(

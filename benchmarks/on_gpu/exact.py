@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,22 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
-from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.jobs.verify.distance import Distance, exactness_of
-from cosmos3_pipeline.models.toy import make_vae
-from cosmos3_pipeline.plugin_api import Direction, Exactness, Program, Strategy, StrategyError, discover
+from cosmos3_pipeline.plugin_api import Exactness, Program, Strategy, StrategyError, discover
 from cosmos3_pipeline.vae.inputs import latent_shape
-from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
-from cosmos3_pipeline.vae.program import program_for
-from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.tiled import Tiled
-from on_gpu.drawn import drawn_transformer, latents_by, model_config, vae_dimensions
+from on_gpu.drawn import drawn_transformer, latents_by
 from on_gpu.found import Found
 from on_gpu.setting import Setting, free, is_root, on_rank, synchronize
+from on_gpu.vaes import PATIENCE, Clip, Vaes, in_words, model_config, result_of, vae_dimensions
 
-# How long a rank waits for a message before it says who is late.
-PATIENCE = timedelta(seconds=40)
 # Of denoising: the first layers of the full width, so that every rank on one GPU has its own; pixels and frames.
 LAYERS, STEPS = 4, 2
 SMALL_CLIP, CLIP = (80, 48, 5), (480, 832, 13)
@@ -38,22 +31,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "layer_pipeline": ({}, {"moving_cuts": False}),
     "spatial_shard": ({}, {"axis": "width"}, {"axis": "grid"}),
 }
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip of `frames` x `rows` x `cols` latents that goes in `direction`, in `dtype`."""
-
-    direction: Direction
-    dtype: torch.dtype
-    frames: int
-    rows: int
-    cols: int
-
-    @property
-    def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.direction}, {dtype}, {self.frames} latent frames of {self.rows} x {self.cols}"
 
 
 def clips(*, small: bool) -> Iterator[Clip]:
@@ -104,47 +81,6 @@ def check_all(setting: Setting) -> None:
         check_transformer(found, setting, device)
 
 
-class Vaes:
-    """The VAE by its dtype, drawn on the device; every rank has the same."""
-
-    def __init__(self, dimensions: dict[str, Any], device: torch.device) -> None:
-        self.device = device
-        self.programs: dict[Direction, Program] = {
-            "decode": program_for("decode", dimensions),
-            "encode": program_for("encode", dimensions),
-        }
-        self.models = {torch.float32: make_vae(dimensions, device)}
-        self.models[torch.bfloat16] = make_vae(dimensions, device).to(torch.bfloat16)
-        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        self._alone = groups[dist.get_rank()]
-
-    def alone(self, dtype: torch.dtype) -> ParallelVAE:
-        """By this rank and nobody else."""
-        return ParallelVAE(self.models[dtype], Replicated(), Replicated(), group=self._alone)
-
-    def together(self, clip: Clip, strategy: Strategy) -> ParallelVAE:
-        """By all ranks."""
-        encode, decode = (strategy if clip.direction == way else Replicated() for way in ("encode", "decode"))
-        messages = Comm(device=self.device, patience=PATIENCE)
-        return ParallelVAE(self.models[clip.dtype], encode, decode, comm=messages)
-
-    def given(self, clip: Clip) -> Tensor:
-        """The latents or the picture, the same on all ranks; in float32."""
-        generator, program = torch.Generator().manual_seed(0), self.programs[clip.direction]
-        if clip.direction == "decode":
-            drawn = torch.randn(1, program.z_dim, clip.frames, clip.rows, clip.cols, generator=generator)
-        else:
-            frames, scale = program.picture_frames(clip.frames), program.spatial
-            drawn = torch.rand(1, 3, frames, clip.rows * scale, clip.cols * scale, generator=generator) * 2 - 1
-        return drawn.to(self.device)
-
-
-def result_of(vae: Any, direction: Direction, given: Tensor) -> Tensor:
-    """What a VAE, ours or diffusers', makes of `given`."""
-    made: Tensor = vae.decode(given).sample if direction == "decode" else vae.encode(given).latent_dist.mode()
-    return made
-
-
 def check_clip(found: Found, vaes: Vaes, clip: Clip) -> None:
     """One row for diffusers and one for each strategy, held against one rank's result."""
     given = vaes.given(clip)
@@ -171,10 +107,6 @@ def check_clip(found: Found, vaes: Vaes, clip: Clip) -> None:
             seconds = time.perf_counter() - began
             judge.strategy(found, name, strategy, made, problem, seconds=seconds, sent=sent)
         dist.barrier()
-
-
-def in_words(distance: Distance) -> str:
-    return "equal" if distance.equal else f"{distance.psnr:.1f} dB"
 
 
 class Judge:

@@ -13,11 +13,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from on_gpu.drawn import vae_dimensions
-from on_gpu.exact import Clip, Vaes, result_of
 from on_gpu.found import Found
 from on_gpu.machine import best
 from on_gpu.setting import Setting, kernels_of, on_rank
+from on_gpu.vaes import Clip, Vaes, result_of, vae_dimensions
 
 FUSED = "cosmos3_pipeline.fused"
 NAMESPACE = "cosmos3::"

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 STEPS = {
     "machine": ("machine:facts_and_messages", "ranks_with_messages"),
     "exact": ("exact:check_all", "ranks"),
-    "decode": ("speed:decode", "gpus_or_one"),
+    "decode": ("decode:decode", "gpus_or_one"),
     "kernels": ("kernels:compare_all", "one"),
-    "denoise": ("speed:denoise", "gpus_or_one"),
+    "denoise": ("denoise:denoise", "gpus_or_one"),
     "whole": ("whole:measure", "one"),
 }
 
