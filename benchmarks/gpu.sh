@@ -19,7 +19,8 @@ if [ "${1:-}" = --wheels ]; then
     # Where python3 is a venv's own, the packages of that venv are none of the system's.
     "$outer" -c "import sysconfig; print('\n'.join({sysconfig.get_path(k) for k in ('purelib', 'platlib')}))" \
         > "$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
-    "$outer" -m pip --python "$python" install --quiet --no-index --find-links "$wheels" --no-deps --upgrade \
+    # Not compiled: a step compiles what it imports, and most of these packages is never imported.
+    "$outer" -m pip --python "$python" install --quiet --no-compile --no-index --find-links "$wheels" --no-deps --upgrade \
         --requirement benchmarks/on_gpu/wheels.txt --editable .
 fi
 PYTHONPATH=benchmarks${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m on_gpu "$@"
