@@ -69,6 +69,8 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
             run_id="cosmos3",
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            # Otherwise the ranks meet at this machine's name, which may have no address.
+            local_addr="localhost",
             start_method=start_method,
             monitor_interval=LOOK_SECONDS,
             max_restarts=0,

@@ -1,6 +1,7 @@
 """Random weights that stand in for trained ones: nothing in the model dies or blows up, and its picture is lively.
 
-A tensor's values follow from its name alone, so a file may be written tensor by tensor in any order.
+A tensor's values follow from its name and the kind of device that draws them, so a file may be written tensor by
+tensor in any order.
 """
 
 from __future__ import annotations
@@ -15,27 +16,32 @@ from torch import Tensor
 SEED = 0
 # Elements that are drawn at once: a large tensor comes in blocks of whole rows.
 BLOCK_ELEMENTS = 2**24
+CPU = torch.device("cpu")
+
+
+def scale_and_mean(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Of the normal numbers in a tensor of a transformer: text and noise level both show in what it predicts."""
+    if "norm" in name:
+        return 0.1, 1.0
+    if name == "embed_tokens.weight":
+        return 1.0, 0.0
+    return (math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1), 0.0
 
 
 def plain_tensor(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """A tensor of a transformer, as flat fp32 blocks: text and noise level both show in what it predicts."""
+    """A tensor of a transformer, as flat fp32 blocks."""
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
-    if "norm" in name:
-        scale, offset = 0.1, 1.0
-    elif name == "embed_tokens.weight":
-        scale, offset = 1.0, 0.0
-    else:
-        scale, offset = (columns**-0.5 if len(shape) > 1 else 0.1), 0.0
+    scale, mean = scale_and_mean(name, shape)
     at_once = max(BLOCK_ELEMENTS // columns, 1)
-    generator = _generator(name)
+    generator = _generator(name, CPU)
     for start in range(0, rows, at_once):
         noise = torch.randn(min(at_once, rows - start) * columns, generator=generator)
-        yield noise.mul_(scale).add_(offset)
+        yield noise.mul_(scale).add_(mean)
 
 
-def vae_tensor(name: str, shape: tuple[int, ...], *, patch_size: int) -> Tensor:
+def vae_tensor(name: str, shape: tuple[int, ...], *, patch_size: int, device: torch.device = CPU) -> Tensor:
     """A tensor of a Wan2.2 VAE whose decoder paints coloured, moving patches from unit noise."""
-    noise = torch.randn(shape, generator=_generator(name))
+    noise = torch.randn(shape, generator=_generator(name, device), device=device)
     sub_pixels = patch_size**2
     if "norm" in name:
         return 1 + 0.1 * noise
@@ -67,12 +73,13 @@ def _taper(kernel: Tensor) -> Tensor:
     for dim, size in list(enumerate(kernel.shape))[2:]:
         if size == 3:
             past = kernel.ndim == 5 and dim == 2
-            taps = torch.tensor((0.4, 0.6, 1.0) if past else (0.8, 1.0, 0.8), dtype=kernel.dtype)
+            values = (0.4, 0.6, 1.0) if past else (0.8, 1.0, 0.8)
+            taps = torch.tensor(values, dtype=kernel.dtype, device=kernel.device)
             shape = [1] * kernel.ndim
             shape[dim] = size
             kernel = kernel * (taps * (size / taps.square().sum()).sqrt()).view(shape)
     return kernel
 
 
-def _generator(name: str) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(SEED + zlib.crc32(name.encode()))
+def _generator(name: str, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(SEED + zlib.crc32(name.encode()))

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKLWan
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.layouts import LATENTS_MEAN, LATENTS_STD, LAYOUTS
 from cosmos3_pipeline.models.maker import write_checkpoint
-from cosmos3_pipeline.models.random_weights import vae_tensor
+from cosmos3_pipeline.models.random_weights import CPU, vae_tensor
 
 RECIPE = 2  # raise it with any change of the weights, so that nobody goes on with an older toy
 
@@ -86,11 +86,13 @@ def write_toy(folder: Path, *, transformer: Mapping[str, Any], vae: Mapping[str,
     write_checkpoint(folder, LAYOUTS["toy"], transformer=transformer, vae=vae, dtype=torch.float32)
 
 
-def make_vae(dimensions: Mapping[str, Any]) -> AutoencoderKLWan:
-    """The random VAE of these dimensions that `write_toy` writes, in memory."""
-    with torch.random.fork_rng(devices=[]):  # what the constructor draws is replaced
+def make_vae(dimensions: Mapping[str, Any], device: torch.device = CPU) -> AutoencoderKLWan:
+    """The random VAE of these dimensions, in memory: on the CPU that which `write_toy` writes."""
+    with torch.random.fork_rng(devices=[]), device:  # what the constructor draws is replaced
         model = AutoencoderKLWan(**dimensions, latents_mean=list(LATENTS_MEAN), latents_std=list(LATENTS_STD))
+    patch_size = int(dimensions["patch_size"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(vae_tensor(name, tuple(parameter.shape), patch_size=int(dimensions["patch_size"])))
+            shape = tuple(parameter.shape)
+            parameter.copy_(vae_tensor(name, shape, patch_size=patch_size, device=device))
     return model.eval().requires_grad_(False)

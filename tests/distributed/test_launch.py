@@ -27,6 +27,10 @@ def add_up(folder: str) -> None:
         (Path(folder) / f"rank{dist.get_rank()}").write_text(str(value.item()))
 
 
+def tell_where_ranks_meet(folder: str) -> None:
+    (Path(folder) / f"rank{os.environ['RANK']}").write_text(os.environ["MASTER_ADDR"])
+
+
 def break_one(folder: str, how: str) -> None:
     with joined_world(device="cpu", threads=1):
         (Path(folder) / f"pid{dist.get_rank()}").write_text(str(os.getpid()))
@@ -53,6 +57,12 @@ def alive(pid: int) -> bool:
 def test_ranks_form_one_world(tmp_path: Path) -> None:
     run_ranks(add_up, str(tmp_path), ranks=3)
     assert [(tmp_path / f"rank{r}").read_text() for r in range(3)] == ["6.0"] * 3
+
+
+def test_ranks_meet_without_the_name_of_the_machine(tmp_path: Path) -> None:
+    """That of a container may have no address, and then they would wait until the rendezvous gives up."""
+    run_ranks(tell_where_ranks_meet, str(tmp_path), ranks=2)
+    assert {(tmp_path / f"rank{r}").read_text() for r in range(2)} == {"localhost"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
