@@ -134,7 +134,8 @@ def messages(kind: type[AcceleratorGroup], device: torch.device) -> Iterator[tup
         )
         watches.append(watch)
         patience = timedelta(seconds=PATIENCE_SECONDS)
-        made.append(kind(PrefixStore("group", store), rank, size, device=device, patience=patience, watch=watch))
+        group = kind(PrefixStore("group", store), rank, range(size), device=device, patience=patience, watch=watch)
+        made.append(group)
 
     def full(value: int) -> Tensor:
         return torch.full((1000,), value, dtype=torch.bfloat16, device=device)

@@ -33,10 +33,17 @@ class ThroughHost(AcceleratorGroup):
     """In the place of `AcceleratorGroup`, and asked for the same; the tensors may be on any device."""
 
     def __init__(
-        self, store: Store, rank: int, size: int, *, device: torch.device, patience: timedelta, watch: Watch
+        self,
+        store: Store,
+        rank: int,
+        members: Sequence[int],
+        *,
+        device: torch.device,
+        patience: timedelta,
+        watch: Watch,
     ) -> None:
         # With the host as its device it makes gloo's backend, and waits as for gloo.
-        super().__init__(store, rank, size, device=torch.device("cpu"), patience=patience, watch=watch)
+        super().__init__(store, rank, members, device=torch.device("cpu"), patience=patience, watch=watch)
         self._accelerator = device
 
     def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[AcceleratorWork]:

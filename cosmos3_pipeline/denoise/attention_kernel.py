@@ -31,8 +31,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Ten
     """
     flash = flash_attention_3() if _takes_flash_3(query.device, query.dtype) else None
     if flash is not None:
-        attended: Tensor = flash(query[None], key[None], value[None], causal=causal)[0]
-        return attended
+        found = flash(query[None], key[None], value[None], causal=causal)
+        attended: Tensor = found[0] if isinstance(found, tuple) else found  # earlier versions give the lengths too
+        return attended[0]
     with sdpa_kernel(list(order(query.device)), set_priority=True) if query.is_cuda else nullcontext():
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],

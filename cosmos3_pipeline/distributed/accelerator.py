@@ -7,6 +7,7 @@ waiting for one makes what is computed next wait, not this process. Where the ac
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -41,13 +42,14 @@ class OnHost:
     gloo itself may wait for ever: a message to a rank that has died does not fail when nothing of it has left.
     """
 
-    def __init__(self, work: AcceleratorWork, watch: Watch) -> None:
+    def __init__(self, work: AcceleratorWork, peers: Sequence[int], watch: Watch) -> None:
         self._work = work
+        self._peers = peers
         self._watch = watch
 
     def wait(self) -> None:
         ended, errors = threading.Event(), list[RuntimeError]()
-        self._watch.waits_for(ended.is_set)
+        self._watch.waits_for(ended.is_set, self._peers)
 
         def wait() -> None:
             try:
@@ -66,36 +68,44 @@ class OnHost:
 class OnStream:
     """NCCL's message in flight, for which the accelerator waits, and this process goes on."""
 
-    def __init__(self, work: AcceleratorWork, watch: Watch) -> None:
+    def __init__(self, work: AcceleratorWork, peers: Sequence[int], watch: Watch, device: torch.device) -> None:
         self._work = work
+        self._peers = peers
         self._watch = watch
+        self._device = device
 
     def wait(self) -> None:
-        self._work.wait()
-        # Not the message, which would keep its tensors.
-        self._watch.waits_for(torch.cuda.current_stream().record_event().query)
+        with torch.cuda.device(self._device):
+            self._work.wait()
+            # Not the message, which would keep its tensors.
+            arrived = torch.cuda.current_stream().record_event().query
+        self._watch.waits_for(arrived, self._peers)
 
 
 class AcceleratorGroup:
-    """The communicator of rank `rank` of the `size` ranks that share `store`, all of which make it together.
+    """The communicator of rank `rank` of `members`, which share `store` and make it together.
 
-    `patience` is how long a message may take. `watch` is told for what this rank waits.
+    Ranks are numbered within `members`, whose numbers are those of the Comm. `patience` is how long a message may
+    take. `watch` is told for whom this rank waits.
     """
 
     def __init__(
         self,
         store: Store,
         rank: int,
-        size: int,
+        members: Sequence[int],
         *,
         device: torch.device,
         patience: timedelta,
         watch: Watch,
     ) -> None:
         self._device = device
+        self._members = members
+        self._others = [member for number, member in enumerate(members) if number != rank]
         self._watch = watch
+        self._aborted = False
         # Any: PyTorch's stubs leave out the methods that every backend has.
-        self._backend: Any = _backend(store, rank, size, device, patience)
+        self._backend: Any = _backend(store, rank, len(members), device, patience)
 
     def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[AcceleratorWork]:
         """Start to receive and to send, both ways at once."""
@@ -105,22 +115,26 @@ class AcceleratorGroup:
             backend._start_coalescing()
         works = [backend.recv([tensor], peer, _TAG) for tensor, peer in receives]
         works += [backend.send([tensor], peer, _TAG) for tensor, peer in sends]
-        return list(map(self._watched, [backend._end_coalescing()] if together else works))
+        peers = [self._members[peer] for _, peer in (*receives, *sends)]
+        if together:
+            return [self._watched(backend._end_coalescing(), sorted(set(peers)))]
+        return [self._watched(work, [peer]) for work, peer in zip(works, peers, strict=True)]
 
     def broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
         options = c10d.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = source, 0, True
-        return self._watched(self._backend.broadcast([tensor], options))
+        givers = self._others if self._members[source] not in self._others else [self._members[source]]
+        return self._watched(self._backend.broadcast([tensor], options), givers)
 
     def all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
         options = c10d.AllgatherOptions()
         options.asyncOp = True
-        return self._watched(self._backend.allgather([parts], [tensor], options))
+        return self._watched(self._backend.allgather([parts], [tensor], options), self._others)
 
     def gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
         options = c10d.AllgatherOptions()
         options.asyncOp = True
-        return self._watched(self._backend._allgather_base(whole, own, options))
+        return self._watched(self._backend._allgather_base(whole, own, options), self._others)
 
     def synchronize(self) -> None:
         """Wait, on the host, for all that the accelerator was asked to do; an abort ends that too."""
@@ -134,17 +148,22 @@ class AcceleratorGroup:
 
     def abort(self) -> None:
         """End every wait for its messages on this rank, whichever thread asks; of gloo's each ends by itself."""
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and not self._aborted:
+            self._aborted = True
             self._backend.abort()
 
-    def _watched(self, work: AcceleratorWork) -> AcceleratorWork:
-        return (OnHost if self._device.type == "cpu" else OnStream)(work, self._watch)
+    def _watched(self, work: AcceleratorWork, peers: Sequence[int]) -> AcceleratorWork:
+        if self._device.type == "cpu":
+            return OnHost(work, peers, self._watch)
+        return OnStream(work, peers, self._watch, self._device)
 
 
 def _backend(store: Store, rank: int, size: int, device: torch.device, patience: timedelta) -> Any:
     if device.type == "cpu":
         return dist.ProcessGroupGloo(store, rank, size, timeout=patience)
     nccl: Any = c10d.ProcessGroupNCCL  # which a build for the CPU does not have
+    # PyTorch's own thread would end the process when a peer aborts, before it could say why: the watch does both.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = nccl.Options()
     options._timeout = patience
     backend = nccl(store, rank, size, options)

@@ -44,10 +44,14 @@ class RunStopped(Exception):
 
 @dataclass(frozen=True)
 class Notice:
-    """What stands on the board: who ended the run, and why; `reason` is None when nothing is wrong."""
+    """What stands on the board: who ended the run, and why; `reason` is None when nothing is wrong.
+
+    `lost` says that a rank has died, so that no run can follow.
+    """
 
     rank: int
     reason: str | None
+    lost: bool = False
 
 
 class Board:
@@ -59,7 +63,7 @@ class Board:
     def post(self, run: int, notice: Notice) -> None:
         """Put up `notice`, unless another rank was first."""
         try:
-            text = json.dumps([notice.rank, notice.reason])
+            text = json.dumps([notice.rank, notice.reason, notice.lost])
             self._store.compare_set(self._key(run), "", text)
         except RuntimeError:
             # The store died with the rank that held it, and then every rank sees that for itself.
@@ -70,16 +74,22 @@ class Board:
         try:
             if not self._store.check([self._key(run)]):
                 return
-            rank, reason = json.loads(self._store.get(self._key(run)))
+            notice = Notice(*json.loads(self._store.get(self._key(run))))
         except RuntimeError as error:
             raise PeerLost(
                 what=f"the store that the ranks share does not answer ({error})",
                 why="the process that held it has died, so no rank can learn of the others",
                 works="see the first error of the run",
             ) from error
-        if reason is None:
-            raise RunStopped(f"rank {rank} ended the run")
-        raise PeerFailed(rank, reason)
+        if notice.reason is None:
+            raise RunStopped(f"rank {notice.rank} ended the run")
+        if notice.lost:
+            raise PeerLost(
+                what=f"rank {notice.rank} of the group has found that another rank is gone: {notice.reason}",
+                why="its part of the work is missing, and no other run of this group can follow",
+                works="see the first rank that ended; the system kills a rank for which memory ran out",
+            )
+        raise PeerFailed(notice.rank, notice.reason)
 
     @staticmethod
     def _key(run: int) -> str:

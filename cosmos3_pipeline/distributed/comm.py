@@ -15,6 +15,7 @@ connections of its own between machines. Tensors on an accelerator go through a 
 from __future__ import annotations
 
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,6 +120,7 @@ class Comm:
         self._patience = patience
         self._accelerator: AcceleratorGroup | None = None
         self._pairs: dict[Pair, AcceleratorGroup] = {}
+        self._connected: set[Pair] = set()  # those of all ranks
         self._watch: Watch | None = None
         self.rank, self.size = 0, 1
         self._board: Board | None = None
@@ -167,14 +169,14 @@ class Comm:
             size=self.size,
             patience=self._patience.total_seconds(),
         )
-        self._accelerator = self._new_group("all", self.rank, self.size)
+        self._accelerator = self._new_group("all", range(self.size))
 
-    def _new_group(self, name: str, rank: int, size: int) -> AcceleratorGroup:
+    def _new_group(self, name: str, members: Sequence[int]) -> AcceleratorGroup:
         assert self._watch is not None
         return AcceleratorGroup(
             PrefixStore(name, self._store),
-            rank,
-            size,
+            members.index(self.rank),
+            members,
             device=self._device,
             patience=2 * self._patience,  # the watch is first, and says whose fault it is
             watch=self._watch,
@@ -187,13 +189,21 @@ class Comm:
         other in the order in which each rank asks for them: two ranks that each send before they receive would
         wait for each other, and what arrives for a later chunk would hold up what leaves.
         """
-        for pair in sorted(set(pairs)):  # in one order, because both ranks of a pair wait for each other here
-            if self.rank in pair and pair not in self._pairs:
-                self._connect_pair(pair)
+        missing = sorted(set(pairs) - self._connected)
+        if not missing or takes_host_path(self._device):
+            return
+        # Whoever has failed by now is not waited for below, where nobody would hear of it.
+        self.agree(missing)
+        self._connected |= set(missing)
+        for pair in missing:  # in one order, because both ranks of a pair wait for each other here
+            if self.rank in pair:
+                self._translated(partial(self._connect_pair, pair))
+        if self._watch is not None:
+            self._translated(self._watch.check)  # it has aborted those that were there then
 
     def _connect_pair(self, pair: Pair) -> None:
         if self._accelerator is not None:
-            self._pairs[pair] = self._new_group("-".join(map(str, pair)), pair.index(self.rank), 2)
+            self._pairs[pair] = self._new_group("-".join(map(str, pair)), pair)
 
     def _look(self, board: Board) -> None:
         """Raise when another rank has ended the run, or has died on this machine. The watch's thread calls it."""
@@ -211,10 +221,10 @@ class Comm:
         """Close the connections, which ends the waiting of every rank that waits for this one."""
         if self._watch is not None:
             self._watch.stop()
-            if self._watch.over is None:
-                self._abort()
+            self._abort()
             self._watch = self._accelerator = None
             self._pairs.clear()
+            self._connected.clear()
         self._links.close()
         for pending in self._in_flight:
             pending.drop()
@@ -224,6 +234,8 @@ class Comm:
         """Close the connections for good, once no rank of the group waits for another; each rank by itself."""
         if self._board is None or self._broken:
             return
+        if self._watch is not None:
+            self._watch.stop()  # first: peers that are gone by now are no reason to abort
         for group in self._groups():
             group.shutdown()
         self._accelerator = None
@@ -265,8 +277,10 @@ class Comm:
             if isinstance(error, PeerLost):
                 self._lost = error
             if not isinstance(error, PeerFailed | RunStopped):
-                reason = None if isinstance(error, GeneratorExit) else f"{type(error).__name__}: {error}"
-                self._board.post(self._run, Notice(self.rank, reason))
+                lost = isinstance(error, PeerLost)
+                words = error.problem.what if isinstance(error, PeerLost) else f"{type(error).__name__}: {error}"
+                reason = None if isinstance(error, GeneratorExit) else words
+                self._board.post(self._run, Notice(self.rank, reason, lost))
             self._close()
             raise
         self._running = False
@@ -340,7 +354,6 @@ class Comm:
         """Start messages between accelerators, and wait for them in `pending`."""
         if self._watch is not None:
             self._translated(self._watch.check)
-            self._watch.begun += 1
         for work in self._translated(start):
             pending.add(work, tensors)
         return pending
@@ -455,10 +468,15 @@ class Comm:
                 self._board.raise_if_over(self._run)
                 time.sleep(LAST_WORDS_SECONDS / 20)
             raise PeerLost(
-                what=f"rank {self.rank} of {self.size} lost the connection to another rank ({error})",
+                what=f"rank {self.rank} of {self.size} lost the connection to another rank ({_words(error)})",
                 why="that process has died or the network is down, so the run cannot go on",
                 works="see the first rank that ended; the system kills a rank for which memory ran out",
             ) from error
+
+
+def _words(error: RuntimeError) -> str:
+    """What a connection's error says, without where in gloo's sources it was raised."""
+    return re.sub(r"^\[\S*gloo\S*\]\s*|\.? GLHF!.*$", "", str(error), flags=re.DOTALL)
 
 
 def _check_contiguous(tensor: Tensor) -> None:

@@ -7,9 +7,10 @@ aborts the communicator, which ends every wait.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch._C._distributed_c10d import Store
 
@@ -17,15 +18,16 @@ from cosmos3_pipeline.distributed.board import PeerLost
 
 # How often it looks.
 LOOK_SECONDS = 0.2
-# How often a rank tells the others how far it is.
-TELL_SECONDS = 2.0
+# How often a rank tells the others for whom it waits.
+TELL_SECONDS = 1.0
 
 
 class Watch:
     """Looks until `stop`, or until `look` raises; then it keeps the error in `over` and calls `abort`.
 
     A message that this rank waits for during more than `patience` seconds ends the run too, with the name of the
-    rank that has begun the fewest messages: each rank of `size` tells in `store` how many it has begun.
+    rank that is to blame: each rank of `size` tells in `store` for whom it waits, and one that is stuck waits for
+    nobody.
     """
 
     def __init__(
@@ -42,15 +44,14 @@ class Watch:
         self._look, self._abort = look, abort
         self._store, self._rank, self._size = store, rank, size
         self._patience = patience
-        self.begun = 0
-        self._waits: tuple[float, Callable[[], bool]] = (0.0, lambda: True)
+        self._waits: tuple[float, Callable[[], bool], Sequence[int]] = (0.0, lambda: True, ())
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cosmos3-watch", daemon=True)
         self._thread.start()
 
-    def waits_for(self, arrived: Callable[[], bool]) -> None:
-        """Note that this rank, or its accelerator, waits from now on until `arrived`, which any thread may ask."""
-        self._waits = time.monotonic(), arrived
+    def waits_for(self, arrived: Callable[[], bool], peers: Sequence[int]) -> None:
+        """Note that this rank, or its accelerator, waits for `peers` until `arrived`, which any thread may ask."""
+        self._waits = time.monotonic(), arrived, peers
 
     def check(self) -> None:
         """Raise what has ended the run."""
@@ -64,13 +65,16 @@ class Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        told, told_at = -1, 0.0
+        told: tuple[int, ...] = ()
+        told_at = 0.0
         while not self._stopped.wait(LOOK_SECONDS):
             try:
                 self._look()
-                if self.begun != told and time.monotonic() - told_at >= TELL_SECONDS:
-                    told, told_at = self.begun, time.monotonic()
-                    self._store.set(_key(self._rank), str(told))
+                _, arrived, peers = self._waits
+                now = () if arrived() else tuple(peers)
+                if now != told and time.monotonic() - told_at >= TELL_SECONDS:
+                    told, told_at = now, time.monotonic()
+                    self._store.set(_key(self._rank), json.dumps(told))
                 self._refuse_late()
             except Exception as error:  # whatever it is: nobody else is there to be told
                 self.over = error
@@ -78,22 +82,41 @@ class Watch:
                 return
 
     def _refuse_late(self) -> None:
-        since, arrived = self._waits
+        since, arrived, peers = self._waits
         seconds = time.monotonic() - since
         if seconds < self._patience or arrived():
             return
-        begun = {rank: self._told(rank) for rank in range(self._size)} | {self._rank: self.begun}
-        slowest = min(begun, key=lambda rank: begun[rank])
+        stuck = self._who_waits_for_nobody(peers)
         raise PeerLost(
-            what=f"a message of rank {self._rank} of {self._size} has not arrived for {seconds:.0f} s; rank "
-            f"{slowest} has begun the fewest messages, {begun[slowest]} where this one has begun {self.begun}",
-            why="that rank is stuck, or slower than any plan allows for",
-            works="see what that rank does (py-spy dump shows where a process is), and its log",
+            what=f"rank {self._rank} of {self._size} has waited for rank {' and '.join(map(str, peers))} for "
+            f"{seconds:.0f} s; "
+            + ("all of these ranks wait for each other" if stuck is None else f"rank {stuck} waits for nobody"),
+            why="it is stuck, or slower than any plan allows for"
+            if stuck is not None
+            else "their messages are started in orders that do not fit together",
+            works="see what it does (py-spy dump shows where a process is), and its log"
+            if stuck is not None
+            else "job=rehearse with the same settings, which replays the order",
         )
 
-    def _told(self, rank: int) -> int:
-        return int(self._store.get(_key(rank))) if self._store.check([_key(rank)]) else 0
+    def _who_waits_for_nobody(self, peers: Sequence[int]) -> int | None:
+        """The nearest rank along those that wait for each other which waits for none; None in a circle."""
+        waiting, seen = list(peers), {self._rank}
+        while waiting:
+            rank = waiting.pop(0)
+            if rank in seen:
+                continue
+            seen.add(rank)
+            theirs = self._told(rank)
+            if not theirs:
+                return rank
+            waiting += theirs
+        return None
+
+    def _told(self, rank: int) -> list[int]:
+        found: list[int] = json.loads(self._store.get(_key(rank))) if self._store.check([_key(rank)]) else []
+        return found
 
 
 def _key(rank: int) -> str:
-    return f"begun/{rank}"
+    return f"waits/{rank}"

@@ -14,6 +14,7 @@ from cosmos3_pipeline.distributed.comm import Comm, Pair, Pending
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.rehearsal.places import Place, asker, askers
+from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR
 
 T = TypeVar("T")
 AGREEMENTS = ", agreements"  # after the name of a group: what its hosts tell each other
@@ -112,7 +113,7 @@ class RehearsedComm(Comm):
     """
 
     def __init__(self, name: str, rank: int, members: Sequence[int], log: Log) -> None:
-        super().__init__(None, Ledger())
+        super().__init__(None, Ledger(), device=ACCELERATOR)
         self.rank, self.size = members.index(rank), len(members)
         self._name, self._members, self._log = name, members, log
         if self.size > 1:

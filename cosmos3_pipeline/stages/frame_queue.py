@@ -48,7 +48,7 @@ class Landing:
         buffer = self._free.get()
         if buffer.numel() < chunk.numel():  # the first chunk of a clip has fewer frames
             buffer = torch.empty(chunk.numel(), dtype=torch.uint8, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(chunk.device))
         with torch.cuda.stream(self._stream):
             frames = buffer[: chunk.numel()].view(chunk.shape)
             frames.copy_(chunk, non_blocking=True)

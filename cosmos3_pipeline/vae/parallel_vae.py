@@ -308,8 +308,9 @@ class ParallelVAE(DropIn):
                     f"the VAE was released as {self._dtype} on {self._device}; the weights from which "
                     f"{moved.dtype} on {moved.device} could be made are gone; move it before release()"
                 )
-            if moved.device != self._device:
-                self._comm = None  # its connections are those of the device that it was made for
+            if moved.device != self._device and self._comm is not None:
+                self._comm.close()  # its connections are those of the device that it was made for
+                self._comm = None
             self._dtype, self._device = moved.dtype, moved.device
             self._unbind()
         super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)

@@ -10,6 +10,7 @@ from ranks import run_on_ranks
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.pixels import to_uint8
@@ -64,7 +65,7 @@ def both_ways(rank: int, strategy: Strategy, *, atol: float) -> None:
             assert rank or (torch.cat(chunks).int() - to_uint8(picture)[0].int()).abs().max() <= (
                 1 if close else 0
             )
-        shape = LatentShape(batch, frames, rows, cols, dtype.itemsize)
+        shape = LatentShape(batch, frames, rows, cols, dtype.itemsize, on_host=takes_host_path(z))
         for direction, ledger in used.items():
             share = vae.plan(direction, shape).shares[rank]  # type: ignore[arg-type]
             assert (ledger.sent_bytes, ledger.sent_messages) == (share.sent_bytes, share.sent_messages)

@@ -48,29 +48,38 @@ def test_it_aborts_when_another_rank_has_ended_the_run() -> None:
 
 
 @pytest.mark.parametrize("arrived", [True, False])
-def test_a_message_that_is_late_names_the_rank_that_has_begun_the_fewest(arrived: bool) -> None:
+def test_a_message_that_is_late_names_the_rank_that_waits_for_nobody(arrived: bool) -> None:
     aborted, store = threading.Event(), HashStore()
-    store.set("begun/1", "7")
-    store.set("begun/2", "3")
+    store.set("waits/1", "[2]")
+    store.set("waits/2", "[]")
     with watching(lambda: None, aborted, store=store, patience=0.05) as watch:
-        watch.begun = 8
-        watch.waits_for(lambda: arrived)
+        watch.waits_for(lambda: arrived, [1])
         assert aborted.wait(0.5 if arrived else 60) != arrived
         if arrived:
             watch.check()
-            assert store.get("begun/0") == b"8"
             return
-        with pytest.raises(PeerLost, match=r"rank 2 has begun the fewest messages, 3 where this one has begun 8"):
+        with pytest.raises(PeerLost, match=r"rank 0 of 3 has waited for rank 1 for 0 s; rank 2 waits for nobody"):
+            watch.check()
+        assert store.get("waits/0") == b"[1]"
+
+
+def test_a_rank_that_never_told_anything_is_named() -> None:
+    aborted = threading.Event()
+    with watching(lambda: None, aborted, patience=0.02, size=2) as watch:
+        watch.waits_for(lambda: False, [1])
+        assert aborted.wait(60)
+        with pytest.raises(PeerLost, match=r"rank 1 waits for nobody"):
             watch.check()
 
 
-def test_a_rank_that_never_began_is_named() -> None:
-    aborted = threading.Event()
-    with watching(lambda: None, aborted, patience=0.02, size=2) as watch:
-        watch.begun = 1
-        watch.waits_for(lambda: False)
+def test_ranks_that_wait_for_each_other_are_told() -> None:
+    aborted, store = threading.Event(), HashStore()
+    store.set("waits/1", "[2]")
+    store.set("waits/2", "[0, 1]")
+    with watching(lambda: None, aborted, store=store, patience=0.02) as watch:
+        watch.waits_for(lambda: False, [1, 2])
         assert aborted.wait(60)
-        with pytest.raises(PeerLost, match=r"rank 1 has begun the fewest messages, 0 where"):
+        with pytest.raises(PeerLost, match=r"rank 1 and 2 for 0 s; all of these ranks wait for each other"):
             watch.check()
 
 
@@ -78,6 +87,6 @@ def test_messages_that_go_on_are_not_late() -> None:
     aborted = threading.Event()
     with watching(lambda: None, aborted, patience=30) as watch:
         for _ in range(20):
-            watch.waits_for(lambda: False)
+            watch.waits_for(lambda: False, [1])
             time.sleep(0.005)
         assert not aborted.is_set()
