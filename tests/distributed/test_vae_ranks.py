@@ -92,7 +92,8 @@ def both_ways_with(rank: int, strategy: Strategy, atol: float) -> None:
 
 def released(rank: int) -> tuple[int, int, bool]:
     """Bytes of weights that are bound, elements left in the model, and whether the picture is the same."""
-    model, z, shape = make_vae(CONFIG), latent(2), LatentShape(1, 2, 3, 2)
+    model, z = make_vae(CONFIG), latent(2)
+    shape = LatentShape(1, 2, 3, 2, on_host=takes_host_path(z))
     vae = ParallelVAE(model, LayerPipeline(), LayerPipeline())
     before = vae.decode(z).sample
     vae.release(decode=shape)
@@ -101,9 +102,11 @@ def released(rank: int) -> tuple[int, int, bool]:
     return planned, left, torch.equal(vae.decode(z).sample, before)
 
 
-def test_release_leaves_each_rank_its_own_weights() -> None:
+def test_release_leaves_each_rank_its_own_weights(path: str) -> None:
+    # By an accelerator's costs a line's last rank has most of the ops of so small a picture, and their weights.
+    most = 0.7 if path == "host" else 0.96
     for planned, left, same in run_on_ranks(released, 3):
-        assert planned < 0.7 * 4 * decoder_program(CONFIG).weight_elements()
+        assert planned < most * 4 * decoder_program(CONFIG).weight_elements()
         assert left == 0 and same
 
 
@@ -124,8 +127,9 @@ def test_from_a_folder_each_rank_reads_only_its_own(tmp_path: Any) -> None:
     model = make_vae(CONFIG)
     model.save_pretrained(tmp_path)
     program = decoder_program(CONFIG)
-    shares = LayerPipeline().plan(program, LatentShape(1, 2, 3, 2), 2).shares
-    expected = alone(model).decode(latent(2)).sample
+    z = latent(2)
+    shares = LayerPipeline().plan(program, LatentShape(1, 2, 3, 2, on_host=takes_host_path(z)), 2).shares
+    expected = alone(model).decode(z).sample
     for share, (names, picture) in zip(shares, run_on_ranks(read_from, 2, str(tmp_path)), strict=True):
         assert names == {weight.name for weight in program.weights(*share.ops)}
         assert torch.equal(picture, expected)
