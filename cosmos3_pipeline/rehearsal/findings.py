@@ -30,6 +30,16 @@ ALLOWED_WAITS = {
     '(block_state.cond_vision_segment["num_noisy_vision_tokens"],), t.item(), device=device': (
         "diffusers reads the noise level of a step from its schedule"
     ),
+    **dict.fromkeys(
+        (
+            "sigma_t, sigma_s0 = "
+            "self.sigmas[self.step_index + 1].to(device), self.sigmas[self.step_index].to(device)",
+            "alpha_si, sigma_si = self._sigma_to_alpha_sigma_t(self.sigmas[si].to(device))",
+            "sigma_t, sigma_s0 = "
+            "self.sigmas[self.step_index].to(device), self.sigmas[self.step_index - 1].to(device)",
+        ),
+        "UniPC brings numbers of its schedule, which it keeps on the host, to the device in every step",
+    ),
 }
 
 

@@ -19,7 +19,7 @@ def faults_of(logs: Mapping[int, Log]) -> list[str]:
 
     The order is replayed where every message meets its counterpart: else who misses one would wait for ever.
     """
-    return list(unmet(logs)) or list(deadlocks(logs))
+    return list(unmet(logs)) or [*deadlocks(logs), *not_awaited(logs)]
 
 
 def not_replayed(logs: Mapping[int, Log]) -> dict[str, list[int]]:
@@ -89,6 +89,20 @@ def _collectives(group: str, one: int, other: int, mine: list[Event], theirs: li
             f"{group}: rank {one} takes part in {len(first)} collectives, rank {other} in {len(second)}; "
             f"one of them is missing in {event.kind} of {event}"
         )
+
+
+def not_awaited(logs: Mapping[int, Log]) -> Iterator[str]:
+    """Of each rank the first message that it receives and never waits for: it may read what is not there yet."""
+    for rank, log in logs.items():
+        awaited = {act.number for act in log.acts if isinstance(act, Wait)}
+        for act in log.acts:
+            if not isinstance(act, Start) or act.number in awaited:
+                continue
+            # What a collective brings ahead may be for a clip that does not come.
+            received = [event for event in act.events if event.kind == "recv"]
+            if received:
+                yield f"{act.group}: rank {rank} never waits for the {received[0]} that it receives"
+                break
 
 
 # ------------------------------------------------------------ order

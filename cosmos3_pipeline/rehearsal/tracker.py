@@ -150,8 +150,10 @@ class Tracker(TorchDispatchMode):
         if facts.name.startswith("prim"):
             return func(*args, **kwargs)
         values = _computed(func, facts, args, kwargs, inputs)
-        if facts.name in _WAITS or _reads_mask(facts, args):
+        if facts.name in _WAITS or (facts.name == "index" and _has_mask(args)):
             return self._waited(facts, inputs, values)
+        if facts.name in ("index_put_", "_index_put_impl_") and _has_mask(args):
+            self.wait()  # for the places that the mask names
         if facts.name in _CROSSES and _leaves(facts, args, kwargs):
             return self._left(facts, args, kwargs, values)
         if facts.name not in _CROSSES and any(not t.is_meta and t.ndim for t in inputs):
@@ -233,6 +235,8 @@ class Tracker(TorchDispatchMode):
             self.hold(tensor)
         if facts.name in _CROSSES and not all(t.is_meta for t in inputs):
             self.copied_bytes += sum(t.nbytes for t in inputs if not t.is_meta)
+            if not _goes_on(facts, args, kwargs):
+                self.wait()  # PyTorch waits until the accelerator has come to such a copy, and has made it
         elif facts.launches and (new or changed):  # without them it is a view of what it was given
             ids = {id(t) for t in changed}
             not_read = {id(t) for t in _given(facts.not_read, args, kwargs)}
@@ -300,6 +304,7 @@ def rehearsing(tracker: Tracker) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "autocast", any_autocast))
         # There is one stream: what is copied on another one has arrived when it is asked for.
         others: dict[str, Any] = {"Stream": _Stream, "current_stream": _Stream, "stream": nullcontext}
+        others |= {"Event": _Event, "empty_cache": tracker.wait}
         stack.enter_context(mock.patch.multiple(cuda, **others, synchronize=tracker.wait))
         for mode in (tracker, _Functions(tracker), torch.no_grad()):
             stack.enter_context(mode)
@@ -315,7 +320,29 @@ class _Stream:
 
     def wait_event(self, event: None) -> None: ...
 
-    def record_event(self) -> None: ...
+    def wait(self, event: None = None) -> None: ...
+
+    def record_event(self, event: None = None) -> _Event:
+        return _Event()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()  # which is counted
+
+
+class _Event:
+    """What has been asked for so far, and is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: _Stream | None = None) -> None: ...
+
+    def wait(self, stream: _Stream | None = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
 
 def _storage(tensor: Tensor) -> int:
@@ -371,9 +398,7 @@ def _elements(name: str, args: Any) -> int:
     return math.prod(args[0]) if name in ("zeros", "ones", "full") else 0
 
 
-def _reads_mask(facts: _Facts, args: Any) -> bool:
-    if facts.name != "index":
-        return False
+def _has_mask(args: Any) -> bool:
     return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
@@ -383,6 +408,11 @@ def _leaves(facts: _Facts, args: Any, kwargs: Any) -> bool:
         return not args[0].is_meta and args[1].is_meta
     device = kwargs.get("device")
     return bool(args[0].is_meta) and device is not None and torch.device(device).type == "cpu"
+
+
+def _goes_on(facts: _Facts, args: Any, kwargs: Any) -> bool:
+    """Whether the host does not wait for a copy."""
+    return bool(kwargs.get("non_blocking") or (facts.name == "copy_" and len(args) > 2 and args[2]))
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -30,6 +30,7 @@ from cosmos3_pipeline.checkpoint.hub import (
     local_folder,
 )
 from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.distributed import device
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.models.loading import open_checkpoint
@@ -452,7 +453,10 @@ def test_a_refusal_of_the_hub_is_a_problem_of_the_start(hub: FakeHub) -> None:
         prepare(composition(["model=toy_random", f"model.path={REPO}"]))
 
 
-def test_dimensions_of_what_was_fetched_are_checked_before_the_ranks_start(toy_hub: FakeHub) -> None:
+def test_dimensions_of_what_was_fetched_are_checked_before_the_ranks_start(
+    toy_hub: FakeHub, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(device, "gpu", lambda index: index)  # as if this machine had one
     overrides = ["model=nano", "topology=h100_x1", f"model.path={REPO}"]
     assert compose(overrides).model.transformer.hidden_size == 4096
     prepared = prepare(composition(overrides))

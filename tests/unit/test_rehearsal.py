@@ -17,6 +17,7 @@ from torch import Tensor
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.compose import compose as composition_of
+from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer
 from cosmos3_pipeline.distributed.comm import Comm, Pending, Region
@@ -328,6 +329,43 @@ def test_a_deadlock_across_pairs_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.long
+def test_a_message_that_nobody_waits_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_a_ring(comm: Comm, some: Tensor) -> None:
+        before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+        comm.exchange(sends=[(some, after)], receives=[(some.clone(), before)])
+
+    monkeypatch.setattr(Exchange, "gather_rows", planted_in_gather(in_a_ring))
+    found = faults(rehearsed(*ULYSSES))
+    assert len(found) == 4
+    assert all(f"rank {rank} never waits for the" in fault for rank, fault in enumerate(found))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["tensor", "to", "mask", "event", "cache"])
+def test_waits_that_only_a_gpu_makes_are_found(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies from the host that block, masks that are written through, events, memory that is given back."""
+    step = ParallelLoopDenoiser.__call__
+
+    def waits(self: Any, components: Any, block_state: Any, *args: Any, **kwargs: Any) -> Any:
+        some = torch.empty(4, 4, device=block_state.vision_tokens[0].device)
+        if way == "tensor":
+            torch.tensor([1.0, 2.0], device=some.device)
+        elif way == "to":
+            torch.ones(4, 1).to(some.device)
+        elif way == "mask":
+            some[some.sum(1) > 0] = some[:1]
+        elif way == "event":
+            torch.cuda.current_stream().record_event().synchronize()
+        else:
+            torch.cuda.empty_cache()
+        return step(self, components, block_state, *args, **kwargs)
+
+    monkeypatch.setattr(ParallelLoopDenoiser, "__call__", waits)
+    found = rehearsed("sampler.steps=4").findings
+    assert any("the host waits for the accelerator in every step" in finding.text for finding in found)
+
+
+@pytest.mark.long
 def test_the_same_ring_in_batches_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_a_ring(comm: Comm, some: Tensor) -> None:
         before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
@@ -562,7 +600,7 @@ def test_small_tensors_have_values_where_these_follow_from_the_host() -> None:
         assert (numbers > 4).nonzero().shape == (2, 1)
         numbers[0] = 9
         assert numbers[numbers > 4].tolist() == [9, 5, 7]
-    assert used.waits.total() == 4
+    assert used.waits.total() == 5  # the first is for the numbers themselves
 
 
 def test_values_that_nobody_knows_end_a_rehearsal_only_where_a_shape_depends_on_them() -> None:
