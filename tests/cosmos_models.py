@@ -14,9 +14,13 @@ from diffusers import (
     AutoencoderKLWan,
     Cosmos3OmniPipeline,
     Cosmos3OmniTransformer,
+    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionCoreDenoiseStep
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3_distilled import (
+    Cosmos3DistilledVisionCoreDenoiseStep,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -130,19 +134,24 @@ def denoise_with(
     guidance_scale: float,
     seed: int,
     fps: float = 24.0,
+    distilled_sigmas: list[float] | None = None,
     conditioning: torch.Tensor | None = None,
     condition_frames: Iterable[int] = (),
 ) -> torch.Tensor:
     """The final latents [1, C, T, h, w] of diffusers' modular denoise workflow with its denoiser block replaced.
 
     `denoiser` None keeps diffusers' own block. `conditioning` [1, C, T, h, w] are clean latents, used on the
-    latent frames `condition_frames`.
+    latent frames `condition_frames`. With `distilled_sigmas` workflow and scheduler are those of a distilled
+    checkpoint.
     """
-    workflow = Cosmos3VisionCoreDenoiseStep()
+    workflow = Cosmos3DistilledVisionCoreDenoiseStep() if distilled_sigmas else Cosmos3VisionCoreDenoiseStep()
     if denoiser is not None:
         workflow.sub_blocks["denoise"].sub_blocks["denoiser"] = denoiser
     modular = workflow.init_pipeline()
     modular.update_components(transformer=pipeline.transformer, scheduler=pipeline.scheduler)
+    if distilled_sigmas:
+        scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        modular.update_components(scheduler=scheduler, distilled_sigmas=distilled_sigmas)
     workflow.sub_blocks["denoise"].set_progress_bar_config(disable=True)
     state = modular(
         cond_input_ids=prompt_ids[0],

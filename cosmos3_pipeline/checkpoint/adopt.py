@@ -10,6 +10,7 @@ from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.config.plain import flat
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.errors import Refusal
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,20 @@ def adopt_checkpoint(cfg: Config) -> Adopted | None:
     or a hub id that is not in the hub's cache.
 
     Raises:
-        Refusal: see `inspect_checkpoint`.
+        Refusal: see `inspect_checkpoint`; or an option of a distilled checkpoint with one that is none.
     """
     model = cfg.model
     folder = None if model.path is None else local_folder(model.path, model.commit or model.revision)
     if folder is None:
         return None
     info = inspect_checkpoint(folder)
+    if model.distilled_sigmas is not None and info.sampler.distilled_sigmas is None:
+        raise Refusal(
+            what=f"model.path={model.path} with model={model.name}, which is distilled to "
+            f"{len(model.distilled_sigmas)} steps",
+            why=f"the checkpoint is not distilled: its {info.sampler.class_name} needs more steps, and guidance",
+            works="a distilled checkpoint, or the model option that the folder was made for, such as model=super",
+        )
     numbers, option = dict(_numbers(cfg, info)), flat(cfg)
     changed = [f"{key}={found}, not {option[key]}" for key, found in numbers.items() if found != option[key]]
     return Adopted(info, numbers, tuple(changed))
@@ -50,6 +58,13 @@ def _numbers(cfg: Config, info: CheckpointInfo) -> Iterator[tuple[str, Any]]:
         for field in fields(node):
             if values.get(field.name) is not None:
                 yield f"model.{name}.{field.name}", values[field.name]
-    if info.sampler.native_flow_shift is not None:
+    sigmas = info.sampler.distilled_sigmas
+    if sigmas is not None:
+        yield "model.distilled_sigmas", list(sigmas)
+        for modality in ("video", "image"):
+            yield f"model.recommended.{modality}.steps", len(sigmas)
+            yield f"model.recommended.{modality}.guidance_scale", 1.0
+            yield f"model.recommended.{modality}.flow_shift", None
+    elif info.sampler.native_flow_shift is not None:
         for modality in ("video", "image"):
             yield f"model.recommended.{modality}.flow_shift", info.sampler.native_flow_shift

@@ -21,7 +21,7 @@ from cosmos3_pipeline.checkpoint.files import (
     read_json,
 )
 from cosmos3_pipeline.checkpoint.rules import clipped
-from cosmos3_pipeline.checkpoint.sampler import DISTILLED, EDGE_UNIPC, UNIPC, Sampler, distilled, sampler_of
+from cosmos3_pipeline.checkpoint.sampler import DISTILLED, EDGE_UNIPC, UNIPC, Sampler, sampler_of
 from cosmos3_pipeline.checkpoint.stored import StoredTensor, stored_tensors
 from cosmos3_pipeline.checkpoint.tokenizer_files import check_tokenizer_files
 from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
@@ -67,9 +67,9 @@ class Placed:
 class CheckpointInfo:
     """What a checkpoint folder holds. Config values are complete: a key that a file lacks has its default.
 
-    `negative_prompt` is the text of the checkpoint's own, None where it has none. `tensors` are those of each
-    component with weights. `not_read` lists keys and components that change no picture here, `strangers` keys that
-    nothing here knows, each as "file: key".
+    `negative_prompt` is the text of the checkpoint's own, None where it has none, or where it was distilled and
+    nothing reads one. `tensors` are those of each component with weights. `not_read` lists keys and components
+    that change no picture here, `strangers` keys that nothing here knows, each as "file: key".
     """
 
     folder: Path
@@ -105,12 +105,14 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
     configs = {name: _component_config(folder, name, raw_index) for name in COMPONENTS}
     rules.refuse_quantized(configs["transformer"], folder / "transformer" / COMPONENTS["transformer"][0])
     _refuse_quantized_files(folder)
-    _refuse_distilled(folder, raw_index)
+    modular = read_json(folder / MODULAR_INDEX) if is_regular(folder / MODULAR_INDEX) else {}
+    if configs["scheduler"].get("_class_name") != DISTILLED:
+        _refuse_distilled(folder, raw_index, modular)
 
     components = {*COMPONENTS, *rules.INDEX.read, *rules.INDEX.not_read}
     index = rules.apply(rules.INDEX, raw_index, index_file)
     files = {name: folder / name / COMPONENTS[name][0] for name in COMPONENTS}
-    sampler, scheduler = sampler_of(configs["scheduler"], index.values, files["scheduler"])
+    sampler, scheduler = sampler_of(configs["scheduler"], index.values, modular, files["scheduler"])
     transformer = rules.apply(rules.TRANSFORMER, configs["transformer"], files["transformer"])
     vae = rules.apply(rules.VAE, configs["vae"], files["vae"])
     rules.check_transformer(transformer.values, files["transformer"])
@@ -134,7 +136,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         transformer=transformer.values,
         vae=vae_values,
         sampler=sampler,
-        negative_prompt=_negative_prompt(folder / NEGATIVE_PROMPT),
+        negative_prompt=None if sampler.distilled_sigmas else _negative_prompt(folder / NEGATIVE_PROMPT),
         tensors={name: _placed(folder / name, weights[name]) for name in weights},
         not_read=tuple(f"{file}: {key}" for file, read in reads.items() for key in read.not_read),
         strangers=tuple(
@@ -170,8 +172,6 @@ def _component_config(folder: Path, name: str, index: Mapping[str, Any]) -> dict
         )
     config = read_json(folder / name / file)
     found = config.get("_class_name")
-    if found == DISTILLED:
-        raise distilled(f"{folder / name / file} names the sampler {found}")
     if class_name is not None and found != class_name:
         raise _other_class(f"{folder / name / file} names the class {clipped(found)}", name, class_name)
     _check_entry(folder / INDEX, name, index.get(name), found)
@@ -205,12 +205,16 @@ def _refuse_quantized_files(folder: Path) -> None:
                 raise rules.quantized(f"{folder} has {file.relative_to(folder)}", method)
 
 
-def _refuse_distilled(folder: Path, index: Mapping[str, Any]) -> None:
-    modular = read_json(folder / MODULAR_INDEX) if is_regular(folder / MODULAR_INDEX) else {}
+def _refuse_distilled(folder: Path, index: Mapping[str, Any], modular: Mapping[str, Any]) -> None:
+    """Raise Refusal where an index speaks of distillation, and the scheduler is that of any number of steps."""
     for name, config in ((INDEX, index), (MODULAR_INDEX, modular)):
         classes = {config.get("_class_name"), config.get("_blocks_class_name")}
         if config.get("is_distilled") or "distilled_sigmas" in config or classes & DISTILLED_CLASSES:
-            raise distilled(f"{folder / name} speaks of distillation")
+            raise Refusal(
+                what=f"{folder / name} speaks of distillation",
+                why=f"the scheduler beside it is no {DISTILLED}, which alone has the fixed steps and their noise",
+                works="index and scheduler of one checkpoint",
+            )
 
 
 def _negative_prompt(file: Path) -> str | None:

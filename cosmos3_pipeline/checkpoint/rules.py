@@ -70,6 +70,11 @@ def numbers(check: Check, *, at_least: int = 0) -> Check:
     return check_all
 
 
+def settings(value: Any) -> str | None:
+    """Keys with values, which are checked by rules of their own."""
+    return None if isinstance(value, dict) else "it must be keys with values"
+
+
 def anything(value: Any) -> str | None:
     """Whatever it is: what it may be is checked where it is used."""
     return None
@@ -220,6 +225,38 @@ SCHEDULER = Rules(
         "steps_offset": "of timesteps that flow sigmas replace",
         "use_native_flow_schedule": "the class says it",
     },
+)
+
+# Of diffusers' `FlowMatchEulerDiscreteScheduler`, with the few noise levels that a checkpoint was distilled to.
+DISTILLED_SCHEDULER = Rules(
+    read={
+        "num_train_timesteps": Key(one_of(1000), 1000),
+        "shift": Key(one_of(1.0, 1), 1.0),
+        "stochastic_sampling": Key(one_of(True)),
+        "use_dynamic_shifting": Key(one_of(False), False),
+        "shift_terminal": Key(one_of(None), None),
+        "invert_sigmas": Key(one_of(False), False),
+        "use_karras_sigmas": Key(one_of(False, None), False),
+        "use_exponential_sigmas": Key(one_of(False, None), False),
+        "use_beta_sigmas": Key(one_of(False, None), False),
+        "fixed_step_sampler_config": Key(optional(settings), None),
+    },
+    not_read={
+        **_BOOKKEEPING,
+        "base_shift": "of dynamic shifting, which is off",
+        "max_shift": "of dynamic shifting, which is off",
+        "base_image_seq_len": "of dynamic shifting, which is off",
+        "max_image_seq_len": "of dynamic shifting, which is off",
+        "time_shift_type": "of dynamic shifting, which is off",
+        "fixed_step_requires_explicit_sigmas": "the noise levels are always given",
+    },
+)
+# Noise levels are fractions of noise, from the first step's to the last step's.
+NOISE_LEVELS = numbers(number(1e-4, 1), at_least=1)
+# What NVIDIA's framework writes beside them.
+FIXED_STEPS = Rules(
+    read={"sample_type": Key(one_of("sde")), "t_list": Key(optional(numbers(number(0, 1), at_least=1)), None)},
+    not_read={"num_train_timesteps": "the scheduler's own says it"},
 )
 
 INDEX = Rules(

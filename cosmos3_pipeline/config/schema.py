@@ -136,7 +136,7 @@ class Recommendation:
     num_frames: int = ranged(at_least=1)
     steps: int = ranged(at_least=1)
     guidance_scale: float = ranged(at_least=0)
-    flow_shift: float = ranged(at_least=0)
+    flow_shift: float | None = ranged(at_least=0)
 
 
 @dataclass
@@ -177,6 +177,7 @@ class ModelConfig:
     commit: str | None = None
     dtype: Dtype = MISSING
     vae_dtype: Dtype = MISSING
+    distilled_sigmas: list[float] | None = None
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VaeModelConfig = field(default_factory=VaeModelConfig)
     recommended: Recommended = field(default_factory=Recommended)

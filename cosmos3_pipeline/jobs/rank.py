@@ -346,15 +346,17 @@ def metrics(
 def checkpoint_report(components: Components, model: ModelConfig) -> dict[str, Any]:
     """Which checkpoint ran, by which schedule, and what of it was not read; only the hub's has a commit."""
     checkpoint, schedule = components.checkpoint, components.scheduler().config
+    sampler = checkpoint.sampler
     return {
         "path": model.path,
         "repo": None if model.commit is None else model.path,
         "revision": model.revision,
         "commit": model.commit,
         "folder": str(checkpoint.folder),
-        "sampler": checkpoint.sampler.class_name,
-        "schedule": {key: schedule[key] for key in ("flow_shift", "use_karras_sigmas")},
-        "native_flow_grid": checkpoint.sampler.native_grid,
+        "sampler": sampler.class_name,
+        "schedule": {key: schedule.get(key) for key in ("flow_shift", "use_karras_sigmas")},
+        "native_flow_grid": sampler.native_grid,
+        "distilled_sigmas": None if sampler.distilled_sigmas is None else list(sampler.distilled_sigmas),
         "not_read": list(checkpoint.not_read),
         "unknown": list(checkpoint.strangers),
     }

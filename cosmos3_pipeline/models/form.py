@@ -9,6 +9,7 @@ from typing import Any
 
 from cosmos3_pipeline.checkpoint.hub import BUILTIN, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, Placed, inspect_checkpoint
+from cosmos3_pipeline.checkpoint.sampler import DISTILLED, Sampler
 from cosmos3_pipeline.checkpoint.stored import NO_FILE, StoredTensor
 from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
 from cosmos3_pipeline.config.plain import plain
@@ -24,7 +25,8 @@ def form_of(model: ModelConfig) -> CheckpointInfo:
     """The form of the checkpoint that `model` names, or else describes. Reads no weight.
 
     Of a checkpoint that is here, config, tokenizer and sampler are its own. Otherwise tokenizer, sampler and all
-    that is no number of the config are those of the toy in this package.
+    that is no number of the config are those of the toy in this package; the fixed steps of a distilled model are
+    numbers of the config.
     """
     here = folder_of(model)
     if here is not None:
@@ -44,12 +46,16 @@ def form_of(model: ModelConfig) -> CheckpointInfo:
         "rope_scaling": {"mrope_interleaved": True, "mrope_section": axes, "rope_type": "default"},
     }
     vae = {**toy.vae, **plain(model.vae)}
+    sampler, sigmas = toy.sampler, model.distilled_sigmas
+    if sigmas is not None:
+        sampler = Sampler(DISTILLED, {"stochastic_sampling": True}, False, None, distilled_sigmas=tuple(sigmas))
     words = FILLING * (NEGATIVE_PROMPT_BYTES // len(FILLING))
     return replace(
         toy,
         transformer=transformer,
         vae=vae,
-        negative_prompt=None if model.repo is None else words,
+        sampler=sampler,
+        negative_prompt=None if model.repo is None or sigmas is not None else words,
         tensors={
             "transformer": _placed(transformer_weights(transformer)),
             "vae": _placed(vae_weights(vae)),

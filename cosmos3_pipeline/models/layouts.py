@@ -58,14 +58,14 @@ _UNIPC = {
     "use_flow_sigmas": True,
     "use_karras_sigmas": True,
 }
-_DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
+DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
 _DISTILLED = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "_diffusers_version": "0.39.0",
     "base_image_seq_len": 256,
     "base_shift": 0.5,
     "fixed_step_requires_explicit_sigmas": True,
-    "fixed_step_sampler_config": {"sample_type": "sde", "t_list": _DISTILLED_SIGMAS},
+    "fixed_step_sampler_config": {"sample_type": "sde", "t_list": DISTILLED_SIGMAS},
     "invert_sigmas": False,
     "max_image_seq_len": 4096,
     "max_shift": 1.15,
@@ -174,7 +174,12 @@ class Layout:
     @property
     def is_run(self) -> bool:
         """Whether a checkpoint of this layout is run here, or only refused by its name."""
-        return self.quantization is None and not (self.modular_index or {}).get("is_distilled")
+        return self.quantization is None
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the number of its steps is its own."""
+        return self.scheduler is _DISTILLED
 
     @property
     def edge(self) -> bool:
@@ -237,7 +242,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "_class_name": "Cosmos3DistilledModularPipeline",
             "_blocks_class_name": "Cosmos3DistilledBlocks",
             "is_distilled": True,
-            "distilled_sigmas": _DISTILLED_SIGMAS,
+            "distilled_sigmas": DISTILLED_SIGMAS,
         },
         negative_prompt=False,
     ),

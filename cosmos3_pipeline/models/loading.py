@@ -11,8 +11,9 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3OmniBlocks
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3_distilled import Cosmos3DistilledBlocks
 from diffusers.modular_pipelines.cosmos.modular_pipeline import Cosmos3OmniModularPipeline
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
@@ -117,11 +118,8 @@ class Components:
         self.texts = Texts(device)
         self.loads: dict[str, Load] = {}
         disable_progress_bar()  # the run has a display of its own, and every rank would show diffusers' bars
-        self.pipeline = _DevicePipeline(device)
-        self.pipeline.update_components(
-            default_use_system_prompt=checkpoint.index["default_use_system_prompt"],
-            use_native_flow_schedule=checkpoint.sampler.native_grid,
-        )
+        self.pipeline = _DevicePipeline(device, checkpoint.sampler)
+        self.pipeline.update_components(default_use_system_prompt=checkpoint.index["default_use_system_prompt"])
         self.pipeline.disable_safety_checker()
 
     def tokenizer(self) -> Any:
@@ -161,7 +159,7 @@ class Components:
             placed.load_vision()
             load.kept_bytes = placed.kept_bytes
 
-    def scheduler(self) -> UniPCMultistepScheduler:
+    def scheduler(self) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
         """The sampler, with the run's flow shift."""
         load = partial(load_scheduler, self.checkpoint.sampler, flow_shift=self._flow_shift)
         return self._once("scheduler", load)
@@ -225,18 +223,28 @@ class Components:
 
 
 class _DevicePipeline(Cosmos3OmniModularPipeline):  # type: ignore[misc] # diffusers is untyped
-    """Knows its device before a model is loaded, where diffusers would look at the first one that is."""
+    """Knows its device before a model is loaded, where diffusers would look at the first one that is.
 
-    def __init__(self, device: torch.device) -> None:
+    Its blocks are those of the sampler, because they say which of the sampler's settings a pipeline has.
+    """
+
+    def __init__(self, device: torch.device, sampler: Sampler) -> None:
         self._run_device = device
-        super().__init__(blocks=Cosmos3OmniBlocks())
+        if sampler.distilled_sigmas is None:
+            super().__init__(blocks=Cosmos3OmniBlocks())
+            self.update_components(use_native_flow_schedule=sampler.native_grid)
+        else:
+            super().__init__(blocks=Cosmos3DistilledBlocks())
+            self.update_components(is_distilled=True, distilled_sigmas=list(sampler.distilled_sigmas))
 
     @property
     def _execution_device(self) -> torch.device:
         return self._run_device
 
 
-def load_scheduler(sampler: Sampler, *, flow_shift: float | None) -> UniPCMultistepScheduler:
+def load_scheduler(
+    sampler: Sampler, *, flow_shift: float | None
+) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     """The checkpoint's sampler with the schedule of `flow_shift`, see `Sampler.settings_for`.
 
     A class that the installed diffusers does not have is UniPC: `Sampler.native_grid` gives it the same sigmas.

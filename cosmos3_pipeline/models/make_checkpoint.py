@@ -123,7 +123,9 @@ def numbers_of(layout: Layout, *, full_size: bool) -> dict[str, Any]:
 def _next(folder: Path, layout: Layout, *, full_size: bool) -> str:
     if not layout.is_run:
         return f"{folder}\n{layout.what} is refused here; see docs/checkpoints.md"
-    small = "" if full_size else " task.height=96 task.width=160 task.num_frames=17 sampler.steps=8"
+    small = "" if full_size else " task.height=96 task.width=160 task.num_frames=17"
+    if not full_size and not layout.is_distilled:
+        small += " sampler.steps=8"
     return f"{folder}\ntry: python launch.py model={layout.option} model.path={folder}{small}"
 
 

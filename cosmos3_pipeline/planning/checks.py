@@ -80,7 +80,9 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
 def check(cfg: Config) -> Checked:
     """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
-    found = [problem for one in (_task, _clip, _ranks, _layout, _weights) for problem in one(cfg, clip)]
+    found = [
+        problem for one in (_task, _clip, _distilled, _ranks, _layout, _weights) for problem in one(cfg, clip)
+    ]
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
             continue  # the reference works with any clip and ranks that nothing else is wrong with
@@ -114,6 +116,12 @@ def _origins(words: str, traced: Provenance) -> Iterator[str]:
 
 def _model(cfg: Config) -> Iterator[Problem]:
     path = cfg.model.path
+    if path is None and cfg.model.repo is None and cfg.model.distilled_sigmas is not None:
+        yield Problem(
+            what=f"model.distilled_sigmas with model={cfg.model.name} and model.path=null",
+            why="the checkpoint that is made on the spot is not distilled",
+            works="a checkpoint of cosmos3 make-checkpoint --layout distilled FOLDER, with model.path=FOLDER",
+        )
     if path is not None and is_hub_id(path):
         return
     for key in ("revision", "commit"):
@@ -193,6 +201,44 @@ def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
         )
 
 
+def _distilled(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    """What a distilled checkpoint has of its own, and a run therefore cannot choose."""
+    if cfg.model.distilled_sigmas is None:
+        return
+    sampler, topology, steps = cfg.sampler, cfg.topology, len(cfg.model.distilled_sigmas)
+    checkpoint = f"a checkpoint distilled to {steps} steps"
+    if sampler.steps != steps:
+        yield Problem(
+            what=f"sampler.steps={sampler.steps} with {checkpoint}",
+            why="it learned these steps and no others, each with a noise level of its own",
+            works=f"sampler.steps={steps}, or no sampler.steps",
+        )
+    if sampler.guidance_scale != 1.0:
+        yield Problem(
+            what=f"sampler.guidance_scale={sampler.guidance_scale} with {checkpoint}",
+            why="it learned to answer as its teacher did with guidance, which is not applied a second time",
+            works="sampler.guidance_scale=1.0, or no sampler.guidance_scale",
+        )
+    if sampler.flow_shift is not None:
+        yield Problem(
+            what=f"sampler.flow_shift={sampler.flow_shift} with {checkpoint}",
+            why="a shift moves the noise levels of the steps, and those are the checkpoint's own",
+            works="sampler.flow_shift=null, or no sampler.flow_shift",
+        )
+    if cfg.task.negative_prompt:
+        yield Problem(
+            what=f"task.negative_prompt with {checkpoint}",
+            why="only guidance reads a negative prompt, and these steps have none, so it would be ignored",
+            works="no task.negative_prompt; the prompt itself says what to show",
+        )
+    if topology.cfg > 1:
+        yield Problem(
+            what=f"topology.cfg={topology.cfg} with {checkpoint}",
+            why="without guidance there is one pass only, so the second rank would have nothing to do",
+            works=f"topology.cfg=1 topology.ulysses={topology.cfg * topology.ulysses}",
+        )
+
+
 def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
     topology = cfg.topology
     ranks = topology.nodes * topology.ranks_per_node
@@ -222,7 +268,7 @@ def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
         lambda: check_layout(
             num_attention_heads=model.num_attention_heads,
             num_key_value_heads=model.num_key_value_heads,
-            cfg=topology.cfg,
+            cfg=1 if cfg.model.distilled_sigmas is not None else topology.cfg,  # else see `_distilled`
             ulysses=topology.ulysses,
             guidance_scale=cfg.sampler.guidance_scale,
         )

@@ -19,6 +19,9 @@ from cosmos3_pipeline.planning.weights import WeightsCost
 # remembers of earlier steps) and within a step of diffusers' UniPC sampler. Counted on running ones.
 LATENTS_IN_MODEL = 8
 LATENTS_IN_SAMPLER = 15
+# The same with the fixed steps of a distilled checkpoint, which remember no earlier step.
+DISTILLED_LATENTS_IN_MODEL = 5
+DISTILLED_LATENTS_IN_SAMPLER = 10
 # A CPU computes an MLP in parts of about this many bytes, see `denoise.pathway`.
 MLP_PART_BYTES = 2**20
 
@@ -29,7 +32,7 @@ class Denoising:
 
     `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
     `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a replica, which are
-    encoded together.
+    encoded together. `distilled` says that the steps are fixed, and that each draws noise of its own.
     """
 
     size: TransformerSize
@@ -40,6 +43,7 @@ class Denoising:
     cfg: int
     element_bytes: int
     prompts: int
+    distilled: bool
 
     @classmethod
     def of(
@@ -67,6 +71,7 @@ class Denoising:
             cfg=cfg.topology.cfg,
             element_bytes=element_bytes,
             prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
+            distilled=cfg.model.distilled_sigmas is not None,
         )
 
     @property
@@ -148,6 +153,7 @@ class Denoising:
             },
             share={"vision_tokens": self.vision_rows[cost.ulysses_rank], "passes": self.passes},
             sent_ahead=weights.gathered_ahead,
+            noise_bytes=steps * self.latent_elements * FP32_BYTES if self.distilled else 0,
         )
 
     def _rate(self, cfg: Config) -> float:
@@ -163,6 +169,8 @@ class Denoising:
         """
         rank, latents = self.costs[place].ulysses_rank, self.latent_elements * FP32_BYTES
         vision = self._layer_bytes(self.vision_rows, rank, before=max(self.text_tokens), on_cpu=on_cpu)
+        if self.distilled:
+            return max(vision + DISTILLED_LATENTS_IN_MODEL * latents, DISTILLED_LATENTS_IN_SAMPLER * latents)
         return max(vision + LATENTS_IN_MODEL * latents, LATENTS_IN_SAMPLER * latents)
 
     def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:

@@ -18,6 +18,7 @@ class RankStage:
     """One stage on one rank. `seconds` are by what would bound it alone.
 
     `sent_ahead` is the part of `sent` that serves the next clip where weights stay; a later clip need not send it.
+    `noise_bytes` is the noise that the steps of a distilled checkpoint draw on the host and copy to the device.
     `weight_bytes` and `text_bytes` (the prompts' keys and values) are held throughout, `activation_bytes` at most.
     """
 
@@ -29,6 +30,7 @@ class RankStage:
     seconds: dict[str, float]
     share: dict[str, Any]  # what it owns: tokens, or ops, rows and columns
     sent_ahead: Wire = field(default_factory=Wire)
+    noise_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:

@@ -224,11 +224,15 @@ def _to_send(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Wire
 
 
 def _copied(stage: StageFound, plan: Plan, planned: RankStage) -> Iterator[tuple[str, str]]:
-    """Copies from the host that take time and are not planned: streamed weights are, and prompts that waited."""
+    """Copies from the host that take time and are not planned.
+
+    Planned are streamed weights, prompts that waited, and the noise that the steps of a distilled checkpoint draw.
+    """
     rate = plan.accelerator.host_bytes_per_s
     streamed = plan.weights.placement is Placement.streamed
     wanted = planned.seconds.get("weights", 0.0) * rate if streamed else 0.0
     wanted += planned.text_bytes if plan.clips > 1 else 0
+    wanted += planned.noise_bytes
     if stage.copied_bytes - wanted > COPIES_SHARE * stage.roofline_seconds * rate:
         copied = quantity("bytes", stage.copied_bytes)
         yield "host", f"copies {copied} from the host, {quantity('bytes', wanted)} are planned"

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionCoreDenoiseStep
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3_distilled import (
+    Cosmos3DistilledVisionCoreDenoiseStep,
+)
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
 
 from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
@@ -18,11 +21,12 @@ class DenoiseStage:
     """Leaves `latents`, the denoised latents [1, C, T, h, w] in fp32, in the state.
 
     `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance. The noise is drawn from `sampler.seed` on
-    the CPU, in fp32 and whole, so it is the same on every rank, device and layout.
+    the CPU, in fp32 and whole, so it is the same on every rank, device and layout. So is the noise that each step
+    of a distilled checkpoint adds, because the steps go on with the same generator.
 
-    Packing, schedule and solver are diffusers' workflow; its denoiser block is replaced by one that computes
-    the text once and splits guidance and sequence over the mesh. The transformer leaves the device in the end,
-    unless it `stays` for a next clip.
+    Packing, schedule and solver are diffusers' workflow, for a distilled checkpoint its workflow of fixed steps.
+    Its denoiser block is replaced by one that computes the text once and splits guidance and sequence over the
+    mesh. The transformer leaves the device in the end, unless it `stays` for a next clip.
     """
 
     def __init__(self, sampler: SamplerConfig, *, stays: bool = False) -> None:
@@ -46,9 +50,10 @@ class DenoiseStage:
             if not self._stays:
                 context.components.transformer().release()
 
-    def workflow(self, context: RunContext, advance: Advance) -> Cosmos3VisionCoreDenoiseStep:
+    def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
         """diffusers' denoising workflow with this run's denoiser, which calls `advance` after every step."""
-        workflow = Cosmos3VisionCoreDenoiseStep()
+        distilled = context.components.checkpoint.sampler.distilled_sigmas is not None
+        workflow = Cosmos3DistilledVisionCoreDenoiseStep() if distilled else Cosmos3VisionCoreDenoiseStep()
         loop = workflow.sub_blocks["denoise"]
         loop.set_progress_bar_config(disable=True)
         loop.sub_blocks["denoiser"] = self.denoiser(context)

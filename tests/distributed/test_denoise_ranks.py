@@ -26,6 +26,7 @@ CLIPS = {
     "fewer tokens than ranks": ((2, 3), (16, 32, 1), ()),
 }
 STEPS = 4
+DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
 MODELS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "relu2, no text norm": {"hidden_act": "relu2", "qk_norm_for_text": False},
@@ -35,7 +36,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def latents(
-    denoiser: Any, model: dict[str, Any], clip: str, *, seed: int, guidance_scale: float = 6.0
+    denoiser: Any,
+    model: dict[str, Any],
+    clip: str,
+    *,
+    seed: int,
+    guidance_scale: float = 6.0,
+    distilled_sigmas: list[float] | None = None,
 ) -> torch.Tensor:
     words, (height, width, num_frames), clean = CLIPS[clip]
     generator = torch.Generator("cpu").manual_seed(seed + 100)
@@ -50,22 +57,23 @@ def latents(
         num_frames=num_frames,
         steps=STEPS,
         guidance_scale=guidance_scale,
+        distilled_sigmas=distilled_sigmas,
         seed=seed,
         conditioning=torch.randn(latent, generator=generator) if clean else None,
         condition_frames=clean,
     )
 
 
-def compare(mesh: RankMesh, model: str, clip: str, *, seed: int) -> None:
+def compare(mesh: RankMesh, model: str, clip: str, *, seed: int, **sampler: Any) -> None:
     """The same latents as diffusers', and the same bits on every rank of the replica."""
     seed += mesh.rank("dp")
-    own = latents(ParallelLoopDenoiser(mesh), MODELS[model], clip, seed=seed)
+    own = latents(ParallelLoopDenoiser(mesh), MODELS[model], clip, seed=seed, **sampler)
     replica = mesh.group(REPLICA)
     roots = own.clone()
     dist.broadcast(roots, group_src=0, group=replica)
     assert torch.equal(own, roots), f"rank {dist.get_rank()} differs from its root: {model}, {clip}"
     if mesh.rank(REPLICA) == 0:
-        expected = latents(None, MODELS[model], clip, seed=seed)
+        expected = latents(None, MODELS[model], clip, seed=seed, **sampler)
         difference = (own - expected).abs().max().item()
         assert expected.std() > 0.5, f"flat: {model}, {clip}"
         assert difference < 1e-5, f"{difference}: {model}, {clip}"
@@ -147,6 +155,20 @@ def test_replicas_and_spare_ranks_give_the_single_rank_latents(
     ranks: int, dp: int, cfg: int, ulysses: int
 ) -> None:
     run_ranks(in_thin_layout, dp, cfg, ulysses, ranks=ranks)
+
+
+def distilled() -> None:
+    """Ranks whose generators are seeded apart, but for the one that draws the noise of every step."""
+    with joined_world(device="cpu", threads=1):
+        torch.manual_seed(dist.get_rank())
+        mesh = RankMesh.build(ulysses=dist.get_world_size())
+        for number, clip in enumerate(CLIPS):
+            compare(mesh, "grouped", clip, seed=number, guidance_scale=1.0, distilled_sigmas=DISTILLED_SIGMAS)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_steps_of_a_distilled_model_draw_the_same_noise_on_every_rank(ranks: int) -> None:
+    run_ranks(distilled, ranks=ranks)
 
 
 def uneven_heads() -> None:

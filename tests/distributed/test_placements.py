@@ -18,7 +18,7 @@ from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.checkpoint.weights import Part
 from cosmos3_pipeline.config.schema import Config, HiddenAct, Placement, SamplerConfig
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.models.layouts import LAYOUTS
+from cosmos3_pipeline.models.layouts import DISTILLED_SIGMAS, LAYOUTS
 from cosmos3_pipeline.models.make_checkpoint import numbers_of
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.planning.weights import WeightsPlan
@@ -47,6 +47,7 @@ LAYOUT = {
     "nano": ("nano", NUMBERS),
     "one layer": ("nano", {**NUMBERS, "num_hidden_layers": 1}),
     "edge": ("edge", {"hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 416}),
+    "distilled": ("distilled", NUMBERS),
 }
 
 
@@ -80,7 +81,9 @@ def run(
     measured: dict[str, Any] = {}
     for _ in range(clips):
         context = context_of(parts, clip_of(*SIZE), Path(folder), mesh=mesh)
-        sampler = SamplerConfig(steps=STEPS, guidance_scale=GUIDANCE, seed=1)
+        sigmas = parts.checkpoint.sampler.distilled_sigmas
+        steps, guidance = (STEPS, GUIDANCE) if sigmas is None else (len(sigmas), 1.0)
+        sampler = SamplerConfig(steps=steps, guidance_scale=guidance, seed=1)
         text, denoise = TextStage(task_config(prompt=PROMPT), sampler), DenoiseStage(sampler)
         with LiveBytes([]) as live:
             text(context)
@@ -133,7 +136,12 @@ def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype, nam
     own = {key: value for key, value in numbers.items() if key in vars(composed.model.transformer)}
     own["hidden_act"] = HiddenAct(own["hidden_act"])
     transformer = replace(composed.model.transformer, **own)
-    return replace(composed, model=replace(composed.model, transformer=transformer))
+    model = replace(composed.model, transformer=transformer)
+    if name == "distilled":
+        sigmas = list(DISTILLED_SIGMAS)
+        sampler = replace(composed.sampler, steps=len(sigmas), guidance_scale=1.0, flow_shift=None)
+        return replace(composed, model=replace(model, distilled_sigmas=sigmas), sampler=sampler)
+    return replace(composed, model=model)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,9 @@ def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype, nam
         ("one layer", 1, 1, torch.float32, "host"),
         ("edge", 1, 1, torch.float32, "host"),
         ("edge", 1, 2, torch.bfloat16, "host"),
+        ("distilled", 1, 1, torch.float32, "host"),
+        ("distilled", 1, 1, torch.bfloat16, "host"),
+        ("distilled", 1, 2, torch.float32, "host"),
     ],
     indirect=["path"],
     ids=str,

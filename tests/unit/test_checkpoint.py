@@ -75,7 +75,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "distilled": (
         lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
-        "names the sampler FlowMatchEulerDiscreteScheduler: this is a distilled",
+        "says scheduler",
     ),
     "other-vae": (lambda f: edit(f / "vae" / "config.json", scale_factor_spatial=8), "scale_factor_spatial: 8"),
     "no-weights": (lambda f: next((f / "vae").glob("*.safetensors")).unlink(), "has no weights"),

@@ -61,7 +61,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "said"), [("distilled", "is refused here"), ("edge", "try: python launch.py")])
+@pytest.mark.parametrize(("name", "said"), [("fp8", "is refused here"), ("edge", "try: python launch.py")])
 def test_the_next_command_is_one_that_runs(
     name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,6 @@ def test_latents_are_diffusers_own(name: str, task: str, layouts: Path, tmp_path
 
 # What must be said of each layout that is not run, in three parts.
 REFUSED = {
-    "distilled": ("distilled checkpoint", "few fixed steps", "nvidia/Cosmos3-Super"),
     "fp8": ("quantized .modelopt FP8_FP8 FP8", "float32, bfloat16 and float16", "unquantized"),
     "int4": ("quantized .auto-round 4", "float32, bfloat16 and float16", "unquantized"),
 }

@@ -37,7 +37,7 @@ from cosmos3_pipeline.stages.build import StageFactory, build_stages
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.text import TextStage, read_lines
 
-# Steps that are run; those between the first and the last do the same.
+# Steps that are run; those between the first and the last do the same. A distilled checkpoint runs all of its own.
 STEPS = 3
 # Clips of a prompt file that are run; from the second on they find what the one before has left.
 CLIPS = 2
@@ -166,7 +166,7 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
     mesh = RehearsedMesh(
         dp=topology.dp, spare=spare, cfg=topology.cfg, ulysses=topology.ulysses, place=rank, log=log
     )
-    steps = min(script.config.sampler.steps, STEPS)
+    steps = steps_of(script.config)
     short = replace(script.config, sampler=replace(script.config.sampler, steps=steps))
     meters, raised, left = [StageMeter(tracker) for _ in script.words[:CLIPS]], None, Counter[Place]()
     try:
@@ -199,6 +199,12 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
         misplaced=_lines((tracker.misplaced + Counter(log.on_host)).items()),
         raised=raised,
     )
+
+
+def steps_of(config: Config) -> int:
+    """The denoising steps that are run of `config`."""
+    steps = config.sampler.steps
+    return steps if config.model.distilled_sigmas is not None else min(steps, STEPS)
 
 
 def _play(run: Run, config: Config, meter: StageMeter, tell: Tell) -> None:
@@ -252,8 +258,8 @@ def _lines(counted: Iterable[tuple[Place, int]]) -> tuple[Line, ...]:
 
 def _notes(config: Config, script: Script) -> Iterable[str]:
     """What the reader of a rehearsal has to know of it."""
-    if config.sampler.steps > STEPS:
-        yield f"{STEPS} of {config.sampler.steps} denoising steps were run; each other one counts as the second"
+    if config.sampler.steps > (steps := steps_of(config)):
+        yield f"{steps} of {config.sampler.steps} denoising steps were run; each other one counts as the second"
     if config.task.prompt_file is not None:
         run = min(len(script.words), CLIPS)
         yield (
