@@ -109,7 +109,7 @@ class OnGpu(torch.Tensor):
 def test_a_gpus_frames_land_in_buffers_that_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: threading.Lock())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     made, empty = [], torch.empty
 
     def pinned(*size: Any, pin_memory: bool = False, **how: Any) -> torch.Tensor:
