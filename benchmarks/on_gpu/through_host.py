@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from cosmos3_pipeline.distributed.accelerator import AcceleratorGroup, AcceleratorWork, Region
+from cosmos3_pipeline.distributed.accelerator import AcceleratorGroup, Region, Work
 from cosmos3_pipeline.distributed.watch import Watch
 
 Landing = tuple[Tensor, Tensor]  # a tensor of the device, and its bytes on the host
@@ -18,7 +18,7 @@ Landing = tuple[Tensor, Tensor]  # a tensor of the device, and its bytes on the 
 class Landed:
     """Messages in flight to the host, which are copied to the device when they are there."""
 
-    def __init__(self, works: Sequence[AcceleratorWork], landings: Sequence[Landing]) -> None:
+    def __init__(self, works: Sequence[Work], landings: Sequence[Landing]) -> None:
         self._works = works
         self._landings = landings
 
@@ -46,21 +46,21 @@ class ThroughHost(AcceleratorGroup):
         super().__init__(store, rank, members, device=torch.device("cpu"), patience=patience, watch=watch)
         self._accelerator = device
 
-    def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[AcceleratorWork]:
+    def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[Work]:
         landings = [(tensor, _room(tensor)) for tensor, _ in receives]
         coming = [(host, peer) for (_, host), (_, peer) in zip(landings, receives, strict=True)]
         works = super().batch(coming, [(_bytes(tensor), peer) for tensor, peer in sends])
         return [Landed(works, landings)]
 
-    def broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
+    def broadcast(self, tensor: Tensor, source: int) -> Work:
         host = _bytes(tensor)
         return Landed([super().broadcast(host, source)], [(tensor, host)])
 
-    def all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
+    def all_gather(self, parts: list[Tensor], tensor: Tensor) -> Work:
         landings = [(part, _room(part)) for part in parts]
         return Landed([super().all_gather([host for _, host in landings], _bytes(tensor))], landings)
 
-    def gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
+    def gather_into(self, whole: Tensor, own: Tensor) -> Work:
         host = _room(whole)
         return Landed([super().gather_into(host, _bytes(own))], [(whole, host)])
 

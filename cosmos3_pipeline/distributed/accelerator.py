@@ -28,11 +28,14 @@ _TAG = 0
 LOOK_SECONDS = 0.1
 
 
-class AcceleratorWork(Protocol):
-    """A message in flight between accelerators, as `torch.distributed` has it."""
+class Work(Protocol):
+    """A message in flight."""
 
     def wait(self) -> Any:
-        """Return when what is computed next can use it. Raises RuntimeError when it never will."""
+        """Return when it has left or arrived, on an accelerator for what is computed next.
+
+        Raises RuntimeError when it never will.
+        """
         ...
 
 
@@ -42,7 +45,7 @@ class OnHost:
     gloo itself may wait for ever: a message to a rank that has died does not fail when nothing of it has left.
     """
 
-    def __init__(self, work: AcceleratorWork, peers: Sequence[int], watch: Watch) -> None:
+    def __init__(self, work: Work, peers: Sequence[int], watch: Watch) -> None:
         self._work = work
         self._peers = peers
         self._watch = watch
@@ -68,7 +71,7 @@ class OnHost:
 class OnStream:
     """NCCL's message in flight, for which the accelerator waits, and this process goes on."""
 
-    def __init__(self, work: AcceleratorWork, peers: Sequence[int], watch: Watch, device: torch.device) -> None:
+    def __init__(self, work: Work, peers: Sequence[int], watch: Watch, device: torch.device) -> None:
         self._work = work
         self._peers = peers
         self._watch = watch
@@ -107,7 +110,7 @@ class AcceleratorGroup:
         # Any: PyTorch's stubs leave out the methods that every backend has.
         self._backend: Any = _backend(store, rank, len(members), device, patience)
 
-    def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[AcceleratorWork]:
+    def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[Work]:
         """Start to receive and to send, both ways at once."""
         backend = self._backend
         together = backend.supports_coalescing
@@ -120,18 +123,18 @@ class AcceleratorGroup:
             return [self._watched(backend._end_coalescing(), sorted(set(peers)))]
         return [self._watched(work, [peer]) for work, peer in zip(works, peers, strict=True)]
 
-    def broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
+    def broadcast(self, tensor: Tensor, source: int) -> Work:
         options = c10d.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = source, 0, True
         givers = self._others if self._members[source] not in self._others else [self._members[source]]
         return self._watched(self._backend.broadcast([tensor], options), givers)
 
-    def all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
+    def all_gather(self, parts: list[Tensor], tensor: Tensor) -> Work:
         options = c10d.AllgatherOptions()
         options.asyncOp = True
         return self._watched(self._backend.allgather([parts], [tensor], options), self._others)
 
-    def gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
+    def gather_into(self, whole: Tensor, own: Tensor) -> Work:
         options = c10d.AllgatherOptions()
         options.asyncOp = True
         return self._watched(self._backend._allgather_base(whole, own, options), self._others)
@@ -152,7 +155,7 @@ class AcceleratorGroup:
             self._aborted = True
             self._backend.abort()
 
-    def _watched(self, work: AcceleratorWork, peers: Sequence[int]) -> AcceleratorWork:
+    def _watched(self, work: Work, peers: Sequence[int]) -> Work:
         if self._device.type == "cpu":
             return OnHost(work, peers, self._watch)
         return OnStream(work, peers, self._watch, self._device)

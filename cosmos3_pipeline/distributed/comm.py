@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol, TypeVar
-from weakref import WeakSet
+from typing import Any, TypeVar
+from weakref import WeakSet, finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 
-from cosmos3_pipeline.distributed.accelerator import AcceleratorGroup, AcceleratorWork, Region
+from cosmos3_pipeline.distributed.accelerator import AcceleratorGroup, Region, Work
 from cosmos3_pipeline.distributed.board import Board, Notice, PeerError, PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.distributed.ledger import Ledger
@@ -49,14 +49,6 @@ _PAYLOAD, _AGREEMENT, _COLLECTIVE = 0, 1, 2
 
 # Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
 LAST_WORDS_SECONDS = 1.0
-
-
-class Work(Protocol):
-    """A message in flight."""
-
-    def wait(self) -> Any:
-        """Return when it has left or arrived. Raises RuntimeError when it never will."""
-        ...
 
 
 class Pending:
@@ -96,7 +88,7 @@ class Pending:
         self._landings.clear()
 
 
-_Start = Callable[[Sequence[Region], Sequence[Region]], list[AcceleratorWork]]
+_Start = Callable[[Sequence[Region], Sequence[Region]], list[Work]]
 
 
 class Comm:
@@ -161,14 +153,26 @@ class Comm:
         other: Any = store
         other = other.clone()
         self._store = store
+        # By weak references: a thread that held this Comm would keep it, and itself, for ever.
+        mine, board = ref(self), Board(other)
+
+        def look() -> None:
+            if (comm := mine()) is not None:
+                comm._look(board)
+
+        def abort() -> None:
+            if (comm := mine()) is not None:
+                comm._abort()
+
         self._watch = Watch(
-            partial(self._look, Board(other)),
-            self._abort,
+            look,
+            abort,
             store=PrefixStore("watch", other),
             rank=self.rank,
             size=self.size,
             patience=self._patience.total_seconds(),
         )
+        finalize(self, self._watch.stop)
         self._accelerator = self._new_group("all", range(self.size))
 
     def _new_group(self, name: str, members: Sequence[int]) -> AcceleratorGroup:
@@ -249,6 +253,7 @@ class Comm:
 
     def _ready(self) -> None:
         if self._broken:
+            self._close()  # again, unless the run was left in the middle
             self._connect()
 
     @contextmanager
@@ -340,17 +345,15 @@ class Comm:
         tensors = [tensor for tensor, _ in (*landings, *leaving)]
         return self._started(pending, partial(start, landings, leaving), tensors)
 
-    def _start_in_pairs(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
-        works: list[AcceleratorWork] = []
+    def _start_in_pairs(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[Work]:
+        works: list[Work] = []
         for peer in sorted({peer for _, peer in landings}):
             works += self._start_pair((peer, self.rank), [tensor for tensor, p in landings if p == peer])
         for peer in sorted({peer for _, peer in leaving}):
             works += self._start_pair((self.rank, peer), [tensor for tensor, p in leaving if p == peer])
         return works
 
-    def _started(
-        self, pending: Pending, start: Callable[[], list[AcceleratorWork]], tensors: Sequence[Tensor]
-    ) -> Pending:
+    def _started(self, pending: Pending, start: Callable[[], list[Work]], tensors: Sequence[Tensor]) -> Pending:
         """Start messages between accelerators, and wait for them in `pending`."""
         if self._watch is not None:
             self._translated(self._watch.check)
@@ -359,22 +362,22 @@ class Comm:
         return pending
 
     # What an accelerator's group is asked for, and nothing else: a rehearsal has others in their place.
-    def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
+    def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[Work]:
         return self._between_accelerators().batch(landings, leaving)
 
-    def _start_pair(self, pair: Pair, tensors: Sequence[Tensor]) -> list[AcceleratorWork]:
+    def _start_pair(self, pair: Pair, tensors: Sequence[Tensor]) -> list[Work]:
         assert pair in self._pairs, f"connect_pairs() has not named the messages of {pair}"
         if pair[0] == self.rank:
             return self._pairs[pair].batch([], [(tensor, 1) for tensor in tensors])
         return self._pairs[pair].batch([(tensor, 0) for tensor in tensors], [])
 
-    def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
+    def _start_broadcast(self, tensor: Tensor, source: int) -> Work:
         return self._between_accelerators().broadcast(tensor, source)
 
-    def _start_all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
+    def _start_all_gather(self, parts: list[Tensor], tensor: Tensor) -> Work:
         return self._between_accelerators().all_gather(parts, tensor)
 
-    def _start_gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
+    def _start_gather_into(self, whole: Tensor, own: Tensor) -> Work:
         return self._between_accelerators().gather_into(whole, own)
 
     def _between_accelerators(self) -> AcceleratorGroup:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.errors import Refusal
 
 
@@ -68,7 +69,8 @@ def use(device: torch.device) -> None:
 def numerics(device: torch.device) -> dict[str, Any]:
     """What decides the last bits of a result on `device`, beside the versions: for metrics.json."""
     if device.type != "cuda":
-        return {"device": device.type, "cpu": torch.backends.cpu.get_cpu_capability()}
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"device": device.type, "cpu": capability, "as_accelerator": not takes_host_path(device)}
     return {
         "device": torch.cuda.get_device_name(device),
         "cuda": torch.version.cuda,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from cosmos3_pipeline.distributed.accelerator import AcceleratorWork, Region
+from cosmos3_pipeline.distributed.accelerator import Region, Work
 from cosmos3_pipeline.distributed.board import Notice
 from cosmos3_pipeline.distributed.comm import Comm, Pair, Pending
 from cosmos3_pipeline.distributed.ledger import Ledger
@@ -135,7 +135,7 @@ class RehearsedComm(Comm):
         self._log.on_host.append(asker())
         return self._pending()
 
-    def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[AcceleratorWork]:
+    def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[Work]:
         events = [self._event("recv", tensor, peer) for tensor, peer in landings]
         events += [self._event("send", tensor, peer) for tensor, peer in leaving]
         return [self._log.start(self._name, *events)]
@@ -148,20 +148,20 @@ class RehearsedComm(Comm):
         self._log.members[name] = (source, target)
         self._log.start(name, Event("connection", None, 0, "objects", *askers())).wait()
 
-    def _start_pair(self, pair: Pair, tensors: Sequence[Tensor]) -> list[AcceleratorWork]:
+    def _start_pair(self, pair: Pair, tensors: Sequence[Tensor]) -> list[Work]:
         assert pair in self._pairs, f"connect_pairs() has not named the messages of {pair}"
         source, target = (self._members[rank] for rank in pair)
         kind, peer = ("send", pair[1]) if pair[0] == self.rank else ("recv", pair[0])
         events = [self._event(kind, tensor, peer) for tensor in tensors]
         return [self._log.start(f"{self._name}, from {source} to {target}", *events)]
 
-    def _start_broadcast(self, tensor: Tensor, source: int) -> AcceleratorWork:
+    def _start_broadcast(self, tensor: Tensor, source: int) -> Work:
         return self._log.start(self._name, self._event(f"broadcast of rank {self._members[source]}", tensor))
 
-    def _start_all_gather(self, parts: list[Tensor], tensor: Tensor) -> AcceleratorWork:
+    def _start_all_gather(self, parts: list[Tensor], tensor: Tensor) -> Work:
         return self._log.start(self._name, self._event("all_gather", tensor))
 
-    def _start_gather_into(self, whole: Tensor, own: Tensor) -> AcceleratorWork:
+    def _start_gather_into(self, whole: Tensor, own: Tensor) -> Work:
         return self._log.start(self._name, self._event("gather_into", own))
 
     def _event(self, kind: str, tensor: Tensor, peer: int | None = None) -> Event:

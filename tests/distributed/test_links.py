@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
@@ -371,3 +372,32 @@ def test_what_is_closed_leaves_nothing(path: str) -> None:
     for open_links, threads, links_left, left in run_on_ranks(_closed, 2):
         assert (open_links, links_left) == ((1, 1), (0, 0))
         assert threads - left == watches
+
+
+def _watches() -> int:
+    return sum(thread.name == "cosmos3-watch" for thread in threading.enumerate())
+
+
+def _forgotten(rank: int, how: str) -> tuple[int, int]:
+    """Threads that watch, and links that are open, after a Comm is dropped, or a run is left in the middle."""
+    comm = Comm()
+    if how == "dropped":
+        comm.agree(None)
+        del comm
+        gc.collect()
+        return _watches(), _memories()[0]
+    left = comm.run()
+    left.__enter__()
+    comm.broadcast(torch.ones(4))
+    with comm.run():
+        comm.broadcast(torch.ones(4))
+    return _watches(), _memories()[0]
+
+
+def test_a_comm_that_is_dropped_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCED, "1")
+    assert [watches for watches, _ in run_on_ranks(_forgotten, 2, "dropped")] == [0, 0]
+
+
+def test_a_run_that_is_left_in_the_middle_leaves_no_second_thread(path: str) -> None:
+    assert run_on_ranks(_forgotten, 2, "left") == [(int(path == "accelerator"), 1)] * 2
