@@ -14,10 +14,16 @@ from diffusers import (
     AutoencoderKLWan,
     Cosmos3OmniPipeline,
     Cosmos3OmniTransformer,
+    CosmosActionCondition,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionCoreDenoiseStep
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
+    Cosmos3VisionActionCoreDenoiseStep,
+    Cosmos3VisionCoreDenoiseStep,
+    Cosmos3VisionSoundActionCoreDenoiseStep,
+    Cosmos3VisionSoundCoreDenoiseStep,
+)
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3_distilled import (
     Cosmos3DistilledVisionCoreDenoiseStep,
 )
@@ -145,15 +151,11 @@ def denoise_with(
     checkpoint.
     """
     workflow = Cosmos3DistilledVisionCoreDenoiseStep() if distilled_sigmas else Cosmos3VisionCoreDenoiseStep()
-    if denoiser is not None:
-        workflow.sub_blocks["denoise"].sub_blocks["denoiser"] = denoiser
-    modular = workflow.init_pipeline()
-    modular.update_components(transformer=pipeline.transformer, scheduler=pipeline.scheduler)
-    if distilled_sigmas:
-        scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-        modular.update_components(scheduler=scheduler, distilled_sigmas=distilled_sigmas)
-    workflow.sub_blocks["denoise"].set_progress_bar_config(disable=True)
-    state = modular(
+    latents = run_workflow(
+        workflow,
+        denoiser,
+        pipeline,
+        distilled_sigmas=distilled_sigmas,
         cond_input_ids=prompt_ids[0],
         uncond_input_ids=prompt_ids[1],
         height=height,
@@ -165,7 +167,89 @@ def denoise_with(
         x0_tokens_vision=conditioning,
         vision_condition_frames=list(condition_frames),
         generator=torch.Generator("cpu").manual_seed(seed),
-    )
-    latents = state.get("latents")
+    ).get("latents")
     assert isinstance(latents, torch.Tensor)
     return latents
+
+
+def run_workflow(
+    workflow: Any,
+    denoiser: Any,
+    pipeline: Cosmos3OmniPipeline,
+    *,
+    distilled_sigmas: list[float] | None = None,
+    **inputs: Any,
+) -> Any:
+    """What one of diffusers' denoise workflows leaves in its state, with the denoiser replaced unless None."""
+    if denoiser is not None:
+        workflow.sub_blocks["denoise"].sub_blocks["denoiser"] = denoiser
+    modular = workflow.init_pipeline()
+    modular.update_components(transformer=pipeline.transformer, scheduler=pipeline.scheduler)
+    if distilled_sigmas:
+        scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        modular.update_components(scheduler=scheduler, distilled_sigmas=distilled_sigmas)
+    workflow.sub_blocks["denoise"].set_progress_bar_config(disable=True)
+    return modular(**inputs)
+
+
+# What a run may denoise besides vision, by diffusers' workflow of it.
+MODALITIES = {
+    "vision": Cosmos3VisionCoreDenoiseStep,
+    "sound": Cosmos3VisionSoundCoreDenoiseStep,
+    "action": Cosmos3VisionActionCoreDenoiseStep,
+    "sound and action": Cosmos3VisionSoundActionCoreDenoiseStep,
+}
+ALL_HEADS = {"sound_gen": True, "sound_dim": 5, "action_gen": True, "action_dim": 12, "num_embodiment_domains": 9}
+
+
+def all_latents(
+    denoiser: Any,
+    pipeline: Cosmos3OmniPipeline,
+    modalities: str,
+    *,
+    prompt_ids: tuple[list[int], list[int]],
+    size: tuple[int, int, int] = (80, 112, 9),
+    mode: str = "policy",
+    steps: int = 3,
+    guidance_scale: float = 4.5,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """The final latents of each modality, by the name of its state, with a clean first frame where actions are.
+
+    `pipeline` has a transformer with `ALL_HEADS`. Twelve actions go with an embodiment of ten numbers;
+    `mode` is that of a `CosmosActionCondition`.
+    """
+    height, width, num_frames = size
+    generator = torch.Generator("cpu").manual_seed(seed + 100)
+    inputs: dict[str, Any] = {}
+    if "action" in modalities:
+        frames = (num_frames - 1) // 4 + 1
+        inputs = {
+            "x0_tokens_vision": torch.randn(1, 48, frames, height // 16, width // 16, generator=generator),
+            "vision_condition_frames": list(range(frames)) if mode == "inverse_dynamics" else [0],
+            "action_condition_frame_indexes": list(range(12)) if mode == "forward_dynamics" else [],
+            "action": CosmosActionCondition(
+                mode=mode,  # type: ignore[arg-type]
+                chunk_size=12,
+                domain_name="droid_lerobot",
+                raw_actions=torch.randn(12, 10, generator=generator),
+                video=[],
+            ),
+        }
+    state = run_workflow(
+        MODALITIES[modalities](),
+        denoiser,
+        pipeline,
+        cond_input_ids=prompt_ids[0],
+        uncond_input_ids=prompt_ids[1],
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=24.0,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        **inputs,
+    )
+    found = {name: state.get(name) for name in ("latents", "sound_latents", "action_latents")}
+    return {name: latents for name, latents in found.items() if latents is not None}

@@ -9,7 +9,7 @@ Source: diffusers 0.42 `models/transformers/transformer_cosmos3.py`; the VAE's a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -32,8 +32,14 @@ class Part(StrEnum):
     NOTHING = "nothing"
 
 
-# What the tasks here read of a transformer; nothing else of it is loaded.
+# What every task reads of a transformer.
 TRANSFORMER_PARTS = (Part.TEXT, Part.VISION)
+VISION_ALONE = frozenset({"vision"})
+
+
+def generation_parts(modalities: Collection[str]) -> tuple[Part, ...]:
+    """What denoising these modalities reads of a transformer; nothing else of it is loaded but for the text."""
+    return tuple(part for part in (Part.VISION, Part.SOUND, Part.ACTION) if part.value in modalities)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ for every noisy token instead of once (see `ParallelTransformer.embed`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -38,10 +39,6 @@ class Dimensions(Protocol):
     def gated(self) -> bool:
         """Whether the MLP has a gate (`silu`), or two matrices only (`relu2`)."""
 
-    @property
-    def patch_channels(self) -> int:
-        """Channels of a vision token: latent channels times the patch area."""
-
 
 @dataclass(frozen=True)
 class Wire:
@@ -58,6 +55,46 @@ class Wire:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Tokens of one item that stand one after the other: a clip, a sound, or actions.
+
+    `channels` are the values of a token, `clean` the frames that condition and are not denoised.
+    """
+
+    modality: str  # vision, sound or action
+    channels: int
+    frames: int
+    tokens_per_frame: int = 1
+    clean: frozenset[int] = frozenset()
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.tokens_per_frame
+
+    def noisy(self, start: int, stop: int) -> int:
+        """How many of the tokens from `start` to `stop` are denoised."""
+        per, found = self.tokens_per_frame, 0
+        for frame in range(self.frames):
+            if frame not in self.clean:
+                found += max(min(stop, (frame + 1) * per) - max(start, frame * per), 0)
+        return found
+
+
+@dataclass(frozen=True)
+class PassTokens:
+    """What one guidance pass goes over: `text` tokens of a prompt, then `stretches`, in their order."""
+
+    text: int
+    stretches: tuple[Stretch, ...]
+    negative: bool = False
+
+    @property
+    def rows(self) -> int:
+        """All tokens but the text's."""
+        return sum(stretch.tokens for stretch in self.stretches)
+
+
+@dataclass(frozen=True)
 class TextCost:
     """One rank's share of encoding one prompt; the negative prompt of many clips is encoded once."""
 
@@ -71,8 +108,8 @@ class TextCost:
 class DenoiseCost:
     """One rank's share, by its place on the two axes.
 
-    `texts` has the prompts of its guidance passes. `clip_flops` (the angles of the vision tokens) is once per
-    clip, `step_*` once per step.
+    `texts` has the prompts of its guidance passes. `clip_flops` (the angles of all tokens but the text's) is once
+    per clip, `step_*` once per step.
     """
 
     cfg_rank: int
@@ -87,43 +124,36 @@ class DenoiseCost:
 def denoise_costs(
     model: Dimensions,
     *,
-    text_tokens: tuple[int, int],
-    latent_frames: int,
-    tokens_per_frame: int,
-    clean_frames: Iterable[int] = (),
+    passes: Sequence[PassTokens],
     cfg: int = 1,
     ulysses: int = 1,
-    guidance_scale: float,
     element_bytes: int,
 ) -> tuple[DenoiseCost, ...]:
     """The cost of each rank of a replica, `ulysses` varying fastest; ranks to spare repeat one of these.
 
-    `text_tokens` are those of the prompt and of the negative prompt, `clean_frames` the latent frames that
-    condition the others, `element_bytes` those of the transformer's dtype. The layout must pass
-    `check_layout`.
+    `passes` are the guidance passes in diffusers' order, all over the same stretches; `element_bytes` are those of
+    the transformer's dtype. The layout must pass `check_layout`.
     """
-    clean = set(clean_frames)
-    noisy = [frame not in clean for frame in range(latent_frames) for _ in range(tokens_per_frame)]
-    passes = text_tokens if guidance_scale != 1.0 else text_tokens[:1]
+    stretches, rows = passes[0].stretches, even_rows(passes[0].rows, ulysses)
     shares = head_shares(model.num_attention_heads, model.num_key_value_heads, ulysses)
     costs = []
     for cfg_rank, rank in product(range(cfg), range(ulysses)):
-        own_passes = list(enumerate(passes))[cfg_rank : cfg_rank + 1] if cfg > 1 else list(enumerate(passes))
-        part = _Part(model, even_rows(len(noisy), ulysses), rank, shares, element_bytes)
-        start = start_of(part.rows, rank)
-        own_noisy = sum(noisy[start : start + part.own])
-        prediction = own_noisy * model.patch_channels
+        own_passes = passes[cfg_rank : cfg_rank + 1] if cfg > 1 else passes
+        part = _Part(model, rows, rank, shares, element_bytes)
+        own = _own_tokens(stretches, start_of(rows, rank), part.own)
+        prediction = sum(stretch.noisy(start, stop) * stretch.channels for stretch, start, stop in own)
+        projected = sum((stop - start) * stretch.channels for stretch, start, stop in own)
         once = model.num_hidden_layers - 1  # the last layer's text is read by nothing: keys and values suffice
-        step_flops = _embed_flops(model, part.own, sum(noisy))
+        step_flops = 2 * model.hidden_size * projected + _noise_level_flops(model, stretches)
         clip_flops, step_wire, texts = 0, Wire(), []
-        for number, tokens in own_passes:
-            prompt = _Part(model, even_rows(tokens, ulysses), rank, shares, element_bytes)
+        for one in own_passes:
+            prompt = _Part(model, even_rows(one.text, ulysses), rank, shares, element_bytes)
             angles = 3 * model.head_dim  # of the rotary embedding, of one token
             layer = prompt.project_flops + prompt.finish_flops + prompt.attend_flops(prompt.total)
             cache = model.num_hidden_layers * 2 * prompt.total * shares[rank].num_keys * model.head_dim
             texts.append(
                 TextCost(
-                    negative=number > 0,
+                    negative=one.negative,
                     flops=angles * prompt.total + prompt.project_keys_flops + once * layer,
                     cache_bytes=cache * element_bytes,
                     ulysses=prompt.keys_to_heads + (prompt.to_heads + prompt.to_rows) * once,
@@ -131,7 +161,7 @@ def denoise_costs(
             )
             clip_flops += angles * part.total
             layer = part.project_flops + part.finish_flops + part.attend_flops(prompt.total + part.total)
-            step_flops += model.num_hidden_layers * layer + 2 * part.own * model.hidden_size * model.patch_channels
+            step_flops += model.num_hidden_layers * layer + 2 * model.hidden_size * projected
             step_wire += (part.to_heads + part.to_rows) * model.num_hidden_layers
         costs.append(
             DenoiseCost(
@@ -205,11 +235,26 @@ class _Part:
         return [peer for peer in range(len(self.rows)) if peer != self.rank]
 
 
-def _embed_flops(model: Dimensions, rows: int, noisy: int) -> int:
-    """Projecting own patches, and the step's timestep embedding, which is one small matrix for all tokens."""
-    timestep_rows = min(max(noisy, 1), BLOCK_ROWS)
-    timestep = timestep_rows * (TIMESTEP_CHANNELS + model.hidden_size)
-    return 2 * model.hidden_size * (rows * model.patch_channels + timestep)
+def _own_tokens(stretches: Sequence[Stretch], first: int, count: int) -> list[tuple[Stretch, int, int]]:
+    """Which tokens of each stretch are among the `count` of the sequence from `first` on."""
+    found, before = [], 0
+    for stretch in stretches:
+        start, stop = (min(max(edge - before, 0), stretch.tokens) for edge in (first, first + count))
+        found.append((stretch, start, stop))
+        before += stretch.tokens
+    return found
+
+
+def _noise_level_flops(model: Dimensions, stretches: Sequence[Stretch]) -> int:
+    """Embedding a step's noise level: a small matrix, which serves all tokens, of some rows.
+
+    Modalities with so few noisy tokens that they take fewer rows have one of their own.
+    """
+    noisy: Counter[str] = Counter()
+    for stretch in stretches:
+        noisy[stretch.modality] += stretch.noisy(0, stretch.tokens)
+    rows = {min(tokens, BLOCK_ROWS) for tokens in noisy.values()} - {0}
+    return 2 * model.hidden_size * sum(rows) * (TIMESTEP_CHANNELS + model.hidden_size)
 
 
 def _to_each(nbytes: int, peers: int) -> Wire:

@@ -1,11 +1,12 @@
 """The block that predicts velocities inside diffusers' Cosmos3 denoising loop, over the `cfg` and `ulysses` axes.
 
-It takes the place of `Cosmos3LoopDenoiser` in `Cosmos3VisionDenoiseStep`; noise, schedule and solver stay
+It takes the place of `Cosmos3LoopDenoiser` in the loops of all modalities; noise, schedule and solver stay
 diffusers'. Source: diffusers `modular_pipelines/cosmos/denoise.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
-from cosmos3_pipeline.denoise.texts import TextEncoder, Texts, own_passes
+from cosmos3_pipeline.denoise.modalities import MODALITIES, items_of
+from cosmos3_pipeline.denoise.texts import PASSES, TextEncoder, Texts, own_passes
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer, PreparedPass
 from cosmos3_pipeline.distributed.mesh import RankMesh
-from cosmos3_pipeline.errors import Refusal
 
 
 class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffusers is untyped
@@ -49,24 +50,33 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             block_state.parallel_transformer = self._accelerate(components.transformer, block_state)
             block_state.parallel_passes = self._prepare(components.transformer, block_state)
         transformer, passes = block_state.parallel_transformer, block_state.parallel_passes
-        any_pass = passes[0]
+        any_pass, latents = passes[0], self._latents(block_state)
         # Its value stays on the device: reading it on the host would wait for all that was launched before.
-        timestep = t.reshape(1).to(block_state.vision_tokens[0].device)
-        embedded, latent_shapes = transformer.embed(any_pass, block_state.vision_tokens, timestep)
-        velocities = transformer.predict(passes, embedded)
+        timestep = t.reshape(1).to(latents["vision"][0].device)
+        embedded = transformer.embed(any_pass, latents, timestep)
+        velocities = transformer.predict(passes, [embedded] * len(passes))
         if self._guidance.ranks > 1:
             (own,) = velocities
             both = self._guidance.gather_rows(own, [len(own)] * self._guidance.ranks)
-            velocities = list(both.view(self._guidance.ranks, *own.shape).unbind())
+            velocities = list(both.view(self._guidance.ranks, len(own)).unbind())
         velocity = velocities[0].float()
         if len(velocities) > 1:
             uncond = velocities[1].float()
             # uncond + scale * (cond - uncond) on packed tokens: half of what unpacking both passes would move
             velocity = (velocity - uncond).mul_(block_state.guidance_scale).add_(uncond)
-        block_state.velocity_vision = transformer.assemble(any_pass, velocity, latent_shapes)[0]
-        block_state.velocity_sound = None
-        block_state.velocity_action = None
+        found = transformer.assemble(any_pass, transformer.gather(any_pass, velocity), latents)
+        for modality in MODALITIES:
+            velocity_of = found.get(modality.name)
+            setattr(block_state, f"velocity_{modality.name}", None if velocity_of is None else velocity_of[-1])
+        actions = block_state.velocity_action
+        if actions is not None and (width := block_state.raw_action_dim_resolved) is not None:
+            actions[:, width:] = 0  # of what no embodiment with so few numbers has
         return components, block_state
+
+    def _latents(self, block_state: Any) -> dict[str, list[Tensor]]:
+        """What is denoised and what it is conditioned on, by modality."""
+        found = {one.name: getattr(block_state, f"{one.name}_tokens", None) for one in MODALITIES}
+        return {name: latents for name, latents in found.items() if latents is not None}
 
     def _accelerate(self, transformer: Any, block_state: Any) -> ParallelTransformer:
         check_layout(
@@ -76,32 +86,27 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             ulysses=self._sequence.ranks,
             guidance_scale=block_state.guidance_scale,
         )
-        for modality in ("sound", "action"):
-            if getattr(block_state, f"{modality}_tokens", None) is not None:
-                raise Refusal(
-                    what=f"{modality} tokens in a parallel denoising run",
-                    why="the parallel transformer splits and caches text and vision only",
-                    works=f"a task without {modality}, or diffusers' own Cosmos3LoopDenoiser on one rank",
-                )
         return ParallelTransformer(transformer, ulysses=self._sequence, layers=self._layers)
 
     def _prepare(self, whole: Any, block_state: Any) -> list[PreparedPass]:
         """This rank's guidance passes, in diffusers' order."""
         names = own_passes(block_state.guidance_scale, ranks=self._guidance.ranks, rank=self._guidance.rank)
-        transformer, fields = block_state.parallel_transformer, block_state.denoiser_input_fields
+        transformer = block_state.parallel_transformer
         texts = self._texts or Texts(block_state.vision_tokens[0].device)
-        segments = [fields[f"{name}_text_segment"] for name in names]
-        prompts = [(segment["input_ids"], segment["text_mrope_ids"]) for segment in segments]
+        fields = [_fields(block_state.denoiser_input_fields, name) for name in names]
+        prompts = [(one["input_ids"], one["text_mrope_ids"]) for one in fields]
         encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
-        passes = []
-        for name, text in zip(names, texts.take(encoder, prompts), strict=True):
-            vision = fields[f"{name}_vision_segment"]
-            prepared = transformer.prepare(
-                text,
-                position_ids=fields[f"{name}_position_ids"],
-                vision_token_shapes=vision["vision_token_shapes"],
-                vision_mse_loss_indexes=vision["vision_mse_loss_indexes"],
-                vision_noisy_frame_indexes=vision["vision_noisy_frame_indexes"],
-            )
-            passes.append(prepared)
-        return passes
+        return [
+            transformer.prepare(text, position_ids=one["position_ids"], items=items_of(one))
+            for one, text in zip(fields, texts.take(encoder, prompts), strict=True)
+        ]
+
+
+def _fields(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What diffusers' packing steps have left for the guidance pass `name`: its own, and those of all passes."""
+    found = {field: value for field, value in inputs.items() if field.partition("_")[0] not in PASSES}
+    for field, value in inputs.items():
+        whose, _, own = field.partition("_")
+        if whose == name:
+            found |= value if own.endswith("_segment") else {own: value}
+    return found

@@ -1,17 +1,18 @@
 """`Cosmos3OmniTransformer` over several ranks, with the text pathway computed once per prompt.
 
-In a Cosmos3 layer the text (understanding pathway) attends to itself alone, causally, and vision (generation
-pathway) attends to both. So what the text contributes, its keys and values in every layer, does not depend
-on the noise: `prepare` computes it once, `predict` runs vision only. diffusers' own seam for several ranks
-(`_cp_shard_fn`) sits inside a forward that runs both pathways each time, so it is not used; the model's
-layers, embeddings and packing are, and the diffusers object is left as it is.
+In a Cosmos3 layer the text (understanding pathway) attends to itself alone, causally, and what is generated
+(vision, sound and actions, the generation pathway) attends to both. So what the text contributes, its keys and
+values in every layer, does not depend on the noise: it is computed once, `predict` runs the generation pathway
+only. diffusers' seam for several ranks (`_cp_shard_fn`) sits inside a forward that runs both pathways each
+time, so it is not used; the model's layers, embeddings and packing are, and the diffusers object is left as it
+is.
 
 Source: diffusers `models/transformers/transformer_cosmos3.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend_with
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange, OwnHeads
 from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
+from cosmos3_pipeline.denoise.modalities import Items
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, start_of
 from cosmos3_pipeline.denoise.texts import EncodedText
@@ -32,20 +34,41 @@ from cosmos3_pipeline.errors import Refusal
 
 
 @dataclass(frozen=True)
+class Share:
+    """This rank's part of the tokens of one modality, `rows` of their own count.
+
+    `noisy_rows` says how many are denoised on each rank, `own_noisy` which of the own rows; None is all of them.
+    """
+
+    items: Items
+    channels: int
+    rows: slice
+    noisy_rows: tuple[int, ...]
+    own_noisy: Tensor | None
+
+    @property
+    def own(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True)
 class PreparedPass:
     """What one guidance pass over one prompt needs in every step and does not change between them."""
 
     text: EncodedText
-    rotary: Rotary  # of all vision tokens
-    rows: tuple[int, ...]  # vision tokens held by each ulysses rank
-    noisy_rows: tuple[int, ...]  # how many of them are denoised
-    own_noisy: Tensor | None  # which own rows those are; None is all
-    token_shapes: list[tuple[int, int, int]]
-    noisy_frames: list[Tensor]
+    rotary: Rotary  # of all tokens but the text's
+    rows: tuple[int, ...]  # those tokens held by each ulysses rank
+    shares: tuple[Share, ...]  # of each modality, in the order of the sequence
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """The values that each rank predicts: of its noisy tokens."""
+        ranks = range(len(self.rows))
+        return tuple(sum(share.noisy_rows[rank] * share.channels for share in self.shares) for rank in ranks)
 
 
 class ParallelTransformer:
-    """A diffusers `Cosmos3OmniTransformer` whose steps run vision only, split over the ranks of `ulysses`.
+    """A diffusers `Cosmos3OmniTransformer` whose steps run without the text, split over the ranks of `ulysses`.
 
     Nothing is installed in `transformer`: it stays usable by itself, also between two calls here. All ranks
     of the axis must make the same calls with the same arguments. `layers` is where its layers come from; without
@@ -79,105 +102,132 @@ class ParallelTransformer:
         self._layers = LoadedLayers(transformer) if layers is None else layers
 
     @torch.no_grad()
-    def prepare(
-        self,
-        text: EncodedText,
-        *,
-        position_ids: Tensor,
-        vision_token_shapes: list[tuple[int, int, int]],
-        vision_mse_loss_indexes: Tensor,
-        vision_noisy_frame_indexes: list[Tensor],
-    ) -> PreparedPass:
-        """Lay out the vision tokens after `text`. The other arguments are those of the model's `forward`.
+    def prepare(self, text: EncodedText, *, position_ids: Tensor, items: tuple[Items, ...]) -> PreparedPass:
+        """Lay out the tokens of `items` after `text`.
 
-        The joint sequence is the prompt followed by all vision tokens; `position_ids` [3, sequence] and
-        `vision_mse_loss_indexes`, the noisy tokens, count through it.
+        The joint sequence is the prompt followed by all other tokens; `position_ids` [3, sequence] and the noisy
+        tokens of `items` count through it.
         """
         prompt = len(text.layers[0].key)
         rows = even_rows(position_ids.shape[-1] - prompt, self._exchange.ranks)
         edges = [prompt + start_of(rows, rank) for rank in range(len(rows) + 1)]
-        noisy = [
-            vision_mse_loss_indexes[(vision_mse_loss_indexes >= start) & (vision_mse_loss_indexes < stop)] - start
-            for start, stop in pairwise(edges)
-        ]
-        own = noisy[self._exchange.rank]
-        return PreparedPass(
-            text=text,
-            rotary=rotary_of(self._model, position_ids[:, prompt:]),
-            rows=rows,
-            noisy_rows=tuple(len(indexes) for indexes in noisy),
-            own_noisy=None if len(own) == rows[self._exchange.rank] else own,
-            token_shapes=vision_token_shapes,
-            noisy_frames=vision_noisy_frame_indexes,
+        shares, first = [], prompt
+        for one in items:
+            shares.append(self._share(one, first, edges))
+            first += one.tokens
+        return PreparedPass(text, rotary_of(self._model, position_ids[:, prompt:]), rows, tuple(shares))
+
+    def _share(self, items: Items, first: int, edges: Sequence[int]) -> Share:
+        """The share of `items`, whose tokens begin at `first`; rank r holds the sequence from edges[r] on."""
+        last = first + items.tokens
+        noisy = items.noisy.cpu()  # once for a clip; the device has nothing to do yet that would be waited for
+        own = [min(max(edge, first), last) for edge in edges[self._exchange.rank :][:2]]
+        mine = noisy[(noisy >= own[0]) & (noisy < own[1])] - own[0]
+        counted = [int(((noisy >= start) & (noisy < stop)).sum()) for start, stop in pairwise(edges)]
+        return Share(
+            items,
+            channels=items.modality.channels(self._model),
+            rows=slice(own[0] - first, own[1] - first),
+            noisy_rows=tuple(counted),
+            own_noisy=None if len(mine) == own[1] - own[0] else mine.to(items.noisy.device),
         )
 
     @torch.no_grad()
-    def embed(
-        self, prepared: PreparedPass, vision_tokens: list[Tensor], timestep: Tensor
-    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Own vision tokens [n, hidden] of the latents `vision_tokens` ([1, C, T, h, w] each), and their shapes.
+    def embed(self, prepared: PreparedPass, latents: Mapping[str, list[Tensor]], timestep: Tensor) -> Tensor:
+        """Own tokens [n, hidden] of `latents`, which has those of each modality by its name.
 
-        Latents and noise level are the same for every guidance pass, so one call serves all of a step.
-        `timestep` [1] is the same for all noisy tokens of a step.
+        Latents and noise level are the same for every guidance pass over the same tokens, so one call serves
+        them all. `timestep` [1] is the same for all noisy tokens of a step.
         """
-        model = self._model
-        packed, latent_shapes = model._patchify_and_pack_latents(vision_tokens)
-        start = start_of(prepared.rows, self._exchange.rank)
-        hidden = model.proj_in(packed[start : start + prepared.rows[self._exchange.rank]])
-        embedder_dtype = next(model.time_embedder.parameters()).dtype
-        frequencies = model.time_proj(timestep * model.config.timestep_scale).to(embedder_dtype)
+        here = [share for share in prepared.shares if share.own] or prepared.shares[:1]
+        levels: dict[int, Tensor] = {}
+        parts = [self._embed(share, latents[share.items.modality.name], timestep, levels) for share in here]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _embed(self, share: Share, latents: list[Tensor], timestep: Tensor, levels: dict[int, Tensor]) -> Tensor:
+        """As `embed`, of one modality. `levels` keeps the embedded noise level by its rows."""
+        modality, items = share.items.modality, share.items
+        tokens = modality.pack(self._model, latents, items)[share.rows]
+        hidden = modality.project_in(self._model, tokens, items)
+        noisy = sum(share.noisy_rows)
+        if not noisy:
+            return hidden
         # One row would do, but diffusers embeds every noisy token: a block of rows has the same bits. Where
         # threads share a product on a CPU they round its last rows differently: there it takes as many rows.
-        noisy = sum(prepared.noisy_rows)
         threaded = self._exchange.ranks == 1 and takes_host_path(hidden) and torch.get_num_threads() > 1
-        rows = max(noisy if threaded else min(noisy, BLOCK_ROWS), 1)
-        embedded = model.time_embedder(frequencies.expand(rows, -1)).to(hidden.dtype)
-        embedded = embedded if threaded and noisy else embedded[:1]
-        if prepared.own_noisy is None:
-            hidden += embedded
-        else:
-            hidden.index_add_(0, prepared.own_noisy, embedded.expand(len(prepared.own_noisy), -1))
-        return hidden, latent_shapes
+        rows = noisy if threaded else min(noisy, BLOCK_ROWS)
+        if rows not in levels:
+            levels[rows] = self._noise_level(timestep, rows).to(hidden.dtype)
+        level = levels[rows] if threaded else levels[rows][:1]
+        if share.own_noisy is None:
+            return hidden.add_(level)
+        return hidden.index_add_(0, share.own_noisy, level.expand(len(share.own_noisy), -1))
+
+    def _noise_level(self, timestep: Tensor, rows: int) -> Tensor:
+        """The embedding [rows, hidden] of `timestep` [1], every row the same."""
+        model = self._model
+        dtype = next(model.time_embedder.parameters()).dtype
+        frequencies = model.time_proj(timestep * model.config.timestep_scale).to(dtype)
+        level: Tensor = model.time_embedder(frequencies.expand(rows, -1))
+        return level
 
     @torch.no_grad()
-    def predict(self, passes: Sequence[PreparedPass], embedded: Tensor) -> list[Tensor]:
-        """The velocity of own noisy tokens, [n, patch_latent_dim], of each pass over the same latents.
+    def predict(self, passes: Sequence[PreparedPass], embedded: Sequence[Tensor]) -> list[Tensor]:
+        """The velocity of own noisy tokens of each pass, flat: modality after modality, token after token.
 
-        `embedded` [n, hidden] are own vision tokens. A layer serves all passes before the next one comes.
+        `embedded` are own tokens [n, hidden] of each pass. A layer serves all passes before the next one comes.
         """
-        hidden = [embedded] * len(passes)
+        hidden = list(embedded)
         del embedded
         for number, layer in enumerate(self._layers.vision()):
             for index, prepared in enumerate(passes):
-                hidden[index] = self._run_vision(layer, prepared, prepared.text.layers[number], hidden[index])
-        velocities = []
-        for prepared in passes:
-            velocity = self._model.proj_out(normalise(self._model.norm_moe_gen, hidden.pop(0)))
-            velocities.append(velocity if prepared.own_noisy is None else velocity[prepared.own_noisy])
-        return velocities
+                hidden[index] = self._run_layer(layer, prepared, prepared.text.layers[number], hidden[index])
+        return [self._velocity(prepared, hidden.pop(0)) for prepared in passes]
 
-    def _run_vision(self, layer: Pathway, prepared: PreparedPass, text: TextKeyValue, hidden: Tensor) -> Tensor:
+    def _velocity(self, prepared: PreparedPass, hidden: Tensor) -> Tensor:
+        normed, start, found = normalise(self._model.norm_moe_gen, hidden), 0, []
+        for share in prepared.shares:
+            velocity = share.items.modality.project_out(
+                self._model, normed[start : start + share.own], share.items
+            )
+            found.append((velocity if share.own_noisy is None else velocity[share.own_noisy]).reshape(-1))
+            start += share.own
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _run_layer(self, layer: Pathway, prepared: PreparedPass, text: TextKeyValue, hidden: Tensor) -> Tensor:
         heads = layer.project(hidden, self._model.config.head_dim)
         own_heads = self._exchange.heads_for_rows(*heads, prepared.rows, self._heads.shares)
         attended = attend_with_text(layer, own_heads, prepared.rotary, text, self._heads.own)
         return layer.finish(hidden, self._exchange.rows_for_heads(attended, prepared.rows))
 
     @torch.no_grad()
+    def gather(self, prepared: PreparedPass, velocity: Tensor) -> Tensor:
+        """The flat velocity of all ranks' noisy tokens, rank after rank, from that of own ones."""
+        return self._exchange.gather_rows(velocity, prepared.predicted)
+
+    @torch.no_grad()
     def assemble(
-        self, prepared: PreparedPass, velocity: Tensor, latent_shapes: list[tuple[int, int, int]]
-    ) -> list[Tensor]:
-        """The velocity of every latent, [1, C, T, h, w] each, from every rank's own noisy tokens.
+        self, prepared: PreparedPass, gathered: Tensor, latents: Mapping[str, list[Tensor]]
+    ) -> dict[str, list[Tensor]]:
+        """The velocity of each of `latents`, by modality, from what `gather` returns.
 
         Clean (conditioned) frames are zero, as diffusers' mask makes them.
         """
-        velocities = self._model._unpatchify_and_unpack_latents(
-            self._exchange.gather_rows(velocity, prepared.noisy_rows),
-            token_shapes_vision=prepared.token_shapes,
-            noisy_frame_indexes_vision=prepared.noisy_frames,
-            original_latent_shapes=latent_shapes,
-        )
-        assert isinstance(velocities, list)
-        return velocities
+        parts: list[list[Tensor]] = [[] for _ in prepared.shares]
+        start = 0
+        for rank in range(len(prepared.rows)):
+            for share, part in zip(prepared.shares, parts, strict=True):
+                stop = start + share.noisy_rows[rank] * share.channels
+                part.append(gathered[start:stop])
+                start = stop
+        # Of one modality, all ranks' values stand one after the other already.
+        whole = [gathered] if len(parts) == 1 else [torch.cat(part) for part in parts]
+        return {
+            share.items.modality.name: share.items.modality.unpack(
+                self._model, flat.view(-1, share.channels), share.items, latents[share.items.modality.name]
+            )
+            for share, flat in zip(prepared.shares, whole, strict=True)
+        }
 
 
 def _refuse_what_would_be_bypassed(transformer: Cosmos3OmniTransformer) -> None:

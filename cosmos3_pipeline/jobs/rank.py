@@ -33,7 +33,7 @@ from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_b
 from cosmos3_pipeline.jobs.origin import Origin
 from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
 from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_checkpoint
-from cosmos3_pipeline.planning.geometry import replica_ranks
+from cosmos3_pipeline.planning.geometry import modalities_of, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan
 from cosmos3_pipeline.planning.vae import reference
 from cosmos3_pipeline.stages import STAGES
@@ -280,6 +280,7 @@ def components(
         wrap_vae=wrap,
         vae_source=source,
         weights=plan.weights,
+        modalities=modalities_of(config),
         mesh=mesh,
         track=reporter.track,
     )

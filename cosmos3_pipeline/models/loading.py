@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.checkpoint.sampler import Sampler
-from cosmos3_pipeline.checkpoint.weights import Part
+from cosmos3_pipeline.checkpoint.weights import VISION_ALONE, Part
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.texts import Prompt, TextEncoder, Texts
 from cosmos3_pipeline.distributed import host
@@ -85,7 +85,8 @@ class Components:
     `dtype` is the transformer's, `vae_dtype` the VAE's; for `flow_shift` see `load_scheduler`. `wrap_vae` turns
     the loaded autoencoder into what the pipeline holds as its VAE, once per load; with a `vae_source` it is given
     one on the meta device, and reads from that what it needs. `track` shows the progress of a long load, `loads`
-    says how each went. `weights` says where the transformer's are, and `mesh` who shares them.
+    says how each went. `weights` says where the transformer's are, `mesh` who shares them, and `modalities` what it
+    denoises.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Components:
         wrap_vae: Callable[[AutoencoderKLWan], Any],
         vae_source: CheckpointVae | None = None,
         weights: WeightsPlan = RESIDENT,
+        modalities: Collection[str] = VISION_ALONE,
         mesh: RankMesh = ALONE,
         track: Track = _untracked,
     ) -> None:
@@ -113,6 +115,7 @@ class Components:
         self._track = track
         self._count: Callable[[int], None] | None = None
         self._weights = weights
+        self._modalities = modalities
         self._mesh = mesh
         self._transformer: PlacedTransformer | None = None
         self.texts = Texts(device)
@@ -136,6 +139,7 @@ class Components:
                 device=self.device,
                 comm=self._mesh.comm(REPLICA),
                 advance=self._advance,
+                modalities=self._modalities,
             )
             self.pipeline.update_components(transformer=self._transformer.model)
         return self._transformer

@@ -12,7 +12,7 @@ from diffusers import Cosmos3OmniTransformer
 from torch import Tensor, nn
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
-from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Part, Weight, slabs_of
+from cosmos3_pipeline.checkpoint.weights import VISION_ALONE, Part, Weight, generation_parts, slabs_of
 from cosmos3_pipeline.config.schema import Placement
 from cosmos3_pipeline.denoise.pathway import Pathway
 from cosmos3_pipeline.distributed.comm import Comm
@@ -30,7 +30,8 @@ class PlacedTransformer:
 
     `model` has no weight at first: `load_vision` brings what the generation pathway has outside of its layers and
     the layers that stay, `release` lets all of it go. `advance` is told the bytes that are read for the first
-    time. All ranks of `comm`, which share the weights, make the same calls.
+    time. `modalities` are what it denoises, vision and what goes with it. All ranks of `comm`, which share the
+    weights, make the same calls.
 
     Raises:
         Fault: see `read_pieces`, where a file cannot be read or its values are no weights.
@@ -45,8 +46,10 @@ class PlacedTransformer:
         device: torch.device,
         comm: Comm,
         advance: Advance,
+        modalities: Collection[str] = VISION_ALONE,
     ) -> None:
-        self.model = empty_transformer(checkpoint, dtype=dtype, device=device)
+        self._generation = generation_parts(modalities)
+        self.model = empty_transformer(checkpoint, (Part.TEXT, *self._generation), dtype=dtype, device=device)
         self._checkpoint, self._plan, self._comm = checkpoint, plan, comm
         self._dtype, self._device = dtype, device
         self._advance = advance
@@ -92,7 +95,7 @@ class PlacedTransformer:
             raise
 
     def _load_vision(self) -> None:
-        outside = [p for p in self._checkpoint.parts("transformer", (Part.VISION,)) if p.weight.layer is None]
+        outside = [p for p in self._checkpoint.parts("transformer", self._generation) if p.weight.layer is None]
         weights = read_tensors(outside, dtype=self._dtype, device=self._device, advance=self._advance)
         for name, weight in weights.items():
             _set(self.model, name, weight)
@@ -129,7 +132,7 @@ class PlacedTransformer:
     def here_bytes(self) -> dict[Part, int]:
         """Bytes of the weights that are on the device now, by what reads them."""
         parts = {p.weight.name: p.weight.part for p in self._checkpoint.tensors["transformer"]}
-        found = dict.fromkeys(TRANSFORMER_PARTS, 0)
+        found = dict.fromkeys((Part.TEXT, *self._generation), 0)
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta:
                 found[parts[name]] += parameter.nbytes
@@ -143,7 +146,7 @@ class PlacedTransformer:
     @property
     def vision_read_bytes(self) -> int:
         """About the bytes of the files that `load_vision` reads."""
-        total: int = sum(p.stored.nbytes for p in self._checkpoint.parts("transformer", (Part.VISION,)))
+        total: int = sum(p.stored.nbytes for p in self._checkpoint.parts("transformer", self._generation))
         if self._plan.placement is Placement.sharded:
             return total // self._comm.size
         if self._plan.placement is Placement.streamed and self._device.type == "cpu":
@@ -153,7 +156,8 @@ class PlacedTransformer:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the generation pathway that this rank keeps between two layers, wherever they are."""
-        return self.here_bytes[Part.VISION] + sum(tensor.nbytes for tensor in self._kept)
+        here = self.here_bytes
+        return sum(here[part] for part in self._generation) + sum(tensor.nbytes for tensor in self._kept)
 
     def _files(self, part: Part) -> SlabFiles:
         placed = [p for p in self._checkpoint.parts("transformer", (part,)) if p.weight.layer is not None]
@@ -206,18 +210,18 @@ class _Either:
 
 
 def empty_transformer(
-    checkpoint: CheckpointInfo, *, dtype: torch.dtype, device: torch.device
+    checkpoint: CheckpointInfo, parts: Collection[Part], *, dtype: torch.dtype, device: torch.device
 ) -> Cosmos3OmniTransformer:
     """The transformer in `dtype` on the meta device, and on `device` what no file has: the rotary frequencies.
 
-    What no task here reads is None in it, such as `lm_head` and, of the last layer's text pathway, all but keys
+    What is in none of `parts` is None in it, such as `lm_head` and, of the last layer's text pathway, all but keys
     and values.
     """
     values = checkpoint.transformer
     with without_weights():
         model = Cosmos3OmniTransformer.from_config(known_to(Cosmos3OmniTransformer, values))
     weights: dict[str, Weight] = {
-        placed.weight.name: placed.weight for placed in checkpoint.parts("transformer", TRANSFORMER_PARTS)
+        placed.weight.name: placed.weight for placed in checkpoint.parts("transformer", parts)
     }
     for name, parameter in list(model.named_parameters()):
         if name not in weights:

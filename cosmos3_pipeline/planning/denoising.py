@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cosmos3_pipeline.config.schema import Config, Device
-from cosmos3_pipeline.denoise.cost import DenoiseCost, TextCost, Wire, denoise_costs
+from cosmos3_pipeline.denoise.cost import DenoiseCost, PassTokens, TextCost, Wire, denoise_costs
 from cosmos3_pipeline.denoise.shards import even_rows, head_shares
-from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks
+from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import prompts_of
@@ -36,6 +36,7 @@ class Denoising:
     """
 
     size: TransformerSize
+    modalities: frozenset[str]
     latent_elements: int
     text_tokens: tuple[int, ...]
     vision_rows: tuple[int, ...]
@@ -51,22 +52,23 @@ class Denoising:
     ) -> Denoising:
         """Of a config, whose layout must pass `denoise.checks.check_layout`."""
         clip, guidance = clip_of(cfg), cfg.sampler.guidance_scale
+        stretches = stretches_of(cfg)
+        passes = [PassTokens(text_tokens[0], stretches)]
+        if guidance != 1.0:
+            passes.append(PassTokens(text_tokens[1], stretches, negative=True))
         costs = denoise_costs(
             size,
-            text_tokens=text_tokens,
-            latent_frames=clip.latent_frames,
-            tokens_per_frame=clip.tokens_per_frame,
-            clean_frames=cfg.task.condition_latent_frames,
+            passes=passes,
             cfg=cfg.topology.cfg,
             ulysses=cfg.topology.ulysses,
-            guidance_scale=guidance,
             element_bytes=element_bytes,
         )
         return cls(
             size=size,
+            modalities=frozenset(stretch.modality for stretch in stretches),
             latent_elements=clip.latent_frames * clip.latent_rows * clip.latent_cols * cfg.model.vae.z_dim,
-            text_tokens=text_tokens if guidance != 1.0 else text_tokens[:1],
-            vision_rows=even_rows(clip.vision_tokens, cfg.topology.ulysses),
+            text_tokens=tuple(one.text for one in passes),
+            vision_rows=even_rows(passes[0].rows, cfg.topology.ulysses),
             costs=costs,
             cfg=cfg.topology.cfg,
             element_bytes=element_bytes,

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from cosmos3_pipeline.config.schema import Config, TopologyConfig
+from cosmos3_pipeline.denoise.cost import Stretch
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,19 @@ def clip_of(cfg: Config) -> Clip:
         temporal=cfg.model.vae.scale_factor_temporal,
         patch=cfg.model.transformer.latent_patch_size,
     )
+
+
+def stretches_of(cfg: Config) -> tuple[Stretch, ...]:
+    """What the generation pathway goes over in each guidance pass, in the order of the sequence."""
+    clip = clip_of(cfg)
+    channels = cfg.model.vae.z_dim * cfg.model.transformer.latent_patch_size**2
+    clean = frozenset(cfg.task.condition_latent_frames)
+    return (Stretch("vision", channels, clip.latent_frames, clip.tokens_per_frame, clean),)
+
+
+def modalities_of(cfg: Config) -> frozenset[str]:
+    """What is denoised: vision, and what the task makes with it."""
+    return frozenset(stretch.modality for stretch in stretches_of(cfg))
 
 
 def nearest_multiple(value: int, step: int) -> int:

@@ -229,6 +229,7 @@ def _rank(
     cost = WeightsCost.of(
         weights,
         denoising.size,
+        modalities=denoising.modalities,
         ranks=replica_ranks(topology),
         element_bytes=denoising.element_bytes,
         on_cpu=on_cpu,

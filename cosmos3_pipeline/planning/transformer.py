@@ -5,7 +5,7 @@ Source: diffusers `models/transformers/transformer_cosmos3.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from cosmos3_pipeline.checkpoint.weights import (
     Part,
     Slab,
     Weight,
+    generation_parts,
     slabs_of,
     transformer_weights,
 )
@@ -22,7 +23,7 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class TransformerSize:
-    """The dimensions that decide weights and work; `patch_channels` are the values of one vision token."""
+    """The dimensions that decide weights and work."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -31,7 +32,6 @@ class TransformerSize:
     head_dim: int
     intermediate_size: int
     gated: bool
-    patch_channels: int
     norms_text_keys_again: bool  # vision sees other keys of the text than the text itself
     weights: tuple[Weight, ...]
 
@@ -46,7 +46,6 @@ class TransformerSize:
             head_dim=int(config["head_dim"]),
             intermediate_size=int(config["intermediate_size"]),
             gated=config.get("hidden_act", "silu") == "silu",
-            patch_channels=latent_channels * int(config["latent_patch_size"]) ** 2,
             norms_text_keys_again=bool(config.get("use_und_k_norm_for_gen"))
             and not config.get("qk_norm_for_text", True),
             weights=transformer_weights({**config, "latent_channel": latent_channels}),
@@ -72,7 +71,8 @@ class TransformerSize:
         """The layers of a pathway, as they lie in memory."""
         return slabs_of(self.weights, part)
 
-    def outside_bytes(self, element_bytes: int) -> int:
-        """Bytes of what the vision pathway has outside of its layers."""
-        outside = (w for w in self.weights if w.part is Part.VISION and w.layer is None)
+    def outside_bytes(self, element_bytes: int, modalities: Collection[str]) -> int:
+        """Bytes of what the generation pathway of `modalities` has outside of its layers."""
+        parts = generation_parts(modalities)
+        outside = (w for w in self.weights if w.part in parts and w.layer is None)
         return sum(w.bytes_in(element_bytes) for w in outside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,13 +59,20 @@ class WeightsCost:
 
     @classmethod
     def of(
-        cls, plan: WeightsPlan, size: TransformerSize, *, ranks: int, element_bytes: int, on_cpu: bool
+        cls,
+        plan: WeightsPlan,
+        size: TransformerSize,
+        *,
+        modalities: Collection[str],
+        ranks: int,
+        element_bytes: int,
+        on_cpu: bool,
     ) -> WeightsCost:
-        """Of a rank of a replica of `ranks`."""
+        """Of a rank of a replica of `ranks`, which denoises `modalities`."""
         text, vision = size.slabs(Part.TEXT), size.slabs(Part.VISION)
         text_read = sum(slab.elements for slab in text) * element_bytes
         held = passing(text, 1) * element_bytes
-        outside = size.outside_bytes(element_bytes)
+        outside = size.outside_bytes(element_bytes, modalities)
         copied, host, gathered, ahead = 0, 0, Wire(), Wire()
         if plan.placement is Placement.sharded:
             shares = [slab.share(ranks) * element_bytes for slab in vision]

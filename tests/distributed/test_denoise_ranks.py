@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cosmos_models import denoise_with, tiny_pipeline
+from cosmos_models import ALL_HEADS, all_latents, denoise_with, tiny_pipeline
 
 from cosmos3_pipeline.denoise import CfgLayoutError, ParallelLoopDenoiser, UlyssesLayoutError
-from cosmos3_pipeline.denoise.cost import Wire, denoise_costs
+from cosmos3_pipeline.denoise.cost import PassTokens, Stretch, Wire, denoise_costs
 from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
@@ -79,6 +79,20 @@ def compare(mesh: RankMesh, model: str, clip: str, *, seed: int, **sampler: Any)
         assert difference < 1e-5, f"{difference}: {model}, {clip}"
 
 
+def compare_modalities(mesh: RankMesh, modalities: str, **run: Any) -> None:
+    """As `compare`, of sound and actions beside vision, at odd counts of tokens."""
+    pipeline = tiny_pipeline(seed=7, **ALL_HEADS)
+    run = {"prompt_ids": ([3] * 13, [9] * 6), **run}
+    own = all_latents(ParallelLoopDenoiser(mesh), pipeline, modalities, **run)
+    expected = all_latents(None, pipeline, modalities, **run)
+    for name, values in expected.items():
+        difference = (own[name] - values).abs().max().item()
+        assert difference < 1e-5, f"{difference}: {name}, {modalities}"
+        roots = own[name].clone()
+        dist.broadcast(roots, group_src=0, group=mesh.group(REPLICA))
+        assert torch.equal(own[name], roots), f"rank {dist.get_rank()} differs from its root: {name}"
+
+
 def sent(ledger: Ledger, before: Ledger) -> Wire:
     counted = ledger.since(before)
     return Wire(counted.sent_bytes, counted.sent_messages)
@@ -88,15 +102,14 @@ def check_wire(mesh: RankMesh, model: str, clip: str) -> None:
     """What goes over both axes in a run is, byte for byte, what the plan says."""
     words, (height, width, num_frames), clean = CLIPS[clip]
     config = tiny_pipeline(**MODELS[model]).transformer.config
+    stretch = Stretch(
+        "vision", 192, (num_frames - 1) // 4 + 1, -(-height // 32) * -(-width // 32), frozenset(clean)
+    )
     costs = denoise_costs(
         TransformerSize.of(config, latent_channels=48),
-        text_tokens=words,
-        latent_frames=(num_frames - 1) // 4 + 1,
-        tokens_per_frame=-(-height // 32) * -(-width // 32),
-        clean_frames=clean,
+        passes=[PassTokens(words[0], (stretch,)), PassTokens(words[1], (stretch,), negative=True)],
         cfg=mesh.cfg,
         ulysses=mesh.ulysses,
-        guidance_scale=6.0,
         element_bytes=4,
     )
     cost = costs[mesh.rank("cfg") * mesh.ulysses + mesh.rank("ulysses")]
@@ -120,6 +133,11 @@ def in_layout(dp: int, cfg: int, ulysses: int) -> None:
         for number, clip in enumerate(CLIPS):
             compare(mesh, "grouped", clip, seed=10 + number)
             check_wire(mesh, "one key/value head", clip)
+        for modalities in ("sound", "sound and action"):
+            compare_modalities(mesh, modalities, size=(48, 112, 9))
+        for mode in ("forward_dynamics", "inverse_dynamics"):
+            compare_modalities(mesh, "action", mode=mode)
+        compare_modalities(mesh, "sound", size=(16, 32, 1))
 
 
 def in_thin_layout(dp: int, cfg: int, ulysses: int) -> None:

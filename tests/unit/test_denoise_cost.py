@@ -10,7 +10,7 @@ from cosmos_models import denoise_with, tiny_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser, ParallelTransformer
-from cosmos3_pipeline.denoise.cost import Wire, denoise_costs
+from cosmos3_pipeline.denoise.cost import PassTokens, Stretch, Wire, denoise_costs
 from cosmos3_pipeline.denoise.transformer import EncodedText, PreparedPass
 from cosmos3_pipeline.planning.transformer import TransformerSize
 
@@ -57,13 +57,11 @@ def test_flops_and_cache_are_exact(
         kept.append(prepare(self, text, **arguments))
         return kept[-1]
 
+    stretches = (Stretch("vision", 192, frames=3, tokens_per_frame=3 * 4, clean=frozenset(clean)),)
+    passes = [PassTokens(19, stretches), PassTokens(7, stretches, negative=True)]
     (cost,) = denoise_costs(
         TransformerSize.of(pipeline.transformer.config, latent_channels=48),
-        text_tokens=(19, 7),
-        latent_frames=3,
-        tokens_per_frame=3 * 4,
-        clean_frames=clean,
-        guidance_scale=guidance_scale,
+        passes=passes if guidance_scale != 1.0 else passes[:1],
         element_bytes=4,
     )
     monkeypatch.setattr(ParallelTransformer, "prepare", remember)

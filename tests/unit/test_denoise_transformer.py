@@ -177,13 +177,3 @@ def test_an_attention_processor_that_would_be_bypassed_is_refused() -> None:
     model.set_attention_backend("native")
     with pytest.raises(Refusal, match=r"(?s)backend.*ignored.*set_attn_processor"):
         ParallelTransformer(model)
-
-
-def test_sound_is_refused() -> None:
-    class WithSound(ParallelLoopDenoiser):
-        def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
-            block_state.sound_tokens = [torch.zeros(64, 3)]
-            return super().__call__(components, block_state, i, t)
-
-    with pytest.raises(Refusal, match=r"(?s)sound tokens.*text and vision only.*without sound"):
-        run(WithSound(), tiny_pipeline())

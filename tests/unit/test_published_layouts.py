@@ -18,7 +18,7 @@ from toy_runs import PROMPT, clip_of, components, context_of, task_config
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
-from cosmos3_pipeline.checkpoint.weights import transformer_weights, vae_weights
+from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, transformer_weights, vae_weights
 from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS
@@ -204,7 +204,7 @@ def test_lm_head_and_the_end_of_the_text_are_never_read(tmp_path: Path) -> None:
 
     folder = make_layout(tmp_path / "edge", "nano")
     info = inspect_checkpoint(folder)
-    model = empty_transformer(info, dtype=torch.float32, device=torch.device("cpu"))
+    model = empty_transformer(info, TRANSFORMER_PARTS, dtype=torch.float32, device=torch.device("cpu"))
     unread = {p.weight.name for p in info.tensors["transformer"]} - set(model.state_dict())
     last = "layers.3."
     assert {"lm_head.weight", "norm.weight", f"{last}self_attn.to_q.weight", f"{last}mlp.up_proj.weight"} <= unread

@@ -128,9 +128,9 @@ def test_what_the_first_clip_leaves_is_found_in_the_second(
     kept: list[Tensor] = []
     assemble = ParallelTransformer.assemble
 
-    def keeps(self: ParallelTransformer, prepared: Any, velocity: Tensor, shapes: Any) -> list[Tensor]:
-        kept.append(velocity.repeat(10, 1))
-        return assemble(self, prepared, velocity, shapes)
+    def keeps(self: ParallelTransformer, prepared: Any, gathered: Tensor, latents: Any) -> Any:
+        kept.append(gathered.repeat(10))
+        return assemble(self, prepared, gathered, latents)
 
     monkeypatch.setattr(ParallelTransformer, "assemble", keeps)
     found = rehearsed(f"task.prompt_file={prompt_file}")
@@ -188,14 +188,14 @@ def test_a_checkpoint_that_is_here_is_rehearsed_with_its_own_tokenizer(
 def test_a_wait_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     predict = ParallelTransformer.predict
 
-    def reads(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
-        embedded.sum().item()
+    def reads(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
+        embedded[0].sum().item()
         return predict(self, passes, embedded)
 
     monkeypatch.setattr(ParallelTransformer, "predict", reads)
     (finding,) = rehearsed().findings
     assert finding.kind == "wait"
-    assert "embedded.sum().item()" in finding.text
+    assert "embedded[0].sum().item()" in finding.text
 
 
 @pytest.mark.long
@@ -455,21 +455,21 @@ def test_a_list_that_holds_every_chunk_is_found(monkeypatch: pytest.MonkeyPatch)
 def test_an_index_of_the_host_into_a_tensor_of_the_accelerator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     predict = ParallelTransformer.predict
 
-    def indexes(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
-        return predict(self, passes, embedded[torch.arange(len(embedded))])
+    def indexes(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
+        return predict(self, passes, [x[torch.arange(len(x))] for x in embedded])
 
     monkeypatch.setattr(ParallelTransformer, "predict", indexes)
     found = rehearsed()
     assert "device" in kinds(found)
-    assert any("torch.arange(len(embedded))" in finding.text for finding in found.findings)
+    assert any("torch.arange(len(x))" in finding.text for finding in found.findings)
 
 
 @pytest.mark.long
 def test_what_a_rank_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     predict = ParallelTransformer.predict
 
-    def mixes(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
-        return predict(self, passes, embedded + torch.ones(embedded.shape))
+    def mixes(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
+        return predict(self, passes, [x + torch.ones(x.shape) for x in embedded])
 
     monkeypatch.setattr(ParallelTransformer, "predict", mixes)
     found = rehearsed()
@@ -480,8 +480,8 @@ def planted_in_predict(extra: Callable[[Tensor], object]) -> Any:
     """`ParallelTransformer.predict`, of every step, which does `extra` with its input before its own work."""
     predict = ParallelTransformer.predict
 
-    def planted(self: ParallelTransformer, passes: Any, embedded: Tensor) -> list[Tensor]:
-        extra(embedded)
+    def planted(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
+        extra(embedded[0])
         return predict(self, passes, embedded)
 
     return planted

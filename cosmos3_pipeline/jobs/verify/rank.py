@@ -21,6 +21,7 @@ from cosmos3_pipeline.jobs.verify import PICTURE_FILE, REPORT_FILE, Verification
 from cosmos3_pipeline.jobs.verify.picture import draw
 from cosmos3_pipeline.jobs.verify.trial import Trial
 from cosmos3_pipeline.models.loading import Components
+from cosmos3_pipeline.planning.geometry import modalities_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.vae import reference
 from cosmos3_pipeline.stages.build import build_stages
@@ -108,6 +109,7 @@ def inputs(
         flow_shift=config.sampler.flow_shift,
         wrap_vae=wrap,
         weights=plan.weights,
+        modalities=modalities_of(config),
         mesh=mesh,
     )
     context = RunContext(parts, plan.clip, config.task.fps, Path(), mesh=mesh, reporter=reporter)

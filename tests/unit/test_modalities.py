@@ -1,0 +1,72 @@
+"""Sound and actions beside vision, on one rank: the latents of diffusers, and the plan's numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cosmos_models import ALL_HEADS, MODALITIES, all_latents, tiny_pipeline
+from test_denoise_cost import Counted
+
+from cosmos3_pipeline.denoise import ParallelLoopDenoiser
+from cosmos3_pipeline.denoise.cost import PassTokens, Stretch, denoise_costs
+from cosmos3_pipeline.planning.transformer import TransformerSize
+
+PROMPTS = ([5] * 19, [7] * 7)
+MODES = ("policy", "forward_dynamics", "inverse_dynamics")
+MODELS: dict[str, dict[str, Any]] = {"silu": {}, "relu2": {"hidden_act": "relu2", "qk_norm_for_text": False}}
+
+
+@pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("modalities", MODALITIES)
+def test_latents_are_those_of_diffusers(modalities: str, model: str, guidance_scale: float) -> None:
+    pipeline = tiny_pipeline(seed=3, **ALL_HEADS, **MODELS[model])
+    run: dict[str, Any] = {"prompt_ids": PROMPTS, "guidance_scale": guidance_scale}
+    expected = all_latents(None, pipeline, modalities, **run)
+    ours = all_latents(ParallelLoopDenoiser(), pipeline, modalities, **run)
+    assert ours.keys() == expected.keys()
+    assert len(ours) == 1 + modalities.count("sound") + modalities.count("action")
+    for name, latents in expected.items():
+        assert latents.std() > 0.5
+        torch.testing.assert_close(ours[name], latents, rtol=0, atol=1e-6, msg=f"{name}, {modalities}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_actions_that_are_given_stay_and_others_are_found(mode: str) -> None:
+    pipeline = tiny_pipeline(seed=5, **ALL_HEADS)
+    expected = all_latents(None, pipeline, "action", prompt_ids=PROMPTS, mode=mode)
+    ours = all_latents(ParallelLoopDenoiser(), pipeline, "action", prompt_ids=PROMPTS, mode=mode)
+    for name, latents in expected.items():
+        torch.testing.assert_close(ours[name], latents, rtol=0, atol=1e-6)
+    assert not ours["action_latents"][:, 10:].any()
+
+
+def test_half_precision_is_that_of_diffusers() -> None:
+    pipeline = tiny_pipeline(seed=2, hidden_size=64, **ALL_HEADS)
+    pipeline.transformer.to(torch.bfloat16)
+    pipeline.transformer.time_embedder.float()  # kept in fp32 by diffusers when it loads a checkpoint
+    expected = all_latents(None, pipeline, "sound and action", prompt_ids=PROMPTS)
+    ours = all_latents(ParallelLoopDenoiser(), pipeline, "sound and action", prompt_ids=PROMPTS)
+    for name, latents in expected.items():
+        torch.testing.assert_close(ours[name], latents, rtol=0, atol=1e-3)
+
+
+def test_flops_are_counted_with_every_modality() -> None:
+    torch.set_num_threads(1)
+    pipeline = tiny_pipeline(seed=0, **ALL_HEADS)
+    stretches = (
+        Stretch("vision", 192, frames=3, tokens_per_frame=3 * 4, clean=frozenset([0])),
+        Stretch("sound", 5, frames=10),
+        Stretch("action", 12, frames=12),
+    )
+    (cost,) = denoise_costs(
+        TransformerSize.of(pipeline.transformer.config, latent_channels=48),
+        passes=[PassTokens(19, stretches), PassTokens(7, stretches, negative=True)],
+        element_bytes=4,
+    )
+    denoiser = Counted()
+    found = all_latents(denoiser, pipeline, "sound and action", prompt_ids=PROMPTS)
+    assert found["sound_latents"].shape == (5, 10)
+    assert denoiser.flops[1:] == [cost.step_flops] * 2
