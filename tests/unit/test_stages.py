@@ -28,6 +28,7 @@ from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.export import ExportStage
+from cosmos3_pipeline.stages.media.shown import filling
 from cosmos3_pipeline.stages.progress import Bars
 from cosmos3_pipeline.stages.text import TextStage
 
@@ -85,9 +86,10 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def all_frames(path: Path) -> list[Image.Image]:
+def cropped(path: Path, size: tuple[int, int, int]) -> list[Image.Image]:
+    """All frames, in a shape in which diffusers has nothing to stretch."""
     with av.open(str(path)) as container:
-        return [frame.to_image() for frame in container.decode(video=0)]
+        return [filling(frame.to_image(), (size[1], size[0])) for frame in container.decode(video=0)]
 
 
 def text(**changes: Any) -> TextStage:
@@ -144,11 +146,11 @@ def test_latents_equal_diffusers(
         theirs = {"image": Image.open(photo)}
     elif task == "v2v":
         condition = {"video": str(clip_file), "condition_latent_frames": [0, 1]}
-        theirs = {"video": all_frames(clip_file), "condition_frame_indexes_vision": [0, 1]}
+        theirs = {"video": cropped(clip_file, size), "condition_frame_indexes_vision": [0, 1]}
     elif task == "v2v-last":
         condition = {"video": str(clip_file), "condition_latent_frames": [1], "condition_keep": Keep.last}
         theirs = {
-            "video": all_frames(clip_file),
+            "video": cropped(clip_file, size),
             "condition_frame_indexes_vision": [1],
             "condition_video_keep": "last",
         }
