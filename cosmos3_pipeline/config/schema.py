@@ -197,6 +197,8 @@ class TaskConfig:
     video: str | None = MISSING
     condition_latent_frames: list[int] = MISSING
     condition_keep: Keep = MISSING
+    background: list[int] = MISSING
+    resample: bool = MISSING
     height: int = ranged(at_least=16)
     width: int = ranged(at_least=16)
     num_frames: int = ranged(at_least=1)

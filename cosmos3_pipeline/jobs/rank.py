@@ -337,6 +337,7 @@ def metrics(
         "checkpoint": checkpoint_report(context.components, config.model),
         "weights": plan.weights.as_dict(),
         "words": None if context.words is None else asdict(context.words),
+        "inputs": {key: [asdict(change) for change in changes] for key, changes in context.inputs.items()},
         "vae": {direction: vae_report(plan, direction) for direction in DIRECTIONS},
         "stages": stages,
         "versions": versions(),

@@ -27,4 +27,7 @@ def show(output: Path) -> None:
     words = metrics["words"]
     if words is not None and words["negative_prompt_from"] != GIVEN:  # None where the stage `text` was replaced
         console.print(f"negative prompt: {words['negative_prompt_from']}", highlight=False)
-    console.print(f"{output / metrics['picture']}", soft_wrap=True, highlight=False)
+    for key, changes in metrics["inputs"].items():
+        for change in changes:
+            console.print(f"{key}: {change['said']}", markup=False, highlight=False)
+    console.print(f"{output / metrics['picture']}", soft_wrap=True, markup=False, highlight=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.models.loading import Components
 from cosmos3_pipeline.planning.geometry import Clip
+from cosmos3_pipeline.stages.media import Change
 from cosmos3_pipeline.stages.progress import Reporter, Silent
 from cosmos3_pipeline.stages.words import Words
 
@@ -59,6 +60,8 @@ class RunContext:
     # What diffusers' blocks leave for each other: the prompts' tokens, the clean latents of the condition, then
     # `latents`, the denoised latents [1, C, T, h, w].
     state: PipelineState = field(default_factory=PipelineState)
+    # What was changed of each input's own picture, by the input's key. Set by encode.
+    inputs: dict[str, list[Change]] = field(default_factory=dict)
     # The words that the tokenizer was given. Set by text.
     words: Words | None = None
     # uint8 chunks [frames, H, W, 3] in order, on the root; other ranks take part and get none. Set by decode.

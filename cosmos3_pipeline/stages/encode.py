@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cosmos3_pipeline.config.schema import TaskConfig
 from cosmos3_pipeline.stages.context import RunContext
-from cosmos3_pipeline.stages.media import read_clip, read_image
+from cosmos3_pipeline.stages.inputs import condition_frames, photograph
 
 
 class EncodeStage:
@@ -17,6 +17,7 @@ class EncodeStage:
 
     With neither `task.image` nor `task.video` (paths) it does nothing and the VAE's encoder is not loaded. A video
     gives the latent frames `task.condition_latent_frames`, from its first or last frames (`task.condition_keep`).
+    What was changed of the file's own picture is left in `context.inputs`.
 
     diffusers encodes the whole length of the output, padded with copies of the last frame. The encoder is
     causal, latent frame k sees frames up to 4k only, so encoding that far gives the same latents; those after
@@ -42,13 +43,13 @@ class EncodeStage:
         # diffusers refuses one frame; of two, the VAE makes one latent frame from the first.
         inputs.set("num_frames", max(frames, 2))
         if kind == "image":
-            assert self._task.image is not None
             block = Cosmos3ImageVaeEncoderStep()
-            inputs.set("image", read_image(self._task.image))
+            picture, context.inputs["task.image"] = photograph(self._task, clip)
+            inputs.set("image", picture)
         else:
-            assert self._task.video is not None
             block = Cosmos3VideoVaeEncoderStep()
-            inputs.set("video", read_clip(self._task.video, frames=frames, keep=self._task.condition_keep.value))
+            pictures, context.inputs["task.video"] = condition_frames(self._task, clip)
+            inputs.set("video", pictures)
             inputs.set("condition_frame_indexes_vision", self._task.condition_latent_frames)
             inputs.set("condition_video_keep", "first")  # of frames that are taken from the right end already
         context.components.vae(encoder=True)

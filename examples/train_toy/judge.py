@@ -19,7 +19,7 @@ from scenes import Scene, draw_scene, render
 from torch import Tensor
 
 from cosmos3_pipeline import run
-from cosmos3_pipeline.stages.media import read_clip, write_video
+from cosmos3_pipeline.stages.media import read_frames, write_video
 
 UNSEEN = 2 * 10**9  # seeds from here on are for judging alone
 GIVEN_FRAMES = 5  # of a clip that goes on
@@ -69,7 +69,7 @@ def _give(task: str, scene: Scene, folder: Path, size: tuple[int, int]) -> str:
 
 def _shown(file: Path) -> Tensor:
     image = file.suffix == ".png"
-    frames = [Image.open(file)] if image else read_clip(file, frames=FRAMES["t2v"], keep="first")
+    frames = [Image.open(file)] if image else read_frames(file, frames=FRAMES["t2v"])[0]
     return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(3, 0, 1, 2) / 255
 
 

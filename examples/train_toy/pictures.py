@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pygal.style import CleanStyle
 
 from cosmos3_pipeline import run
-from cosmos3_pipeline.stages.media import read_clip
+from cosmos3_pipeline.stages.media import read_frames
 
 PROMPTS = (
     "A red circle moves right over a blue background.",
@@ -35,7 +35,7 @@ def samples(file: Path) -> None:
         rows = []
         for number, prompt in enumerate(PROMPTS):
             made = run([f"task.prompt='{prompt}'"], Path(folder) / str(number))
-            frames = read_clip(made.picture, frames=17, keep="first")
+            frames, _ = read_frames(made.picture, frames=17)
             rows.append([np.asarray(frames[index]) for index in SHOWN])
     height, width = rows[0][0].shape[:2]
     sheet = Image.new("RGB", ((width + GAP) * len(SHOWN) - GAP, (height + WORDS + GAP) * len(rows) - GAP), "white")

@@ -33,6 +33,7 @@ from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.media import write_video
+from cosmos3_pipeline.stages.media.shown import filling
 from cosmos3_pipeline.stages.text import TextStage
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -113,7 +114,7 @@ def test_latents_are_diffusers_own(
         condition = {"image": str(tmp_path / "photo.png"), "condition_latent_frames": [0]}
         theirs = {"image": frames[0]}
     elif task.startswith("v2v"):
-        condition, theirs = clip_condition(frames, tmp_path, last=task == "v2v-last")
+        condition, theirs = clip_condition(frames, tmp_path, size=(width, height), last=task == "v2v-last")
     expected = reference.latents(height=height, width=width, num_frames=num_frames, fps=24.0, **theirs)
     assert expected.std() > 0.5
     # Ours multiplies text and vision tokens apart. Measured 0 as well; the tolerance is for processors whose
@@ -130,15 +131,15 @@ def test_latents_are_diffusers_own(
 
 
 def clip_condition(
-    frames: list[Image.Image], folder: Path, *, last: bool
+    frames: list[Image.Image], folder: Path, *, size: tuple[int, int], last: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same clip for a task of ours and for diffusers."""
+    """The same clip for a task of ours and for diffusers, which has nothing to stretch in `size`."""
     import av
 
     with write_video(folder / "clip.mp4", height=122, width=162, fps=24, crf=10, preset="ultrafast") as video:
         video.write(np.stack([np.asarray(frame) for frame in frames]))
     with av.open(str(folder / "clip.mp4")) as container:
-        decoded = [frame.to_image() for frame in container.decode(video=0)]
+        decoded = [filling(frame.to_image(), size) for frame in container.decode(video=0)]
     indexes = [1] if last else [0, 1]
     ours = {
         "video": str(folder / "clip.mp4"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,10 +18,11 @@ from PIL import Image
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.media import (
+    clips,
     frame_rate,
     likeness_of_files,
-    read_clip,
-    read_image,
+    read_frames,
+    read_picture,
     write_video,
 )
 
@@ -58,8 +60,9 @@ def write_with(
     return path
 
 
-def as_array(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
+def frames_of(path: Path, *, frames: int, **how: Any) -> np.ndarray:
+    """The frames that are read, uint8 [frames, H, W, 3]."""
+    return np.stack([np.asarray(picture) for picture in read_frames(path, frames=frames, **how)[0]])
 
 
 def decoded(path: Path) -> np.ndarray:
@@ -163,7 +166,7 @@ def test_a_photograph_is_upright(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.png", exif=exif)
-    assert np.array_equal(np.asarray(read_image(tmp_path / "photo.png")), np.asarray(upright))
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "photo.png")[0]), np.asarray(upright))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
@@ -171,7 +174,7 @@ def test_any_8_bit_picture_becomes_rgb(mode: str, tmp_path: Path) -> None:
     picture = Image.fromarray(pictures(1)[0]).convert(mode)
     path = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
     picture.save(path)
-    assert read_image(path).mode == "RGB"
+    assert read_picture(path)[0].mode == "RGB"
 
 
 def test_a_clip_of_any_size_gives_its_first_and_last_frames(tmp_path: Path) -> None:
@@ -180,8 +183,8 @@ def test_a_clip_of_any_size_gives_its_first_and_last_frames(tmp_path: Path) -> N
     every = decoded(path)
     assert len(every) == 40
     for count in (1, 5, 13, 40):
-        assert np.array_equal(as_array(read_clip(path, frames=count, keep="first")), every[:count])
-        assert np.array_equal(as_array(read_clip(path, frames=count, keep="last")), every[-count:])
+        assert np.array_equal(frames_of(path, frames=count, keep="first"), every[:count])
+        assert np.array_equal(frames_of(path, frames=count, keep="last"), every[-count:])
 
 
 def test_key_frames_that_later_frames_precede_are_no_harm(tmp_path: Path) -> None:
@@ -189,7 +192,7 @@ def test_key_frames_that_later_frames_precede_are_no_harm(tmp_path: Path) -> Non
     path = write_with(tmp_path / "open.mkv", pictures(46), "libx264", gop=10, **options)
     every = decoded(path)
     for count in range(1, 14):
-        assert np.array_equal(as_array(read_clip(path, frames=count, keep="last")), every[-count:])
+        assert np.array_equal(frames_of(path, frames=count, keep="last"), every[-count:])
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx265", "libvpx-vp9", "mjpeg"])
@@ -199,28 +202,26 @@ def test_other_codecs_are_read(codec: str, tmp_path: Path) -> None:
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     path = write_with(tmp_path / "clip.mkv", pictures(20), codec, gop=6, pix_fmt=pix_fmt)
     every = decoded(path)
-    assert np.array_equal(as_array(read_clip(path, frames=5, keep="last")), every[-5:])
-    assert np.array_equal(as_array(read_clip(path, frames=5, keep="first")), every[:5])
+    assert np.array_equal(frames_of(path, frames=5, keep="last"), every[-5:])
+    assert np.array_equal(frames_of(path, frames=5, keep="first"), every[:5])
 
 
 def test_the_end_of_a_long_clip_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_with(tmp_path / "long.mp4", pictures(300), "libx264", gop=10)
     every = decoded(path)
     turned: list[object] = []
-    from cosmos3_pipeline.stages import media
-
-    decode = media._decode
+    decode = clips._decode
 
     def counting(*args: object, **kwargs: object) -> object:
         for frame in decode(*args, **kwargs):  # type: ignore[arg-type]
             turned.append(frame)
             yield frame
 
-    monkeypatch.setattr(media, "_decode", counting)
-    assert np.array_equal(as_array(read_clip(path, frames=5, keep="last")), every[-5:])
+    monkeypatch.setattr(clips, "_decode", counting)
+    assert np.array_equal(frames_of(path, frames=5, keep="last"), every[-5:])
     assert len(turned) < 40
     turned.clear()
-    read_clip(path, frames=5, keep="first")
+    read_frames(path, frames=5, keep="first")
     assert len(turned) == 5
 
 
@@ -240,7 +241,7 @@ def test_a_phones_clip_is_upright(clockwise: int, matrix: tuple[int, ...], tmp_p
     path.write_bytes(data)
     shown = np.rot90(stored, -clockwise // 90, axes=(1, 2))
     for keep in ("first", "last"):
-        assert np.array_equal(as_array(read_clip(path, frames=5, keep=keep)), shown)
+        assert np.array_equal(frames_of(path, frames=5, keep=keep), shown)
 
 
 def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(deep)
     Image.fromarray(pictures(1)[0]).save(cut)
     cut.write_bytes(cut.read_bytes()[:600])
-    sound = tmp_path / "sound.wav"
+    sound = tmp_path / "sound.mkv"
     with av.open(str(sound), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
@@ -267,7 +268,7 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         (deep, "more than 8 bits"),
     ):
         with pytest.raises(Refusal, match=said):
-            read_image(path)
+            read_picture(path)
     for keep in ("first", "last"):
         for path, said in (
             (tmp_path / "absent.mp4", "does not exist"),
@@ -276,7 +277,7 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
             (clip, r"has 3 frames, 5 are needed\n.*repeat the last frame.*\n.*latent frames up to 0"),
         ):
             with pytest.raises(Refusal, match=said):
-                read_clip(path, frames=5, keep=keep)
+                read_frames(path, frames=5, keep=keep)
 
 
 def test_likeness_of_two_files(tmp_path: Path) -> None:

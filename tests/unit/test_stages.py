@@ -28,6 +28,8 @@ from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.export import ExportStage
+from cosmos3_pipeline.stages.media import read_frames
+from cosmos3_pipeline.stages.media.shown import filling
 from cosmos3_pipeline.stages.progress import Bars
 from cosmos3_pipeline.stages.text import TextStage
 
@@ -85,9 +87,10 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def all_frames(path: Path) -> list[Image.Image]:
+def cropped(path: Path, size: tuple[int, int, int]) -> list[Image.Image]:
+    """All frames, in a shape in which diffusers has nothing to stretch."""
     with av.open(str(path)) as container:
-        return [frame.to_image() for frame in container.decode(video=0)]
+        return [filling(frame.to_image(), (size[1], size[0])) for frame in container.decode(video=0)]
 
 
 def text(**changes: Any) -> TextStage:
@@ -144,11 +147,11 @@ def test_latents_equal_diffusers(
         theirs = {"image": Image.open(photo)}
     elif task == "v2v":
         condition = {"video": str(clip_file), "condition_latent_frames": [0, 1]}
-        theirs = {"video": all_frames(clip_file), "condition_frame_indexes_vision": [0, 1]}
+        theirs = {"video": cropped(clip_file, size), "condition_frame_indexes_vision": [0, 1]}
     elif task == "v2v-last":
         condition = {"video": str(clip_file), "condition_latent_frames": [1], "condition_keep": Keep.last}
         theirs = {
-            "video": all_frames(clip_file),
+            "video": cropped(clip_file, size),
             "condition_frame_indexes_vision": [1],
             "condition_video_keep": "last",
         }
@@ -268,7 +271,7 @@ def test_a_video_from_words_to_a_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latents.safetensors", "video.mp4"]
     assert context.picture.path == tmp_path / "video.mp4"
     assert torch.equal(load_file(tmp_path / "latents.safetensors")["latents"], context.state.get("latents"))
-    written = np.stack([np.asarray(frame) for frame in all_frames(tmp_path / "video.mp4")])
+    written = np.stack([np.asarray(frame) for frame in read_frames(tmp_path / "video.mp4", frames=9)[0]])
     assert written.shape == frames.shape
     assert reported == [("denoising steps", 2), ("decoded frames", 9)]
     assert measured[:3] == ["text", "encode", "denoise"] and measured[-1] == "export"

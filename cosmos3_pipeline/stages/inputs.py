@@ -1,0 +1,45 @@
+"""The pictures that a task goes on from, as its clip needs them. Imports no torch."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from cosmos3_pipeline.config.schema import TaskConfig
+from cosmos3_pipeline.planning.geometry import Clip
+from cosmos3_pipeline.stages.media import Change, read_frames, read_picture
+from cosmos3_pipeline.stages.media.shown import RGB, cut_off
+
+
+def photograph(task: TaskConfig, clip: Clip) -> tuple[Image.Image, list[Change]]:
+    """`task.image` in its own size, and what was changed. diffusers scales it to fill `clip` and crops it.
+
+    Raises:
+        Refusal: it cannot be read, see `read_picture`.
+    """
+    assert task.image is not None
+    picture, changes = read_picture(task.image, background=background_of(task))
+    cropped = cut_off(picture.size, (clip.width, clip.height))
+    return picture, [*changes, cropped] if cropped else changes
+
+
+def condition_frames(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], list[Change]]:
+    """The frames of `task.video` that the latent frames up to the last given one show, in the size of `clip`.
+
+    Raises:
+        Refusal: they cannot be read, see `read_frames`.
+    """
+    assert task.video is not None
+    return read_frames(
+        task.video,
+        frames=max(task.condition_latent_frames) * clip.temporal + 1,
+        keep=task.condition_keep.value,
+        fps=task.fps if task.resample else None,
+        size=(clip.width, clip.height),
+        background=background_of(task),
+    )
+
+
+def background_of(task: TaskConfig) -> RGB:
+    """`task.background` as a colour."""
+    red, green, blue = task.background
+    return red, green, blue

@@ -1,0 +1,12 @@
+"""Photographs and clips in, videos out. Imports no torch.
+
+`read_picture` and `read_frames` give RGB pictures as a viewer shows them, and a list of `Change`: what they did to
+the file's own picture, so that no run takes another picture than a person sees without saying so.
+"""
+
+from cosmos3_pipeline.stages.media.clips import read_frames
+from cosmos3_pipeline.stages.media.pictures import read_picture
+from cosmos3_pipeline.stages.media.shown import Change
+from cosmos3_pipeline.stages.media.writing import frame_rate, likeness_of_files, write_video
+
+__all__ = ["Change", "frame_rate", "likeness_of_files", "read_frames", "read_picture", "write_video"]

@@ -1,0 +1,251 @@
+"""The frames of a clip as a player shows them: upright, in BT.709, with square pixels, at the rate asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, cast
+
+import av
+from av.error import FFmpegError
+from PIL import Image
+
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.stages.media.frames import picture_of
+from cosmos3_pipeline.stages.media.shown import RGB, WHITE, Change, cut_off, existing, filling
+
+# No others are opened: playlists and lists of files read other files, and a picture is no clip.
+FORMATS = {
+    **{"mov": "MP4 and MOV", "matroska": "WebM and MKV", "avi": "AVI", "mpegts": "TS", "mpeg": "MPEG"},
+    **{"ogg": "Ogg", "asf": "WMV", "flv": "FLV", "gif": "GIF", "apng": "APNG", "mxf": "MXF", "dv": "DV"},
+    **{"yuv4mpegpipe": "Y4M", "ivf": "IVF", "h264": "H.264", "hevc": "HEVC", "obu": "AV1"},
+    **{"mpegvideo": "MPEG video", "m4v": "M4V"},
+}
+MOST_PIXELS = 1 << 27  # of a frame: 16K, beyond which a header is no promise to set memory aside for
+READING = {
+    "format_whitelist": ",".join(FORMATS),
+    "protocol_whitelist": "file",
+    "max_pixels": str(MOST_PIXELS),
+}
+# Their packets carry when they are decoded, not when they are shown.
+WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu")
+# What reads the transparency that WebM keeps beside the frames; FFmpeg's own decoders leave it out.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """The `number`-th frame that is decoded, shown from `time` on for `lasts`, both in seconds."""
+
+    number: int
+    time: float
+    lasts: float
+    frame: Any
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a file says of its frames.
+
+    ends: seconds. rate: frames per second on average. counted_rate: those of a file that is not `timed`,
+    whose frames are shown one after the other. pixel: the width of a stored pixel in heights of it.
+    """
+
+    file: Path
+    key: str
+    ends: float
+    rate: float
+    counted_rate: float
+    pixel: Fraction
+    timed: bool
+
+
+def read_frames(
+    path: str | Path,
+    *,
+    frames: int,
+    keep: str = "first",
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+    background: RGB = WHITE,
+    key: str = "task.video",
+) -> tuple[list[Image.Image], list[Change]]:
+    """The `first` or `last` (`keep`) `frames` frames of a clip as RGB pictures, and what was changed.
+
+    With `fps` they are those that are shown at moments 1/fps seconds apart, by their time stamps; without it they
+    are the file's own, one by one, whatever its rate. With `size`, width and height in pixels, each is scaled and
+    cropped to fill them. No other frames are kept in memory. `key` is what a refusal names.
+
+    Raises:
+        Refusal: no such file, not a video, colours that cannot be converted, or a clip of fewer frames.
+    """
+    file = existing(path, key=key)
+    pictures, numbers, changes = list[Image.Image](), list[int](), dict[str, Change]()
+    try:
+        source = _source(file, key)
+        for timed in _taken(source, frames, keep, fps):
+            picture, found = _filled(timed.frame, source, size, background)
+            pictures.append(picture)
+            numbers.append(timed.number)
+            changes |= {change.kind: change for change in found}
+    except FFmpegError as error:
+        raise _no_video(file, key, _reason(error)) from error
+    if not pictures:
+        raise _no_video(file, key, "no frame of it can be decoded")
+    if len(pictures) < frames:
+        raise _too_short(source, len(pictures), frames, fps)
+    if fps is not None and numbers != list(range(numbers[0], numbers[0] + frames)):
+        said = f"{fps:g} frames per second are taken of it by their time stamps; it has {source.rate:.4g}"
+        changes["rate"] = Change("rate", said)
+    return pictures, list(changes.values())
+
+
+def _taken(source: _Source, frames: int, keep: str, fps: float | None) -> Iterator[_Timed]:
+    if fps is None:
+        return islice(_decode(source), frames) if keep == "first" else iter(_tail(source, frames))
+    if keep == "first":
+        return _shown_every(1 / fps, _decode(source), frames)
+    return _shown_last(1 / fps, source, frames)
+
+
+def _filled(
+    frame: Any, source: _Source, size: tuple[int, int] | None, background: RGB
+) -> tuple[Image.Image, list[Change]]:
+    picture, pixel, changes = picture_of(frame, pixel=source.pixel, background=background, key=source.key)
+    if pixel != 1:
+        changes.append(Change("pixels", f"its pixels are {float(source.pixel):.4g} times as wide as high"))
+    if size is None:
+        width, height = picture.size
+        square = (round(width * pixel), height) if pixel > 1 else (width, round(height / pixel))
+        return picture if pixel == 1 else picture.resize(square, Image.Resampling.BILINEAR), changes
+    if cropped := cut_off(picture.size, size, pixel):
+        changes.append(cropped)
+    return filling(picture, size, pixel), changes
+
+
+def _source(file: Path, key: str) -> _Source:
+    with av.open(str(file), options=READING) as container:
+        stream = _stream(container, file, key)
+        rate = float(stream.average_rate or stream.guessed_rate or 24)
+        begins = (container.start_time or 0) / av.time_base
+        return _Source(
+            file=file,
+            key=key,
+            ends=begins + (container.duration or 0) / av.time_base,
+            rate=rate,
+            counted_rate=float(stream.guessed_rate or rate),
+            pixel=stream.sample_aspect_ratio or Fraction(1),
+            timed=container.format.name not in WITHOUT_TIMES,
+        )
+
+
+def _stream(container: Any, file: Path, key: str) -> Any:
+    stream = container.streams.best("video")
+    if stream is None:
+        raise _no_video(file, key, "there is no video stream in it")
+    return stream
+
+
+def _decode(source: _Source, *, start: float | None = None) -> Iterator[_Timed]:
+    """The frames from the key frame before `start` (seconds) on, or all of them."""
+    with av.open(str(source.file), options=READING) as container:
+        stream = _stream(container, source.file, source.key)
+        stream.thread_type = "AUTO"
+        decode = _decoder(stream, source)
+        if start is not None:
+            container.seek(int(start * av.time_base))
+        frames = (frame for packet in container.demux(stream) for frame in decode(packet))
+        for number, frame in enumerate(frames):
+            if source.timed and frame.time is not None:
+                yield _Timed(number, frame.time, float((frame.duration or 0) * frame.time_base), frame)
+            else:
+                yield _Timed(number, number / source.counted_rate, 1 / source.counted_rate, frame)
+
+
+def _decoder(stream: Any, source: _Source) -> Callable[[Any], list[Any]]:
+    """What makes frames of the packets of `stream`, with their transparency where they have any."""
+    name = ALPHA_DECODERS.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return cast(Callable[[Any], list[Any]], stream.decode)
+    if name not in av.codecs_available:
+        raise Refusal(
+            what=f"{source.key}={source.file} is transparent in places",
+            why=f"this build of FFmpeg has no {name}, and its other decoders drop the transparency",
+            works="the clip without transparency",
+        )
+    return cast(Callable[[Any], list[Any]], av.CodecContext.create(name, "r").decode)
+
+
+def _tail(source: _Source, frames: int) -> list[_Timed]:
+    """The last frames, from as near to the end as the file's key frames allow."""
+    margin = 2 * frames / source.rate
+    while source.timed and margin < source.ends:
+        last = deque(_decode(source, start=source.ends - margin), maxlen=frames)
+        if len(last) == frames:
+            return list(last)
+        margin *= 4
+    return list(deque(_decode(source), maxlen=frames))
+
+
+def _shown_last(step: float, source: _Source, frames: int) -> Iterator[_Timed]:
+    """As `_shown_every`, ending with the last frame of the file."""
+    last = _tail(source, 1)
+    begin = last[0].time - (frames - 1) * step if last else 0.0
+    starts = [begin - step] if source.timed and begin > step else []
+    for start in (*starts, None):
+        timed = _decode(source, start=start)
+        first = next(timed, None)
+        if first is not None and (start is None or first.time <= begin):
+            missing = max(round((first.time - begin) / step), 0)
+            return _shown_every(step, chain([first], timed), frames - missing, begin=begin + missing * step)
+    return iter(())
+
+
+def _shown_every(
+    step: float, timed: Iterator[_Timed], frames: int, *, begin: float | None = None
+) -> Iterator[_Timed]:
+    """What is shown at `begin`, `step` seconds later and so on; `begin` None: at the time of the first frame.
+
+    That is the frame nearest to a moment, because time stamps are rounded and cameras keep no even pace; but none
+    is shown earlier than half a step before its time, however long the frame before it stays.
+    """
+    now = next(timed, None)
+    if now is None:
+        return
+    following = next(timed, None)
+    begin = now.time if begin is None else begin
+    for count in range(frames):
+        moment = begin + count * step
+        while following is not None and following.time - moment < min(step / 2, moment - now.time):
+            now, following = following, next(timed, None)
+        # The last frame stays for its own time and is not repeated beyond it.
+        if following is None and moment - now.time > max(now.lasts - step / 4, step / 4):
+            return
+        yield now
+
+
+def _reason(error: FFmpegError) -> str:
+    if isinstance(error, av.error.ArgumentError):  # what a format outside of the list ends in
+        return f"it is none of {', '.join(FORMATS.values())}"
+    return str(error)
+
+
+def _no_video(file: Path, key: str, why: str) -> Refusal:
+    return Refusal(
+        what=f"{key}={file} is not a video that can be read",
+        why=why,
+        works="a file such as MP4, MOV or WebM; a picture goes to task=i2v task.image=FILE",
+    )
+
+
+def _too_short(source: _Source, found: int, frames: int, fps: float | None) -> Refusal:
+    at = "" if fps is None else f" at {fps:g} frames per second"
+    return Refusal(
+        what=f"{source.key}={source.file} has {found} frame{'s' * (found != 1)}{at}, {frames} are needed",
+        why="latent frame k shows the frames up to 4k; diffusers would repeat the last frame, a standstill",
+        works=f"a longer clip, or latent frames up to {(found - 1) // 4} in task.condition_latent_frames",
+    )
