@@ -50,6 +50,7 @@ class TaskName(Enum):
     i2v = "i2v"
     v2v = "v2v"
     t2i = "t2i"
+    flf2v = "flf2v"
 
 
 class Dtype(Enum):
@@ -194,6 +195,7 @@ class TaskConfig:
     negative_prompt: str | None = MISSING
     system_prompt: bool | None = MISSING
     image: str | None = MISSING
+    last_image: str | None = MISSING
     video: str | None = MISSING
     condition_latent_frames: list[int] = MISSING
     condition_keep: Keep = MISSING

@@ -14,6 +14,7 @@ from cosmos3_pipeline.checkpoint.adopt import Adopted
 from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, fetch_checkpoint, is_hub_id
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.schema import Config, Device, JobName
+from cosmos3_pipeline.config.tasks import ALL_GIVEN, GIVEN
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.objective import check_objective
@@ -155,16 +156,17 @@ def _accelerators(cfg: Config) -> Iterator[Problem]:
 
 
 def _inputs(cfg: Config) -> Iterator[Problem]:
-    task, name = cfg.task, cfg.task.name.value
-    for key, wanted, wanted_by in (("image", task.image, "i2v"), ("video", task.video, "v2v")):
-        if name == wanted_by and wanted is None:
+    task = cfg.task
+    for given in GIVEN[task.name]:
+        if getattr(task, given.key) is None:
             yield Problem(
-                what=f"task.{key} is not set",
-                why=f"task={name} goes on from {'a photograph' if key == 'image' else 'a clip'}",
-                works=f"task.{key}={'photo.jpg' if key == 'image' else 'clip.mp4'}",
+                what=f"task.{given.key} is not set",
+                why=f"task={task.name.value} is given {given.what}",
+                works=f"task.{given.key}={given.example}",
             )
     words = {"task.prompt": task.prompt, "task.negative_prompt": task.negative_prompt}
-    files = {"task.image": task.image, "task.video": task.video, "task.prompt_file": task.prompt_file}
+    files = {f"task.{given.key}": getattr(task, given.key) for given in ALL_GIVEN}
+    files["task.prompt_file"] = task.prompt_file
     files |= {key: said[1:] for key, said in words.items() if said is not None and said.startswith("@")}
     for key, file in files.items():
         path = None if file is None else Path(file).expanduser()

@@ -85,8 +85,8 @@ class Components:
     `dtype` is the transformer's, `vae_dtype` the VAE's; for `flow_shift` see `load_scheduler`. `wrap_vae` turns
     the loaded autoencoder into what the pipeline holds as its VAE, once per load; with a `vae_source` it is given
     one on the meta device, and reads from that what it needs. `track` shows the progress of a long load, `loads`
-    says how each went. `weights` says where the transformer's are, `mesh` who shares them, and `modalities` what it
-    denoises.
+    says how each went. `weights` says where the transformer's are, `mesh` who shares them, and `modalities` what
+    it denoises.
     """
 
     def __init__(

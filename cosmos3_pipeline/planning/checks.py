@@ -16,6 +16,7 @@ from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement
+from cosmos3_pipeline.config.tasks import ALL_GIVEN, FRAMES, GIVEN, readers
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
@@ -137,27 +138,28 @@ def _model(cfg: Config) -> Iterator[Problem]:
 def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
     task = cfg.task
     name = task.name.value
-    for key, file, wanted_by in (("image", task.image, "i2v"), ("video", task.video, "v2v")):
-        if name != wanted_by and file is not None:
+    for given in ALL_GIVEN:
+        file, wanted_by = getattr(task, given.key), readers(given)
+        if name not in wanted_by and file is not None:
             yield Problem(
-                what=f"task.{key}={file} with task={name}",
-                why=f"only {wanted_by} reads it, so it would be ignored",
-                works=f"task={wanted_by}, or no task.{key}",
+                what=f"task.{given.key}={file} with task={name}",
+                why=f"only {' and '.join(wanted_by)} reads it, so it would be ignored",
+                works=f"task={wanted_by[0]}, or no task.{given.key}",
             )
-    frames = task.condition_latent_frames
-    if name == "i2v" and frames != [0]:
+    frames, own = task.condition_latent_frames, FRAMES.get(task.name)
+    if own and frames != own:
         yield Problem(
-            what=f"task.condition_latent_frames={frames} with task=i2v",
-            why="a photograph is the first frame and no other",
-            works="task.condition_latent_frames=[0]",
+            what=f"task.condition_latent_frames={frames} with task={name}",
+            why=f"{' and '.join(given.what for given in GIVEN[task.name])}: the frames {own} and no others",
+            works=f"task.condition_latent_frames={own}",
         )
-    elif name == "v2v" and (not frames or min(frames) < 0 or max(frames) >= clip.latent_frames):
+    elif own is None and (not frames or min(frames) < 0 or max(frames) >= clip.latent_frames):
         yield Problem(
             what=f"task.condition_latent_frames={frames}",
             why=f"{clip.num_frames} frames are {clip.latent_frames} latent frames, numbered from 0",
             works=f"one or more of 0..{clip.latent_frames - 1}, for example [0,1]",
         )
-    elif name in ("t2v", "t2i") and frames:
+    elif own == [] and frames:
         yield Problem(
             what=f"task.condition_latent_frames={frames} with task={name}",
             why="there is no input to condition on, so it would be ignored",

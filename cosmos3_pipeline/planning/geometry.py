@@ -57,11 +57,16 @@ def clip_of(cfg: Config) -> Clip:
     )
 
 
+def clean_frames(condition_latent_frames: list[int], latent_frames: int) -> list[int]:
+    """The latent frames that condition the others, of `latent_frames`; negative ones count from the end."""
+    return [frame + latent_frames if frame < 0 else frame for frame in condition_latent_frames]
+
+
 def stretches_of(cfg: Config) -> tuple[Stretch, ...]:
     """What the generation pathway goes over in each guidance pass, in the order of the sequence."""
     clip = clip_of(cfg)
     channels = cfg.model.vae.z_dim * cfg.model.transformer.latent_patch_size**2
-    clean = frozenset(cfg.task.condition_latent_frames)
+    clean = frozenset(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames))
     return (Stretch("vision", channels, clip.latent_frames, clip.tokens_per_frame, clean),)
 
 

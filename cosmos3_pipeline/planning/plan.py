@@ -16,7 +16,7 @@ from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, Device, Placement
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.denoising import Denoising
-from cosmos3_pipeline.planning.geometry import Clip, clip_of, replica_ranks
+from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import text_tokens_of
@@ -273,7 +273,8 @@ def _rank(
 
 def _condition_bytes(cfg: Config) -> int:
     """Bytes of the frames that are encoded, as they are read and as diffusers pads them, to two at least."""
-    frames = clip_of(cfg).temporal * max(cfg.task.condition_latent_frames) + 1
+    clip = clip_of(cfg)
+    frames = clip.temporal * max(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames)) + 1
     pixels = 3 * cfg.task.height * cfg.task.width
     return (frames + max(frames, 2)) * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
 

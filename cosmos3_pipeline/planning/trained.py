@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.config.tasks import GIVEN
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.text import prompts_of
 
@@ -54,7 +55,7 @@ def outside(cfg: Config) -> Iterator[Problem]:
 def words_of_another(cfg: Config) -> Iterator[Problem]:
     """The model's example of a prompt beside a photograph or a clip of the user's own."""
     task = cfg.task
-    given = "task.image" if task.image is not None else "task.video" if task.video is not None else None
+    given = next((f"task.{one.key}" for one in GIVEN[task.name] if getattr(task, one.key) is not None), None)
     if given is not None and task.prompt == cfg.model.recommended.prompt and task.prompt_file is None:
         yield Problem(
             what=f"task.prompt is the example of model={cfg.model.name}, which does not know your {given}",

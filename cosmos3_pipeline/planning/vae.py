@@ -9,7 +9,7 @@ from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import build_strategy
 from cosmos3_pipeline.config.schema import Config, Device, Dtype, VaeConfig
 from cosmos3_pipeline.denoise.cost import Wire
-from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks
+from cosmos3_pipeline.planning.geometry import clean_frames, clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.vae.ops import LatentShape
@@ -88,8 +88,9 @@ class VaePlan(VaeStage):
 
 def directions(cfg: Config) -> list[Direction]:
     """Encode where there is something to condition on (and its frames exist), and decode."""
-    frames = cfg.task.condition_latent_frames
-    encodes = bool(frames) and min(frames) >= 0 and max(frames) < clip_of(cfg).latent_frames
+    latent_frames = clip_of(cfg).latent_frames
+    frames = clean_frames(cfg.task.condition_latent_frames, latent_frames)
+    encodes = bool(frames) and min(frames) >= 0 and max(frames) < latent_frames
     return ["encode", "decode"] if encodes else ["decode"]
 
 
@@ -127,7 +128,7 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
     clip = clip_of(cfg)
     frames = clip.latent_frames
     if direction == "encode":
-        frames = max(cfg.task.condition_latent_frames) + 1
+        frames = max(clean_frames(cfg.task.condition_latent_frames, frames)) + 1
     shape = LatentShape(
         *(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype]),
         on_host=cfg.topology.device == Device.cpu,

@@ -1,4 +1,4 @@
-"""The condition to latents: a photograph or the frames of a clip that the video goes on from."""
+"""The condition to latents: photographs, or the frames of a clip that the video goes on from."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from torch import Tensor
 
 from cosmos3_pipeline.config.schema import TaskConfig
+from cosmos3_pipeline.planning.geometry import clean_frames
 from cosmos3_pipeline.stages.context import RunContext
-from cosmos3_pipeline.stages.inputs import condition_frames, photograph
+from cosmos3_pipeline.stages.inputs import both_ends, condition_frames, photograph
 
 
 class EncodeStage:
     """Leaves `x0_tokens_vision`, clean latents [1, C, T, h, w], and `vision_condition_frames` in the state.
 
     With neither `task.image` nor `task.video` (paths) it does nothing and the VAE's encoder is not loaded. A video
-    gives the latent frames `task.condition_latent_frames`, from its first or last frames (`task.condition_keep`).
+    gives the latent frames `task.condition_latent_frames`, from its first or last frames (`task.condition_keep`);
+    with `task.last_image` two photographs give the first and the last one.
     What was changed of the file's own picture is left in `context.inputs`.
 
     diffusers encodes the whole length of the output, padded with copies of the last frame. The encoder is
@@ -29,14 +31,17 @@ class EncodeStage:
 
     def __call__(self, context: RunContext) -> None:
         with context.measure("encode"):
-            if self._task.image is not None:
-                self._encode(context, "image", last_latent_frame=0)
+            if self._task.last_image is not None:
+                self._encode(context, "both ends")
+            elif self._task.image is not None:
+                self._encode(context, "image")
             elif self._task.video is not None:
-                self._encode(context, "video", last_latent_frame=max(self._task.condition_latent_frames))
+                self._encode(context, "video")
 
-    def _encode(self, context: RunContext, kind: str, *, last_latent_frame: int) -> None:
+    def _encode(self, context: RunContext, kind: str) -> None:
         clip = context.clip
-        frames = last_latent_frame * clip.temporal + 1
+        given = clean_frames(self._task.condition_latent_frames, clip.latent_frames)
+        frames = max(given) * clip.temporal + 1
         inputs = PipelineState()
         inputs.set("height", clip.height)
         inputs.set("width", clip.width)
@@ -48,9 +53,14 @@ class EncodeStage:
             inputs.set("image", picture)
         else:
             block = Cosmos3VideoVaeEncoderStep()
-            pictures, context.inputs["task.video"] = condition_frames(self._task, clip)
+            if kind == "both ends":
+                # diffusers repeats the last picture to the end, so that the last latent frame shows it at rest.
+                pictures, changes = both_ends(self._task, clip)
+                context.inputs |= changes
+            else:
+                pictures, context.inputs["task.video"] = condition_frames(self._task, clip)
             inputs.set("video", pictures)
-            inputs.set("condition_frame_indexes_vision", self._task.condition_latent_frames)
+            inputs.set("condition_frame_indexes_vision", given)
             inputs.set("condition_video_keep", "first")  # of frames that are taken from the right end already
         context.components.vae(encoder=True)
         block(context.components.pipeline, inputs)

@@ -22,6 +22,23 @@ def photograph(task: TaskConfig, clip: Clip) -> tuple[Image.Image, list[Change]]
     return picture, [*changes, cropped] if cropped else changes
 
 
+def both_ends(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], dict[str, list[Change]]]:
+    """`task.image` and `task.last_image` in the size of `clip`, and what was changed of each, by its key.
+
+    Raises:
+        Refusal: one cannot be read, see `read_picture`.
+    """
+    pictures: list[Image.Image] = []
+    changes: dict[str, list[Change]] = {}
+    for key, file in (("task.image", task.image), ("task.last_image", task.last_image)):
+        assert file is not None
+        picture, changes[key] = read_picture(
+            file, key=key, size=(clip.width, clip.height), background=background_of(task)
+        )
+        pictures.append(picture)
+    return pictures, changes
+
+
 def condition_frames(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], list[Change]]:
     """The frames of `task.video` that the latent frames up to the last given one show, in the size of `clip`.
 

@@ -88,6 +88,10 @@ REFUSALS = [
     pytest.param(
         ["topology.dp=3", "topology.ranks_per_node=2", "vae=parallel_decode"], "2 ranks", "=3", id="ranks too few"
     ),
+    pytest.param(["task.last_image=README.md"], "task=t2v", "task=flf2v", id="last photograph that nothing reads"),
+    pytest.param(
+        ["task=flf2v", "task.condition_latent_frames=[0]"], "task=flf2v", "[0, -1]", id="flf2v of other frames"
+    ),
     pytest.param(["task.image=launch.py"], "task=t2v", "task=i2v", id="image that nothing reads"),
     pytest.param(["task.prompt="], "task.prompt is empty", "task.prompt=", id="empty prompt"),
     pytest.param(["task.height=100"], "task.height=100", "task.height=96", id="height off the grid"),
@@ -105,6 +109,12 @@ REFUSALS = [
 
 REFUSED_AT_THE_START = [
     pytest.param(["model=nano"], "model.path is not set", "nvidia/Cosmos3-Nano", id="no weights"),
+    pytest.param(
+        ["task=flf2v", "task.image=README.md"],
+        "task.last_image is not set",
+        "last.jpg",
+        id="flf2v without its end",
+    ),
     pytest.param(["task=i2v"], "task.image is not set", "task.image=", id="i2v without image"),
     pytest.param(["task=v2v"], "task.video is not set", "task.video=", id="v2v without video"),
     pytest.param(["task=i2v", "task.image=no.jpg"], "no.jpg", "file", id="missing photograph"),

@@ -28,7 +28,7 @@ from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.export import ExportStage
-from cosmos3_pipeline.stages.media import read_frames
+from cosmos3_pipeline.stages.media import read_frames, read_picture
 from cosmos3_pipeline.stages.media.shown import filling
 from cosmos3_pipeline.stages.progress import Bars
 from cosmos3_pipeline.stages.text import TextStage
@@ -126,7 +126,7 @@ def denoised(context: RunContext, encode_stage: EncodeStage, denoise_stage: Deno
     [((80, 112, 9), 3, 6.0, 0), ((96, 64, 5), 2, 1.0, 1), ((48, 80, 17), 2, 6.0, 2)],
     ids=["5x7x3", "6x4x2", "3x5x5"],
 )
-@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v", "v2v-last", "t2i"])
+@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v", "v2v-last", "t2i", "flf2v"])
 def test_latents_equal_diffusers(
     task: str,
     size: tuple[int, int, int],
@@ -155,6 +155,12 @@ def test_latents_equal_diffusers(
             "condition_frame_indexes_vision": [1],
             "condition_video_keep": "last",
         }
+    elif task == "flf2v":
+        last = tmp_path / "last.png"
+        Image.open(photo).rotate(180).save(last)
+        condition = {"image": str(photo), "last_image": str(last), "condition_latent_frames": [0, -1]}
+        ends = [read_picture(file, size=(width, height))[0] for file in (photo, last)]
+        theirs = {"video": ends, "condition_frame_indexes_vision": [0, (num_frames - 1) // 4]}
     expected = reference(
         prompt=PROMPT,
         negative_prompt=NEGATIVE,
