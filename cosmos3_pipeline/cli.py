@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import chdir, redirect_stdout, suppress
 from importlib import import_module
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,7 +85,7 @@ def main() -> None:
     `COMMANDS` are of their own, with arguments that are not Hydra's.
     """
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        _widen_tables()
+        _set_up_terminal()
         module = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}")
         sys.exit(module.main(sys.argv[2:]))
     first = next(iter(sys.argv[1:]), "")
@@ -105,7 +105,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
         sys.exit(_refused(ConfigError([_without_dashes(argument) for argument in dashed])))
     args = get_args_parser().parse_args()
     plugins = register()
-    _widen_tables()
+    _set_up_terminal()
     os.environ.setdefault(*SPIN)
     if args.help:
         script = Path(sys.argv[0])
@@ -380,8 +380,13 @@ def page(write: Callable[[], Path]) -> None:
         print(f"the page could not be written: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _widen_tables() -> None:
-    """Give tables that go to a file or a pipe more than a small window's width."""
+def _set_up_terminal() -> None:
+    """Give tables that go to a file or a pipe more than a small window's width, and print any words.
+
+    A terminal of ASCII shows others as escapes: a table with a prompt in it must not end a run that is done.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "160")
 

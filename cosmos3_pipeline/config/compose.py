@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cosmos3_pipeline.config.closure import without_hydra
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
 from cosmos3_pipeline.config.overrides import check_overrides
-from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.plain import as_said, plain
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.provenance import Provenance, trace_with
 from cosmos3_pipeline.config.schema import Config, TaskConfig
@@ -70,7 +70,9 @@ class Composition:
     def of_saved(cls, saved: Any) -> Composition:
         """Of a config that was composed before: one with types, or its values as read from a file."""
         register()
-        cfg = OmegaConf.merge(OmegaConf.structured(Config), plain(saved) if isinstance(saved, Config) else saved)
+        cfg = OmegaConf.merge(
+            OmegaConf.structured(Config), as_said(plain(saved)) if isinstance(saved, Config) else saved
+        )
         if not isinstance(cfg, DictConfig):
             raise ValueError("it holds no keys")
         return cls(cfg, None)

@@ -6,6 +6,7 @@ Nothing is taken from the rest of the library, so a review can read the configs 
 from __future__ import annotations
 
 import dataclasses
+import re
 from enum import Enum
 from typing import Any
 
@@ -31,7 +32,19 @@ def _plain(value: object) -> Any:
 
 def as_yaml(config: object) -> str:
     """The text of config.yaml: what `Composition.of_file` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(as_said(plain(config))))
+
+
+def as_said(value: Any) -> Any:
+    """`value` with `${` escaped in its texts: they were interpolated when they were composed, and no second time.
+
+    OmegaConf reads `\\${` as `${`, and halves the backslashes before it.
+    """
+    if isinstance(value, dict):
+        return {key: as_said(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_said(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def flat(config: object) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.jobs.start import Prepared
@@ -33,7 +34,7 @@ def plan_job(prepared: Prepared, output: Path, *, multirun: bool) -> None:
         head(prepared.plan, output)
         return
     write_plan(plan, output)
-    console = Console()
+    console = Console(markup=False)
     tables.show(plan, console)
     if not prepared.plan.fits:
         fits = that_fits(prepared.config, prepared.plan.accelerator.memory_bytes)
@@ -46,7 +47,7 @@ def plan_job(prepared: Prepared, output: Path, *, multirun: bool) -> None:
 def head(plan: Plan, output: Path) -> None:
     """Print the plan in a few lines before a run starts, and leave plan.json in `output`."""
     write_plan(as_dict(plan), output)
-    console = Console()
+    console = Console(markup=False)
     for line in summary_lines(plan):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -75,20 +76,20 @@ def search_job(cfg: Config, output: Path) -> None:
         table.add_column(column, justify="right")
     for place, candidate in enumerate(found, 1):
         table.add_row(str(place), " ".join(candidate.overrides), *_search_cells(candidate))
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"{output / 'search.json'}", soft_wrap=True, highlight=False)
 
 
-def _search_cells(candidate: Candidate) -> list[str]:
+def _search_cells(candidate: Candidate) -> list[str | Text]:
     plan = candidate.plan
     if plan is None:
-        return ["", "", "", f"[red]refused: {candidate.refused}[/red]", ""]
+        return ["", "", "", Text(f"refused: {candidate.refused}", style="red"), ""]
     memory = quantity("bytes", plan.peak_bytes)
     return [
         quantity("seconds", candidate.seconds),
         quantity("seconds", plan.seconds["denoise"]),
         quantity("seconds", plan.seconds["decode"]),
-        memory if plan.fits else f"[red]{memory}, too much[/red]",
+        memory if plan.fits else Text(f"{memory}, too much", style="red"),
         ", ".join(dict.fromkeys(plan.exactness.values())),
     ]

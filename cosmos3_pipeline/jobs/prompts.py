@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosmos3_pipeline.stages.files import write_whole
 
@@ -18,7 +19,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the prompt file, counted from 1. `failed` says why it has no picture."""
+    """One line of the prompt file, by its number there from 1. `failed` says why it has no picture."""
 
     number: int
     prompt: str
@@ -30,9 +31,9 @@ class PromptsFailed(RuntimeError):
     """Some lines of a prompt file have no picture; the others do."""
 
 
-def line_folder(directory: Path, index: int) -> Path:
-    """Where the clip of line `index` (from 0) goes: line_0001 and so on."""
-    return directory / f"line_{index + 1:04d}"
+def line_folder(directory: Path, number: int) -> Path:
+    """Where the clip of line `number` of the file (from 1) goes: line_0001 and so on."""
+    return directory / f"line_{number:04d}"
 
 
 def write_index(directory: Path, lines: Mapping[int, Line]) -> None:
@@ -51,12 +52,13 @@ def show(output: Path) -> None:
     table.add_column("picture")
     for line in lines:
         if line["failed"] is not None:
-            table.add_row(str(line["number"]), line["prompt"], "", f"[red]{line['failed'].splitlines()[0]}[/red]")
+            why = Text(line["failed"].splitlines()[0], style="red")
+            table.add_row(str(line["number"]), line["prompt"], "", why)
             continue
         metrics = json.loads((output / line["folder"] / "metrics.json").read_text())
         picture = f"{line['folder']}/{metrics['picture']}"
         table.add_row(str(line["number"]), line["prompt"], f"{metrics['seconds']:.2f}", picture)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"{output}", soft_wrap=True, highlight=False)
     failed = [line["number"] for line in lines if line["failed"] is not None]

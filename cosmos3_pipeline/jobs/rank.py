@@ -43,7 +43,8 @@ from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
 from cosmos3_pipeline.stages.likeness import likeness
 from cosmos3_pipeline.stages.progress import Bars, Reporter, Silent
-from cosmos3_pipeline.stages.text import TextStage, read_lines
+from cosmos3_pipeline.stages.text import TextStage
+from cosmos3_pipeline.stages.words import read_lines
 from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
@@ -133,11 +134,11 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
     """One clip per line of the prompt file, dealt to the replicas in turn; a line that fails stops no other."""
     lines = read_lines(prompt_file)
     done: list[Line] = []
-    own = range(run.mesh.rank("dp"), len(lines), run.mesh.size("dp"))
-    encode_together(run, [lines[index] for index in own])
-    for index in own:
-        folder = line_folder(directory, index)
-        config = replace(run.config, task=replace(run.config.task, prompt=lines[index]))
+    own = dict(list(lines.items())[run.mesh.rank("dp") :: run.mesh.size("dp")])
+    encode_together(run, list(own.values()))
+    for number, prompt in own.items():
+        folder = line_folder(directory, number)
+        config = replace(run.config, task=replace(run.config.task, prompt=prompt))
         failed = None
         try:
             make_clip(replace(run, config=config), folder)
@@ -146,7 +147,7 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
         # What is wrong with one line (its words, its latents) is told beside it; a lost rank still ends the run.
         except ValueError as error:
             failed = str(error)
-        done.append(Line(index + 1, lines[index], folder.name, failed))
+        done.append(Line(number, prompt, folder.name, failed))
     everything = everyones(done)
     if run.shows:
         write_index(directory, {line.number: line for part in everything for line in part})

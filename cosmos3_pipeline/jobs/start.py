@@ -6,8 +6,9 @@ A plan needs no photograph, no weights and no torchrun; a run does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted
@@ -21,7 +22,7 @@ from cosmos3_pipeline.jobs.objective import check_objective
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.rehearsable import check_rehearse
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
-from cosmos3_pipeline.planning.checks import check_composition
+from cosmos3_pipeline.planning.checks import check_composition, refused
 from cosmos3_pipeline.planning.fitting import that_fits
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.units import quantity
@@ -56,6 +57,7 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
         _raise([*_inputs(prepared.config)])  # no weights are read, and other machines than this one are meant
     elif job != JobName.plan:
         _raise(_problems(prepared))
+        _raise([*_contents(prepared)])
         if fetch:
             _raise([*_accelerators(prepared.config)])
             prepared = _with_checkpoint(prepared, composition)
@@ -177,6 +179,26 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
                 why=f"{path.absolute()} does not exist" if not path.exists() else f"{path} is a folder",
                 works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
             )
+
+
+def _contents(prepared: Prepared) -> Iterator[Problem]:
+    """Words, pictures and clips that cannot be used, before a folder is made and a rank starts."""
+    from cosmos3_pipeline.stages import inputs, words  # what decodes pictures takes a while to import
+
+    task, clip = prepared.config.task, prepared.plan.clip
+    checks: list[Callable[[], object]] = []
+    if task.prompt_file is not None:
+        checks.append(partial(words.read_lines, task.prompt_file))
+    else:
+        checks.append(partial(words.prompt_of, task))
+    if task.negative_prompt is not None:
+        checks.append(partial(words.read_words, task.negative_prompt))
+    if task.image is not None:
+        checks.append(partial(inputs.photograph, task, clip))
+    if task.video is not None:
+        checks.append(partial(inputs.condition_frames, task, clip))
+    for check in checks:
+        yield from refused(check)
 
 
 def _world(cfg: Config) -> Iterator[Problem]:

@@ -22,12 +22,12 @@ def show(output: Path) -> None:
         peaks = ", ".join(f"{r['peak_bytes'] / 1e6:.0f}" for r in stage["ranks"])
         table.add_row(name, f"{stage['seconds']:.2f}", peaks)
     table.add_row("total", f"{metrics['seconds']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}", style="bold")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     words = metrics["words"]
     if words is not None and words["negative_prompt_from"] != GIVEN:  # None where the stage `text` was replaced
         console.print(f"negative prompt: {words['negative_prompt_from']}", highlight=False)
     for key, changes in metrics["inputs"].items():
         for change in changes:
-            console.print(f"{key}: {change['said']}", markup=False, highlight=False)
-    console.print(f"{output / metrics['picture']}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{key}: {change['said']}", highlight=False)
+    console.print(f"{output / metrics['picture']}", soft_wrap=True, highlight=False)

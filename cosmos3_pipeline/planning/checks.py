@@ -20,7 +20,7 @@ from cosmos3_pipeline.config.tasks import ALL_GIVEN, FRAMES, GIVEN, readers
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
-from cosmos3_pipeline.planning.plan import Plan, make_plan
+from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.vae import (
     REFERENCE,
@@ -64,6 +64,7 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
     if not found:  # what follows needs every value to be there and in range
         config = composition.typed(changes)
         found.extend(_model(config))
+        found.extend(_unread_settings(config, composition.overrides or ()))
         try:
             adopted = adopt_checkpoint(config)
         except Refusal as refusal:
@@ -76,6 +77,18 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
         except ConfigError as error:
             found.extend(error.problems)
     raise ConfigError(located(found, composition))
+
+
+def _unread_settings(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]:
+    """Settings on the command line of a strategy that no flag switches on."""
+    for direction in DIRECTIONS:
+        for override in overrides:
+            if override.lstrip("+").startswith(f"vae.{direction}.") and not is_parallel(cfg.vae, direction):
+                yield Problem(
+                    what=f"{override} with vae.parallel_{direction}=false",
+                    why=f"without the flag every rank {direction}s the whole, so the setting would be ignored",
+                    works=f"vae.parallel_{direction}=true beside it",
+                )
 
 
 def check(cfg: Config) -> Checked:
@@ -165,11 +178,72 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
             why="there is no input to condition on, so it would be ignored",
             works="task.condition_latent_frames=[]",
         )
+    elif name == "v2v" and len(set(frames)) == clip.latent_frames:
+        yield Problem(
+            what=f"task.condition_latent_frames={frames} of {clip.latent_frames} latent frames",
+            why="every frame of the video is given, so nothing would be generated",
+            works=f"task.num_frames={clip.num_frames + clip.temporal}, or fewer task.condition_latent_frames",
+        )
+    modality = "image" if name == "t2i" else "video"
+    if task.modality != modality:
+        yield Problem(
+            what=f"task.modality={task.modality} with task={name}",
+            why=f"{name} makes {'an image' if modality == 'image' else 'a video'}, whatever its defaults are for",
+            works=f"task={'t2i' if modality == 'video' else 't2v'}, or no task.modality",
+        )
+    yield from _input_settings(cfg)
+    yield from _words(cfg)
+
+
+def _input_settings(cfg: Config) -> Iterator[Problem]:
+    """How a picture or a clip is read."""
+    task, name = cfg.task, cfg.task.name.value
+    if len(task.background) != 3 or not all(0 <= value <= 255 for value in task.background):
+        yield Problem(
+            what=f"task.background={task.background} is no colour",
+            why="a colour is red, green and blue, each 0 to 255",
+            works="task.background=[255,255,255]",
+        )
+    elif name in ("t2v", "t2i") and task.background != [255, 255, 255]:
+        yield Problem(
+            what=f"task.background={task.background} with task={name}",
+            why="no picture is read that could be transparent, so it would be ignored",
+            works="no task.background",
+        )
+    if name in ("t2v", "t2i", "i2v") and not task.resample:
+        yield Problem(
+            what=f"task.resample=false with task={name}",
+            why="no clip is read, so it would be ignored",
+            works="no task.resample",
+        )
+
+
+def _words(cfg: Config) -> Iterator[Problem]:
+    """Words that nothing would come of."""
+    task, scale = cfg.task, cfg.sampler.guidance_scale
     if not task.prompt.strip():
         yield Problem(
             what="task.prompt is empty",
             why="the model is told what to show by words only",
             works="task.prompt='a red kite'",
+        )
+    if task.prompt_file is not None and task.prompt != cfg.model.recommended.prompt:
+        yield Problem(
+            what=f"task.prompt beside task.prompt_file={task.prompt_file}",
+            why="each line of the file is the prompt of one clip, so task.prompt would be ignored",
+            works="one of them",
+        )
+    if scale == 0:
+        yield Problem(
+            what="sampler.guidance_scale=0",
+            why="at 0 only the negative prompt is followed, so task.prompt would be ignored",
+            works="sampler.guidance_scale=1.0, which is the prompt alone, or more",
+        )
+    if scale == 1 and task.negative_prompt and cfg.model.distilled_sigmas is None:  # else see `_distilled`
+        yield Problem(
+            what=f"task.negative_prompt with sampler.guidance_scale={scale}",
+            why="only guidance reads a negative prompt, and at 1.0 there is none, so it would be ignored",
+            works="no task.negative_prompt, or another sampler.guidance_scale",
         )
 
 

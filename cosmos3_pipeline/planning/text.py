@@ -18,6 +18,7 @@ BYTES_PER_TOKEN = 4
 DURATION = "The video is not 7.9 seconds long and is not of 24 FPS. "
 RESOLUTION = "This video is not of 720x1280 resolution."
 SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
+WORDS_ENCODING = "utf-8-sig"  # a byte order mark is no word
 GIVEN = "task.negative_prompt"  # where a negative prompt is from that the user gave
 NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints, as it is given to the tokenizer
 MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and the two that begin the picture
@@ -48,8 +49,14 @@ def _negative_prompt(cfg: Config) -> str:
 def prompts_of(task: TaskConfig) -> list[str]:
     """The words of each clip of a run, as far as their file can be read."""
     if task.prompt_file is not None:
-        return _words(f"@{task.prompt_file}").splitlines()
+        return list(lines_of(_words(f"@{task.prompt_file}")).values())
     return [_words(task.prompt)]
+
+
+def lines_of(text: str) -> dict[int, str]:
+    """The prompts of a file, one per line, by the numbers of their lines from 1; blank lines are none."""
+    lines = enumerate((line.strip() for line in text.split("\n")), 1)
+    return {number: line for number, line in lines if line}
 
 
 def _words(words: str) -> str:
@@ -57,4 +64,4 @@ def _words(words: str) -> str:
     file = Path(words[1:]).expanduser()
     if not words.startswith("@") or not file.is_file():
         return words
-    return file.read_text(encoding="utf-8", errors="replace")
+    return file.read_text(encoding=WORDS_ENCODING, errors="replace")

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.parse_args(arguments)
     except SystemExit as exit_:
         return USAGE if exit_.code else 0
-    found, console = discover(), Console()
+    found, console = discover(), Console(markup=False)
     table = Table(title=f"{len(found.strategies)} strategies", title_justify="left")
     for column in ("name", "directions", "exactness", "class"):
         table.add_column(column, overflow="fold")
@@ -37,5 +37,5 @@ def main(arguments: Sequence[str]) -> int:
         table.add_row(name, ", ".join(sorted(cls.directions)), cls.exactness.value, found.target(name))
     console.print(table)
     for name, why in found.broken.items():
-        console.print(f"{name} is installed but broken: {why}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name} is installed but broken: {why}", highlight=False, soft_wrap=True)
     return BROKEN if found.broken else 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.source import BUILTIN
@@ -77,7 +78,7 @@ def _show(jobs: Sequence[dict[str, Any]]) -> None:
     for number, job in enumerate(jobs):
         plan, head = job["plan"], (str(number), " ".join(job["overrides"]))
         if plan is None:
-            table.add_row(*head, *[""] * 7, "[red]refused[/red]")
+            table.add_row(*head, *[""] * 7, Text("refused", style="red"))
             for problem in job["problems"]:
                 refused.setdefault(tuple(problem.values()), []).append(str(number))
             continue
@@ -88,16 +89,14 @@ def _show(jobs: Sequence[dict[str, Any]]) -> None:
             str(plan["ranks"]),
             plan["layout"],
             quantity("bytes", plan["memory.peak_bytes"]),
-            "yes" if plan["fits"] else "[red]no[/red]",
+            "yes" if plan["fits"] else Text("no", style="red"),
             quantity("bytes", sent),
             plan["strategy.decode"],
             next((v for v in ("approximate", "rounding") if v in exactness), "bitwise"),
             quantity("seconds", plan["seconds.total"]),
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for (what, why, works), numbers in refused.items():
         jobs_named = f"job{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
-        console.print(
-            f"refused {jobs_named}: {what}\n  why:   {why}\n  works: {works}", highlight=False, markup=False
-        )
+        console.print(f"refused {jobs_named}: {what}\n  why:   {why}\n  works: {works}", highlight=False)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
 
 from cosmos3_pipeline.config.schema import SamplerConfig, TaskConfig
 from cosmos3_pipeline.denoise.texts import Prompt, own_passes
-from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.tokenizer import check_tokens
 from cosmos3_pipeline.stages.context import RunContext
-from cosmos3_pipeline.stages.words import words_for
+from cosmos3_pipeline.stages.words import prompt_of, read_words, words_for
 
 
 class TextStage:
@@ -37,13 +34,7 @@ class TextStage:
         Raises Refusal for words that the model cannot be given.
         """
         task = self._task
-        prompt = read_words(task.prompt)
-        if not prompt.strip():
-            raise Refusal(
-                what=f"the prompt is empty{f' ({task.prompt[1:]})' if task.prompt else ''}",
-                why="the model is told what to show by words only",
-                works="task.prompt='a red kite', or task.prompt=@FILE with words in the file",
-            )
+        prompt = prompt_of(task)
         negative = None if task.negative_prompt is None else read_words(task.negative_prompt)
         own = context.components.checkpoint.negative_prompt
         words = words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
@@ -74,38 +65,3 @@ class TextStage:
             segment = pipeline._prepare_text_segment(ids, context.components.device)
             found.append((segment["input_ids"], segment["text_mrope_ids"]))
         return found
-
-
-def read_words(words: str) -> str:
-    """`words`, or what is in the file of `@file`, without the white space around it.
-
-    Raises:
-        Refusal: the file is not there or is no UTF-8 text.
-    """
-    if not words.startswith("@"):
-        return words
-    file = Path(words[1:]).expanduser()
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(
-            what=f"{words} is not a file of words",
-            why=str(error),
-            works="@ and the path of a UTF-8 text or JSON file, or the words themselves without @ in front",
-        ) from error
-
-
-def read_lines(file: str) -> list[str]:
-    """The prompts of a prompt file, one per line; blank lines at its end are none.
-
-    Raises:
-        Refusal: the file is not there, is no UTF-8 text, or has no line.
-    """
-    lines = [line.strip() for line in read_words(f"@{file}").split("\n")]
-    if not any(lines):
-        raise Refusal(
-            what=f"task.prompt_file={file} has no words",
-            why="each line is the prompt of one clip",
-            works="a text file with one prompt per line",
-        )
-    return lines

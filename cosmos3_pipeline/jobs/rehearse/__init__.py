@@ -68,7 +68,7 @@ def rehearse(prepared: Prepared, output: Path, *, multirun: bool) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """Shows on stderr what it is told: at once on a terminal, and now and then elsewhere."""
-    console, told = Console(stderr=True), time.monotonic()
+    console, told = Console(stderr=True, markup=False), time.monotonic()
     with console.status("") as status:
 
         def tell(words: str) -> None:
@@ -225,7 +225,7 @@ def as_markdown(found: Rehearsed) -> str:
 
 def show(found: Rehearsed, output: Path) -> None:
     """Print the rehearsal to the terminal."""
-    console = Console()
+    console = Console(markup=False)
     console.print(headline(found), style="bold red" if found.findings else "bold", highlight=False)
     for sheet in sheets(found):
         table = Table(title=sheet.title, title_justify="left")

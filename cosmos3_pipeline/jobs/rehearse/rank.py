@@ -35,7 +35,8 @@ from cosmos3_pipeline.rehearsal.roofline import by_kind, summed
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR, Tracker, rehearsing
 from cosmos3_pipeline.stages.build import StageFactory, build_stages
 from cosmos3_pipeline.stages.context import RunContext
-from cosmos3_pipeline.stages.text import TextStage, read_lines
+from cosmos3_pipeline.stages.text import TextStage
+from cosmos3_pipeline.stages.words import read_lines
 
 # Steps that are run; those between the first and the last do the same. A distilled checkpoint runs all of its own.
 STEPS = 3
@@ -111,7 +112,7 @@ def script_of(config: Config) -> Script:
     plan, checkpoint = make_plan(config), form_of(config.model)
     words = [config.task.prompt]
     if config.task.prompt_file is not None:
-        longest = max(read_lines(config.task.prompt_file), key=len)
+        longest = max(read_lines(config.task.prompt_file).values(), key=len)
         words = [f"{longest} {number}" for number in range(plan.clips)]  # so that no two are the same
     lengths = [tokens_of(_with_words(config, each), plan, checkpoint) for each in words]
     tokens, negative = max(prompt for prompt, _ in lengths), lengths[0][1]

@@ -160,16 +160,17 @@ class Sweep:
         content = {"schema_version": SCHEMA_VERSION, "baseline": self.baseline, "jobs": rows}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / INDEX, json.dumps(content, indent=2, allow_nan=False))
-        console = Console()
+        console = Console(markup=False)
         shown = table.merged(rows)
         console.print(table.table(shown))
         for reason in table.reasons(rows):
-            console.print(reason, style="red", highlight=False, markup=False, soft_wrap=True)
+            console.print(reason, style="red", highlight=False, soft_wrap=True)
         measured = [row for row in shown if row["kind"] == "generate" and row["status"] == "done"]
         if len(measured) > 1 and not any("spread" in row for row in measured):
             console.print(
-                "[dim]one run of each job: on a busy machine times differ by more than that; "
-                f"{table.REPEATS}=5 takes medians[/dim]"
+                "one run of each job: on a busy machine times differ by more than that; "
+                f"{table.REPEATS}=5 takes medians",
+                style="dim",
             )
-        console.print(f"[dim]{self.folder / INDEX}[/dim]", soft_wrap=True)
+        console.print(f"{self.folder / INDEX}", style="dim", soft_wrap=True)
         return self.all_must_be_done and any(row["status"] != "done" for row in rows)

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs.measured import measured
@@ -160,7 +161,7 @@ def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
         made.add_column("")
     for job in jobs:
         given = assignments(job["overrides"])
-        ended = "" if job["status"] == "done" else f"[red]{job['status']}[/red]"
+        ended = Text("" if job["status"] == "done" else job["status"], style="red")
         own = [given.get(key, "") for key in keys]
         made.add_row(str(job["job"]), *own, *(column.text(job) for column in shown), ended)
     return made

@@ -244,7 +244,7 @@ def show(output: Path) -> None:
         for check in report["checks"]:
             if check["direction"] == direction:
                 table.add_row(*_cells(check), *_cost_cells(check))
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print("max and mean difference: of 255 levels for decode, in the latents' own scale for encode")
     files = [REPORT_FILE] + [PICTURE_FILE] * (output / PICTURE_FILE).is_file()
