@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
+from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ READING = {
     "protocol_whitelist": "file",
     "max_pixels": str(MOST_PIXELS),
 }
+TIE = 1e-6  # seconds: of two frames that are as near to a moment, the earlier one is taken
 # Their packets carry when they are decoded, not when they are shown.
 WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu")
 # What reads the transparency that WebM keeps beside the frames; FFmpeg's own decoders leave it out.
@@ -200,7 +202,7 @@ def _shown_last(step: float, source: _Source, frames: int) -> Iterator[_Timed]:
         timed = _decode(source, start=start)
         first = next(timed, None)
         if first is not None and (start is None or first.time <= begin):
-            missing = max(round((first.time - begin) / step), 0)
+            missing = max(ceil((first.time - begin) / step - 1 / 4), 0)
             return _shown_every(step, chain([first], timed), frames - missing, begin=begin + missing * step)
     return iter(())
 
@@ -220,7 +222,7 @@ def _shown_every(
     begin = now.time if begin is None else begin
     for count in range(frames):
         moment = begin + count * step
-        while following is not None and following.time - moment < min(step / 2, moment - now.time):
+        while following is not None and following.time - moment < min(step / 2, moment - now.time) - TIE:
             now, following = following, next(timed, None)
         # The last frame stays for its own time and is not repeated beyond it.
         if following is None and moment - now.time > max(now.lasts - step / 4, step / 4):
