@@ -53,7 +53,7 @@ class StreamingVae(nn.Module):
 def task_config(**changes: Any) -> TaskConfig:
     """A task that has only what a stage reads: the checkpoint's own words, no condition, and `changes`."""
     nothing: dict[str, Any] = {"negative_prompt": None, "system_prompt": None, "image": None, "last_image": None}
-    nothing["video"] = None
+    nothing |= {"prompt_file": None, "video": None}
     nothing |= {"condition_latent_frames": [], "condition_keep": Keep.first}
     nothing |= {"background": [255, 255, 255], "resample": False}
     return TaskConfig(**{**nothing, **changes})

@@ -1,4 +1,4 @@
-"""Several prompts in one run: a clip per line, dealt to replicas, and a failing line stops no other."""
+"""Several prompts in one run: a clip per line, dealt to replicas."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("axes", [["topology=cpu_x1"], ["topology.ranks_per_node=3", "topology.dp=3"]], ids=str)
-def test_a_clip_per_line_and_a_failed_line_stops_no_other(axes: list[str], prompts: Path, tmp_path: Path) -> None:
+def test_a_clip_per_line_by_the_lines_number_in_the_file(axes: list[str], prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = launch(*SMALL, *axes, f"task.prompt_file={prompts}", f"hydra.run.dir={output}")
-    assert done.returncode == 1
-    assert "lines [2] of 4" in done.stderr
+    assert done.returncode == 0, done.stderr
     lines = json.loads((output / "prompts.json").read_text())["lines"]
-    assert [line["number"] for line in lines] == [1, 2, 3, 4]
-    assert [line["failed"] is None for line in lines] == [True, False, True, True]
-    assert "empty" in lines[1]["failed"]
+    assert [line["number"] for line in lines] == [1, 3, 4]  # a blank line is none
+    assert all(line["failed"] is None for line in lines)
     hashes = {metrics(output / f"line_{n:04d}")["frames_sha256"] for n in (1, 3, 4)}
     assert len(hashes) == 3
-    assert not (output / "line_0002" / "video.mp4").exists()
+    assert not (output / "line_0002").exists()
 
 
 def test_a_line_gives_the_clip_that_its_prompt_alone_gives(prompts: Path, tmp_path: Path) -> None:

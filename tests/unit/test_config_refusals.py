@@ -20,6 +20,36 @@ REFUSALS = [
     pytest.param(["task.height=tall"], "task.height", "type", id="wrong type"),
     pytest.param(["vae.parallel_decode=maybe"], "vae.parallel_decode", "type", id="not a bool"),
     pytest.param(["model.dtype=float17"], "model.dtype", "one of float32, bfloat16", id="unknown enum"),
+    pytest.param(["task.modality=image"], "task.modality=image with task=t2v", "task=t2i", id="other modality"),
+    pytest.param(
+        ["sampler.guidance_scale=1", "task.negative_prompt=dark"],
+        "task.negative_prompt with sampler.guidance_scale=1.0",
+        "no task.negative_prompt",
+        id="negative prompt without guidance",
+    ),
+    pytest.param(
+        ["sampler.guidance_scale=0"], "sampler.guidance_scale=0", "sampler.guidance_scale=1.0", id="no prompt"
+    ),
+    pytest.param(
+        ["task.prompt=kite", "task.prompt_file=p.txt"], "task.prompt beside", "one of them", id="two prompts"
+    ),
+    pytest.param(
+        ["task=v2v", "task.num_frames=5"],
+        "[0, 1] of 2 latent frames",
+        "task.num_frames=9",
+        id="nothing to generate",
+    ),
+    pytest.param(
+        ["vae.decode.moving_cuts=false"],
+        "vae.parallel_decode=false",
+        "vae.parallel_decode=true",
+        id="no such flag",
+    ),
+    pytest.param(
+        ["task=i2v", "task.background=[1,2]"], "task.background=[1, 2]", "=[255,255,255]", id="no colour"
+    ),
+    pytest.param(["task.background=[0,0,0]"], "task.background=[0, 0, 0]", "no task.background", id="no picture"),
+    pytest.param(["task=i2v", "task.resample=false"], "task.resample=false", "no task.resample", id="no clip"),
     pytest.param(["task.modality=smell"], "task.modality", "video", id="unknown choice"),
     pytest.param(["model=suepr"], "model=suepr", "did you mean super?", id="unknown option"),
     pytest.param(["vae/decode=layerpipeline"], "vae/decode", "layer_pipeline", id="unknown strategy"),

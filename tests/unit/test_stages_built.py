@@ -13,11 +13,13 @@ from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.jobs.generate import generate
+from cosmos3_pipeline.jobs.prompts import PromptsFailed
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.plan import Plan, make_plan
 from cosmos3_pipeline.stages import STAGES
 from cosmos3_pipeline.stages.build import build_stages
 from cosmos3_pipeline.stages.context import Picture, RunContext
+from cosmos3_pipeline.stages.text import TextStage
 
 
 @dataclass
@@ -51,3 +53,23 @@ def test_a_name_that_no_stage_has_is_refused() -> None:
     config = compose()
     with pytest.raises(Refusal, match=r"did you mean export\?"):
         build_stages(config, make_plan(config), {"exprot": Noted})
+
+
+class Choosy(TextStage):
+    """Refuses one prompt of several."""
+
+    def tokenize(self, context: RunContext) -> None:
+        if "blue" in self._task.prompt:
+            raise Refusal("a blue boat", "it is blue", "another colour")
+        super().tokenize(context)
+
+
+def test_a_line_of_a_prompt_file_that_fails_stops_no_other(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red kite\na blue boat\na green hill\n")
+    small = ["task=t2i", "task.height=32", "task.width=32", "sampler.steps=1"]
+    prepared = prepare(composition([*small, f"task.prompt_file={tmp_path / 'prompts.txt'}"]))
+    with pytest.raises(PromptsFailed, match=r"lines \[2\] of 3"):
+        generate(prepared, tmp_path, stages={"text": lambda config, plan: Choosy(config.task, config.sampler)})
+    lines = json.loads((tmp_path / "prompts.json").read_text())["lines"]
+    assert ["it is blue" in (line["failed"] or "") for line in lines] == [False, True, False]
+    assert [(tmp_path / line["folder"] / "image.png").exists() for line in lines] == [True, False, True]

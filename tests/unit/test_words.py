@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoints import make_layout
-from toy_runs import clip_of
+from toy_runs import clip_of, task_config
 
+from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
+from cosmos3_pipeline.config.compose import Composition
+from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.plain import as_yaml
+from cosmos3_pipeline.errors import ConfigError, Refusal
+from cosmos3_pipeline.jobs import prompts
+from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.geometry import Clip
-from cosmos3_pipeline.stages.words import Words, words_for
+from cosmos3_pipeline.stages.words import Words, prompt_of, read_lines, read_words, words_for
 
 CLIP = clip_of(720, 1280, 189)
 
@@ -79,3 +87,62 @@ def test_the_empty_negative_prompt_stays_possible() -> None:
 def test_a_checkpoint_without_one_has_an_empty_one() -> None:
     given = words("a kite", None, own=None)
     assert (given.negative_prompt, given.negative_prompt_from) == ("", "none, because the checkpoint has none")
+
+
+# What has a meaning to OmegaConf, to `@file`, or to a table.
+AWKWARD = [
+    "kite ${oc.env:HOME}",
+    "costs ${100}",
+    "???",
+    "@/etc/hostname",
+    "a [/bold] kite",
+    r"a \${b} \\${c}",
+    "x\\",
+]
+
+
+def test_lines_of_a_file_are_words(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbf\r\n" + "\r\n\r\n".join(AWKWARD).encode() + b"\r\n\r\n")
+    lines = read_lines(str(file))
+    assert lines == dict(zip(range(2, 16, 2), AWKWARD, strict=True))
+    for line in lines.values():
+        assert prompt_of(task_config(prompt=line, prompt_file=str(file))) == line
+    file.write_bytes(b"\xef\xbb\xbfa kite\n")
+    assert read_words(f"@{file}") == "a kite"
+    file.write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(Refusal, match="has no words"):
+        read_lines(str(file))
+
+
+@pytest.mark.parametrize("words", [each for each in AWKWARD if each != "???"])
+def test_words_that_were_interpolated_once_are_not_a_second_time(words: str, tmp_path: Path) -> None:
+    config = compose([])
+    config = replace(config, task=replace(config.task, prompt=words))
+    (tmp_path / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+    for again in (Composition.of_file(tmp_path / "config.yaml"), Composition.of_saved(config)):
+        assert again.typed().task.prompt == words
+
+
+def test_the_closing_table_shows_any_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for number, line in enumerate(AWKWARD, 1):
+        found[number] = prompts.Line(number, line, f"line_{number:04d}", f"[/dim] {line}")
+    prompts.write_index(tmp_path, found)
+    with pytest.raises(prompts.PromptsFailed):
+        prompts.show(tmp_path)
+    assert "a [/bold] kite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["task.prompt=@{}", "task.negative_prompt=@{}", "task.prompt_file={}"])
+def test_a_file_that_is_no_text_is_refused_before_anything_starts(given: str, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_bytes("ein Drachen".encode("utf-16"))
+    with pytest.raises(ConfigError, match="not a file of words"):
+        prepare(composition([given.format(tmp_path / "words.txt")]))
+
+
+@pytest.mark.parametrize("topology", ["cpu_x1", "cpu_x2"])
+def test_a_picture_that_is_none_is_refused_before_anything_starts(topology: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"words")
+    with pytest.raises(ConfigError, match="is not a picture"):
+        prepare(composition(["task=i2v", f"topology={topology}", f"task.image={tmp_path / 'a.png'}"]))
