@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_toy"))
 
@@ -18,15 +21,25 @@ PROMPTS = 10
 SHAPES = {"t2v": 9, "t2i": 8, "i2v": 8, "v2v": 8}
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, int]], list[Tensor]]:
+    """The clips of ten prompts that no training has seen, of a task and a size."""
+
+    @cache
+    def make(task: str, size: tuple[int, int]) -> list[Tensor]:
+        folder = tmp_path_factory.mktemp("toy")
+        return judge.make(task, judge.unseen(PROMPTS), folder, size, ["topology.threads_per_rank=1"])
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("task", "size"),
     [("t2v", (96, 160)), ("t2v", (96, 96)), ("t2i", (160, 160)), ("i2v", (96, 160)), ("v2v", (96, 160))],
 )
-def test_ten_prompts(task: str, size: tuple[int, int], tmp_path: Path) -> None:
-    scenes = judge.unseen(PROMPTS)
-    clips = judge.make(task, scenes, tmp_path, size, ["topology.threads_per_rank=1"])
+def test_ten_prompts(task: str, size: tuple[int, int], made: Callable[..., list[Tensor]]) -> None:
     right = dict.fromkeys(QUESTIONS, 0)
-    for scene, clip in zip(scenes, clips, strict=True):
+    for scene, clip in zip(judge.unseen(PROMPTS), made(task, size), strict=True):
         assert clip.shape == (3, judge.FRAMES[task], *size)
         for question, yes in answers(clip, scene).items():
             right[question] += yes
@@ -35,9 +48,8 @@ def test_ten_prompts(task: str, size: tuple[int, int], tmp_path: Path) -> None:
     assert right["shape"] >= SHAPES[task], right
 
 
-def test_another_prompt_is_another_clip(tmp_path: Path) -> None:
+def test_another_prompt_is_another_clip(made: Callable[..., list[Tensor]]) -> None:
     """That the answers can be wrong: the clips of ten prompts, asked for ten others."""
-    clips = judge.make("t2v", judge.unseen(PROMPTS), tmp_path, (96, 160), ["topology.threads_per_rank=1"])
-    others = judge.unseen(PROMPTS, seed=1)
-    right = [answers(clip, other) for clip, other in zip(clips, others, strict=True) if len(other.things) == 1]
+    asked = zip(made("t2v", (96, 160)), judge.unseen(PROMPTS, seed=1), strict=True)
+    right = [answers(clip, other) for clip, other in asked if len(other.things) == 1]
     assert sum(all(found.values()) for found in right) <= 1
