@@ -1,4 +1,4 @@
-"""The trained toy shows what is said, by the statistics of its pixels: `examples/train_toy/judge.py` on ten."""
+"""The trained toy shows what is said, by the statistics of its pixels: `examples/train_toy/judge.py` on a few."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import judge
 from look import QUESTIONS, answers
 
 pytestmark = pytest.mark.ranks
-PROMPTS = 10
-# Shapes are what the toy is worst at, see docs/toy.md.
-SHAPES = {"t2v": 9, "t2i": 8, "i2v": 8, "v2v": 8}
+# Prompts of one file are one run; a picture or a clip to begin from is a run each.
+PROMPTS = {"t2v": 10, "t2i": 10, "i2v": 5, "v2v": 5}
+# Of each one may be wrong. Shapes are what the toy is worst at, see docs/toy.md.
+WRONG_SHAPES = {"t2v": 1, "t2i": 2, "i2v": 1, "v2v": 1}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, int]], list[Tensor]]:
-    """The clips of ten prompts that no training has seen, of a task and a size."""
+    """The clips of prompts that no training has seen, of a task and a size."""
 
     @cache
     def make(task: str, size: tuple[int, int]) -> list[Tensor]:
         folder = tmp_path_factory.mktemp("toy")
-        return judge.make(task, judge.unseen(PROMPTS), folder, size, ["topology.threads_per_rank=1"])
+        return judge.make(task, judge.unseen(PROMPTS[task]), folder, size, ["topology.threads_per_rank=1"])
 
     return make
 
@@ -37,19 +38,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, 
     ("task", "size"),
     [("t2v", (96, 160)), ("t2v", (96, 96)), ("t2i", (160, 160)), ("i2v", (96, 160)), ("v2v", (96, 160))],
 )
-def test_ten_prompts(task: str, size: tuple[int, int], made: Callable[..., list[Tensor]]) -> None:
+def test_prompts(task: str, size: tuple[int, int], made: Callable[..., list[Tensor]]) -> None:
     right = dict.fromkeys(QUESTIONS, 0)
-    for scene, clip in zip(judge.unseen(PROMPTS), made(task, size), strict=True):
+    for scene, clip in zip(judge.unseen(PROMPTS[task]), made(task, size), strict=True):
         assert clip.shape == (3, judge.FRAMES[task], *size)
         for question, yes in answers(clip, scene).items():
             right[question] += yes
-    assert right["colour"] >= 9 and right["background"] >= 9, right
-    assert right["direction"] >= 9, right
-    assert right["shape"] >= SHAPES[task], right
+    assert min(right["colour"], right["background"], right["direction"]) >= PROMPTS[task] - 1, right
+    assert right["shape"] >= PROMPTS[task] - WRONG_SHAPES[task], right
 
 
 def test_another_prompt_is_another_clip(made: Callable[..., list[Tensor]]) -> None:
     """That the answers can be wrong: the clips of ten prompts, asked for ten others."""
-    asked = zip(made("t2v", (96, 160)), judge.unseen(PROMPTS, seed=1), strict=True)
+    asked = zip(made("t2v", (96, 160)), judge.unseen(PROMPTS["t2v"], seed=1), strict=True)
     right = [answers(clip, other) for clip, other in asked if len(other.things) == 1]
     assert sum(all(found.values()) for found in right) <= 1
