@@ -10,6 +10,8 @@ import os
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+# Threads of a run that waits for its turn on a busy processor would spin away the others' time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The same examples every time, however slow the machine; `--hypothesis-profile search` looks for others.
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]

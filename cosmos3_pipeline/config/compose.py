@@ -83,11 +83,11 @@ class Composition:
         return bool(OmegaConf.select(self.cfg, "hydra.mode") == RunMode.MULTIRUN)
 
     def traced(self) -> Provenance | None:
-        """Where its values came from, by composing once more; None for what was read from a file."""
+        """Where its values came from, by walking its defaults once more; None for what was read from a file."""
         if self.overrides is None:
             return None
         with self.source.opened() as loader:
-            return trace_with(loader, self.overrides, self.source.name)
+            return trace_with(loader, self.overrides, self.source.name, self.cfg)
 
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
         """The config: dataclasses, enums and lists, with every interpolation followed.

@@ -122,19 +122,19 @@ class Provenance:
 
 
 def trace(overrides: Sequence[str], conf: Path, *, config_name: str = "config") -> Provenance:
-    """Compose `overrides` over the folder `conf` once more, remembering where each value came from.
+    """Compose `overrides` over the folder `conf`, remembering where each value came from.
 
     The composition must be one that Hydra accepts: its errors are raised as they are.
     """
     with beside_a_running_hydra(), hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        return trace_with(GlobalHydra.instance().config_loader(), overrides, config_name)
+        cfg = hydra.compose(config_name, overrides=list(overrides))
+        return trace_with(GlobalHydra.instance().config_loader(), overrides, config_name, cfg)
 
 
-def trace_with(loader: ConfigLoader, overrides: Sequence[str], config_name: str) -> Provenance:
-    """The same with the `loader` of Hydra's global instance, whatever its search path is."""
+def trace_with(loader: ConfigLoader, overrides: Sequence[str], config_name: str, cfg: DictConfig) -> Provenance:
+    """The same with the `loader` of Hydra's global instance, on any search path, which has composed `cfg`."""
     assert isinstance(loader, ConfigLoaderImpl)
     offers: dict[str, list[Offer]] = {}
-    cfg = hydra.compose(config_name, overrides=list(overrides))
     defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN)
     # With what the primary config adds to the search path.
     _, repository = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))

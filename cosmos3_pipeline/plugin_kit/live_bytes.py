@@ -32,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if not isinstance(tensor, torch.Tensor) or tensor.is_mkldnn or tensor.is_meta:
                 continue
             if self._key(tensor) not in self._seen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import queue
@@ -16,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from limits import HANGS
+from warm import CONTEXT
 
 from cosmos3_pipeline.distributed.host_path import FORCED
-
-# A process forked from this server has torch and diffusers imported already, and no threads yet.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "diffusers", "diffusers.models.autoencoders"])
 
 
 class RankError(AssertionError):
@@ -37,10 +33,10 @@ def run_on_ranks(
     None. Raises RankError with the traceback of the rank that failed first, or when `timeout` seconds have passed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results = _CONTEXT.Queue()
+        results = CONTEXT.Queue()
         store = str(Path(folder) / "store")
         processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_rank, args=(function, rank, ranks, store, results, args, _forced()), daemon=True
             )
             for rank in range(ranks)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from limits import HANGS
 from PIL import Image
+from warm import run_forked
 
 REPOSITORY = Path(__file__).parents[2]
 # Small enough to end in seconds, odd in latent rows (5), with more than one latent frame.
@@ -29,11 +30,14 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def launch(*args: str, timeout: float = HANGS, **env: str) -> subprocess.CompletedProcess[str]:
-    """`python launch.py *args` from the checkout."""
+    """`python launch.py *args` from the checkout: a new interpreter where `env` is given, otherwise a warm one."""
+    environ = {**os.environ, "COLUMNS": "200", **env}
+    if not env:
+        return run_forked(Path("launch.py"), *args, cwd=REPOSITORY, env=environ, timeout=timeout)
     return subprocess.run(
         [sys.executable, "launch.py", *args],
         cwd=REPOSITORY,
-        env={**os.environ, "COLUMNS": "200", **env},
+        env=environ,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -66,24 +66,6 @@ def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], on
     assert reports[0]["vae"]["decode"]["strategy"] == "replicated"
 
 
-def test_torchrun_joins_its_ranks_and_writes_one_folder(tmp_path: Path) -> None:
-    output = tmp_path / "joined"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch.py"),
-            *(*SMALL, "topology=cpu_x2", f"hydra.run.dir={output}"),
-        ],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-    )
-    assert done.returncode == 0, done.stderr
-    assert metrics(output)["topology"]["ranks"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["joined"]
-    assert done.stdout.count("video.mp4") == 1
-
-
 def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     output = tmp_path / "killed"
     run = subprocess.Popen(

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, SMALL, launch
+from conftest import REPOSITORY, SMALL, launch, metrics
 from limits import HANGS
 
 # Python imports it in every process that finds it on its path: in the launcher and in each rank.
@@ -117,7 +117,7 @@ def test_a_job_of_a_sweep_is_planned_before_the_first_starts_and_as_it_starts(
     assert launcher == Counter({"compose": 2 + 3 * 2, **{word: 4 for word in ONCE if word != "compose"}})
 
 
-def test_under_torchrun_each_rank_decides_once(tmp_path: Path, counting: dict[str, str]) -> None:
+def test_under_torchrun_each_rank_decides_once_and_one_writes(tmp_path: Path, counting: dict[str, str]) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
         [*torchrun, "launch.py", *SMALL, "topology=cpu_x2", f"hydra.run.dir={tmp_path / 'run'}"],
@@ -129,3 +129,6 @@ def test_under_torchrun_each_rank_decides_once(tmp_path: Path, counting: dict[st
     )
     assert done.returncode == 0, done.stderr
     assert counts(counting) == [ONCE + Counter(rank=1)] * 2
+    assert metrics(tmp_path / "run")["topology"]["ranks"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["count", "run", "site"]
+    assert done.stdout.count("video.mp4") == 1

@@ -1,11 +1,14 @@
-"""The trained toy shows what is said, by the statistics of its pixels: `examples/train_toy/judge.py` on ten."""
+"""The trained toy shows what is said, by the statistics of its pixels: `examples/train_toy/judge.py` on a few."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_toy"))
 
@@ -13,31 +16,40 @@ import judge
 from look import QUESTIONS, answers
 
 pytestmark = pytest.mark.ranks
-PROMPTS = 10
-# Shapes are what the toy is worst at, see docs/toy.md.
-SHAPES = {"t2v": 9, "t2i": 8, "i2v": 8, "v2v": 8}
+# Prompts of one file are one run; a picture or a clip to begin from is a run each.
+PROMPTS = {"t2v": 10, "t2i": 10, "i2v": 5, "v2v": 5}
+# Of each one may be wrong. Shapes are what the toy is worst at, see docs/toy.md.
+WRONG_SHAPES = {"t2v": 1, "t2i": 2, "i2v": 1, "v2v": 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, int]], list[Tensor]]:
+    """The clips of prompts that no training has seen, of a task and a size."""
+
+    @cache
+    def make(task: str, size: tuple[int, int]) -> list[Tensor]:
+        folder = tmp_path_factory.mktemp("toy")
+        return judge.make(task, judge.unseen(PROMPTS[task]), folder, size, ["topology.threads_per_rank=1"])
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("task", "size"),
     [("t2v", (96, 160)), ("t2v", (96, 96)), ("t2i", (160, 160)), ("i2v", (96, 160)), ("v2v", (96, 160))],
 )
-def test_ten_prompts(task: str, size: tuple[int, int], tmp_path: Path) -> None:
-    scenes = judge.unseen(PROMPTS)
-    clips = judge.make(task, scenes, tmp_path, size, ["topology.threads_per_rank=1"])
+def test_prompts(task: str, size: tuple[int, int], made: Callable[..., list[Tensor]]) -> None:
     right = dict.fromkeys(QUESTIONS, 0)
-    for scene, clip in zip(scenes, clips, strict=True):
+    for scene, clip in zip(judge.unseen(PROMPTS[task]), made(task, size), strict=True):
         assert clip.shape == (3, judge.FRAMES[task], *size)
         for question, yes in answers(clip, scene).items():
             right[question] += yes
-    assert right["colour"] >= 9 and right["background"] >= 9, right
-    assert right["direction"] >= 9, right
-    assert right["shape"] >= SHAPES[task], right
+    assert min(right["colour"], right["background"], right["direction"]) >= PROMPTS[task] - 1, right
+    assert right["shape"] >= PROMPTS[task] - WRONG_SHAPES[task], right
 
 
-def test_another_prompt_is_another_clip(tmp_path: Path) -> None:
+def test_another_prompt_is_another_clip(made: Callable[..., list[Tensor]]) -> None:
     """That the answers can be wrong: the clips of ten prompts, asked for ten others."""
-    clips = judge.make("t2v", judge.unseen(PROMPTS), tmp_path, (96, 160), ["topology.threads_per_rank=1"])
-    others = judge.unseen(PROMPTS, seed=1)
-    right = [answers(clip, other) for clip, other in zip(clips, others, strict=True) if len(other.things) == 1]
+    asked = zip(made("t2v", (96, 160)), judge.unseen(PROMPTS["t2v"], seed=1), strict=True)
+    right = [answers(clip, other) for clip, other in asked if len(other.things) == 1]
     assert sum(all(found.values()) for found in right) <= 1
