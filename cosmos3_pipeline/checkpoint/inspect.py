@@ -6,8 +6,8 @@ A Cosmos3 checkpoint is a diffusers folder: `model_index.json` and one subfolder
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from cosmos3_pipeline.checkpoint.files import (
     not_whole,
     read_json,
 )
+from cosmos3_pipeline.checkpoint.lora import Adapter, with_added
 from cosmos3_pipeline.checkpoint.rules import clipped
 from cosmos3_pipeline.checkpoint.sampler import DISTILLED, EDGE_UNIPC, UNIPC, Sampler, sampler_of
-from cosmos3_pipeline.checkpoint.stored import StoredTensor, stored_tensors
+from cosmos3_pipeline.checkpoint.stored import FLOATS, StoredTensor, stored_tensors
 from cosmos3_pipeline.checkpoint.tokenizer_files import check_tokenizer_files
 from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
 from cosmos3_pipeline.errors import Refusal
@@ -44,7 +45,6 @@ COMPONENTS = {
 }
 # diffusers' Cosmos3 blocks count latents with these where the VAE is not loaded yet.
 SPATIAL, TEMPORAL = 16, 4
-FLOATS = ("F32", "BF16", "F16")
 # Files that stand for quantized weights, in the folder or beside the transformer, and whose they are.
 QUANTIZED_FILES = {
     "hf_quant_config.json": "ModelOpt",
@@ -69,7 +69,8 @@ class CheckpointInfo:
 
     `negative_prompt` is the text of the checkpoint's own, None where it has none, or where it was distilled and
     nothing reads one. `tensors` are those of each component with weights. `not_read` lists keys and components
-    that change no picture here, `strangers` keys that nothing here knows, each as "file: key".
+    that change no picture here, `strangers` keys that nothing here knows, each as "file: key". `adapters` are
+    what `tensors` are read with.
     """
 
     folder: Path
@@ -81,10 +82,23 @@ class CheckpointInfo:
     tensors: Mapping[str, tuple[Placed, ...]]
     not_read: tuple[str, ...]
     strangers: tuple[str, ...]
+    adapters: tuple[Adapter, ...] = ()
 
     def parts(self, component: str, parts: Collection[Part]) -> tuple[Placed, ...]:
         """The tensors of `component` that belong to `parts`."""
         return tuple(placed for placed in self.tensors[component] if placed.weight.part in parts)
+
+    def with_adapters(self, adapters: Sequence[Adapter]) -> CheckpointInfo:
+        """The same with `adapters` added to the transformer, in their order.
+
+        Raises:
+            Refusal: an adapter that does not fit.
+        """
+        placed = self.tensors["transformer"]
+        for adapter in adapters:
+            adapter.check_fits(one.weight for one in placed)
+        merged = tuple(replace(one, stored=with_added(one.stored, adapters)) for one in placed)
+        return replace(self, tensors={**self.tensors, "transformer": merged}, adapters=tuple(adapters))
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointInfo:

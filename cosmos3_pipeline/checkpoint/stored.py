@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ ELEMENT_BITS = {
     **{"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
+FLOATS = ("F32", "BF16", "F16")  # what weights are read from
 LARGEST_HEADER = 100 * 2**20  # as safetensors has it
 _LFS_POINTER = b"version "  # as a length it would be absurd
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.gguf", "*.bin.index.json")
@@ -36,7 +37,10 @@ NO_FILE = Path()
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: `dtype` as safetensors spells it, `start` counted from the beginning of the file."""
+    """One tensor in a file: `dtype` as safetensors spells it, `start` counted from the beginning of the file.
+
+    `added` are what a reader adds to its values, in this order.
+    """
 
     name: str
     dtype: str
@@ -44,6 +48,16 @@ class StoredTensor:
     file: Path
     start: int
     nbytes: int
+    added: tuple[LowRank, ...] = ()
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix [outputs, inputs]: `scale` times the product of `up` [outputs, rank] and `down` [rank, inputs]."""
+
+    down: StoredTensor
+    up: StoredTensor
+    scale: float
 
 
 def stored_tensors(component: Path) -> dict[str, StoredTensor]:
@@ -55,7 +69,7 @@ def stored_tensors(component: Path) -> dict[str, StoredTensor]:
     if not is_regular(component / INDEX):
         if not is_regular(component / WEIGHTS):
             raise _no_weights(component)
-        return {tensor.name: tensor for tensor in _header(component / WEIGHTS)}
+        return read_header(component / WEIGHTS).tensors
     placed = _weight_map(component / INDEX)
     names = sorted(set(placed.values()))
     missing = [name for name in names if not is_regular(component / name)]
@@ -67,7 +81,7 @@ def stored_tensors(component: Path) -> dict[str, StoredTensor]:
         )
     found: dict[str, StoredTensor] = {}
     for name in names:
-        for tensor in _header(component / name):
+        for tensor in read_header(component / name).tensors.values():
             if placed.get(tensor.name) != name:
                 raise _disagree(
                     component / INDEX, f"{name} holds {tensor.name}, which the index does not place there"
@@ -91,7 +105,20 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return placed
 
 
-def _header(file: Path) -> Iterator[StoredTensor]:
+@dataclass(frozen=True)
+class Header:
+    """The tensors of a file by name, in the order of its header, and the words that it keeps beside them."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: Mapping[str, Any]
+
+
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file.
+
+    Raises:
+        Refusal: a file that is cut, unreadable or of another format.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -112,7 +139,8 @@ def _header(file: Path) -> Iterator[StoredTensor]:
         raise not_whole(file, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise not_whole(file, f"its header is a {type(header).__name__}, not a list of tensors by name")
-    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    metadata = header.pop("__metadata__", None)
+    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
     end = 8 + length
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != end:
@@ -120,7 +148,7 @@ def _header(file: Path) -> Iterator[StoredTensor]:
         end += tensor.nbytes
     if end != size:
         raise not_whole(file, f"it has {size} bytes, its header speaks of {end}")
-    yield from tensors
+    return Header({tensor.name: tensor for tensor in tensors}, metadata if isinstance(metadata, dict) else {})
 
 
 def _tensor(file: Path, name: str, entry: Any, base: int) -> StoredTensor:

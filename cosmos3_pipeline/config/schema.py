@@ -170,12 +170,25 @@ class TrainedConfig:
 
 
 @dataclass
+class LoraConfig:
+    """An adapter that is added to the transformer's weights, `weight` times as strongly as it was trained.
+
+    `sha256` of its file is filled in by a run; a run that is given it refuses another file.
+    """
+
+    path: str = MISSING
+    weight: float = 1.0
+    sha256: str | None = None
+
+
+@dataclass
 class ModelConfig:
     name: str = MISSING
     repo: str | None = MISSING
     path: str | None = MISSING
     revision: str | None = None
     commit: str | None = None
+    lora: list[LoraConfig] = field(default_factory=list)
     dtype: Dtype = MISSING
     vae_dtype: Dtype = MISSING
     distilled_sigmas: list[float] | None = None

@@ -295,7 +295,7 @@ def strategy_for(plan: Plan, direction: Direction) -> Strategy:
 def checkpoint_of(model: ModelConfig) -> CheckpointInfo:
     """The checkpoint that a rank opens; that of a hub id is here already, as `model.commit`."""
     dimensions = {"transformer": plain(model.transformer), "vae": plain(model.vae)}
-    return open_checkpoint(model.path, revision=model.commit, **dimensions)
+    return open_checkpoint(model.path, revision=model.commit, lora=model.lora, **dimensions)
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
@@ -356,6 +356,10 @@ def checkpoint_report(components: Components, model: ModelConfig) -> dict[str, A
         "revision": model.revision,
         "commit": model.commit,
         "folder": str(checkpoint.folder),
+        "lora": [
+            {**plain(asked), "file": str(adapter.file), "layers": len(adapter.added)}
+            for asked, adapter in zip(model.lora, checkpoint.adapters, strict=True)
+        ],
         "sampler": sampler.class_name,
         "schedule": {key: schedule.get(key) for key in ("flow_shift", "use_karras_sigmas")},
         "native_flow_grid": sampler.native_grid,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted
 from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, fetch_checkpoint, is_hub_id
+from cosmos3_pipeline.checkpoint.lora import with_hash
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.schema import Config, Device, JobName
 from cosmos3_pipeline.config.tasks import ALL_GIVEN, GIVEN
@@ -60,7 +61,7 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
         _raise([*_contents(prepared)])
         if fetch:
             _raise([*_accelerators(prepared.config)])
-            prepared = _with_checkpoint(prepared, composition)
+            prepared = _with_hashes(_with_checkpoint(prepared, composition))
     origin = None if job == JobName.plan else origin_of(composition.overrides)
     return replace(prepared, verification=check_verify(prepared.config), origin=origin)
 
@@ -85,6 +86,16 @@ def _with_checkpoint(prepared: Prepared, composition: Composition) -> Prepared:
     prepared = Prepared(checked.config, checked.plan(), checked.adopted)
     _raise([*_memory(prepared)])
     return prepared
+
+
+def _with_hashes(prepared: Prepared) -> Prepared:
+    """With the SHA-256 of each adapter, so that the run names its contents, and ranks that read others stop."""
+    try:
+        named = [with_hash(one, number) for number, one in enumerate(prepared.config.model.lora)]
+    except Refusal as refusal:
+        raise ConfigError([refusal.problem]) from refusal
+    model = replace(prepared.config.model, lora=named)
+    return replace(prepared, config=replace(prepared.config, model=model))
 
 
 def _raise(found: list[Problem]) -> None:

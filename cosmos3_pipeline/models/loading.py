@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
+from cosmos3_pipeline.checkpoint.lora import read_adapters
 from cosmos3_pipeline.checkpoint.sampler import Sampler
 from cosmos3_pipeline.checkpoint.weights import VISION_ALONE, Part
+from cosmos3_pipeline.config.schema import LoraConfig
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.texts import Prompt, TextEncoder, Texts
 from cosmos3_pipeline.distributed import host
@@ -35,21 +38,29 @@ from cosmos3_pipeline.planning.weights import RESIDENT, WeightsPlan
 
 
 def open_checkpoint(
-    path: str | None, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], revision: str | None = None
+    path: str | None,
+    *,
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    revision: str | None = None,
+    lora: Sequence[LoraConfig] = (),
 ) -> CheckpointInfo:
     """The checkpoint at `path`: a folder, or the hub id of one; without a path the toy model of these dimensions.
 
     `revision` is of a hub id: ranks give the commit that was fetched before they started, which needs no request.
+    The transformer's weights are read with the adapters `lora` added.
 
     Raises:
-        Refusal: there is none, or it is not a whole Cosmos3 checkpoint.
+        Refusal: there is none, it is not a whole Cosmos3 checkpoint, or an adapter does not fit it.
     """
+    folder: Path | None
     if path is None:
         from cosmos3_pipeline.models.toy import toy_checkpoint
 
-        return inspect_checkpoint(toy_checkpoint(transformer=transformer, vae=vae))
-    folder = fetch_checkpoint(path, revision).folder if is_hub_id(path) else local_folder(path, revision)
-    return inspect_checkpoint(folder or path)
+        folder = toy_checkpoint(transformer=transformer, vae=vae)
+    else:
+        folder = fetch_checkpoint(path, revision).folder if is_hub_id(path) else local_folder(path, revision)
+    return inspect_checkpoint(folder or str(path)).with_adapters(read_adapters(lora))
 
 
 GB = 10**9

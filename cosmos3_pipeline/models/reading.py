@@ -1,6 +1,7 @@
 """A checkpoint's tensors, read from their files straight into the memory of the device where they stay.
 
 A rank holds what it keeps and one block besides: nothing is mapped, and no whole model passes through the host.
+What adapters add to a tensor is added here, so that wherever a weight is kept, it is kept with them.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from torch import Tensor
 
 from cosmos3_pipeline.checkpoint.files import not_whole
 from cosmos3_pipeline.checkpoint.inspect import Placed
-from cosmos3_pipeline.checkpoint.stored import NO_FILE, StoredTensor
+from cosmos3_pipeline.checkpoint.stored import NO_FILE, LowRank, StoredTensor
 from cosmos3_pipeline.errors import Fault, Refusal
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Large enough that reading is not bound by calls, small beside any model.
 BLOCK_BYTES = 16 * 2**20
+# Elements of an adapter's product that are there at once: 16 MiB, and still hundreds of rows of the widest weight.
+MERGED_ELEMENTS = 4 * 2**20
 # A trained weight is not near it; a few of such size, one after the other, leave the range of any dtype.
 LARGEST_VALUE = 1e6
+AS_PUBLISHED = "the file as it was published, downloaded again"
 Advance = Callable[[int], None]  # is told the bytes of the file as they are read
 
 
@@ -62,8 +66,9 @@ def read_tensors(
 
 
 def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance = _unseen) -> None:
-    """Read each piece into its memory. `check` False is for what has been read and looked at before.
+    """Read each piece into its memory, and add what adapters add to it.
 
+    `check` False is for what has been read and looked at before.
     A tensor of `NO_FILE` has a shape and no values, and its memory stays as it is.
 
     Raises:
@@ -89,7 +94,9 @@ def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance
                 blocks = _through(staging, stream, piece, advance)
             for block in blocks:
                 if check:
-                    _refuse_overflow(piece.stored, block)
+                    _refuse_overflow(block, _named(piece.stored), AS_PUBLISHED)
+            for added in piece.stored.added:
+                _add(added, piece, check=check)
     except OSError as error:
         raise _fault(not_whole(file, f"reading it failed: {error.strerror or error}")) from error
     finally:
@@ -124,6 +131,35 @@ def _through(staging: Tensor, stream: BinaryIO, piece: Piece, advance: Advance) 
         yield part
 
 
+def _add(added: LowRank, piece: Piece, *, check: bool) -> None:
+    """Add to the target what an adapter adds to this piece of its weight.
+
+    The arithmetic is that of diffusers' `fuse_lora` on a CPU, in all placements and on all devices: the matrices
+    in the model's dtype, their product and its scale in float32, the sum in the model's dtype again. The product
+    is made of the same whole rows for every piece, all blocks of about as many, because a product of few rows has
+    other last bits.
+    """
+    (outputs, columns), first, last = piece.stored.shape, piece.first, piece.first + piece.target.numel()
+    down, up = (_matrix(one, piece.target.dtype, check=check) for one in (added.down, added.up))
+    rows = -(-outputs // -(-outputs * columns // MERGED_ELEMENTS))
+    for row in range(first // columns // rows * rows, -(-last // columns), rows):
+        product = (up[row : row + rows] @ down).mul_(added.scale).to(piece.target.dtype).view(-1)
+        start = row * columns
+        begin, end = max(start, first), min(start + product.numel(), last)
+        block = piece.target[begin - first : end - first]
+        block += product[begin - start : end - start].to(block.device)
+        if check:
+            what = f"{_named(piece.stored)}, with what {added.up.file} adds,"
+            _refuse_overflow(block, what, "a smaller weight in model.lora, or an adapter of this model")
+
+
+def _matrix(stored: StoredTensor, dtype: torch.dtype, *, check: bool) -> Tensor:
+    """An adapter's matrix in float32 on the host, rounded to `dtype`."""
+    values = torch.empty(stored.shape, dtype=dtype)
+    read_pieces([Piece(stored, 0, values.view(-1))], check=check)
+    return values.float()
+
+
 def _fill(stream: BinaryIO, raw: Tensor, stored: StoredTensor) -> None:
     """Read as many bytes as `raw` [n], uint8 on the host, has."""
     memory = memoryview(raw.numpy())  # type: ignore[arg-type] # an array is a buffer
@@ -139,13 +175,17 @@ def _fault(refusal: Refusal) -> Fault:
     return Fault(refusal.problem.what, refusal.problem.why, refusal.problem.works)
 
 
-def _refuse_overflow(stored: StoredTensor, values: Tensor) -> None:
+def _named(stored: StoredTensor) -> str:
+    return f"{stored.name} in {stored.file}"
+
+
+def _refuse_overflow(values: Tensor, what: str, works: str) -> None:
     """Raise Fault where one of `values` is NaN, or too large: smallest and largest tell, in one pass."""
     if not values.numel() or all(abs(end.item()) <= LARGEST_VALUE for end in values.aminmax()):
         return
     bad = int((~(values.abs() <= LARGEST_VALUE)).sum())
     raise Fault(
-        what=f"{stored.name} in {stored.file} has {bad} values in one block that are NaN or too large",
+        what=f"{what} has {bad} values in one block that are NaN or too large",
         why=f"beyond {LARGEST_VALUE:g} what they are multiplied with overflows, and the picture is black",
-        works="the file as it was published, downloaded again",
+        works=works,
     )

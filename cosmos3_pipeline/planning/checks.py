@@ -12,8 +12,11 @@ from typing import Any
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
 from cosmos3_pipeline.checkpoint.hub import is_hub_id
+from cosmos3_pipeline.checkpoint.lora import read_adapter
+from cosmos3_pipeline.checkpoint.weights import transformer_weights
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config.compose import Composition
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement
 from cosmos3_pipeline.config.tasks import ALL_GIVEN, FRAMES, GIVEN, readers
@@ -69,6 +72,8 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
             adopted = adopt_checkpoint(config)
         except Refusal as refusal:
             found.append(refusal.problem)
+        else:
+            found.extend(_adapters(config, adopted))
     if not found:
         if adopted is not None:
             config = composition.typed({**(changes or {}), **adopted.numbers})
@@ -146,6 +151,26 @@ def _model(cfg: Config) -> Iterator[Problem]:
                 why="only a repository of the hub has revisions, so it would be ignored",
                 works=f"model.path={cfg.model.repo or 'nvidia/Cosmos3-Nano'}, or no model.{key}",
             )
+
+
+def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
+    """What in `model.lora` is no adapter, or fits no weights of the checkpoint, as far as these are known.
+
+    A model that is made on the spot is known by its numbers. A hub id that is not here yet is checked once it is.
+    """
+    weights = None
+    if adopted is not None:
+        weights = [placed.weight for placed in adopted.checkpoint.tensors["transformer"]]
+    elif cfg.model.path is None and cfg.model.repo is None:
+        numbers = {**plain(cfg.model.transformer), "latent_channel": cfg.model.vae.z_dim}
+        weights = list(transformer_weights(numbers))
+    for number, asked in enumerate(cfg.model.lora):
+        try:
+            adapter = read_adapter(asked, number)
+            if weights is not None:
+                adapter.check_fits(weights)
+        except Refusal as refusal:
+            yield refusal.problem
 
 
 def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:

@@ -292,6 +292,7 @@ def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:
     model = cfg.model
     if model.path is not None and local_folder(model.path, model.commit or model.revision) is None:
         notes.append(f"{model.path} is not in the hub's cache: planned with the numbers of model={model.name}")
+    notes += [f"the adapter {one.path} is added to the weights, with weight {one.weight:g}" for one in model.lora]
     notes += [ESTIMATES[cfg.topology.device]]
     if estimated_text:
         notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
