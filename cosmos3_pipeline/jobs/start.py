@@ -204,9 +204,11 @@ def _contents(prepared: Prepared) -> Iterator[Problem]:
         checks.append(partial(words.prompt_of, task))
     if task.negative_prompt is not None:
         checks.append(partial(words.read_words, task.negative_prompt))
-    if task.image is not None:
+    if task.last_image is not None:
+        checks.append(partial(inputs.both_ends, task, clip))
+    elif task.image is not None:
         checks.append(partial(inputs.photograph, task, clip))
-    if task.video is not None:
+    elif task.video is not None:
         checks.append(partial(inputs.condition_frames, task, clip))
     for check in checks:
         yield from refused(check)

@@ -19,10 +19,10 @@ from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement
-from cosmos3_pipeline.config.tasks import ALL_GIVEN, FRAMES, GIVEN, readers
+from cosmos3_pipeline.config.tasks import ALL_GIVEN, CLIP, FRAMES, GIVEN, readers
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
-from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
+from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, nearest_multiple, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.vae import (
@@ -203,11 +203,11 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
             why="there is no input to condition on, so it would be ignored",
             works="task.condition_latent_frames=[]",
         )
-    elif name == "v2v" and len(set(frames)) == clip.latent_frames:
+    elif len(set(clean_frames(frames, clip.latent_frames))) == clip.latent_frames:
         yield Problem(
             what=f"task.condition_latent_frames={frames} of {clip.latent_frames} latent frames",
             why="every frame of the video is given, so nothing would be generated",
-            works=f"task.num_frames={clip.num_frames + clip.temporal}, or fewer task.condition_latent_frames",
+            works=f"task.num_frames={clip.num_frames + clip.temporal}",
         )
     modality = "image" if name == "t2i" else "video"
     if task.modality != modality:
@@ -229,13 +229,13 @@ def _input_settings(cfg: Config) -> Iterator[Problem]:
             why="a colour is red, green and blue, each 0 to 255",
             works="task.background=[255,255,255]",
         )
-    elif name in ("t2v", "t2i") and task.background != [255, 255, 255]:
+    elif not GIVEN[task.name] and task.background != [255, 255, 255]:
         yield Problem(
             what=f"task.background={task.background} with task={name}",
             why="no picture is read that could be transparent, so it would be ignored",
             works="no task.background",
         )
-    if name in ("t2v", "t2i", "i2v") and not task.resample:
+    if CLIP not in GIVEN[task.name] and not task.resample:
         yield Problem(
             what=f"task.resample=false with task={name}",
             why="no clip is read, so it would be ignored",
@@ -246,6 +246,7 @@ def _input_settings(cfg: Config) -> Iterator[Problem]:
 def _words(cfg: Config) -> Iterator[Problem]:
     """Words that nothing would come of."""
     task, scale = cfg.task, cfg.sampler.guidance_scale
+    distilled = cfg.model.distilled_sigmas is not None  # see `_distilled`
     if not task.prompt.strip():
         yield Problem(
             what="task.prompt is empty",
@@ -258,13 +259,13 @@ def _words(cfg: Config) -> Iterator[Problem]:
             why="each line of the file is the prompt of one clip, so task.prompt would be ignored",
             works="one of them",
         )
-    if scale == 0:
+    if scale == 0 and not distilled:
         yield Problem(
             what="sampler.guidance_scale=0",
             why="at 0 only the negative prompt is followed, so task.prompt would be ignored",
             works="sampler.guidance_scale=1.0, which is the prompt alone, or more",
         )
-    if scale == 1 and task.negative_prompt and cfg.model.distilled_sigmas is None:  # else see `_distilled`
+    if scale == 1 and task.negative_prompt and not distilled:
         yield Problem(
             what=f"task.negative_prompt with sampler.guidance_scale={scale}",
             why="only guidance reads a negative prompt, and at 1.0 there is none, so it would be ignored",
