@@ -160,7 +160,7 @@ def test_metadata_that_pillow_stumbles_over_does_no_harm(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("side", [14_000, 100_000])
 def test_more_pixels_than_are_decoded_are_refused(side: int, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="more than 179 million pixels"):
+    with pytest.raises(Refusal, match="has more than 179 million pixels"):
         read_picture(promise(tmp_path / "large.png", side, side))
 
 
@@ -355,6 +355,13 @@ def test_what_is_not_told_of_the_colours_is_what_players_assume(
     path = clip(tmp_path / "a.mp4", [frame], codec="libx264", pix_fmt="yuv444p", change=to_yuv)
     (picture,), changes = read_frames(path, frames=1)
     assert np.abs(corners(picture) - QUARTERS[0]).max() <= 4 and changes == []
+
+
+def test_an_interlaced_clip_is_told(tmp_path: Path) -> None:
+    frame = np.full((64, 64, 3), 100, np.uint8)
+    options = {"flags": "+ilme+ildct"}
+    path = clip(tmp_path / "a.mp4", [frame] * 3, codec="libx264", pix_fmt="yuv420p", options=options)
+    assert [change.kind for change in read_frames(path, frames=3)[1]] == ["interlaced"]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def picture_of(
     changes.append(change)
     array, turned = _upright(array, frame, key)
     picture = Image.fromarray(array)
+    if frame.interlaced_frame:
+        changes.append(Change("interlaced", "it is interlaced, and a frame shows both of its moments at once"))
     if transparent:
         picture, change = laid_on(picture, background)
         changes.append(change)

@@ -48,20 +48,22 @@ def read_picture(
                 picture, changes = _as_shown(image, background)
     except Refusal:
         raise
+    except Image.DecompressionBombError as error:
+        raise Refusal(
+            what=f"{key}={path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels",
+            why=str(error),
+            works="the picture scaled down; one larger than the video loses its details anyway",
+        ) from error
     except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error and more
         raise Refusal(
-            what=f"{key}={path} is not a picture that can be read", why=_reason(error), works=WORKS
+            what=f"{key}={path} is not a picture that can be read",
+            why=str(error) or type(error).__name__,
+            works=WORKS,
         ) from error
     if size is not None:
         changes += [change for change in [cut_off(picture.size, size)] if change]
         picture = filling(picture, size)
     return picture, changes
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError):
-        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels are not decoded: {error}"
-    return str(error) or type(error).__name__
 
 
 def _refuse_other_depths(image: Image.Image, file: Path) -> None:
