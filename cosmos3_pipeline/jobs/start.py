@@ -184,10 +184,11 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
     for key, file in files.items():
         path = None if file is None else Path(file).expanduser()
         if path is not None and not path.is_file():
-            there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            there = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+            kind = "is a folder" if path.is_dir() else "is no regular file"
             yield Problem(
                 what=f"{key}={'@' * (key in words)}{file} is not a file",
-                why=f"{path.absolute()} does not exist" if not path.exists() else f"{path} is a folder",
+                why=f"{path.absolute()} {kind if path.exists() else 'does not exist'}",
                 works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
             )
 

@@ -149,6 +149,8 @@ REFUSED_AT_THE_START = [
     pytest.param(["task=v2v"], "task.video is not set", "task.video=", id="v2v without video"),
     pytest.param(["task=i2v", "task.image=no.jpg"], "no.jpg", "file", id="missing photograph"),
     pytest.param(["task.prompt=@no.txt"], "no.txt", "file", id="missing prompt file"),
+    pytest.param(["task=i2v", "task.image=/dev/null"], "/dev/null is no regular file", "a file", id="a device"),
+    pytest.param(["task=i2v", "task.image=conf"], "conf is a folder", "a file", id="a folder"),
     pytest.param(["topology.nodes=2"], "without torchrun", "torchrun --nnodes 2", id="two nodes from one machine"),
 ]
 
