@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ SMALL = ("task.height=48", "task.width=80", "task.num_frames=5")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_layout(tmp_path_factory.mktemp("distilled") / "distilled", "distilled")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy of `whole` that a test may change."""
+    return shutil.copytree(whole, tmp_path / "distilled")
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +193,7 @@ def test_the_plan_is_of_four_passes(whole: Path) -> None:
     assert (planned["steps"], planned["ranks"][0]["stages"]["denoise"]["passes"]) == (4, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(96, 160, 17), (192, 320, 17)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_rehearsal_is_as_planned(dtype: str, size: tuple[int, int, int], whole: Path, tmp_path: Path) -> None:
@@ -228,6 +236,7 @@ def test_an_empty_negative_prompt_is_none(negative_prompt: str, whole: Path) -> 
     compose(["model=nano", f"model.path={whole}", f"task.negative_prompt={negative_prompt}"])
 
 
+@pytest.mark.long
 def test_an_option_of_four_steps_needs_a_distilled_checkpoint(tmp_path: Path) -> None:
     folder = make_layout(tmp_path / "super", "super")
     with pytest.raises(ConfigError, match="is not distilled"):
@@ -236,8 +245,7 @@ def test_an_option_of_four_steps_needs_a_distilled_checkpoint(tmp_path: Path) ->
         compose(["model=toy_random", "model.distilled_sigmas=[1.0,0.5]"])
 
 
-def test_a_negative_prompt_of_the_folder_is_not_read(whole: Path, tmp_path: Path) -> None:
-    folder = make_layout(tmp_path / "distilled", "distilled")
+def test_a_negative_prompt_of_the_folder_is_not_read(folder: Path) -> None:
     (folder / NEGATIVE_PROMPT).parent.mkdir(exist_ok=True)
     (folder / NEGATIVE_PROMPT).write_text('{"style": "dark"}')
     assert inspect_checkpoint(folder).negative_prompt is None
@@ -270,8 +278,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "said"), BROKEN.values(), ids=BROKEN)
-def test_steps_that_are_not_clear_are_refused(damage: Callable[[Path], object], said: str, tmp_path: Path) -> None:
-    folder = make_layout(tmp_path / "distilled", "distilled")
+def test_steps_that_are_not_clear_are_refused(damage: Callable[[Path], object], said: str, folder: Path) -> None:
     damage(folder)
     with pytest.raises(Refusal, match=said) as refused:
         inspect_checkpoint(folder)
@@ -289,7 +296,6 @@ def test_steps_that_are_not_clear_are_refused(damage: Callable[[Path], object], 
     ],
     ids=["the framework's list alone", "the index alone", "a list that ends clean"],
 )
-def test_the_steps_are_found_in_either_file(change: Callable[[Path], object], tmp_path: Path) -> None:
-    folder = make_layout(tmp_path / "distilled", "distilled")
+def test_the_steps_are_found_in_either_file(change: Callable[[Path], object], folder: Path) -> None:
     change(folder)
     assert inspect_checkpoint(folder).sampler.distilled_sigmas == tuple(DISTILLED_SIGMAS)

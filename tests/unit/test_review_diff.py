@@ -25,6 +25,10 @@ KEPT = {
     "topology": {"cpu_x1", "h100_x1", "h200_x1", "h200_x4"},
     "task": {"t2v", "t2i"},
     "model": {"nano", "toy"},
+    "vae": {"parallel_decode", "replicated"},
+    "vae/encode": {"layer_pipeline", "replicated"},
+    "vae/decode": {"layer_pipeline", "replicated"},
+    "weights": {"resident", "streamed"},
 }
 
 
