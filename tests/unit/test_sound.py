@@ -32,12 +32,11 @@ from cosmos3_pipeline.models.sound import load_sound_tokenizer, new_sound_tokeni
 from cosmos3_pipeline.planning.geometry import sound_frames
 from cosmos3_pipeline.planning.plan import as_dict, make_plan
 from cosmos3_pipeline.planning.sound import SoundCost
-from cosmos3_pipeline.stages.audio import cut_to, sound_of, write_wav
 from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import LEFT_OVER, DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.export import ExportStage
-from cosmos3_pipeline.stages.media import frame_rate, write_video
+from cosmos3_pipeline.stages.media import cut_to, frame_rate, sound_of, write_video, write_wav
 from cosmos3_pipeline.stages.sound import SoundStage
 from cosmos3_pipeline.stages.text import TextStage
 
@@ -103,7 +102,7 @@ def test_the_waveform_is_that_of_diffusers(
     context = run(checkpoint, tmp_path, frames, dtype=dtype, vae_dtype=dtype, task=task)
     assert context.waveform.shape == expected.sound.shape and expected.sound.std() > 0.02
     assert expected.sound.abs().max() < 1  # nothing was cut
-    tolerance = 0.0 if dtype == torch.float32 else 0.05
+    tolerance = 0.0 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(context.waveform, expected.sound, rtol=0, atol=tolerance)
     torch.testing.assert_close(context.state.get("latents"), expected.video, rtol=0, atol=tolerance)
 
@@ -118,7 +117,7 @@ def test_files_and_numbers_of_a_run(checkpoint: CheckpointInfo, tmp_path: Path) 
     with wave.open(str(tmp_path / "sound.wav")) as file:
         assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (STEREO, SAMPLE_RATE, samples)
         pcm = np.frombuffer(file.readframes(samples), "<i2").reshape(-1, STEREO).T / 32767
-    assert np.abs(pcm - whole[:, :samples]).max() <= 0.5001 / 32767
+    assert np.abs(pcm - whole[:, :samples]).max() <= 0.51 / 32767
     latents = load_file(tmp_path / "latents.safetensors")
     assert latents["sound_latents"].shape == (64, 10) and latents["latents"].shape == (1, 48, 3, 3, 5)
     assert context.components.pipeline.sound_tokenizer is None
@@ -256,7 +255,7 @@ def test_a_rehearsal_finds_what_is_planned(more: tuple[str, ...], tmp_path: Path
     ("overrides", "said"),
     [
         (["model=edge"], ("model=edge", "no head for sound", "task.sound=false")),
-        (["model=toy"], ("model=toy", "no head for sound", "task.sound=false")),
+        (["model=toy"], ("builtin/toy", "no head for sound", "task.sound=false")),
         (["model=nano", "task=t2i"], ("task=t2i", "one frame", "task=t2v")),
         (["model=super_t2i_4step", "task=t2v"], ("4 steps", "picture alone", "not distilled")),
         (["task.sound=false", "output.sound=true"], ("output.sound=true", "ignored", "output.sound=false")),
