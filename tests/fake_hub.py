@@ -70,7 +70,7 @@ class FakeHub:
 def files_of(folder: Path) -> dict[str, bytes]:
     """The files of a checkpoint folder, and beside them others that a run does not read."""
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    unread = ("README.md", "assets/kite.png", "sound_tokenizer/config.json", "vision_encoder/model.safetensors")
+    unread = ("README.md", "assets/kite.png", "vision_encoder/model.safetensors")
     others = ("model.safetensors.index.json", "vae/diffusion_pytorch_model.bin", "transformer/flax_model.msgpack")
     return {**files, "assets/negative_prompt.json": b"{}", **dict.fromkeys((*unread, *others), b"not read")}
 

@@ -22,11 +22,11 @@ PROMPT = "A red kite turns in the wind above a rocky coast."
 
 
 def toy_dimensions() -> dict[str, dict[str, Any]]:
-    """`transformer` and `vae` of model=toy_random."""
+    """`transformer`, `vae` and `sound_tokenizer` of model=toy_random."""
     files = [OmegaConf.load(CONF / "model" / f"{name}.yaml") for name in ("nano", "toy_random")]
     model = OmegaConf.to_container(OmegaConf.merge(*files))
     assert isinstance(model, dict)
-    return {"transformer": model["transformer"], "vae": model["vae"]}
+    return {name: model[name] for name in ("transformer", "vae", "sound_tokenizer")}
 
 
 class StreamingVae(nn.Module):

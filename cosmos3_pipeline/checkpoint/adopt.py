@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.hub import local_folder
+from cosmos3_pipeline.checkpoint.hub import components_for, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.config.plain import flat
 from cosmos3_pipeline.config.schema import Config
@@ -35,10 +35,13 @@ def adopt_checkpoint(cfg: Config) -> Adopted | None:
         Refusal: see `inspect_checkpoint`; or an option of a distilled checkpoint with one that is none.
     """
     model = cfg.model
-    folder = None if model.path is None else local_folder(model.path, model.commit or model.revision)
+    if model.path is None:
+        return None
+    components = components_for(sound=cfg.task.sound)
+    folder = local_folder(model.path, model.commit or model.revision, components=components)
     if folder is None:
         return None
-    info = inspect_checkpoint(folder)
+    info = inspect_checkpoint(folder, sound=cfg.task.sound)
     if model.distilled_sigmas is not None and info.sampler.distilled_sigmas is None:
         raise Refusal(
             what=f"model.path={model.path} with model={model.name}, which is distilled to "
@@ -58,6 +61,8 @@ def _numbers(cfg: Config, info: CheckpointInfo) -> Iterator[tuple[str, Any]]:
         for field in fields(node):
             if values.get(field.name) is not None:
                 yield f"model.{name}.{field.name}", values[field.name]
+    if info.sound_tokenizer is not None:
+        yield "model.sound_tokenizer.dec_dim", info.sound_tokenizer["dec_dim"]
     sigmas = info.sampler.distilled_sigmas
     if sigmas is not None:
         yield "model.distilled_sigmas", list(sigmas)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos3_pipeline.checkpoint.files import INDEX, MODULAR_INDEX, NEGATIVE_PROMPT
+from cosmos3_pipeline.checkpoint.sound import SOUND_TOKENIZER
 from cosmos3_pipeline.errors import Refusal, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ COSMOS3 = ("nvidia/Cosmos3-Nano", "nvidia/Cosmos3-Super", "nvidia/Cosmos3-Edge")
 # Left out: the components of other modalities, pictures, weights in other formats, and the index over all weights.
 FILES = (INDEX, MODULAR_INDEX, NEGATIVE_PROMPT)
 COMPONENTS = ("transformer", "vae", "scheduler", "text_tokenizer")
+COMPONENTS_WITH_SOUND = (*COMPONENTS, SOUND_TOKENIZER)  # 1.9 GB more
 SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 
 # Downloaded at once. When a download breaks off, huggingface_hub keeps the whole files and drops the partial ones;
@@ -73,7 +75,12 @@ def _builtin(path: str) -> Path:
     return brought / path.removeprefix(BUILTIN)
 
 
-def local_folder(path: str, revision: str | None) -> Path | None:
+def components_for(*, sound: bool) -> tuple[str, ...]:
+    """The components that a run reads: those of sound only where it is asked for."""
+    return COMPONENTS_WITH_SOUND if sound else COMPONENTS
+
+
+def local_folder(path: str, revision: str | None, *, components: Sequence[str] = COMPONENTS) -> Path | None:
     """Where `path` is on this machine without asking the hub: a folder itself, or a hub id's in the hub's cache.
 
     `builtin:toy` is the checkpoint that is part of this package.
@@ -86,7 +93,7 @@ def local_folder(path: str, revision: str | None) -> Path | None:
     if not is_hub_id(path):
         return Path(path).expanduser()
     try:
-        return cached_checkpoint(path, revision).folder
+        return cached_checkpoint(path, revision, components=components).folder
     except Refusal:
         return None
 
@@ -110,10 +117,13 @@ def cached_checkpoint(
             why=f"{why}, and {constants.HF_HUB_CACHE} has no copy of it",
             works=f"a run with access to {constants.ENDPOINT}, HF_HOME=FOLDER of a cache that has it, or {_COPY}",
         )
-    if held.missing:
+    missing = held.missing
+    if missing is None:  # a run without one of the components has left this copy, perhaps
+        missing = tuple(name for name in components if not (held.checkpoint.folder / name).is_dir())
+    if missing:
         raise Refusal(
-            what=f"the copy of {_named(repo, revision)} in the hub's cache lacks {held.missing[0]}"
-            + (f" and {len(held.missing) - 1} more of its files" if len(held.missing) > 1 else ""),
+            what=f"the copy of {_named(repo, revision)} in the hub's cache lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more of its files" if len(missing) > 1 else ""),
             why=f"its download ended early, and {why}",
             works=f"a run with access to {constants.ENDPOINT}, which downloads only these; or {_COPY}",
         )

@@ -23,6 +23,7 @@ from cosmos3_pipeline.checkpoint.files import (
 from cosmos3_pipeline.checkpoint.lora import Adapter, with_added
 from cosmos3_pipeline.checkpoint.rules import clipped
 from cosmos3_pipeline.checkpoint.sampler import DISTILLED, EDGE_UNIPC, UNIPC, Sampler, sampler_of
+from cosmos3_pipeline.checkpoint.sound import HOP, SAMPLE_RATE, SOUND_TOKENIZER, sound_weights
 from cosmos3_pipeline.checkpoint.stored import FLOATS, StoredTensor, stored_tensors
 from cosmos3_pipeline.checkpoint.tokenizer_files import check_tokenizer_files
 from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
@@ -43,6 +44,8 @@ COMPONENTS = {
     "scheduler": ("scheduler_config.json", None),
     "text_tokenizer": ("tokenizer_config.json", None),
 }
+# Read only where sound is asked for.
+SOUND_COMPONENT = ("config.json", "Cosmos3AVAEAudioTokenizer")
 # diffusers' Cosmos3 blocks count latents with these where the VAE is not loaded yet.
 SPATIAL, TEMPORAL = 16, 4
 # Files that stand for quantized weights, in the folder or beside the transformer, and whose they are.
@@ -68,9 +71,9 @@ class CheckpointInfo:
     """What a checkpoint folder holds. Config values are complete: a key that a file lacks has its default.
 
     `negative_prompt` is the text of the checkpoint's own, None where it has none, or where it was distilled and
-    nothing reads one. `tensors` are those of each component with weights. `not_read` lists keys and components
-    that change no picture here, `strangers` keys that nothing here knows, each as "file: key". `adapters` are
-    what `tensors` are read with.
+    nothing reads one. `sound_tokenizer` is None where it was not asked for. `tensors` are those of each component
+    with weights. `not_read` lists keys and components that change no picture here, `strangers` keys that nothing
+    here knows, each as "file: key". `adapters` are what `tensors` are read with.
     """
 
     folder: Path
@@ -83,6 +86,7 @@ class CheckpointInfo:
     not_read: tuple[str, ...]
     strangers: tuple[str, ...]
     adapters: tuple[Adapter, ...] = ()
+    sound_tokenizer: Mapping[str, Any] | None = None
 
     def parts(self, component: str, parts: Collection[Part]) -> tuple[Placed, ...]:
         """The tensors of `component` that belong to `parts`."""
@@ -101,8 +105,11 @@ class CheckpointInfo:
         return replace(self, tensors={**self.tensors, "transformer": merged}, adapters=tuple(adapters))
 
 
-def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
+def inspect_checkpoint(path: str | Path, *, sound: bool = False) -> CheckpointInfo:
     """What the diffusers folder at `path` holds; reads configs and the headers of weight files only.
+
+    `sound` says that it has to make sound: its transformer must have a head for it, and there must be a sound
+    tokenizer beside it.
 
     Raises:
         Refusal: no folder, not a Cosmos3 checkpoint, one that is not run here, or files that are not whole.
@@ -138,12 +145,19 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
             why=f"the VAE beside it has z_dim: {vae.values['z_dim']}, and one makes what the other decodes",
             works="transformer and vae of one checkpoint",
         )
+    if sound:
+        tokenizer = _sound_tokenizer(folder, raw_index, transformer.values)
     check_tokenizer_files(folder / "text_tokenizer", configs["text_tokenizer"], TOKENIZERS)
     weights = {
         "transformer": transformer_weights(transformer.values),
         "vae": vae_weights(vae_values),
     }
+    tensors = {name: _placed(folder / name, weights[name]) for name in weights}
     reads = {INDEX: index, "transformer": transformer, "vae": vae, "scheduler": scheduler}
+    if sound:
+        reads[SOUND_TOKENIZER] = tokenizer
+        own = sound_weights(tokenizer.values, tokenizer.values["vocoder_input_dim"])
+        tensors[SOUND_TOKENIZER] = _placed(folder / SOUND_TOKENIZER, own, unread="encoder.")
     return CheckpointInfo(
         folder=folder,
         index=index.values,
@@ -151,12 +165,51 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         vae=vae_values,
         sampler=sampler,
         negative_prompt=None if sampler.distilled_sigmas else _negative_prompt(folder / NEGATIVE_PROMPT),
-        tensors={name: _placed(folder / name, weights[name]) for name in weights},
-        not_read=tuple(f"{file}: {key}" for file, read in reads.items() for key in read.not_read),
+        tensors=tensors,
+        not_read=tuple(
+            f"{file}: {key}"
+            for file, read in reads.items()
+            for key in read.not_read
+            if not (sound and key == SOUND_TOKENIZER)
+        ),
         strangers=tuple(
             f"{file}: {key}" for file, read in reads.items() for key in read.strangers if key not in components
         ),
+        sound_tokenizer=tokenizer.values if sound else None,
     )
+
+
+def _sound_tokenizer(folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> rules.Read:
+    """The config of the sound tokenizer, whose latents are those of `transformer`."""
+    if not transformer["sound_gen"]:
+        raise Refusal(
+            what=f"task.sound=true with {folder}",
+            why="its transformer has no head for sound (sound_gen: false in transformer/config.json)",
+            works="Cosmos3-Nano or -Super, which have one, or task.sound=false",
+        )
+    file, class_name = folder / SOUND_TOKENIZER / SOUND_COMPONENT[0], SOUND_COMPONENT[1]
+    if not is_regular(file):
+        raise Refusal(
+            what=f"task.sound=true, and {folder} has no {SOUND_TOKENIZER}/{file.name}",
+            why="the sound tokenizer makes the waveform, and nothing else can",
+            works="the whole checkpoint with that folder, or task.sound=false",
+        )
+    config = read_json(file)
+    if (named := config.get("_class_name")) != class_name:
+        raise _other_class(f"{file} names the class {clipped(named)}", SOUND_TOKENIZER, class_name)
+    _check_entry(folder / INDEX, SOUND_TOKENIZER, index.get(SOUND_TOKENIZER), class_name)
+    read = rules.apply(rules.SOUND_TOKENIZER, config, file)
+    for key, found, wanted, name in (
+        ("vocoder_input_dim", read.values["vocoder_input_dim"], transformer["sound_dim"], "sound_dim"),
+        ("sampling_rate", SAMPLE_RATE / HOP, transformer["sound_latent_fps"], "sound_latent_fps"),
+    ):
+        if found != wanted:
+            raise Refusal(
+                what=f"{file} says {key}: {read.values[key]}",
+                why=f"the transformer beside it has {name}: {wanted}, and one makes what the other decodes",
+                works="transformer and sound tokenizer of one checkpoint",
+            )
+    return read
 
 
 def _find_index(path: str | Path, folder: Path) -> Path:
@@ -267,9 +320,16 @@ def _check_vae(values: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def _placed(component: Path, weights: Iterable[Weight]) -> tuple[Placed, ...]:
-    """Each weight with its tensor in the files; those that nothing reads may be missing."""
-    stored = stored_tensors(component)
+def _placed(component: Path, weights: Iterable[Weight], *, unread: str | None = None) -> tuple[Placed, ...]:
+    """Each weight with its tensor in the files; those that nothing reads may be missing.
+
+    Tensors whose names begin with `unread` are not looked at.
+    """
+    stored = {
+        name: tensor
+        for name, tensor in stored_tensors(component).items()
+        if unread is None or not name.startswith(unread)
+    }
     expected = {weight.name: weight for weight in weights}
     _refuse_quantized_tensors(component, stored)
     for name, tensor in stored.items():

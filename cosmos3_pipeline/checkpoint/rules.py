@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosmos3_pipeline.checkpoint.files import printable
+from cosmos3_pipeline.checkpoint.sound import CHANNELS, HOP, MULTIPLES, SAMPLE_RATE, STRIDES
 from cosmos3_pipeline.errors import Refusal
 
 # Why a value is not one that is run here, or None where it is.
@@ -189,6 +190,47 @@ VAE = Rules(
     },
 )
 
+_HEARING = "of the encoder, which is not read: no task hears anything"
+# Of diffusers' `Cosmos3AVAEAudioTokenizer`, which raises for most other values.
+SOUND_TOKENIZER = Rules(
+    read={
+        "model_type": Key(one_of("autoencoder_v2"), "autoencoder_v2"),
+        "sampling_rate": Key(one_of(SAMPLE_RATE), SAMPLE_RATE),
+        "vocoder_input_dim": Key(whole(1), 64),
+        "dec_dim": Key(whole(1), 320),
+        "dec_c_mults": Key(one_of(list(MULTIPLES)), list(MULTIPLES)),
+        "dec_strides": Key(one_of(list(STRIDES)), list(STRIDES)),
+        "dec_out_channels": Key(one_of(CHANNELS), CHANNELS),
+        "hop_size": Key(one_of(HOP, None), None),
+        "dec_type": Key(one_of("oobleck"), "oobleck"),
+        "dec_use_snake": Key(one_of(True), True),
+        "dec_final_tanh": Key(one_of(False), False),
+        "dec_anti_aliasing": Key(one_of(False), False),
+        "dec_use_nearest_upsample": Key(one_of(False), False),
+        "dec_use_tanh_at_final": Key(one_of(False), False),
+        "activation": Key(one_of("snakebeta"), "snakebeta"),
+        "snake_logscale": Key(one_of(True), True),
+        "anti_aliasing": Key(one_of(False), False),
+        "latent_mean": Key(one_of(None), None),
+        "latent_std": Key(one_of(None), None),
+    },
+    not_read={
+        **_BOOKKEEPING,
+        **dict.fromkeys(
+            (
+                *("use_wav_as_input", "normalize_volume", "input_channels", "stereo", "causal", "padding_mode"),
+                *("enc_type", "enc_dim", "enc_intermediate_dim", "enc_num_layers", "enc_num_blocks", "enc_n_fft"),
+                *("enc_hop_length", "enc_latent_dim", "enc_c_mults", "enc_strides", "enc_identity_init"),
+                *("enc_use_snake", "encoder_enabled", "bottleneck_type", "bottleneck"),
+            ),
+            _HEARING,
+        ),
+        "use_cuda_kernel": "PyTorch's kernels are used",
+        "dtype": "model.vae_dtype says it",
+        "torch_dtype": "model.vae_dtype says it",
+    },
+)
+
 SCHEDULER = Rules(
     read={
         "num_train_timesteps": Key(one_of(1000), 1000),
@@ -269,7 +311,7 @@ INDEX = Rules(
         **_BOOKKEEPING,
         "enable_safety_checker": "no guardrail model is run here",
         "safety_checker": "no guardrail model is run here",
-        "sound_tokenizer": "no task here makes sound",
+        "sound_tokenizer": "read where task.sound asks for it",
         "vision_encoder": "no task here answers questions about pictures",
         "is_distilled": "checked by itself",
     },

@@ -107,6 +107,9 @@ class TransformerConfig:
     rms_norm_eps: float = ranged(at_least=1e-12)
     latent_patch_size: int = ranged(at_least=1)
     rope_theta: float = ranged(at_least=1)
+    sound_gen: bool = MISSING
+    sound_dim: int | None = ranged(at_least=1)
+    sound_latent_fps: float = ranged(at_least=1, at_most=1000)
 
 
 @dataclass
@@ -126,6 +129,13 @@ class VaeModelConfig:
     patch_size: int = ranged(at_least=1)
     scale_factor_temporal: int = ranged(at_least=1)
     scale_factor_spatial: int = ranged(at_least=1)
+
+
+@dataclass
+class SoundTokenizerConfig:
+    """The one value of `diffusers.Cosmos3AVAEAudioTokenizer` that is not fixed: the width of its decoder."""
+
+    dec_dim: int = ranged(at_least=1)
 
 
 @dataclass
@@ -194,6 +204,7 @@ class ModelConfig:
     distilled_sigmas: list[float] | None = None
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VaeModelConfig = field(default_factory=VaeModelConfig)
+    sound_tokenizer: SoundTokenizerConfig = field(default_factory=SoundTokenizerConfig)
     recommended: Recommended = field(default_factory=Recommended)
     trained: TrainedConfig = field(default_factory=TrainedConfig)
 
@@ -218,6 +229,7 @@ class TaskConfig:
     width: int = ranged(at_least=16)
     num_frames: int = ranged(at_least=1)
     fps: float = ranged(at_least=1, at_most=120)
+    sound: bool = MISSING
 
 
 @dataclass
@@ -305,6 +317,7 @@ class SamplerConfig:
 @dataclass
 class OutputConfig:
     latents: bool = MISSING
+    sound: bool = MISSING
     report: bool = MISSING
     against_replicated: bool = MISSING
     crf: int = ranged(at_least=0, at_most=51)

@@ -248,7 +248,7 @@ def components(
     checkpoint: CheckpointInfo | None = None,
 ) -> Components:
     """The model that `config` names, or `checkpoint`, its VAE spread over the ranks of the clip as `plan` says."""
-    checkpoint = checkpoint or checkpoint_of(config.model)
+    checkpoint = checkpoint or checkpoint_of(config)
     # A decode by one rank needs the whole model; otherwise a rank reads the weights of its own share only.
     whole = config.output.against_replicated
     source = None if whole else CheckpointVae(checkpoint)
@@ -292,10 +292,13 @@ def strategy_for(plan: Plan, direction: Direction) -> Strategy:
     return plan.vae[direction].strategy if direction in plan.vae else plan.unused[direction]
 
 
-def checkpoint_of(model: ModelConfig) -> CheckpointInfo:
+def checkpoint_of(config: Config) -> CheckpointInfo:
     """The checkpoint that a rank opens; that of a hub id is here already, as `model.commit`."""
-    dimensions = {"transformer": plain(model.transformer), "vae": plain(model.vae)}
-    return open_checkpoint(model.path, revision=model.commit, lora=model.lora, **dimensions)
+    model = config.model
+    dimensions = {name: plain(getattr(model, name)) for name in ("transformer", "vae", "sound_tokenizer")}
+    return open_checkpoint(
+        model.path, revision=model.commit, lora=model.lora, sound=config.task.sound, **dimensions
+    )
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
@@ -327,6 +330,7 @@ def metrics(
         "picture": context.picture.path.name,
         "num_frames": context.picture.num_frames,
         "frames_sha256": context.picture.frames_sha256,
+        "sound": None if context.picture.sound is None else asdict(context.picture.sound),
         "seconds": seconds,
         "peak_bytes": max(rank["peak_bytes"] for stage in stages.values() for rank in stage["ranks"]),
         "topology": {

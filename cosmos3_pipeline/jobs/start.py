@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted
-from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, fetch_checkpoint, is_hub_id
+from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, components_for, fetch_checkpoint, is_hub_id
 from cosmos3_pipeline.checkpoint.lora import with_hash
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.schema import Config, Device, JobName
@@ -120,7 +120,9 @@ def _fetched(cfg: Config) -> HubCheckpoint | None:
     if model.path is None or not is_hub_id(model.path):
         return None
     try:
-        return fetch_checkpoint(model.path, model.commit or model.revision)
+        return fetch_checkpoint(
+            model.path, model.commit or model.revision, components=components_for(sound=cfg.task.sound)
+        )
     except Refusal as refusal:
         raise ConfigError([refusal.problem]) from refusal
 

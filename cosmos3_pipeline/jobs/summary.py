@@ -19,6 +19,8 @@ def show(output: Path) -> None:
     for column in ("stage", "seconds", "peak MB per rank"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, stage in metrics["stages"].items():
+        if not stage["seconds"]:  # a stage that this task does not have
+            continue
         peaks = ", ".join(f"{r['peak_bytes'] / 1e6:.0f}" for r in stage["ranks"])
         table.add_row(name, f"{stage['seconds']:.2f}", peaks)
     table.add_row("total", f"{metrics['seconds']:.2f}", f"{metrics['peak_bytes'] / 1e6:.0f}", style="bold")

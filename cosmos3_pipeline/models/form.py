@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.hub import BUILTIN, local_folder
+from cosmos3_pipeline.checkpoint.hub import BUILTIN, components_for, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, Placed, inspect_checkpoint
 from cosmos3_pipeline.checkpoint.sampler import DISTILLED, Sampler
+from cosmos3_pipeline.checkpoint.sound import SOUND_TOKENIZER, sound_weights
 from cosmos3_pipeline.checkpoint.stored import NO_FILE, StoredTensor
 from cosmos3_pipeline.checkpoint.weights import Part, Weight, transformer_weights, vae_weights
 from cosmos3_pipeline.config.plain import plain
@@ -21,16 +22,16 @@ from cosmos3_pipeline.planning.text import NEGATIVE_PROMPT_BYTES
 FILLING = "a red circle moves left over a blue background at night, "
 
 
-def form_of(model: ModelConfig) -> CheckpointInfo:
-    """The form of the checkpoint that `model` names, or else describes. Reads no weight.
+def form_of(model: ModelConfig, *, sound: bool = False) -> CheckpointInfo:
+    """The form of the checkpoint that `model` names, or else describes, for a run with `sound`. Reads no weight.
 
     Of a checkpoint that is here, config, tokenizer and sampler are its own. Otherwise tokenizer, sampler and all
     that is no number of the config are those of the toy in this package; the fixed steps of a distilled model are
     numbers of the config.
     """
-    here = folder_of(model)
+    here = folder_of(model, sound=sound)
     if here is not None:
-        found = inspect_checkpoint(here)
+        found = inspect_checkpoint(here, sound=sound)
         return replace(found, tensors={name: _unread(placed) for name, placed in found.tensors.items()})
     folder = local_folder(f"{BUILTIN}toy", None)
     assert folder is not None
@@ -49,6 +50,10 @@ def form_of(model: ModelConfig) -> CheckpointInfo:
     sampler, sigmas = toy.sampler, model.distilled_sigmas
     if sigmas is not None:
         sampler = Sampler(DISTILLED, {"stochastic_sampling": True}, False, None, distilled_sigmas=tuple(sigmas))
+    tensors = {"transformer": _placed(transformer_weights(transformer)), "vae": _placed(vae_weights(vae))}
+    tokenizer: dict[str, Any] = {**plain(model.sound_tokenizer), "vocoder_input_dim": model.transformer.sound_dim}
+    if sound:
+        tensors[SOUND_TOKENIZER] = _placed(sound_weights(tokenizer, tokenizer["vocoder_input_dim"]))
     words = FILLING * (NEGATIVE_PROMPT_BYTES // len(FILLING))
     return replace(
         toy,
@@ -56,16 +61,16 @@ def form_of(model: ModelConfig) -> CheckpointInfo:
         vae=vae,
         sampler=sampler,
         negative_prompt=None if model.repo is None or sigmas is not None else words,
-        tensors={
-            "transformer": _placed(transformer_weights(transformer)),
-            "vae": _placed(vae_weights(vae)),
-        },
+        sound_tokenizer=tokenizer if sound else None,
+        tensors=tensors,
     )
 
 
-def folder_of(model: ModelConfig) -> Path | None:
-    """The folder of the checkpoint that `model` names, where it is on this machine."""
-    return None if model.path is None else local_folder(model.path, model.commit or model.revision)
+def folder_of(model: ModelConfig, *, sound: bool = False) -> Path | None:
+    """The folder of the checkpoint that `model` names, where all that a run reads of it is on this machine."""
+    if model.path is None:
+        return None
+    return local_folder(model.path, model.commit or model.revision, components=components_for(sound=sound))
 
 
 def _unread(tensors: Iterable[Placed]) -> tuple[Placed, ...]:

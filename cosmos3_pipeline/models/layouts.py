@@ -89,7 +89,6 @@ _TRANSFORMER = {
     "base_fps": 24,
     "enable_fps_modulation": True,
     "num_embodiment_domains": 32,
-    "sound_latent_fps": 25.0,
     "timestep_scale": 0.001,
     "unified_3d_mrope_reset_spatial_ids": True,
     "unified_3d_mrope_temporal_modality_margin": 15000,
@@ -108,8 +107,6 @@ _LEGACY_TRANSFORMER = {
     "position_embedding_type": "unified_3d_mrope",
     "qk_norm": False,
     "qk_norm_for_diffusion": True,
-    "sound_dim": 64,
-    "sound_gen": True,
     "temporal_compression_factor_sound": 1,
     "use_cache": True,
     "use_moe": True,
@@ -119,8 +116,6 @@ _EDGE_TRANSFORMER = {
     **_TRANSFORMER,
     "_diffusers_version": "0.39.0",
     "backbone_type": "cosmos3_edge_nemotron_dense",
-    "sound_dim": None,
-    "sound_gen": False,
     "temporal_compression_factor": 4,
 }
 _LEGACY_INDEX = {"_class_name": "Cosmos3OmniDiffusersPipeline", "_diffusers_version": "0.37.1"}
@@ -164,7 +159,6 @@ class Layout:
     transformer: Mapping[str, Any]
     scheduler: Mapping[str, Any] = field(default_factory=lambda: _UNIPC)
     tokenizer_class: str = "Qwen2TokenizerFast"
-    sound_tokenizer: bool = True
     vision_encoder: bool = True
     modular_index: Mapping[str, Any] | None = field(default_factory=lambda: _MODULAR_INDEX)
     quantization: Mapping[str, Any] | None = None
@@ -202,7 +196,6 @@ _EDGE = Layout(
     _EDGE_INDEX,
     _EDGE_TRANSFORMER,
     tokenizer_class="PreTrainedTokenizerFast",
-    sound_tokenizer=False,
     root=_EDGE_ROOT,
 )
 
@@ -255,7 +248,6 @@ LAYOUTS: Mapping[str, Layout] = {
         {"_class_name": "Cosmos3OmniTransformer"},
         scheduler={**_UNIPC, "flow_shift": 10.0, "sigma_max": None, "sigma_min": None, "use_karras_sigmas": False},
         tokenizer_class="PreTrainedTokenizerFast",
-        sound_tokenizer=False,
         vision_encoder=False,
         modular_index=None,
         negative_prompt=False,

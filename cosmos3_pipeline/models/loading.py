@@ -19,7 +19,7 @@ from diffusers.modular_pipelines.cosmos.modular_pipeline import Cosmos3OmniModul
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
-from cosmos3_pipeline.checkpoint.hub import fetch_checkpoint, is_hub_id, local_folder
+from cosmos3_pipeline.checkpoint.hub import components_for, fetch_checkpoint, is_hub_id, local_folder
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.checkpoint.lora import read_adapters
 from cosmos3_pipeline.checkpoint.sampler import Sampler
@@ -33,6 +33,7 @@ from cosmos3_pipeline.models.absent import without_weights
 from cosmos3_pipeline.models.known import known_to
 from cosmos3_pipeline.models.placement import PlacedTransformer
 from cosmos3_pipeline.models.reading import read_tensors
+from cosmos3_pipeline.models.sound import load_sound_tokenizer
 from cosmos3_pipeline.models.tokenizer import load_tokenizer
 from cosmos3_pipeline.planning.weights import RESIDENT, WeightsPlan
 
@@ -42,10 +43,14 @@ def open_checkpoint(
     *,
     transformer: Mapping[str, Any],
     vae: Mapping[str, Any],
+    sound_tokenizer: Mapping[str, Any],
     revision: str | None = None,
     lora: Sequence[LoraConfig] = (),
+    sound: bool = False,
 ) -> CheckpointInfo:
     """The checkpoint at `path`: a folder, or the hub id of one; without a path the toy model of these dimensions.
+
+    `sound` says that it has to make sound.
 
     `revision` is of a hub id: ranks give the commit that was fetched before they started, which needs no request.
     The transformer's weights are read with the adapters `lora` added.
@@ -57,10 +62,12 @@ def open_checkpoint(
     if path is None:
         from cosmos3_pipeline.models.toy import toy_checkpoint
 
-        folder = toy_checkpoint(transformer=transformer, vae=vae)
+        folder = toy_checkpoint(transformer=transformer, vae=vae, sound_tokenizer=sound_tokenizer)
+    elif is_hub_id(path):
+        folder = fetch_checkpoint(path, revision, components=components_for(sound=sound)).folder
     else:
-        folder = fetch_checkpoint(path, revision).folder if is_hub_id(path) else local_folder(path, revision)
-    return inspect_checkpoint(folder or str(path)).with_adapters(read_adapters(lora))
+        folder = local_folder(path, revision)
+    return inspect_checkpoint(folder or str(path), sound=sound).with_adapters(read_adapters(lora))
 
 
 GB = 10**9
@@ -93,11 +100,11 @@ class Components:
     `pipeline` is what diffusers' Cosmos3 blocks take. Its safety checker is switched off: it downloads models
     of its own, and none of this library's settings asks for it.
 
-    `dtype` is the transformer's, `vae_dtype` the VAE's; for `flow_shift` see `load_scheduler`. `wrap_vae` turns
-    the loaded autoencoder into what the pipeline holds as its VAE, once per load; with a `vae_source` it is given
-    one on the meta device, and reads from that what it needs. `track` shows the progress of a long load, `loads`
-    says how each went. `weights` says where the transformer's are, `mesh` who shares them, and `modalities` what
-    it denoises.
+    `dtype` is the transformer's, `vae_dtype` that of the VAE and the sound tokenizer; for `flow_shift` see
+    `load_scheduler`. `wrap_vae` turns the loaded autoencoder into what the pipeline holds as its VAE, once per
+    load; with a `vae_source` it is given one on the meta device, and reads from that what it needs. `track` shows
+    the progress of a long load, `loads` says how each went. `weights` says where the transformer's are, `mesh`
+    who shares them, and `modalities` what it denoises.
     """
 
     def __init__(
@@ -195,6 +202,19 @@ class Components:
                     load.kept_bytes = self._vae_source.read_bytes
             self._vae_has_encoder = encoder
         return self.pipeline.vae
+
+    @contextmanager
+    def sound_tokenizer(self) -> Iterator[None]:
+        """The sound tokenizer is on the device while the block runs, and leaves it in the end."""
+        with self._measured("sound_tokenizer") as load:
+            model = load_sound_tokenizer(self.checkpoint, dtype=self._vae_dtype, device=self.device)
+            load.kept_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.pipeline.update_components(sound_tokenizer=model)
+        del model
+        try:
+            yield
+        finally:
+            self.pipeline.update_components(sound_tokenizer=None)
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[Load]:

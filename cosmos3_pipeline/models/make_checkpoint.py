@@ -109,12 +109,12 @@ def _write(
 
 
 def numbers_of(layout: Layout, *, full_size: bool) -> dict[str, Any]:
-    """`transformer` and `vae` of a layout: its option's numbers, in small with the toy model's sizes."""
+    """`transformer`, `vae` and `sound_tokenizer`: a layout's own numbers, in small with the toy model's sizes."""
     own, nano, toy = (
         plain(compose([f"model={option}"]).typed().model) for option in (layout.option, "nano", "toy_random")
     )
     numbers = {}
-    for part in ("transformer", "vae"):
+    for part in ("transformer", "vae", "sound_tokenizer"):
         sizes = {} if full_size else {k: v for k, v in toy[part].items() if v != nano[part][k]}
         numbers[part] = {**own[part], **sizes}
     return numbers

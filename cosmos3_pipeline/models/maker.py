@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import Cosmos3AVAEAudioTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosmos3_pipeline.checkpoint.files import INDEX as MODEL_INDEX
 from cosmos3_pipeline.checkpoint.files import MODULAR_INDEX
@@ -24,7 +24,8 @@ from cosmos3_pipeline.checkpoint.stored import WEIGHTS
 from cosmos3_pipeline.checkpoint.weights import transformer_weights, vae_weights
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.layouts import LATENTS_MEAN, LATENTS_STD, Layout
-from cosmos3_pipeline.models.random_weights import plain_tensor, vae_tensor
+from cosmos3_pipeline.models.random_weights import plain_tensor, sound_tensor, vae_tensor
+from cosmos3_pipeline.models.sound import new_sound_tokenizer
 from cosmos3_pipeline.models.toy_tokenizer import make_tokenizer, save_tokenizer
 
 # As diffusers cuts a model that is saved; a small one is cut as well, so that it has shards and an index.
@@ -40,8 +41,8 @@ NEGATIVE_PROMPT = {
 }
 
 
-# The sound tokenizer at a width that tests can afford; every other value is the real one.
-SMALL_SOUND = {"dec_dim": 8, "enc_dim": 8}
+# The encoder of the sound tokenizer, which nothing here reads, in small.
+SMALL_SOUND = {"enc_dim": 8}
 SMALL_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 SMALL_VISION_DEEPSTACK = [0, 1]
 # Projections that the quantized checkpoints hold in few bits: of attention and MLP, in both pathways.
@@ -78,23 +79,26 @@ def write_checkpoint(
     *,
     transformer: Mapping[str, Any],
     vae: Mapping[str, Any],
+    sound_tokenizer: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     full_size: bool = False,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Write a checkpoint of `layout` into the new `folder`; the same bytes every time.
 
-    `transformer` and `vae` are plain values, named as diffusers names them. `full_size` cuts shards as the real
+    `transformer`, `vae` and `sound_tokenizer` are plain values, named as diffusers names them; there is a sound
+    tokenizer where the transformer has a head for sound. `full_size` cuts shards as the real
     ones are, and gives components that nothing here reads their real size as well. `advance` is told the bytes of
     weights as they are written, one block in memory at a time.
 
     Raises:
         Refusal: numbers that a VAE of Cosmos3 cannot have, or a vocabulary too small for its tokenizer.
     """
-    entries = component_entries(layout, transformer=transformer, vae=vae, dtype=dtype, full_size=full_size)
+    sizes: dict[str, Any] = {"transformer": transformer, "vae": vae, "sound_tokenizer": sound_tokenizer}
+    entries = component_entries(layout, **sizes, dtype=dtype, full_size=full_size)
     tokenizer = make_tokenizer(int(transformer["vocab_size"]), edge=layout.edge)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in _configs(layout, transformer=transformer, vae=vae, full_size=full_size).items():
+    for name, content in _configs(layout, **sizes, full_size=full_size).items():
         _write_json(folder / name, content)
     save_tokenizer(tokenizer, folder / "text_tokenizer", class_name=layout.tokenizer_class)
     for component, tensors in entries.items():
@@ -104,7 +108,13 @@ def write_checkpoint(
 
 
 def component_entries(
-    layout: Layout, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], dtype: torch.dtype, full_size: bool
+    layout: Layout,
+    *,
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    sound_tokenizer: Mapping[str, Any] | None = None,
+    dtype: torch.dtype,
+    full_size: bool,
 ) -> dict[str, list[Entry]]:
     """The tensors of each component with weights.
 
@@ -122,14 +132,17 @@ def component_entries(
         entries["transformer"] += _stored_as(layout, weight.name, weight.shape, dtype)
     for weight in vae_weights(vae):
         entries["vae"].append(_vae_entry(weight.name, weight.shape, dtype, int(vae["patch_size"])))
-    others: dict[str, Callable[[bool], nn.Module]] = {}
-    if layout.sound_tokenizer:
-        others["sound_tokenizer"] = _sound_tokenizer
+    if transformer.get("sound_gen"):
+        for name, tensor in _sound_tokenizer(transformer, sound_tokenizer, full_size).state_dict().items():
+            shape = tuple(tensor.shape)
+            entries.setdefault("sound_tokenizer", []).append(
+                Entry.of(name, shape, dtype, partial(sound_tensor, name, shape))
+            )
     if layout.vision_encoder:
-        others["vision_encoder"] = _vision_encoder
-    for component, make in others.items():
-        state = make(full_size).state_dict()
-        entries[component] = [Entry.plain(name, tuple(tensor.shape), dtype) for name, tensor in state.items()]
+        state = _vision_encoder(full_size).state_dict()
+        entries["vision_encoder"] = [
+            Entry.plain(name, tuple(tensor.shape), dtype) for name, tensor in state.items()
+        ]
     return entries
 
 
@@ -243,7 +256,12 @@ def rotary_axes(head_dim: int) -> list[int]:
 
 
 def _configs(
-    layout: Layout, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], full_size: bool
+    layout: Layout,
+    *,
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    sound_tokenizer: Mapping[str, Any] | None,
+    full_size: bool,
 ) -> dict[str, Any]:
     """The JSON files of the folder by their names."""
     version = layout.index["_diffusers_version"]
@@ -256,9 +274,12 @@ def _configs(
     }
     config = _transformer_config(layout, transformer, vae)
     files: dict[str, Any] = {}
-    if layout.sound_tokenizer:
+    if transformer.get("sound_gen"):
         index["sound_tokenizer"] = ["diffusers", "Cosmos3AVAEAudioTokenizer"]
-        files["sound_tokenizer/config.json"] = dict(_sound_tokenizer(full_size).config)
+        tokenizer = _sound_tokenizer(transformer, sound_tokenizer, full_size)
+        own = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
+        named = {"_class_name": "Cosmos3AVAEAudioTokenizer", "_diffusers_version": version}
+        files["sound_tokenizer/config.json"] = {**named, **own}
     if layout.vision_encoder:
         index["vision_encoder"] = ["transformers", "Qwen3VLVisionModel"]
         files["vision_encoder/config.json"] = _vision_encoder(full_size).config.to_dict()
@@ -288,10 +309,13 @@ def _configs(
     }
 
 
-def _sound_tokenizer(full_size: bool) -> Cosmos3AVAEAudioTokenizer:
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's own weight_norm, which diffusers uses
-        return Cosmos3AVAEAudioTokenizer(**({} if full_size else SMALL_SOUND))
+def _sound_tokenizer(
+    transformer: Mapping[str, Any], sizes: Mapping[str, Any] | None, full_size: bool
+) -> Cosmos3AVAEAudioTokenizer:
+    """That of the latents of `transformer`, on the meta device; without `sizes` as large as the published one."""
+    own = {**(sizes or {}), **({} if full_size else SMALL_SOUND), "vocoder_input_dim": transformer["sound_dim"]}
+    with torch.device("meta"):
+        return new_sound_tokenizer(own)
 
 
 def _vision_encoder(full_size: bool) -> Any:

@@ -65,6 +65,14 @@ def vae_tensor(name: str, shape: tuple[int, ...], *, patch_size: int, device: to
     return scaled
 
 
+def sound_tensor(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """A tensor of a sound tokenizer, as flat fp32 blocks: noise becomes a waveform that is not cut."""
+    # The length of each filter, whose direction is random: residual units add little, and the last one is quiet.
+    length = 0.15 if name == "decoder.conv2.weight_g" else 0.3 if name.endswith("conv2.weight_g") else 1.0
+    for block in plain_tensor(name, shape):
+        yield block.mul_(0.1 * length).add_(length) if name.endswith("weight_g") else block
+
+
 def _taper(kernel: Tensor) -> Tensor:
     """A conv kernel [out, in, ...] with weaker outer taps, for smooth pictures, and the same energy on average.
 

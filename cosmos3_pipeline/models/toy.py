@@ -25,14 +25,17 @@ from cosmos3_pipeline.models.layouts import LATENTS_MEAN, LATENTS_STD, LAYOUTS
 from cosmos3_pipeline.models.maker import write_checkpoint
 from cosmos3_pipeline.models.random_weights import CPU, vae_tensor
 
-RECIPE = 2  # raise it with any change of the weights, so that nobody goes on with an older toy
+RECIPE = 3  # raise it with any change of the weights, so that nobody goes on with an older toy
 
 
-def toy_checkpoint(*, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Path:
+def toy_checkpoint(
+    *, transformer: Mapping[str, Any], vae: Mapping[str, Any], sound_tokenizer: Mapping[str, Any]
+) -> Path:
     """The folder of the toy model of these dimensions, made now unless it is in the cache already.
 
-    `transformer` and `vae` are plain values, named as `Cosmos3OmniTransformer` and `AutoencoderKLWan` name
-    them. Several processes may call it at once: each writes a folder of its own, the first to finish wins.
+    `transformer`, `vae` and `sound_tokenizer` are plain values, named as `Cosmos3OmniTransformer`,
+    `AutoencoderKLWan` and `Cosmos3AVAEAudioTokenizer` name them. Several processes may call it at once: each
+    writes a folder of its own, the first to finish wins.
 
     Raises:
         Refusal: dimensions that the toy cannot have, or a cache folder that cannot be written.
@@ -41,6 +44,7 @@ def toy_checkpoint(*, transformer: Mapping[str, Any], vae: Mapping[str, Any]) ->
         "recipe": RECIPE,
         "transformer": dict(transformer),
         "vae": dict(vae),
+        "sound_tokenizer": dict(sound_tokenizer),
         "versions": {name: version(name) for name in ("diffusers", "transformers", "tokenizers", "torch")},
     }
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
@@ -58,7 +62,7 @@ def toy_checkpoint(*, transformer: Mapping[str, Any], vae: Mapping[str, Any]) ->
             works="the environment variable COSMOS3_CACHE set to a folder that can be written",
         ) from error
     try:
-        write_toy(partial, transformer=transformer, vae=vae)
+        write_toy(partial, transformer=transformer, vae=vae, sound_tokenizer=sound_tokenizer)
         _rename_unless_there(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,9 +85,12 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
             raise
 
 
-def write_toy(folder: Path, *, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+def write_toy(
+    folder: Path, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], sound_tokenizer: Mapping[str, Any]
+) -> None:
     """Write the toy model of these dimensions into `folder`; the same bytes every time."""
-    write_checkpoint(folder, LAYOUTS["toy"], transformer=transformer, vae=vae, dtype=torch.float32)
+    sizes: dict[str, Any] = {"transformer": transformer, "vae": vae, "sound_tokenizer": sound_tokenizer}
+    write_checkpoint(folder, LAYOUTS["toy"], **sizes, dtype=torch.float32)
 
 
 def make_vae(dimensions: Mapping[str, Any], device: torch.device = CPU) -> AutoencoderKLWan:

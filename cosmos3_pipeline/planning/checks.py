@@ -100,7 +100,9 @@ def check(cfg: Config) -> Checked:
     """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
     found = [
-        problem for one in (_task, _clip, _distilled, _ranks, _layout, _weights) for problem in one(cfg, clip)
+        problem
+        for one in (_task, _clip, _sound, _distilled, _ranks, _layout, _weights)
+        for problem in one(cfg, clip)
     ]
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
@@ -300,6 +302,42 @@ def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
             what=f"task.num_frames={frames} is not {step}k + 1",
             why=f"the first latent frame is one frame, each later one {step}",
             works=f"task.num_frames={nearest_multiple(frames - 1, step) + 1}",
+        )
+
+
+def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    model, task = cfg.model, cfg.task
+    if model.transformer.sound_gen and model.transformer.sound_dim is None:
+        yield Problem(
+            what="model.transformer.sound_gen=true with model.transformer.sound_dim=null",
+            why="a head for sound needs the channels of a sound latent",
+            works="model.transformer.sound_dim=64, as published, or model.transformer.sound_gen=false",
+        )
+    if not task.sound:
+        if cfg.output.sound:
+            yield Problem(
+                what="output.sound=true with task.sound=false",
+                why="there is no sound to write, so it would be ignored",
+                works="task.sound=true, or output.sound=false",
+            )
+        return
+    if task.modality == "image":
+        yield Problem(
+            what=f"task.sound=true with task={task.name.value}",
+            why="an image is one frame, and a sound lasts as long as its clip",
+            works="task=t2v, or task.sound=false",
+        )
+    if not model.transformer.sound_gen:
+        yield Problem(
+            what=f"task.sound=true with model={model.name}",
+            why="its transformer has no head for sound (model.transformer.sound_gen=false)",
+            works="model=nano or model=super, which have one, or task.sound=false",
+        )
+    if model.distilled_sigmas is not None:
+        yield Problem(
+            what=f"task.sound=true with a checkpoint distilled to {len(model.distilled_sigmas)} steps",
+            why="it learned its steps for the picture alone, and diffusers has no such steps for sound",
+            works="a checkpoint that is not distilled, or task.sound=false",
         )
 
 

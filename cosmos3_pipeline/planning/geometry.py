@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cosmos3_pipeline.checkpoint.sound import HOP, SAMPLE_RATE
 from cosmos3_pipeline.config.schema import Config, TopologyConfig
 from cosmos3_pipeline.denoise.cost import Stretch
 
@@ -67,7 +68,17 @@ def stretches_of(cfg: Config) -> tuple[Stretch, ...]:
     clip = clip_of(cfg)
     channels = cfg.model.vae.z_dim * cfg.model.transformer.latent_patch_size**2
     clean = frozenset(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames))
-    return (Stretch("vision", channels, clip.latent_frames, clip.tokens_per_frame, clean),)
+    found = [Stretch("vision", channels, clip.latent_frames, clip.tokens_per_frame, clean)]
+    if cfg.task.sound:
+        assert cfg.model.transformer.sound_dim is not None
+        found.append(Stretch("sound", cfg.model.transformer.sound_dim, sound_frames(cfg)))
+    return tuple(found)
+
+
+def sound_frames(cfg: Config) -> int:
+    """Latent frames of a sound as long as the clip, each a token. Source: `Cosmos3SoundPrepareLatentsStep`."""
+    samples = int(cfg.task.num_frames / cfg.task.fps * SAMPLE_RATE)
+    return -(-samples // HOP)
 
 
 def modalities_of(cfg: Config) -> frozenset[str]:

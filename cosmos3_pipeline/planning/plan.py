@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cosmos3_pipeline.checkpoint.hub import local_folder
+from cosmos3_pipeline.checkpoint.hub import components_for, local_folder
 from cosmos3_pipeline.checkpoint.weights import Part
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, Device, Placement
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.denoising import Denoising
-from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, replica_ranks
+from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
+from cosmos3_pipeline.planning.sound import sound_stage
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import text_tokens_of
 from cosmos3_pipeline.planning.trained import outside, words_of_another
@@ -28,7 +29,7 @@ from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 
 SCHEMA_VERSION = 1
-STAGES = ("text", "encode", "denoise", "decode")
+STAGES = ("text", "encode", "denoise", "sound", "decode")
 # How much of a device's memory layers that stay may fill: its driver takes some, and no plan is exact.
 FILLED = 0.95
 AXES = ("nodes", "ranks_per_node", "dp", "cfg", "ulysses")
@@ -65,12 +66,14 @@ class Plan:
 
     `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
     each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
+    `other_tokens` counts what is denoised beside vision, by modality.
     `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
     """
 
     model: str
     task: str
     clip: Clip
+    other_tokens: dict[str, int]
     text_tokens: tuple[int, ...]
     steps: int
     clips: int
@@ -142,18 +145,21 @@ def make_plan(
     stages = {str(direction): stage for direction, stage in vae.items()}
     weights, ranks = _placed(cfg, denoising, stages)
     exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
-    exactness["text"] = exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    exactness["text"] = exactness["denoise"] = exactness["sound"] = (
+        "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    )
     return Plan(
         model=cfg.model.name,
         task=cfg.task.name.value,
         clip=clip,
+        other_tokens={part.modality: part.tokens for part in stretches_of(cfg) if part.modality != "vision"},
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
         clips=denoising.prompts,
         topology={axis: getattr(cfg.topology, axis) for axis in AXES},
         accelerator=accelerator_of(cfg),
         weights=weights,
-        exactness={name: exactness[name] for name in STAGES if name in exactness},
+        exactness={name: exactness[name] for name in STAGES if name in ranks[0].stages},
         strategies={name: stage.plan.strategy for name, stage in stages.items()},
         strategy_notes={name: stage.plan.note for name, stage in stages.items()},
         vae=dict(vae),
@@ -249,6 +255,15 @@ def _rank(
             cfg, in_replica, weights=encoder + decoder + kept, text=before, inputs=_condition_bytes(cfg)
         )
     planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder + decoder)
+    before_sound = encoder + decoder + kept
+    if cfg.task.sound:
+        planned["sound"] = sound_stage(
+            cfg,
+            is_root=in_replica == 0,
+            weights=before_sound,
+            text=waiting,
+            latents=denoising.latent_elements * FP32_BYTES,
+        )
     after = encoder + vae["decode"] + kept
     # What was denoised, and the same as the VAE takes it; every rank has both throughout.
     latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])
@@ -264,6 +279,7 @@ def _rank(
             "text": cost.text_bytes,
             "transformer": cost.vision_bytes - (cost.text_read if weights.keep_text else 0),
             "vae": sum(vae.values()),
+            **({"sound": planned["sound"].weight_bytes - before_sound} if cfg.task.sound else {}),
         },
         host_bytes=cost.host_bytes,
         text_bytes=text,
@@ -290,7 +306,11 @@ def _warnings(cfg: Config) -> tuple[str, ...]:
 def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:
     notes = []
     model = cfg.model
-    if model.path is not None and local_folder(model.path, model.commit or model.revision) is None:
+    components = components_for(sound=cfg.task.sound)
+    if (
+        model.path is not None
+        and local_folder(model.path, model.commit or model.revision, components=components) is None
+    ):
         notes.append(f"{model.path} is not in the hub's cache: planned with the numbers of model={model.name}")
     notes += [f"the adapter {one.path} is added to the weights, with weight {one.weight:g}" for one in model.lora]
     notes += [ESTIMATES[cfg.topology.device]]
@@ -322,6 +342,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "latent_rows": clip.latent_rows,
             "latent_cols": clip.latent_cols,
             "vision_tokens": clip.vision_tokens,
+            **{f"{name}_tokens": count for name, count in plan.other_tokens.items()},
             "text_tokens": list(plan.text_tokens),
         },
         "steps": plan.steps,

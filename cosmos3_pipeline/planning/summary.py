@@ -17,6 +17,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "ranks": len(plan.ranks),
         "layout": layout(plan.topology),
         "vision_tokens": plan.clip.vision_tokens,
+        **{f"{name}_tokens": count for name, count in plan.other_tokens.items()},
         "fits": plan.fits,
         "memory.peak_bytes": significant(plan.peak_bytes),
         "memory.weight_bytes": max(stage.weight_bytes for rank in plan.ranks for stage in rank.stages.values()),
@@ -49,6 +50,14 @@ def placement(weights: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+def tokens(clip: Mapping[str, Any]) -> str:
+    """What is denoised, of a plan.json's clip: `44,160 vision tokens, 197 sound tokens`."""
+    modalities = ("vision", "sound", "action")
+    return ", ".join(
+        f"{clip[f'{name}_tokens']:,} {name} tokens" for name in modalities if f"{name}_tokens" in clip
+    )
+
+
 def layout(topology: Mapping[str, Any]) -> str:
     """The mesh axes that have a meaning here: `cfg 2 x ulysses 4`, with replicas `dp 2 x cfg 1 x ulysses 1`."""
     axes = ["dp"] * (topology["dp"] > 1) + ["cfg", "ulysses"]
@@ -61,7 +70,7 @@ def summary_lines(plan: Plan) -> list[str]:
     free = plan.accelerator.memory_bytes - plan.peak_bytes
     lines = [
         f"plan: {plan.model} {plan.task}, {clip.width}x{clip.height}, {clip.num_frames} frames "
-        f"({clip.vision_tokens:,} vision tokens), {plan.steps} steps",
+        f"({tokens(numbers)}), {plan.steps} steps",
         f"  {numbers['ranks']} x {plan.accelerator.name}, {numbers['layout']}; up to "
         f"{quantity('bytes', plan.peak_bytes)} per rank, {quantity('bytes', abs(free))} "
         f"{'free' if free >= 0 else 'TOO MUCH'}",

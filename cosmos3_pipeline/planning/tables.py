@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.planning.summary import layout, placement
+from cosmos3_pipeline.planning.summary import layout, placement, tokens
 from cosmos3_pipeline.planning.units import quantity
 
 SHOWN_RANKS = 16  # of a larger world only the ranks that differ from the one before are shown
@@ -36,7 +36,7 @@ def headline(plan: Mapping[str, Any]) -> str:
     fits = f"fits with {free} free" if memory["fits"] else f"DOES NOT FIT by {free}"
     return (
         f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames, "
-        f"{clip['vision_tokens']:,} vision tokens, {plan['steps']} steps, on {len(plan['ranks'])} x "
+        f"{tokens(clip)}, {plan['steps']} steps, on {len(plan['ranks'])} x "
         f"{plan['accelerator']['name']} ({layout(plan['topology'])}), weights {placement(plan['weights'])}: about "
         f"{quantity('seconds', plan['seconds']['total'])}, {fits}"
     )
@@ -70,7 +70,7 @@ def _ranks(plan: Mapping[str, Any]) -> Sheet:
     stages = list(plan["stages"])
     columns = ["rank", "cfg", "ulysses", "tokens", "text K/V"]
     for name in stages:
-        columns += [f"{name} owns"] * (name not in ("text", "denoise"))
+        columns += [f"{name} owns"] * ("ops" in plan["ranks"][0]["stages"][name])
         columns += [f"{name} weights", f"{name} activations", f"{name} peak"]
     rows, before = [], None
     for rank in plan["ranks"]:

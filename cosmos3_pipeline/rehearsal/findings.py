@@ -27,8 +27,12 @@ KINDS = ("convolution", "matmul and attention", "everything else")
 REPLAYED_RANKS = 8
 # Lines of diffusers on which the host waits in every step, by what is written there, and why they may.
 ALLOWED_WAITS = {
-    '(block_state.cond_vision_segment["num_noisy_vision_tokens"],), t.item(), device=device': (
-        "diffusers reads the noise level of a step from its schedule"
+    **dict.fromkeys(
+        (
+            '(block_state.cond_vision_segment["num_noisy_vision_tokens"],), t.item(), device=device',
+            '(block_state.cond_sound_segment["sound_len"],), t.item(), device=device',
+        ),
+        "diffusers reads the noise level of a step from its schedule",
     ),
     "latents = torch.randn(shape, generator=generator, devi"
     "ce=rand_device, dtype=dtype, layout=layout).to(device)": (

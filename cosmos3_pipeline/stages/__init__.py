@@ -1,3 +1,3 @@
 """The stages of a run, in the order in which the data moves: text to export. Imports no torch."""
 
-STAGES = ("text", "encode", "denoise", "decode", "export")
+STAGES = ("text", "encode", "denoise", "sound", "decode", "export")

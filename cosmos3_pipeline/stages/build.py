@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Refusal, did_you_mean
+from cosmos3_pipeline.planning.geometry import modalities_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.stages import STAGES
 from cosmos3_pipeline.stages.context import Stage
@@ -14,6 +15,7 @@ from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.export import ExportStage
+from cosmos3_pipeline.stages.sound import SoundStage
 from cosmos3_pipeline.stages.text import TextStage
 
 # Makes a stage of what a run is given. One that is sent to ranks must pickle: a function or class of a module.
@@ -40,7 +42,10 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
     factories: dict[str, StageFactory] = {
         "text": lambda config, plan: TextStage(config.task, config.sampler),
         "encode": lambda config, plan: EncodeStage(config.task),
-        "denoise": lambda config, plan: DenoiseStage(config.sampler, stays=plan.weights.stays),
+        "denoise": lambda config, plan: DenoiseStage(
+            config.sampler, modalities=modalities_of(config), stays=plan.weights.stays
+        ),
+        "sound": lambda config, plan: SoundStage(config.task),
         "decode": lambda config, plan: DecodeStage(),
         "export": lambda config, plan: ExportStage(config.output, modality=config.task.modality),
     }

@@ -14,18 +14,22 @@ from torch import Tensor
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.models.loading import Components
 from cosmos3_pipeline.planning.geometry import Clip
-from cosmos3_pipeline.stages.media import Change
+from cosmos3_pipeline.stages.media import Change, Sound
 from cosmos3_pipeline.stages.progress import Reporter, Silent
 from cosmos3_pipeline.stages.words import Words
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a run has made: its file, and the SHA-256 of the uint8 RGB frames before any compression."""
+    """What a run has made: its file, and the SHA-256 of the uint8 RGB frames before any compression.
+
+    `sound` is the one of its file.
+    """
 
     path: Path
     num_frames: int
     frames_sha256: str
+    sound: Sound | None = None
 
 
 class Measure(Protocol):
@@ -66,6 +70,8 @@ class RunContext:
     words: Words | None = None
     # uint8 chunks [frames, H, W, 3] in order, on the root; other ranks take part and get none. Set by decode.
     frames: Iterator[Tensor] | None = None
+    # The waveform [channels, samples] at 48 kHz, on the root, where the task has sound. Set by sound.
+    waveform: Tensor | None = None
     # Set by export, on the root.
     picture: Picture | None = None
 

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionCoreDenoiseStep
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
+    Cosmos3VisionCoreDenoiseStep,
+    Cosmos3VisionSoundCoreDenoiseStep,
+)
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3_distilled import (
     Cosmos3DistilledVisionCoreDenoiseStep,
 )
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
 
+from cosmos3_pipeline.checkpoint.weights import VISION_ALONE
 from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.progress import Advance
 
+# diffusers' workflow of what is denoised together. A distilled checkpoint has one for vision alone.
+WORKFLOWS: Mapping[frozenset[str], type[SequentialPipelineBlocks]] = {
+    VISION_ALONE: Cosmos3VisionCoreDenoiseStep,
+    frozenset({"vision", "sound"}): Cosmos3VisionSoundCoreDenoiseStep,
+}
+# What the workflows leave in the state, and nothing reads any more.
+LEFT_OVER = (
+    *("vision_tokens", "velocity_vision", "vision_conditioning_latents"),
+    *("sound_tokens", "velocity_sound", "sound_scheduler"),
+)
+
 
 class DenoiseStage:
     """Leaves `latents`, the denoised latents [1, C, T, h, w] in fp32, in the state.
+
+    With `sound` among the `modalities` it leaves `sound_latents` [C, T] besides, whose noise is drawn after the
+    picture's.
 
     `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance. The noise is drawn from `sampler.seed` on
     the CPU, in fp32 and whole, so it is the same on every rank, device and layout. So is the noise that each step
@@ -29,8 +48,11 @@ class DenoiseStage:
     mesh. The transformer leaves the device in the end, unless it `stays` for a next clip.
     """
 
-    def __init__(self, sampler: SamplerConfig, *, stays: bool = False) -> None:
+    def __init__(
+        self, sampler: SamplerConfig, *, modalities: frozenset[str] = VISION_ALONE, stays: bool = False
+    ) -> None:
         self._sampler = sampler
+        self._modalities = modalities
         self._stays = stays
 
     def __call__(self, context: RunContext) -> None:
@@ -45,7 +67,7 @@ class DenoiseStage:
                 self.workflow(context, advance)(context.components.pipeline, state)
             # Tensors of the latents' size that nothing reads any more; decoding needs their memory.
             context.components.scheduler().set_timesteps(1)  # forgets the steps before
-            for name in ("vision_tokens", "velocity_vision", "vision_conditioning_latents"):
+            for name in LEFT_OVER:
                 state.set(name, None)
             if not self._stays:
                 context.components.transformer().release()
@@ -53,7 +75,7 @@ class DenoiseStage:
     def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
         """diffusers' denoising workflow with this run's denoiser, which calls `advance` after every step."""
         distilled = context.components.checkpoint.sampler.distilled_sigmas is not None
-        workflow = Cosmos3DistilledVisionCoreDenoiseStep() if distilled else Cosmos3VisionCoreDenoiseStep()
+        workflow = Cosmos3DistilledVisionCoreDenoiseStep() if distilled else WORKFLOWS[self._modalities]()
         loop = workflow.sub_blocks["denoise"]
         loop.set_progress_bar_config(disable=True)
         loop.sub_blocks["denoiser"] = self.denoiser(context)

@@ -15,10 +15,11 @@ from cosmos3_pipeline.config.schema import OutputConfig
 from cosmos3_pipeline.stages.context import Picture, RunContext
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.frame_queue import FrameQueue
-from cosmos3_pipeline.stages.media import write_video
+from cosmos3_pipeline.stages.media import cut_to, frame_rate, sound_of, write_video, write_wav
 
 VIDEO_FILE = "video.mp4"
 IMAGE_FILE = "image.png"
+SOUND_FILE = "sound.wav"
 LATENTS_FILE = "latents.safetensors"
 
 
@@ -26,7 +27,10 @@ class ExportStage:
     """Reads `context.frames` to the end and writes them into `context.directory` on the root.
 
     `modality` is `video` (H.264 at quality `output.crf`, 0 to 51, with the x264 `output.preset`) or `image` (PNG).
-    `output.latents` also writes the denoised latents, as tensor `latents` [1, C, T, h, w] in fp32.
+    A video has the sound of `context.waveform`, if any, cut to its length: sound latents are whole frames of 1920
+    samples. `output.sound` writes it into a WAV file besides, 16 bits a sample.
+    `output.latents` also writes the denoised latents, as tensor `latents` [1, C, T, h, w] in fp32, and with sound
+    `sound_latents` [C, T].
     """
 
     def __init__(self, output: OutputConfig, *, modality: str) -> None:
@@ -39,23 +43,53 @@ class ExportStage:
             for _ in context.frames:
                 pass
             return
-        sha256 = hashlib.sha256()
+        sha256, waveform = hashlib.sha256(), self._waveform(context)
         if self._modality == "image":
             path = context.directory / IMAGE_FILE
             self._write_image(context, path, sha256)
         else:
             path = context.directory / VIDEO_FILE
-            self._write_video(context, path, sha256)
+            self._write_video(context, path, sha256, waveform)
         if self._output.latents:
             with context.measure("export"), whole_file(context.directory / LATENTS_FILE) as partial:
-                latents = context.state.get("latents").to("cpu", torch.float32).contiguous()
-                save_file({"latents": latents}, partial)
-        digest, num_frames = sha256.hexdigest(), context.clip.num_frames
-        context.picture = Picture(path=path, num_frames=num_frames, frames_sha256=digest)
+                names = ("latents",) if waveform is None else ("latents", "sound_latents")
+                found = {name: context.state.get(name).to("cpu", torch.float32).contiguous() for name in names}
+                save_file(found, partial)
+        if self._output.sound and waveform is not None:
+            with context.measure("export"):
+                write_wav(context.directory / SOUND_FILE, waveform)
+        context.picture = Picture(
+            path=path,
+            num_frames=context.clip.num_frames,
+            frames_sha256=sha256.hexdigest(),
+            sound=None if waveform is None else sound_of(waveform),
+        )
 
-    def _write_video(self, context: RunContext, path: Path, sha256: hashlib._Hash) -> None:
-        output, size = self._output, {"height": context.clip.height, "width": context.clip.width}
-        with write_video(path, fps=context.fps, crf=output.crf, preset=output.preset, **size) as writer:
+    def _waveform(self, context: RunContext) -> NDArray[np.float32] | None:
+        """The sound [channels, samples] on the host, as long as the video."""
+        if context.waveform is None:
+            return None
+        with context.measure("export"):
+            waveform = context.waveform.to("cpu", torch.float32).numpy()
+            return cut_to(waveform, context.clip.num_frames / frame_rate(context.fps))
+
+    def _write_video(
+        self,
+        context: RunContext,
+        path: Path,
+        sha256: hashlib._Hash,
+        waveform: NDArray[np.float32] | None,
+    ) -> None:
+        output = self._output
+        with write_video(
+            path,
+            height=context.clip.height,
+            width=context.clip.width,
+            fps=context.fps,
+            crf=output.crf,
+            preset=output.preset,
+            waveform=waveform,
+        ) as writer:
 
             def write(frames: NDArray[np.uint8]) -> None:
                 sha256.update(frames.data)

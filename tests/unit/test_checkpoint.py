@@ -133,7 +133,7 @@ def test_checks_are_about_the_checkpoint_not_the_option(whole: Path, tmp_path: P
     compose([*layout, f"model.path={whole}"])
     toy = toy_dimensions()
     six = {**toy["transformer"], "num_attention_heads": 6, "num_key_value_heads": 2}
-    write_toy(tmp_path / "six", transformer=six, vae=toy["vae"])
+    write_toy(tmp_path / "six", **{**toy, "transformer": six})
     with pytest.raises(ConfigError, match="6 attention heads"):
         compose([*layout, f"model.path={tmp_path / 'six'}"])
 

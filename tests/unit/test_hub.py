@@ -25,10 +25,12 @@ from cosmos3_pipeline.checkpoint import hub as hub_module
 from cosmos3_pipeline.checkpoint.hub import (
     HubCheckpoint,
     cached_checkpoint,
+    components_for,
     fetch_checkpoint,
     is_hub_id,
     local_folder,
 )
+from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.distributed import device
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
@@ -495,4 +497,21 @@ def test_a_revision_of_no_repository_is_refused(path: list[str]) -> None:
 def test_a_caller_may_ask_for_other_components(hub: FakeHub) -> None:
     fetched = fetch_checkpoint(REPO, None, components=("sound_tokenizer",))
     assert isinstance(fetched, HubCheckpoint)
-    assert set(hub.gets()) == {"model_index.json", "assets/negative_prompt.json", "sound_tokenizer/config.json"}
+    of_sound = {f"sound_tokenizer/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    assert set(hub.gets()) == {"model_index.json", "assets/negative_prompt.json", *of_sound}
+
+
+def test_sound_is_fetched_only_when_it_is_asked_for_and_then_alone(toy_hub: FakeHub) -> None:
+    def fetched(sound: bool) -> set[str]:
+        forget()
+        toy_hub.asked.clear()
+        fetch_checkpoint(REPO, None, components=components_for(sound=sound))
+        return set(toy_hub.gets())
+
+    assert not any(name.startswith("sound_tokenizer") for name in fetched(sound=False))
+    assert local_folder(REPO, None) is not None
+    assert local_folder(REPO, None, components=components_for(sound=True)) is None
+    later = fetched(sound=True)
+    assert later and all(name.startswith("sound_tokenizer/") for name in later)
+    folder = local_folder(REPO, None, components=components_for(sound=True))
+    assert folder is not None and inspect_checkpoint(folder, sound=True).sound_tokenizer is not None

@@ -204,8 +204,7 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
         (
             lambda: toy.write_toy(
                 Path("unwritten"),
-                transformer=toy_dimensions()["transformer"],
-                vae={**toy_dimensions()["vae"], "z_dim": 16},
+                **{**toy_dimensions(), "vae": {**toy_dimensions()["vae"], "z_dim": 16}},
             ),
             "z_dim=48",
         ),

@@ -109,7 +109,7 @@ def _tell_stage(tell: Tell, place: str, stage: str) -> None:
 
 def script_of(config: Config) -> Script:
     """What is rehearsed of `config`; a replica's clips are all as the longest line of its prompt file."""
-    plan, checkpoint = make_plan(config), form_of(config.model)
+    plan, checkpoint = make_plan(config), form_of(config.model, sound=config.task.sound)
     words = [config.task.prompt]
     if config.task.prompt_file is not None:
         longest = max(read_lines(config.task.prompt_file).values(), key=len)
@@ -267,7 +267,7 @@ def _notes(config: Config, script: Script) -> Iterable[str]:
             f"{run} of the {len(script.words)} clips of a replica were run, and the text of all was encoded; each "
             f"counts as the longest line of {config.task.prompt_file}, with {script.tokens:,} tokens"
         )
-    if config.model.repo is not None and folder_of(config.model) is None:
+    if config.model.repo is not None and folder_of(config.model, sound=config.task.sound) is None:
         yield "the checkpoint is not on this machine: the words are cut into tokens by the toy's tokenizer"
     if config.output.against_replicated:
         yield "the second decode of output.against_replicated is not rehearsed, nor the weights that it needs"

@@ -102,7 +102,7 @@ def inputs(
         return ListeningVae(autoencoder, encode=alone, decode=alone, group=mesh.group(REPLICA))
 
     parts = Components(
-        checkpoint_of(config.model),
+        checkpoint_of(config),
         dtype=torch_dtype(config.model.dtype),
         vae_dtype=torch_dtype(config.model.vae_dtype),
         device=device,

@@ -4,9 +4,21 @@
 the file's own picture, so that no run takes another picture than a person sees without saying so.
 """
 
+from cosmos3_pipeline.stages.media.audio import Sound, cut_to, sound_of, write_wav
 from cosmos3_pipeline.stages.media.clips import read_frames
 from cosmos3_pipeline.stages.media.pictures import read_picture
 from cosmos3_pipeline.stages.media.shown import Change
 from cosmos3_pipeline.stages.media.writing import frame_rate, likeness_of_files, write_video
 
-__all__ = ["Change", "frame_rate", "likeness_of_files", "read_frames", "read_picture", "write_video"]
+__all__ = [
+    "Change",
+    "Sound",
+    "cut_to",
+    "frame_rate",
+    "likeness_of_files",
+    "read_frames",
+    "read_picture",
+    "sound_of",
+    "write_video",
+    "write_wav",
+]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.likeness import Likeness, likeness
+from cosmos3_pipeline.stages.media.audio import AudioTrack
 
 # With another number the same frames give other bytes.
 X264_THREADS = 4
@@ -30,10 +31,11 @@ def frame_rate(fps: float) -> Fraction:
 class VideoWriter:
     """Appends frames to an open H.264 stream; made by `write_video`."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
+    def __init__(self, container: Any, stream: Any, audio: AudioTrack | None) -> None:
         self.num_frames = 0
         self._container = container
         self._stream = stream
+        self._audio = audio
 
     def write(self, frames: NDArray[np.uint8]) -> None:
         """Append `frames`, uint8 [frames, H, W, 3]."""
@@ -50,20 +52,32 @@ class VideoWriter:
             frame.pts, frame.time_base = self.num_frames, 1 / self._stream.codec_context.framerate
             self._container.mux(self._stream.encode(frame))
             self.num_frames += 1
+            if self._audio is not None:
+                self._audio.write_until(self.num_frames / self._stream.codec_context.framerate)
 
     def finish(self) -> None:
-        """Write the frames that the encoder still holds."""
+        """Write the frames, and the samples, that the encoders still hold."""
         self._container.mux(self._stream.encode(None))
+        if self._audio is not None:
+            self._audio.finish()
 
 
 @contextmanager
 def write_video(
-    path: Path, *, height: int, width: int, fps: float, crf: int, preset: str
+    path: Path,
+    *,
+    height: int,
+    width: int,
+    fps: float,
+    crf: int,
+    preset: str,
+    waveform: NDArray[np.float32] | None = None,
 ) -> Iterator[VideoWriter]:
     """An H.264 MP4 that browsers play, written frame by frame; it is there when the block ends without error.
 
     `crf` is x264's quality, 0 (lossless) to 51, and `preset` its speed. Colours are BT.709, as players assume
-    for HD. The same frames give the same bytes.
+    for HD. The same frames give the same bytes. `waveform` [channels, samples], at 48 kHz, is its sound; it is
+    written as the frames come, in AAC.
     """
     # The index goes in front of the frames, so that a browser starts before it has all of them.
     options = {"movflags": "+faststart"}
@@ -74,7 +88,8 @@ def write_video(
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        writer = VideoWriter(container, stream)
+        audio = None if waveform is None else AudioTrack(container, waveform)
+        writer = VideoWriter(container, stream, audio)
         yield writer
         writer.finish()
 
