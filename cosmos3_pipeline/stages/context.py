@@ -66,8 +66,9 @@ class RunContext:
     words: Words | None = None
     # uint8 chunks [frames, H, W, 3] in order, on the root; other ranks take part and get none. Set by decode.
     frames: Iterator[Tensor] | None = None
-    # Set by export, on the root.
+    # Set by export, on the root. A task may make one of them alone.
     picture: Picture | None = None
+    actions: Path | None = None
 
     @property
     def is_root(self) -> bool:

@@ -46,12 +46,16 @@ class ExportStage:
         else:
             path = context.directory / VIDEO_FILE
             self._write_video(context, path, sha256)
+        self.write_latents(context)
+        digest, num_frames = sha256.hexdigest(), context.clip.num_frames
+        context.picture = Picture(path=path, num_frames=num_frames, frames_sha256=digest)
+
+    def write_latents(self, context: RunContext) -> None:
+        """Write the denoised latents where they are asked for."""
         if self._output.latents:
             with context.measure("export"), whole_file(context.directory / LATENTS_FILE) as partial:
                 latents = context.state.get("latents").to("cpu", torch.float32).contiguous()
                 save_file({"latents": latents}, partial)
-        digest, num_frames = sha256.hexdigest(), context.clip.num_frames
-        context.picture = Picture(path=path, num_frames=num_frames, frames_sha256=digest)
 
     def _write_video(self, context: RunContext, path: Path, sha256: hashlib._Hash) -> None:
         output, size = self._output, {"height": context.clip.height, "width": context.clip.width}
