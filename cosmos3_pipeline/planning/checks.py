@@ -313,7 +313,7 @@ def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 def _distilled(cfg: Config, clip: Clip) -> Iterator[Problem]:
     """What a distilled checkpoint has of its own, and a run therefore cannot choose."""
-    if cfg.model.distilled_sigmas is None:
+    if cfg.model.distilled_sigmas is None or action_of(cfg.task) is not None:  # which it does not run at all
         return
     sampler, topology, steps = cfg.sampler, cfg.topology, len(cfg.model.distilled_sigmas)
     checkpoint = f"a checkpoint distilled to {steps} steps"

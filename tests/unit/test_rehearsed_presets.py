@@ -60,7 +60,7 @@ def given_to(task: str, folder: Path) -> list[str]:
 def given_to_actions(task: str, folder: Path) -> list[str]:
     if task == "inverse_dynamics":
         _, clip = given_to("v2v", folder)
-        return [clip, "task.fps=24", "task.resample=false", "task.chunk_size=4"]
+        return [clip, "task.resample=false", "task.chunk_size=4"]
     _, photo = given_to("i2v", folder)
     (folder / "actions.json").write_text(json.dumps([[0.5] * 9] * 8))
     return [photo, *([f"task.actions={folder / 'actions.json'}"] if task == "forward_dynamics" else [])]
