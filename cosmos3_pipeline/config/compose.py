@@ -89,6 +89,15 @@ class Composition:
         with self.source.opened() as loader:
             return trace_with(loader, self.overrides, self.source.name, self.cfg)
 
+    def literal(self, key: str) -> Any:
+        """The value that the dotted `key` was given itself; None where it refers to another key."""
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(self.cfg, parent)
+        if OmegaConf.is_interpolation(node, name):
+            return None
+        value = node[name]
+        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
         """The config: dataclasses, enums and lists, with every interpolation followed.
 

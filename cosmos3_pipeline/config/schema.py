@@ -51,6 +51,9 @@ class TaskName(Enum):
     v2v = "v2v"
     t2i = "t2i"
     flf2v = "flf2v"
+    policy = "policy"
+    forward_dynamics = "forward_dynamics"
+    inverse_dynamics = "inverse_dynamics"
 
 
 class Dtype(Enum):
@@ -110,6 +113,9 @@ class TransformerConfig:
     sound_gen: bool = MISSING
     sound_dim: int | None = ranged(at_least=1)
     sound_latent_fps: float = ranged(at_least=1, at_most=1000)
+    action_gen: bool = MISSING
+    action_dim: int = ranged(at_least=1)
+    num_embodiment_domains: int = ranged(at_least=1)
 
 
 @dataclass
@@ -151,12 +157,21 @@ class Recommendation:
 
 
 @dataclass
+class ActionRecommendation(Recommendation):
+    """Of tasks with actions. Height and width are those of the picture that a plan takes where none is given."""
+
+    chunk_size: int = ranged(at_least=1)
+    resolution_tier: int = MISSING
+
+
+@dataclass
 class Recommended:
     prompt: str = MISSING
     system_prompt: bool | None = MISSING
     fps: float = ranged(at_least=1, at_most=120)
     video: Recommendation = field(default_factory=Recommendation)
     image: Recommendation = field(default_factory=Recommendation)
+    action: ActionRecommendation = field(default_factory=ActionRecommendation)
 
 
 @dataclass
@@ -213,7 +228,7 @@ class ModelConfig:
 class TaskConfig:
     name: TaskName = MISSING
     # a string, not an enum: `${model.recommended.${task.modality}...}` builds a key from it
-    modality: str = one_of("video", "image")
+    modality: str = one_of("video", "image", "action")
     prompt: str = MISSING
     prompt_file: str | None = MISSING
     negative_prompt: str | None = MISSING
@@ -230,6 +245,12 @@ class TaskConfig:
     num_frames: int = ranged(at_least=1)
     fps: float = ranged(at_least=1, at_most=120)
     sound: bool = MISSING
+    domain: str | None = MISSING
+    actions: str | None = MISSING
+    chunk_size: int | None = ranged(at_least=1)
+    view_point: str | None = MISSING
+    resolution_tier: int | None = MISSING
+    canvas: list[int] | None = MISSING
 
 
 @dataclass

@@ -27,6 +27,14 @@ GIVEN: dict[TaskName, tuple[Given, ...]] = {
     TaskName.i2v: (PHOTOGRAPH,),
     TaskName.v2v: (CLIP,),
     TaskName.flf2v: (PHOTOGRAPH, LAST_PHOTOGRAPH),
+    TaskName.policy: (),
+    TaskName.forward_dynamics: (),
+    TaskName.inverse_dynamics: (CLIP,),
+}
+# By task, what it needs one of.
+EITHER: dict[TaskName, tuple[Given, ...]] = {
+    TaskName.policy: (PHOTOGRAPH, CLIP),
+    TaskName.forward_dynamics: (PHOTOGRAPH, CLIP),
 }
 # The latent frames that a task's files are for, counted from the end where negative; others let the user choose.
 FRAMES: dict[TaskName, list[int]] = {
@@ -40,4 +48,9 @@ ALL_GIVEN = tuple(dict.fromkeys(given for needed in GIVEN.values() for given in 
 
 def readers(given: Given) -> list[str]:
     """The names of the tasks that read such a file."""
-    return [task.value for task, needed in GIVEN.items() if given in needed]
+    return [task.value for task in GIVEN if given in read_by(task)]
+
+
+def read_by(task: TaskName) -> tuple[Given, ...]:
+    """The files that a task reads: those that it needs, and those of which it needs one."""
+    return (*GIVEN[task], *EITHER.get(task, ()))

@@ -35,7 +35,7 @@ def measured(folder: Path, job: str) -> dict[str, Any]:
         "beyond_bytes": max(clip["beyond_bytes"] for clip in clips),
         "sent_bytes": sum(_sent(clip) for clip in clips),
     }
-    if not several:
+    if not several and clips[0]["picture"] is not None:
         found |= {"picture": clips[0]["picture"], "frames_sha256": clips[0]["frames_sha256"]}
     return found
 

@@ -33,9 +33,16 @@ class Run:
         return found
 
     @property
-    def picture(self) -> Path:
-        """The video or the image."""
-        return self.folder / str(self.metrics["picture"])
+    def picture(self) -> Path | None:
+        """The video or the image; None where the task makes none."""
+        name = self.metrics["picture"]
+        return None if name is None else self.folder / name
+
+    @property
+    def actions(self) -> Path | None:
+        """The actions that were found; None where the task finds none."""
+        name = self.metrics["actions"]
+        return None if name is None else self.folder / name
 
 
 def plan(asked: Asked = ()) -> Plan:

@@ -89,7 +89,7 @@ def _search_cells(candidate: Candidate) -> list[str | Text]:
     return [
         quantity("seconds", candidate.seconds),
         quantity("seconds", plan.seconds["denoise"]),
-        quantity("seconds", plan.seconds["decode"]),
+        quantity("seconds", plan.seconds["decode"]) if "decode" in plan.seconds else "",
         memory if plan.fits else Text(f"{memory}, too much", style="red"),
         ", ".join(dict.fromkeys(plan.exactness.values())),
     ]

@@ -56,7 +56,7 @@ def show(output: Path) -> None:
             table.add_row(str(line["number"]), line["prompt"], "", why)
             continue
         metrics = json.loads((output / line["folder"] / "metrics.json").read_text())
-        picture = f"{line['folder']}/{metrics['picture']}"
+        picture = f"{line['folder']}/{metrics['picture'] or metrics['actions']}"
         table.add_row(str(line["number"]), line["prompt"], f"{metrics['seconds']:.2f}", picture)
     console = Console(markup=False)
     console.print(table)

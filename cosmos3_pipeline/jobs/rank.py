@@ -320,17 +320,18 @@ def metrics(
     config: Config, plan: Plan, context: RunContext, stages: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What metrics.json says of the run; keys are added in later versions, never renamed."""
-    assert context.picture is not None
-    topology = config.topology
+    topology, picture = config.topology, context.picture
     return {
         "schema_version": SCHEMA_VERSION,
         "model": config.model.name,
         "task": config.task.name.value,
         "seed": config.sampler.seed,
-        "picture": context.picture.path.name,
-        "num_frames": context.picture.num_frames,
-        "frames_sha256": context.picture.frames_sha256,
-        "sound": None if context.picture.sound is None else asdict(context.picture.sound),
+        # None where the task makes no picture, no sound or no actions
+        "picture": None if picture is None else picture.path.name,
+        "num_frames": None if picture is None else picture.num_frames,
+        "frames_sha256": None if picture is None else picture.frames_sha256,
+        "sound": None if picture is None or picture.sound is None else asdict(picture.sound),
+        "actions": None if context.actions is None else context.actions.name,
         "seconds": seconds,
         "peak_bytes": max(rank["peak_bytes"] for stage in stages.values() for rank in stage["ranks"]),
         "topology": {

@@ -19,12 +19,15 @@ from cosmos3_pipeline.config.schema import Config, Device, JobName
 from cosmos3_pipeline.config.tasks import ALL_GIVEN, GIVEN
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.jobs.action_inputs import check_action_inputs
 from cosmos3_pipeline.jobs.objective import check_objective
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
 from cosmos3_pipeline.jobs.rehearsable import check_rehearse
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
+from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.checks import check_composition, refused
 from cosmos3_pipeline.planning.fitting import that_fits
+from cosmos3_pipeline.planning.geometry import encoded_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.units import quantity
 
@@ -179,6 +182,7 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
                 why=f"task={task.name.value} is given {given.what}",
                 works=f"task.{given.key}={given.example}",
             )
+    yield from check_action_inputs(cfg)
     words = {"task.prompt": task.prompt, "task.negative_prompt": task.negative_prompt}
     files = {f"task.{given.key}": getattr(task, given.key) for given in ALL_GIVEN}
     files["task.prompt_file"] = task.prompt_file
@@ -207,7 +211,9 @@ def _contents(prepared: Prepared) -> Iterator[Problem]:
         checks.append(partial(words.prompt_of, task))
     if task.negative_prompt is not None:
         checks.append(partial(words.read_words, task.negative_prompt))
-    if task.last_image is not None:
+    if action_of(task) is not None:
+        checks.append(partial(inputs.observation, task, encoded_of(prepared.config).num_frames))
+    elif task.last_image is not None:
         checks.append(partial(inputs.both_ends, task, clip))
     elif task.image is not None:
         checks.append(partial(inputs.photograph, task, clip))

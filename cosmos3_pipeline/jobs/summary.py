@@ -32,4 +32,5 @@ def show(output: Path) -> None:
     for key, changes in metrics["inputs"].items():
         for change in changes:
             console.print(f"{key}: {change['said']}", highlight=False)
-    console.print(f"{output / metrics['picture']}", soft_wrap=True, highlight=False)
+    for made in filter(None, (metrics["picture"], metrics["actions"])):
+        console.print(f"{output / made}", soft_wrap=True, highlight=False)

@@ -82,13 +82,10 @@ _DISTILLED = {
 # Of every transformer/config.json.
 _TRANSFORMER = {
     "_class_name": "Cosmos3OmniTransformer",
-    "action_dim": 64,
-    "action_gen": True,
     "attention_bias": False,
     "attention_dropout": 0.0,
     "base_fps": 24,
     "enable_fps_modulation": True,
-    "num_embodiment_domains": 32,
     "timestep_scale": 0.001,
     "unified_3d_mrope_reset_spatial_ids": True,
     "unified_3d_mrope_temporal_modality_margin": 15000,

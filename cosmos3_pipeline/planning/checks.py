@@ -22,6 +22,8 @@ from cosmos3_pipeline.config.schema import Config, JobName, Placement
 from cosmos3_pipeline.config.tasks import ALL_GIVEN, CLIP, FRAMES, GIVEN, readers
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
+from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, nearest_multiple, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
 from cosmos3_pipeline.planning.trained import outside
@@ -75,10 +77,14 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
         else:
             found.extend(_adapters(config, adopted))
     if not found:
-        if adopted is not None:
-            config = composition.typed({**(changes or {}), **adopted.numbers})
+        numbers = {**(changes or {}), **(adopted.numbers if adopted is not None else {})}
         try:
-            return replace(check(config), adopted=adopted)
+            config = composition.typed(numbers)
+            of_picture = settled(config)
+            found.extend(by_hand(of_picture, composition.literal))
+            checked = check(composition.typed({**numbers, **of_picture}) if of_picture else config)
+            if not found:
+                return replace(checked, adopted=adopted)
         except ConfigError as error:
             found.extend(error.problems)
     raise ConfigError(located(found, composition))
@@ -104,6 +110,7 @@ def check(cfg: Config) -> Checked:
         for one in (_task, _clip, _sound, _distilled, _ranks, _layout, _weights)
         for problem in one(cfg, clip)
     ]
+    found += check_actions(cfg)
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
             continue  # the reference works with any clip and ranks that nothing else is wrong with
@@ -211,12 +218,12 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
             why="every frame of the video is given, so nothing would be generated",
             works=f"task.num_frames={clip.num_frames + clip.temporal}",
         )
-    modality = "image" if name == "t2i" else "video"
+    modality = "image" if name == "t2i" else "video" if action_of(task) is None else "action"
     if task.modality != modality:
         yield Problem(
             what=f"task.modality={task.modality} with task={name}",
-            why=f"{name} makes {'an image' if modality == 'image' else 'a video'}, whatever its defaults are for",
-            works=f"task={'t2i' if modality == 'video' else 't2v'}, or no task.modality",
+            why=f"the defaults of {name} are those for {modality}s",
+            works="no task.modality; another task has other defaults",
         )
     yield from _input_settings(cfg)
     yield from _words(cfg)
@@ -276,6 +283,8 @@ def _words(cfg: Config) -> Iterator[Problem]:
 
 
 def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    if action_of(cfg.task) is not None:
+        return  # it follows from the picture, see `settled`
     for key, value in (("height", cfg.task.height), ("width", cfg.task.width)):
         if value % clip.spatial:
             yield Problem(
@@ -343,7 +352,7 @@ def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 def _distilled(cfg: Config, clip: Clip) -> Iterator[Problem]:
     """What a distilled checkpoint has of its own, and a run therefore cannot choose."""
-    if cfg.model.distilled_sigmas is None:
+    if cfg.model.distilled_sigmas is None or action_of(cfg.task) is not None:  # which it does not run at all
         return
     sampler, topology, steps = cfg.sampler, cfg.topology, len(cfg.model.distilled_sigmas)
     checkpoint = f"a checkpoint distilled to {steps} steps"

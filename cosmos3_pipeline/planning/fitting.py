@@ -10,6 +10,7 @@ from itertools import product
 
 from cosmos3_pipeline.config.schema import Config, Device, Placement
 from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import replica_ranks
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.vae.plugins import discover
@@ -47,6 +48,8 @@ def that_fits(cfg: Config, limit: float) -> str | None:
 def _smaller(cfg: Config) -> list[dict[str, int]]:
     """Shorter clips and those of the model's smaller sizes: those that keep most of what was asked come first."""
     task, step = cfg.task, cfg.model.vae.scale_factor_temporal
+    if action_of(task) is not None:
+        return []  # the picture decides the size
     lengths, chunks = [task.num_frames], (task.num_frames - 1) // step
     while (chunks := chunks // 2) > max(task.condition_latent_frames, default=0):
         lengths.append(step * chunks + 1)

@@ -6,11 +6,12 @@ Source: diffusers `Cosmos3OmniPipeline.prepare_latents` and `_prepare_vision_seg
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cosmos3_pipeline.checkpoint.sound import HOP, SAMPLE_RATE
 from cosmos3_pipeline.config.schema import Config, TopologyConfig
 from cosmos3_pipeline.denoise.cost import Stretch
+from cosmos3_pipeline.planning.actions import action_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ def clean_frames(condition_latent_frames: list[int], latent_frames: int) -> list
     return [frame + latent_frames if frame < 0 else frame for frame in condition_latent_frames]
 
 
+def encoded_of(cfg: Config) -> Clip:
+    """The clip that the VAE encodes: that which is made, as far as it is conditioned.
+
+    Before a picture of a task with actions is encoded it is padded to a canvas, and the padding is taken off the
+    latents.
+    """
+    clip, action = clip_of(cfg), action_of(cfg.task)
+    height, width = (clip.height, clip.width) if action is None or action.canvas is None else action.canvas
+    frames = max(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames)) * clip.temporal + 1
+    return replace(clip, height=height, width=width, num_frames=frames)
+
+
 def stretches_of(cfg: Config) -> tuple[Stretch, ...]:
     """What the generation pathway goes over in each guidance pass, in the order of the sequence."""
     clip = clip_of(cfg)
@@ -72,6 +85,9 @@ def stretches_of(cfg: Config) -> tuple[Stretch, ...]:
     if cfg.task.sound:
         assert cfg.model.transformer.sound_dim is not None
         found.append(Stretch("sound", cfg.model.transformer.sound_dim, sound_frames(cfg)))
+    if (action := action_of(cfg.task)) is not None:
+        given = frozenset() if action.predicts else frozenset(range(action.chunk_size))
+        found.append(Stretch("action", cfg.model.transformer.action_dim, action.chunk_size, clean=given))
     return tuple(found)
 
 

@@ -15,8 +15,9 @@ from cosmos3_pipeline.checkpoint.weights import Part
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, Device, Placement
 from cosmos3_pipeline.denoise.cost import Wire
+from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.denoising import Denoising
-from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, replica_ranks, stretches_of
+from cosmos3_pipeline.planning.geometry import Clip, clip_of, encoded_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.sound import sound_stage
 from cosmos3_pipeline.planning.stage import RankStage
@@ -246,7 +247,7 @@ def _rank(
     waiting = denoising.waiting_bytes(place) if on_cpu else 0
     # The encoder stays from its stage on; of a prompt file decoder and transformer, from the second clip on.
     encoder = vae.get("encode", 0)
-    decoder = 0 if denoising.prompts == 1 else vae["decode"]
+    decoder = 0 if denoising.prompts == 1 else vae.get("decode", 0)
     kept = cost.vision_bytes if weights.stays else cost.text_read if weights.keep_text else 0
     planned = {"text": denoising.text_stage(cfg, place, cost)}
     if "encode" in stages:
@@ -264,10 +265,11 @@ def _rank(
             text=waiting,
             latents=denoising.latent_elements * FP32_BYTES,
         )
-    after = encoder + vae["decode"] + kept
-    # What was denoised, and the same as the VAE takes it; every rank has both throughout.
-    latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])
-    planned["decode"] = stages["decode"].stage(cfg, in_replica, weights=after, text=waiting, inputs=latents)
+    if "decode" in stages:
+        after = encoder + vae["decode"] + kept
+        # What was denoised, and the same as the VAE takes it; every rank has both throughout.
+        latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])
+        planned["decode"] = stages["decode"].stage(cfg, in_replica, weights=after, text=waiting, inputs=latents)
     return RankPlan(
         rank=rank,
         node=rank // topology.ranks_per_node,
@@ -288,11 +290,15 @@ def _rank(
 
 
 def _condition_bytes(cfg: Config) -> int:
-    """Bytes of the frames that are encoded, as they are read and as diffusers pads them, to two at least."""
-    clip = clip_of(cfg)
-    frames = clip.temporal * max(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames)) + 1
-    pixels = 3 * cfg.task.height * cfg.task.width
-    return (frames + max(frames, 2)) * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
+    """Bytes of the frames that are encoded, as they are read and as diffusers pads them, to two at least.
+
+    Those of a task with actions come padded to the device.
+    """
+    clip = encoded_of(cfg)
+    pixels = 3 * clip.height * clip.width
+    if action_of(cfg.task) is not None:
+        return clip.num_frames * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
+    return (clip.num_frames + max(clip.num_frames, 2)) * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
 
 
 def _warnings(cfg: Config) -> tuple[str, ...]:

@@ -11,12 +11,20 @@ from pathlib import Path
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.config.schema import Config, TaskConfig
+from cosmos3_pipeline.planning.actions import action_of
 
 # English in a vocabulary of 150,000 is about four bytes per token.
 BYTES_PER_TOKEN = 4
 # The sentences on duration and size that the pipeline adds, and its system prompt.
 DURATION = "The video is not 7.9 seconds long and is not of 24 FPS. "
 RESOLUTION = "This video is not of 720x1280 resolution."
+# What stands around the words of a task with actions.
+ACTION_CAPTION = (
+    '{"cinematography": '
+    '{"framing": "This video is captured from a first-person perspective looking at the scene."}, '
+    '"actions": [{"time": "0:00-0:03", "description": ""}], "duration": "3s", "fps": 5.0, '
+    '"resolution": {"H": 480, "W": 832}, "aspect_ratio": "16,9"}'
+)
 SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
 WORDS_ENCODING = "utf-8-sig"  # a byte order mark is no word
 GIVEN = "task.negative_prompt"  # where a negative prompt is from that the user gave
@@ -27,10 +35,15 @@ MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and t
 def text_tokens_of(cfg: Config) -> tuple[int, int]:
     """About how many tokens the prompt and the negative prompt of `cfg` become."""
     task = cfg.task
-    around = len(RESOLUTION) + (len(DURATION) if task.num_frames > 1 else 0)
-    around += 0 if task.system_prompt is False else len(SYSTEM)
+    system = 0 if task.system_prompt is False else len(SYSTEM)
+    around = [system + len(RESOLUTION) + (len(DURATION) if task.num_frames > 1 else 0)] * 2
+    if action_of(task) is not None:
+        around = [system + len(ACTION_CAPTION), system]
     lengths = (len(_words(words).encode()) for words in (task.prompt, _negative_prompt(cfg)))
-    prompt, negative = (MARKERS + math.ceil((around + length) / BYTES_PER_TOKEN) for length in lengths)
+    prompt, negative = (
+        MARKERS + math.ceil((added + length) / BYTES_PER_TOKEN)
+        for added, length in zip(around, lengths, strict=True)
+    )
     return prompt, negative
 
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 
 from cosmos3_pipeline.config.schema import Config
-from cosmos3_pipeline.config.tasks import GIVEN
+from cosmos3_pipeline.config.tasks import read_by
 from cosmos3_pipeline.errors import Problem
+from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.text import prompts_of
 
 
@@ -25,6 +26,8 @@ def outside(cfg: Config) -> Iterator[Problem]:
             works=f"task={trained.tasks[0].value}, or another model",
         )
     yield from _strange_words(cfg)
+    if action_of(task) is not None:
+        return  # the tier decides the size, and each dataset of actions has a rate of its own
     here = (task.width, task.height)
     tier = next((tier for tier, sizes in tiers if here in sizes), None)
     if tier is None:
@@ -55,7 +58,7 @@ def outside(cfg: Config) -> Iterator[Problem]:
 def words_of_another(cfg: Config) -> Iterator[Problem]:
     """The model's example of a prompt beside a photograph or a clip of the user's own."""
     task = cfg.task
-    given = next((f"task.{one.key}" for one in GIVEN[task.name] if getattr(task, one.key) is not None), None)
+    given = next((f"task.{one.key}" for one in read_by(task.name) if getattr(task, one.key) is not None), None)
     if given is not None and task.prompt == cfg.model.recommended.prompt and task.prompt_file is None:
         yield Problem(
             what=f"task.prompt is the example of model={cfg.model.name}, which does not know your {given}",

@@ -9,7 +9,8 @@ from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import build_strategy
 from cosmos3_pipeline.config.schema import Config, Device, Dtype, VaeConfig
 from cosmos3_pipeline.denoise.cost import Wire
-from cosmos3_pipeline.planning.geometry import clean_frames, clip_of, replica_ranks
+from cosmos3_pipeline.planning.actions import action_of
+from cosmos3_pipeline.planning.geometry import clean_frames, clip_of, encoded_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.vae.ops import LatentShape
@@ -87,11 +88,14 @@ class VaePlan(VaeStage):
 
 
 def directions(cfg: Config) -> list[Direction]:
-    """Encode where there is something to condition on (and its frames exist), and decode."""
+    """Encode where there is something to condition on (and its frames exist), and decode where a clip is made."""
     latent_frames = clip_of(cfg).latent_frames
     frames = clean_frames(cfg.task.condition_latent_frames, latent_frames)
     encodes = bool(frames) and min(frames) >= 0 and max(frames) < latent_frames
-    return ["encode", "decode"] if encodes else ["decode"]
+    action = action_of(cfg.task)
+    decodes = action is None or action.shows
+    found: list[Direction] = ["encode"] if encodes else []
+    return [*found, "decode"] if decodes else found
 
 
 def is_parallel(vae: VaeConfig, direction: Direction) -> bool:
@@ -125,12 +129,9 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
 
     Raises Refusal for what the strategy cannot honour, and for an impossible VAE.
     """
-    clip = clip_of(cfg)
-    frames = clip.latent_frames
-    if direction == "encode":
-        frames = max(clean_frames(cfg.task.condition_latent_frames, frames)) + 1
+    clip = encoded_of(cfg) if direction == "encode" else clip_of(cfg)
     shape = LatentShape(
-        *(1, frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype]),
+        *(1, clip.latent_frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype]),
         on_host=cfg.topology.device == Device.cpu,
     )
     ranks = replica_ranks(cfg.topology)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cosmos3_pipeline.config.schema import Placement
@@ -33,6 +33,9 @@ ALLOWED_WAITS = {
             '(block_state.cond_sound_segment["sound_len"],), t.item(), device=device',
         ),
         "diffusers reads the noise level of a step from its schedule",
+    ),
+    '(block_state.cond_action_segment["num_noisy_action_tokens"],), t.item(), device=device': (
+        "diffusers reads the noise level of a step from its schedule, for actions once more"
     ),
     "latents = torch.randn(shape, generator=generator, devi"
     "ce=rand_device, dtype=dtype, layout=layout).to(device)": (
@@ -193,7 +196,7 @@ def findings_of(plan: Plan, ranks: Sequence[RankFound], faults: Sequence[str]) -
             text = f"the host waits for the accelerator {times} outside of stages ({line.place}: {line.text})"
             yield Finding("wait", text, found.rank)
         if found.raised is None:
-            yield from _left(found, plan.ranks[found.rank].stages["decode"])
+            yield from _left(found, plan.ranks[found.rank].stages)
             yield from _pinned(found, plan.ranks[found.rank].host_bytes)
         for clip, stages in found.clips:
             for name, stage in stages.items():
@@ -252,11 +255,15 @@ def _pinned(found: RankFound, planned: int) -> Iterator[Finding]:
         yield Finding("host", text, found.rank)
 
 
-def _left(found: RankFound, decode: RankStage) -> Iterator[Finding]:
+def _left(found: RankFound, planned: Mapping[str, RankStage]) -> Iterator[Finding]:
     """What stays after the last frame: the weights and, small beside what decoding held, the latents.
 
+    Nothing is looked for where a task makes no frames, because no stage is planned with what is left then.
     Kernels of an upsampling are folded into four smaller ones, which take 16/9 of what is planned for them.
     """
+    decode = planned.get("decode")
+    if decode is None:
+        return
     left = found.left_bytes - decode.weight_bytes
     if left > MEMORY_TOLERANCE * decode.peak_bytes:
         held = ", ".join(f"{quantity('bytes', line.amount)} by {line.place}" for line in found.left)

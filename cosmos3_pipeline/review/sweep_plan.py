@@ -91,7 +91,7 @@ def _show(jobs: Sequence[dict[str, Any]]) -> None:
             quantity("bytes", plan["memory.peak_bytes"]),
             "yes" if plan["fits"] else Text("no", style="red"),
             quantity("bytes", sent),
-            plan["strategy.decode"],
+            plan.get("strategy.decode", ""),
             next((v for v in ("approximate", "rounding") if v in exactness), "bitwise"),
             quantity("seconds", plan["seconds.total"]),
         )

@@ -7,9 +7,11 @@ from types import MappingProxyType
 
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Refusal, did_you_mean
+from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import modalities_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.stages import STAGES
+from cosmos3_pipeline.stages.actions import action_stages
 from cosmos3_pipeline.stages.context import Stage
 from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
@@ -39,6 +41,7 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
                 why=f"the stages of a run are: {', '.join(STAGES)}",
                 works=did_you_mean(name, STAGES, otherwise=f"one of {', '.join(STAGES)}"),
             )
+    action = action_of(config.task)
     factories: dict[str, StageFactory] = {
         "text": lambda config, plan: TextStage(config.task, config.sampler),
         "encode": lambda config, plan: EncodeStage(config.task),
@@ -49,4 +52,9 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
         "decode": lambda config, plan: DecodeStage(),
         "export": lambda config, plan: ExportStage(config.output, modality=config.task.modality),
     }
-    return {name: {**factories, **others}[name](config, plan) for name in STAGES}
+    if action is not None:
+        factories |= action_stages(action)
+    found = {name: {**factories, **others}[name] for name in STAGES}
+    if "decode" not in plan.vae:  # the task makes no video
+        del found["decode"]
+    return {name: make(config, plan) for name, make in found.items()}

@@ -72,8 +72,9 @@ class RunContext:
     frames: Iterator[Tensor] | None = None
     # The waveform [channels, samples] at 48 kHz, on the root, where the task has sound. Set by sound.
     waveform: Tensor | None = None
-    # Set by export, on the root.
+    # Set by export, on the root. A task may make one of them alone.
     picture: Picture | None = None
+    actions: Path | None = None
 
     @property
     def is_root(self) -> bool:

@@ -74,13 +74,17 @@ class DenoiseStage:
 
     def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
         """diffusers' denoising workflow with this run's denoiser, which calls `advance` after every step."""
-        distilled = context.components.checkpoint.sampler.distilled_sigmas is not None
-        workflow = Cosmos3DistilledVisionCoreDenoiseStep() if distilled else WORKFLOWS[self._modalities]()
+        workflow = self.blocks(context)
         loop = workflow.sub_blocks["denoise"]
         loop.set_progress_bar_config(disable=True)
         loop.sub_blocks["denoiser"] = self.denoiser(context)
         loop.sub_blocks["report"] = _ReportStep(advance)
         return workflow
+
+    def blocks(self, context: RunContext) -> SequentialPipelineBlocks:
+        """diffusers' workflow of what is denoised, with diffusers' denoiser."""
+        distilled = context.components.checkpoint.sampler.distilled_sigmas is not None
+        return Cosmos3DistilledVisionCoreDenoiseStep() if distilled else WORKFLOWS[self._modalities]()
 
     def denoiser(self, context: RunContext) -> ModularPipelineBlocks:
         """The block that predicts the velocity of one step."""

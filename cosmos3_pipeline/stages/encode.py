@@ -64,11 +64,11 @@ class EncodeStage:
             inputs.set("condition_video_keep", "first")  # of frames that are taken from the right end already
         context.components.vae(encoder=True)
         block(context.components.pipeline, inputs)
-        context.state.set("x0_tokens_vision", _lengthen(inputs.get("x0_tokens_vision"), clip.latent_frames))
+        context.state.set("x0_tokens_vision", lengthen(inputs.get("x0_tokens_vision"), clip.latent_frames))
         context.state.set("vision_condition_frames", inputs.get("vision_condition_frames"))
 
 
-def _lengthen(latents: Tensor, latent_frames: int) -> Tensor:
+def lengthen(latents: Tensor, latent_frames: int) -> Tensor:
     """`latents` [1, C, n, h, w] with zero frames after them, [1, C, latent_frames, h, w]."""
     batch, channels, encoded, rows, cols = latents.shape
     missing = latents.new_zeros(batch, channels, latent_frames - encoded, rows, cols)

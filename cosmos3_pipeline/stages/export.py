@@ -50,11 +50,7 @@ class ExportStage:
         else:
             path = context.directory / VIDEO_FILE
             self._write_video(context, path, sha256, waveform)
-        if self._output.latents:
-            with context.measure("export"), whole_file(context.directory / LATENTS_FILE) as partial:
-                names = ("latents",) if waveform is None else ("latents", "sound_latents")
-                found = {name: context.state.get(name).to("cpu", torch.float32).contiguous() for name in names}
-                save_file(found, partial)
+        self.write_latents(context)
         if self._output.sound and waveform is not None:
             with context.measure("export"):
                 write_wav(context.directory / SOUND_FILE, waveform)
@@ -64,6 +60,14 @@ class ExportStage:
             frames_sha256=sha256.hexdigest(),
             sound=None if waveform is None else sound_of(waveform),
         )
+
+    def write_latents(self, context: RunContext) -> None:
+        """Write the denoised latents where they are asked for."""
+        if self._output.latents:
+            with context.measure("export"), whole_file(context.directory / LATENTS_FILE) as partial:
+                names = ("latents",) if context.waveform is None else ("latents", "sound_latents")
+                found = {name: context.state.get(name).to("cpu", torch.float32).contiguous() for name in names}
+                save_file(found, partial)
 
     def _waveform(self, context: RunContext) -> NDArray[np.float32] | None:
         """The sound [channels, samples] on the host, as long as the video."""

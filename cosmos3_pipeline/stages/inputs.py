@@ -56,6 +56,26 @@ def condition_frames(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], l
     )
 
 
+def observation(task: TaskConfig, frames: int) -> tuple[list[Image.Image], str, list[Change]]:
+    """The first `frames` pictures that a task with actions goes on from, in their own size, and their key.
+
+    Raises:
+        Refusal: they cannot be read, or there are fewer.
+    """
+    if task.image is not None:
+        picture, changes = read_picture(task.image, background=background_of(task))
+        return [picture], "task.image", changes
+    assert task.video is not None
+    pictures, changes = read_frames(
+        task.video,
+        frames=frames,
+        keep=task.condition_keep.value,
+        fps=task.fps if task.resample else None,
+        background=background_of(task),
+    )
+    return pictures, "task.video", changes
+
+
 def background_of(task: TaskConfig) -> RGB:
     """`task.background` as a colour."""
     red, green, blue = task.background

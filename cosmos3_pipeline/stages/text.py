@@ -8,7 +8,7 @@ from cosmos3_pipeline.config.schema import SamplerConfig, TaskConfig
 from cosmos3_pipeline.denoise.texts import Prompt, own_passes
 from cosmos3_pipeline.models.tokenizer import check_tokens
 from cosmos3_pipeline.stages.context import RunContext
-from cosmos3_pipeline.stages.words import prompt_of, read_words, words_for
+from cosmos3_pipeline.stages.words import Words, prompt_of, read_words, words_for
 
 
 class TextStage:
@@ -36,9 +36,7 @@ class TextStage:
         task = self._task
         prompt = prompt_of(task)
         negative = None if task.negative_prompt is None else read_words(task.negative_prompt)
-        own = context.components.checkpoint.negative_prompt
-        words = words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
-        context.words = words
+        context.words = words = self.words(context, prompt, negative)
         context.components.tokenizer()
         state = context.state
         state.set("prompt", words.prompt)
@@ -53,6 +51,11 @@ class TextStage:
         Cosmos3TextEncoderStep()(context.components.pipeline, state)
         for name in ("cond_input_ids", "uncond_input_ids"):
             check_tokens(list(state.get(name)), context.components.checkpoint)
+
+    def words(self, context: RunContext, prompt: str, negative: str | None) -> Words:
+        """What the tokenizer is given."""
+        own = context.components.checkpoint.negative_prompt
+        return words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
 
     def prompts(self, context: RunContext) -> list[Prompt]:
         """The prompts of this rank's guidance passes, once they are tokens."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from options import TASK_NEEDS
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config import config_dir
@@ -24,7 +25,7 @@ OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml
 
 
 # What an option needs beside the defaults.
-NEEDS = {"weights/sharded": ["topology=cpu_x2"]}
+NEEDS = {"weights/sharded": ["topology=cpu_x2"], **{f"task/{name}": needs for name, needs in TASK_NEEDS.items()}}
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+from options import TASK_NEEDS
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config import config_dir
@@ -24,7 +25,7 @@ ACCEPT = "COSMOS3_ACCEPT=1 python -m pytest tests/unit/test_plan_golden.py"
 def cases() -> dict[str, list[str]]:
     groups = ("experiment", "model", "topology", "task", "vae")
     options = [f"{group}={p.stem}" for group in groups for p in sorted((config_dir() / group).glob("*.yaml"))]
-    found = {option: [option] for option in options}
+    found = {option: [option, *TASK_NEEDS.get(option.removeprefix("task="), [])] for option in options}
     return {"default": [], **found, **read_cases(REPOSITORY / CASES_FILE)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import av
 import pytest
 from limits import HANGS
+from options import TASK_NEEDS
 from PIL import Image
 
 from cosmos3_pipeline import compose
@@ -34,6 +36,13 @@ def given_to(task: str, folder: Path) -> list[str]:
     """A photograph or a clip for the tasks that go on from one, and few frames for those that make several."""
     if task == "t2i":
         return []
+    if task in ("policy", "forward_dynamics", "inverse_dynamics"):
+        return [
+            "task.domain=av",
+            "task.chunk_size=8",
+            "sampler.guidance_scale=3.0",
+            *given_to_actions(task, folder),
+        ]
     short = ["task.num_frames=5"]
     if task == "i2v":
         Image.new("RGB", (160, 96), "red").save(folder / "photo.png")
@@ -46,6 +55,15 @@ def given_to(task: str, folder: Path) -> list[str]:
             file.mux(stream.encode())
         return ["task.num_frames=9", f"task.video={folder / 'clip.mp4'}"]
     return short
+
+
+def given_to_actions(task: str, folder: Path) -> list[str]:
+    if task == "inverse_dynamics":
+        _, clip = given_to("v2v", folder)
+        return [clip, "task.resample=false", "task.chunk_size=4"]
+    _, photo = given_to("i2v", folder)
+    (folder / "actions.json").write_text(json.dumps([[0.5] * 9] * 8))
+    return [photo, *([f"task.actions={folder / 'actions.json'}"] if task == "forward_dynamics" else [])]
 
 
 def in_tiles(vae: str) -> list[str]:
@@ -80,7 +98,7 @@ def every_two() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("task", "vae", "weights"), every_two())
 def test_a_task_with_a_vae_and_weights(task: str, vae: str, weights: str, tmp_path: Path) -> None:
-    chosen = [f"task={task}", "topology=cpu_x2", f"vae={vae}", f"weights={weights}"]
+    chosen = [*TASK_NEEDS.get(task, []), f"task={task}", "topology=cpu_x2", f"vae={vae}", f"weights={weights}"]
     check([*chosen, *given_to(task, tmp_path), *in_tiles(f"vae={vae}")])
 
 

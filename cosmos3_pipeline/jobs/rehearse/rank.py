@@ -215,8 +215,7 @@ def _play(run: Run, config: Config, meter: StageMeter, tell: Tell) -> None:
         if name != "export":
             tell(name)
             stage(context)
-    assert context.frames is not None
-    for _ in context.frames:
+    for _ in context.frames or ():
         pass
 
 

@@ -1,0 +1,130 @@
+"""Actions in files: what a task is given, checked before work, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.planning.actions import EMBODIMENTS, ActionTask
+
+ACTIONS_FILE = "actions.json"
+SCHEMA_VERSION = 1
+UNITS = (
+    "normalised, as the model was trained: a robot needs them scaled with the statistics of the dataset, which no "
+    "checkpoint holds"
+)
+
+
+def read_actions(path: str, action: ActionTask) -> list[list[float]]:
+    """The actions of `task.actions`, one row of numbers for each.
+
+    A `.npy` array [chunk_size, width], the same as lists in JSON, or the `actions.json` of a run.
+
+    Raises:
+        Refusal: no such file, no such array, another number of rows or columns than the task has, or a value that
+            is not finite.
+    """
+    file, named = Path(path).expanduser().absolute(), f"task.actions={path}"
+    works = f"a .npy or .json file of {action.chunk_size} x {action.width} numbers"
+    if not file.is_file():
+        why = f"{file} {'is a folder' if file.is_dir() else 'does not exist'}"
+        raise Refusal(what=f"{named} is not a file", why=why, works=works)
+    rows = _of_npy(file, named, works) if file.suffix == ".npy" else _of_json(file, named, works, action)
+    found = (len(rows), *({len(row) for row in rows} or {0}))
+    if found[1:] != (action.width,):
+        columns = " and ".join(str(count) for count in sorted(found[1:]))
+        raise Refusal(
+            what=f"{named} has {columns} columns with task.domain={action.domain}",
+            why=f"an action of {action.domain} has {action.width} numbers",
+            works=_other_domains(found[1:]) or works,
+        )
+    if found[0] != action.chunk_size:
+        more = found[0] > action.chunk_size
+        raise Refusal(
+            what=f"{named} has {found[0]} actions with task.chunk_size={action.chunk_size}",
+            why="diffusers would leave out those after the chunk"
+            if more
+            else "diffusers would repeat the last one until the chunk is full",
+            works=f"task.chunk_size={found[0]}" if found[0] and not found[0] % 4 else works,
+        )
+    for number, row in enumerate(rows):
+        if not all(math.isfinite(value) for value in row):
+            raise Refusal(
+                what=f"{named} has a value that is NaN or infinite in row {number}",
+                why="every pixel of the clip would be lost with it",
+                works=works,
+            )
+    return rows
+
+
+def _other_domains(widths: tuple[int, ...]) -> str | None:
+    """The domains whose actions have such a width."""
+    names = [name for name, one in EMBODIMENTS.items() if widths == (one.width,)]
+    return f"task.domain={' or '.join(names)}" if names else None
+
+
+def _of_npy(file: Path, named: str, works: str) -> list[list[float]]:
+    import numpy as np
+
+    try:
+        array = np.load(file, allow_pickle=False)
+        assert isinstance(array, np.ndarray)
+    except (OSError, ValueError, EOFError, AssertionError) as error:
+        why = str(error) or "it holds several arrays"
+        raise Refusal(what=f"{named} is no array of NumPy", why=why, works=works) from error
+    if array.dtype.kind not in "fiu" or array.ndim != 2:
+        raise Refusal(
+            what=f"{named} holds {array.dtype} {list(array.shape)}",
+            why="actions are rows of real numbers: one row an action, one column each of its numbers",
+            works=works,
+        )
+    rows: list[list[float]] = array.astype(float).tolist()
+    return rows
+
+
+def _of_json(file: Path, named: str, works: str, action: ActionTask) -> list[list[float]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refusal(what=f"{named} is no JSON", why=str(error), works=works) from error
+    if isinstance(found, dict):
+        if found.get("domain", action.domain) != action.domain:
+            raise Refusal(
+                what=f"{named} has actions of {found['domain']} with task.domain={action.domain}",
+                why="each embodiment has columns and weights of its own",
+                works=f"task.domain={found['domain']}",
+            )
+        found = found.get("actions")
+    if not _is_rows(found):
+        raise Refusal(
+            what=f"{named} holds no rows of numbers",
+            why="actions are a list with one list of numbers for each, or an actions.json of a run",
+            works=works,
+        )
+    return [[float(value) for value in row] for row in found]
+
+
+def _is_rows(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(row, list) and all(type(value) in (int, float) for value in row) for row in found
+    )
+
+
+def actions_report(action: ActionTask, fps: float, actions: list[list[float]]) -> str:
+    """The text of actions.json, a line for each action; keys are added in later versions, never renamed."""
+    assert action.domain is not None
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "domain": action.domain,
+        "mode": action.mode.value,
+        "fps": fps,
+        "chunk_size": action.chunk_size,
+        "units": UNITS,
+        "columns": list(EMBODIMENTS[action.domain].columns) or None,
+    }
+    lines = [f'  "{key}": {json.dumps(value)}' for key, value in about.items()]
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in actions)
+    return "{\n" + ",\n".join([*lines, f'  "actions": [\n{rows}\n  ]']) + "\n}\n"

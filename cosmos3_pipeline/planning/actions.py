@@ -1,0 +1,155 @@
+"""Tasks with actions: whose actions they are, and the clip that follows from a picture, a tier and a chunk.
+
+diffusers decides the size of such a clip when it has the picture; a plan has to know it before. Source: diffusers
+`pipelines/cosmos/pipeline_cosmos3_omni.py`, whose tables a test holds these against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosmos3_pipeline.config.schema import TaskConfig, TaskName
+
+ACTION_TASKS = (TaskName.policy, TaskName.forward_dynamics, TaskName.inverse_dynamics)
+
+Size = tuple[int, int]  # height and width, in pixels
+
+# The canvases of a tier by their ratio of height to width, in the order in which diffusers looks at them.
+CANVASES: dict[int, dict[float, Size]] = {
+    256: {1.0: (256, 256), 0.8: (256, 320), 1.25: (320, 256), 0.6: (192, 320), 5 / 3: (320, 192)},
+    480: {
+        1.0: (640, 640),
+        0.7391304347826086: (544, 736),
+        1.3529411764705883: (736, 544),
+        0.5769230769230769: (480, 832),
+        1.7333333333333334: (832, 480),
+    },
+    704: {
+        1.0: (960, 960),
+        0.7647058823529411: (832, 1088),
+        1.3076923076923077: (1088, 832),
+        0.55: (704, 1280),
+        1.8181818181818181: (1280, 704),
+    },
+    720: {
+        1.0: (960, 960),
+        0.7536231884057971: (832, 1104),
+        1.3269230769230769: (1104, 832),
+        0.5625: (720, 1280),
+        1.7777777777777777: (1280, 720),
+    },
+}
+VIEW_POINTS = ("ego_view", "third_person_view", "wrist_view", "concat_view")
+
+# What the columns of an action are: a pose is a translation and a rotation of six numbers (Zhou et al. 2019).
+POSE = (*(f"translation_{axis}" for axis in "xyz"), *(f"rotation_{number}" for number in range(6)))
+ARM = (*POSE, "gripper")
+FINGERTIPS = tuple(f"finger_{finger}_{axis}" for finger in range(5) for axis in "xyz")
+
+
+def _of(place: str, columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{place}_{column}" for column in columns)
+
+
+_HUMANOID = (*_of("ego", POSE), *_of("first", ARM), *_of("second", ARM))
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """One embodiment that actions are for. `columns` are empty where diffusers says their number alone."""
+
+    width: int
+    columns: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, columns: tuple[str, ...]) -> Embodiment:
+        return cls(len(columns), columns)
+
+
+EMBODIMENTS = {
+    "av": Embodiment.of(POSE),
+    "camera_pose": Embodiment.of(POSE),
+    "pusht": Embodiment(2),
+    "umi": Embodiment.of(ARM),
+    "bridge_orig_lerobot": Embodiment.of(ARM),
+    "droid_lerobot": Embodiment.of(ARM),
+    "robomind-franka": Embodiment.of(ARM),
+    "robomind-franka-dual": Embodiment.of((*_of("first", ARM), *_of("second", ARM))),
+    "robomind-ur": Embodiment.of(ARM),
+    "galbot": Embodiment(30),
+    "agibotworld": Embodiment.of(_HUMANOID),
+    "agibot_gear_gripper": Embodiment.of(_HUMANOID),
+    "agibot_gear_gripper_ext": Embodiment.of(_HUMANOID),
+    "fractal": Embodiment.of(ARM),
+    "hand_pose": Embodiment.of(
+        (*_of("ego", POSE), *_of("first", (*POSE, *FINGERTIPS)), *_of("second", (*POSE, *FINGERTIPS)))
+    ),
+}
+# Embodiments that the model has weights for, and whose actions have no fixed width.
+WITHOUT_WIDTH = ("libero", "no_action")
+
+
+@dataclass(frozen=True)
+class ActionTask:
+    """What a task with actions has beside other tasks. `canvas` is None until the picture is known."""
+
+    mode: TaskName
+    domain: str | None
+    view_point: str
+    chunk_size: int
+    tier: int
+    canvas: Size | None
+
+    @property
+    def width(self) -> int:
+        """The numbers of one action."""
+        assert self.domain is not None
+        return EMBODIMENTS[self.domain].width
+
+    @property
+    def predicts(self) -> bool:
+        """Whether actions are what the task makes, and not what it is given."""
+        return self.mode is not TaskName.forward_dynamics
+
+    @property
+    def shows(self) -> bool:
+        """Whether the task makes a video."""
+        return self.mode is not TaskName.inverse_dynamics
+
+    def conditioned(self, temporal: int) -> list[int]:
+        """The latent frames that stay as the picture or the clip shows them."""
+        return [0] if self.shows else list(range(self.chunk_size // temporal + 1))
+
+
+def action_of(task: TaskConfig) -> ActionTask | None:
+    """The actions of a checked `task`, or None for a task without."""
+    if task.name not in ACTION_TASKS:
+        return None
+    assert task.chunk_size is not None and task.view_point is not None and task.resolution_tier is not None
+    canvas = None if task.canvas is None else (task.canvas[0], task.canvas[1])
+    return ActionTask(task.name, task.domain, task.view_point, task.chunk_size, task.resolution_tier, canvas)
+
+
+def canvas_for(picture: Size, tier: int, spatial: int) -> Size:
+    """What a picture is padded to: the canvas of `tier` whose shape is nearest to it."""
+    height, width = _whole_rows(picture, spatial)
+    return CANVASES[tier][min(CANVASES[tier], key=lambda ratio: abs(ratio - height / width))]
+
+
+def content_on(canvas: Size, picture: Size, spatial: int) -> Size:
+    """The part of `canvas` whose latents show `picture`, in whole latent rows and columns.
+
+    The picture is made smaller until the canvas holds it, and is never made larger. What its last row and column
+    share with the padding is left out.
+    """
+    height, width = _whole_rows(picture, spatial)
+    scale = min(canvas[1] / width, canvas[0] / height, 1.0)
+    shown = (max(1, int(scale * side + 0.5)) for side in (height, width))
+    rows, cols = (max(side // spatial, 1) for side in shown)
+    return rows * spatial, cols * spatial
+
+
+def _whole_rows(picture: Size, spatial: int) -> Size:
+    """The size that diffusers' `VideoProcessor` resizes a picture to before anything else."""
+    height, width = (side - side % spatial for side in picture)
+    return height, width
