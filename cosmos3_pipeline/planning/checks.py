@@ -330,10 +330,12 @@ def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
                 works="task.sound=true, or output.sound=false",
             )
         return
-    if task.modality == "image":
+    if task.modality != "video":
         yield Problem(
             what=f"task.sound=true with task={task.name.value}",
-            why="an image is one frame, and a sound lasts as long as its clip",
+            why="an image is one frame, and a sound lasts as long as its clip"
+            if task.modality == "image"
+            else "the models make sound with videos from words, photographs and clips",
             works="task=t2v, or task.sound=false",
         )
     if not model.transformer.sound_gen:
