@@ -129,6 +129,20 @@ class VaeModelConfig:
 
 
 @dataclass
+class ScheduleConfig:
+    """The noise levels that the checkpoint's own sampler takes, named as diffusers' `UniPCMultistepScheduler` does.
+
+    `native_grid` is `Sampler.native_grid`. They say at planning time which timesteps the steps of a run have.
+    """
+
+    use_karras_sigmas: bool = MISSING
+    flow_shift: float = ranged(at_least=0.01, at_most=1000)
+    sigma_min: float | None = ranged(at_least=1e-6)
+    sigma_max: float | None = ranged(at_least=1e-6)
+    native_grid: bool = MISSING
+
+
+@dataclass
 class Recommendation:
     """What `task` and `sampler` take when the user says nothing, per modality."""
 
@@ -192,6 +206,7 @@ class ModelConfig:
     dtype: Dtype = MISSING
     vae_dtype: Dtype = MISSING
     distilled_sigmas: list[float] | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VaeModelConfig = field(default_factory=VaeModelConfig)
     recommended: Recommended = field(default_factory=Recommended)
@@ -298,6 +313,7 @@ class RehearseConfig:
 class SamplerConfig:
     steps: int = ranged(at_least=1, at_most=1000)
     guidance_scale: float = ranged(at_least=0, at_most=100)
+    guidance_interval: list[float] | None = MISSING
     flow_shift: float | None = ranged(at_least=0.01, at_most=1000)
     seed: int = ranged(at_least=0, at_most=2**63 - 1)
 

@@ -339,6 +339,12 @@ def metrics(
         "weights": plan.weights.as_dict(),
         "words": None if context.words is None else asdict(context.words),
         "inputs": {key: [asdict(change) for change in changes] for key, changes in context.inputs.items()},
+        "denoise": {
+            "exactness": plan.exactness["denoise"],
+            "steps": config.sampler.steps,
+            "guidance_interval": config.sampler.guidance_interval,
+            "passes": asdict(context.passes),
+        },
         "vae": {direction: vae_report(plan, direction) for direction in DIRECTIONS},
         "stages": stages,
         "versions": versions(),

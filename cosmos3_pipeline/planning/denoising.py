@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cosmos3_pipeline.config.schema import Config, Device
 from cosmos3_pipeline.denoise.cost import DenoiseCost, PassTokens, TextCost, Wire, denoise_costs
+from cosmos3_pipeline.denoise.guidance import UNCOND, Guidance
 from cosmos3_pipeline.denoise.shards import even_rows, head_shares
 from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import accelerator_of
+from cosmos3_pipeline.planning.sampling import guidance_of, passes_of_steps
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import prompts_of
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
@@ -32,7 +35,8 @@ class Denoising:
 
     `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
     `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a replica, which are
-    encoded together. `distilled` says that the steps are fixed, and that each draws noise of its own.
+    encoded together. `steps` has the passes of a step, by their numbers, and how many steps have them.
+    `distilled` says that the steps are fixed, and that each draws noise of its own.
     """
 
     size: TransformerSize
@@ -44,6 +48,8 @@ class Denoising:
     cfg: int
     element_bytes: int
     prompts: int
+    guidance: Guidance
+    steps: Mapping[tuple[int, ...], int]
     distilled: bool
 
     @classmethod
@@ -51,11 +57,11 @@ class Denoising:
         cls, cfg: Config, size: TransformerSize, *, text_tokens: tuple[int, int], element_bytes: int
     ) -> Denoising:
         """Of a config, whose layout must pass `denoise.checks.check_layout`."""
-        clip, guidance = clip_of(cfg), cfg.sampler.guidance_scale
-        stretches = stretches_of(cfg)
-        passes = [PassTokens(text_tokens[0], stretches)]
-        if guidance != 1.0:
-            passes.append(PassTokens(text_tokens[1], stretches, negative=True))
+        clip, guidance, stretches = clip_of(cfg), guidance_of(cfg), stretches_of(cfg)
+        passes = [
+            PassTokens(tokens, stretches, negative=one.name == UNCOND)
+            for one, tokens in zip(guidance.passes, text_tokens, strict=False)
+        ]
         costs = denoise_costs(
             size,
             passes=passes,
@@ -73,6 +79,8 @@ class Denoising:
             cfg=cfg.topology.cfg,
             element_bytes=element_bytes,
             prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
+            guidance=guidance,
+            steps=Counter(passes_of_steps(cfg)),
             distilled=cfg.model.distilled_sigmas is not None,
         )
 
@@ -80,6 +88,14 @@ class Denoising:
     def passes(self) -> int:
         """The guidance passes of one rank."""
         return len(self.text_tokens) // self.cfg
+
+    @property
+    def computed(self) -> dict[str, int]:
+        """How often each guidance pass is computed for a clip, by its name."""
+        return {
+            one.name: sum(times for numbers, times in self.steps.items() if number in numbers)
+            for number, one in enumerate(self.guidance.passes)
+        }
 
     def text_bytes(self, place: int) -> int:
         """Bytes of the encoded prompts of one clip on the rank at `place` of the costs."""
@@ -129,15 +145,17 @@ class Denoising:
         cost, steps, topology = self.costs[place], cfg.sampler.steps, cfg.topology
         accelerator, per_node = accelerator_of(cfg), topology.ranks_per_node
         on_cpu = topology.device == Device.cpu
-        flops = cost.clip_flops + steps * cost.step_flops
+        clip = cost.steps(self.steps)
+        flops, sequence, guidance = cost.clip_flops + clip.flops, clip.ulysses, clip.cfg
+        # In a step without a pass of its own a rank waits for the others' velocities.
+        working = sum(times for numbers, times in self.steps.items() if cost.step(numbers).passes)
         # Each pass of each step reads the vision pathway's weights once.
-        reads = steps * self.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
-        sequence, guidance = cost.step_ulysses * steps, cost.step_cfg * steps
+        reads = clip.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
         gathered = weights.gathered * steps + weights.gathered_ahead
         inner, outer = topology.ulysses, topology.cfg * topology.ulysses
         link = accelerator.wire_seconds(sequence.bytes, sequence.messages, crosses_nodes=inner > per_node)
         link += accelerator.wire_seconds(guidance.bytes, guidance.messages, crosses_nodes=outer > per_node)
-        brought = steps * weights.copied / accelerator.host_bytes_per_s
+        brought = working * weights.copied / accelerator.host_bytes_per_s
         brought += accelerator.wire_seconds(
             gathered.bytes, gathered.messages, crosses_nodes=replica_ranks(topology) > per_node
         )

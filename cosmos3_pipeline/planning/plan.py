@@ -65,6 +65,7 @@ class Plan:
 
     `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
     each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
+    `passes` says how often each guidance pass is computed in the `steps`, by its name.
     `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     clip: Clip
     text_tokens: tuple[int, ...]
     steps: int
+    passes: dict[str, int]
     clips: int
     topology: dict[str, int]
     accelerator: Accelerator
@@ -149,6 +151,7 @@ def make_plan(
         clip=clip,
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
+        passes=denoising.computed,
         clips=denoising.prompts,
         topology={axis: getattr(cfg.topology, axis) for axis in AXES},
         accelerator=accelerator_of(cfg),
@@ -325,6 +328,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "text_tokens": list(plan.text_tokens),
         },
         "steps": plan.steps,
+        "passes": plan.passes,
         "clips_of_a_replica": plan.clips,
         "topology": {**plan.topology, "groups": groups(plan)},
         "accelerator": plan.accelerator.as_dict(),

@@ -39,6 +39,14 @@ def summary(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def steps_in_words(steps: int, passes: Mapping[str, int]) -> str:
+    """`35 steps`; `35 steps, 21 of them guided: 56 passes` where not all have every pass."""
+    if not any(0 < times < steps for times in passes.values()):
+        return f"{steps} steps"
+    guided = max(times for times in passes.values() if times < steps)
+    return f"{steps} steps, {guided} of them guided: {sum(passes.values())} passes"
+
+
 def placement(weights: Mapping[str, Any]) -> str:
     """Where the transformer's layers are: `resident`, or `streamed, 12 layers stay`."""
     words = [str(weights["placement"])]
@@ -61,7 +69,7 @@ def summary_lines(plan: Plan) -> list[str]:
     free = plan.accelerator.memory_bytes - plan.peak_bytes
     lines = [
         f"plan: {plan.model} {plan.task}, {clip.width}x{clip.height}, {clip.num_frames} frames "
-        f"({clip.vision_tokens:,} vision tokens), {plan.steps} steps",
+        f"({clip.vision_tokens:,} vision tokens), {steps_in_words(plan.steps, plan.passes)}",
         f"  {numbers['ranks']} x {plan.accelerator.name}, {numbers['layout']}; up to "
         f"{quantity('bytes', plan.peak_bytes)} per rank, {quantity('bytes', abs(free))} "
         f"{'free' if free >= 0 else 'TOO MUCH'}",

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.planning.summary import layout, placement
+from cosmos3_pipeline.planning.summary import layout, placement, steps_in_words
 from cosmos3_pipeline.planning.units import quantity
 
 SHOWN_RANKS = 16  # of a larger world only the ranks that differ from the one before are shown
@@ -36,7 +36,7 @@ def headline(plan: Mapping[str, Any]) -> str:
     fits = f"fits with {free} free" if memory["fits"] else f"DOES NOT FIT by {free}"
     return (
         f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames, "
-        f"{clip['vision_tokens']:,} vision tokens, {plan['steps']} steps, on {len(plan['ranks'])} x "
+        f"{clip['vision_tokens']:,} vision tokens, {steps_in_words(plan['steps'], plan['passes'])}, on {len(plan['ranks'])} x "
         f"{plan['accelerator']['name']} ({layout(plan['topology'])}), weights {placement(plan['weights'])}: about "
         f"{quantity('seconds', plan['seconds']['total'])}, {fits}"
     )

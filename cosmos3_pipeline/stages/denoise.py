@@ -20,7 +20,8 @@ from cosmos3_pipeline.stages.progress import Advance
 class DenoiseStage:
     """Leaves `latents`, the denoised latents [1, C, T, h, w] in fp32, in the state.
 
-    `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance. The noise is drawn from `sampler.seed` on
+    `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance; outside of `sampler.guidance_interval` so
+    does every step. The noise is drawn from `sampler.seed` on
     the CPU, in fp32 and whole, so it is the same on every rank, device and layout. So is the noise that each step
     of a distilled checkpoint adds, because the steps go on with the same generator.
 
@@ -63,7 +64,13 @@ class DenoiseStage:
     def denoiser(self, context: RunContext) -> ModularPipelineBlocks:
         """The block that predicts the velocity of one step."""
         parts = context.components
-        return ParallelLoopDenoiser(context.mesh, layers=parts.transformer(), texts=parts.texts)
+        return ParallelLoopDenoiser(
+            context.mesh,
+            layers=parts.transformer(),
+            texts=parts.texts,
+            guidance_interval=self._sampler.guidance_interval,
+            counts=context.passes,
+        )
 
 
 class _ReportStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped

@@ -117,12 +117,12 @@ def check_wire(mesh: RankMesh, model: str, clip: str) -> None:
     guidance, sequence = mesh.comm("cfg").ledger, mesh.comm("ulysses").ledger
     before = guidance.snapshot(), sequence.snapshot()
     latents(ParallelLoopDenoiser(mesh), MODELS[model], clip, seed=1)
-    assert sent(guidance, before[0]) == cost.step_cfg * STEPS
+    assert sent(guidance, before[0]) == cost.full_step.cfg * STEPS
     text = Wire()
     for one in cost.texts:
         text += one.ulysses
-    assert sent(sequence, before[1]) == text + cost.step_ulysses * STEPS
-    assert (mesh.cfg > 1) == (cost.step_cfg.bytes > 0) or clip == "fewer tokens than ranks"
+    assert sent(sequence, before[1]) == text + cost.full_step.ulysses * STEPS
+    assert (mesh.cfg > 1) == (cost.full_step.cfg.bytes > 0) or clip == "fewer tokens than ranks"
 
 
 def in_layout(dp: int, cfg: int, ulysses: int) -> None:
