@@ -7,6 +7,7 @@ Tests hold them against those of the scheduler itself, value by value. Source: d
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,10 @@ EPSILON = 1e-6  # the first step has so much less noise than 1, where the solver
 
 
 def timesteps_of(schedule: Mapping[str, Any], steps: int) -> tuple[int, ...]:
-    """The timestep of each of `steps`, falling from 999. `schedule` has the keys of `config.schema.ScheduleConfig`."""
+    """The timestep of each of `steps`, from 999 downwards.
+
+    `schedule` has the keys of `config.schema.ScheduleConfig`.
+    """
     if schedule["use_karras_sigmas"]:
         sigmas = _karras(schedule["sigma_min"], schedule["sigma_max"], steps)
     else:
@@ -36,12 +40,19 @@ def _evenly(first: float, last: float, count: int) -> list[float]:
     return [number * step + first for number in range(count)]
 
 
+def _rounded(value: float) -> float:
+    """In float32, in which diffusers keeps these numbers."""
+    found: float = struct.unpack("f", struct.pack("f", value))[0]
+    return found
+
+
 def _karras(sigma_min: float | None, sigma_max: float | None, steps: int) -> list[float]:
     """Noise levels of flow from those of diffusion, which fall evenly in their seventh root."""
     kept, levels = 1.0, []
     for beta in _evenly(*BETAS, TRAIN_TIMESTEPS):
-        kept *= 1 - beta
-        levels.append(math.sqrt((1 - kept) / kept))
+        kept *= _rounded(1 - _rounded(beta))
+        signal = _rounded(kept)
+        levels.append(_rounded(math.sqrt(_rounded((1 - signal) / signal))))
     low = (levels[0] if sigma_min is None else sigma_min) ** (1 / RHO)
     high = (levels[-1] if sigma_max is None else sigma_max) ** (1 / RHO)
     found = ((high + part * (low - high)) ** RHO for part in _evenly(0.0, 1.0, steps))

@@ -75,6 +75,11 @@ class Placement(Enum):
     auto = "auto"
 
 
+class CacheName(Enum):
+    none = "none"
+    seacache = "seacache"
+
+
 class RehearsalFormat(Enum):
     table = "table"
     markdown = "markdown"
@@ -130,7 +135,7 @@ class VaeModelConfig:
 
 @dataclass
 class ScheduleConfig:
-    """The noise levels that the checkpoint's own sampler takes, named as diffusers' `UniPCMultistepScheduler` does.
+    """The noise levels of the checkpoint's own sampler, named as diffusers' `UniPCMultistepScheduler` names them.
 
     `native_grid` is `Sampler.native_grid`. They say at planning time which timesteps the steps of a run have.
     """
@@ -310,12 +315,26 @@ class RehearseConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Which passes are spared, see `denoise.cache`; the fields are those of diffusers' `SeaCacheConfig`."""
+
+    name: CacheName = CacheName.none
+    threshold: float = ranged(0.25, at_least=0.000001)
+    residual_order: int = ranged(1, at_least=0, at_most=1)
+    retention_steps: int = ranged(1, at_least=0)
+    cache_end_steps: int = ranged(1, at_least=0)
+    max_consecutive_cached: int = ranged(2, at_least=0)
+    power_exp: float = ranged(3.0, at_least=0.001)
+
+
+@dataclass
 class SamplerConfig:
     steps: int = ranged(at_least=1, at_most=1000)
     guidance_scale: float = ranged(at_least=0, at_most=100)
-    guidance_interval: list[float] | None = MISSING
+    guidance_interval: list[float] | None = None
     flow_shift: float | None = ranged(at_least=0.01, at_most=1000)
     seed: int = ranged(at_least=0, at_most=2**63 - 1)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass

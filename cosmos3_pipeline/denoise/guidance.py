@@ -83,7 +83,7 @@ class Guidance:
 
 @dataclass
 class PassCounts:
-    """The passes of a run by their names, over all ranks: those that were computed, and those that a cache spared."""
+    """The passes of a run by their names, over all ranks: computed ones, and those that a cache has spared."""
 
     computed: Counter[str] = field(default_factory=Counter)
     cached: Counter[str] = field(default_factory=Counter)

@@ -17,7 +17,7 @@ from cosmos3_pipeline.denoise.pathway import Pathway
 class Layers(Protocol):
     """The layers of both pathways.
 
-    `shared` says that every rank keeps a part of each layer, so that all go through a pathway together, also a rank
+    `shared` says that every rank keeps a part of each layer. Then all go through a pathway together, also a rank
     that computes nothing in it.
     """
 

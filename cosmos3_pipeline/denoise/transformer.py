@@ -244,7 +244,7 @@ def _refuse_what_would_be_bypassed(transformer: Cosmos3OmniTransformer) -> None:
         raise Refusal(
             what=f"the transformer has a cache enabled ({type(transformer._cache_config).__name__})",
             why="parallel denoising calls the layers' parts, so the cache's hooks would never run",
-            works="transformer.disable_cache()",
+            works="transformer.disable_cache(), and sampler/cache=seacache or ParallelLoopDenoiser(cache=...)",
         )
     for processor in transformer.attn_processors.values():
         backend = getattr(processor, "_attention_backend", None)

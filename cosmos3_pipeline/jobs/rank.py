@@ -342,8 +342,12 @@ def metrics(
         "denoise": {
             "exactness": plan.exactness["denoise"],
             "steps": config.sampler.steps,
+            "cache": plan.cache,
             "guidance_interval": config.sampler.guidance_interval,
-            "passes": asdict(context.passes),
+            "passes": {
+                "computed": dict(context.passes.computed),
+                "cached": dict(context.passes.cached),
+            },
         },
         "vae": {direction: vae_report(plan, direction) for direction in DIRECTIONS},
         "stages": stages,

@@ -24,7 +24,7 @@ from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
-from cosmos3_pipeline.planning.sampling import check_interval
+from cosmos3_pipeline.planning.sampling import check_cache, check_interval
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.vae import (
     REFERENCE,
@@ -101,7 +101,9 @@ def check(cfg: Config) -> Checked:
     """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
     found = [
-        problem for one in (_task, _clip, _distilled, check_interval, _ranks, _layout, _weights) for problem in one(cfg, clip)
+        problem
+        for one in (_task, _clip, _distilled, check_interval, check_cache, _ranks, _layout, _weights)
+        for problem in one(cfg, clip)
     ]
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):

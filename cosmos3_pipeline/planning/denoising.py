@@ -12,7 +12,7 @@ from cosmos3_pipeline.denoise.guidance import UNCOND, Guidance
 from cosmos3_pipeline.denoise.shards import even_rows, head_shares
 from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import accelerator_of
-from cosmos3_pipeline.planning.sampling import guidance_of, passes_of_steps
+from cosmos3_pipeline.planning.sampling import caches, guidance_of, passes_of_steps
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import prompts_of
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
@@ -25,6 +25,10 @@ LATENTS_IN_SAMPLER = 15
 # The same with the fixed steps of a distilled checkpoint, which remember no earlier step.
 DISTILLED_LATENTS_IN_MODEL = 5
 DISTILLED_LATENTS_IN_SAMPLER = 10
+# Those of a cache's first rank besides, while it filters the latents, and what it remembers of them for the next
+# step. Counted on a rehearsed one.
+LATENTS_IN_FILTER = 7
+LATENTS_COMPARED = 1
 # A CPU computes an MLP in parts of about this many bytes, see `denoise.pathway`.
 MLP_PART_BYTES = 2**20
 
@@ -35,8 +39,9 @@ class Denoising:
 
     `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
     `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a replica, which are
-    encoded together. `steps` has the passes of a step, by their numbers, and how many steps have them.
-    `distilled` says that the steps are fixed, and that each draws noise of its own.
+    encoded together. `steps` has the passes of a step, by their numbers, and how many steps have them. `residuals`
+    are the steps that a cache remembers of each pass, 0 without one. `distilled` says that the steps are fixed, and
+    that each draws noise of its own.
     """
 
     size: TransformerSize
@@ -50,6 +55,7 @@ class Denoising:
     prompts: int
     guidance: Guidance
     steps: Mapping[tuple[int, ...], int]
+    residuals: int
     distilled: bool
 
     @classmethod
@@ -81,6 +87,7 @@ class Denoising:
             prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
             guidance=guidance,
             steps=Counter(passes_of_steps(cfg)),
+            residuals=cfg.sampler.cache.residual_order + 1 if caches(cfg) else 0,
             distilled=cfg.model.distilled_sigmas is not None,
         )
 
@@ -189,9 +196,15 @@ class Denoising:
         """
         rank, latents = self.costs[place].ulysses_rank, self.latent_elements * FP32_BYTES
         vision = self._layer_bytes(self.vision_rows, rank, before=max(self.text_tokens), on_cpu=on_cpu)
+        in_model, in_sampler = LATENTS_IN_MODEL, LATENTS_IN_SAMPLER
         if self.distilled:
-            return max(vision + DISTILLED_LATENTS_IN_MODEL * latents, DISTILLED_LATENTS_IN_SAMPLER * latents)
-        return max(vision + LATENTS_IN_MODEL * latents, LATENTS_IN_SAMPLER * latents)
+            in_model, in_sampler = DISTILLED_LATENTS_IN_MODEL, DISTILLED_LATENTS_IN_SAMPLER
+        if self.residuals and place == 0:
+            in_sampler = LATENTS_COMPARED + max(in_sampler, in_model + LATENTS_IN_FILTER)
+            in_model += LATENTS_COMPARED
+        # What the layers have added to own tokens.
+        kept = self.residuals * self.passes * self.vision_rows[rank] * self.size.hidden_size * self.element_bytes
+        return kept + max(vision + in_model * latents, in_sampler * latents)
 
     def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:
         """The most that a layer of the text holds, for the longest prompt while the others wait."""

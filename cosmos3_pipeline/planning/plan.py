@@ -18,6 +18,7 @@ from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.denoising import Denoising
 from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
+from cosmos3_pipeline.planning.sampling import caches
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import text_tokens_of
 from cosmos3_pipeline.planning.trained import outside, words_of_another
@@ -65,7 +66,8 @@ class Plan:
 
     `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
     each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
-    `passes` says how often each guidance pass is computed in the `steps`, by its name.
+    `passes` says how often each guidance pass is computed in the `steps`, by its name; with a `cache` at most.
+    Then denoising is approximate, beside a run without the cache.
     `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
     """
 
@@ -75,6 +77,7 @@ class Plan:
     text_tokens: tuple[int, ...]
     steps: int
     passes: dict[str, int]
+    cache: str
     clips: int
     topology: dict[str, int]
     accelerator: Accelerator
@@ -145,6 +148,8 @@ def make_plan(
     weights, ranks = _placed(cfg, denoising, stages)
     exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
     exactness["text"] = exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    if caches(cfg):
+        exactness["denoise"] = "approximate"
     return Plan(
         model=cfg.model.name,
         task=cfg.task.name.value,
@@ -152,6 +157,7 @@ def make_plan(
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
         passes=denoising.computed,
+        cache=cfg.sampler.cache.name.value,
         clips=denoising.prompts,
         topology={axis: getattr(cfg.topology, axis) for axis in AXES},
         accelerator=accelerator_of(cfg),
@@ -297,6 +303,11 @@ def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:
         notes.append(f"{model.path} is not in the hub's cache: planned with the numbers of model={model.name}")
     notes += [f"the adapter {one.path} is added to the weights, with weight {one.weight:g}" for one in model.lora]
     notes += [ESTIMATES[cfg.topology.device]]
+    if caches(cfg):
+        notes.append(
+            f"sampler/cache={cfg.sampler.cache.name.value} makes denoising approximate: the latents decide which "
+            "passes are spared, so its passes, work, bytes and seconds are the most that there can be"
+        )
     if estimated_text:
         notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
     return tuple(notes)
@@ -329,6 +340,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         },
         "steps": plan.steps,
         "passes": plan.passes,
+        "cache": plan.cache,
         "clips_of_a_replica": plan.clips,
         "topology": {**plan.topology, "groups": groups(plan)},
         "accelerator": plan.accelerator.as_dict(),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from cosmos3_pipeline.checkpoint.schedule import TRAIN_TIMESTEPS, timesteps_of
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config
 from cosmos3_pipeline.denoise.guidance import Guidance
 from cosmos3_pipeline.errors import Problem
-from cosmos3_pipeline.planning.geometry import Clip
+from cosmos3_pipeline.planning.geometry import Clip, stretches_of
+
+
+def caches(cfg: Config) -> bool:
+    """Whether passes may be spared, which only the latents decide."""
+    return cfg.sampler.cache.name is not CacheName.none
 
 
 def guidance_of(cfg: Config) -> Guidance:
@@ -63,4 +69,33 @@ def check_interval(cfg: Config, clip: Clip) -> Iterator[Problem]:
             why=f"no step lies in it: their timesteps are {', '.join(f'{t:g}' for t in timesteps[:3])} ... "
             f"{timesteps[-1]:g}",
             works="sampler.guidance_scale=1.0 for no guidance, or a wider interval",
+        )
+
+
+def check_cache(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    """Settings of a cache that would be ignored, or that leave it nothing to spare."""
+    cache, steps = cfg.sampler.cache, cfg.sampler.steps
+    if not caches(cfg):
+        default = CacheConfig()
+        for field in fields(cache):
+            if getattr(cache, field.name) != getattr(default, field.name):
+                yield Problem(
+                    what=f"sampler.cache.{field.name}={getattr(cache, field.name)} with sampler/cache=none",
+                    why="without a cache nothing reads it, so it would be ignored",
+                    works=f"sampler/cache=seacache, or no sampler.cache.{field.name}",
+                )
+        return
+    computed = max(cache.retention_steps, 1) + cache.cache_end_steps  # nothing is there to compare the first with
+    if computed >= steps:
+        yield Problem(
+            what=f"sampler/cache=seacache with sampler.steps={steps}, sampler.cache.retention_steps="
+            f"{cache.retention_steps} and sampler.cache.cache_end_steps={cache.cache_end_steps}",
+            why="all steps are then computed, so nothing could be spared",
+            works=f"sampler.steps={computed + 1} or more, or sampler/cache=none",
+        )
+    if not any(one.modality == "vision" and one.noisy(0, one.tokens) for one in stretches_of(cfg)):
+        yield Problem(
+            what=f"sampler/cache=seacache with task={cfg.task.name.value}",
+            why="the cache compares the frames that are denoised, and here all frames are given",
+            works="sampler/cache=none",
         )

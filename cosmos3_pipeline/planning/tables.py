@@ -33,10 +33,11 @@ def headline(plan: Mapping[str, Any]) -> str:
     """What is made, on what, and whether it fits."""
     clip, memory = plan["clip"], plan["memory"]
     free = quantity("bytes", abs(memory["limit_bytes"] - memory["peak_bytes"]))
+    steps = steps_in_words(plan["steps"], plan["passes"], plan["cache"])
     fits = f"fits with {free} free" if memory["fits"] else f"DOES NOT FIT by {free}"
     return (
         f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames, "
-        f"{clip['vision_tokens']:,} vision tokens, {steps_in_words(plan['steps'], plan['passes'])}, on {len(plan['ranks'])} x "
+        f"{clip['vision_tokens']:,} vision tokens, {steps}, on {len(plan['ranks'])} x "
         f"{plan['accelerator']['name']} ({layout(plan['topology'])}), weights {placement(plan['weights'])}: about "
         f"{quantity('seconds', plan['seconds']['total'])}, {fits}"
     )

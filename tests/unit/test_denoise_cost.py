@@ -31,8 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
 class Counted(ParallelLoopDenoiser):
     """Counts the FLOPs of every step, the solver's left out."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.flops: list[int] = []
 
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
