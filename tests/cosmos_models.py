@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.modular_pipelines.cosmos.denoise import Cosmos3LoopDenoiser
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
     Cosmos3VisionActionCoreDenoiseStep,
     Cosmos3VisionCoreDenoiseStep,
@@ -190,6 +191,22 @@ def run_workflow(
         modular.update_components(scheduler=scheduler, distilled_sigmas=distilled_sigmas)
     workflow.sub_blocks["denoise"].set_progress_bar_config(disable=True)
     return modular(**inputs)
+
+
+class SwitchedGuidance(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffusers is untyped
+    """diffusers' own denoiser, whose guidance is off where a step is not in the interval."""
+
+    def __init__(self, interval: tuple[float, float]) -> None:
+        super().__init__()
+        self._interval = interval
+
+    def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
+        scale = block_state.guidance_scale
+        if not self._interval[0] <= t.item() <= self._interval[1]:
+            block_state.guidance_scale = 1.0
+        found = super().__call__(components, block_state, i, t)
+        block_state.guidance_scale = scale
+        return found
 
 
 # What a run may denoise besides vision, by diffusers' workflow of it.

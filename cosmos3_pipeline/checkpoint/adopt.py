@@ -70,6 +70,10 @@ def _numbers(cfg: Config, info: CheckpointInfo) -> Iterator[tuple[str, Any]]:
             yield f"model.recommended.{modality}.steps", len(sigmas)
             yield f"model.recommended.{modality}.guidance_scale", 1.0
             yield f"model.recommended.{modality}.flow_shift", None
-    elif info.sampler.native_flow_shift is not None:
+        return
+    schedule = {**info.sampler.settings_for(None), "native_grid": info.sampler.native_grid}
+    for field in fields(model.schedule):
+        yield f"model.schedule.{field.name}", schedule[field.name]
+    if info.sampler.native_flow_shift is not None:
         for modality in ("video", "image"):
             yield f"model.recommended.{modality}.flow_shift", info.sampler.native_flow_shift

@@ -78,6 +78,11 @@ class Placement(Enum):
     auto = "auto"
 
 
+class CacheName(Enum):
+    none = "none"
+    seacache = "seacache"
+
+
 class RehearsalFormat(Enum):
     table = "table"
     markdown = "markdown"
@@ -142,6 +147,20 @@ class SoundTokenizerConfig:
     """The one value of `diffusers.Cosmos3AVAEAudioTokenizer` that is not fixed: the width of its decoder."""
 
     dec_dim: int = ranged(at_least=1)
+
+
+@dataclass
+class ScheduleConfig:
+    """The noise levels of the checkpoint's own sampler, named as diffusers' `UniPCMultistepScheduler` names them.
+
+    `native_grid` is `Sampler.native_grid`. They say at planning time which timesteps the steps of a run have.
+    """
+
+    use_karras_sigmas: bool = MISSING
+    flow_shift: float = ranged(at_least=0.01, at_most=1000)
+    sigma_min: float | None = ranged(at_least=1e-6)
+    sigma_max: float | None = ranged(at_least=1e-6)
+    native_grid: bool = MISSING
 
 
 @dataclass
@@ -217,6 +236,7 @@ class ModelConfig:
     dtype: Dtype = MISSING
     vae_dtype: Dtype = MISSING
     distilled_sigmas: list[float] | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VaeModelConfig = field(default_factory=VaeModelConfig)
     sound_tokenizer: SoundTokenizerConfig = field(default_factory=SoundTokenizerConfig)
@@ -328,11 +348,26 @@ class RehearseConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Which passes are spared, see `denoise.cache`; the fields are those of diffusers' `SeaCacheConfig`."""
+
+    name: CacheName = CacheName.none
+    threshold: float = ranged(0.25, at_least=0.000001)
+    residual_order: int = ranged(1, at_least=0, at_most=1)
+    retention_steps: int = ranged(1, at_least=0)
+    cache_end_steps: int = ranged(1, at_least=0)
+    max_consecutive_cached: int = ranged(2, at_least=0)
+    power_exp: float = ranged(3.0, at_least=0.001)
+
+
+@dataclass
 class SamplerConfig:
     steps: int = ranged(at_least=1, at_most=1000)
     guidance_scale: float = ranged(at_least=0, at_most=100)
+    guidance_interval: list[float] | None = None
     flow_shift: float | None = ranged(at_least=0.01, at_most=1000)
     seed: int = ranged(at_least=0, at_most=2**63 - 1)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass

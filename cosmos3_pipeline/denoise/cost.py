@@ -9,7 +9,7 @@ for every noisy token instead of once (see `ParallelTransformer.embed`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
@@ -105,20 +105,68 @@ class TextCost:
 
 
 @dataclass(frozen=True)
+class PassCost:
+    """One rank's share of one guidance pass in one step, by the number of the pass, see `guidance.Guidance`."""
+
+    number: int
+    flops: int
+    ulysses: Wire
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One rank's share of one or more steps, in which it computes so many `passes`."""
+
+    passes: int
+    flops: int
+    ulysses: Wire
+    cfg: Wire
+
+
+@dataclass(frozen=True)
 class DenoiseCost:
     """One rank's share, by its place on the two axes.
 
-    `texts` has the prompts of its guidance passes. `clip_flops` (the angles of all tokens but the text's) is once
-    per clip, `step_*` once per step.
+    `texts` has the prompts of its guidance passes, `passes` what each pass costs. `clip_flops` (the angles of all
+    tokens but the text's) is once per clip, `embed_flops` once per step for all passes of the rank. `velocity` is
+    one pass's velocity for the other ranks of `cfg`, `gather` the guided velocity for those of `ulysses`.
     """
 
     cfg_rank: int
     ulysses_rank: int
     texts: tuple[TextCost, ...]
+    passes: tuple[PassCost, ...]
     clip_flops: int
-    step_flops: int
-    step_ulysses: Wire
-    step_cfg: Wire
+    embed_flops: int
+    velocity: Wire
+    gather: Wire
+
+    def step(self, numbers: Collection[int]) -> StepCost:
+        """A step that has the passes `numbers`."""
+        own = [one for one in self.passes if one.number in numbers]
+        return StepCost(
+            passes=len(own),
+            flops=sum(one.flops for one in own) + (self.embed_flops if own else 0),
+            ulysses=_sum(one.ulysses for one in own) + self.gather,
+            # All of them go in one message.
+            cfg=Wire(self.velocity.bytes * len(own), self.velocity.messages if own else 0),
+        )
+
+    def steps(self, counted: Mapping[tuple[int, ...], int]) -> StepCost:
+        """All steps of a clip: `counted` says how many have which passes."""
+        passes, flops, ulysses, cfg = 0, 0, Wire(), Wire()
+        for numbers, times in counted.items():
+            one = self.step(numbers)
+            passes += times * one.passes
+            flops += times * one.flops
+            ulysses += one.ulysses * times
+            cfg += one.cfg * times
+        return StepCost(passes, flops, ulysses, cfg)
+
+    @property
+    def full_step(self) -> StepCost:
+        """A step with all passes."""
+        return self.step([one.number for one in self.passes])
 
 
 def denoise_costs(
@@ -138,15 +186,14 @@ def denoise_costs(
     shares = head_shares(model.num_attention_heads, model.num_key_value_heads, ulysses)
     costs = []
     for cfg_rank, rank in product(range(cfg), range(ulysses)):
-        own_passes = passes[cfg_rank : cfg_rank + 1] if cfg > 1 else passes
+        own_passes = [(number, one) for number, one in enumerate(passes) if cfg == 1 or number == cfg_rank]
         part = _Part(model, rows, rank, shares, element_bytes)
         own = _own_tokens(stretches, start_of(rows, rank), part.own)
         prediction = sum(stretch.noisy(start, stop) * stretch.channels for stretch, start, stop in own)
         projected = sum((stop - start) * stretch.channels for stretch, start, stop in own)
         once = model.num_hidden_layers - 1  # the last layer's text is read by nothing: keys and values suffice
-        step_flops = 2 * model.hidden_size * projected + _noise_level_flops(model, stretches)
-        clip_flops, step_wire, texts = 0, Wire(), []
-        for one in own_passes:
+        clip_flops, texts, costed = 0, [], []
+        for number, one in own_passes:
             prompt = _Part(model, even_rows(one.text, ulysses), rank, shares, element_bytes)
             angles = 3 * model.head_dim  # of the rotary embedding, of one token
             layer = prompt.project_flops + prompt.finish_flops + prompt.attend_flops(prompt.total)
@@ -161,17 +208,18 @@ def denoise_costs(
             )
             clip_flops += angles * part.total
             layer = part.project_flops + part.finish_flops + part.attend_flops(prompt.total + part.total)
-            step_flops += model.num_hidden_layers * layer + 2 * model.hidden_size * projected
-            step_wire += (part.to_heads + part.to_rows) * model.num_hidden_layers
+            flops = model.num_hidden_layers * layer + 2 * model.hidden_size * projected
+            costed.append(PassCost(number, flops, (part.to_heads + part.to_rows) * model.num_hidden_layers))
         costs.append(
             DenoiseCost(
                 cfg_rank=cfg_rank,
                 ulysses_rank=rank,
                 texts=tuple(texts),
+                passes=tuple(costed),
                 clip_flops=clip_flops,
-                step_flops=step_flops,
-                step_ulysses=step_wire + _to_each(prediction * COMBINED_BYTES, ulysses - 1),
-                step_cfg=_to_each(prediction * element_bytes, cfg - 1),
+                embed_flops=2 * model.hidden_size * projected + _noise_level_flops(model, stretches),
+                velocity=_to_each(prediction * element_bytes, cfg - 1),
+                gather=_to_each(prediction * COMBINED_BYTES, ulysses - 1),
             )
         )
     return tuple(costs)

@@ -6,20 +6,50 @@ diffusers'. Source: diffusers `modular_pipelines/cosmos/denoise.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import SeaCacheConfig
 from diffusers.modular_pipelines.cosmos.denoise import Cosmos3LoopDenoiser
 from torch import Tensor
 
+from cosmos3_pipeline.denoise.cache import StepCache
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.denoise.exchange import Exchange
+from cosmos3_pipeline.denoise.guidance import COND, UNCOND, Guidance, PassCounts
 from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
 from cosmos3_pipeline.denoise.modalities import MODALITIES, items_of
-from cosmos3_pipeline.denoise.texts import PASSES, TextEncoder, Texts, own_passes
+from cosmos3_pipeline.denoise.texts import TextEncoder, Texts
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer, PreparedPass
-from cosmos3_pipeline.distributed.mesh import RankMesh
+from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+
+
+@dataclass
+class _Loop:
+    """What does not change between the steps of one loop. `own` are this rank's passes by their numbers."""
+
+    transformer: ParallelTransformer
+    guidance: Guidance
+    own: dict[int, PreparedPass]
+    timesteps: list[float]
+    sigmas: list[float]
+    cache: StepCache | None
+
+    @property
+    def any_pass(self) -> PreparedPass:
+        """Where it does not matter which: all passes go over the same tokens."""
+        return next(iter(self.own.values()))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step: its place among all, the numbers of its passes, and those of them that a cache spares."""
+
+    place: int
+    passes: tuple[int, ...]
+    spared: frozenset[int]
 
 
 class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffusers is untyped
@@ -29,14 +59,29 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
     swap velocities and each combines both, in diffusers' arithmetic and order. Without a mesh this rank does
     everything alone. `layers` is where the transformer's layers come from, `texts` has prompts that are encoded
     already; without them the transformer is whole, and the text is encoded before the first step.
+
+    `guidance_interval` are the timesteps between which the unconditional pass is computed; None: in every step.
+    With `cache` passes are spared as diffusers' SeaCache spares them. Passes are counted in `counts`.
     """
 
     def __init__(
-        self, mesh: RankMesh | None = None, *, layers: Layers | None = None, texts: Texts | None = None
+        self,
+        mesh: RankMesh | None = None,
+        *,
+        layers: Layers | None = None,
+        texts: Texts | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        cache: SeaCacheConfig | None = None,
+        counts: PassCounts | None = None,
     ) -> None:
         super().__init__()
         self._layers = layers
         self._texts = texts
+        self._interval = guidance_interval
+        self._cache = cache
+        # All that share layers or tokens, and so have to spare the same passes.
+        self._replica = None if mesh is None or cache is None else mesh.comm(REPLICA)
+        self._counts = PassCounts() if counts is None else counts
         self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
         self._sequence = Exchange(None if mesh is None else mesh.comm("ulysses"))
 
@@ -46,25 +91,17 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
-        if not hasattr(block_state, "parallel_passes"):
-            block_state.parallel_transformer = self._accelerate(components.transformer, block_state)
-            block_state.parallel_passes = self._prepare(components.transformer, block_state)
-        transformer, passes = block_state.parallel_transformer, block_state.parallel_passes
-        any_pass, latents = passes[0], self._latents(block_state)
+        if not hasattr(block_state, "parallel_loop"):
+            block_state.parallel_loop = self._begin(components, block_state)
+        loop: _Loop = block_state.parallel_loop
+        latents = self._latents(block_state)
+        step = self._step(loop, latents, i)
         # Its value stays on the device: reading it on the host would wait for all that was launched before.
         timestep = t.reshape(1).to(latents["vision"][0].device)
-        embedded = transformer.embed(any_pass, latents, timestep)
-        velocities = transformer.predict(passes, [embedded] * len(passes))
-        if self._guidance.ranks > 1:
-            (own,) = velocities
-            both = self._guidance.gather_rows(own, [len(own)] * self._guidance.ranks)
-            velocities = list(both.view(self._guidance.ranks, len(own)).unbind())
-        velocity = velocities[0].float()
-        if len(velocities) > 1:
-            uncond = velocities[1].float()
-            # uncond + scale * (cond - uncond) on packed tokens: half of what unpacking both passes would move
-            velocity = (velocity - uncond).mul_(block_state.guidance_scale).add_(uncond)
-        found = transformer.assemble(any_pass, transformer.gather(any_pass, velocity), latents)
+        own = self._velocities(loop, step, latents, timestep)
+        velocity = loop.guidance.combine(self._exchanged(loop, step, own))
+        gathered = loop.transformer.gather(loop.any_pass, velocity)
+        found = loop.transformer.assemble(loop.any_pass, gathered, latents)
         for modality in MODALITIES:
             velocity_of = found.get(modality.name)
             setattr(block_state, f"velocity_{modality.name}", None if velocity_of is None else velocity_of[-1])
@@ -73,10 +110,83 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             actions[:, width:] = 0  # of what no embodiment with so few numbers has
         return components, block_state
 
+    def _step(self, loop: _Loop, latents: Mapping[str, list[Tensor]], place: int) -> _Step:
+        """Which passes the step at `place` has and computes; counts them."""
+        passes, spared = loop.guidance.at(loop.timesteps[place]), frozenset[int]()
+        if loop.cache is not None:
+            vision = next(share.items for share in loop.any_pass.shares if share.items.modality.name == "vision")
+            clips = zip(latents["vision"], vision.noisy_frames, strict=True)
+            spared = loop.cache.spared(
+                passes,
+                [clip for clip, noisy in clips if len(noisy)],
+                step=place,
+                steps=len(loop.timesteps),
+                sigma=loop.sigmas[place],
+            )
+        for number in passes:
+            counted = self._counts.cached if number in spared else self._counts.computed
+            counted[loop.guidance.passes[number].name] += 1
+        return _Step(place, passes, spared)
+
+    def _velocities(
+        self, loop: _Loop, step: _Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
+    ) -> dict[int, Tensor]:
+        """The velocity of own tokens, flat, of each pass of a step that is this rank's, in their order."""
+        transformer, found = loop.transformer, dict[int, Tensor]()
+        own = [number for number in step.passes if number in loop.own]
+        computed = [number for number in own if number not in step.spared]
+        embedded = dict.fromkeys(own, transformer.embed(loop.any_pass, latents, timestep)) if own else {}
+        if len(step.spared) < len(step.passes):
+            # Also without a pass of its own, because other ranks may gather the layers with this one.
+            passes = [loop.own[number] for number in computed], [embedded[number] for number in computed]
+            for hidden, number in zip(transformer.hidden(*passes), computed, strict=True):
+                if loop.cache is not None:
+                    loop.cache.keep(number, step.place, embedded[number], hidden)
+                found[number] = transformer.velocity(loop.own[number], hidden)
+        for number in step.spared.intersection(own):
+            assert loop.cache is not None
+            hidden = loop.cache.recall(number, step.place, embedded[number])
+            found[number] = transformer.velocity(loop.own[number], hidden)
+        return {number: found[number] for number in own}
+
+    def _exchanged(self, loop: _Loop, step: _Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """The velocities of all passes of a step by their numbers, from those of the `own` ones of each rank."""
+        if self._guidance.ranks == 1:
+            return own
+        values = loop.any_pass.predicted[self._sequence.rank]
+        shares = loop.guidance.shares(self._guidance.ranks)
+        sizes = [sum(number in share for number in step.passes) * values for share in shares]
+        nothing = loop.any_pass.text.layers[0].key.new_empty(0)
+        sent = next(iter(own.values())) if len(own) == 1 else torch.cat([*own.values(), nothing])
+        every = self._guidance.gather_rows(sent, sizes)
+        return dict(zip(step.passes, every.view(len(step.passes), values).unbind(), strict=True))
+
     def _latents(self, block_state: Any) -> dict[str, list[Tensor]]:
         """What is denoised and what it is conditioned on, by modality."""
         found = {one.name: getattr(block_state, f"{one.name}_tokens", None) for one in MODALITIES}
         return {name: latents for name, latents in found.items() if latents is not None}
+
+    def guidance(self, block_state: Any) -> Guidance:
+        """The passes of a loop."""
+        return Guidance.of_prompt(block_state.guidance_scale, self._interval)
+
+    def _begin(self, components: Any, block_state: Any) -> _Loop:
+        """Prepare this rank's passes; the schedule is read here, once, because that waits for the device."""
+        whole, scheduler = components.transformer, components.scheduler
+        guidance, transformer = self.guidance(block_state), self._accelerate(whole, block_state)
+        numbers = guidance.shares(self._guidance.ranks)[self._guidance.rank]
+        texts = self._texts or Texts(block_state.vision_tokens[0].device)
+        names = guidance.names(ranks=self._guidance.ranks, rank=self._guidance.rank)
+        fields = [_fields(block_state.denoiser_input_fields, name) for name in names]
+        prompts = [(one["input_ids"], one["text_mrope_ids"]) for one in fields]
+        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
+        own = {
+            number: transformer.prepare(text, position_ids=one["position_ids"], items=items_of(one))
+            for number, one, text in zip(numbers, fields, texts.take(encoder, prompts), strict=True)
+        }
+        cache = None if self._cache is None else StepCache(self._cache, self._replica)
+        timesteps, sigmas = (found.cpu().tolist() for found in (block_state.timesteps, scheduler.sigmas))
+        return _Loop(transformer, guidance, own, timesteps, sigmas, cache)
 
     def _accelerate(self, transformer: Any, block_state: Any) -> ParallelTransformer:
         check_layout(
@@ -88,23 +198,10 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         )
         return ParallelTransformer(transformer, ulysses=self._sequence, layers=self._layers)
 
-    def _prepare(self, whole: Any, block_state: Any) -> list[PreparedPass]:
-        """This rank's guidance passes, in diffusers' order."""
-        names = own_passes(block_state.guidance_scale, ranks=self._guidance.ranks, rank=self._guidance.rank)
-        transformer = block_state.parallel_transformer
-        texts = self._texts or Texts(block_state.vision_tokens[0].device)
-        fields = [_fields(block_state.denoiser_input_fields, name) for name in names]
-        prompts = [(one["input_ids"], one["text_mrope_ids"]) for one in fields]
-        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
-        return [
-            transformer.prepare(text, position_ids=one["position_ids"], items=items_of(one))
-            for one, text in zip(fields, texts.take(encoder, prompts), strict=True)
-        ]
-
 
 def _fields(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What diffusers' packing steps have left for the guidance pass `name`: its own, and those of all passes."""
-    found = {field: value for field, value in inputs.items() if field.partition("_")[0] not in PASSES}
+    found = {field: value for field, value in inputs.items() if field.partition("_")[0] not in (COND, UNCOND)}
     for field, value in inputs.items():
         whose, _, own = field.partition("_")
         if whose == name:

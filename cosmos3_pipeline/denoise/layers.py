@@ -15,7 +15,14 @@ from cosmos3_pipeline.denoise.pathway import Pathway
 
 
 class Layers(Protocol):
-    """The layers of both pathways. All ranks that share weights go through a pathway together."""
+    """The layers of both pathways.
+
+    `shared` says that every rank keeps a part of each layer. Then all go through a pathway together, also a rank
+    that computes nothing in it.
+    """
+
+    @property
+    def shared(self) -> bool: ...
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The embedded words [tokens, hidden] of `input_ids` [tokens]."""
@@ -32,6 +39,8 @@ class Layers(Protocol):
 
 class LoadedLayers:
     """The layers of a transformer that is loaded as a whole."""
+
+    shared = False
 
     def __init__(self, transformer: Cosmos3OmniTransformer) -> None:
         self._model = transformer

@@ -17,14 +17,7 @@ from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import even_rows, start_of
 from cosmos3_pipeline.fused.transformer import rotated
 
-PASSES = ("cond", "uncond")
 Prompt = tuple[Tensor, Tensor]  # its tokens [n] and their positions [3, n]
-
-
-def own_passes(guidance_scale: float, *, ranks: int, rank: int) -> tuple[str, ...]:
-    """The guidance passes that the rank at `rank` of the `cfg` axis runs, in diffusers' order."""
-    names = PASSES if guidance_scale != 1.0 else PASSES[:1]
-    return names if ranks == 1 else (names[rank],)
 
 
 @dataclass(frozen=True)

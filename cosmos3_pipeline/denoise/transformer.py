@@ -2,7 +2,7 @@
 
 In a Cosmos3 layer the text (understanding pathway) attends to itself alone, causally, and what is generated
 (vision, sound and actions, the generation pathway) attends to both. So what the text contributes, its keys and
-values in every layer, does not depend on the noise: it is computed once, `predict` runs the generation pathway
+values in every layer, does not depend on the noise: it is computed once, a step runs the generation pathway
 only. diffusers' seam for several ranks (`_cp_shard_fn`) sits inside a forward that runs both pathways each
 time, so it is not used; the model's layers, embeddings and packing are, and the diffusers object is left as it
 is.
@@ -12,7 +12,7 @@ Source: diffusers `models/transformers/transformer_cosmos3.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -172,23 +172,32 @@ class ParallelTransformer:
         return level
 
     @torch.no_grad()
-    def predict(self, passes: Sequence[PreparedPass], embedded: Sequence[Tensor]) -> list[Tensor]:
-        """The velocity of own noisy tokens of each pass, flat: modality after modality, token after token.
+    def hidden(self, passes: Sequence[PreparedPass], embedded: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Own tokens [n, hidden] of each pass after all layers and the last norm, one pass after the other.
 
         `embedded` are own tokens [n, hidden] of each pass. A layer serves all passes before the next one comes.
+        Without a pass, the layers come only where other ranks gather them with this one.
         """
+        if not passes and not self._layers.shared:
+            return
         hidden = list(embedded)
         del embedded
         for number, layer in enumerate(self._layers.vision()):
             for index, prepared in enumerate(passes):
                 hidden[index] = self._run_layer(layer, prepared, prepared.text.layers[number], hidden[index])
-        return [self._velocity(prepared, hidden.pop(0)) for prepared in passes]
+        while hidden:
+            yield normalise(self._model.norm_moe_gen, hidden.pop(0))
 
-    def _velocity(self, prepared: PreparedPass, hidden: Tensor) -> Tensor:
-        normed, start, found = normalise(self._model.norm_moe_gen, hidden), 0, []
+    @torch.no_grad()
+    def velocity(self, prepared: PreparedPass, hidden: Tensor) -> Tensor:
+        """The velocity of own noisy tokens, flat: modality after modality, token after token.
+
+        `hidden` [n, hidden] are the tokens that `ParallelTransformer.hidden` yields for the pass.
+        """
+        start, found = 0, []
         for share in prepared.shares:
             velocity = share.items.modality.project_out(
-                self._model, normed[start : start + share.own], share.items
+                self._model, hidden[start : start + share.own], share.items
             )
             found.append((velocity if share.own_noisy is None else velocity[share.own_noisy]).reshape(-1))
             start += share.own
@@ -235,7 +244,7 @@ def _refuse_what_would_be_bypassed(transformer: Cosmos3OmniTransformer) -> None:
         raise Refusal(
             what=f"the transformer has a cache enabled ({type(transformer._cache_config).__name__})",
             why="parallel denoising calls the layers' parts, so the cache's hooks would never run",
-            works="transformer.disable_cache()",
+            works="transformer.disable_cache(), and sampler/cache=seacache or ParallelLoopDenoiser(cache=...)",
         )
     for processor in transformer.attn_processors.values():
         backend = getattr(processor, "_attention_backend", None)

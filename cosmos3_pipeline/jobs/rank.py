@@ -344,6 +344,16 @@ def metrics(
         "weights": plan.weights.as_dict(),
         "words": None if context.words is None else asdict(context.words),
         "inputs": {key: [asdict(change) for change in changes] for key, changes in context.inputs.items()},
+        "denoise": {
+            "exactness": plan.exactness["denoise"],
+            "steps": config.sampler.steps,
+            "cache": plan.cache,
+            "guidance_interval": config.sampler.guidance_interval,
+            "passes": {
+                "computed": dict(context.passes.computed),
+                "cached": dict(context.passes.cached),
+            },
+        },
         "vae": {direction: vae_report(plan, direction) for direction in DIRECTIONS},
         "stages": stages,
         "versions": versions(),

@@ -59,6 +59,11 @@ class PlacedTransformer:
         self._vision: Passing | None = None
         self._kept: list[Tensor] = []
 
+    @property
+    def shared(self) -> bool:
+        """Whether the generation pathway's layers are gathered from all ranks of `comm`."""
+        return self._plan.placement is Placement.sharded
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """The embedded words, of which only those that are there are read."""
         stored = next(p.stored for p in self._checkpoint.tensors["transformer"] if p.weight.name == EMBEDDING)

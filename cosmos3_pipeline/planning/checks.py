@@ -26,6 +26,7 @@ from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, sett
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, nearest_multiple, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
+from cosmos3_pipeline.planning.sampling import check_cache, check_interval
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.vae import (
     REFERENCE,
@@ -107,7 +108,7 @@ def check(cfg: Config) -> Checked:
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
     found = [
         problem
-        for one in (_task, _clip, _sound, _distilled, _ranks, _layout, _weights)
+        for one in (_task, _clip, _sound, _distilled, check_interval, check_cache, _ranks, _layout, _weights)
         for problem in one(cfg, clip)
     ]
     found += check_actions(cfg)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cosmos3_pipeline.config.schema import Config, Device
 from cosmos3_pipeline.denoise.cost import DenoiseCost, PassTokens, TextCost, Wire, denoise_costs
+from cosmos3_pipeline.denoise.guidance import UNCOND, Guidance
 from cosmos3_pipeline.denoise.shards import even_rows, head_shares
 from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import accelerator_of
+from cosmos3_pipeline.planning.sampling import caches, guidance_of, passes_of_steps
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import prompts_of
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
@@ -22,6 +25,10 @@ LATENTS_IN_SAMPLER = 15
 # The same with the fixed steps of a distilled checkpoint, which remember no earlier step.
 DISTILLED_LATENTS_IN_MODEL = 5
 DISTILLED_LATENTS_IN_SAMPLER = 10
+# Those of a cache's first rank besides, while it filters the latents, and what it remembers of them for the next
+# step. Counted on a rehearsed one.
+LATENTS_IN_FILTER = 7
+LATENTS_COMPARED = 1
 # A CPU computes an MLP in parts of about this many bytes, see `denoise.pathway`.
 MLP_PART_BYTES = 2**20
 
@@ -32,7 +39,9 @@ class Denoising:
 
     `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
     `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a replica, which are
-    encoded together. `distilled` says that the steps are fixed, and that each draws noise of its own.
+    encoded together. `steps` has the passes of a step, by their numbers, and how many steps have them. `residuals`
+    are the steps that a cache remembers of each pass, 0 without one. `distilled` says that the steps are fixed, each
+    with noise of its own.
     """
 
     size: TransformerSize
@@ -44,6 +53,9 @@ class Denoising:
     cfg: int
     element_bytes: int
     prompts: int
+    guidance: Guidance
+    steps: Mapping[tuple[int, ...], int]
+    residuals: int
     distilled: bool
 
     @classmethod
@@ -51,11 +63,11 @@ class Denoising:
         cls, cfg: Config, size: TransformerSize, *, text_tokens: tuple[int, int], element_bytes: int
     ) -> Denoising:
         """Of a config, whose layout must pass `denoise.checks.check_layout`."""
-        clip, guidance = clip_of(cfg), cfg.sampler.guidance_scale
-        stretches = stretches_of(cfg)
-        passes = [PassTokens(text_tokens[0], stretches)]
-        if guidance != 1.0:
-            passes.append(PassTokens(text_tokens[1], stretches, negative=True))
+        clip, guidance, stretches = clip_of(cfg), guidance_of(cfg), stretches_of(cfg)
+        passes = [
+            PassTokens(tokens, stretches, negative=one.name == UNCOND)
+            for one, tokens in zip(guidance.passes, text_tokens, strict=False)
+        ]
         costs = denoise_costs(
             size,
             passes=passes,
@@ -73,6 +85,9 @@ class Denoising:
             cfg=cfg.topology.cfg,
             element_bytes=element_bytes,
             prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
+            guidance=guidance,
+            steps=Counter(passes_of_steps(cfg)),
+            residuals=cfg.sampler.cache.residual_order + 1 if caches(cfg) else 0,
             distilled=cfg.model.distilled_sigmas is not None,
         )
 
@@ -80,6 +95,14 @@ class Denoising:
     def passes(self) -> int:
         """The guidance passes of one rank."""
         return len(self.text_tokens) // self.cfg
+
+    @property
+    def computed(self) -> dict[str, int]:
+        """How often each guidance pass is computed for a clip, by its name."""
+        return {
+            one.name: sum(times for numbers, times in self.steps.items() if number in numbers)
+            for number, one in enumerate(self.guidance.passes)
+        }
 
     def text_bytes(self, place: int) -> int:
         """Bytes of the encoded prompts of one clip on the rank at `place` of the costs."""
@@ -129,15 +152,17 @@ class Denoising:
         cost, steps, topology = self.costs[place], cfg.sampler.steps, cfg.topology
         accelerator, per_node = accelerator_of(cfg), topology.ranks_per_node
         on_cpu = topology.device == Device.cpu
-        flops = cost.clip_flops + steps * cost.step_flops
+        clip = cost.steps(self.steps)
+        flops, sequence, guidance = cost.clip_flops + clip.flops, clip.ulysses, clip.cfg
+        # In a step without a pass of its own a rank waits for the others' velocities.
+        working = sum(times for numbers, times in self.steps.items() if cost.step(numbers).passes)
         # Each pass of each step reads the vision pathway's weights once.
-        reads = steps * self.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
-        sequence, guidance = cost.step_ulysses * steps, cost.step_cfg * steps
+        reads = clip.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
         gathered = weights.gathered * steps + weights.gathered_ahead
         inner, outer = topology.ulysses, topology.cfg * topology.ulysses
         link = accelerator.wire_seconds(sequence.bytes, sequence.messages, crosses_nodes=inner > per_node)
         link += accelerator.wire_seconds(guidance.bytes, guidance.messages, crosses_nodes=outer > per_node)
-        brought = steps * weights.copied / accelerator.host_bytes_per_s
+        brought = working * weights.copied / accelerator.host_bytes_per_s
         brought += accelerator.wire_seconds(
             gathered.bytes, gathered.messages, crosses_nodes=replica_ranks(topology) > per_node
         )
@@ -171,9 +196,15 @@ class Denoising:
         """
         rank, latents = self.costs[place].ulysses_rank, self.latent_elements * FP32_BYTES
         vision = self._layer_bytes(self.vision_rows, rank, before=max(self.text_tokens), on_cpu=on_cpu)
+        in_model, in_sampler = LATENTS_IN_MODEL, LATENTS_IN_SAMPLER
         if self.distilled:
-            return max(vision + DISTILLED_LATENTS_IN_MODEL * latents, DISTILLED_LATENTS_IN_SAMPLER * latents)
-        return max(vision + LATENTS_IN_MODEL * latents, LATENTS_IN_SAMPLER * latents)
+            in_model, in_sampler = DISTILLED_LATENTS_IN_MODEL, DISTILLED_LATENTS_IN_SAMPLER
+        if self.residuals and place == 0:
+            in_sampler = LATENTS_COMPARED + max(in_sampler, in_model + LATENTS_IN_FILTER)
+            in_model += LATENTS_COMPARED
+        # What the layers have added to own tokens.
+        kept = self.residuals * self.passes * self.vision_rows[rank] * self.size.hidden_size * self.element_bytes
+        return kept + max(vision + in_model * latents, in_sampler * latents)
 
     def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:
         """The most that a layer of the text holds, for the longest prompt while the others wait."""

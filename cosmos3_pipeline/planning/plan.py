@@ -19,6 +19,7 @@ from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.denoising import Denoising
 from cosmos3_pipeline.planning.geometry import Clip, clip_of, encoded_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
+from cosmos3_pipeline.planning.sampling import caches
 from cosmos3_pipeline.planning.sound import sound_stage
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import text_tokens_of
@@ -68,6 +69,8 @@ class Plan:
     `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
     each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
     `other_tokens` counts what is denoised beside vision, by modality.
+    `passes` says how often each guidance pass is computed in the `steps`, by its name; with a `cache` at most.
+    Then denoising is approximate, beside a run without the cache.
     `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
     """
 
@@ -77,6 +80,8 @@ class Plan:
     other_tokens: dict[str, int]
     text_tokens: tuple[int, ...]
     steps: int
+    passes: dict[str, int]
+    cache: str
     clips: int
     topology: dict[str, int]
     accelerator: Accelerator
@@ -149,6 +154,8 @@ def make_plan(
     exactness["text"] = exactness["denoise"] = exactness["sound"] = (
         "bitwise" if cfg.topology.ulysses == 1 else "rounding"
     )
+    if caches(cfg):
+        exactness["denoise"] = exactness["sound"] = "approximate"
     return Plan(
         model=cfg.model.name,
         task=cfg.task.name.value,
@@ -156,6 +163,8 @@ def make_plan(
         other_tokens={part.modality: part.tokens for part in stretches_of(cfg) if part.modality != "vision"},
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
+        passes=denoising.computed,
+        cache=cfg.sampler.cache.name.value,
         clips=denoising.prompts,
         topology={axis: getattr(cfg.topology, axis) for axis in AXES},
         accelerator=accelerator_of(cfg),
@@ -320,6 +329,11 @@ def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:
         notes.append(f"{model.path} is not in the hub's cache: planned with the numbers of model={model.name}")
     notes += [f"the adapter {one.path} is added to the weights, with weight {one.weight:g}" for one in model.lora]
     notes += [ESTIMATES[cfg.topology.device]]
+    if caches(cfg):
+        notes.append(
+            f"sampler/cache={cfg.sampler.cache.name.value} makes denoising approximate: the latents decide which "
+            "passes are spared, so its passes, work, bytes and seconds are the most that there can be"
+        )
     if estimated_text:
         notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
     return tuple(notes)
@@ -352,6 +366,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "text_tokens": list(plan.text_tokens),
         },
         "steps": plan.steps,
+        "passes": plan.passes,
+        "cache": plan.cache,
         "clips_of_a_replica": plan.clips,
         "topology": {**plan.topology, "groups": groups(plan)},
         "accelerator": plan.accelerator.as_dict(),

@@ -40,6 +40,16 @@ def summary(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def steps_in_words(steps: int, passes: Mapping[str, int], cache: str) -> str:
+    """`35 steps`; `35 steps, 21 of them guided: 56 passes` where not all have every pass."""
+    guided = [times for times in passes.values() if times < steps]
+    if not guided and cache == "none":
+        return f"{steps} steps"
+    words = f"{steps} steps, {max(guided)} of them guided" if guided else f"{steps} steps"
+    total = sum(passes.values())
+    return f"{words}: {total} passes" if cache == "none" else f"{words}: at most {total} passes ({cache})"
+
+
 def placement(weights: Mapping[str, Any]) -> str:
     """Where the transformer's layers are: `resident`, or `streamed, 12 layers stay`."""
     words = [str(weights["placement"])]
@@ -70,7 +80,7 @@ def summary_lines(plan: Plan) -> list[str]:
     free = plan.accelerator.memory_bytes - plan.peak_bytes
     lines = [
         f"plan: {plan.model} {plan.task}, {clip.width}x{clip.height}, {clip.num_frames} frames "
-        f"({tokens(numbers)}), {plan.steps} steps",
+        f"({tokens(numbers)}), {steps_in_words(plan.steps, plan.passes, plan.cache)}",
         f"  {numbers['ranks']} x {plan.accelerator.name}, {numbers['layout']}; up to "
         f"{quantity('bytes', plan.peak_bytes)} per rank, {quantity('bytes', abs(free))} "
         f"{'free' if free >= 0 else 'TOO MUCH'}",

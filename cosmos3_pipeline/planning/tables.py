@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cosmos3_pipeline.planning.summary import layout, placement, tokens
+from cosmos3_pipeline.planning.summary import layout, placement, steps_in_words, tokens
 from cosmos3_pipeline.planning.units import quantity
 
 SHOWN_RANKS = 16  # of a larger world only the ranks that differ from the one before are shown
@@ -33,10 +33,11 @@ def headline(plan: Mapping[str, Any]) -> str:
     """What is made, on what, and whether it fits."""
     clip, memory = plan["clip"], plan["memory"]
     free = quantity("bytes", abs(memory["limit_bytes"] - memory["peak_bytes"]))
+    steps = steps_in_words(plan["steps"], plan["passes"], plan["cache"])
     fits = f"fits with {free} free" if memory["fits"] else f"DOES NOT FIT by {free}"
     return (
         f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames, "
-        f"{tokens(clip)}, {plan['steps']} steps, on {len(plan['ranks'])} x "
+        f"{tokens(clip)}, {steps}, on {len(plan['ranks'])} x "
         f"{plan['accelerator']['name']} ({layout(plan['topology'])}), weights {placement(plan['weights'])}: about "
         f"{quantity('seconds', plan['seconds']['total'])}, {fits}"
     )

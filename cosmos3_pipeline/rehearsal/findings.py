@@ -43,6 +43,13 @@ ALLOWED_WAITS = {
     ),
     **dict.fromkeys(
         (
+            "if torch.isfinite(mean_gain) and mean_gain > 0:",
+            "distance += float((numerator / denominator).detach().cpu())",
+        ),
+        "a cache spares passes by how far the latents have moved, which is a value of the device",
+    ),
+    **dict.fromkeys(
+        (
             "sigma_t, sigma_s0 = "
             "self.sigmas[self.step_index + 1].to(device), self.sigmas[self.step_index].to(device)",
             "alpha_si, sigma_si = self._sigma_to_alpha_sigma_t(self.sigmas[si].to(device))",

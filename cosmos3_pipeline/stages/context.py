@@ -11,6 +11,7 @@ from typing import Protocol
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from torch import Tensor
 
+from cosmos3_pipeline.denoise.guidance import PassCounts
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.models.loading import Components
 from cosmos3_pipeline.planning.geometry import Clip
@@ -68,6 +69,8 @@ class RunContext:
     inputs: dict[str, list[Change]] = field(default_factory=dict)
     # The words that the tokenizer was given. Set by text.
     words: Words | None = None
+    # The passes through the transformer, of all ranks. Counted by denoise.
+    passes: PassCounts = field(default_factory=PassCounts)
     # uint8 chunks [frames, H, W, 3] in order, on the root; other ranks take part and get none. Set by decode.
     frames: Iterator[Tensor] | None = None
     # The waveform [channels, samples] at 48 kHz, on the root, where the task has sound. Set by sound.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import SeaCacheConfig
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
     Cosmos3VisionCoreDenoiseStep,
     Cosmos3VisionSoundCoreDenoiseStep,
@@ -16,7 +17,7 @@ from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3_distilled import 
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
 
 from cosmos3_pipeline.checkpoint.weights import VISION_ALONE
-from cosmos3_pipeline.config.schema import SamplerConfig
+from cosmos3_pipeline.config.schema import CacheConfig, CacheName, SamplerConfig
 from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.progress import Advance
@@ -39,9 +40,10 @@ class DenoiseStage:
     With `sound` among the `modalities` it leaves `sound_latents` [C, T] besides, whose noise is drawn after the
     picture's.
 
-    `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance. The noise is drawn from `sampler.seed` on
-    the CPU, in fp32 and whole, so it is the same on every rank, device and layout. So is the noise that each step
-    of a distilled checkpoint adds, because the steps go on with the same generator.
+    `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance; outside of `sampler.guidance_interval` so
+    does every step. `sampler.cache` spares passes whose latents hardly change. The noise is drawn from
+    `sampler.seed` on the CPU, in fp32 and whole, so it is the same on every rank, device and layout. So is the
+    noise that each step of a distilled checkpoint adds, because the steps go on with the same generator.
 
     Packing, schedule and solver are diffusers' workflow, for a distilled checkpoint its workflow of fixed steps.
     Its denoiser block is replaced by one that computes the text once and splits guidance and sequence over the
@@ -89,7 +91,28 @@ class DenoiseStage:
     def denoiser(self, context: RunContext) -> ModularPipelineBlocks:
         """The block that predicts the velocity of one step."""
         parts = context.components
-        return ParallelLoopDenoiser(context.mesh, layers=parts.transformer(), texts=parts.texts)
+        return ParallelLoopDenoiser(
+            context.mesh,
+            layers=parts.transformer(),
+            texts=parts.texts,
+            guidance_interval=self._sampler.guidance_interval,
+            cache=_sea_cache(self._sampler.cache),
+            counts=context.passes,
+        )
+
+
+def _sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
+    """diffusers' settings of the cache, or None without one."""
+    if settings.name is CacheName.none:
+        return None
+    return SeaCacheConfig(
+        threshold=settings.threshold,
+        residual_order=settings.residual_order,
+        retention_steps=settings.retention_steps,
+        cache_end_steps=settings.cache_end_steps,
+        max_consecutive_cached=settings.max_consecutive_cached,
+        power_exp=settings.power_exp,
+    )
 
 
 class _ReportStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped

@@ -5,7 +5,8 @@ from __future__ import annotations
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
 
 from cosmos3_pipeline.config.schema import SamplerConfig, TaskConfig
-from cosmos3_pipeline.denoise.texts import Prompt, own_passes
+from cosmos3_pipeline.denoise.guidance import Guidance
+from cosmos3_pipeline.denoise.texts import Prompt
 from cosmos3_pipeline.models.tokenizer import check_tokens
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.words import Words, prompt_of, read_words, words_for
@@ -61,9 +62,9 @@ class TextStage:
         """The prompts of this rank's guidance passes, once they are tokens."""
         mesh, pipeline = context.mesh, context.components.pipeline
         context.components.transformer()  # whose config says how tokens are counted
-        names = own_passes(self._sampler.guidance_scale, ranks=mesh.size("cfg"), rank=mesh.rank("cfg"))
+        guidance = Guidance.of_prompt(self._sampler.guidance_scale)
         found = []
-        for name in names:
+        for name in guidance.names(ranks=mesh.size("cfg"), rank=mesh.rank("cfg")):
             ids = context.state.get(f"{name}_input_ids")
             segment = pipeline._prepare_text_segment(ids, context.components.device)
             found.append((segment["input_ids"], segment["text_mrope_ids"]))

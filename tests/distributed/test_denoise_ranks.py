@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cosmos_models import ALL_HEADS, all_latents, denoise_with, tiny_pipeline
+from cosmos_models import ALL_HEADS, SwitchedGuidance, all_latents, denoise_with, tiny_pipeline
+from diffusers import SeaCacheConfig
 
 from cosmos3_pipeline.denoise import CfgLayoutError, ParallelLoopDenoiser, UlyssesLayoutError
 from cosmos3_pipeline.denoise.cost import PassTokens, Stretch, Wire, denoise_costs
+from cosmos3_pipeline.denoise.guidance import PassCounts
 from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
 from cosmos3_pipeline.distributed.ledger import Ledger
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
@@ -117,12 +119,12 @@ def check_wire(mesh: RankMesh, model: str, clip: str) -> None:
     guidance, sequence = mesh.comm("cfg").ledger, mesh.comm("ulysses").ledger
     before = guidance.snapshot(), sequence.snapshot()
     latents(ParallelLoopDenoiser(mesh), MODELS[model], clip, seed=1)
-    assert sent(guidance, before[0]) == cost.step_cfg * STEPS
+    assert sent(guidance, before[0]) == cost.full_step.cfg * STEPS
     text = Wire()
     for one in cost.texts:
         text += one.ulysses
-    assert sent(sequence, before[1]) == text + cost.step_ulysses * STEPS
-    assert (mesh.cfg > 1) == (cost.step_cfg.bytes > 0) or clip == "fewer tokens than ranks"
+    assert sent(sequence, before[1]) == text + cost.full_step.ulysses * STEPS
+    assert (mesh.cfg > 1) == (cost.full_step.cfg.bytes > 0) or clip == "fewer tokens than ranks"
 
 
 def in_layout(dp: int, cfg: int, ulysses: int) -> None:
@@ -172,6 +174,49 @@ def test_replicas_and_spare_ranks_give_the_single_rank_latents(
     ranks: int, dp: int, cfg: int, ulysses: int
 ) -> None:
     run_ranks(in_thin_layout, dp, cfg, ulysses, ranks=ranks)
+
+
+INTERVALS = {"t2v": (400, 700), "i2v": (700, 1000), "fewer tokens than ranks": (0, 500)}
+
+
+def guided_at_times(cfg: int, ulysses: int) -> None:
+    """A rank of the negative pass has the same latents, also after steps in which it computed nothing."""
+    with joined_world(device="cpu", threads=1):
+        mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
+        for clip, interval in INTERVALS.items():
+            before, counts = mesh.comm("cfg").ledger.snapshot(), PassCounts()
+            denoiser = ParallelLoopDenoiser(mesh, guidance_interval=interval, counts=counts)
+            own = latents(denoiser, {}, clip, seed=4)
+            expected = latents(SwitchedGuidance(interval), {}, clip, seed=4)
+            assert (own - expected).abs().max() < 1e-5, clip
+            assert 0 < counts.computed["uncond"] < STEPS == counts.computed["cond"], clip
+            messages = mesh.comm("cfg").ledger.since(before).sent_messages
+            if cfg > 1 and clip != "fewer tokens than ranks":  # there not every rank has tokens
+                assert messages == (counts.computed["uncond"] if mesh.rank("cfg") else STEPS)
+
+
+@pytest.mark.parametrize(("cfg", "ulysses"), [(2, 1), (1, 2), (2, 2)])
+def test_a_guidance_interval_gives_the_single_rank_latents(cfg: int, ulysses: int) -> None:
+    run_ranks(guided_at_times, cfg, ulysses, ranks=cfg * ulysses)
+
+
+SEACACHE = SeaCacheConfig(threshold=2.0)
+
+
+def with_a_cache(cfg: int, ulysses: int) -> None:
+    """The passes that one rank spares are spared on all, also on a spare one, and the rest is as ever."""
+    with joined_world(device="cpu", threads=1):
+        alone, here = PassCounts(), PassCounts()
+        mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
+        expected = latents(ParallelLoopDenoiser(cache=SEACACHE, counts=alone), {}, "i2v", seed=4)
+        own = latents(ParallelLoopDenoiser(mesh, cache=SEACACHE, counts=here), {}, "i2v", seed=4)
+        assert (own - expected).abs().max() < 1e-5
+        assert here == alone and here.cached["cond"] == here.cached["uncond"] > 0
+
+
+@pytest.mark.parametrize(("ranks", "cfg", "ulysses"), [(3, 1, 1), (4, 2, 2)])
+def test_a_cache_spares_the_same_passes_on_every_rank(ranks: int, cfg: int, ulysses: int) -> None:
+    run_ranks(with_a_cache, cfg, ulysses, ranks=ranks)
 
 
 def distilled() -> None:

@@ -16,7 +16,7 @@ from toy_runs import PROMPT, clip_of, components, context_of, task_config
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.checkpoint.weights import Part
-from cosmos3_pipeline.config.schema import Config, HiddenAct, Placement, SamplerConfig
+from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config, HiddenAct, Placement, SamplerConfig
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.models.layouts import DISTILLED_SIGMAS, LAYOUTS
 from cosmos3_pipeline.models.make_checkpoint import numbers_of
@@ -74,7 +74,12 @@ def placements(ranks: int, layers: int) -> dict[str, WeightsPlan]:
 
 
 def run(
-    folder: str, plan: WeightsPlan, mesh: RankMesh, dtype: torch.dtype, clips: int = 1
+    folder: str,
+    plan: WeightsPlan,
+    mesh: RankMesh,
+    dtype: torch.dtype,
+    clips: int = 1,
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The latents of a prompt, `clips` times, and what was alive in each stage of the last."""
     parts = components(inspect_checkpoint(folder), dtype=dtype, weights=plan, mesh=mesh)
@@ -83,7 +88,7 @@ def run(
         context = context_of(parts, clip_of(*SIZE), Path(folder), mesh=mesh)
         sigmas = parts.checkpoint.sampler.distilled_sigmas
         steps, guidance = (STEPS, GUIDANCE) if sigmas is None else (len(sigmas), 1.0)
-        sampler = SamplerConfig(steps=steps, guidance_scale=guidance, seed=1)
+        sampler = SamplerConfig(steps=steps, guidance_scale=guidance, seed=1, **settings)
         text, denoise = TextStage(task_config(prompt=PROMPT), sampler), DenoiseStage(sampler)
         with LiveBytes([]) as live:
             text(context)
@@ -178,6 +183,35 @@ def test_every_placement_has_the_bits_of_the_resident_one(
             rank = planned.ranks[one["rank"]]
             for stage in ("text", "denoise"):
                 assert rank.stages[stage].peak_bytes == pytest.approx(one[stage], rel=0.05), one
+
+
+FASTER: dict[str, dict[str, Any]] = {
+    "interval": {"guidance_interval": [990.0, 1000.0]},
+    "cache": {"cache": CacheConfig(CacheName.seacache, threshold=100.0, retention_steps=0)},
+}
+
+
+def faster(rank: int, folder: str, settings: dict[str, Any]) -> int:
+    """The bytes that this rank sends where each has a part of every layer, and not every pass is computed."""
+    torch.set_num_threads(1)
+    found, sent = [], 0
+    for name in ("resident", "streamed", "sharded"):
+        mesh = RankMesh.build(cfg=2)
+        plan = replace(RESIDENT, **PLACEMENTS[name])  # type: ignore[arg-type]
+        latents, measured = run(folder, plan, mesh, torch.float32, **settings)
+        found.append(latents)
+        sent = measured["sent"]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    return sent
+
+
+def test_passes_that_are_not_computed_change_no_bit_and_bring_no_layer(folder: Path) -> None:
+    """Without a pass in a step, a rank gives its part of the layers to the others, unless all spare theirs."""
+    interval, cache = (run_on_ranks(faster, 2, str(folder), settings) for settings in FASTER.values())
+    # One of three steps is spared; the first layer comes ahead of the steps.
+    assert len(set(cache)) == len(set(interval)) == 1
+    layers = NUMBERS["num_hidden_layers"]
+    assert cache[0] / interval[0] == pytest.approx((2 * layers + 1) / (3 * layers + 1), rel=0.01)
 
 
 PROMPTS = ("a red kite 1", "a red kite 2", "a red kite 1", "a red kite 3")

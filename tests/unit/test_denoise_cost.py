@@ -31,8 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
 class Counted(ParallelLoopDenoiser):
     """Counts the FLOPs of every step, the solver's left out."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.flops: list[int] = []
 
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
@@ -81,7 +81,7 @@ def test_flops_and_cache_are_exact(
     )
     once = sum(text.flops for text in cost.texts) + cost.clip_flops
     cached = sum(text.cache_bytes for text in cost.texts)
-    assert denoiser.flops == [once + cost.step_flops, cost.step_flops, cost.step_flops]
+    assert denoiser.flops == [once + cost.full_step.flops, cost.full_step.flops, cost.full_step.flops]
     assert sum(prepared.text.nbytes for prepared in kept) == cached
     stored = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -91,4 +91,4 @@ def test_flops_and_cache_are_exact(
     }
     assert sum(stored.values()) == cached
     assert all(text.ulysses == Wire() for text in cost.texts)
-    assert cost.step_ulysses == cost.step_cfg == Wire()
+    assert cost.full_step.ulysses == cost.full_step.cfg == Wire()

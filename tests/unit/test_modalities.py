@@ -69,4 +69,4 @@ def test_flops_are_counted_with_every_modality() -> None:
     denoiser = Counted()
     found = all_latents(denoiser, pipeline, "sound and action", prompt_ids=PROMPTS)
     assert found["sound_latents"].shape == (5, 10)
-    assert denoiser.flops[1:] == [cost.step_flops] * 2
+    assert denoiser.flops[1:] == [cost.full_step.flops] * 2

@@ -59,7 +59,7 @@ def test_what_the_command_line_needs_imports_nothing_heavy() -> None:
         relative = file.relative_to(LIBRARY).as_posix()
         light = relative.startswith(("config/", "checkpoint/", "planning/")) or file.name == "__init__.py"
         light |= relative in {f"vae/{name}.py" for name in LIGHT}
-        light |= relative in ("denoise/cost.py", "denoise/checks.py")
+        light |= relative in ("denoise/cost.py", "denoise/checks.py", "denoise/guidance.py")
         if light:
             assert {name.split(".")[0] for name in imported(file, top_level=True)} & HEAVY == set(), file
 

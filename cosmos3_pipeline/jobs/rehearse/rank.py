@@ -38,7 +38,8 @@ from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.text import TextStage
 from cosmos3_pipeline.stages.words import read_lines
 
-# Steps that are run; those between the first and the last do the same. A distilled checkpoint runs all of its own.
+# Steps that are run; those between the first and the last do the same. A distilled checkpoint runs all of its own,
+# and so does a guidance interval, because its steps are not alike.
 STEPS = 3
 # Clips of a prompt file that are run; from the second on they find what the one before has left.
 CLIPS = 2
@@ -123,8 +124,11 @@ def script_of(config: Config) -> Script:
 
 def on_accelerators(config: Config) -> Config:
     """`config` as it is rehearsed: on accelerators, and without what follows the last stage."""
+    # What a cache spares depends on values. At threshold 0 it spares nothing, as is planned.
+    every = replace(config.sampler.cache, threshold=0.0)
     return replace(
         config,
+        sampler=replace(config.sampler, cache=every),
         topology=replace(config.topology, device=Device.cuda),
         output=replace(config.output, against_replicated=False, latents=False),
     )
@@ -205,7 +209,8 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
 def steps_of(config: Config) -> int:
     """The denoising steps that are run of `config`."""
     steps = config.sampler.steps
-    return steps if config.model.distilled_sigmas is not None else min(steps, STEPS)
+    differ = config.model.distilled_sigmas is not None or config.sampler.guidance_interval is not None
+    return steps if differ else min(steps, STEPS)
 
 
 def _play(run: Run, config: Config, meter: StageMeter, tell: Tell) -> None:

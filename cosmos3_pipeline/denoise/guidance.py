@@ -1,0 +1,89 @@
+"""The guidance passes of a step: which are computed, by which rank, and how their velocities become one.
+
+A pass is one run of the tokens through the transformer. Imports no torch: a plan counts the passes by the same
+lines by which a run decides. Source: `Cosmos3LoopDenoiser` and `Cosmos3TransferLoopDenoiser` in diffusers
+`modular_pipelines/cosmos/denoise.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COND, UNCOND = "cond", "uncond"
+Interval = tuple[float, float]  # timesteps from 0 to 1000, both ends included
+
+
+@dataclass(frozen=True)
+class GuidancePass:
+    """One pass. `name` is the prefix of its fields in diffusers.
+
+    The velocity moves away from this pass's by `scale`: own + scale * (velocity - own). The first pass is where it
+    begins, so its scale is not read. `interval` None: the pass is computed in every step.
+    """
+
+    name: str
+    scale: float = 1.0
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The passes of a run in diffusers' order. They have numbers: their places in `passes`.
+
+    The first one, of the prompt, is computed in every step.
+    """
+
+    passes: tuple[GuidancePass, ...]
+
+    @classmethod
+    def of_prompt(cls, scale: float, interval: Sequence[float] | None = None) -> Guidance:
+        """A prompt and its negative prompt; at scale 1.0 the negative one cancels out, so it is no pass."""
+        prompt = GuidancePass(COND)
+        if scale == 1.0:
+            return cls((prompt,))
+        between = None if interval is None else (interval[0], interval[1])
+        return cls((prompt, GuidancePass(UNCOND, scale, between)))
+
+    def at(self, timestep: float) -> tuple[int, ...]:
+        """The numbers of the passes that a step at `timestep` has."""
+        return tuple(
+            number
+            for number, one in enumerate(self.passes)
+            if one.interval is None or one.interval[0] <= timestep <= one.interval[1]
+        )
+
+    def shares(self, ranks: int) -> list[range]:
+        """The passes of each of `ranks` on the `cfg` axis, the same in every step, so a rank keeps its texts only.
+
+        In a step that has none of its passes a rank waits for the velocities of the others.
+        """
+        edges = [-(-len(self.passes) * rank // ranks) for rank in range(ranks + 1)]
+        return [range(*edge) for edge in pairwise(edges)]
+
+    def names(self, *, ranks: int, rank: int) -> list[str]:
+        """The names of the passes of the rank at `rank` of the `cfg` axis."""
+        return [self.passes[number].name for number in self.shares(ranks)[rank]]
+
+    def combine(self, velocities: Mapping[int, Tensor]) -> Tensor:
+        """The guided velocity in fp32, of a step that has the passes of `velocities`, by their numbers."""
+        (_, first), *others = sorted(velocities.items())
+        velocity = first.float()
+        for number, other in others:
+            own = other.float()
+            velocity = (velocity - own).mul_(self.passes[number].scale).add_(own)
+        return velocity
+
+
+@dataclass
+class PassCounts:
+    """The passes of a run by their names, over all ranks: computed ones, and those that a cache has spared."""
+
+    computed: Counter[str] = field(default_factory=Counter)
+    cached: Counter[str] = field(default_factory=Counter)

@@ -1,0 +1,101 @@
+"""What a composition's sampler does in each step, and what of it cannot be: which passes are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from cosmos3_pipeline.checkpoint.schedule import TRAIN_TIMESTEPS, timesteps_of
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config
+from cosmos3_pipeline.denoise.guidance import Guidance
+from cosmos3_pipeline.errors import Problem
+from cosmos3_pipeline.planning.geometry import Clip, stretches_of
+
+
+def caches(cfg: Config) -> bool:
+    """Whether passes may be spared, which only the latents decide."""
+    return cfg.sampler.cache.name is not CacheName.none
+
+
+def guidance_of(cfg: Config) -> Guidance:
+    """The guidance passes of a run."""
+    return Guidance.of_prompt(cfg.sampler.guidance_scale, cfg.sampler.guidance_interval)
+
+
+def passes_of_steps(cfg: Config) -> tuple[tuple[int, ...], ...]:
+    """The numbers of the passes that each step has, see `Guidance`."""
+    guidance = guidance_of(cfg)
+    return tuple(guidance.at(timestep) for timestep in _timesteps(cfg))
+
+
+def _timesteps(cfg: Config) -> tuple[float, ...]:
+    if cfg.model.distilled_sigmas is not None:
+        return tuple(sigma * TRAIN_TIMESTEPS for sigma in cfg.model.distilled_sigmas)
+    schedule = plain(cfg.model.schedule)
+    if cfg.sampler.flow_shift is not None:  # which Karras sigmas do not know, see `Sampler.settings_for`
+        schedule |= {"use_karras_sigmas": False, "flow_shift": cfg.sampler.flow_shift}
+    return timesteps_of(schedule, cfg.sampler.steps)
+
+
+def check_interval(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    """What is wrong with the interval of the guidance."""
+    interval, scale = cfg.sampler.guidance_interval, cfg.sampler.guidance_scale
+    if interval is None:
+        return
+    what = f"sampler.guidance_interval={interval}"
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= TRAIN_TIMESTEPS:
+        yield Problem(
+            what=what,
+            why=f"it is the lowest and the highest timestep with guidance, of those from 0 to {TRAIN_TIMESTEPS}",
+            works="sampler.guidance_interval=[400,1000], or null for guidance in every step",
+        )
+    elif cfg.model.distilled_sigmas is not None:
+        yield Problem(
+            what=f"{what} with a checkpoint distilled to {len(cfg.model.distilled_sigmas)} steps",
+            why="these steps have no guidance, so it would be ignored",
+            works="no sampler.guidance_interval",
+        )
+    elif scale == 1.0:
+        yield Problem(
+            what=f"{what} with sampler.guidance_scale={scale}",
+            why="at guidance scale 1.0 the negative prompt cancels out in every step, so it would be ignored",
+            works="no sampler.guidance_interval, or any other sampler.guidance_scale",
+        )
+    elif not any(len(passes) > 1 for passes in passes_of_steps(cfg)):
+        timesteps = _timesteps(cfg)
+        yield Problem(
+            what=f"{what} with {len(timesteps)} steps",
+            why=f"no step lies in it: their timesteps are {', '.join(f'{t:g}' for t in timesteps[:3])} ... "
+            f"{timesteps[-1]:g}",
+            works="sampler.guidance_scale=1.0 for no guidance, or a wider interval",
+        )
+
+
+def check_cache(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    """Settings of a cache that would be ignored, or that leave it nothing to spare."""
+    cache, steps = cfg.sampler.cache, cfg.sampler.steps
+    if not caches(cfg):
+        default = CacheConfig()
+        for field in fields(cache):
+            if getattr(cache, field.name) != getattr(default, field.name):
+                yield Problem(
+                    what=f"sampler.cache.{field.name}={getattr(cache, field.name)} with sampler/cache=none",
+                    why="without a cache nothing reads it, so it would be ignored",
+                    works=f"sampler/cache=seacache, or no sampler.cache.{field.name}",
+                )
+        return
+    computed = max(cache.retention_steps, 1) + cache.cache_end_steps  # nothing is there to compare the first with
+    if computed >= steps:
+        yield Problem(
+            what=f"sampler/cache=seacache with sampler.steps={steps}, sampler.cache.retention_steps="
+            f"{cache.retention_steps} and sampler.cache.cache_end_steps={cache.cache_end_steps}",
+            why="all steps are then computed, so nothing could be spared",
+            works=f"sampler.steps={computed + 1} or more, or sampler/cache=none",
+        )
+    if not any(one.modality == "vision" and one.noisy(0, one.tokens) for one in stretches_of(cfg)):
+        yield Problem(
+            what=f"sampler/cache=seacache with task={cfg.task.name.value}",
+            why="the cache compares the frames that are denoised, and here all frames are given",
+            works="sampler/cache=none",
+        )

@@ -1,0 +1,76 @@
+"""SeaCache: the passes that diffusers' hook spares, and its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cosmos_models import ALL_HEADS, SwitchedGuidance, all_latents, tiny_pipeline
+from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer, SeaCacheConfig
+
+from cosmos3_pipeline.denoise import ParallelLoopDenoiser
+from cosmos3_pipeline.denoise.guidance import PassCounts
+
+PROMPTS = ([5] * 19, [7] * 7)
+STEPS = 9
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "eager": {"threshold": 2.0, "max_consecutive_cached": 0},
+    "last residual": {"threshold": 0.6, "residual_order": 0},
+    "careful ends": {"threshold": 0.8, "retention_steps": 3, "cache_end_steps": 2, "power_exp": 2.0},
+}
+
+
+@contextmanager
+def hooked(pipeline: Cosmos3OmniPipeline, settings: SeaCacheConfig) -> Iterator[PassCounts]:
+    """`pipeline` with diffusers' own cache, whose passes are counted by the stacks of layers that are run."""
+    model, counts = pipeline.transformer, PassCounts()
+    stack = Cosmos3OmniTransformer._run_decoder_stack
+    names = {tokens: name for tokens, name in zip(map(len, PROMPTS), ("cond", "uncond"), strict=True)}
+
+    def counted(und_seq: torch.Tensor, *others: Any) -> Any:
+        counts.computed[names[len(und_seq)]] += 1
+        return stack(model, und_seq, *others)
+
+    model._run_decoder_stack = counted
+    model.enable_cache(settings)
+    try:
+        yield counts
+    finally:
+        model.disable_cache()
+        del model._run_decoder_stack
+
+
+@pytest.mark.parametrize("modalities", ["vision", "sound and action"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_passes_and_latents_are_those_of_diffusers(name: str, modalities: str) -> None:
+    settings = SeaCacheConfig(**SETTINGS[name])
+    pipeline = tiny_pipeline(seed=3, **ALL_HEADS)
+    run: dict[str, Any] = {"prompt_ids": PROMPTS, "steps": STEPS}
+    with hooked(pipeline, settings) as expected_counts:
+        expected = all_latents(None, pipeline, modalities, **run)
+    counts = PassCounts()
+    ours = all_latents(ParallelLoopDenoiser(cache=settings, counts=counts), pipeline, modalities, **run)
+    assert counts.computed == expected_counts.computed
+    assert counts.computed["cond"] + counts.cached["cond"] == STEPS
+    assert counts.cached["cond"] > 0
+    for modality, latents in expected.items():
+        torch.testing.assert_close(ours[modality], latents, rtol=0, atol=1e-6)
+
+
+def test_a_guidance_interval_and_a_cache_go_together() -> None:
+    """The negative pass begins its own count where the interval begins."""
+    settings, interval = SeaCacheConfig(threshold=0.7), (300.0, 900.0)
+    pipeline = tiny_pipeline(seed=4, **ALL_HEADS)
+    run: dict[str, Any] = {"prompt_ids": PROMPTS, "steps": STEPS}
+    with hooked(pipeline, settings) as expected_counts:
+        expected = all_latents(SwitchedGuidance(interval), pipeline, "vision", **run)
+    counts = PassCounts()
+    denoiser = ParallelLoopDenoiser(cache=settings, guidance_interval=interval, counts=counts)
+    ours = all_latents(denoiser, pipeline, "vision", **run)
+    assert counts.computed == expected_counts.computed
+    assert counts.cached["cond"] != counts.cached["uncond"] > 0
+    torch.testing.assert_close(ours["latents"], expected["latents"], rtol=0, atol=1e-6)
