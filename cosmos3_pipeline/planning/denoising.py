@@ -40,8 +40,8 @@ class Denoising:
     `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
     `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a replica, which are
     encoded together. `steps` has the passes of a step, by their numbers, and how many steps have them. `residuals`
-    are the steps that a cache remembers of each pass, 0 without one. `distilled` says that the steps are fixed, each
-    with noise of its own.
+    are the steps that a cache remembers of each pass, 0 without one. `distilled` says that the steps are fixed and
+    draw noise of their own.
     """
 
     size: TransformerSize
