@@ -92,13 +92,16 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def combine(per_rank: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per stage: the slowest rank's seconds, and every rank's own measures in the order of the ranks."""
+    """Per stage, or component: the slowest rank's seconds, and each rank's own measures in the order of the ranks.
+
+    A component that one rank alone loads, such as the sound tokenizer, has that rank's.
+    """
     return {
         name: {
-            "seconds": max(rank[name]["seconds"] for rank in per_rank),
-            "ranks": [{"rank": i, **rank[name]} for i, rank in enumerate(per_rank)],
+            "seconds": max(rank[name]["seconds"] for rank in per_rank if name in rank),
+            "ranks": [{"rank": i, **rank[name]} for i, rank in enumerate(per_rank) if name in rank],
         }
-        for name in per_rank[0]
+        for name in dict.fromkeys(name for rank in per_rank for name in rank)
     }
 
 

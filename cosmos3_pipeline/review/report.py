@@ -60,9 +60,9 @@ class Effect:
 
     @property
     def exactness_weaker(self) -> bool:
-        """Whether a stage promises less than before."""
+        """Whether a stage promises less than before; one that was not there had promised nothing."""
         pairs = [pair for name in self.fields if name.startswith("exactness.") for pair in self.pairs(name)]
-        return any(strength(new) > strength(old) for old, new in pairs)
+        return any(old in STRENGTH and strength(new) > strength(old) for old, new in pairs)
 
     @property
     def stops_fitting(self) -> bool:
