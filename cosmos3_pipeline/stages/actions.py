@@ -105,7 +105,7 @@ class ActionDenoiseStage(DenoiseStage):
     def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
         """As `DenoiseStage.workflow`; only in the first step the host waits for what does not change."""
         workflow = super().workflow(context, advance)
-        workflow.sub_blocks["denoise"].sub_blocks["mask"] = _HostMaskStep()
+        workflow.sub_blocks["denoise"].sub_blocks.insert("mask", _HostMaskStep(), 0)
         return workflow
 
     def blocks(self, context: RunContext) -> SequentialPipelineBlocks:

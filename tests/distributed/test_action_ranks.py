@@ -1,4 +1,4 @@
-"""Tasks with actions on several ranks: latents, actions and frames of one rank, in every layout and placement."""
+"""Tasks with actions on several ranks: latents and actions of one rank, in each layout and with shards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from action_runs import asked, ours, write_inputs
+from action_runs import Made, asked, ours, write_inputs
 from ranks import run_on_ranks
 from toy_runs import toy_dimensions
 
@@ -15,24 +15,11 @@ from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.models.loading import open_checkpoint
 
 
-def on_rank(rank: int, overrides: list[str], checkpoint: str, folder: str, cfg: int, ulysses: int) -> None:
-    """Actions and latents are those of one rank below 1e-5, and the same bits on every rank."""
+def on_rank(rank: int, overrides: list[str], checkpoint: str, folder: str, cfg: int, ulysses: int) -> Made:
     torch.set_num_threads(1)
     own = Path(folder) / str(rank)
     own.mkdir()
-    info, mesh = inspect_checkpoint(checkpoint), RankMesh.build(cfg=cfg, ulysses=ulysses)
-    layout = [f"topology.ranks_per_node={cfg * ulysses}", f"topology.cfg={cfg}", f"topology.ulysses={ulysses}"]
-    found = ours([*overrides, *layout], info, own, mesh)
-    latents = found.latents.clone()
-    torch.distributed.broadcast(latents, src=0)
-    assert torch.equal(latents, found.latents), f"rank {rank} differs from its root"
-    assert (found.actions is not None) == (rank == 0 and "task=forward_dynamics" not in overrides)
-    if rank == 0:
-        alone = [one for one in overrides if not one.startswith("weights")]
-        expected = ours(alone, info, own)
-        assert (found.latents - expected.latents).abs().max() < 1e-5
-        if found.actions is not None and expected.actions is not None:
-            assert (found.actions - expected.actions).abs().max() < 1e-5
+    return ours(overrides, inspect_checkpoint(checkpoint), own, RankMesh.build(cfg=cfg, ulysses=ulysses))
 
 
 @pytest.mark.parametrize(
@@ -46,6 +33,17 @@ def on_rank(rank: int, overrides: list[str], checkpoint: str, folder: str, cfg: 
 )
 def test_several_ranks_are_one(task: str, cfg: int, ulysses: int, others: list[str], tmp_path: Path) -> None:
     write_inputs(tmp_path, 100, 133)
-    checkpoint = open_checkpoint(None, **toy_dimensions()).folder
+    checkpoint = open_checkpoint(None, **toy_dimensions())
     overrides = asked(tmp_path, task, "task.resolution_tier=256", *others)
-    run_on_ranks(on_rank, cfg * ulysses, overrides, str(checkpoint), str(tmp_path), cfg, ulysses)
+    layout = [f"topology.ranks_per_node={cfg * ulysses}", f"topology.cfg={cfg}", f"topology.ulysses={ulysses}"]
+    given = [*overrides, *layout], str(checkpoint.folder), str(tmp_path), cfg, ulysses
+    ranks = run_on_ranks(on_rank, cfg * ulysses, *given)
+    alone = [one for one in overrides if not one.startswith("weights")]
+    expected = ours(alone, checkpoint, tmp_path)
+    assert (ranks[0].latents - expected.latents).abs().max() < 1e-5
+    assert all(torch.equal(rank.latents, ranks[0].latents) for rank in ranks)
+    assert (expected.actions is None) == (task == "forward_dynamics")
+    # Only the root writes them.
+    assert [rank.actions is None for rank in ranks] == [expected.actions is None] + [True] * (cfg * ulysses - 1)
+    if expected.actions is not None:
+        assert (ranks[0].actions - expected.actions).abs().max() < 1e-5
