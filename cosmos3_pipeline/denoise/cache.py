@@ -46,6 +46,10 @@ class StepCache:
         `vision` are the noisy latents [1, C, T, h, w], which are the same for every pass; `sigma` is their noise
         level. Waits for the device, whose latents decide.
         """
+        for number in (self._states.keys() | self._added.keys()).difference(numbers):
+            # A pass that misses a step begins anew, so nothing of it is kept.
+            self._states.pop(number, None)
+            self._added.pop(number, None)
         if self._comm is None:
             return self._decided(numbers, vision, step, steps, sigma)
         own = self._decided(numbers, vision, step, steps, sigma) if self._comm.rank == 0 else frozenset[int]()

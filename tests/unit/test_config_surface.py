@@ -63,7 +63,7 @@ def test_every_key_of_conf_is_the_schemas() -> None:
             if group in ("vae/encode", "vae/decode"):
                 assert key in strategy_keys, f"{file}: {key}"
             else:
-                assert f"{group}.{key}" in known, f"{file}: {key}"
+                assert f"{group.replace('/', '.')}.{key}" in known, f"{file}: {key}"
 
 
 def _leaves(node, prefix=""):

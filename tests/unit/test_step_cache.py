@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from cosmos_models import ALL_HEADS, SwitchedGuidance, all_latents, tiny_pipeline
+from cosmos_models import ALL_HEADS, SwitchedGuidance, all_latents, denoise_with, tiny_pipeline
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer, SeaCacheConfig
+from transformers import PreTrainedTokenizerFast
 
+from cosmos3_pipeline.checkpoint.hub import local_folder
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.denoise.guidance import PassCounts
 
@@ -74,3 +77,28 @@ def test_a_guidance_interval_and_a_cache_go_together() -> None:
     assert counts.computed == expected_counts.computed
     assert counts.cached["cond"] != counts.cached["uncond"] > 0
     torch.testing.assert_close(ours["latents"], expected["latents"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.long
+def test_the_toys_passes_and_latents_are_those_of_diffusers() -> None:
+    """The trained model, whose steps are as alike as a real one's: of both passes 7 of 20 are spared."""
+    pipeline = tiny_pipeline()
+    toy = local_folder("builtin:toy", None)
+    assert toy is not None
+    transformer = Cosmos3OmniTransformer.from_pretrained(toy / "transformer").eval().requires_grad_(False)
+    pipeline.register_modules(transformer=transformer)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(toy / "text_tokenizer")
+    words = "A large yellow triangle moves up over a purple background."
+    run: dict[str, Any] = {
+        "prompt_ids": (tokenizer(words)["input_ids"], tokenizer("A")["input_ids"]),
+        **{"height": 96, "width": 160, "num_frames": 17, "steps": 20, "guidance_scale": 3.0, "seed": 0},
+    }
+    settings = SeaCacheConfig()
+    counts = PassCounts()
+    ours = denoise_with(ParallelLoopDenoiser(cache=settings, counts=counts), pipeline, **run)
+    every = denoise_with(ParallelLoopDenoiser(), pipeline, **run)
+    transformer.enable_cache(settings)
+    expected = denoise_with(None, pipeline, **run)
+    assert counts == PassCounts(Counter(cond=13, uncond=13), Counter(cond=7, uncond=7))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert 0.01 < (ours - every).norm() / every.norm() < 0.1
