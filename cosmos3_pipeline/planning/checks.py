@@ -213,7 +213,7 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
             why="there is no input to condition on, so it would be ignored",
             works="task.condition_latent_frames=[]",
         )
-    elif len(set(clean_frames(frames, clip.latent_frames))) == clip.latent_frames:
+    elif action_of(task) is None and len(set(clean_frames(frames, clip.latent_frames))) == clip.latent_frames:
         yield Problem(
             what=f"task.condition_latent_frames={frames} of {clip.latent_frames} latent frames",
             why="every frame of the video is given, so nothing would be generated",
