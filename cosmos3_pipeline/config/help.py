@@ -21,7 +21,7 @@ group=option chooses one of:
 
 FOOT = """
 key=value sets anything else; see all keys and what they are now with --cfg job:
-  task.prompt task.negative_prompt task.image task.video task.height task.width task.num_frames task.fps
+  task.prompt task.negative_prompt task.image task.video task.height task.width task.num_frames task.fps task.sound
   sampler.steps sampler.guidance_scale sampler.flow_shift sampler.seed     output.latents output.report
   model.path model.revision model.lora model.dtype     vae.parallel_encode vae.parallel_decode
   topology.nodes .ranks_per_node .cfg .ulysses

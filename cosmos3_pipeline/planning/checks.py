@@ -76,7 +76,7 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
         except Refusal as refusal:
             found.append(refusal.problem)
         else:
-            found.extend(_adapters(config, adopted))
+            found.extend(() if found else _adapters(config, adopted))  # weights follow from numbers that are right
     if not found:
         numbers = {**(changes or {}), **(adopted.numbers if adopted is not None else {})}
         try:
@@ -144,7 +144,14 @@ def _origins(words: str, traced: Provenance) -> Iterator[str]:
 
 
 def _model(cfg: Config) -> Iterator[Problem]:
-    path = cfg.model.path
+    model = cfg.model
+    path = model.path
+    if model.transformer.sound_gen and model.transformer.sound_dim is None:
+        yield Problem(
+            what="model.transformer.sound_gen=true with model.transformer.sound_dim=null",
+            why="a head for sound needs the channels of a sound latent",
+            works="model.transformer.sound_dim=64, as published, or model.transformer.sound_gen=false",
+        )
     if path is None and cfg.model.repo is None and cfg.model.distilled_sigmas is not None:
         yield Problem(
             what=f"model.distilled_sigmas with model={cfg.model.name} and model.path=null",
@@ -317,12 +324,6 @@ def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
     model, task = cfg.model, cfg.task
-    if model.transformer.sound_gen and model.transformer.sound_dim is None:
-        yield Problem(
-            what="model.transformer.sound_gen=true with model.transformer.sound_dim=null",
-            why="a head for sound needs the channels of a sound latent",
-            works="model.transformer.sound_dim=64, as published, or model.transformer.sound_gen=false",
-        )
     if not task.sound:
         if cfg.output.sound:
             yield Problem(

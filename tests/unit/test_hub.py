@@ -40,14 +40,14 @@ from cosmos3_pipeline.models.toy import toy_checkpoint
 from cosmos3_pipeline.planning.plan import make_plan
 
 REPO = "nvidia/Cosmos3-Nano"
-SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
+SHARD = "transformer/diffusion_pytorch_model-00002-of-00004.safetensors"
 READ = {
     "model_index.json",
     "assets/negative_prompt.json",
     "scheduler/scheduler_config.json",
     "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors.index.json",
-    *(f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+    *(f"transformer/diffusion_pytorch_model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)),
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 }
