@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ from safetensors.torch import load_file
 from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, task_config, toy_dimensions
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
-from cosmos3_pipeline.config.schema import ControlsConfig, OutputConfig, SamplerConfig, TaskName
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.schema import STRENGTHS, ControlsConfig, OutputConfig, SamplerConfig, TaskName
+from cosmos3_pipeline.errors import ConfigError
+from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.planning.chunks import Chunks
 from cosmos3_pipeline.stages.export import ExportStage
-from cosmos3_pipeline.stages.media import read_frames
+from cosmos3_pipeline.stages.made_controls import maker
+from cosmos3_pipeline.stages.media import each_frame, look_at, read_frames
 from cosmos3_pipeline.stages.text import TextStage
 from cosmos3_pipeline.stages.transfer import TransferStage
 
@@ -119,7 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def ours(
-    checkpoint: CheckpointInfo, clips: dict[str, Path], folder: Path, case: dict[str, Any], **output: Any
+    checkpoint: CheckpointInfo, clips: Mapping[str, Path | str], folder: Path, case: dict[str, Any], **output: Any
 ) -> Any:
     """The context of a run, with its files in `folder`."""
     chunks = Chunks.of(
@@ -136,7 +142,9 @@ def ours(
         negative_prompt=NEGATIVE,
         controls=ControlsConfig(**{**dict.fromkeys(("edge", "blur", "depth", "seg", "wsm")), **files}),
         control_guidance=case.get("control_guidance", 1.5),
-        video=str(clips["video"]) if "given" in case else None,
+        edge_threshold="medium",
+        blur_strength="medium",
+        video=str(clips["video"]) if "given" in case or "from_video" in files.values() else None,
     )
     sampler = SamplerConfig(steps=STEPS, guidance_scale=case.get("guidance", 3.0), flow_shift=10.0, seed=3)
     wanted = OutputConfig(**{"latents": True, "control": False, "crf": 17, "preset": "ultrafast", **output})
@@ -184,3 +192,162 @@ def test_every_chunk_is_that_of_diffusers(
     frames = (frames * 255).round().astype(np.uint8)
     assert frames.shape == (case["total"], 80, 112, 3)
     assert context.picture.frames_sha256 == hashlib.sha256(frames.tobytes()).hexdigest()
+
+
+NO_GUIDANCE = ("task.control_guidance=1", "sampler.guidance_scale=1")
+
+
+def refusals(*overrides: str) -> str:
+    given = {override.partition("=")[0] for override in overrides}
+    usual = ["model=toy_random", "task=transfer", "task.fps=24"]
+    with pytest.raises(ConfigError) as caught:
+        prepare(compose([*(one for one in usual if one.partition("=")[0] not in given), *overrides]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        pytest.param([], ["task=transfer without a control", "task.controls.edge=edges.mp4"], id="no control"),
+        pytest.param(["task.controls.egde=x.mp4"], ["task.controls.egde", "did you mean"], id="unknown control"),
+        pytest.param(
+            ["task.controls.depth=from_video", "task.video={video}"],
+            ["task.controls.depth=from_video", "what another model sees", "task.controls.depth=FILE"],
+            id="a map that is not computed",
+        ),
+        pytest.param(
+            ["task.controls.edge=from_video"],
+            ["task.controls.edge=from_video without task.video", "task.video=clip.mp4"],
+            id="from no video",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.controls.depth={short}"],
+            ["task.controls.depth has 7 frames and task.controls.edge 20"],
+            id="another length",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.controls.depth={wide}"],
+            ["task.controls.depth is 2.000 times as wide as high", "of the same shape"],
+            id="another shape",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.num_frames=21"],
+            ["task.num_frames=21 with task.controls.edge of 20 frames", "task.num_frames=20, or null"],
+            id="beyond the control",
+        ),
+        pytest.param(["task.controls.edge=no.mp4"], ["task.controls.edge=no.mp4 is not a file"], id="no file"),
+        pytest.param(["task.controls.edge={broken}"], ["is not a video that can be read"], id="no video"),
+        pytest.param(["task.controls.edge={edge}", "task.num_frames=1"], ["task=t2i"], id="an image"),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.video={video}"], ["it would be ignored"], id="video for nothing"
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.num_first_chunk_conditional_frames=1"],
+            ["task.num_first_chunk_conditional_frames=1 without task.video"],
+            id="given frames of nothing",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.num_conditional_frames=17"],
+            ["task.num_conditional_frames=17 with task.num_video_frames_per_chunk=17", "makes no new ones"],
+            id="an overlap without end",
+        ),
+        pytest.param(
+            [
+                "task.controls.edge={edge}",
+                "task.control_guidance=1",
+                "sampler.guidance_scale=1",
+                "topology=cpu_x2",
+            ],
+            ["topology.cfg=2", "one pass only", "topology.ulysses=2"],
+            id="one pass for two ranks",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "job=verify", "vae=parallel_decode"],
+            ["task=transfer with job=verify"],
+            id="verify",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "output.against_replicated=true"],
+            ["output.against_replicated=true with task=transfer"],
+            id="a second decode",
+        ),
+        pytest.param(
+            ["task=t2v", "task.controls.edge={edge}", "task.num_frames=null", "output.control=true"],
+            ["task.controls.edge", "only transfer reads it", "task.num_frames=null", "output.control=true"],
+            id="controls of another task",
+        ),
+        pytest.param(
+            ["model=super_t2i_4step", "task.controls.edge={edge}"],
+            ["task=transfer with model=super_t2i_4step, which is distilled"],
+            id="distilled",
+        ),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    overrides: list[str], said: list[str], clips: dict[str, Path], tmp_path: Path
+) -> None:
+    files = {name: str(file) for name, file in clips.items()}
+    files["short"] = str(write_clip(tmp_path / "short.mp4", frames=7, phase=0))
+    files["wide"] = str(write_clip(tmp_path / "wide.mp4", frames=20, phase=0, size=(160, 80)))
+    files["broken"] = str(tmp_path / "broken.mp4")
+    Path(files["broken"]).write_bytes(b"no video")
+    told = refusals(*(one.format(**files) for one in overrides))
+    for words in said:
+        assert words in told
+
+
+def test_a_video_is_as_long_as_its_control(clips: dict[str, Path]) -> None:
+    prepared = prepare(
+        compose(["model=toy_random", "task=transfer", "task.fps=24", f"task.controls.edge={clips['edge']}"]),
+        fetch=False,
+    )
+    assert prepared.config.task.num_frames == 20
+    assert (prepared.plan.chunks.count, prepared.plan.clip.num_frames) == (2, 17)
+
+
+@pytest.mark.parametrize("fps", [None, 24.0, 30.0, 11.0])
+def test_frames_are_counted_as_they_are_read(fps: float | None, clips: dict[str, Path]) -> None:
+    frames = list(each_frame(clips["edge"], fps=fps, size=(32, 16)))
+    look = look_at(clips["edge"], fps=fps)
+    assert look.frames == len(frames)
+    assert look.aspect == Fraction(112, 80)
+    assert len(frames) == (20 if fps is None else round(20 * fps / 24))
+
+
+def test_controls_are_made_of_a_clip_and_written_as_the_model_sees_them(
+    checkpoint: CheckpointInfo, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    case = {"total": 6, "per_chunk": 5, "controls": ("edge", "blur"), "control_guidance": 1.0, "guidance": 1.0}
+    made = {**clips, "edge": "from_video", "blur": "from_video"}
+    context = ours(checkpoint, made, tmp_path, case, control=True, crf=0, latents=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["control.mp4", "video.mp4"]
+    assert context.picture.num_frames == 6
+    shown, _ = read_frames(tmp_path / "control.mp4", frames=6)
+    frames, _ = read_frames(clips["video"], frames=6, size=(112, 80))
+    for control, frame in zip(shown, frames, strict=True):
+        assert control.size == (224, 80)
+        edges = np.asarray(control)[:, :112].astype(int)
+        assert {0, 255} <= set(np.unique(edges.round(-1)).clip(0, 255)) or edges.std() > 50
+        blur = np.asarray(control)[:, 112:].astype(int)
+        assert np.abs(np.diff(blur, axis=0)).mean() < np.abs(np.diff(np.asarray(frame).astype(int), axis=0)).mean()
+
+
+def test_strengths_go_from_much_to_little() -> None:
+    rows, cols = np.mgrid[0:96, 0:160]
+    picture = Image.fromarray(
+        ((np.sin(rows / 3) + np.cos(cols * rows / 90) + 2)[..., None] * [60, 50, 40]).astype("u1")
+    )
+    edges, details = [], []
+    for strength in STRENGTHS:
+        task = task_config(edge_threshold=strength, blur_strength=strength)
+        edges.append(np.asarray(maker("edge", task)(picture)).mean())
+        details.append(np.abs(np.diff(np.asarray(maker("blur", task)(picture)).astype(int), axis=1)).mean())
+    assert edges == sorted(edges, reverse=True) and edges[0] > edges[-1]
+    assert details[0] > details[-1]
+
+
+def test_without_opencv_a_control_is_asked_for(monkeypatch: pytest.MonkeyPatch, clips: dict[str, Path]) -> None:
+    monkeypatch.setattr("cosmos3_pipeline.stages.made_controls.find_spec", lambda name: None)
+    told = refusals("task.controls.edge=from_video", f"task.video={clips['video']}")
+    assert "task.controls.edge=from_video without OpenCV" in told
+    assert "pip install 'cosmos3-pipeline[transfer]'" in told
