@@ -18,7 +18,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.modular_pipelines.cosmos.denoise import Cosmos3LoopDenoiser
+from diffusers.modular_pipelines.cosmos.before_denoise import (
+    Cosmos3PrepareTextSegmentsStep,
+    Cosmos3TransferPackSequenceStep,
+    Cosmos3TransferPrepareLatentsStep,
+    Cosmos3TransferSetTimestepsStep,
+)
+from diffusers.modular_pipelines.cosmos.denoise import Cosmos3LoopDenoiser, Cosmos3TransferDenoiseStep
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
     Cosmos3VisionActionCoreDenoiseStep,
     Cosmos3VisionCoreDenoiseStep,
@@ -28,6 +34,7 @@ from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3_distilled import (
     Cosmos3DistilledVisionCoreDenoiseStep,
 )
+from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -270,3 +277,54 @@ def all_latents(
     )
     found = {name: state.get(name) for name in ("latents", "sound_latents", "action_latents")}
     return {name: latents for name, latents in found.items() if latents is not None}
+
+
+class TransferChunk(SequentialPipelineBlocks):  # type: ignore[misc] # diffusers is untyped
+    """One chunk of diffusers' transfer, from latents of the controls to latents of the clip."""
+
+    model_name = "cosmos3-omni"
+    block_classes = (
+        Cosmos3PrepareTextSegmentsStep,
+        Cosmos3TransferPrepareLatentsStep,
+        Cosmos3TransferPackSequenceStep,
+        Cosmos3TransferSetTimestepsStep,
+        Cosmos3TransferDenoiseStep,
+    )
+    block_names = ("text", "prepare", "pack", "timesteps", "denoise")
+
+
+def transfer_latents(
+    denoiser: Any,
+    pipeline: Cosmos3OmniPipeline,
+    *,
+    controls: int = 1,
+    size: tuple[int, int, int] = (80, 112, 9),
+    clean_frames: int = 0,
+    prompt_ids: tuple[list[int], list[int]] = ([3] * 13, [9] * 6),
+    steps: int = 3,
+    guidance_scale: float = 3.0,
+    control_guidance: float = 1.5,
+    seed: int = 0,
+) -> torch.Tensor:
+    """The final latents [1, C, T, h, w] of a chunk that follows random control latents."""
+    height, width, num_frames = size
+    shape = (1, 48, (num_frames - 1) // 4 + 1, height // 16, width // 16)
+    generator = torch.Generator("cpu").manual_seed(seed + 100)
+    state = run_workflow(
+        TransferChunk(),
+        denoiser,
+        pipeline,
+        cond_input_ids=prompt_ids[0],
+        uncond_input_ids=prompt_ids[1],
+        control_latents=[torch.randn(shape, generator=generator) for _ in range(controls)],
+        x0_tokens_vision=torch.randn(shape, generator=generator),
+        current_conditional_frames=clean_frames,
+        fps=24.0,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        control_guidance=control_guidance,
+        generator=torch.Generator("cpu").manual_seed(seed),
+    )
+    latents = state.get("latents")
+    assert isinstance(latents, torch.Tensor)
+    return latents

@@ -44,10 +44,14 @@ class StreamingVae(nn.Module):
         self.encoded_frames.append(x.shape[2])
         return self.autoencoder.encode(x)
 
-    def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
-        pixels = self.autoencoder.decode(z).sample
-        frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)[0].permute(1, 2, 3, 0)
-        yield from frames.split([1] + [4] * (z.shape[2] - 1))
+    def decode_stream(self, z: Tensor, *, pixels: str = "uint8") -> Iterator[Tensor]:
+        picture = self.autoencoder.decode(z).sample
+        portions = [1] + [4] * (z.shape[2] - 1)
+        if pixels == "float":
+            yield from picture[0].split(portions, dim=1)
+            return
+        frames = ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)[0].permute(1, 2, 3, 0)
+        yield from frames.split(portions)
 
 
 def task_config(**changes: Any) -> TaskConfig:

@@ -38,6 +38,10 @@ def one_of(*choices: str) -> Any:
     return field(default=MISSING, metadata={"one_of": choices})
 
 
+# How strong the edges or the blur are that are made of a clip; NVIDIA names them so.
+STRENGTHS = ("very_low", "low", "medium", "high", "very_high")
+
+
 class JobName(Enum):
     generate = "generate"
     plan = "plan"
@@ -54,6 +58,7 @@ class TaskName(Enum):
     policy = "policy"
     forward_dynamics = "forward_dynamics"
     inverse_dynamics = "inverse_dynamics"
+    transfer = "transfer"
 
 
 class Dtype(Enum):
@@ -191,6 +196,8 @@ class Recommended:
     video: Recommendation = field(default_factory=Recommendation)
     image: Recommendation = field(default_factory=Recommendation)
     action: ActionRecommendation = field(default_factory=ActionRecommendation)
+    transfer: Recommendation = field(default_factory=Recommendation)
+    transfer_wsm: Recommendation = field(default_factory=Recommendation)
 
 
 @dataclass
@@ -245,10 +252,26 @@ class ModelConfig:
 
 
 @dataclass
+class ControlsConfig:
+    """Clips that say what each frame shows: files, or `from_video`, by the names that diffusers gives them."""
+
+    edge: str | None = MISSING
+    blur: str | None = MISSING
+    depth: str | None = MISSING
+    seg: str | None = MISSING
+    wsm: str | None = MISSING
+
+
+@dataclass
 class TaskConfig:
+    """Keys from `controls` on are read by transfer alone, and None with other tasks.
+
+    `num_frames` None stands for as many frames as the first control clip has.
+    """
+
     name: TaskName = MISSING
     # a string, not an enum: `${model.recommended.${task.modality}...}` builds a key from it
-    modality: str = one_of("video", "image", "action")
+    modality: str = one_of("video", "image", "action", "transfer", "transfer_wsm")
     prompt: str = MISSING
     prompt_file: str | None = MISSING
     negative_prompt: str | None = MISSING
@@ -262,7 +285,7 @@ class TaskConfig:
     resample: bool = MISSING
     height: int = ranged(at_least=16)
     width: int = ranged(at_least=16)
-    num_frames: int = ranged(at_least=1)
+    num_frames: int | None = ranged(at_least=1)
     fps: float = ranged(at_least=1, at_most=120)
     sound: bool = MISSING
     domain: str | None = MISSING
@@ -271,6 +294,13 @@ class TaskConfig:
     view_point: str | None = MISSING
     resolution_tier: int | None = MISSING
     canvas: list[int] | None = MISSING
+    controls: ControlsConfig = field(default_factory=ControlsConfig)
+    edge_threshold: str | None = one_of(*STRENGTHS)
+    blur_strength: str | None = one_of(*STRENGTHS)
+    control_guidance: float | None = ranged(at_least=0, at_most=100)
+    num_video_frames_per_chunk: int | None = ranged(at_least=2)
+    num_conditional_frames: int | None = ranged(at_least=0)
+    num_first_chunk_conditional_frames: int | None = ranged(at_least=0)
 
 
 @dataclass
@@ -376,6 +406,7 @@ class OutputConfig:
     sound: bool = MISSING
     report: bool = MISSING
     against_replicated: bool = MISSING
+    control: bool = MISSING
     crf: int = ranged(at_least=0, at_most=51)
     preset: str = MISSING
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cosmos3_pipeline.config.schema import TaskName
+from cosmos3_pipeline.config.schema import TaskConfig, TaskName
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,22 @@ GIVEN: dict[TaskName, tuple[Given, ...]] = {
     TaskName.policy: (),
     TaskName.forward_dynamics: (),
     TaskName.inverse_dynamics: (CLIP,),
+    TaskName.transfer: (),
 }
 # By task, what it needs one of.
 EITHER: dict[TaskName, tuple[Given, ...]] = {
     TaskName.policy: (PHOTOGRAPH, CLIP),
     TaskName.forward_dynamics: (PHOTOGRAPH, CLIP),
 }
+# What it may have besides.
+OPTIONAL: dict[TaskName, tuple[Given, ...]] = {TaskName.transfer: (CLIP,)}
 # The latent frames that a task's files are for, counted from the end where negative; others let the user choose.
 FRAMES: dict[TaskName, list[int]] = {
     TaskName.t2v: [],
     TaskName.t2i: [],
     TaskName.i2v: [0],
     TaskName.flf2v: [0, -1],
+    TaskName.transfer: [],
 }
 ALL_GIVEN = tuple(dict.fromkeys(given for needed in GIVEN.values() for given in needed))
 
@@ -52,5 +56,36 @@ def readers(given: Given) -> list[str]:
 
 
 def read_by(task: TaskName) -> tuple[Given, ...]:
-    """The files that a task reads: those that it needs, and those of which it needs one."""
-    return (*GIVEN[task], *EITHER.get(task, ()))
+    """The files that a task reads: those that it needs, those of which it needs one, and those it may have."""
+    return (*GIVEN[task], *EITHER.get(task, ()), *OPTIONAL.get(task, ()))
+
+
+# What follows is of transfer. Its keys in `task`, which other tasks do not read.
+TRANSFER_KEYS = (
+    *("edge_threshold", "blur_strength", "control_guidance", "num_video_frames_per_chunk"),
+    *("num_conditional_frames", "num_first_chunk_conditional_frames"),
+)
+CONTROLS = ("edge", "blur", "depth", "seg", "wsm")  # in the order in which diffusers packs them
+FROM_VIDEO = "from_video"  # in place of a file: the control is made of task.video
+MADE = ("edge", "blur")  # those that can be
+
+
+def controls_of(task: TaskConfig) -> dict[str, str]:
+    """The controls that are given, by name: a file, or `FROM_VIDEO`."""
+    return {name: file for name in CONTROLS if (file := getattr(task.controls, name))}
+
+
+def clips_of(task: TaskConfig) -> dict[str, str]:
+    """The files that the controls are read from, or made of, by their keys."""
+    found = {}
+    for name, file in controls_of(task).items():
+        if file != FROM_VIDEO:
+            found[f"task.controls.{name}"] = file
+        elif task.video is not None:
+            found["task.video"] = task.video
+    return found
+
+
+def controls_planned(task: TaskConfig) -> int:
+    """How many controls a plan is made for; one where a transfer has none yet."""
+    return max(len(controls_of(task)), 1) if task.name is TaskName.transfer else 0

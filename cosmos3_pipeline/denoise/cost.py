@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
 
+from cosmos3_pipeline.denoise.guidance import shares_of
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, HeadShare, even_rows, head_shares, start_of
 
 TIMESTEP_CHANNELS = 256  # of the sinusoidal embedding that enters the model's `time_embedder`
@@ -99,6 +100,7 @@ class TextCost:
     """One rank's share of encoding one prompt; the negative prompt of many clips is encoded once."""
 
     negative: bool
+    tokens: int
     flops: int
     cache_bytes: int
     ulysses: Wire
@@ -127,9 +129,10 @@ class StepCost:
 class DenoiseCost:
     """One rank's share, by its place on the two axes.
 
-    `texts` has the prompts of its guidance passes, `passes` what each pass costs. `clip_flops` (the angles of all
-    tokens but the text's) is once per clip, `embed_flops` once per step for all passes of the rank. `velocity` is
-    one pass's velocity for the other ranks of `cfg`, `gather` the guided velocity for those of `ulysses`.
+    `texts` has the prompts of its guidance passes, which two may share, `passes` what each pass costs.
+    `clip_flops` (the angles of all tokens but the text's) is once per clip, `embed_flops` once per step for all
+    passes over the tokens of the first. `velocity` is one pass's velocity for the other ranks of `cfg`, `gather`
+    the guided velocity for those of `ulysses`; where each pass's is gathered, that is among the pass's own.
     """
 
     cfg_rank: int
@@ -176,50 +179,61 @@ def denoise_costs(
     cfg: int = 1,
     ulysses: int = 1,
     element_bytes: int,
+    nested: bool = False,
 ) -> tuple[DenoiseCost, ...]:
     """The cost of each rank of a replica, `ulysses` varying fastest; ranks to spare repeat one of these.
 
-    `passes` are the guidance passes in diffusers' order, all over the same stretches; `element_bytes` are those of
-    the transformer's dtype. The layout must pass `check_layout`.
+    `passes` are the guidance passes in diffusers' order; `element_bytes` are those of the transformer's dtype. The
+    layout must pass `check_layout`. `nested` passes may be over different stretches, and each one's velocity is
+    gathered before they are combined (see `ParallelTransferDenoiser`); others are combined first.
     """
-    stretches, rows = passes[0].stretches, even_rows(passes[0].rows, ulysses)
     shares = head_shares(model.num_attention_heads, model.num_key_value_heads, ulysses)
-    costs = []
+    owned, costs = shares_of(len(passes), cfg), []
     for cfg_rank, rank in product(range(cfg), range(ulysses)):
-        own_passes = [(number, one) for number, one in enumerate(passes) if cfg == 1 or number == cfg_rank]
-        part = _Part(model, rows, rank, shares, element_bytes)
-        own = _own_tokens(stretches, start_of(rows, rank), part.own)
-        prediction = sum(stretch.noisy(start, stop) * stretch.channels for stretch, start, stop in own)
-        projected = sum((stop - start) * stretch.channels for stretch, start, stop in own)
+        own_passes = [(number, passes[number]) for number in owned[cfg_rank]]
         once = model.num_hidden_layers - 1  # the last layer's text is read by nothing: keys and values suffice
-        clip_flops, texts, costed = 0, [], []
+        clip_flops, texts, costed = 0, dict[bool, TextCost](), []
+        first, embed_flops, predicted, whole = own_passes[0][1].stretches, 0, 0, 0
         for number, one in own_passes:
+            rows = even_rows(one.rows, ulysses)
+            part = _Part(model, rows, rank, shares, element_bytes)
+            own = _own_tokens(one.stretches, start_of(rows, rank), part.own)
+            predicted = sum(stretch.noisy(start, stop) * stretch.channels for stretch, start, stop in own)
+            whole = sum(stretch.noisy(0, stretch.tokens) * stretch.channels for stretch in one.stretches)
+            projected = sum((stop - start) * stretch.channels for stretch, start, stop in own)
+            embedding = 2 * model.hidden_size * projected + _noise_level_flops(model, one.stretches)
             prompt = _Part(model, even_rows(one.text, ulysses), rank, shares, element_bytes)
             angles = 3 * model.head_dim  # of the rotary embedding, of one token
             layer = prompt.project_flops + prompt.finish_flops + prompt.attend_flops(prompt.total)
             cache = model.num_hidden_layers * 2 * prompt.total * shares[rank].num_keys * model.head_dim
-            texts.append(
-                TextCost(
-                    negative=one.negative,
-                    flops=angles * prompt.total + prompt.project_keys_flops + once * layer,
-                    cache_bytes=cache * element_bytes,
-                    ulysses=prompt.keys_to_heads + (prompt.to_heads + prompt.to_rows) * once,
-                )
+            texts[one.negative] = TextCost(
+                negative=one.negative,
+                tokens=one.text,
+                flops=angles * prompt.total + prompt.project_keys_flops + once * layer,
+                cache_bytes=cache * element_bytes,
+                ulysses=prompt.keys_to_heads + (prompt.to_heads + prompt.to_rows) * once,
             )
             clip_flops += angles * part.total
             layer = part.project_flops + part.finish_flops + part.attend_flops(prompt.total + part.total)
             flops = model.num_hidden_layers * layer + 2 * model.hidden_size * projected
-            costed.append(PassCost(number, flops, (part.to_heads + part.to_rows) * model.num_hidden_layers))
+            sent = (part.to_heads + part.to_rows) * model.num_hidden_layers
+            if one.stretches == first:
+                embed_flops = embedding
+            else:
+                flops += embedding
+            if nested:
+                sent += _to_each(predicted * element_bytes, ulysses - 1)
+            costed.append(PassCost(number, flops, sent))
         costs.append(
             DenoiseCost(
                 cfg_rank=cfg_rank,
                 ulysses_rank=rank,
-                texts=tuple(texts),
+                texts=tuple(texts.values()),
                 passes=tuple(costed),
                 clip_flops=clip_flops,
-                embed_flops=2 * model.hidden_size * projected + _noise_level_flops(model, stretches),
-                velocity=_to_each(prediction * element_bytes, cfg - 1),
-                gather=_to_each(prediction * COMBINED_BYTES, ulysses - 1),
+                embed_flops=embed_flops,
+                velocity=_to_each((whole if nested else predicted) * element_bytes, cfg - 1),
+                gather=Wire() if nested else _to_each(predicted * COMBINED_BYTES, ulysses - 1),
             )
         )
     return tuple(costs)

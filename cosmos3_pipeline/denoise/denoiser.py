@@ -27,7 +27,7 @@ from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 
 
 @dataclass
-class _Loop:
+class Loop:
     """What does not change between the steps of one loop. `own` are this rank's passes by their numbers."""
 
     transformer: ParallelTransformer
@@ -93,7 +93,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         if not hasattr(block_state, "parallel_loop"):
             block_state.parallel_loop = self._begin(components, block_state)
-        loop: _Loop = block_state.parallel_loop
+        loop: Loop = block_state.parallel_loop
         latents = self._latents(block_state)
         step = self._step(loop, latents, i)
         # Its value stays on the device: reading it on the host would wait for all that was launched before.
@@ -110,7 +110,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             actions[:, width:] = 0  # of what no embodiment with so few numbers has
         return components, block_state
 
-    def _step(self, loop: _Loop, latents: Mapping[str, list[Tensor]], place: int) -> _Step:
+    def _step(self, loop: Loop, latents: Mapping[str, list[Tensor]], place: int) -> _Step:
         """Which passes the step at `place` has and computes; counts them."""
         passes, spared = loop.guidance.at(loop.timesteps[place]), frozenset[int]()
         if loop.cache is not None:
@@ -129,7 +129,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         return _Step(place, passes, spared)
 
     def _velocities(
-        self, loop: _Loop, step: _Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
+        self, loop: Loop, step: _Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
     ) -> dict[int, Tensor]:
         """The velocity of own tokens, flat, of each pass of a step that is this rank's, in their order."""
         transformer, found = loop.transformer, dict[int, Tensor]()
@@ -149,7 +149,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             found[number] = transformer.velocity(loop.own[number], hidden)
         return {number: found[number] for number in own}
 
-    def _exchanged(self, loop: _Loop, step: _Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+    def _exchanged(self, loop: Loop, step: _Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """The velocities of all passes of a step by their numbers, from those of the `own` ones of each rank."""
         if self._guidance.ranks == 1:
             return own
@@ -170,7 +170,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         """The passes of a loop."""
         return Guidance.of_prompt(block_state.guidance_scale, self._interval)
 
-    def _begin(self, components: Any, block_state: Any) -> _Loop:
+    def _begin(self, components: Any, block_state: Any) -> Loop:
         """Prepare this rank's passes; the schedule is read here, once, because that waits for the device."""
         whole, scheduler = components.transformer, components.scheduler
         guidance, transformer = self.guidance(block_state), self._accelerate(whole, block_state)
@@ -186,7 +186,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         }
         cache = None if self._cache is None else StepCache(self._cache, self._replica)
         timesteps, sigmas = (found.cpu().tolist() for found in (block_state.timesteps, scheduler.sigmas))
-        return _Loop(transformer, guidance, own, timesteps, sigmas, cache)
+        return Loop(transformer, guidance, own, timesteps, sigmas, cache)
 
     def _accelerate(self, transformer: Any, block_state: Any) -> ParallelTransformer:
         check_layout(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COND, UNCOND = "cond", "uncond"
+WITH_CONTROLS = "_full"  # ends the name of a pass over control clips and the clip
 Interval = tuple[float, float]  # timesteps from 0 to 1000, both ends included
 
 
@@ -31,6 +32,16 @@ class GuidancePass:
     name: str
     scale: float = 1.0
     interval: Interval | None = None
+
+    @property
+    def prompt(self) -> str:
+        """Which prompt it reads: `COND` or `UNCOND`, with which its name begins."""
+        return self.name.partition("_")[0]
+
+    @property
+    def controls(self) -> bool:
+        """Whether control clips stand in front of its clip, where a run has some."""
+        return self.name.endswith(WITH_CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,21 @@ class Guidance:
         between = None if interval is None else (interval[0], interval[1])
         return cls((prompt, GuidancePass(UNCOND, scale, between)))
 
+    @classmethod
+    def of_controls(cls, scale: float, control_scale: float, interval: Sequence[float] | None = None) -> Guidance:
+        """A prompt and its negative prompt where control clips are followed.
+
+        The controls are amplified between a pass with the prompt alone and one with both. At a control scale of
+        1.0 the former is no pass, and the negative prompt is none at scales up to 1.0.
+        """
+        between = None if interval is None else (interval[0], interval[1])
+        passes = [GuidancePass(f"{COND}{WITH_CONTROLS}")]
+        if control_scale != 1.0:
+            passes.append(GuidancePass(f"{COND}_no_control", control_scale))
+        if scale > 1.0:
+            passes.append(GuidancePass(f"{UNCOND}{WITH_CONTROLS}", scale, between))
+        return cls(tuple(passes))
+
     def at(self, timestep: float) -> tuple[int, ...]:
         """The numbers of the passes that a step at `timestep` has."""
         return tuple(
@@ -64,12 +90,15 @@ class Guidance:
 
         In a step that has none of its passes a rank waits for the velocities of the others.
         """
-        edges = [-(-len(self.passes) * rank // ranks) for rank in range(ranks + 1)]
-        return [range(*edge) for edge in pairwise(edges)]
+        return shares_of(len(self.passes), ranks)
 
     def names(self, *, ranks: int, rank: int) -> list[str]:
         """The names of the passes of the rank at `rank` of the `cfg` axis."""
         return [self.passes[number].name for number in self.shares(ranks)[rank]]
+
+    def prompts(self, *, ranks: int, rank: int) -> list[str]:
+        """The prompts that those passes read, each once."""
+        return list(dict.fromkeys(self.passes[number].prompt for number in self.shares(ranks)[rank]))
 
     def combine(self, velocities: Mapping[int, Tensor]) -> Tensor:
         """The guided velocity in fp32, of a step that has the passes of `velocities`, by their numbers."""
@@ -79,6 +108,12 @@ class Guidance:
             own = other.float()
             velocity = (velocity - own).mul_(self.passes[number].scale).add_(own)
         return velocity
+
+
+def shares_of(passes: int, ranks: int) -> list[range]:
+    """The numbers of `passes` passes that each of `ranks` computes: contiguous, the first ranks the odd ones."""
+    edges = [-(-passes * rank // ranks) for rank in range(ranks + 1)]
+    return [range(*edge) for edge in pairwise(edges)]
 
 
 @dataclass

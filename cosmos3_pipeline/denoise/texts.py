@@ -128,10 +128,10 @@ class Texts:
         """The encoded prompts on the device; one that no later clip waits for is forgotten here."""
         if self.lacks(prompts):
             self.encode(encoder, prompts)
-        found = []
-        for key in map(_key, prompts):
-            found.append(self._kept[key].to(self._device))
-            self._wanted[key] -= 1
+        keys = [_key(prompt) for prompt in prompts]
+        self._kept |= {key: self._kept[key].to(self._device) for key in keys}  # two that are equal share one
+        found = [self._kept[key] for key in keys]
+        self._wanted.subtract(keys)
         self._kept = {key: text for key, text in self._kept.items() if self._wanted[key] > 0}
         return found
 

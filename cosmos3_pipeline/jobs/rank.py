@@ -173,6 +173,7 @@ def context_of(run: Run, config: Config, directory: Path) -> RunContext:
     return RunContext(
         components=run.components,
         clip=run.plan.clip,
+        chunks=run.plan.chunks,
         fps=config.task.fps,
         directory=directory,
         mesh=run.mesh,

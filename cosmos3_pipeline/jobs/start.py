@@ -6,17 +6,18 @@ A plan needs no photograph, no weights and no torchrun; a run does.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted
 from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, components_for, fetch_checkpoint, is_hub_id
 from cosmos3_pipeline.checkpoint.lora import with_hash
 from cosmos3_pipeline.config.compose import Composition
-from cosmos3_pipeline.config.schema import Config, Device, JobName
-from cosmos3_pipeline.config.tasks import ALL_GIVEN, GIVEN
+from cosmos3_pipeline.config.schema import Config, Device, JobName, TaskConfig, TaskName
+from cosmos3_pipeline.config.tasks import ALL_GIVEN, FROM_VIDEO, GIVEN, clips_of, controls_of
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.action_inputs import check_action_inputs
@@ -54,6 +55,9 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
     first starts, which may be on another machine.
     """
     checked = check_composition(composition)
+    lengths = _lengths(checked.config.task)
+    if lengths:
+        checked = check_composition(composition, lengths)
     prepared = Prepared(checked.config, checked.plan(), checked.adopted)
     job = checked.config.job.name
     _raise([*check_objective(prepared.config), *check_rehearse(prepared.config)])
@@ -64,7 +68,7 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
         _raise([*_contents(prepared)])
         if fetch:
             _raise([*_accelerators(prepared.config)])
-            prepared = _with_hashes(_with_checkpoint(prepared, composition))
+            prepared = _with_hashes(_with_checkpoint(prepared, composition, lengths))
     origin = None if job == JobName.plan else origin_of(composition.overrides)
     return replace(prepared, verification=check_verify(prepared.config), origin=origin)
 
@@ -74,10 +78,10 @@ def _problems(prepared: Prepared) -> list[Problem]:
     return [*_world(cfg), *_inputs(cfg), *_checkpoint(cfg), *_memory(prepared)]
 
 
-def _with_checkpoint(prepared: Prepared, composition: Composition) -> Prepared:
+def _with_checkpoint(prepared: Prepared, composition: Composition, changes: Mapping[str, Any]) -> Prepared:
     """With the commit of a hub id, which is on this machine then.
 
-    Where it was not before, its numbers were not known: `composition` is checked and planned anew.
+    Where it was not before, its numbers were not known: `composition` is checked and planned anew, with `changes`.
     """
     fetched = _fetched(prepared.config)
     if fetched is None:
@@ -85,7 +89,7 @@ def _with_checkpoint(prepared: Prepared, composition: Composition) -> Prepared:
     model = prepared.config.model
     if prepared.adopted is not None and prepared.adopted.checkpoint.folder == fetched.folder:
         return replace(prepared, config=replace(prepared.config, model=replace(model, commit=fetched.commit)))
-    checked = check_composition(composition, {"model.commit": fetched.commit})
+    checked = check_composition(composition, {**changes, "model.commit": fetched.commit})
     prepared = Prepared(checked.config, checked.plan(), checked.adopted)
     _raise([*_memory(prepared)])
     return prepared
@@ -186,6 +190,7 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
     words = {"task.prompt": task.prompt, "task.negative_prompt": task.negative_prompt}
     files = {f"task.{given.key}": getattr(task, given.key) for given in ALL_GIVEN}
     files["task.prompt_file"] = task.prompt_file
+    files |= {f"task.controls.{name}": file for name, file in controls_of(task).items() if file != FROM_VIDEO}
     files |= {key: said[1:] for key, said in words.items() if said is not None and said.startswith("@")}
     for key, file in files.items():
         path = None if file is None else Path(file).expanduser()
@@ -197,11 +202,33 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
                 why=f"{path.absolute()} {kind if path.exists() else 'does not exist'}",
                 works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
             )
+    if task.name is TaskName.transfer and not controls_of(task):
+        yield Problem(
+            what="task=transfer without a control",
+            why="there is nothing that the video could follow",
+            works="task.controls.edge=edges.mp4, or task.video=clip.mp4 task.controls.edge=from_video",
+        )
+
+
+def _lengths(task: TaskConfig) -> dict[str, Any]:
+    """How many frames a transfer has that is told no number: as many as its first control clip, if it is here.
+
+    Raises ConfigError for a clip that cannot be read.
+    """
+    clips = [Path(file).expanduser() for file in clips_of(task).values()]
+    if task.name is not TaskName.transfer or task.num_frames is not None or not clips or not clips[0].is_file():
+        return {}
+    from cosmos3_pipeline.stages.controls import length_of
+
+    try:
+        return {"task.num_frames": length_of(task)}
+    except Refusal as refusal:
+        raise ConfigError([refusal.problem]) from refusal
 
 
 def _contents(prepared: Prepared) -> Iterator[Problem]:
     """Words, pictures and clips that cannot be used, before a folder is made and a rank starts."""
-    from cosmos3_pipeline.stages import inputs, words  # what decodes pictures takes a while to import
+    from cosmos3_pipeline.stages import controls, inputs, words  # what decodes pictures takes a while to import
 
     task, clip = prepared.config.task, prepared.plan.clip
     checks: list[Callable[[], object]] = []
@@ -217,6 +244,8 @@ def _contents(prepared: Prepared) -> Iterator[Problem]:
         checks.append(partial(inputs.both_ends, task, clip))
     elif task.image is not None:
         checks.append(partial(inputs.photograph, task, clip))
+    elif task.name is TaskName.transfer:
+        yield from controls.control_problems(task)
     elif task.video is not None:
         checks.append(partial(inputs.condition_frames, task, clip))
     for check in checks:

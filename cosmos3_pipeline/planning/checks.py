@@ -18,7 +18,7 @@ from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.provenance import Provenance
-from cosmos3_pipeline.config.schema import Config, JobName, Placement
+from cosmos3_pipeline.config.schema import Config, JobName, Placement, TaskName
 from cosmos3_pipeline.config.tasks import ALL_GIVEN, CLIP, FRAMES, GIVEN, readers
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
@@ -28,6 +28,7 @@ from cosmos3_pipeline.planning.geometry import Clip, clean_frames, clip_of, near
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
 from cosmos3_pipeline.planning.sampling import check_cache, check_interval
 from cosmos3_pipeline.planning.trained import outside
+from cosmos3_pipeline.planning.transfer import transfer_problems
 from cosmos3_pipeline.planning.vae import (
     REFERENCE,
     VaePlan,
@@ -106,11 +107,7 @@ def _unread_settings(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]
 def check(cfg: Config) -> Checked:
     """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
-    found = [
-        problem
-        for one in (_task, _clip, _sound, _distilled, check_interval, check_cache, _ranks, _layout, _weights)
-        for problem in one(cfg, clip)
-    ]
+    found = [problem for one in CHECKS for problem in one(cfg, clip)]
     found += check_actions(cfg)
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
@@ -227,6 +224,8 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
             works=f"task.num_frames={clip.num_frames + clip.temporal}",
         )
     modality = "image" if name == "t2i" else "video" if action_of(task) is None else "action"
+    if task.name is TaskName.transfer:
+        modality = task.modality if task.modality in ("transfer", "transfer_wsm") else "transfer"
     if task.modality != modality:
         yield Problem(
             what=f"task.modality={task.modality} with task={name}",
@@ -301,6 +300,8 @@ def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
                 works=f"task.{key}={nearest_multiple(value, clip.spatial)}",
             )
     frames, step = cfg.task.num_frames, clip.temporal
+    if frames is None or cfg.task.name is TaskName.transfer:
+        return  # see `transfer_problems`
     if cfg.task.name.value == "t2i":
         if frames != 1:
             yield Problem(
@@ -421,7 +422,7 @@ def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
         lambda: check_layout(
             num_attention_heads=model.num_attention_heads,
             num_key_value_heads=model.num_key_value_heads,
-            cfg=1 if cfg.model.distilled_sigmas is not None else topology.cfg,  # else see `_distilled`
+            cfg=1 if _has_own_passes(cfg) else topology.cfg,
             ulysses=topology.ulysses,
             guidance_scale=cfg.sampler.guidance_scale,
         )
@@ -429,6 +430,11 @@ def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
         named = re.sub(r"(?<![.\w])(cfg|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
         what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
         yield Problem(what=what, why=problem.why, works=works)
+
+
+def _has_own_passes(cfg: Config) -> bool:
+    """Whether the passes of a step are looked at elsewhere: in `_distilled`, or in `transfer_problems`."""
+    return cfg.model.distilled_sigmas is not None or cfg.task.name is TaskName.transfer
 
 
 def _weights(cfg: Config, clip: Clip) -> Iterator[Problem]:
@@ -492,6 +498,11 @@ def _output(cfg: Config) -> Iterator[Problem]:
             why=f"the H.264 encoder's presets are: {', '.join(X264_PRESETS)}",
             works=did_you_mean(cfg.output.preset, X264_PRESETS, otherwise="output.preset=medium"),
         )
+
+
+CHECKS = (
+    *(_task, _clip, _sound, transfer_problems, _distilled, check_interval, check_cache, _ranks, _layout, _weights),
+)
 
 
 def refused(action: Callable[[], object]) -> Iterator[Problem]:

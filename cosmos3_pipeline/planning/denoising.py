@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cosmos3_pipeline.config.schema import Config, Device
-from cosmos3_pipeline.denoise.cost import DenoiseCost, PassTokens, TextCost, Wire, denoise_costs
-from cosmos3_pipeline.denoise.guidance import UNCOND, Guidance
+from cosmos3_pipeline.config.schema import Config, Device, TaskName
+from cosmos3_pipeline.denoise.cost import DenoiseCost, TextCost, Wire, denoise_costs
+from cosmos3_pipeline.denoise.guidance import Guidance
 from cosmos3_pipeline.denoise.shards import even_rows, head_shares
-from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks, stretches_of
+from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import accelerator_of
-from cosmos3_pipeline.planning.sampling import caches, guidance_of, passes_of_steps
+from cosmos3_pipeline.planning.sampling import caches, guidance_of, passes_of, passes_of_steps
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import prompts_of
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
@@ -37,52 +37,59 @@ MLP_PART_BYTES = 2**20
 class Denoising:
     """Denoising over `cfg` x `ulysses` ranks; `costs` is in the order of the ranks, `ulysses` varying fastest.
 
-    `latent_elements` are those of the clip's latents, `text_tokens` the length of each guidance pass,
-    `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a replica, which are
-    encoded together. `steps` has the passes of a step, by their numbers, and how many steps have them. `residuals`
-    are the steps that a cache remembers of each pass, 0 without one. `distilled` says that the steps are fixed and
-    draw noise of their own.
+    `latent_elements` are those of the clip's latents, and of each of the `controls`; `text_tokens` the length of
+    each prompt, `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a
+    replica, which are encoded together. `steps` has the passes of a step, by their numbers, and how many steps
+    have them. `residuals` are the steps that a cache remembers of each pass, 0 without one. `distilled` says that
+    the steps are fixed and draw noise of their own. A clip in several `chunks` has `later` for those after the
+    first.
     """
 
     size: TransformerSize
     modalities: frozenset[str]
     latent_elements: int
+    controls: int
     text_tokens: tuple[int, ...]
     vision_rows: tuple[int, ...]
     costs: tuple[DenoiseCost, ...]
-    cfg: int
     element_bytes: int
     prompts: int
     guidance: Guidance
     steps: Mapping[tuple[int, ...], int]
     residuals: int
     distilled: bool
+    later: Denoising | None = None
+    chunks: int = 1
 
     @classmethod
     def of(
-        cls, cfg: Config, size: TransformerSize, *, text_tokens: tuple[int, int], element_bytes: int
+        cls,
+        cfg: Config,
+        size: TransformerSize,
+        *,
+        text_tokens: tuple[int, int],
+        element_bytes: int,
+        chunk: int = 0,
     ) -> Denoising:
-        """Of a config, whose layout must pass `denoise.checks.check_layout`."""
-        clip, guidance, stretches = clip_of(cfg), guidance_of(cfg), stretches_of(cfg)
-        passes = [
-            PassTokens(tokens, stretches, negative=one.name == UNCOND)
-            for one, tokens in zip(guidance.passes, text_tokens, strict=False)
-        ]
+        """Of the chunk `chunk` of a config, whose layout must pass `denoise.checks.check_layout`."""
+        clip, guidance, passes = clip_of(cfg), guidance_of(cfg), passes_of(cfg, text_tokens, chunk)
+        stretches = passes[0].stretches
         costs = denoise_costs(
             size,
             passes=passes,
             cfg=cfg.topology.cfg,
             ulysses=cfg.topology.ulysses,
             element_bytes=element_bytes,
+            nested=cfg.task.name is TaskName.transfer,
         )
         return cls(
             size=size,
             modalities=frozenset(stretch.modality for stretch in stretches),
             latent_elements=clip.latent_frames * clip.latent_rows * clip.latent_cols * cfg.model.vae.z_dim,
-            text_tokens=tuple(one.text for one in passes),
+            controls=len(stretches) - 1 if cfg.task.name is TaskName.transfer else 0,
+            text_tokens=tuple({one.negative: one.text for one in passes}.values()),
             vision_rows=even_rows(passes[0].rows, cfg.topology.ulysses),
             costs=costs,
-            cfg=cfg.topology.cfg,
             element_bytes=element_bytes,
             prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
             guidance=guidance,
@@ -92,15 +99,15 @@ class Denoising:
         )
 
     @property
-    def passes(self) -> int:
-        """The guidance passes of one rank."""
-        return len(self.text_tokens) // self.cfg
+    def again(self) -> bool:
+        """Whether a rank denoises more than once."""
+        return self.prompts > 1 or self.chunks > 1
 
     @property
     def computed(self) -> dict[str, int]:
         """How often each guidance pass is computed for a clip, by its name."""
         return {
-            one.name: sum(times for numbers, times in self.steps.items() if number in numbers)
+            one.name: self.chunks * sum(times for numbers, times in self.steps.items() if number in numbers)
             for number, one in enumerate(self.guidance.passes)
         }
 
@@ -149,6 +156,12 @@ class Denoising:
 
     def stage(self, cfg: Config, place: int, weights: WeightsCost, *, vae: int) -> RankStage:
         """Denoising on the rank at `place` of the costs, which holds `vae` bytes of the VAE besides."""
+        first = self._chunk_stage(cfg, place, weights, vae=vae)
+        if self.later is None:
+            return first
+        return first.then(self.later._chunk_stage(cfg, place, weights, vae=vae).times(self.chunks - 1))
+
+    def _chunk_stage(self, cfg: Config, place: int, weights: WeightsCost, *, vae: int) -> RankStage:
         cost, steps, topology = self.costs[place], cfg.sampler.steps, cfg.topology
         accelerator, per_node = accelerator_of(cfg), topology.ranks_per_node
         on_cpu = topology.device == Device.cpu
@@ -178,7 +191,7 @@ class Denoising:
                 "weights": brought,
                 "link": link,
             },
-            share={"vision_tokens": self.vision_rows[cost.ulysses_rank], "passes": self.passes},
+            share={"vision_tokens": self.vision_rows[cost.ulysses_rank], "passes": len(cost.passes)},
             sent_ahead=weights.gathered_ahead,
             noise_bytes=steps * self.latent_elements * FP32_BYTES if self.distilled else 0,
         )
@@ -194,8 +207,14 @@ class Denoising:
         intermediates a CPU computes in parts. There half precision takes the norm apart into fp32 passes; on an
         accelerator a norm is one, and the product of a gated MLP takes the memory of its gate.
         """
-        rank, latents = self.costs[place].ulysses_rank, self.latent_elements * FP32_BYTES
-        vision = self._layer_bytes(self.vision_rows, rank, before=max(self.text_tokens), on_cpu=on_cpu)
+        cost, latents = self.costs[place], self.latent_elements * FP32_BYTES
+        rank, passes = cost.ulysses_rank, len(cost.passes)
+        vision = self._layer_bytes(
+            self.vision_rows, rank, before=max(self.text_tokens), passes=passes, on_cpu=on_cpu
+        )
+        vision += self.controls * latents
+        if self.element_bytes != FP32_BYTES:  # as the model takes them
+            vision += self.controls * self.latent_elements * self.element_bytes
         in_model, in_sampler = LATENTS_IN_MODEL, LATENTS_IN_SAMPLER
         if self.distilled:
             in_model, in_sampler = DISTILLED_LATENTS_IN_MODEL, DISTILLED_LATENTS_IN_SAMPLER
@@ -203,30 +222,30 @@ class Denoising:
             in_sampler = LATENTS_COMPARED + max(in_sampler, in_model + LATENTS_IN_FILTER)
             in_model += LATENTS_COMPARED
         # What the layers have added to own tokens.
-        kept = self.residuals * self.passes * self.vision_rows[rank] * self.size.hidden_size * self.element_bytes
+        kept = self.residuals * passes * self.vision_rows[rank] * self.size.hidden_size * self.element_bytes
         return kept + max(vision + in_model * latents, in_sampler * latents)
 
     def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:
         """The most that a layer of the text holds, for the longest prompt while the others wait."""
         cost, ranks = self.costs[place], len(self.vision_rows)
         rank = cost.ulysses_rank
-        own = self.text_tokens if self.cfg == 1 else self.text_tokens[cost.cfg_rank :]
-        pairs = zip(own, cost.texts, strict=False)
-        prompts = sorted(tokens for tokens, text in pairs for _ in range(self._times(text)))
+        prompts = sorted(text.tokens for text in cost.texts for _ in range(self._times(text)))
         longest = even_rows(prompts.pop(), ranks)
         if self.size.num_hidden_layers == 1:  # the last layer's keys and values are all that is made
             keys = 3 * self.size.num_key_value_heads * self.size.head_dim
             return longest[rank] * (2 * self.size.hidden_size + keys) * self.element_bytes
         waiting = sum(even_rows(tokens, ranks)[rank] * self.size.hidden_size for tokens in prompts)
         waiting += sum(2 * tokens * self.size.head_dim for tokens in prompts)
-        return waiting * self.element_bytes + self._layer_bytes(longest, rank, before=0, on_cpu=on_cpu)
+        return waiting * self.element_bytes + self._layer_bytes(longest, rank, before=0, passes=1, on_cpu=on_cpu)
 
-    def _layer_bytes(self, rows: Sequence[int], rank: int, *, before: int, on_cpu: bool) -> int:
-        """The most that a layer holds for `rows` tokens per rank that also attend to `before` tokens of text."""
+    def _layer_bytes(self, rows: Sequence[int], rank: int, *, before: int, passes: int, on_cpu: bool) -> int:
+        """The most that a layer holds for `rows` tokens per rank that also attend to `before` tokens of text.
+
+        `passes` are over as many tokens, or fewer.
+        """
         size, n, everyone = self.size, rows[rank], sum(rows)
         share = head_shares(size.num_attention_heads, size.num_key_value_heads, len(rows))[rank]
         queries, keys = share.num_queries * size.head_dim, share.num_keys * size.head_dim
-        passes = self.passes if before else 1
         # What every pass has made so far, and the projections of the layer.
         held = n * (passes * size.hidden_size + size.projection_width)
         if not before and size.norms_text_keys_again:

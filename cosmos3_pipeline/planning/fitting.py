@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import product
 
-from cosmos3_pipeline.config.schema import Config, Device, Placement
+from cosmos3_pipeline.config.schema import Config, Device, Placement, TaskName
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.planning.actions import action_of
-from cosmos3_pipeline.planning.geometry import replica_ranks
+from cosmos3_pipeline.planning.geometry import chunks_of, replica_ranks
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.strategy import Exactness
@@ -50,7 +50,10 @@ def _smaller(cfg: Config) -> list[dict[str, int]]:
     task, step = cfg.task, cfg.model.vae.scale_factor_temporal
     if action_of(task) is not None:
         return []  # the picture decides the size
-    lengths, chunks = [task.num_frames], (task.num_frames - 1) // step
+    # Of a clip in chunks it is their length that counts.
+    key = "num_video_frames_per_chunk" if task.name is TaskName.transfer else "num_frames"
+    asked_frames = chunks_of(cfg).frames
+    lengths, chunks = [asked_frames], (asked_frames - 1) // step
     while (chunks := chunks // 2) > max(task.condition_latent_frames, default=0):
         lengths.append(step * chunks + 1)
     trained = {size for tier in cfg.model.trained.tiers for size in tier.sizes}
@@ -61,9 +64,9 @@ def _smaller(cfg: Config) -> list[dict[str, int]]:
             sizes.append((width, height))
     found = []
     for (width, height), frames in product(sizes, lengths):
-        changes = {"width": width, "height": height, "num_frames": frames}
+        changes = {"width": width, "height": height, key: frames}
         found.append({key: value for key, value in changes.items() if value != getattr(task, key)})
-    asked = {"width": task.width, "height": task.height, "num_frames": task.num_frames}
+    asked = {"width": task.width, "height": task.height, key: asked_frames}
     return sorted(found[1:], key=lambda changes: (-math.prod((asked | changes).values()), len(changes)))
 
 

@@ -9,9 +9,11 @@ import math
 from dataclasses import dataclass, replace
 
 from cosmos3_pipeline.checkpoint.sound import HOP, SAMPLE_RATE
-from cosmos3_pipeline.config.schema import Config, TopologyConfig
+from cosmos3_pipeline.config.schema import Config, TaskName, TopologyConfig
+from cosmos3_pipeline.config.tasks import controls_planned
 from cosmos3_pipeline.denoise.cost import Stretch
 from cosmos3_pipeline.planning.actions import action_of
+from cosmos3_pipeline.planning.chunks import Chunks
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Clip:
 
 
 def clip_of(cfg: Config) -> Clip:
-    """The clip that `cfg` asks for."""
+    """The clip that `cfg` asks for, or the chunks of it that are made one after the other."""
     return Clip(
         height=cfg.task.height,
         width=cfg.task.width,
-        num_frames=cfg.task.num_frames,
+        num_frames=chunks_of(cfg).frames,
         spatial=cfg.model.vae.scale_factor_spatial,
         temporal=cfg.model.vae.scale_factor_temporal,
         patch=cfg.model.transformer.latent_patch_size,
@@ -65,23 +67,47 @@ def clean_frames(condition_latent_frames: list[int], latent_frames: int) -> list
 
 
 def encoded_of(cfg: Config) -> Clip:
-    """The clip that the VAE encodes: that which is made, as far as it is conditioned.
+    """The clip that the VAE encodes: that which is made, as far as it is conditioned; a control is given whole.
 
     Before a picture of a task with actions is encoded it is padded to a canvas, and the padding is taken off the
     latents.
     """
     clip, action = clip_of(cfg), action_of(cfg.task)
+    if cfg.task.name is TaskName.transfer:
+        return clip
     height, width = (clip.height, clip.width) if action is None or action.canvas is None else action.canvas
     frames = max(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames)) * clip.temporal + 1
     return replace(clip, height=height, width=width, num_frames=frames)
 
 
-def stretches_of(cfg: Config) -> tuple[Stretch, ...]:
-    """What the generation pathway goes over in each guidance pass, in the order of the sequence."""
+def chunks_of(cfg: Config) -> Chunks:
+    """In what chunks the clip is made; all tasks but transfer make it in one.
+
+    Where nobody has said or counted how many frames it has, a chunk is planned.
+    """
+    task = cfg.task
+    frames = task.num_frames or task.num_video_frames_per_chunk or 1
+    if task.name is not TaskName.transfer:
+        return Chunks(frames, frames, overlap=0, given=0)
+    assert task.num_video_frames_per_chunk is not None
+    return Chunks.of(
+        frames,
+        at_most=task.num_video_frames_per_chunk,
+        overlap=task.num_conditional_frames or 0,
+        given=task.num_first_chunk_conditional_frames or 0,
+        temporal=cfg.model.vae.scale_factor_temporal,
+    )
+
+
+def stretches_of(cfg: Config, chunk: int = 0) -> tuple[Stretch, ...]:
+    """What the generation pathway goes over, in the order of the sequence; controls stand in front of the clip."""
     clip = clip_of(cfg)
     channels = cfg.model.vae.z_dim * cfg.model.transformer.latent_patch_size**2
     clean = frozenset(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames))
-    found = [Stretch("vision", channels, clip.latent_frames, clip.tokens_per_frame, clean)]
+    if cfg.task.name is TaskName.transfer:
+        clean = frozenset(range(chunks_of(cfg).clean_latents(chunk, clip.temporal)))
+    target = Stretch("vision", channels, clip.latent_frames, clip.tokens_per_frame, clean)
+    found = [replace(target, clean=frozenset(range(target.frames)))] * controls_planned(cfg.task) + [target]
     if cfg.task.sound:
         assert cfg.model.transformer.sound_dim is not None
         found.append(Stretch("sound", cfg.model.transformer.sound_dim, sound_frames(cfg)))
@@ -93,7 +119,7 @@ def stretches_of(cfg: Config) -> tuple[Stretch, ...]:
 
 def sound_frames(cfg: Config) -> int:
     """Latent frames of a sound as long as the clip, each a token. Source: `Cosmos3SoundPrepareLatentsStep`."""
-    samples = int(cfg.task.num_frames / cfg.task.fps * SAMPLE_RATE)
+    samples = int(clip_of(cfg).num_frames / cfg.task.fps * SAMPLE_RATE)
     return -(-samples // HOP)
 
 

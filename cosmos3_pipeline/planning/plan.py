@@ -13,11 +13,13 @@ from typing import Any
 from cosmos3_pipeline.checkpoint.hub import components_for, local_folder
 from cosmos3_pipeline.checkpoint.weights import Part
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.schema import Config, Device, Placement
+from cosmos3_pipeline.config.schema import Config, Device, Placement, TaskName
+from cosmos3_pipeline.config.tasks import controls_of, controls_planned
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.actions import action_of
+from cosmos3_pipeline.planning.chunks import Chunks
 from cosmos3_pipeline.planning.denoising import Denoising
-from cosmos3_pipeline.planning.geometry import Clip, clip_of, encoded_of, replica_ranks, stretches_of
+from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, encoded_of, replica_ranks, stretches_of
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.sampling import caches
 from cosmos3_pipeline.planning.sound import sound_stage
@@ -71,6 +73,7 @@ class Plan:
     `other_tokens` counts what is denoised beside vision, by modality.
     `passes` says how often each guidance pass is computed in the `steps`, by its name; with a `cache` at most.
     Then denoising is approximate, beside a run without the cache.
+    A clip that is made in `chunks` has them one after the other, and `clip` is one of them.
     `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
     """
 
@@ -78,6 +81,7 @@ class Plan:
     task: str
     clip: Clip
     other_tokens: dict[str, int]
+    chunks: Chunks
     text_tokens: tuple[int, ...]
     steps: int
     passes: dict[str, int]
@@ -140,12 +144,18 @@ def make_plan(
     Where the weights are is chosen here, see `weights`. Raises Refusal for a strategy that cannot be honoured.
     """
     clip = clip_of(cfg)
-    denoising = Denoising.of(
-        cfg,
-        TransformerSize.of(plain(cfg.model.transformer), latent_channels=cfg.model.vae.z_dim),
-        text_tokens=text_tokens or text_tokens_of(cfg),
-        element_bytes=ELEMENT_BYTES[cfg.model.dtype],
-    )
+    denoising, *later = [
+        Denoising.of(
+            cfg,
+            TransformerSize.of(plain(cfg.model.transformer), latent_channels=cfg.model.vae.z_dim),
+            text_tokens=text_tokens or text_tokens_of(cfg),
+            element_bytes=ELEMENT_BYTES[cfg.model.dtype],
+            chunk=chunk,
+        )
+        for chunk in range(min(chunks_of(cfg).count, 2))  # those after the second are like it
+    ]
+    if later:
+        denoising = replace(denoising, later=later[0], chunks=chunks_of(cfg).count)
     if vae is None:
         vae = {direction: vae_plan(cfg, direction, strategy_of(cfg, direction)) for direction in directions(cfg)}
     stages = {str(direction): stage for direction, stage in vae.items()}
@@ -161,6 +171,7 @@ def make_plan(
         task=cfg.task.name.value,
         clip=clip,
         other_tokens={part.modality: part.tokens for part in stretches_of(cfg) if part.modality != "vision"},
+        chunks=chunks_of(cfg),
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,
         passes=denoising.computed,
@@ -212,7 +223,7 @@ def _as_many_layers(
 ) -> tuple[WeightsPlan, tuple[RankPlan, ...]]:
     """The ranks by a choice, in which -1 resident layers become as many as fit.
 
-    With several prompts the generation pathway stays while the VAE decodes, where both fit.
+    With several prompts or chunks the generation pathway stays while the VAE decodes, where both fit.
     """
     limit, layers = accelerator_of(cfg).memory_bytes, denoising.size.num_hidden_layers
 
@@ -226,7 +237,7 @@ def _as_many_layers(
         each = denoising.size.slabs(Part.VISION)[0].elements * denoising.element_bytes
         stay = int(min(max((limit * FILLED - peak) // each, 0), layers))
         weights = replace(weights, resident_layers=stay)
-    if denoising.prompts > 1:
+    if denoising.again:
         staying = replace(weights, stays=True)
         found = ranks(staying)
         if max(rank.peak_bytes for rank in found) <= limit:
@@ -254,15 +265,16 @@ def _rank(
     vae = {name: share.weight_bytes for name, share in shares.items()}
     text = denoising.text_bytes(place)
     waiting = denoising.waiting_bytes(place) if on_cpu else 0
-    # The encoder stays from its stage on; of a prompt file decoder and transformer, from the second clip on.
+    # The encoder stays from its stage on; decoder and transformer from the second clip or chunk on.
     encoder = vae.get("encode", 0)
-    decoder = 0 if denoising.prompts == 1 else vae.get("decode", 0)
+    decoder = vae.get("decode", 0) if denoising.again else 0
     kept = cost.vision_bytes if weights.stays else cost.text_read if weights.keep_text else 0
     planned = {"text": denoising.text_stage(cfg, place, cost)}
     if "encode" in stages:
         before = max(text, waiting) if denoising.prompts == 1 or on_cpu else 0
-        planned["encode"] = stages["encode"].stage(
-            cfg, in_replica, weights=encoder + decoder + kept, text=before, inputs=_condition_bytes(cfg)
+        before = text if denoising.chunks > 1 else before
+        planned["encode"] = _encoded(
+            cfg, stages["encode"], in_replica, weights=encoder + decoder + kept, text=before
         )
     planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder + decoder)
     before_sound = encoder + decoder + kept
@@ -278,7 +290,8 @@ def _rank(
         after = encoder + vae["decode"] + kept
         # What was denoised, and the same as the VAE takes it; every rank has both throughout.
         latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])
-        planned["decode"] = stages["decode"].stage(cfg, in_replica, weights=after, text=waiting, inputs=latents)
+        held = text if denoising.chunks > 1 else waiting
+        planned["decode"] = _decoded(cfg, stages["decode"], in_replica, weights=after, text=held, inputs=latents)
     return RankPlan(
         rank=rank,
         node=rank // topology.ranks_per_node,
@@ -298,13 +311,43 @@ def _rank(
     )
 
 
+def _encoded(cfg: Config, encode: VaePlan, rank: int, *, weights: int, text: int) -> RankStage:
+    """Encoding what conditions the clip: in every chunk the controls, and the frames with which it begins."""
+    inputs = {"weights": weights, "text": text, "inputs": _condition_bytes(cfg)}
+    planned = encode.stage(cfg, rank, **inputs)
+    if cfg.task.name is not TaskName.transfer:
+        return planned
+    chunks = chunks_of(cfg)
+    planned = planned.times(controls_planned(cfg.task) * chunks.count)
+    for beginning, count in zip(encode.beginnings, (1, chunks.count - 1), strict=True):
+        if beginning is not None:
+            planned = planned.then(beginning.stage(cfg, rank, **inputs).times(count))
+    return planned
+
+
+def _decoded(cfg: Config, decode: VaePlan, rank: int, *, weights: int, text: int, inputs: int) -> RankStage:
+    """Decoding all chunks; the frames with which the next one begins go from the root to all other ranks."""
+    planned = decode.stage(cfg, rank, weights=weights, text=text, inputs=inputs)
+    chunks = chunks_of(cfg)
+    if decode.for_the_next is None:
+        return planned.times(chunks.count)
+    seed = 3 * cfg.task.height * cfg.task.width * chunks.overlap * ELEMENT_BYTES[cfg.model.vae_dtype]
+    before = decode.for_the_next.stage(cfg, rank, weights=weights, text=text, inputs=inputs + seed)
+    if rank == 0 and len(decode.plan.shares) > 1:
+        before = replace(before, sent=before.sent + Wire(seed, 1))
+    return before.times(chunks.count - 1).then(planned)
+
+
 def _condition_bytes(cfg: Config) -> int:
     """Bytes of the frames that are encoded, as they are read and as diffusers pads them, to two at least.
 
-    Those of a task with actions come padded to the device.
+    Those of a task with actions come padded to the device. Of control clips one is encoded after the other.
     """
     clip = encoded_of(cfg)
     pixels = 3 * clip.height * clip.width
+    if cfg.task.name is TaskName.transfer:
+        dtypes = {cfg.model.dtype, cfg.model.vae_dtype}  # it comes in the first, and is encoded in the second
+        return clip.num_frames * pixels * sum(ELEMENT_BYTES[dtype] for dtype in dtypes)
     if action_of(cfg.task) is not None:
         return clip.num_frames * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
     return (clip.num_frames + max(clip.num_frames, 2)) * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
@@ -334,6 +377,13 @@ def _notes(cfg: Config, estimated_text: bool) -> tuple[str, ...]:
             f"sampler/cache={cfg.sampler.cache.name.value} makes denoising approximate: the latents decide which "
             "passes are spared, so its passes, work, bytes and seconds are the most that there can be"
         )
+    chunks = chunks_of(cfg)
+    if cfg.task.name is TaskName.transfer and not controls_of(cfg.task):
+        notes.append("no control is given: planned with one")
+    if cfg.task.num_frames is None:
+        notes.append(f"task.num_frames=null: planned for {chunks.total} frames; a run has as many as its controls")
+    if chunks.count > 1:
+        notes.append(f"{chunks.total} frames in {chunks.count} chunks of {chunks.frames}")
     if estimated_text:
         notes.append("the number of text tokens is an estimate: about one for four bytes of the prompt")
     return tuple(notes)
@@ -357,7 +407,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "clip": {
             "height": clip.height,
             "width": clip.width,
-            "num_frames": clip.num_frames,
+            "num_frames": plan.chunks.total,
+            "chunks": plan.chunks.count,
+            "chunk_frames": clip.num_frames,
             "latent_frames": clip.latent_frames,
             "latent_rows": clip.latent_rows,
             "latent_cols": clip.latent_cols,

@@ -7,8 +7,10 @@ from dataclasses import fields
 
 from cosmos3_pipeline.checkpoint.schedule import TRAIN_TIMESTEPS, timesteps_of
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config
-from cosmos3_pipeline.denoise.guidance import Guidance
+from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config, TaskName
+from cosmos3_pipeline.config.tasks import controls_planned
+from cosmos3_pipeline.denoise.cost import PassTokens
+from cosmos3_pipeline.denoise.guidance import COND, UNCOND, Guidance
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.geometry import Clip, stretches_of
 
@@ -20,7 +22,25 @@ def caches(cfg: Config) -> bool:
 
 def guidance_of(cfg: Config) -> Guidance:
     """The guidance passes of a run."""
-    return Guidance.of_prompt(cfg.sampler.guidance_scale, cfg.sampler.guidance_interval)
+    sampler = cfg.sampler
+    if cfg.task.name is TaskName.transfer:
+        controls = cfg.task.control_guidance or 1.0
+        return Guidance.of_controls(sampler.guidance_scale, controls, sampler.guidance_interval)
+    return Guidance.of_prompt(sampler.guidance_scale, sampler.guidance_interval)
+
+
+def passes_of(cfg: Config, text_tokens: tuple[int, int], chunk: int = 0) -> list[PassTokens]:
+    """What each guidance pass goes over in `chunk`; `text_tokens` of the prompt and the negative prompt."""
+    stretches, (prompt, negative) = stretches_of(cfg, chunk), text_tokens
+    alone = stretches[controls_planned(cfg.task) :]
+    return [
+        PassTokens(
+            prompt if one.prompt == COND else negative,
+            stretches if one.controls else alone,
+            negative=one.prompt == UNCOND,
+        )
+        for one in guidance_of(cfg).passes
+    ]
 
 
 def passes_of_steps(cfg: Config) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cosmos3_pipeline.denoise.cost import Wire
@@ -31,6 +31,21 @@ class RankStage:
     share: dict[str, Any]  # what it owns: tokens, or ops, rows and columns
     sent_ahead: Wire = field(default_factory=Wire)
     noise_bytes: int = 0
+
+    def times(self, count: int) -> RankStage:
+        """The same so many times, one after the other."""
+        seconds = {bound: each * count for bound, each in self.seconds.items()}
+        return replace(self, flops=self.flops * count, sent=self.sent * count, seconds=seconds)
+
+    def then(self, other: RankStage) -> RankStage:
+        """This, then `other`: the same stage of a later chunk."""
+        return replace(
+            self,
+            flops=self.flops + other.flops,
+            activation_bytes=max(self.activation_bytes, other.activation_bytes),
+            sent=self.sent + other.sent,
+            seconds={bound: each + other.seconds[bound] for bound, each in self.seconds.items()},
+        )
 
     @property
     def peak_bytes(self) -> int:

@@ -78,9 +78,10 @@ def summary_lines(plan: Plan) -> list[str]:
     """The plan in a few lines, for the head of a run's log."""
     clip, numbers = plan.clip, summary(plan)
     free = plan.accelerator.memory_bytes - plan.peak_bytes
+    chunks = f"in {plan.chunks.count} chunks " if plan.chunks.count > 1 else ""
     lines = [
-        f"plan: {plan.model} {plan.task}, {clip.width}x{clip.height}, {clip.num_frames} frames "
-        f"({tokens(numbers)}), {steps_in_words(plan.steps, plan.passes, plan.cache)}",
+        f"plan: {plan.model} {plan.task}, {clip.width}x{clip.height}, {plan.chunks.total} frames "
+        f"{chunks}({tokens(numbers)}), {steps_in_words(plan.steps, plan.passes, plan.cache)}",
         f"  {numbers['ranks']} x {plan.accelerator.name}, {numbers['layout']}; up to "
         f"{quantity('bytes', plan.peak_bytes)} per rank, {quantity('bytes', abs(free))} "
         f"{'free' if free >= 0 else 'TOO MUCH'}",

@@ -36,11 +36,15 @@ def headline(plan: Mapping[str, Any]) -> str:
     steps = steps_in_words(plan["steps"], plan["passes"], plan["cache"])
     fits = f"fits with {free} free" if memory["fits"] else f"DOES NOT FIT by {free}"
     return (
-        f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames, "
-        f"{tokens(clip)}, {steps}, on {len(plan['ranks'])} x "
+        f"{plan['model']} {plan['task']}, {clip['width']}x{clip['height']}, {clip['num_frames']} frames"
+        f"{_in_chunks(clip)}, {tokens(clip)}, {steps}, on {len(plan['ranks'])} x "
         f"{plan['accelerator']['name']} ({layout(plan['topology'])}), weights {placement(plan['weights'])}: about "
         f"{quantity('seconds', plan['seconds']['total'])}, {fits}"
     )
+
+
+def _in_chunks(clip: Mapping[str, Any]) -> str:
+    return f" in {clip['chunks']} chunks of {clip['chunk_frames']}" if clip["chunks"] > 1 else ""
 
 
 def _stages(plan: Mapping[str, Any]) -> Sheet:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 from cosmos3_pipeline.checkpoint.hub import local_folder
-from cosmos3_pipeline.config.schema import Config, TaskConfig
+from cosmos3_pipeline.config.schema import Config, TaskConfig, TaskName
 from cosmos3_pipeline.planning.actions import action_of
 
 # English in a vocabulary of 150,000 is about four bytes per token.
@@ -26,6 +26,10 @@ ACTION_CAPTION = (
     '"resolution": {"H": 480, "W": 832}, "aspect_ratio": "16,9"}'
 )
 SYSTEM = "You are a helpful assistant who will generate videos from a give prompt."
+TRANSFER_SYSTEM = (
+    "You are a helpful assistant that generates images or videos following the user's instructions and control "
+    "signals (edge maps, blur, depth, or segmentation)."
+)
 WORDS_ENCODING = "utf-8-sig"  # a byte order mark is no word
 GIVEN = "task.negative_prompt"  # where a negative prompt is from that the user gave
 NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints, as it is given to the tokenizer
@@ -36,9 +40,11 @@ def text_tokens_of(cfg: Config) -> tuple[int, int]:
     """About how many tokens the prompt and the negative prompt of `cfg` become."""
     task = cfg.task
     system = 0 if task.system_prompt is False else len(SYSTEM)
-    around = [system + len(RESOLUTION) + (len(DURATION) if task.num_frames > 1 else 0)] * 2
+    around = [system + len(RESOLUTION) + (0 if task.num_frames == 1 else len(DURATION))] * 2
     if action_of(task) is not None:
         around = [system + len(ACTION_CAPTION), system]
+    elif task.name is TaskName.transfer:
+        around = [0 if task.system_prompt is False else len(TRANSFER_SYSTEM)] * 2
     lengths = (len(_words(words).encode()) for words in (task.prompt, _negative_prompt(cfg)))
     prompt, negative = (
         MARKERS + math.ceil((added + length) / BYTES_PER_TOKEN)

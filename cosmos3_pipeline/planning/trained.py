@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.config.schema import Config, TaskName
 from cosmos3_pipeline.config.tasks import read_by
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.actions import action_of
+from cosmos3_pipeline.planning.geometry import chunks_of
 from cosmos3_pipeline.planning.text import prompts_of
 
 
@@ -28,7 +29,8 @@ def outside(cfg: Config) -> Iterator[Problem]:
     yield from _strange_words(cfg)
     if action_of(task) is not None:
         return  # the tier decides the size, and each dataset of actions has a rate of its own
-    here = (task.width, task.height)
+    here, frames = (task.width, task.height), chunks_of(cfg).frames
+    key = "task.num_frames" if task.name is not TaskName.transfer else "task.num_video_frames_per_chunk"
     tier = next((tier for tier, sizes in tiers if here in sizes), None)
     if tier is None:
         near = min((s for _, sizes in tiers for s in sizes), key=lambda s: _distance(s, here))
@@ -37,16 +39,16 @@ def outside(cfg: Config) -> Iterator[Problem]:
             why=f"the model was not trained for this size; the nearest that it was is {near[0]}x{near[1]}",
             works=f"task.width={near[0]} task.height={near[1]}",
         )
-    elif task.num_frames != 1 and not tier.min_frames <= task.num_frames <= tier.max_frames:
-        nearest = min(max(task.num_frames, tier.min_frames), tier.max_frames)
+    elif frames != 1 and not tier.min_frames <= frames <= tier.max_frames:
+        nearest = min(max(frames, tier.min_frames), tier.max_frames)
         step = cfg.model.vae.scale_factor_temporal
         rounded = (nearest - 1) // step * step + 1
         yield Problem(
-            what=f"task.num_frames={task.num_frames} with model={cfg.model.name}",
+            what=f"{key}={frames} with model={cfg.model.name}",
             why=f"at {here[0]}x{here[1]} the model was trained for {tier.min_frames} to {tier.max_frames} frames",
-            works=f"task.num_frames={rounded if rounded >= tier.min_frames else rounded + step}",
+            works=f"{key}={rounded if rounded >= tier.min_frames else rounded + step}",
         )
-    if task.num_frames != 1 and task.fps not in trained.fps:
+    if frames != 1 and task.fps not in trained.fps:
         near_fps = min(trained.fps, key=lambda fps: abs(fps - task.fps))
         yield Problem(
             what=f"task.fps={task.fps:g} with model={cfg.model.name}",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import build_strategy
-from cosmos3_pipeline.config.schema import Config, Device, Dtype, VaeConfig
+from cosmos3_pipeline.config.schema import Config, Device, Dtype, TaskName, VaeConfig
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.actions import action_of
-from cosmos3_pipeline.planning.geometry import clean_frames, clip_of, encoded_of, replica_ranks
+from cosmos3_pipeline.planning.geometry import chunks_of, clean_frames, clip_of, encoded_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.vae.ops import LatentShape
@@ -82,13 +82,22 @@ class VaeStage:
 
 @dataclass(frozen=True)
 class VaePlan(VaeStage):
-    """A direction as a run does it: with what the ranks are given, the assignment that was planned."""
+    """A direction as a run does it: with what the ranks are given, the assignment that was planned.
+
+    Where a clip is made in chunks, `beginnings` are the frames with which the first and a later one begin, each
+    encoded by itself (None: no frame), and `for_the_next` is decoding a chunk with whose end another begins: its
+    frames go to the root in the VAE's dtype.
+    """
 
     strategy: Strategy
+    beginnings: tuple[VaeStage | None, VaeStage | None] = (None, None)
+    for_the_next: VaeStage | None = None
 
 
 def directions(cfg: Config) -> list[Direction]:
     """Encode where there is something to condition on (and its frames exist), and decode where a clip is made."""
+    if cfg.task.name is TaskName.transfer:
+        return ["encode", "decode"]
     latent_frames = clip_of(cfg).latent_frames
     frames = clean_frames(cfg.task.condition_latent_frames, latent_frames)
     encodes = bool(frames) and min(frames) >= 0 and max(frames) < latent_frames
@@ -145,7 +154,25 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
         if len(_made) == MOST_MADE:
             _made.clear()
         _made[key] = VaePlan(program, shape, plan, given)
-    return _made[key]
+    planned = _made[key]
+    return _in_chunks(cfg, direction, planned) if cfg.task.name is TaskName.transfer else planned
+
+
+def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
+    """With what the chunks of a transfer need beside the whole chunk."""
+    shape, chunks = planned.shape, chunks_of(cfg)
+
+    def another(**changes: Any) -> VaeStage:
+        other = replace(shape, **changes)
+        ranks = len(planned.plan.shares)
+        return VaeStage(planned.program, other, planned.strategy.plan(planned.program, other, ranks))
+
+    if direction == "decode":
+        more = chunks.count > 1 and chunks.overlap > 0
+        return replace(planned, for_the_next=another(picture_bytes=shape.element_bytes) if more else None)
+    lengths = [chunks.clean_latents(number, clip_of(cfg).temporal) for number in (0, 1)]
+    first, later = (another(frames=frames) if frames else None for frames in lengths)
+    return replace(planned, beginnings=(first, later if chunks.count > 1 else None))
 
 
 # Plans by everything that they depend on: the jobs of a sweep and the cases of a review have many in common.

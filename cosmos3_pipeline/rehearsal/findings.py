@@ -37,6 +37,9 @@ ALLOWED_WAITS = {
     '(block_state.cond_action_segment["num_noisy_action_tokens"],), t.item(), device=device': (
         "diffusers reads the noise level of a step from its schedule, for actions once more"
     ),
+    "block_state.vision_timesteps = torch.full((block_state.num_noisy_vision_tokens,), t.item(), device=device)": (
+        "diffusers reads the noise level of a step from its schedule"
+    ),
     "latents = torch.randn(shape, generator=generator, devi"
     "ce=rand_device, dtype=dtype, layout=layout).to(device)": (
         "the noise of a distilled step is drawn on the host, so that every rank has the same"

@@ -112,23 +112,28 @@ class StageMeter:
 
         yield advance
 
-    def finish(self, *, steps: int) -> None:
-        """Find what is repeated; what one step does or leaves more often counts `steps` times in all."""
+    def finish(self, *, steps: int, chunks: int = 1) -> None:
+        """Find what is repeated; what one step does or leaves more often counts `steps` times in all.
+
+        That is so in each of the `chunks` that a clip is made in.
+        """
         if denoise := self.stages.get("denoise"):
-            done = denoise.units
-            more = max(steps - len(done), 0)
-            if len(done) > 1:
+            run = len(denoise.units) // chunks
+            done = denoise.units[:run]
+            more = max(steps - run, 0)
+            if run > 1:
                 denoise.repeated = done[-1].waits - done[0].waits
-                one = done[1].counts.plus(done[0].counts, -1)
-                denoise.counts = denoise.counts.plus(one, more)
-            if len(done) > SOLVER_ORDER:
+                for first in range(0, run * chunks, run):
+                    one = denoise.units[first + 1].counts.plus(denoise.units[first].counts, -1)
+                    denoise.counts = denoise.counts.plus(one, more)
+            if run > SOLVER_ORDER:
                 denoise.left = done[-1].live - done[-2].live
                 denoise.peak_bytes += more * denoise.left.total()
         self.between = self._tracker.waits - self._waits_before
         for measured in self.stages.values():
             self.between -= measured.waits
         if decode := self.stages.get("decode"):
-            decode.repeated = Counter({place: count for place, count in decode.waits.items() if count > 1})
+            decode.repeated = Counter({place: count for place, count in decode.waits.items() if count > chunks})
 
     def _now(self) -> Counts:
         sent_bytes = sum(ledger.sent_bytes for ledger in self._ledgers)

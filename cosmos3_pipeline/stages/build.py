@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.config.schema import Config, TaskName
 from cosmos3_pipeline.errors import Refusal, did_you_mean
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import modalities_of
@@ -19,6 +19,7 @@ from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.export import ExportStage
 from cosmos3_pipeline.stages.sound import SoundStage
 from cosmos3_pipeline.stages.text import TextStage
+from cosmos3_pipeline.stages.transfer import TransferStage
 
 # Makes a stage of what a run is given. One that is sent to ranks must pickle: a function or class of a module.
 StageFactory = Callable[[Config, Plan], Stage]
@@ -27,6 +28,8 @@ NO_OTHERS: Mapping[str, StageFactory] = MappingProxyType({})
 
 def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] = NO_OTHERS) -> dict[str, Stage]:
     """The stages by their names in `STAGES`, in the order in which they run.
+
+    Transfer encodes, denoises and decodes in turns, as the stage `decode`, and has no other stages of these names.
 
     A stage is replaced from Python, never from a composition: `others` maps its name to what makes another one.
     `jobs.generate.generate(prepared, output, stages=others)` hands it to every rank.
@@ -57,4 +60,13 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
     found = {name: {**factories, **others}[name] for name in STAGES}
     if "decode" not in plan.vae:  # the task makes no video
         del found["decode"]
+    if config.task.name is TaskName.transfer:
+        found["decode"] = others.get("decode", transfer)
+        for name in ("encode", "denoise"):
+            del found[name]
     return {name: make(config, plan) for name, make in found.items()}
+
+
+def transfer(config: Config, plan: Plan) -> Stage:
+    """The stage that makes a clip chunk after chunk."""
+    return TransferStage(config.task, config.sampler, config.output, plan.chunks, stays=plan.weights.stays)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cosmos3_pipeline.denoise.guidance import PassCounts
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.models.loading import Components
+from cosmos3_pipeline.planning.chunks import Chunks
 from cosmos3_pipeline.planning.geometry import Clip
 from cosmos3_pipeline.stages.media import Change, Sound
 from cosmos3_pipeline.stages.progress import Reporter, Silent
@@ -50,14 +51,15 @@ def _not_measured(stage: str, /, *, portion: bool = False) -> AbstractContextMan
 class RunContext:
     """One run on one rank. The stages are called with it one after the other, on every rank of the replica.
 
-    `components`, `clip` and `fps` (frames per second) say what to make; `mesh` says where this rank stands and
-    `directory` where the root writes. `measure` is entered by the stages.
+    `components`, `clip` and `fps` (frames per second) say what to make, `chunks` that the clip is one of several;
+    `mesh` says where this rank stands and `directory` where the root writes. `measure` is entered by the stages.
     """
 
     components: Components
     clip: Clip
     fps: float
     directory: Path
+    chunks: Chunks | None = None
     mesh: RankMesh = field(default_factory=RankMesh)
     reporter: Reporter = field(default_factory=Silent)
     measure: Measure = _not_measured
@@ -78,6 +80,11 @@ class RunContext:
     # Set by export, on the root. A task may make one of them alone.
     picture: Picture | None = None
     actions: Path | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Of the whole video."""
+        return self.clip.num_frames if self.chunks is None else self.chunks.total
 
     @property
     def is_root(self) -> bool:

@@ -80,7 +80,7 @@ class DenoiseStage:
         loop = workflow.sub_blocks["denoise"]
         loop.set_progress_bar_config(disable=True)
         loop.sub_blocks["denoiser"] = self.denoiser(context)
-        loop.sub_blocks["report"] = _ReportStep(advance)
+        loop.sub_blocks["report"] = ReportStep(advance)
         return workflow
 
     def blocks(self, context: RunContext) -> SequentialPipelineBlocks:
@@ -115,7 +115,7 @@ def _sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
     )
 
 
-class _ReportStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped
+class ReportStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped
     """The last block of the loop: says that a step is done."""
 
     model_name = "cosmos3-omni"

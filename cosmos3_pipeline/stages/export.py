@@ -47,16 +47,17 @@ class ExportStage:
         if self._modality == "image":
             path = context.directory / IMAGE_FILE
             self._write_image(context, path, sha256)
+            frames = 1
         else:
             path = context.directory / VIDEO_FILE
-            self._write_video(context, path, sha256, waveform)
+            frames = self._write_video(context, path, sha256, waveform)
         self.write_latents(context)
         if self._output.sound and waveform is not None:
             with context.measure("export"):
                 write_wav(context.directory / SOUND_FILE, waveform)
         context.picture = Picture(
             path=path,
-            num_frames=context.clip.num_frames,
+            num_frames=frames,
             frames_sha256=sha256.hexdigest(),
             sound=None if waveform is None else sound_of(waveform),
         )
@@ -83,7 +84,8 @@ class ExportStage:
         path: Path,
         sha256: hashlib._Hash,
         waveform: NDArray[np.float32] | None,
-    ) -> None:
+    ) -> int:
+        """Returns the number of frames."""
         output = self._output
         with write_video(
             path,
@@ -111,7 +113,8 @@ class ExportStage:
                     queue.arrived()
                 with context.measure("export"):
                     queue.finish()
-        assert writer.num_frames == context.clip.num_frames
+        assert writer.num_frames == context.num_frames
+        return writer.num_frames
 
     def _write_image(self, context: RunContext, path: Path, sha256: hashlib._Hash) -> None:
         assert context.frames is not None

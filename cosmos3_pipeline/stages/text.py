@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep
+from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep, Cosmos3TransferTextStep
 
-from cosmos3_pipeline.config.schema import SamplerConfig, TaskConfig
+from cosmos3_pipeline.config.schema import SamplerConfig, TaskConfig, TaskName
 from cosmos3_pipeline.denoise.guidance import Guidance
 from cosmos3_pipeline.denoise.texts import Prompt
 from cosmos3_pipeline.models.tokenizer import check_tokens
@@ -49,7 +49,12 @@ class TextStage:
         state.set("fps", context.fps)
         state.set("add_resolution_template", words.sentences)
         state.set("add_duration_template", words.sentences)
-        Cosmos3TextEncoderStep()(context.components.pipeline, state)
+        if task.name is TaskName.transfer:
+            # Its blocks have no sentences on size and duration, and a system prompt of their own.
+            state.set("use_system_prompt", task.system_prompt is not False)
+            Cosmos3TransferTextStep()(context.components.pipeline, state)
+        else:
+            Cosmos3TextEncoderStep()(context.components.pipeline, state)
         for name in ("cond_input_ids", "uncond_input_ids"):
             check_tokens(list(state.get(name)), context.components.checkpoint)
 
@@ -63,8 +68,10 @@ class TextStage:
         mesh, pipeline = context.mesh, context.components.pipeline
         context.components.transformer()  # whose config says how tokens are counted
         guidance = Guidance.of_prompt(self._sampler.guidance_scale)
+        if self._task.name is TaskName.transfer:
+            guidance = Guidance.of_controls(self._sampler.guidance_scale, self._task.control_guidance or 1.0)
         found = []
-        for name in guidance.names(ranks=mesh.size("cfg"), rank=mesh.rank("cfg")):
+        for name in guidance.prompts(ranks=mesh.size("cfg"), rank=mesh.rank("cfg")):
             ids = context.state.get(f"{name}_input_ids")
             segment = pipeline._prepare_text_segment(ids, context.components.device)
             found.append((segment["input_ids"], segment["text_mrope_ids"]))

@@ -390,7 +390,9 @@ class _Walk:
             self._arriving.pop(id(piece.origin), None)
         local = len(emit.pieces) == 1 and isinstance(emit.pieces[0].origin, Tile)
         decodes = self._program.direction == "decode"
-        self._results.append(0 if local else elements * (1 if decodes else self._element))
+        self._results.append(
+            0 if local else elements * (self._low.shape.picture_bytes if decodes else self._element)
+        )
         self._peak(self._beside())
 
     def _yield(self, action: Yield) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -108,6 +108,15 @@ class Assignment:
         cls, ranks: int, blocks: Iterable[Block], note: str = "", *, speed_up: float | None = None
     ) -> Assignment:
         return cls(ranks, tuple(blocks), note, speed_up)
+
+    def first_chunks(self, chunks: int) -> Assignment:
+        """The part of it that is the first `chunks` chunks of the clip."""
+        blocks = [
+            replace(block, chunks=(block.chunks[0], min(block.chunks[1], chunks)))
+            for block in self.blocks
+            if block.chunks[0] + block.warm_up < chunks
+        ]
+        return replace(self, blocks=tuple(blocks), speed_up=None)
 
 
 class AssignmentError(Refusal):

@@ -265,9 +265,11 @@ class Lowered:
         return self.program.portions_at(len(self.program), first=chunk == 0) if part else 1
 
     def message_bytes(self, message: Message) -> int:
-        """Payload of a message, as the ledger counts it; of a picture that of `decode_stream`, in bytes."""
+        """Payload of a message, as the ledger counts it; of a picture that of `decode_stream`."""
         pixels = message.value == RESULT and self.program.direction == "decode"
-        return math.prod(self.message_shape(message)) * (1 if pixels else self.shape.element_bytes)
+        return math.prod(self.message_shape(message)) * (
+            self.shape.picture_bytes if pixels else self.shape.element_bytes
+        )
 
     def must_wait(self, due: Sequence[int], send: Send) -> bool:
         """Whether a rank with messages in flight, each `due` at a point, waits for the first before it sends.

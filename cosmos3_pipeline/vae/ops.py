@@ -25,6 +25,8 @@ class LatentShape:
     `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab of a
     picture that was cut between latent rows counts its rows and columns in parts of one, `unit` of which make one.
     `on_host` says that a CPU computes it, whose kernels work in smaller pieces than those of an accelerator.
+    `picture_bytes` is the size of a value of a decoded picture on its way to the root: a byte, unless floats are
+    asked for.
     """
 
     batch: int
@@ -34,6 +36,7 @@ class LatentShape:
     element_bytes: int = 4
     unit: int = 1
     on_host: bool = True
+    picture_bytes: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch", "frames", "rows", "cols", "element_bytes", "unit"):

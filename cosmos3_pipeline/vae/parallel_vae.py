@@ -25,6 +25,7 @@ from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.vae.drop_in import DropIn, default_dtype_kept
 from cosmos3_pipeline.vae.inputs import VaeInputError, latent_shape, problem_of
 from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.pixels import Pixels
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.runner import AssignedRunner
 from cosmos3_pipeline.vae.strategy import Runner, Strategy, StrategyError, StrategyPlan
@@ -240,8 +241,10 @@ class ParallelVAE(DropIn):
                 comm.broadcast(picture)
         return DecoderOutput(sample=picture) if return_dict else (picture,)
 
-    def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
+    def decode_stream(self, z: Tensor, *, pixels: Pixels = "uint8") -> Iterator[Tensor]:
         """Latents [1, z_dim, T, h, w] -> bytes [frames, H, W, 3], chunk by chunk as they are ready, on the root.
+
+        With `pixels` "float" the chunks are [3, frames, H, W] in [-1, 1], as `decode` has them.
 
         A generator. The other ranks take part by iterating theirs, which yields nothing, to its end. Nothing
         happens before the first `next`. Closing the root's generator early ends the others' too; leaving it
@@ -250,7 +253,7 @@ class ParallelVAE(DropIn):
         self._agree("decode", z, one_clip=True)
         try:
             with self.comm.run():
-                for chunk in self._runner("decode").stream(z, pixels="uint8"):
+                for chunk in self._runner("decode").stream(z, pixels=pixels):
                     if self.comm.is_root:
                         yield chunk[0]
         except RunStopped:

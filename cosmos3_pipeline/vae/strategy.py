@@ -185,7 +185,11 @@ class OwnRunner(Strategy):
 
 @dataclass(frozen=True)
 class Planned(Strategy):
-    """An assignment that has been made already, for clips of one shape: what a plan's ranks are given."""
+    """An assignment that has been made already, for clips of one shape: what a plan's ranks are given.
+
+    A shorter clip of the same size is done by those who do its chunks in the longer one, so that no rank needs
+    other weights for it.
+    """
 
     made: Assignment
     shape: LatentShape
@@ -196,7 +200,13 @@ class Planned(Strategy):
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
         # In another dtype, or on another device, the same ranks do the same.
-        alike = replace(shape, element_bytes=self.shape.element_bytes, on_host=self.shape.on_host)
+        mine = self.shape
+        alike = replace(
+            shape, element_bytes=mine.element_bytes, on_host=mine.on_host, picture_bytes=mine.picture_bytes
+        )
+        longer = replace(alike, frames=max(shape.frames, mine.frames))
+        if shape.frames < mine.frames and longer == mine and ranks == self.made.ranks:
+            return self.made.first_chunks(program.chunks(shape))
         if alike != self.shape or ranks != self.made.ranks:
             raise StrategyError(
                 f"a clip of {shape} on {ranks} ranks",

@@ -55,6 +55,24 @@ def test_a_photograph_and_a_clip_change_the_video(
     assert len(hashes) == 3
 
 
+def test_a_transfer_is_the_same_on_two_ranks(generate: Callable[..., Path], tmp_path: Path) -> None:
+    """Guidance and the VAE in both directions over ranks: chunks begin with frames that were decoded elsewhere."""
+    control = make_clip(tmp_path / "control.mp4")
+    run = ("task=transfer", f"task.controls.edge={control}", "task.num_frames=12", "task.resample=false")
+    run = (*run, "task.num_video_frames_per_chunk=9", "topology.threads_per_rank=1")
+    one = metrics(generate(*run))
+    two = generate(*run, "topology=cpu_x2", "vae=parallel", "output.control=true")
+    assert metrics(two)["frames_sha256"] == one["frames_sha256"]
+    assert len(frames_of(two / "video.mp4")) == len(frames_of(two / "control.mp4")) == 12
+    plan = json.loads((two / "plan.json").read_text())["stages"]
+    for stage in ("encode", "denoise", "decode"):
+        ranks = metrics(two)["stages"][stage]["ranks"]
+        sent = sum(
+            count["bytes"] for rank in ranks for kind, count in rank["wire"].items() if not kind.startswith("recv")
+        )
+        assert sent == plan[stage]["sent_bytes"], stage
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], one_rank: Path, ranks: int) -> None:
     parallel = generate("vae=parallel_decode", f"topology.ranks_per_node={ranks}", "topology.threads_per_rank=1")

@@ -183,7 +183,7 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
                     encode_together(run, script.words)
             for words, meter in zip(script.words, meters, strict=False):
                 _play(run, _with_words(short, words), meter.watching(run.ledgers), tell)
-                meter.finish(steps=script.config.sampler.steps)
+                meter.finish(steps=script.config.sampler.steps, chunks=script.plan.chunks.count)
             left = tracker.live_by_place
     # Whatever the code raises on a rank is what the rehearsal is for.
     except Exception as error:

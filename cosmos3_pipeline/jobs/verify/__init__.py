@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos3_pipeline.config.plugins import build_strategy
-from cosmos3_pipeline.config.schema import Config, JobName
+from cosmos3_pipeline.config.schema import Config, JobName, TaskName
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.ranks import on_ranks
 from cosmos3_pipeline.planning.geometry import clip_of
@@ -59,6 +59,8 @@ def check_verify(cfg: Config) -> Verification | None:
     if cfg.job.name != JobName.verify:
         _raise(found)
         return None
+    if cfg.task.name is TaskName.transfer:
+        _raise([_chunk_after_chunk()])
     found = list(_unknown_names(cfg.verify.strategies or []))
     if cfg.task.prompt_file is not None:
         found.insert(0, _several_clips(cfg))
@@ -131,6 +133,14 @@ def _several_clips(cfg: Config) -> Problem:
         what=f"task.prompt_file={cfg.task.prompt_file} with job=verify",
         why="strategies are compared on one clip",
         works="task.prompt='a red kite'",
+    )
+
+
+def _chunk_after_chunk() -> Problem:
+    return Problem(
+        what="task=transfer with job=verify",
+        why="its chunks begin with frames of those before, so there is no one clip to encode and decode by itself",
+        works="job=verify task=v2v task.video=clip.mp4 at the same size: the VAE does the same there",
     )
 
 

@@ -5,7 +5,7 @@ the file's own picture, so that no run takes another picture than a person sees 
 """
 
 from cosmos3_pipeline.stages.media.audio import Sound, cut_to, sound_of, write_wav
-from cosmos3_pipeline.stages.media.clips import read_frames
+from cosmos3_pipeline.stages.media.clips import each_frame, look_at, read_frames
 from cosmos3_pipeline.stages.media.pictures import read_picture
 from cosmos3_pipeline.stages.media.shown import Change
 from cosmos3_pipeline.stages.media.writing import frame_rate, likeness_of_files, write_video
@@ -14,8 +14,10 @@ __all__ = [
     "Change",
     "Sound",
     "cut_to",
+    "each_frame",
     "frame_rate",
     "likeness_of_files",
+    "look_at",
     "read_frames",
     "read_picture",
     "sound_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,6 +107,74 @@ def read_frames(
     return pictures, list(changes.values())
 
 
+def each_frame(
+    path: str | Path,
+    *,
+    fps: float | None,
+    size: tuple[int, int],
+    background: RGB = WHITE,
+    key: str = "task.video",
+) -> Iterator[tuple[Image.Image, list[Change]]]:
+    """The frames of a clip one after the other, see `read_frames`, each with what was changed of it.
+
+    Raises:
+        Refusal: as `read_frames`, but for a clip that is short.
+    """
+    file = existing(path, key=key)
+    try:
+        source = _source(file, key)
+        timed = _decode(source)
+        for one in timed if fps is None else _shown_every(1 / fps, timed):
+            yield _filled(one.frame, source, size, background)
+    except FFmpegError as error:
+        raise _no_video(file, key, _reason(error)) from error
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a clip shows: how many frames, and their width over their height."""
+
+    frames: int
+    aspect: Fraction
+
+
+def look_at(path: str | Path, *, fps: float | None, key: str = "task.video") -> Look:
+    """What `each_frame` will find in a clip. One frame is decoded; the others are counted by their packets.
+
+    Raises:
+        Refusal: no such file, not a video, or colours that cannot be converted.
+    """
+    file = existing(path, key=key)
+    try:
+        source = _source(file, key)
+        first = next(_decode(source), None)
+        if first is None:
+            raise _no_video(file, key, "no frame of it can be decoded")
+        picture, pixel, _ = picture_of(first.frame, pixel=source.pixel, background=WHITE, key=key)
+        times = sorted(_packet_times(source))
+    except FFmpegError as error:
+        raise _no_video(file, key, _reason(error)) from error
+    aspect = Fraction(picture.width, picture.height) * pixel
+    if fps is None:
+        return Look(len(times), aspect)
+    timed = (_Timed(number, time, lasts, None) for number, (time, lasts) in enumerate(times))
+    return Look(sum(1 for _ in _shown_every(1 / fps, timed)), aspect)
+
+
+def _packet_times(source: _Source) -> Iterator[tuple[float, float]]:
+    """From when on each frame is shown, and how long, as its packet says it."""
+    with av.open(str(source.file), options=READING) as container:
+        number = 0
+        for packet in container.demux(_stream(container, source.file, source.key)):
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if source.timed and packet.pts is not None:
+                yield float(packet.pts * packet.time_base), float((packet.duration or 0) * packet.time_base)
+            else:
+                yield number / source.counted_rate, 1 / source.counted_rate
+            number += 1
+
+
 def _taken(source: _Source, frames: int, keep: str, fps: float | None) -> Iterator[_Timed]:
     if fps is None:
         return islice(_decode(source), frames) if keep == "first" else iter(_tail(source, frames))
@@ -208,9 +277,11 @@ def _shown_last(step: float, source: _Source, frames: int) -> Iterator[_Timed]:
 
 
 def _shown_every(
-    step: float, timed: Iterator[_Timed], frames: int, *, begin: float | None = None
+    step: float, timed: Iterator[_Timed], frames: int | None = None, *, begin: float | None = None
 ) -> Iterator[_Timed]:
     """What is shown at `begin`, `step` seconds later and so on; `begin` None: at the time of the first frame.
+
+    `frames` None: to the end of the clip.
 
     That is the frame nearest to a moment, because time stamps are rounded and cameras keep no even pace; but none
     is shown earlier than half a step before its time, however long the frame before it stays.
@@ -220,7 +291,7 @@ def _shown_every(
         return
     following = next(timed, None)
     begin = now.time if begin is None else begin
-    for count in range(frames):
+    for count in range(frames) if frames is not None else itertools.count():
         moment = begin + count * step
         while following is not None and following.time - moment < min(step / 2, moment - now.time) - TIE:
             now, following = following, next(timed, None)

@@ -1,0 +1,353 @@
+"""Transfer on one rank: latents and frames of every chunk are those of diffusers' whole tree of blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
+    Cosmos3OmniBlocks,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, task_config, toy_dimensions
+
+from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.schema import STRENGTHS, ControlsConfig, OutputConfig, SamplerConfig, TaskName
+from cosmos3_pipeline.errors import ConfigError
+from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.models.loading import open_checkpoint
+from cosmos3_pipeline.planning.chunks import Chunks
+from cosmos3_pipeline.stages.export import ExportStage
+from cosmos3_pipeline.stages.made_controls import maker
+from cosmos3_pipeline.stages.media import each_frame, look_at, read_frames
+from cosmos3_pipeline.stages.text import TextStage
+from cosmos3_pipeline.stages.transfer import TransferStage
+
+NEGATIVE = "blurry, dark"
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointInfo:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COSMOS3_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return open_checkpoint(None, **toy_dimensions())
+
+
+def write_clip(
+    path: Path, *, frames: int, phase: float, size: tuple[int, int] = (112, 80), rate: int = 24
+) -> Path:
+    width, height = size
+    rows, cols = np.mgrid[0:height, 0:width]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(frames):
+            waves = [np.sin((rows + 5 * i) / 11 + phase), np.cos((cols - 3 * i) / 8), np.sin(i + phase + rows / 5)]
+            picture = ((np.stack(waves, -1) + 1) * 127).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    return {
+        name: write_clip(folder / f"{name}.mp4", frames=20, phase=phase)
+        for phase, name in enumerate(("edge", "depth", "video"))
+    }
+
+
+def theirs(
+    checkpoint: CheckpointInfo,
+    controls: dict[str, list[Image.Image]],
+    monkeypatch: pytest.MonkeyPatch,
+    **inputs: Any,
+) -> tuple[list[torch.Tensor], np.ndarray]:
+    """The latents of each chunk, and the frames [F, H, W, 3] in 0..1, of diffusers' whole tree of blocks."""
+    whole, latents = reference_pipeline(checkpoint.folder), list[torch.Tensor]()
+    pipeline = Cosmos3OmniBlocks().init_pipeline()
+    names = ("transformer", "vae", "scheduler", "text_tokenizer")
+    pipeline.update_components(**{name: getattr(whole, name) for name in names})
+    pipeline.disable_safety_checker()
+    decode = type(whole.vae).decode
+
+    def remember(self: Any, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        latents.append(z)
+        return decode(self, z, *args, **kwargs)
+
+    monkeypatch.setattr(type(whole.vae), "decode", remember)
+    state = pipeline(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        control_videos=controls,
+        height=80,
+        width=112,
+        fps=24.0,
+        num_inference_steps=STEPS,
+        output_type="np",
+        **inputs,
+    )
+    monkeypatch.undo()
+    return latents, np.asarray(state.get("videos"))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one chunk, one control": {"total": 9, "per_chunk": 9},
+    "chunks that end beyond the clip": {"total": 20, "per_chunk": 9},
+    "two controls, given frames, a long overlap": {
+        "total": 18,
+        "per_chunk": 13,
+        "controls": ("edge", "depth"),
+        "overlap": 5,
+        "given": 6,
+    },
+    "controls alone guide": {
+        "total": 12,
+        "per_chunk": 9,
+        "stays": False,
+        "guidance": 1.0,
+        "control_guidance": 3.0,
+    },
+    "words alone guide": {"total": 12, "per_chunk": 9, "control_guidance": 1.0},
+    "no guidance": {"total": 9, "per_chunk": 9, "guidance": 1.0, "control_guidance": 1.0},
+}
+
+
+def ours(
+    checkpoint: CheckpointInfo, clips: Mapping[str, Path | str], folder: Path, case: dict[str, Any], **output: Any
+) -> Any:
+    """The context of a run, with its files in `folder`."""
+    chunks = Chunks.of(
+        case["total"],
+        at_most=case["per_chunk"],
+        overlap=case.get("overlap", 1),
+        given=case.get("given", 0),
+        temporal=4,
+    )
+    files = {name: str(clips[name]) for name in case.get("controls", ("edge",))}
+    task = task_config(
+        name=TaskName.transfer,
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        controls=ControlsConfig(**{**dict.fromkeys(("edge", "blur", "depth", "seg", "wsm")), **files}),
+        control_guidance=case.get("control_guidance", 1.5),
+        edge_threshold="medium",
+        blur_strength="medium",
+        video=str(clips["video"]) if "given" in case or "from_video" in files.values() else None,
+    )
+    sampler = SamplerConfig(steps=STEPS, guidance_scale=case.get("guidance", 3.0), flow_shift=10.0, seed=3)
+    wanted = OutputConfig(**{"latents": True, "control": False, "crf": 17, "preset": "ultrafast", **output})
+    context = context_of(components(checkpoint), clip_of(80, 112, chunks.frames), folder, chunks=chunks)
+    stages = (
+        TextStage(task, sampler),
+        TransferStage(task, sampler, wanted, chunks, stays=case.get("stays", True)),
+    )
+    for stage in (*stages, ExportStage(wanted, modality="transfer")):
+        stage(context)
+    return context
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_every_chunk_is_that_of_diffusers(
+    name: str, checkpoint: CheckpointInfo, clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    context = ours(checkpoint, clips, tmp_path, case)
+    pictures = {key: read_frames(file, frames=20)[0] for key, file in clips.items()}
+    latents, frames = theirs(
+        checkpoint,
+        {key: pictures[key] for key in case.get("controls", ("edge",))},
+        monkeypatch,
+        video=pictures["video"] if "given" in case else None,
+        num_frames=case["total"],
+        num_video_frames_per_chunk=case["per_chunk"],
+        num_conditional_frames=case.get("overlap", 1),
+        num_first_chunk_conditional_frames=case.get("given", 0),
+        guidance_scale=case.get("guidance", 3.0),
+        control_guidance=case.get("control_guidance", 1.5),
+        generator=torch.Generator().manual_seed(3),
+    )
+    found = load_file(tmp_path / "latents.safetensors")["latents"]
+    assert len(found) == len(latents) == context.chunks.count
+    pipeline = context.components.pipeline
+    for chunk, expected in zip(found, latents, strict=True):
+        assert chunk.std() > 0.4
+        mean, inv_std = (
+            values.view(-1, 1, 1, 1) for values in (pipeline._vae_latents_mean, pipeline._vae_latents_inv_std)
+        )
+        assert torch.equal(chunk / inv_std + mean, expected[0])
+    assert context.picture.num_frames == case["total"]
+    frames = (frames * 255).round().astype(np.uint8)
+    assert frames.shape == (case["total"], 80, 112, 3)
+    assert context.picture.frames_sha256 == hashlib.sha256(frames.tobytes()).hexdigest()
+
+
+NO_GUIDANCE = ("task.control_guidance=1", "sampler.guidance_scale=1")
+
+
+def refusals(*overrides: str) -> str:
+    given = {override.partition("=")[0] for override in overrides}
+    usual = ["model=toy_random", "task=transfer", "task.fps=24"]
+    with pytest.raises(ConfigError) as caught:
+        prepare(compose([*(one for one in usual if one.partition("=")[0] not in given), *overrides]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        pytest.param([], ["task=transfer without a control", "task.controls.edge=edges.mp4"], id="no control"),
+        pytest.param(["task.controls.egde=x.mp4"], ["task.controls.egde", "did you mean"], id="unknown control"),
+        pytest.param(
+            ["task.controls.depth=from_video", "task.video={video}"],
+            ["task.controls.depth=from_video", "what another model sees", "task.controls.depth=FILE"],
+            id="a map that is not computed",
+        ),
+        pytest.param(
+            ["task.controls.edge=from_video"],
+            ["task.controls.edge=from_video without task.video", "task.video=clip.mp4"],
+            id="from no video",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.controls.depth={short}"],
+            ["task.controls.depth has 7 frames and task.controls.edge 20"],
+            id="another length",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.controls.depth={wide}"],
+            ["task.controls.depth is 2.000 times as wide as high", "of the same shape"],
+            id="another shape",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.num_frames=21"],
+            ["task.num_frames=21 with task.controls.edge of 20 frames", "task.num_frames=20, or null"],
+            id="beyond the control",
+        ),
+        pytest.param(["task.controls.edge=no.mp4"], ["task.controls.edge=no.mp4 is not a file"], id="no file"),
+        pytest.param(["task.controls.edge={broken}"], ["is not a video that can be read"], id="no video"),
+        pytest.param(["task.controls.edge={edge}", "task.num_frames=1"], ["task=t2i"], id="an image"),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.video={video}"], ["it would be ignored"], id="video for nothing"
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.num_first_chunk_conditional_frames=1"],
+            ["task.num_first_chunk_conditional_frames=1 without task.video"],
+            id="given frames of nothing",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "task.num_conditional_frames=17"],
+            ["task.num_conditional_frames=17 with task.num_video_frames_per_chunk=17", "makes no new ones"],
+            id="an overlap without end",
+        ),
+        pytest.param(
+            [
+                "task.controls.edge={edge}",
+                "task.control_guidance=1",
+                "sampler.guidance_scale=1",
+                "topology=cpu_x2",
+            ],
+            ["topology.cfg=2", "one pass only", "topology.ulysses=2"],
+            id="one pass for two ranks",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "job=verify", "vae=parallel_decode"],
+            ["task=transfer with job=verify"],
+            id="verify",
+        ),
+        pytest.param(
+            ["task.controls.edge={edge}", "output.against_replicated=true"],
+            ["output.against_replicated=true with task=transfer"],
+            id="a second decode",
+        ),
+        pytest.param(
+            ["task=t2v", "task.controls.edge={edge}", "task.num_frames=null", "output.control=true"],
+            ["task.controls.edge", "only transfer reads it", "task.num_frames=null", "output.control=true"],
+            id="controls of another task",
+        ),
+        pytest.param(
+            ["model=super_t2i_4step", "task.controls.edge={edge}"],
+            ["task=transfer with model=super_t2i_4step, which is distilled"],
+            id="distilled",
+        ),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    overrides: list[str], said: list[str], clips: dict[str, Path], tmp_path: Path
+) -> None:
+    files = {name: str(file) for name, file in clips.items()}
+    files["short"] = str(write_clip(tmp_path / "short.mp4", frames=7, phase=0))
+    files["wide"] = str(write_clip(tmp_path / "wide.mp4", frames=20, phase=0, size=(160, 80)))
+    files["broken"] = str(tmp_path / "broken.mp4")
+    Path(files["broken"]).write_bytes(b"no video")
+    told = refusals(*(one.format(**files) for one in overrides))
+    for words in said:
+        assert words in told
+
+
+def test_a_video_is_as_long_as_its_control(clips: dict[str, Path]) -> None:
+    prepared = prepare(
+        compose(["model=toy_random", "task=transfer", "task.fps=24", f"task.controls.edge={clips['edge']}"]),
+        fetch=False,
+    )
+    assert prepared.config.task.num_frames == 20
+    assert (prepared.plan.chunks.count, prepared.plan.clip.num_frames) == (2, 17)
+
+
+@pytest.mark.parametrize("fps", [None, 24.0, 30.0, 11.0])
+def test_frames_are_counted_as_they_are_read(fps: float | None, clips: dict[str, Path]) -> None:
+    frames = list(each_frame(clips["edge"], fps=fps, size=(32, 16)))
+    look = look_at(clips["edge"], fps=fps)
+    assert look.frames == len(frames)
+    assert look.aspect == Fraction(112, 80)
+    assert len(frames) == (20 if fps is None else round(20 * fps / 24))
+
+
+def test_controls_are_made_of_a_clip_and_written_as_the_model_sees_them(
+    checkpoint: CheckpointInfo, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    case = {"total": 6, "per_chunk": 5, "controls": ("edge", "blur"), "control_guidance": 1.0, "guidance": 1.0}
+    made = {**clips, "edge": "from_video", "blur": "from_video"}
+    context = ours(checkpoint, made, tmp_path, case, control=True, crf=0, latents=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["control.mp4", "video.mp4"]
+    assert context.picture.num_frames == 6
+    shown, _ = read_frames(tmp_path / "control.mp4", frames=6)
+    frames, _ = read_frames(clips["video"], frames=6, size=(112, 80))
+    for control, frame in zip(shown, frames, strict=True):
+        assert control.size == (224, 80)
+        edges = np.asarray(control)[:, :112].astype(int)
+        assert {0, 255} <= set(np.unique(edges.round(-1)).clip(0, 255)) or edges.std() > 50
+        blur = np.asarray(control)[:, 112:].astype(int)
+        assert np.abs(np.diff(blur, axis=0)).mean() < np.abs(np.diff(np.asarray(frame).astype(int), axis=0)).mean()
+
+
+def test_strengths_go_from_much_to_little() -> None:
+    rows, cols = np.mgrid[0:96, 0:160]
+    picture = Image.fromarray(
+        ((np.sin(rows / 3) + np.cos(cols * rows / 90) + 2)[..., None] * [60, 50, 40]).astype("u1")
+    )
+    edges, details = [], []
+    for strength in STRENGTHS:
+        task = task_config(edge_threshold=strength, blur_strength=strength)
+        edges.append(np.asarray(maker("edge", task)(picture)).mean())
+        details.append(np.abs(np.diff(np.asarray(maker("blur", task)(picture)).astype(int), axis=1)).mean())
+    assert edges == sorted(edges, reverse=True) and edges[0] > edges[-1]
+    assert details[0] > details[-1]
+
+
+def test_without_opencv_a_control_is_asked_for(monkeypatch: pytest.MonkeyPatch, clips: dict[str, Path]) -> None:
+    monkeypatch.setattr("cosmos3_pipeline.stages.made_controls.find_spec", lambda name: None)
+    told = refusals("task.controls.edge=from_video", f"task.video={clips['video']}")
+    assert "task.controls.edge=from_video without OpenCV" in told
+    assert "pip install 'cosmos3-pipeline[transfer]'" in told
