@@ -230,7 +230,7 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
         yield Problem(
             what=f"task.modality={task.modality} with task={name}",
             why=f"the defaults of {name} are those for {modality}s",
-            works="no task.modality; another task has other defaults",
+            works=f"no task.modality{', or task=t2i' if task.modality == 'image' else ''}",
         )
     yield from _input_settings(cfg)
     yield from _words(cfg)

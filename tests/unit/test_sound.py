@@ -102,7 +102,8 @@ def test_the_waveform_is_that_of_diffusers(
     context = run(checkpoint, tmp_path, frames, dtype=dtype, vae_dtype=dtype, task=task)
     assert context.waveform.shape == expected.sound.shape and expected.sound.std() > 0.02
     assert expected.sound.abs().max() < 1  # nothing was cut
-    tolerance = 0.0 if dtype == torch.float32 else 1e-2
+    # In fp32 measured 0; the tolerance is for processors whose matrix kernels round by the number of rows.
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(context.waveform, expected.sound, rtol=0, atol=tolerance)
     torch.testing.assert_close(context.state.get("latents"), expected.video, rtol=0, atol=tolerance)
 
