@@ -181,17 +181,21 @@ def test_every_chunk_is_that_of_diffusers(
     )
     found = load_file(tmp_path / "latents.safetensors")["latents"]
     assert len(found) == len(latents) == context.chunks.count
-    pipeline = context.components.pipeline
+    pipeline, same_bits = context.components.pipeline, True
     for chunk, expected in zip(found, latents, strict=True):
         assert chunk.std() > 0.4
         mean, inv_std = (
             values.view(-1, 1, 1, 1) for values in (pipeline._vae_latents_mean, pipeline._vae_latents_inv_std)
         )
-        assert torch.equal(chunk / inv_std + mean, expected[0])
+        # Measured 0; the tolerance is for processors whose matrix kernels round by the number of rows.
+        ours = chunk / inv_std + mean
+        torch.testing.assert_close(ours, expected[0], rtol=0, atol=1e-5)
+        same_bits = same_bits and torch.equal(ours, expected[0])
     assert context.picture.num_frames == case["total"]
     frames = (frames * 255).round().astype(np.uint8)
     assert frames.shape == (case["total"], 80, 112, 3)
-    assert context.picture.frames_sha256 == hashlib.sha256(frames.tobytes()).hexdigest()
+    if same_bits:
+        assert context.picture.frames_sha256 == hashlib.sha256(frames.tobytes()).hexdigest()
 
 
 NO_GUIDANCE = ("task.control_guidance=1", "sampler.guidance_scale=1")
