@@ -188,9 +188,9 @@ def test_every_chunk_is_that_of_diffusers(
             values.view(-1, 1, 1, 1) for values in (pipeline._vae_latents_mean, pipeline._vae_latents_inv_std)
         )
         # Measured 0; the tolerance is for processors whose matrix kernels round by the number of rows.
-        ours = chunk / inv_std + mean
-        torch.testing.assert_close(ours, expected[0], rtol=0, atol=1e-5)
-        same_bits = same_bits and torch.equal(ours, expected[0])
+        unscaled = chunk / inv_std + mean
+        torch.testing.assert_close(unscaled, expected[0], rtol=0, atol=1e-5)
+        same_bits = same_bits and torch.equal(unscaled, expected[0])
     assert context.picture.num_frames == case["total"]
     frames = (frames * 255).round().astype(np.uint8)
     assert frames.shape == (case["total"], 80, 112, 3)
