@@ -19,7 +19,7 @@ from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement, TaskName
-from cosmos3_pipeline.config.tasks import ALL_GIVEN, CLIP, FRAMES, GIVEN, readers
+from cosmos3_pipeline.config.tasks import ALL_GIVEN, CLIP, FRAMES, GIVEN, read_by, readers
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
@@ -245,13 +245,13 @@ def _input_settings(cfg: Config) -> Iterator[Problem]:
             why="a colour is red, green and blue, each 0 to 255",
             works="task.background=[255,255,255]",
         )
-    elif not GIVEN[task.name] and task.background != [255, 255, 255]:
+    elif not read_by(task.name) and task.background != [255, 255, 255]:
         yield Problem(
             what=f"task.background={task.background} with task={name}",
             why="no picture is read that could be transparent, so it would be ignored",
             works="no task.background",
         )
-    if CLIP not in GIVEN[task.name] and not task.resample:
+    if CLIP not in read_by(task.name) and not task.resample:
         yield Problem(
             what=f"task.resample=false with task={name}",
             why="no clip is read, so it would be ignored",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from cosmos3_pipeline.config.schema import Config, TaskName
-from cosmos3_pipeline.config.tasks import read_by
+from cosmos3_pipeline.config.tasks import clips_of, read_by
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import chunks_of
@@ -61,6 +61,7 @@ def words_of_another(cfg: Config) -> Iterator[Problem]:
     """The model's example of a prompt beside a photograph or a clip of the user's own."""
     task = cfg.task
     given = next((f"task.{one.key}" for one in read_by(task.name) if getattr(task, one.key) is not None), None)
+    given = given or next(iter(clips_of(task)), None)
     if given is not None and task.prompt == cfg.model.recommended.prompt and task.prompt_file is None:
         yield Problem(
             what=f"task.prompt is the example of model={cfg.model.name}, which does not know your {given}",

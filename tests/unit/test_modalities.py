@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cosmos_models import ALL_HEADS, MODALITIES, all_latents, tiny_pipeline
+from cosmos_models import ALL_HEADS, MODALITIES, all_latents, tiny_pipeline, transfer_latents
 from test_denoise_cost import Counted
 
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.denoise.cost import PassTokens, Stretch, denoise_costs
+from cosmos3_pipeline.denoise.guidance import PassCounts
+from cosmos3_pipeline.denoise.transfer import ParallelTransferDenoiser
 from cosmos3_pipeline.planning.transformer import TransformerSize
 
 PROMPTS = ([5] * 19, [7] * 7)
@@ -70,3 +72,44 @@ def test_flops_are_counted_with_every_modality() -> None:
     found = all_latents(denoiser, pipeline, "sound and action", prompt_ids=PROMPTS)
     assert found["sound_latents"].shape == (5, 10)
     assert denoiser.flops[1:] == [cost.full_step.flops] * 2
+
+
+class CountedTransfer(Counted, ParallelTransferDenoiser):
+    """As `Counted`, of the passes of transfer."""
+
+
+@pytest.mark.parametrize("controls", [1, 2])
+def test_flops_are_counted_with_passes_over_two_sequences(controls: int) -> None:
+    torch.set_num_threads(1)
+    pipeline = tiny_pipeline(seed=0)
+    clean = frozenset(range(3))
+    stretches = [Stretch("vision", 192, frames=3, tokens_per_frame=3 * 4, clean=clean)] * controls
+    target = Stretch("vision", 192, frames=3, tokens_per_frame=3 * 4, clean=frozenset([0]))
+    (cost,) = denoise_costs(
+        TransformerSize.of(pipeline.transformer.config, latent_channels=48),
+        passes=[
+            PassTokens(19, (*stretches, target)),
+            PassTokens(19, (target,)),
+            PassTokens(7, (*stretches, target), negative=True),
+        ],
+        element_bytes=4,
+        nested=True,
+    )
+    denoiser = CountedTransfer()
+    transfer_latents(denoiser, pipeline, controls=controls, clean_frames=1, prompt_ids=PROMPTS)
+    assert denoiser.flops[1:] == [cost.full_step.flops] * 2
+    once = sum(text.flops for text in cost.texts) + cost.clip_flops
+    assert denoiser.flops[0] == once + cost.full_step.flops
+
+
+@pytest.mark.parametrize("interval", [None, [700.0, 1000.0]])
+def test_transfer_guides_within_an_interval(interval: list[float] | None) -> None:
+    pipeline = tiny_pipeline(seed=4)
+    run: dict[str, Any] = {"controls": 1, "clean_frames": 5, "prompt_ids": PROMPTS, "steps": 4}
+    expected = transfer_latents(None, pipeline, guidance_interval=interval, **run)
+    counts = PassCounts()
+    denoiser = ParallelTransferDenoiser(guidance_interval=interval, counts=counts)
+    ours = transfer_latents(denoiser, pipeline, **run)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    assert counts.computed["cond_full"] == counts.computed["cond_no_control"] == 4
+    assert (counts.computed["uncond_full"] == 4) == (interval is None)
