@@ -36,8 +36,7 @@ from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_chec
 from cosmos3_pipeline.planning.geometry import modalities_of, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan
 from cosmos3_pipeline.planning.vae import reference
-from cosmos3_pipeline.stages import STAGES
-from cosmos3_pipeline.stages.build import StageFactory, build_stages
+from cosmos3_pipeline.stages.build import StageFactory, build_stages, stages_of
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
@@ -184,7 +183,7 @@ def context_of(run: Run, config: Config, directory: Path) -> RunContext:
 def make_clip(run: Run, directory: Path) -> None:
     """Run the stages once, on all ranks of the replica; its root writes the picture and metrics.json."""
     started = time.perf_counter()
-    meter = Meter(run.device, STAGES, run.ledgers)
+    meter = Meter(run.device, stages_of(run.config, run.plan), run.ledgers)
     if run.writes:
         directory.mkdir(parents=True, exist_ok=True)
     context = replace(context_of(run, run.config, directory), measure=meter.stage)

@@ -57,14 +57,18 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
     }
     if action is not None:
         factories |= action_stages(action)
-    found = {name: {**factories, **others}[name] for name in STAGES}
-    if "decode" not in plan.vae:  # the task makes no video
-        del found["decode"]
+    found = {name: {**factories, **others}[name] for name in stages_of(config, plan)}
     if config.task.name is TaskName.transfer:
         found["decode"] = others.get("decode", transfer)
         for name in ("encode", "denoise"):
             del found[name]
     return {name: make(config, plan) for name, make in found.items()}
+
+
+def stages_of(config: Config, plan: Plan) -> tuple[str, ...]:
+    """The names in `STAGES` under which a run does and measures its work: without what the task does not make."""
+    makes = {"sound": config.task.sound, "decode": "decode" in plan.vae}
+    return tuple(name for name in STAGES if makes.get(name, True))
 
 
 def transfer(config: Config, plan: Plan) -> Stage:
