@@ -79,7 +79,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other-vae": (lambda f: edit(f / "vae" / "config.json", scale_factor_spatial=8), "scale_factor_spatial: 8"),
     "no-weights": (lambda f: next((f / "vae").glob("*.safetensors")).unlink(), "has no weights"),
-    "missing-shard": (lambda f: shards(f)[1].unlink(), "2 of 3 weight files"),
+    "missing-shard": (lambda f: shards(f)[1].unlink(), "3 of 4 weight files"),
     "cut-shard": (lambda f: cut(shards(f)[2], 100_000), "it has 100000 bytes, its header speaks of"),
     "cut-header": (lambda f: cut(shards(f)[2], 100), "within its header"),
     "empty-shard": (lambda f: cut(shards(f)[0], 0), "within its header"),
