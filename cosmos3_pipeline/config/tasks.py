@@ -67,7 +67,7 @@ TRANSFER_KEYS = (
 )
 CONTROLS = ("edge", "blur", "depth", "seg", "wsm")  # in the order in which diffusers packs them
 FROM_VIDEO = "from_video"  # in place of a file: the control is made of task.video
-MADE = ("edge", "blur")  # those that can be
+MADE = {"edge": "edge_threshold", "blur": "blur_strength"}  # those that can be, and the key that says how
 
 
 def controls_of(task: TaskConfig) -> dict[str, str]:

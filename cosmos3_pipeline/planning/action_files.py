@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.planning.actions import EMBODIMENTS, ActionTask
 
+# Beyond it the model's arithmetic, in half precision, overflows.
+LARGEST = 1e4
 ACTIONS_FILE = "actions.json"
 SCHEMA_VERSION = 1
 UNITS = (
@@ -51,10 +52,10 @@ def read_actions(path: str, action: ActionTask) -> list[list[float]]:
             works=f"task.chunk_size={found[0]}" if found[0] and not found[0] % 4 else works,
         )
     for number, row in enumerate(rows):
-        if not all(math.isfinite(value) for value in row):
+        if not all(abs(value) <= LARGEST for value in row):  # nor NaN
             raise Refusal(
-                what=f"{named} has a value that is NaN or infinite in row {number}",
-                why="every pixel of the clip would be lost with it",
+                what=f"{named} has a value in row {number} that is NaN, infinite or beyond {LARGEST:g}",
+                why="actions are normalised numbers of about 1; every pixel of the clip would be lost with it",
                 works=works,
             )
     return rows
@@ -91,11 +92,12 @@ def _of_json(file: Path, named: str, works: str, action: ActionTask) -> list[lis
     except (OSError, ValueError, RecursionError) as error:
         raise Refusal(what=f"{named} is no JSON", why=str(error), works=works) from error
     if isinstance(found, dict):
-        if found.get("domain", action.domain) != action.domain:
+        domain = found.get("domain", action.domain)
+        if domain != action.domain:
             raise Refusal(
-                what=f"{named} has actions of {found['domain']} with task.domain={action.domain}",
+                what=f"{named} has actions of {domain} with task.domain={action.domain}",
                 why="each embodiment has columns and weights of its own",
-                works=f"task.domain={found['domain']}",
+                works=f"task.domain={domain}" if domain in EMBODIMENTS else works,
             )
         found = found.get("actions")
     if not _is_rows(found):

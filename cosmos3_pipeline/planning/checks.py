@@ -19,7 +19,17 @@ from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement, TaskName
-from cosmos3_pipeline.config.tasks import ALL_GIVEN, CLIP, FRAMES, GIVEN, read_by, readers
+from cosmos3_pipeline.config.tasks import (
+    ALL_GIVEN,
+    CLIP,
+    FRAMES,
+    FROM_VIDEO,
+    GIVEN,
+    MADE,
+    controls_of,
+    read_by,
+    readers,
+)
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
@@ -93,7 +103,15 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
 
 
 def _unread_settings(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]:
-    """Settings on the command line of a strategy that no flag switches on."""
+    """Settings on the command line of a strategy that no flag switches on, or of a control that is not made."""
+    for name, key in MADE.items():
+        set_here = any(override.lstrip("+").startswith(f"task.{key}=") for override in overrides)
+        if set_here and cfg.task.name is TaskName.transfer and controls_of(cfg.task).get(name) != FROM_VIDEO:
+            yield Problem(
+                what=f"task.{key}={getattr(cfg.task, key)} without task.controls.{name}=from_video",
+                why="a control clip that is a file is taken as it is, so it would be ignored",
+                works=f"task.controls.{name}=from_video with task.video=clip.mp4, or no task.{key}",
+            )
     for direction in DIRECTIONS:
         for override in overrides:
             if override.lstrip("+").startswith(f"vae.{direction}.") and not is_parallel(cfg.vae, direction):
@@ -195,7 +213,7 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
         if name not in wanted_by and file is not None:
             yield Problem(
                 what=f"task.{given.key}={file} with task={name}",
-                why=f"only {' and '.join(wanted_by)} reads it, so it would be ignored",
+                why=f"it is read by {', '.join(wanted_by)} only, so it would be ignored",
                 works=f"task={wanted_by[0]}, or no task.{given.key}",
             )
     frames, own = task.condition_latent_frames, FRAMES.get(task.name)

@@ -89,10 +89,9 @@ def chunks_of(cfg: Config) -> Chunks:
     frames = task.num_frames or task.num_video_frames_per_chunk or 1
     if task.name is not TaskName.transfer:
         return Chunks(frames, frames, overlap=0, given=0)
-    assert task.num_video_frames_per_chunk is not None
     return Chunks.of(
         frames,
-        at_most=task.num_video_frames_per_chunk,
+        at_most=task.num_video_frames_per_chunk or frames,  # null is refused by the check, which counts as well
         overlap=task.num_conditional_frames or 0,
         given=task.num_first_chunk_conditional_frames or 0,
         temporal=cfg.model.vae.scale_factor_temporal,

@@ -34,12 +34,6 @@ def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
             why="a step then has one pass only, so the second rank would have nothing to do",
             works=f"topology.cfg=1 topology.ulysses={topology.cfg * topology.ulysses}, or a scale above 1.0",
         )
-    if task.sound:
-        yield Problem(
-            what="task.sound=true with task=transfer",
-            why="transfer makes a picture alone",
-            works="task.sound=false, or another task",
-        )
     if caches(cfg):
         yield Problem(
             what=f"sampler/cache={cfg.sampler.cache.name.value} with task=transfer",

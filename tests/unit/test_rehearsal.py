@@ -186,13 +186,13 @@ def test_a_checkpoint_that_is_here_is_rehearsed_with_its_own_tokenizer(
 # ------------------------------------------------------------ planted bugs
 @pytest.mark.long
 def test_a_wait_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    predict = ParallelTransformer.predict
+    layers = ParallelTransformer.hidden
 
-    def reads(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
+    def reads(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> Iterator[Tensor]:
         embedded[0].sum().item()
-        return predict(self, passes, embedded)
+        return layers(self, passes, embedded)
 
-    monkeypatch.setattr(ParallelTransformer, "predict", reads)
+    monkeypatch.setattr(ParallelTransformer, "hidden", reads)
     (finding,) = rehearsed().findings
     assert finding.kind == "wait"
     assert "embedded[0].sum().item()" in finding.text
@@ -453,12 +453,12 @@ def test_a_list_that_holds_every_chunk_is_found(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.long
 def test_an_index_of_the_host_into_a_tensor_of_the_accelerator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    predict = ParallelTransformer.predict
+    layers = ParallelTransformer.hidden
 
-    def indexes(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
-        return predict(self, passes, [x[torch.arange(len(x))] for x in embedded])
+    def indexes(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> Iterator[Tensor]:
+        return layers(self, passes, [x[torch.arange(len(x))] for x in embedded])
 
-    monkeypatch.setattr(ParallelTransformer, "predict", indexes)
+    monkeypatch.setattr(ParallelTransformer, "hidden", indexes)
     found = rehearsed()
     assert "device" in kinds(found)
     assert any("torch.arange(len(x))" in finding.text for finding in found.findings)
@@ -466,23 +466,23 @@ def test_an_index_of_the_host_into_a_tensor_of_the_accelerator_is_found(monkeypa
 
 @pytest.mark.long
 def test_what_a_rank_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    predict = ParallelTransformer.predict
+    layers = ParallelTransformer.hidden
 
-    def mixes(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
-        return predict(self, passes, [x + torch.ones(x.shape) for x in embedded])
+    def mixes(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> Iterator[Tensor]:
+        return layers(self, passes, [x + torch.ones(x.shape) for x in embedded])
 
-    monkeypatch.setattr(ParallelTransformer, "predict", mixes)
+    monkeypatch.setattr(ParallelTransformer, "hidden", mixes)
     found = rehearsed()
     assert {"device", "raised"} <= kinds(found)
 
 
-def planted_in_predict(extra: Callable[[Tensor], object]) -> Any:
-    """`ParallelTransformer.predict`, of every step, which does `extra` with its input before its own work."""
-    predict = ParallelTransformer.predict
+def planted_in_layers(extra: Callable[[Tensor], object]) -> Any:
+    """`ParallelTransformer.hidden`, of every step, which does `extra` with its input before its own work."""
+    layers = ParallelTransformer.hidden
 
-    def planted(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
+    def planted(self: ParallelTransformer, passes: Any, embedded: Sequence[Tensor]) -> Iterator[Tensor]:
         extra(embedded[0])
-        return predict(self, passes, embedded)
+        return layers(self, passes, embedded)
 
     return planted
 
@@ -490,7 +490,7 @@ def planted_in_predict(extra: Callable[[Tensor], object]) -> Any:
 @pytest.mark.long
 def test_what_every_step_leaves_is_found_by_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Tensor] = []
-    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: kept.append(x[:8].clone())))
+    monkeypatch.setattr(ParallelTransformer, "hidden", planted_in_layers(lambda x: kept.append(x[:8].clone())))
     (finding,) = rehearsed("sampler.steps=20").findings
     assert "every step leaves" in finding.text
     assert "kept.append(x[:8].clone())" in finding.text
@@ -498,7 +498,7 @@ def test_what_every_step_leaves_is_found_by_its_line(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.long
 def test_a_synchronization_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: torch.cuda.synchronize()))
+    monkeypatch.setattr(ParallelTransformer, "hidden", planted_in_layers(lambda x: torch.cuda.synchronize()))
     (finding,) = rehearsed().findings
     assert finding.kind == "wait"
     assert "torch.cuda.synchronize()" in finding.text
@@ -506,7 +506,7 @@ def test_a_synchronization_in_every_step_is_found(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.long
 def test_products_that_are_not_planned_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(lambda x: (x @ x.T) @ (x @ x.T)))
+    monkeypatch.setattr(ParallelTransformer, "hidden", planted_in_layers(lambda x: (x @ x.T) @ (x @ x.T)))
     found = rehearsed()
     assert "flops" in kinds(found)
 
@@ -516,7 +516,7 @@ def test_a_copy_from_the_host_in_every_step_is_found(monkeypatch: pytest.MonkeyP
     def copies(embedded: Tensor) -> None:
         torch.zeros(4096, 1024).to(embedded.device, non_blocking=True)
 
-    monkeypatch.setattr(ParallelTransformer, "predict", planted_in_predict(copies))
+    monkeypatch.setattr(ParallelTransformer, "hidden", planted_in_layers(copies))
     found = rehearsed("topology=h100_x1")
     assert any("from the host" in finding.text for finding in found.findings)
 

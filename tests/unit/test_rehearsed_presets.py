@@ -47,6 +47,10 @@ def given_to(task: str, folder: Path) -> list[str]:
     if task == "i2v":
         Image.new("RGB", (160, 96), "red").save(folder / "photo.png")
         return [*short, f"task.image={folder / 'photo.png'}"]
+    if task == "flf2v":
+        Image.new("RGB", (160, 96), "red").save(folder / "photo.png")
+        photo = folder / "photo.png"
+        return ["task.num_frames=9", f"task.image={photo}", f"task.last_image={photo}"]
     if task == "v2v":
         with av.open(str(folder / "clip.mp4"), "w") as file:
             stream = file.add_stream("libx264", rate=24, width=160, height=96)

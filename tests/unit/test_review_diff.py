@@ -95,7 +95,7 @@ def test_edits_on_top_of_renames_in_code_and_in_conf(repository: Path) -> None:
     for file in library.rglob("*.py"):
         text = file.read_text()
         if "sampler.guidance_scale" in text:
-            file.write_text(text.replace("cfg.sampler.guidance_scale", "cfg.sampler.scale"))
+            file.write_text(text.replace("sampler.guidance_scale", "sampler.scale"))
     edit(conf / "sampler" / "unipc.yaml", "^guidance_scale: ", "scale: ")
     (conf / "topology" / "h200_x4.yaml").rename(conf / "topology" / "four_h200.yaml")
     edit(repository / "tests" / "golden" / "cases.yaml", "topology=h200_x4", "topology=four_h200")

@@ -320,5 +320,6 @@ def _too_short(source: _Source, found: int, frames: int, fps: float | None) -> R
     return Refusal(
         what=f"{source.key}={source.file} has {found} frame{'s' * (found != 1)}{at}, {frames} are needed",
         why="latent frame k shows the frames up to 4k; diffusers would repeat the last frame, a standstill",
-        works=f"a longer clip, or latent frames up to {(found - 1) // 4} in task.condition_latent_frames",
+        works=f"a longer clip, or fewer of its frames: latent frames up to {(found - 1) // 4} "
+        "(task.condition_latent_frames of v2v, a quarter of task.chunk_size with actions)",
     )
