@@ -122,6 +122,14 @@ def sound_frames(cfg: Config) -> int:
     return -(-samples // HOP)
 
 
+def tokens_beside(cfg: Config) -> dict[str, int]:
+    """The tokens that stand beside those of the clip: control clips, which condition, and other modalities."""
+    vision = [one for one in stretches_of(cfg) if one.modality == "vision"]
+    controls = sum(one.tokens for one in vision[:-1])
+    found = {"control": controls} if controls else {}
+    return found | {one.modality: one.tokens for one in stretches_of(cfg) if one.modality != "vision"}
+
+
 def modalities_of(cfg: Config) -> frozenset[str]:
     """What is denoised: vision, and what the task makes with it."""
     return frozenset(stretch.modality for stretch in stretches_of(cfg))

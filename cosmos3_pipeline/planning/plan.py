@@ -19,7 +19,7 @@ from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.chunks import Chunks
 from cosmos3_pipeline.planning.denoising import Denoising
-from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, encoded_of, replica_ranks, stretches_of
+from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, encoded_of, replica_ranks, tokens_beside
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.sampling import caches
 from cosmos3_pipeline.planning.sound import sound_stage
@@ -70,7 +70,7 @@ class Plan:
 
     `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
     each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
-    `other_tokens` counts what is denoised beside vision, by modality.
+    `other_tokens` counts what stands beside the tokens of the clip: control, sound, action.
     `passes` says how often each guidance pass is computed in the `steps`, by its name; with a `cache` at most.
     Then denoising is approximate, beside a run without the cache.
     A clip that is made in `chunks` has them one after the other, and `clip` is one of them.
@@ -170,7 +170,7 @@ def make_plan(
         model=cfg.model.name,
         task=cfg.task.name.value,
         clip=clip,
-        other_tokens={part.modality: part.tokens for part in stretches_of(cfg) if part.modality != "vision"},
+        other_tokens=tokens_beside(cfg),
         chunks=chunks_of(cfg),
         text_tokens=denoising.text_tokens,
         steps=cfg.sampler.steps,

@@ -61,8 +61,8 @@ def placement(weights: Mapping[str, Any]) -> str:
 
 
 def tokens(clip: Mapping[str, Any]) -> str:
-    """What is denoised, of a plan.json's clip: `44,160 vision tokens, 197 sound tokens`."""
-    modalities = ("vision", "sound", "action")
+    """What a pass goes over, of a plan.json's clip: `44,160 vision tokens, 197 sound tokens`."""
+    modalities = ("vision", "control", "sound", "action")
     return ", ".join(
         f"{clip[f'{name}_tokens']:,} {name} tokens" for name in modalities if f"{name}_tokens" in clip
     )
