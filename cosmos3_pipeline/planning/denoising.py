@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cosmos3_pipeline.config.schema import Config, Device, TaskName
 from cosmos3_pipeline.denoise.cost import DenoiseCost, TextCost, Wire, denoise_costs
@@ -154,11 +154,16 @@ class Denoising:
             share={"text_tokens": list(self.text_tokens), "prompts": self.prompts},
         )
 
-    def stage(self, cfg: Config, place: int, weights: WeightsCost, *, vae: int) -> RankStage:
-        """Denoising on the rank at `place` of the costs, which holds `vae` bytes of the VAE besides."""
+    def stage(self, cfg: Config, place: int, weights: WeightsCost, *, vae: int, stays: bool) -> RankStage:
+        """Denoising on the rank at `place` of the costs, which holds `vae` bytes of the VAE besides.
+
+        Where the generation pathway `stays`, a later chunk has the first layer already.
+        """
         first = self._chunk_stage(cfg, place, weights, vae=vae)
         if self.later is None:
             return first
+        if stays:
+            weights = replace(weights, gathered_ahead=Wire())
         return first.then(self.later._chunk_stage(cfg, place, weights, vae=vae).times(self.chunks - 1))
 
     def _chunk_stage(self, cfg: Config, place: int, weights: WeightsCost, *, vae: int) -> RankStage:

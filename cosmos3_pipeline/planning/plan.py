@@ -276,7 +276,7 @@ def _rank(
         planned["encode"] = _encoded(
             cfg, stages["encode"], in_replica, weights=encoder + decoder + kept, text=before
         )
-    planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder + decoder)
+    planned["denoise"] = denoising.stage(cfg, place, cost, vae=encoder + decoder, stays=weights.stays)
     before_sound = encoder + decoder + kept
     if cfg.task.sound:
         planned["sound"] = sound_stage(
@@ -350,7 +350,8 @@ def _condition_bytes(cfg: Config) -> int:
         return clip.num_frames * pixels * sum(ELEMENT_BYTES[dtype] for dtype in dtypes)
     if action_of(cfg.task) is not None:
         return clip.num_frames * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
-    return (clip.num_frames + max(clip.num_frames, 2)) * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
+    read = 2 if cfg.task.name is TaskName.flf2v else clip.num_frames
+    return (read + max(clip.num_frames, 2)) * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
 
 
 def _warnings(cfg: Config) -> tuple[str, ...]:

@@ -52,13 +52,20 @@ def given_to(task: str, folder: Path) -> list[str]:
         photo = folder / "photo.png"
         return ["task.num_frames=9", f"task.image={photo}", f"task.last_image={photo}"]
     if task == "v2v":
-        with av.open(str(folder / "clip.mp4"), "w") as file:
-            stream = file.add_stream("libx264", rate=24, width=160, height=96)
-            for _ in range(5):
-                file.mux(stream.encode(av.VideoFrame(160, 96, "rgb24")))
-            file.mux(stream.encode())
-        return ["task.num_frames=9", f"task.video={folder / 'clip.mp4'}"]
+        return ["task.num_frames=9", f"task.video={clip_of_frames(folder, 5)}"]
+    if task.startswith("transfer"):
+        chunks = ["task.num_frames=9", "task.num_video_frames_per_chunk=5"]
+        return [*chunks, f"task.controls.edge={clip_of_frames(folder, 9)}", "task.resample=false"]
     return short
+
+
+def clip_of_frames(folder: Path, frames: int) -> Path:
+    with av.open(str(folder / "clip.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=24, width=160, height=96)
+        for _ in range(frames):
+            file.mux(stream.encode(av.VideoFrame(160, 96, "rgb24")))
+        file.mux(stream.encode())
+    return folder / "clip.mp4"
 
 
 def given_to_actions(task: str, folder: Path) -> list[str]:
