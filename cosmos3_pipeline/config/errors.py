@@ -92,7 +92,7 @@ def explain(
     `keys` are all dotted keys of the schema and `groups` the options of every group, for "did you mean".
     """
     if isinstance(error, MissingConfigException):
-        return _missing_option(error, groups)
+        return _missing_option(error, groups, overrides)
     if isinstance(error, YAMLError):
         return Problem(what="a config file is not valid YAML", why=str(error), works="mending the line it names")
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -156,14 +156,19 @@ def explain(
     return Problem(what=text, why="the value cannot be resolved", works="see --cfg job for what it refers to")
 
 
-def _missing_option(error: MissingConfigException, groups: Mapping[str, Sequence[str]]) -> Problem:
+def _missing_option(
+    error: MissingConfigException, groups: Mapping[str, Sequence[str]], overrides: Sequence[str]
+) -> Problem:
     name = error.missing_cfg_file or ""
     group, _, option = name.rpartition("/")
     # What another file's defaults list names comes without options.
     options = [o for o in error.options or groups.get(group, ()) if not o.startswith("_")]
     # The primary config is named as well where the choice was typed.
     where = _where(str(error), ()).strip(" ()")
-    named = "" if "/" not in where or where.startswith("in hydra/") else f"{where.removeprefix('in ')} names it; "
+    typed = f"{group}={option}" in [override.lstrip("+") for override in overrides]
+    named = f"{where.removeprefix('in ')} names it; "
+    if typed or "/" not in where or where.startswith("in hydra/"):
+        named = ""
     if group == "_strategy":
         return Problem(
             what=f"the strategy plugin {option} is not available",

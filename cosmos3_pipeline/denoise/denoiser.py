@@ -39,7 +39,7 @@ class Loop:
 
     @property
     def any_pass(self) -> PreparedPass:
-        """Where it does not matter which: all passes go over the same tokens."""
+        """Where it does not matter which: all passes predict the same values."""
         return next(iter(self.own.values()))
 
 

@@ -13,15 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_pipeline.denoise.shards import even_rows
+from cosmos3_pipeline.denoise.shards import even_rows, mlp_parts
 from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.fused import transformer as _fused  # noqa: F401 # declares its ops
-
-# On a CPU, an MLP intermediate of several MB is mapped, zeroed and unmapped by the allocator in every call,
-# which costs up to a sixth of the MLP. Parts of about this size stay in the heap and the cache; parts of fewer
-# rows would pay as much again for packing the weights.
-MLP_PART_BYTES = 2**20
-MLP_PART_ROWS = 128
 
 
 def is_fused(norm: Any, x: Tensor) -> bool:
@@ -113,8 +107,7 @@ class Pathway:
         hidden, normed = self._add_and_norm(hidden, self.output(attended.flatten(-2)))
         if not takes_host_path(hidden):
             return hidden.add_(self._gated(normed) if self._has_gate else self.mlp(normed))
-        intermediate = hidden.shape[0] * self.mlp.up_proj.out_features * hidden.element_size()
-        parts = max(min(intermediate // MLP_PART_BYTES, hidden.shape[0] // MLP_PART_ROWS), 1)
+        parts = mlp_parts(hidden.shape[0], self.mlp.up_proj.out_features * hidden.element_size())
         rows = list(even_rows(hidden.shape[0], parts))
         # Row by row the MLP is one function, so its parts can be added where they belong.
         for residual, part in zip(hidden.split(rows), normed.split(rows), strict=True):

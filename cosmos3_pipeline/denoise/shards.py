@@ -25,6 +25,18 @@ def even_rows(rows: int, ranks: int) -> tuple[int, ...]:
     return tuple(shares)
 
 
+# On a CPU, an MLP intermediate of several MB is mapped, zeroed and unmapped by the allocator in every call,
+# which costs up to a sixth of the MLP. Parts of about this size stay in the heap and the cache; parts of fewer
+# rows would pay as much again for packing the weights.
+MLP_PART_BYTES = 2**20
+MLP_PART_ROWS = 128
+
+
+def mlp_parts(rows: int, intermediate_bytes: int) -> int:
+    """In how many parts a CPU computes the MLP of `rows` tokens, each with so many bytes of an intermediate."""
+    return max(min(rows * intermediate_bytes // MLP_PART_BYTES, rows // MLP_PART_ROWS), 1)
+
+
 def start_of(rows: tuple[int, ...], rank: int) -> int:
     """The first row of `rank`."""
     return sum(rows[:rank])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from cosmos3_pipeline.config.schema import Config, Device, TaskName
 from cosmos3_pipeline.denoise.cost import DenoiseCost, TextCost, Wire, denoise_costs
 from cosmos3_pipeline.denoise.guidance import Guidance
-from cosmos3_pipeline.denoise.shards import even_rows, head_shares
+from cosmos3_pipeline.denoise.shards import even_rows, head_shares, mlp_parts
 from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.planning.sampling import caches, guidance_of, passes_of, passes_of_steps
@@ -29,8 +29,6 @@ DISTILLED_LATENTS_IN_SAMPLER = 10
 # step. Counted on a rehearsed one.
 LATENTS_IN_FILTER = 7
 LATENTS_COMPARED = 1
-# A CPU computes an MLP in parts of about this many bytes, see `denoise.pathway`.
-MLP_PART_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Denoising:
     """Denoising over `cfg` x `ulysses` ranks; `costs` is in the order of the ranks, `ulysses` varying fastest.
 
     `latent_elements` are those of the clip's latents, and of each of the `controls`; `text_tokens` the length of
-    each prompt, `vision_rows` the vision tokens of each ulysses rank. `prompts` are those of all clips of a
+    each prompt, `rows` the tokens of each ulysses rank but for the text's. `prompts` are those of all clips of a
     replica, which are encoded together. `steps` has the passes of a step, by their numbers, and how many steps
     have them. `residuals` are the steps that a cache remembers of each pass, 0 without one. `distilled` says that
     the steps are fixed and draw noise of their own. A clip in several `chunks` has `later` for those after the
@@ -50,7 +48,7 @@ class Denoising:
     latent_elements: int
     controls: int
     text_tokens: tuple[int, ...]
-    vision_rows: tuple[int, ...]
+    rows: tuple[int, ...]
     costs: tuple[DenoiseCost, ...]
     element_bytes: int
     prompts: int
@@ -72,7 +70,11 @@ class Denoising:
         chunk: int = 0,
     ) -> Denoising:
         """Of the chunk `chunk` of a config, whose layout must pass `denoise.checks.check_layout`."""
-        clip, guidance, passes = clip_of(cfg), guidance_of(cfg), passes_of(cfg, text_tokens, chunk)
+        clip, guidance, passes = (
+            clip_of(cfg),
+            guidance_of(cfg.task, cfg.sampler),
+            passes_of(cfg, text_tokens, chunk),
+        )
         stretches = passes[0].stretches
         costs = denoise_costs(
             size,
@@ -88,7 +90,7 @@ class Denoising:
             latent_elements=clip.latent_frames * clip.latent_rows * clip.latent_cols * cfg.model.vae.z_dim,
             controls=len(stretches) - 1 if cfg.task.name is TaskName.transfer else 0,
             text_tokens=tuple({one.negative: one.text for one in passes}.values()),
-            vision_rows=even_rows(passes[0].rows, cfg.topology.ulysses),
+            rows=even_rows(passes[0].rows, cfg.topology.ulysses),
             costs=costs,
             element_bytes=element_bytes,
             prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
@@ -174,7 +176,7 @@ class Denoising:
         flops, sequence, guidance = cost.clip_flops + clip.flops, clip.ulysses, clip.cfg
         # In a step without a pass of its own a rank waits for the others' velocities.
         working = sum(times for numbers, times in self.steps.items() if cost.step(numbers).passes)
-        # Each pass of each step reads the vision pathway's weights once.
+        # Each pass of each step reads the generation pathway's weights once.
         reads = clip.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
         gathered = weights.gathered * steps + weights.gathered_ahead
         inner, outer = topology.ulysses, topology.cfg * topology.ulysses
@@ -196,7 +198,7 @@ class Denoising:
                 "weights": brought,
                 "link": link,
             },
-            share={"vision_tokens": self.vision_rows[cost.ulysses_rank], "passes": len(cost.passes)},
+            share={"tokens": self.rows[cost.ulysses_rank], "passes": len(cost.passes)},
             sent_ahead=weights.gathered_ahead,
             noise_bytes=steps * self.latent_elements * FP32_BYTES if self.distilled else 0,
         )
@@ -208,15 +210,13 @@ class Denoising:
     def activation_bytes(self, place: int, *, on_cpu: bool) -> int:
         """The most that denoising holds beyond weights and text on the rank at `place` of the costs.
 
-        Counts what `ParallelTransformer.predict` has alive at once: in attention, or in the MLP, whose
+        Counts what `ParallelTransformer.hidden` has alive at once: in attention, or in the MLP, whose
         intermediates a CPU computes in parts. There half precision takes the norm apart into fp32 passes; on an
         accelerator a norm is one, and the product of a gated MLP takes the memory of its gate.
         """
         cost, latents = self.costs[place], self.latent_elements * FP32_BYTES
         rank, passes = cost.ulysses_rank, len(cost.passes)
-        vision = self._layer_bytes(
-            self.vision_rows, rank, before=max(self.text_tokens), passes=passes, on_cpu=on_cpu
-        )
+        vision = self._layer_bytes(self.rows, rank, before=max(self.text_tokens), passes=passes, on_cpu=on_cpu)
         vision += self.controls * latents
         if self.element_bytes != FP32_BYTES:  # as the model takes them
             vision += self.controls * self.latent_elements * self.element_bytes
@@ -227,12 +227,12 @@ class Denoising:
             in_sampler = LATENTS_COMPARED + max(in_sampler, in_model + LATENTS_IN_FILTER)
             in_model += LATENTS_COMPARED
         # What the layers have added to own tokens.
-        kept = self.residuals * passes * self.vision_rows[rank] * self.size.hidden_size * self.element_bytes
+        kept = self.residuals * passes * self.rows[rank] * self.size.hidden_size * self.element_bytes
         return kept + max(vision + in_model * latents, in_sampler * latents)
 
     def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:
         """The most that a layer of the text holds, for the longest prompt while the others wait."""
-        cost, ranks = self.costs[place], len(self.vision_rows)
+        cost, ranks = self.costs[place], len(self.rows)
         rank = cost.ulysses_rank
         prompts = sorted(text.tokens for text in cost.texts for _ in range(self._times(text)))
         longest = even_rows(prompts.pop(), ranks)
@@ -262,7 +262,7 @@ class Denoising:
         attention = held + everyone * queries + 2 * (before + everyone) * keys + attended
         part, intermediates = n, 2
         if on_cpu:
-            part = n // max(min(n * size.intermediate_size * self.element_bytes // MLP_PART_BYTES, n // 128), 1)
+            part = n // mlp_parts(n, size.intermediate_size * self.element_bytes)
             intermediates = 3 if size.gated else 2
         mlp = held + attended + 2 * n * size.hidden_size + part * intermediates * size.intermediate_size
         if len(rows) > 1:

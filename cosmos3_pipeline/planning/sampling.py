@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from cosmos3_pipeline.checkpoint.schedule import TRAIN_TIMESTEPS, timesteps_of
 from cosmos3_pipeline.config.plain import plain
-from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config, TaskName
+from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config, SamplerConfig, TaskConfig, TaskName
 from cosmos3_pipeline.config.tasks import controls_planned
 from cosmos3_pipeline.denoise.cost import PassTokens
 from cosmos3_pipeline.denoise.guidance import COND, UNCOND, Guidance
@@ -20,11 +20,10 @@ def caches(cfg: Config) -> bool:
     return cfg.sampler.cache.name is not CacheName.none
 
 
-def guidance_of(cfg: Config) -> Guidance:
+def guidance_of(task: TaskConfig, sampler: SamplerConfig) -> Guidance:
     """The guidance passes of a run."""
-    sampler = cfg.sampler
-    if cfg.task.name is TaskName.transfer:
-        controls = cfg.task.control_guidance or 1.0
+    if task.name is TaskName.transfer:
+        controls = task.control_guidance or 1.0
         return Guidance.of_controls(sampler.guidance_scale, controls, sampler.guidance_interval)
     return Guidance.of_prompt(sampler.guidance_scale, sampler.guidance_interval)
 
@@ -39,13 +38,13 @@ def passes_of(cfg: Config, text_tokens: tuple[int, int], chunk: int = 0) -> list
             stretches if one.controls else alone,
             negative=one.prompt == UNCOND,
         )
-        for one in guidance_of(cfg).passes
+        for one in guidance_of(cfg.task, cfg.sampler).passes
     ]
 
 
 def passes_of_steps(cfg: Config) -> tuple[tuple[int, ...], ...]:
     """The numbers of the passes that each step has, see `Guidance`."""
-    guidance = guidance_of(cfg)
+    guidance = guidance_of(cfg.task, cfg.sampler)
     return tuple(guidance.at(timestep) for timestep in _timesteps(cfg))
 
 

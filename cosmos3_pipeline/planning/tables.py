@@ -82,7 +82,7 @@ def _ranks(plan: Mapping[str, Any]) -> Sheet:
         cells = [
             f"{rank['cfg']}",
             f"{rank['ulysses']}",
-            f"{rank['stages']['denoise']['vision_tokens']:,}",
+            f"{rank['stages']['denoise']['tokens']:,}",
             quantity("bytes", rank["text_bytes"]),
         ]
         for name in stages:

@@ -26,7 +26,7 @@ def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
         )
         return
     task, topology = cfg.task, cfg.topology
-    passes = len(guidance_of(cfg).passes)
+    passes = len(guidance_of(cfg.task, cfg.sampler).passes)
     if topology.cfg > passes:
         yield Problem(
             what=f"topology.cfg={topology.cfg} with sampler.guidance_scale={cfg.sampler.guidance_scale} and "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3TextEncoderStep, Cosmos3TransferTextStep
 
 from cosmos3_pipeline.config.schema import SamplerConfig, TaskConfig, TaskName
-from cosmos3_pipeline.denoise.guidance import Guidance
 from cosmos3_pipeline.denoise.texts import Prompt
 from cosmos3_pipeline.models.tokenizer import check_tokens
+from cosmos3_pipeline.planning.sampling import guidance_of
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.words import Words, prompt_of, read_words, words_for
 
@@ -67,10 +67,7 @@ class TextStage:
         """The prompts of this rank's guidance passes, once they are tokens."""
         mesh, pipeline = context.mesh, context.components.pipeline
         context.components.transformer()  # whose config says how tokens are counted
-        guidance = Guidance.of_prompt(self._sampler.guidance_scale)
-        if self._task.name is TaskName.transfer:
-            guidance = Guidance.of_controls(self._sampler.guidance_scale, self._task.control_guidance or 1.0)
-        found = []
+        guidance, found = guidance_of(self._task, self._sampler), []
         for name in guidance.prompts(ranks=mesh.size("cfg"), rank=mesh.rank("cfg")):
             ids = context.state.get(f"{name}_input_ids")
             segment = pipeline._prepare_text_segment(ids, context.components.device)

@@ -175,7 +175,7 @@ def test_groups_and_places_are_the_meshes() -> None:
 def test_tokens_are_split_without_loss() -> None:
     for overrides in (["topology=h200_x4", "model=nano"], ["topology=h100_x16", "model=nano"]):
         plan = plan_of(*overrides)
-        one_copy = [r.stages["denoise"].share["vision_tokens"] for r in plan.ranks if r.cfg == 0 and r.spare == 0]
+        one_copy = [r.stages["denoise"].share["tokens"] for r in plan.ranks if r.cfg == 0 and r.spare == 0]
         assert sum(one_copy) == plan.clip.vision_tokens == 44160
 
 

@@ -236,7 +236,7 @@ def test_a_plan_says_what_sound_costs() -> None:
     assert other.weight_bytes == other.flops == 0 and root.flops > 4e12
     assert 0.9e9 < root.weight_bytes < 1.0e9  # half of the published file, which is float32
     assert root.peak_bytes < loud.ranks[0].stages["denoise"].peak_bytes
-    tokens = sum(rank.stages["denoise"].share["vision_tokens"] for rank in loud.ranks)
+    tokens = sum(rank.stages["denoise"].share["tokens"] for rank in loud.ranks)
     assert tokens == 2 * (44_160 + 197)
 
 

@@ -112,7 +112,7 @@ def test_a_plan_says_at_most_and_approximate() -> None:
     assert plan.exactness == {**every.exactness, "denoise": "approximate"}
     assert [note for note in plan.notes if "approximate" in note]
     for rank, other in zip(plan.ranks, every.ranks, strict=True):
-        kept = 2 * rank.stages["denoise"].share["vision_tokens"] * 128 * 4  # of two steps, in fp32
+        kept = 2 * rank.stages["denoise"].share["tokens"] * 128 * 4  # of two steps, in fp32
         now, then = rank.stages["denoise"], other.stages["denoise"]
         assert (now.flops, now.sent) == (then.flops, then.sent)
         assert now.activation_bytes >= then.activation_bytes + kept

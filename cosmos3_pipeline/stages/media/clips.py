@@ -102,8 +102,7 @@ def read_frames(
     if len(pictures) < frames:
         raise _too_short(source, len(pictures), frames, fps)
     if fps is not None and numbers != list(range(numbers[0], numbers[0] + frames)):
-        said = f"{fps:g} frames per second are taken of it by their time stamps; it has {source.rate:.4g}"
-        changes["rate"] = Change("rate", said)
+        changes["rate"] = _other_rate(source, fps)
     return pictures, list(changes.values())
 
 
@@ -123,9 +122,13 @@ def each_frame(
     file = existing(path, key=key)
     try:
         source = _source(file, key)
-        timed = _decode(source)
+        timed, before = _decode(source), None
         for one in timed if fps is None else _shown_every(1 / fps, timed):
-            yield _filled(one.frame, source, size, background)
+            picture, changes = _filled(one.frame, source, size, background)
+            if fps is not None and before is not None and one.number != before + 1:
+                changes.append(_other_rate(source, fps))
+            before = one.number
+            yield picture, changes
     except FFmpegError as error:
         raise _no_video(file, key, _reason(error)) from error
 
@@ -196,6 +199,13 @@ def _filled(
     if cropped := cut_off(picture.size, size, pixel):
         changes.append(cropped)
     return filling(picture, size, pixel), changes
+
+
+def _other_rate(source: _Source, fps: float) -> Change:
+    """Of a clip of which not every frame is taken once."""
+    return Change(
+        "rate", f"{fps:g} frames per second are taken of it by their time stamps; it has {source.rate:.4g}"
+    )
 
 
 def _source(file: Path, key: str) -> _Source:
