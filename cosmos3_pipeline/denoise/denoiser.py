@@ -105,9 +105,6 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         for modality in MODALITIES:
             velocity_of = found.get(modality.name)
             setattr(block_state, f"velocity_{modality.name}", None if velocity_of is None else velocity_of[-1])
-        actions = block_state.velocity_action
-        if actions is not None and (width := block_state.raw_action_dim_resolved) is not None:
-            actions[:, width:] = 0  # of what no embodiment with so few numbers has
         return components, block_state
 
     def _step(self, loop: Loop, latents: Mapping[str, list[Tensor]], place: int) -> _Step:

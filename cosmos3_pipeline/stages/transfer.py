@@ -171,7 +171,7 @@ class TransferStage:
     def _decode(self, context: RunContext, number: int) -> Generator[Tensor, None, Tensor | None]:
         """Yield the new frames of the chunk; returns those with which the next one begins, on every rank.
 
-        They are [1, 3, frames, H, W] in the VAE's dtype, clamped to [-1, 1] as diffusers clamps them.
+        They are [1, 3, frames, H, W] in the VAE's dtype, in [-1, 1], where its decoder clamps them.
         """
         chunks, clip = self._chunks, context.clip
         new, seeds = chunks.written(number), number + 1 < chunks.count and chunks.overlap > 0
@@ -194,7 +194,7 @@ class TransferStage:
                         begin = max(chunks.stride - at, 0)
                         if begin < count:
                             first = at + begin - chunks.stride
-                            seed[0, :, first : first + count - begin] = portion[:, begin:].clamp(-1, 1)
+                            seed[0, :, first : first + count - begin] = portion[:, begin:]
                         portion = to_uint8(portion[None])[0]
                     start, stop = max(new.start - at, 0), min(new.stop - at, len(portion))
                     at += len(portion)
