@@ -6,7 +6,10 @@ References are made in this process, and a kernel that several threads share may
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -18,3 +21,12 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=SLOW)
 settings.register_profile("search", deadline=None, max_examples=1000, suppress_health_check=SLOW)
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Fails the test that leaves this process with more threads, not one that compares bits in it later."""
+    yield
+    if "torch" in sys.modules:
+        threads = sys.modules["torch"].get_num_threads()
+        assert threads == 1, f"this test left {threads} threads behind"

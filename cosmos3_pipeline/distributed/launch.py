@@ -170,9 +170,20 @@ def joined_world(*, device: str, threads: int, patience: float | None = None) ->
     Without RANK in the environment this process is a world of one and no process group is made. The world is
     gloo's, also on cuda: in it ranks agree, and each Comm makes the connections of its tensors. `patience` are the
     seconds that a rank waits for the slowest; without it PyTorch's default.
-    Yields the device of this rank. Raises Refusal where there is no such device.
+    Yields the device of this rank. Raises Refusal where there is no such device. The process has its own number of
+    threads again afterwards: a notebook that runs a clip goes on with other work.
     """
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    try:
+        with _joined(device, patience) as local:
+            yield local
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _joined(device: str, patience: float | None) -> Iterator[torch.device]:
     local = torch.device("cpu")
     if device == "cuda":
         local = gpu(int(os.environ.get("LOCAL_RANK", "0")))
