@@ -83,6 +83,13 @@ class Placement(Enum):
     auto = "auto"
 
 
+class Encoder(Enum):
+    """H.264 encoders by libav's names: x264, and that of an NVIDIA GPU which has one."""
+
+    libx264 = "libx264"
+    h264_nvenc = "h264_nvenc"
+
+
 class CacheName(Enum):
     none = "none"
     seacache = "seacache"
@@ -409,6 +416,8 @@ class OutputConfig:
     control: bool = MISSING
     crf: int = ranged(at_least=0, at_most=51)
     preset: str = MISSING
+    encoder: Encoder = MISSING
+    encoders: int | None = ranged(at_least=1, at_most=64)
 
 
 @dataclass

@@ -331,6 +331,7 @@ def metrics(
         "num_frames": None if picture is None else picture.num_frames,
         "frames_sha256": None if picture is None else picture.frames_sha256,
         "sound": None if picture is None or picture.sound is None else asdict(picture.sound),
+        "writing": None if picture is None or picture.written is None else asdict(picture.written),
         "actions": None if context.actions is None else context.actions.name,
         "seconds": seconds,
         "peak_bytes": max(rank["peak_bytes"] for stage in stages.values() for rank in stage["ranks"]),

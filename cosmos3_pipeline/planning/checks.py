@@ -42,13 +42,9 @@ from cosmos3_pipeline.planning.vae import (
     strategy_of,
     vae_plan,
 )
+from cosmos3_pipeline.planning.writing import PRESETS
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness
-
-X264_PRESETS = (
-    *("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"),
-    "placebo",
-)
 
 
 @dataclass(frozen=True)
@@ -298,11 +294,12 @@ def _job(cfg: Config) -> Iterator[Problem]:
 
 
 def _output(cfg: Config) -> Iterator[Problem]:
-    if cfg.output.preset not in X264_PRESETS:
+    presets = PRESETS[cfg.output.encoder]
+    if cfg.output.preset not in presets:
         yield Problem(
             what=f"output.preset={cfg.output.preset} does not exist",
-            why=f"the H.264 encoder's presets are: {', '.join(X264_PRESETS)}",
-            works=did_you_mean(cfg.output.preset, X264_PRESETS, otherwise="output.preset=medium"),
+            why=f"the presets of output.encoder={cfg.output.encoder.value} are: {', '.join(presets)}",
+            works=did_you_mean(cfg.output.preset, presets, otherwise="output.preset=medium"),
         )
 
 

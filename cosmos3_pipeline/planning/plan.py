@@ -29,6 +29,7 @@ from cosmos3_pipeline.planning.trained import outside, words_of_another
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
 from cosmos3_pipeline.planning.vae import ELEMENT_BYTES, VaePlan, directions, strategy_of, vae_plan
 from cosmos3_pipeline.planning.weights import WeightsCost, WeightsPlan, choices
+from cosmos3_pipeline.planning.writing import Writing, writing_of
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 
@@ -73,6 +74,7 @@ class Plan:
     `other_tokens` counts what stands beside the tokens of the clip: control, sound, action.
     `passes` says how often each guidance pass is computed in the `steps`, by its name; with a `cache` at most.
     Then denoising is approximate, beside a run without the cache.
+    `writing` is how the file of a video is written beside decoding.
     A clip that is made in `chunks` has them one after the other, and `clip` is one of them.
     `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
     """
@@ -96,6 +98,7 @@ class Plan:
     vae: dict[Direction, VaePlan]
     unused: dict[Direction, Strategy]
     ranks: tuple[RankPlan, ...]
+    writing: Writing | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -166,6 +169,8 @@ def make_plan(
     )
     if caches(cfg):
         exactness["denoise"] = exactness["sound"] = "approximate"
+    decoded = max((rank.stages["decode"].total_seconds for rank in ranks if "decode" in stages), default=0)
+    makes_video = cfg.task.modality != "image" and "decode" in stages
     return Plan(
         model=cfg.model.name,
         task=cfg.task.name.value,
@@ -186,6 +191,7 @@ def make_plan(
         vae=dict(vae),
         unused={d: strategy_of(cfg, d) for d in DIRECTIONS if d not in vae},
         ranks=ranks,
+        writing=writing_of(cfg, decoded) if makes_video else None,
         warnings=_warnings(cfg),
         notes=_notes(cfg, text_tokens is None),
     )
@@ -447,6 +453,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "fits": plan.fits,
         },
         "seconds": {**plan.seconds, "total": sum(plan.seconds.values())},
+        "writing": None if plan.writing is None else plan.writing.as_dict(),
         "notes": [*plan.warnings, *plan.notes],
         "summary": summary(plan),
     }

@@ -16,7 +16,7 @@ Trace = Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], list[dict[str,
 # What the frames are made from. model.recommended acts only through task and sampler.
 PICTURE = ("model.", "task.", "sampler.")
 NOT_PICTURE = ("model.recommended.", "model.trained.", "model.name", "task.name", "task.modality")
-FILE_ONLY = ("output.crf", "output.preset")
+FILE_ONLY = ("output.crf", "output.preset", "output.encoder", "output.encoders")
 
 
 @dataclass

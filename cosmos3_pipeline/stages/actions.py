@@ -17,6 +17,7 @@ from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.planning.action_files import ACTIONS_FILE, actions_report, read_actions
 from cosmos3_pipeline.planning.actions import ActionTask
 from cosmos3_pipeline.planning.plan import Plan
+from cosmos3_pipeline.planning.writing import Writing
 from cosmos3_pipeline.stages.context import RunContext, Stage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import lengthen
@@ -143,8 +144,8 @@ class _HostMaskStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is
 class ActionExportStage(ExportStage):
     """Writes actions.json where the task finds actions, and what `ExportStage` writes where it makes a video."""
 
-    def __init__(self, output: OutputConfig, action: ActionTask) -> None:
-        super().__init__(output, modality="video")
+    def __init__(self, output: OutputConfig, action: ActionTask, writing: Writing | None) -> None:
+        super().__init__(output, modality="video", writing=writing)
         self._action = action
 
     def __call__(self, context: RunContext) -> None:
@@ -177,5 +178,5 @@ def action_stages(action: ActionTask) -> dict[str, Callable[[Config, Plan], Stag
         "denoise": lambda config, plan: ActionDenoiseStage(
             config.task, config.sampler, action, stays=plan.weights.stays
         ),
-        "export": lambda config, plan: ActionExportStage(config.output, action),
+        "export": lambda config, plan: ActionExportStage(config.output, action, plan.writing),
     }

@@ -53,7 +53,9 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
         ),
         "sound": lambda config, plan: SoundStage(config.task),
         "decode": lambda config, plan: DecodeStage(),
-        "export": lambda config, plan: ExportStage(config.output, modality=config.task.modality),
+        "export": lambda config, plan: ExportStage(
+            config.output, modality=config.task.modality, writing=plan.writing
+        ),
     }
     if action is not None:
         factories |= action_stages(action)

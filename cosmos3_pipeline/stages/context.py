@@ -22,16 +22,31 @@ from cosmos3_pipeline.stages.words import Words
 
 
 @dataclass(frozen=True)
+class Written:
+    """How a video was written: so many `encoders` at a time, each with one of `parts`.
+
+    The encoders worked `encoder_seconds` together, most of it beside decoding. The file was there
+    `seconds_after_last_frame` had come.
+    """
+
+    encoders: int
+    parts: int
+    encoder_seconds: float
+    seconds_after_last_frame: float
+
+
+@dataclass(frozen=True)
 class Picture:
     """What a run has made: its file, and the SHA-256 of the uint8 RGB frames before any compression.
 
-    `sound` is the one of its file.
+    `sound` is the one of its file, and `written` how a video was.
     """
 
     path: Path
     num_frames: int
     frames_sha256: str
     sound: Sound | None = None
+    written: Written | None = None
 
 
 class Measure(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cosmos3_pipeline.config.schema import OutputConfig
-from cosmos3_pipeline.stages.context import Picture, RunContext
+from cosmos3_pipeline.planning.writing import Writing
+from cosmos3_pipeline.stages.context import Picture, RunContext, Written
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.frame_queue import FrameQueue
-from cosmos3_pipeline.stages.media import cut_to, frame_rate, sound_of, write_video, write_wav
+from cosmos3_pipeline.stages.media import check_encoder, cut_to, frame_rate, sound_of, write_video, write_wav
 
 VIDEO_FILE = "video.mp4"
 IMAGE_FILE = "image.png"
@@ -26,16 +28,20 @@ LATENTS_FILE = "latents.safetensors"
 class ExportStage:
     """Reads `context.frames` to the end and writes them into `context.directory` on the root.
 
-    `modality` is `video` (H.264 at quality `output.crf`, 0 to 51, with the x264 `output.preset`) or `image` (PNG).
+    `modality` `image` makes a PNG, others a video: H.264 at quality `output.crf`, 0 to 51, with `output.preset`,
+    by as many encoders as `writing` says, one without it.
     A video has the sound of `context.waveform`, if any, cut to its length: sound latents are whole frames of 1920
     samples. `output.sound` writes it into a WAV file besides, 16 bits a sample.
     `output.latents` also writes the denoised latents, as tensor `latents` [1, C, T, h, w] in fp32, and with sound
     `sound_latents` [C, T].
     """
 
-    def __init__(self, output: OutputConfig, *, modality: str) -> None:
+    def __init__(self, output: OutputConfig, *, modality: str, writing: Writing | None = None) -> None:
         self._output = output
         self._modality = modality
+        self._encoders, self._parts = (1, 1) if writing is None else (writing.encoders, writing.parts)
+        if modality != "image":
+            check_encoder(output.encoder)
 
     def __call__(self, context: RunContext) -> None:
         assert context.frames is not None
@@ -44,13 +50,13 @@ class ExportStage:
                 pass
             return
         sha256, waveform = hashlib.sha256(), self._waveform(context)
+        written, frames = None, 1
         if self._modality == "image":
             path = context.directory / IMAGE_FILE
             self._write_image(context, path, sha256)
-            frames = 1
         else:
-            path = context.directory / VIDEO_FILE
-            frames = self._write_video(context, path, sha256, waveform)
+            path, frames = context.directory / VIDEO_FILE, context.num_frames
+            written = self._write_video(context, path, sha256, waveform)
         self.write_latents(context)
         if self._output.sound and waveform is not None:
             with context.measure("export"):
@@ -60,6 +66,7 @@ class ExportStage:
             num_frames=frames,
             frames_sha256=sha256.hexdigest(),
             sound=None if waveform is None else sound_of(waveform),
+            written=written,
         )
 
     def write_latents(self, context: RunContext) -> None:
@@ -84,8 +91,8 @@ class ExportStage:
         path: Path,
         sha256: hashlib._Hash,
         waveform: NDArray[np.float32] | None,
-    ) -> int:
-        """Returns the number of frames."""
+    ) -> Written:
+        """Write the frames as they come."""
         output = self._output
         with write_video(
             path,
@@ -94,6 +101,10 @@ class ExportStage:
             fps=context.fps,
             crf=output.crf,
             preset=output.preset,
+            encoder=output.encoder,
+            frames=context.num_frames,
+            encoders=self._encoders,
+            parts=self._parts,
             waveform=waveform,
         ) as writer:
 
@@ -111,10 +122,18 @@ class ExportStage:
                         queue.put(chunk)
                 with context.measure("decode", portion=True):
                     queue.arrived()
+                last = time.perf_counter()
                 with context.measure("export"):
                     queue.finish()
-        assert writer.num_frames == context.num_frames
-        return writer.num_frames
+            assert writer.num_frames == context.num_frames
+            with context.measure("export"):
+                writer.finish()
+        return Written(
+            encoders=self._encoders,
+            parts=self._parts,
+            encoder_seconds=writer.encoder_seconds,
+            seconds_after_last_frame=time.perf_counter() - last,
+        )
 
     def _write_image(self, context: RunContext, path: Path, sha256: hashlib._Hash) -> None:
         assert context.frames is not None

@@ -115,6 +115,7 @@ class TransferStage:
             fps=context.fps,
             crf=output.crf,
             preset=output.preset,
+            encoder=output.encoder,
         )
         return stack.enter_context(video)
 

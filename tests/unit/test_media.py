@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -15,15 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cosmos3_pipeline.config.schema import Encoder
 from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.planning.writing import IN_FLIGHT, LOOKAHEAD
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.media import (
+    check_encoder,
     clips,
     frame_rate,
     likeness_of_files,
     read_frames,
     read_picture,
     write_video,
+    writing,
 )
 
 
@@ -39,9 +44,9 @@ def pictures(count: int, height: int = 48, width: int = 64) -> np.ndarray:
     return np.stack(frames).astype(np.uint8)
 
 
-def write(path: Path, frames: np.ndarray, *, fps: float = 24.0, crf: int = 10, chunk: int = 4) -> Path:
+def write(path: Path, frames: np.ndarray, *, fps: float = 24.0, crf: int = 10, chunk: int = 4, **how: Any) -> Path:
     size = {"height": frames.shape[1], "width": frames.shape[2]}
-    with write_video(path, fps=fps, crf=crf, preset="fast", **size) as writer:
+    with write_video(path, fps=fps, crf=crf, preset="fast", frames=len(frames), **size, **how) as writer:
         for start in range(0, len(frames), chunk):
             writer.write(frames[start : start + chunk])
     return path
@@ -105,6 +110,55 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{chunk}.mp4", frames, chunk=chunk) for chunk in (1, 4, 13)]
     assert len({hashlib.sha256(f.read_bytes()).hexdigest() for f in files}) == 1
     assert write(tmp_path / "other.mp4", frames[::-1]).read_bytes() != files[0].read_bytes()
+
+
+@pytest.mark.parametrize(("count", "parts", "encoders"), [(61, 3, 2), (7, 7, 3), (24, 2, 4), (100, 1, 1)])
+def test_parts_of_several_encoders_are_one_video(count: int, parts: int, encoders: int, tmp_path: Path) -> None:
+    frames = pictures(count)
+    one = write(tmp_path / "one.mp4", frames)
+    path = write(tmp_path / "parts.mp4", frames, parts=parts, encoders=encoders, chunk=5)
+    assert (
+        path.read_bytes() == write(tmp_path / "again.mp4", frames, parts=parts, encoders=1, chunk=3).read_bytes()
+    )
+    with av.open(str(path)) as container, av.open(str(one)) as other:
+        assert container.streams.video[0].duration == other.streams.video[0].duration
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        assert [packet.dts for packet in packets] == sorted({packet.dts for packet in packets})
+        assert sum(packet.is_keyframe for packet in packets) >= parts
+    made = decoded(path).astype(int)
+    assert made.shape == frames.shape
+    # As near to the frames as the video of one encoder.
+    assert np.abs(made - frames).mean() <= 1.1 * np.abs(decoded(one).astype(int) - frames).mean()
+
+
+def test_few_frames_are_left_when_the_last_has_come() -> None:
+    """The longer an encoder looks ahead, the later the file is there: with the preset's own options 52 frames."""
+    codec: Any = av.CodecContext.create("libx264", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = 64, 48, "yuv420p", Fraction(1, 24)
+    codec.options = writing.options_of(Encoder.libx264, crf=17, preset="medium")
+    frames = [av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format="yuv420p") for rgb in pictures(80)]
+    for number, frame in enumerate(frames):
+        frame.pts = number
+    assert 80 - sum(len(codec.encode(frame)) for frame in frames) <= LOOKAHEAD + IN_FLIGHT
+
+
+def test_an_encoder_that_fails_ends_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(part: Any) -> list[Any]:
+        part._codec = SimpleNamespace(encode=lambda frame: 1 / 0)
+        return packets(part)
+
+    packets = writing._Part.packets
+    monkeypatch.setattr(writing._Part, "packets", fails)
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "video.mp4", pictures(120), parts=2, encoders=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_the_machine_lacks_is_refused() -> None:
+    check_encoder(Encoder.libx264)
+    with pytest.raises(Refusal, match="it does not open on this machine") as raised:
+        check_encoder(Encoder.h264_nvenc)
+    assert raised.value.problem.works == "output.encoder=libx264"
 
 
 def test_quality_and_preset_are_heard(tmp_path: Path) -> None:

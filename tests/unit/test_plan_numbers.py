@@ -188,3 +188,19 @@ def test_more_work_never_takes_less() -> None:
         plan_of().ranks[0].stages["denoise"].flops,
         rel_tol=0.05,
     )
+
+
+def test_as_many_encoders_as_keep_up_with_decoding() -> None:
+    """720p x 189 frames take one encoder 1.8 s: less than one card decodes, more than eight of them."""
+    big = ("model=nano", "task.height=720", "task.width=1280", "task.num_frames=189")
+    one = plan_of(*big, "topology=h200_x1").writing
+    eight = plan_of(*big, "topology=h200_x8", "vae=parallel").writing
+    assert one is not None and (one.encoders, one.parts) == (1, 1)
+    assert one.exposed_seconds == pytest.approx(17 * one.seconds / 189)  # what is left after the last frame
+    assert eight is not None and eight.encoders > 1 and eight.parts % eight.encoders == 0
+    assert eight.exposed_seconds < 0.5
+    given = plan_of(*big, "topology=h200_x1", "output.encoders=3").writing
+    assert given is not None and (given.encoders, given.parts) == (3, 3)
+    assert plan_of("model=nano", "task=t2i").writing is None
+    numbers = as_dict(plan_of(*big))["writing"]
+    assert numbers["hidden_seconds"] + numbers["exposed_seconds"] == pytest.approx(numbers["seconds"])

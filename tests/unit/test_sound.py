@@ -24,7 +24,7 @@ from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.checkpoint.sound import HOP, MULTIPLES, SAMPLE_RATE, STRIDES, sound_weights
-from cosmos3_pipeline.config.schema import OutputConfig, SamplerConfig
+from cosmos3_pipeline.config.schema import Encoder, OutputConfig, SamplerConfig
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 from cosmos3_pipeline.models.loading import open_checkpoint
@@ -43,6 +43,7 @@ from cosmos3_pipeline.stages.text import TextStage
 SOUND = frozenset({"vision", "sound"})
 CPU = torch.device("cpu")
 STEREO = 2
+FAST: Any = {"crf": 17, "preset": "ultrafast", "encoder": Encoder.libx264}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,9 @@ def run(checkpoint: CheckpointInfo, directory: Path, frames: int, **settings: An
     """A context after all stages, of a clip of 48 x 80 pixels with sound."""
     task = task_config(prompt=PROMPT, negative_prompt="dull", sound=True, **settings.pop("task", {}))
     sampler = SamplerConfig(steps=3, guidance_scale=5.0, flow_shift=10.0, seed=3)
-    output = OutputConfig(latents=True, sound=True, against_replicated=False, crf=17, preset="ultrafast")
+    output = OutputConfig(
+        latents=True, sound=True, against_replicated=False, crf=17, preset="ultrafast", encoder=Encoder.libx264
+    )
     context = context_of(components(checkpoint, modalities=SOUND, **settings), clip_of(48, 80, frames), directory)
     for stage in (
         TextStage(task, sampler),

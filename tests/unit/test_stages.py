@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, task_config, toy_dimensions
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
-from cosmos3_pipeline.config.schema import Keep, OutputConfig, SamplerConfig
+from cosmos3_pipeline.config.schema import Encoder, Keep, OutputConfig, SamplerConfig
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.stages.context import RunContext
@@ -34,6 +34,7 @@ from cosmos3_pipeline.stages.progress import Bars
 from cosmos3_pipeline.stages.text import TextStage
 
 NEGATIVE = "blurry, dark"
+FAST: Any = {"crf": 17, "preset": "ultrafast", "encoder": Encoder.libx264}
 
 
 class PlainDenoise(DenoiseStage):
@@ -107,7 +108,9 @@ def sampler(steps: int, guidance_scale: float, seed: int) -> SamplerConfig:
 
 
 def export(*, modality: str = "video", latents: bool = False) -> ExportStage:
-    output = OutputConfig(latents=latents, against_replicated=False, crf=17, preset="ultrafast")
+    output = OutputConfig(
+        latents=latents, against_replicated=False, crf=17, preset="ultrafast", encoder=Encoder.libx264
+    )
     return ExportStage(output, modality=modality)
 
 
@@ -281,7 +284,8 @@ def test_a_video_from_words_to_a_file(
     assert written.shape == frames.shape
     assert reported == [("denoising steps", 2), ("decoded frames", 9)]
     assert measured[:3] == ["text", "encode", "denoise"] and measured[-1] == "export"
-    assert measured.count("export") == 5  # three chunks, the end of the thread that writes them, and the latents
+    # Three chunks, the end of the thread that writes them, the end of the file, and the latents.
+    assert measured.count("export") == 6
     assert not parts._vae_has_encoder
 
 

@@ -21,7 +21,14 @@ from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.compose import compose
-from cosmos3_pipeline.config.schema import STRENGTHS, ControlsConfig, OutputConfig, SamplerConfig, TaskName
+from cosmos3_pipeline.config.schema import (
+    STRENGTHS,
+    ControlsConfig,
+    Encoder,
+    OutputConfig,
+    SamplerConfig,
+    TaskName,
+)
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.models.loading import open_checkpoint
@@ -34,6 +41,7 @@ from cosmos3_pipeline.stages.transfer import TransferStage
 
 NEGATIVE = "blurry, dark"
 STEPS = 2
+FAST: Any = {"crf": 17, "preset": "ultrafast", "encoder": Encoder.libx264}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +155,16 @@ def ours(
         video=str(clips["video"]) if "given" in case or "from_video" in files.values() else None,
     )
     sampler = SamplerConfig(steps=STEPS, guidance_scale=case.get("guidance", 3.0), flow_shift=10.0, seed=3)
-    wanted = OutputConfig(**{"latents": True, "control": False, "crf": 17, "preset": "ultrafast", **output})
+    wanted = OutputConfig(
+        **{
+            "latents": True,
+            "control": False,
+            "crf": 17,
+            "preset": "ultrafast",
+            "encoder": Encoder.libx264,
+            **output,
+        }
+    )
     context = context_of(components(checkpoint), clip_of(80, 112, chunks.frames), folder, chunks=chunks)
     stages = (
         TextStage(task, sampler),

@@ -8,11 +8,12 @@ from cosmos3_pipeline.stages.media.audio import Sound, cut_to, sound_of, write_w
 from cosmos3_pipeline.stages.media.clips import each_frame, look_at, read_frames
 from cosmos3_pipeline.stages.media.pictures import read_picture
 from cosmos3_pipeline.stages.media.shown import Change
-from cosmos3_pipeline.stages.media.writing import frame_rate, likeness_of_files, write_video
+from cosmos3_pipeline.stages.media.writing import check_encoder, frame_rate, likeness_of_files, write_video
 
 __all__ = [
     "Change",
     "Sound",
+    "check_encoder",
     "cut_to",
     "each_frame",
     "frame_rate",

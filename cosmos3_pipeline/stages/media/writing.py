@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
 from PIL import Image
 
+from cosmos3_pipeline.config.schema import Encoder
+from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.planning.writing import LOOKAHEAD, X264_THREADS
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.likeness import Likeness, likeness
 from cosmos3_pipeline.stages.media.audio import AudioTrack
 
-# With another number the same frames give other bytes.
-X264_THREADS = 4
+# Frames of a part that may wait for its encoder.
+WAITING = 48
+COLOUR = ("colorspace", "color_range", "color_primaries", "color_trc")
 
 
 def frame_rate(fps: float) -> Fraction:
@@ -28,14 +37,103 @@ def frame_rate(fps: float) -> Fraction:
     return ntsc if abs(ntsc - fps) < 1e-4 else Fraction(fps).limit_denominator(1001)
 
 
-class VideoWriter:
-    """Appends frames to an open H.264 stream; made by `write_video`."""
+def options_of(encoder: Encoder, *, crf: int, preset: str) -> dict[str, str]:
+    """What libav's `encoder` is told: `crf` is x264's quality, 0 (lossless) to 51, and `preset` its speed."""
+    if encoder is Encoder.libx264:
+        found = {"crf": str(crf), "preset": preset, "threads": str(X264_THREADS), "rc-lookahead": str(LOOKAHEAD)}
+        # With AVX-512, x264 gave the same frames other bytes each time (five of five runs at 96 x 160).
+        return {**found, "x264-params": "asm=avx2"} if _has_avx512() else found
+    return {"rc": "constqp", "qp": str(crf), "preset": preset}
 
-    def __init__(self, container: Any, stream: Any, audio: AudioTrack | None) -> None:
+
+@cache
+def _has_avx512() -> bool:
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+
+
+def check_encoder(encoder: Encoder) -> None:
+    """Raise Refusal where this machine has no such encoder."""
+    codec: Any = av.CodecContext.create(encoder.value, "w")
+    codec.width, codec.height, codec.pix_fmt = 256, 256, "yuv420p"
+    codec.framerate, codec.time_base = Fraction(24), Fraction(1, 24)
+    try:
+        codec.open()
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise Refusal(
+            what=f"output.encoder={encoder.value}",
+            why=f"it does not open on this machine: {error}. H100, H200 and B200 have no encoder of their own",
+            works=f"output.encoder={Encoder.libx264.value}",
+        ) from error
+
+
+class _Part:
+    """Frames that an encoder of their own makes packets of, beginning with one that refers to none before it."""
+
+    def __init__(self, codec: Any) -> None:
+        self.seconds = 0.0
+        self.dropped = False
+        self._codec = codec
+        self._frames: Queue[av.VideoFrame | None] = Queue(WAITING)
+
+    def put(self, frame: av.VideoFrame | None) -> None:
+        """Append a frame; None ends the part. Waits while the encoder is far behind."""
+        self._frames.put(frame)
+
+    def packets(self) -> list[av.Packet]:
+        """Encode all frames as they come."""
+        found: list[av.Packet] = []
+        error: BaseException | None = None
+        while True:
+            frame = self._frames.get()
+            if error is None and not self.dropped:
+                begun = time.perf_counter()
+                try:
+                    found += self._codec.encode(frame)
+                except (
+                    BaseException
+                ) as raised:  # raised once the frames that follow are taken: `put` waits for that
+                    error = raised
+                self.seconds += time.perf_counter() - begun
+            if frame is None:
+                if error is not None:
+                    raise error
+                return found
+
+
+class VideoWriter:
+    """Appends frames to an open H.264 stream; made by `write_video`.
+
+    They are encoded in parts, by several encoders at a time, whose packets follow each other in the stream.
+    """
+
+    def __init__(
+        self,
+        container: Any,
+        stream: Any,
+        audio: AudioTrack | None,
+        options: Mapping[str, str],
+        ends: Sequence[int],
+        encoders: int,
+    ) -> None:
         self.num_frames = 0
         self._container = container
         self._stream = stream
         self._audio = audio
+        self._options = options  # of each part's encoder
+        self._ends = ends  # of each part but the last, in frames
+        self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="encoder")
+        self._parts: list[_Part] = []
+        self._finished = False
+        self._ended = 0  # parts whose last frame has come
+        self._packets: list[Future[list[av.Packet]]] = []
+
+    @property
+    def encoder_seconds(self) -> float:
+        """Seconds in which the encoders worked or waited for each other's threads, together."""
+        return sum(part.seconds for part in self._parts)
 
     def write(self, frames: NDArray[np.uint8]) -> None:
         """Append `frames`, uint8 [frames, H, W, 3]."""
@@ -50,16 +148,53 @@ class VideoWriter:
                 dst_color_trc=ColorTrc.BT709,
             )
             frame.pts, frame.time_base = self.num_frames, 1 / self._stream.codec_context.framerate
-            self._container.mux(self._stream.encode(frame))
+            if not self._parts or self.num_frames in self._ends:
+                self._begin_part()
+            self._parts[-1].put(frame)
             self.num_frames += 1
-            if self._audio is not None:
-                self._audio.write_until(self.num_frames / self._stream.codec_context.framerate)
 
     def finish(self) -> None:
-        """Write the frames, and the samples, that the encoders still hold."""
-        self._container.mux(self._stream.encode(None))
+        """Write the frames, and the samples, that the encoders still hold. More than one call does no more."""
+        if self._finished:
+            return
+        self._finished = True
+        self._end_part()
+        for packets in self._packets:
+            self._mux(packets.result())
         if self._audio is not None:
+            self._audio.write_until(self.num_frames / self._stream.codec_context.framerate)
             self._audio.finish()
+
+    def close(self) -> None:
+        """End the encoders, also where not all frames have come."""
+        for part in self._parts:
+            part.dropped = True
+        self._end_part()
+        self._pool.shutdown()
+
+    def _begin_part(self) -> None:
+        self._end_part()
+        own, codec = self._stream.codec_context, av.CodecContext.create(self._stream.codec_context.codec, "w")
+        for name in ("width", "height", "pix_fmt", "framerate", *COLOUR):
+            setattr(codec, name, getattr(own, name))
+        codec.time_base, codec.bit_rate, codec.options = 1 / own.framerate, 0, dict(self._options)
+        codec.flags |= Flags.global_header
+        part = _Part(codec)
+        self._parts.append(part)
+        self._packets.append(self._pool.submit(part.packets))
+
+    def _end_part(self) -> None:
+        if len(self._parts) > self._ended:
+            self._parts[-1].put(None)
+            self._ended = len(self._parts)
+
+    def _mux(self, packets: list[av.Packet]) -> None:
+        for packet in packets:
+            packet.stream = self._stream
+            seconds = packet.pts * packet.time_base
+            self._container.mux(packet)
+            if self._audio is not None:
+                self._audio.write_until(seconds)
 
 
 @contextmanager
@@ -71,27 +206,38 @@ def write_video(
     fps: float,
     crf: int,
     preset: str,
+    encoder: Encoder = Encoder.libx264,
+    frames: int = 0,
+    encoders: int = 1,
+    parts: int = 1,
     waveform: NDArray[np.float32] | None = None,
 ) -> Iterator[VideoWriter]:
     """An H.264 MP4 that browsers play, written frame by frame; it is there when the block ends without error.
 
-    `crf` is x264's quality, 0 (lossless) to 51, and `preset` its speed. Colours are BT.709, as players assume
-    for HD. The same frames give the same bytes. `waveform` [channels, samples], at 48 kHz, is its sound; it is
-    written as the frames come, in AAC.
+    Its `frames`, whose number is needed for more than one, are cut in `parts`, of which `encoders` are encoded at
+    a time. The same frames in as many parts give the same bytes. `crf` is x264's quality, 0 (lossless) to 51, and
+    `preset` its speed. Colours are BT.709, as players assume for HD.
+    `waveform` [channels, samples], at 48 kHz, is its sound, in AAC.
     """
     # The index goes in front of the frames, so that a browser starts before it has all of them.
     options = {"movflags": "+faststart"}
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
-        encoding = {"crf": str(crf), "preset": preset, "threads": str(X264_THREADS)}
-        stream = container.add_stream("libx264", rate=frame_rate(fps), options=encoding)
+        # Its own encoder makes the header, which those of all parts share, and no frame.
+        how = options_of(encoder, crf=crf, preset=preset)
+        stream = container.add_stream(encoder.value, rate=frame_rate(fps), options=dict(how))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         audio = None if waveform is None else AudioTrack(container, waveform)
-        writer = VideoWriter(container, stream, audio)
-        yield writer
-        writer.finish()
+        container.start_encoding()
+        ends = [round(part * frames / parts) for part in range(1, parts)]
+        writer = VideoWriter(container, stream, audio, how, ends, encoders)
+        try:
+            yield writer
+            writer.finish()
+        finally:
+            writer.close()
 
 
 def likeness_of_files(reference: Path, other: Path) -> Likeness | None:
