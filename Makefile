@@ -2,7 +2,7 @@
 # make test  lint, types and all tests
 # make quick lint, types and the tests that start no ranks or processes and take no seconds
 # make interop  what is too large for the tests' environment: ray as a launcher, MLflow and other trackers
-# make bench the VAE and the denoiser by one and two ranks beside others, interleaved (two hours)
+# make bench measures the VAE and the denoiser beside others, and writes docs/performance.md (two hours)
 .PHONY: env run test quick lint interop bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
@@ -42,9 +42,10 @@ interop: env
 
 bench: env
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(PY) benchmarks/vae.py --out outputs/bench/small
-	$(PY) benchmarks/vae.py --width full --out outputs/bench/full
-	$(PY) benchmarks/denoise.py
+	$(PY) benchmarks/vae.py --out docs/results/small
+	$(PY) benchmarks/vae.py --width full --out docs/results/full
+	$(PY) benchmarks/denoise.py --out docs/results/denoise
+	$(PY) benchmarks/performance.py
 
 clean:
 	rm -rf .venv outputs multirun
