@@ -24,7 +24,13 @@ def test_the_page_is_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     contestants = {"diffusers": row([4.0, 6.0, 8.0], 100), "one_rank": row([2.0, 2.0, 2.0], 50, equal=True)}
     case = {"frames": 8, "rows": 6, "cols": 5, "dtype": "float32", "contestants": contestants}
     machine = {"processor": "EPYC", "cores": 2, "load": 0.25, "torch": "2.13.0"}
-    report = {"date": "2026-12-01", "revision": "abc", "command": "c", "machine": machine, "cases": {"decode": case}}
+    report = {
+        "date": "2026-12-01",
+        "revision": "abc",
+        "command": "c",
+        "machine": machine,
+        "cases": {"decode": case},
+    }
     (tmp_path / "now").mkdir()
     (tmp_path / "now" / "vae.json").write_text(json.dumps(report))
     made = performance.page(tmp_path)
