@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 COSMOS3 = ("nvidia/Cosmos3-Nano", "nvidia/Cosmos3-Super", "nvidia/Cosmos3-Edge")
-# What a run reads: these files of the repository, and in each component's folder the files that end like this.
-# Left out: the components of other modalities, pictures, weights in other formats, and the index over all weights.
+# The files that a run reads: these files of the root, and the files with these endings in each component's folder.
+# Not read: components of other modalities, pictures, weights in other formats, and the index over all weights.
 FILES = (INDEX, MODULAR_INDEX, NEGATIVE_PROMPT)
 COMPONENTS = ("transformer", "vae", "scheduler", "text_tokenizer")
 COMPONENTS_WITH_SOUND = (*COMPONENTS, SOUND_TOKENIZER)  # 1.9 GB more
@@ -216,7 +216,7 @@ class _Held:
 
 
 def _held(repo: str, revision: str | None, patterns: list[str]) -> _Held | None:
-    """What the cache has of `repo` at `revision`, as far as the cache itself can tell."""
+    """The files of `repo` at `revision` that are in the cache, as far as the cache itself can tell."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (
         CachedRepoTreeNotFoundError,
@@ -252,7 +252,7 @@ def _patterns(components: Sequence[str]) -> list[str]:
 
 
 def _wanted(names: Iterable[str], patterns: list[str]) -> list[str]:
-    """Those of `names` that `snapshot_download` with these patterns downloads."""
+    """The `names` that `snapshot_download` downloads with these patterns."""
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -287,7 +287,7 @@ def _refuse_full_disk(repo: str, revision: str | None, needed: int, storage: Pat
 
 
 def _explained(error: Exception, repo: str, revision: str | None) -> Refusal:
-    """What an error of huggingface_hub means to the person who asked for `repo`."""
+    """An error of huggingface_hub in the words of a person who asked for `repo`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for cause in _chain(error):
@@ -437,7 +437,7 @@ def _is_of_network(error: Exception) -> bool:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    # By name: huggingface_hub 1 raises the errors of httpx, huggingface_hub 2 those of httpx2.
+    # Compared by name, because huggingface_hub 1 raises errors of httpx and huggingface_hub 2 errors of httpx2.
     return {kind.__name__ for kind in type(error).__mro__}
 
 

@@ -68,12 +68,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint folder holds. Config values are complete: a key that a file lacks has its default.
+    """The contents of a checkpoint folder. Config values are complete: a key that a file lacks has its default.
 
-    `negative_prompt` is the text of the checkpoint's own, None where it has none, or where it was distilled and
-    nothing reads one. `sound_tokenizer` is None where it was not asked for. `tensors` are those of each component
-    with weights. `not_read` lists keys and components that change no picture here, `strangers` keys that nothing
-    here knows, each as "file: key". `adapters` are what `tensors` are read with.
+    negative_prompt: the checkpoint's own text; None if it has none, or if it was distilled and nothing reads one.
+    sound_tokenizer: None if it was not asked for.
+    tensors: by component with weights.
+    not_read: keys and components that change no picture here, as "file: key".
+    strangers: keys that this library does not know, as "file: key".
+    adapters: LoRA adapters that are added to the tensors as they are read.
     """
 
     folder: Path
@@ -106,13 +108,13 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(path: str | Path, *, sound: bool = False) -> CheckpointInfo:
-    """What the diffusers folder at `path` holds; reads configs and the headers of weight files only.
+    """Inspect the diffusers folder at `path`. Reads configs and the headers of weight files only.
 
-    `sound` says that it has to make sound: its transformer must have a head for it, and there must be a sound
-    tokenizer beside it.
+    sound: the checkpoint must make sound, so its transformer needs a head for sound, and a sound tokenizer must be
+    beside it.
 
     Raises:
-        Refusal: no folder, not a Cosmos3 checkpoint, one that is not run here, or files that are not whole.
+        Refusal: no folder, no Cosmos3 checkpoint, a checkpoint that cannot run here, or incomplete files.
     """
     folder = Path(path).expanduser()
     index_file = _find_index(path, folder)

@@ -35,7 +35,7 @@ SUFFIXES = {
     ".lora.up.weight": UP,
     ".alpha": ALPHA,
 }
-# What stands in a name that is none of these, and why it is not merged here.
+# Parts of names that other formats use, and why adapters in these formats are not merged here.
 OTHERS = {
     "lora_magnitude_vector": "it belongs to a DoRA, which also scales the columns of the weight",
     "lora_B.bias": "it changes a bias, and only matrices are merged here",
@@ -125,10 +125,10 @@ def with_added(stored: StoredTensor, adapters: Iterable[Adapter]) -> StoredTenso
 
 
 def with_hash(asked: LoraConfig, number: int) -> LoraConfig:
-    """What stands at `number` in `model.lora`, with the SHA-256 of its file.
+    """The adapter at position `number` of `model.lora`, with the SHA-256 of its file.
 
     Raises:
-        Refusal: it is not the one that the config names.
+        Refusal: the config names another SHA-256.
     """
     key = _key(number)
     file = _file(asked.path, key)
@@ -242,10 +242,10 @@ def _pairs(
 
 @dataclass(frozen=True)
 class _Scales:
-    """What an adapter's products are multiplied by: alpha / rank, with a rank-stabilised one alpha / sqrt(rank).
+    """The scale of an adapter's products: alpha / rank, or alpha / sqrt(rank) if it is rank-stabilised.
 
-    `alphas` are by module; `patterns` are regular expressions for the end of a module's name, of which the first
-    counts. With neither, `alpha` None stands for the rank.
+    alphas: by module. patterns: regular expressions for the end of a module's name; the first match counts.
+    Without both, `alpha` None stands for the rank.
     """
 
     alphas: Mapping[str, float]

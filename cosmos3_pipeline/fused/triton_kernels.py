@@ -70,7 +70,8 @@ def norm_silu_kernel(
     SILU: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Of `pixels` = B x H x W, each through its T frames. Strides are in pixels, so that channels divide them.
+    """One program per ROWS of the `pixels` = B x H x W, each through its T frames. Strides are in pixels, so that
+    channels divide them.
 
     `added` has the strides of x.
     """
@@ -223,7 +224,7 @@ def norm_rotate_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of `rows` = tokens x heads, each of 2 x HALF channels; strides are in halves."""
+    """One program per ROWS of the `rows` = tokens x heads, each of 2 x HALF channels. Strides are in halves."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     wide = channel < HALF

@@ -79,7 +79,7 @@ _DISTILLED = {
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
 }
-# Of every transformer/config.json.
+# Keys of every transformer/config.json.
 _TRANSFORMER = {
     "_class_name": "Cosmos3OmniTransformer",
     "attention_bias": False,

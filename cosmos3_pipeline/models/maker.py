@@ -312,7 +312,7 @@ def _configs(
 def _sound_tokenizer(
     transformer: Mapping[str, Any], sizes: Mapping[str, Any] | None, full_size: bool
 ) -> Cosmos3AVAEAudioTokenizer:
-    """That of the latents of `transformer`, on the meta device; without `sizes` as large as the published one."""
+    """The sound tokenizer for `transformer`, on the meta device; without `sizes` as large as the published one."""
     own = {**(sizes or {}), **({} if full_size else SMALL_SOUND), "vocoder_input_dim": transformer["sound_dim"]}
     with torch.device("meta"):
         return new_sound_tokenizer(own)

@@ -154,7 +154,7 @@ class Passing:
         self._moving = [number for number in range(len(slabs)) if number not in self._staying]
         self._again = again
         self._where = {"dtype": dtype, "device": device}
-        # Of equal parts for `pad` ranks, so that a slab can be gathered into its memory.
+        # Rounded up to equal parts for `pad` ranks, so that a slab can be gathered into its memory.
         self._elements = [slab.share(pad) * pad for slab in slabs]
         self._free: list[Tensor] = []
         self._coming: tuple[int, Tensor, Wait] | None = None

@@ -21,7 +21,7 @@ WORDS = tuple(
     " ".join(f"{noun} number {count} of {count + 7}," for count in range(1, 9)) + " and that is all."
     for noun in ("kite", "harbour")
 )
-# What the transformer was given at most, and what a sentence of one word never comes near.
+# The longest text that the transformer was given in training, which a sentence of plain words never reaches.
 LONGEST_SENTENCE = 4096
 START_OF_PICTURE = "<|vision_start|>"
 MARKERS = ("<|im_start|>", "<|im_end|>")

@@ -45,7 +45,7 @@ WAN21: dict[str, Any] = {
 }
 DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# Of the decoder's output, so that it is lively and hardly ever clamped.
+# Standard deviation of the decoder's output: lively, and hardly ever clamped.
 PICTURE_STD = 0.35
 
 
@@ -122,7 +122,8 @@ CASES = (
     Case("tall", WAN22, "float32", batch=1, frames=2, rows=35, cols=5),
     Case("two clips", WAN21, "float32", batch=2, frames=4, rows=4, cols=7),
     Case("bfloat16", WAN22, "bfloat16", batch=1, frames=4, rows=6, cols=4),
-    # Longer than the ops remember, one after the other: 30 latent frames. Who leaves out some of the past is seen.
+    # Longer than the ops remember together, which is 30 latent frames. A strategy that drops some of the past
+    # fails here.
     Case("long", WAN22, "float32", batch=1, frames=37, rows=2, cols=2),
 )
 

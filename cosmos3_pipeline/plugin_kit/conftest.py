@@ -1,4 +1,4 @@
-"""What the kit's tests are given: the strategy under test, and what ranks have seen of it."""
+"""Fixtures of the kit's tests: the strategy under test, and the observations of its ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank sees of a strategy on one case: results, messages, weights. Runs in a rank."""
+"""Observations of one rank on one case: results, messages, weights. Runs in a rank."""
 
 from __future__ import annotations
 

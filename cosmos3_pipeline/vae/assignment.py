@@ -1,4 +1,4 @@
-"""What a strategy writes: which rank runs which ops on which chunks and which part of the picture. No torch here.
+"""An assignment: which rank runs which ops on which chunks and which part of the picture. Imports no torch.
 
 The work of one clip is a box: ops x chunks x picture. A strategy tiles it into blocks, each with a rank:
 
@@ -7,8 +7,8 @@ The work of one clip is a box: ops x chunks x picture. A strategy tiles it into 
     Block(ops=(0, 84), chunks=(0, 48), rank=2, slab=Rect(4, 8, 0, 60))  # some rows: a shard
     Block(ops=(0, 84), chunks=(0, 48), rank=EVERY)                      # every rank, each for itself
 
-What has to travel follows from that, and is found by `lowering`. A box that is not tiled, or in which two ranks do
-the same without saying so, is refused by `check`, which names the block.
+The messages follow from the blocks; `lowering` derives them. A box that is not fully tiled is refused, and so are
+two ranks that do the same work without saying so. The error names the block.
 """
 
 from __future__ import annotations
@@ -166,7 +166,10 @@ def whole_picture(shape: LatentShape, scale: int = 1) -> Rect:
 
 
 def read_by(op: Op, part: Rect, whole: Rect) -> Rect:
-    """What `op` reads to make `part`, both in rows and columns of its input. This is all the geometry there is."""
+    """The part of its input that `op` reads to compute `part`, in rows and columns of its input.
+
+    This is where the size of a halo is decided: `op.margins` around the part. No other code has this geometry.
+    """
     return whole if op.reads_whole else part.grown(op.margins, whole)
 
 

@@ -1,4 +1,4 @@
-"""What each op of a program does, with its weights bound: one small class per op type.
+"""Each op of a program with its weights bound: one small class per op type.
 
 An op reads `flow.at`, the activation of the chunk, and replaces it. Layout: [B, T, H, W, C].
 """
@@ -141,7 +141,7 @@ def _may_stay(flow: Flow, buffer: Tensor, count: int) -> bool:
 
 
 def _closed(flow: Flow) -> Tensor:
-    """What the shortcut opened last has kept, to be overwritten; a copy if an outer one has kept the same."""
+    """The tensor that the innermost shortcut has kept, to be overwritten: a copy if an outer one shares it."""
     kept = flow.shortcuts.pop()
     return kept.clone() if any(_same_memory(kept, outer) for outer in flow.shortcuts) else kept
 
@@ -245,7 +245,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for part in edges:
             self._norm(x, owed, out, part)
-        # What other tiles wait for is ready: it travels while the rest is computed.
+        # The halo that other tiles wait for is ready. It is sent while the rest is computed.
         if following is not None:
             _begin(flow, frames, following)
         for part in rest:
@@ -316,7 +316,7 @@ class TimeUp(BoundOp[ops.TimeUp]):
         pairs = self._conv(frames.buffer)
         b, t, h, w, c = pairs.shape
         pairs = pairs.view(b, t, h, w, 2, c // 2).permute(0, 1, 4, 2, 3, 5)
-        # Of one frame `reshape` makes a view, whose pixels are not side by side for the next convolution.
+        # `reshape` of one frame is a view whose pixels are not contiguous, as the next convolution needs them.
         flow.at = Frames(pairs.reshape(b, 2 * t, h, w, c // 2).contiguous())
 
 
@@ -355,7 +355,7 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
         kept = None if self.op.duplicates is None else flow.shortcuts.pop()
         offsets = [(row, col) for row in (0, 1) for col in (0, 1)]
-        # What reads nothing that is on its way is made before that is waited for.
+        # Outputs that need no halo are computed before the rank waits for it.
         early = [at for at in offsets if frames.arrival is not None and not _reads(*at, frames.arrival.margins)]
         for at in early:
             self._make(*at, frames, kept, first=flow.first, out=out)

@@ -43,7 +43,7 @@ _SHAPES = 2
 _WIDE_ELEMENTS = 1 << 16
 _WIDE_BY_WEIGHTS = 1
 
-# What is reordered: all taps, one of them, and the two that both frames of a pair share.
+# Parts of a weight that are reordered: all taps, one tap, and the two sums that both frames of a pair use.
 _WHOLE, _FIRST, _LAST, _SUM, _DIFFERENCE = "whole", "first", "last", "sum", "difference"
 _OF_PAIRS = (_FIRST, _SUM, _DIFFERENCE, _LAST)
 
@@ -178,7 +178,7 @@ class Convolution:
         bands = [_Band(slice(0, rows), slice(0, x.shape[2]))]
         if size < rows:
             bands = [_band(top, min(top + size, rows), height, padding[0]) for top in range(0, rows, size)]
-        # What reads nothing that is on its way is made before that is waited for.
+        # Bands that need no halo are computed before the rank waits for it.
         early = [band for band in bands if arrival is not None and _is_within(band, x, arrival.margins)]
         for band in early:
             pairs.make(band)
@@ -196,10 +196,10 @@ class Convolution:
         pad: tuple[int, ...],
         stride: tuple[int, ...],
     ) -> list[Tensor]:
-        """What `names` say of the weight, in the order that oneDNN wants for frames of this shape.
+        """The parts `names` of the weight, in the memory order that oneDNN wants for frames of this shape.
 
-        Which order is best depends on the shape, and weights in another would be reordered at every call. Kept for
-        the shapes that were used last.
+        The best order depends on the shape. oneDNN would reorder weights in another order at every call, so the
+        results are kept for the shapes that were used last.
         """
         keys = [(name, frames) for name in names]
         if keys not in self._used:
@@ -245,7 +245,7 @@ def _has_all(keys: list[_Key]) -> bool:
 
 
 def _part(weight: Tensor, name: str) -> Tensor:
-    """What `name` says of a weight [O, I, kt, kh, kw]."""
+    """The part `name` of a weight [O, I, kt, kh, kw]."""
     if name == _WHOLE:
         return weight
     first, last = weight[:, :, :1], weight[:, :, -1:]

@@ -1,11 +1,11 @@
-"""What the ops of a program cost beside each other, without a weight read: in FLOPs, for the ranks of a line.
+"""Relative costs of the ops of a program, in FLOPs, by which strategies divide them. No weight is read.
 
-Those of a CPU are fitted to what ops took on one core of an EPYC 9004, in float32, at decoder widths from 16 to
-256 with 8 to 1080 latent pixels (22 shapes): the share of a later chunk before a cut in the middle is within 1.2
-percentage points of that, 1.6 in one shape, and what the first chunk takes of a later one, 0.17 to 0.22, within
-0.02.
+CPU costs are fitted to measured times of ops on one core of an EPYC 9004, in float32, at decoder widths from 16 to
+256 with 8 to 1080 latent pixels (22 shapes). Two checks of the fit: the share of a later chunk that lies before a
+cut in the middle is within 1.2 percentage points of the measured share (1.6 in one shape). The ratio of the first
+chunk to a later one (0.17 to 0.22) is within 0.02.
 
-Those of an accelerator, whose norms are one pass over memory, are a roofline by its kernels' FLOPs and bytes.
+Accelerator costs are a roofline of the FLOPs and bytes of the kernels: a norm there is one pass over memory.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import NamedTuple
 from cosmos3_pipeline.vae.ops import LatentShape, Op, Work
 from cosmos3_pipeline.vae.program import Program
 
-# From so many latent pixels on (512 x 512 of the video) costs are proportional to the picture's size but for
-# attention, a thousandth of them; so one division serves all larger clips, which share one set of weights.
+# From this many latent pixels on (512 x 512 of the video), costs are proportional to the picture's size. Only
+# attention, a thousandth of them, is not. One division of the ops therefore serves all larger clips.
 LARGE_PIXELS = 1024
 # Multiplications and additions in the time in which one weight is read from memory, which each portion of a
 # chunk does anew, and partly while it computes: of both an op takes the root of the sum of squares. Weights of an
 # op up to so many stay in a cache.
 _FLOPS_PER_WEIGHT = 60
 _CACHED_WEIGHTS = 1 << 20
-# As many in the time in which one element of an activation is read or written.
+# FLOPs in the time in which one element of an activation is read or written.
 _FLOPS_PER_ELEMENT = 50.0
-# As many in the time that an op takes beside what it computes: 0.2 ms, for its calls, its code and small weights,
-# which the ops before it have driven out of the caches.
+# FLOPs in the fixed time of an op, 0.2 ms. This is the time for its calls, and to load its code and small weights,
+# which earlier ops have driven out of the caches.
 _CALL_FLOPS = 20_000_000
 # A convolution computes its output channels in blocks of so many; what a product costs where the last is not full.
 _CHANNEL_BLOCK = 16
@@ -46,7 +46,7 @@ RECALLED_PASSES = 3
 
 
 class ChunkCosts(NamedTuple):
-    """What each op costs on the first chunk, which has one frame everywhere, and on a later one."""
+    """The cost of each op on the first chunk, which has one frame everywhere, and on a later chunk."""
 
     first: tuple[float, ...]
     later: tuple[float, ...]
@@ -89,7 +89,7 @@ def chunks_of(pixels: int, element_bytes: int = 4) -> LatentShape:
 
 
 def _filled(channels: int) -> float:
-    """What `channels` outputs cost a convolution kernel by what they need: it computes them in whole blocks."""
+    """Computed channels / `channels`: a convolution kernel computes output channels in whole blocks."""
     part = _PART_OF_A_BLOCK if channels % _CHANNEL_BLOCK else 1.0
     return part * math.ceil(channels / _CHANNEL_BLOCK) * _CHANNEL_BLOCK / channels
 
@@ -132,7 +132,7 @@ class RooflineCosts:
     def _seconds(
         program: Program, number: int, shape: LatentShape, *, first: bool, rates: tuple[float, float]
     ) -> float:
-        """Of one op on the whole picture, at so many FLOPs and bytes a second."""
+        """Seconds of one op on the whole picture; rates: FLOPs and bytes per second."""
         op, elements_per_s = program.ops[number], rates[1] / shape.element_bytes
         computing = op.flops(shape, first=first) / rates[0]
         touched = op.source.elements(shape, first=first) + op.target.elements(shape, first=first)

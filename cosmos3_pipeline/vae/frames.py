@@ -17,9 +17,9 @@ from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
 class HaloExchange(Protocol):
-    """What the ops on a tile ask for: the rows beside it, and for attention whole frames.
+    """Gives the ops on a tile their halo, and whole frames for attention. Ops are named by their numbers.
 
-    `rows` and `cols` say whether the tile has fewer of them than the picture. Ops are asked for by their numbers.
+    `rows` and `cols`: whether the tile has fewer rows or columns than the picture.
     """
 
     rows: bool

@@ -1,4 +1,4 @@
-"""What a latent or a picture must be before the VAE takes it."""
+"""Checks of a latent or a picture before the VAE takes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def latent_shape(program: Program, tensor: Tensor) -> LatentShape:
 def problem_of(
     program: Program, tensor: Tensor, *, dtype: torch.dtype, device: torch.device, one_clip: bool
 ) -> Problem | None:
-    """What is wrong with `tensor` as the input of `program`, why, and what would work; None when nothing is."""
+    """The problem with `tensor` as the input of `program`; None if there is none."""
     decode = program.direction == "decode"
     what = "latent" if decode else "picture"
     channels = program.z_dim if decode else program.picture_channels

@@ -60,7 +60,7 @@ class Margins:
         return any((self.top, self.bottom, self.left, self.right))
 
     def on(self, top: bool, bottom: bool, left: bool, right: bool) -> Margins:
-        """Those on some of the sides."""
+        """The margins on the given sides; 0 on the others."""
         return Margins(self.top * top, self.bottom * bottom, self.left * left, self.right * right)
 
 
@@ -153,7 +153,7 @@ class Work:
         return b, t // self.portions, h, w, c
 
     def elements(self, spec: TensorSpec, room: Room = NO_ROOM) -> int:
-        """Of one portion on the tile, in a buffer with `room`."""
+        """Elements of one portion on the tile, in a buffer with `room`."""
         b, t, h, w, c = self.shape(spec)
         m = room.margins
         return b * (room.front + t) * (m.top + h + m.bottom) * (m.left + w + m.right) * c
@@ -187,7 +187,7 @@ class Op:
 
     @property
     def margins(self) -> Margins:
-        """What it reads beyond its slab, in rows and columns of its input."""
+        """How far it reads beyond its slab, in rows and columns of its input. The halo follows from this."""
         return NO_MARGINS
 
     @property
@@ -207,7 +207,7 @@ class Op:
 
     @property
     def opens(self) -> TensorSpec | None:
-        """What it keeps for the end of a shortcut, if it opens one."""
+        """The tensor that it keeps for the end of a shortcut, if it opens one."""
         return None
 
     @property
@@ -250,7 +250,7 @@ class Op:
         return False
 
     def scratch_bytes(self, work: Work) -> int:
-        """What it allocates beside its input and output."""
+        """Bytes that it allocates beside its input and output."""
         return 0
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
@@ -308,9 +308,9 @@ class Conv(Op):
         return pairs and b == 1 and work.element_bytes == 4 and work.whole.on_host and not work.first
 
     def scratch_bytes(self, work: Work) -> int:
-        """What is convolved, and what both frames have in common, where it makes two at a time.
+        """The transformed input, and the sums that both frames of a pair share, if it computes two at a time.
 
-        On an accelerator what is added to a shortcut.
+        On an accelerator, the sum that is added to a shortcut.
         """
         if not work.whole.on_host:
             return work.elements(self.target) * work.element_bytes if self.adds_shortcut else 0
@@ -451,7 +451,7 @@ class TimeDown(Op):
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What a shortcut adds to an upsampling: each value of `kept` copied over `factor_t` x `factor_s`^2 outputs.
+    """The addend of a shortcut at an upsampling: each value of `kept` fills `factor_t` x `factor_s`^2 outputs.
 
     copies: consecutive entries of (channel, time, row, column) that one kept channel fills.
     Source: `DupUp3D`. On the first chunk the first `factor_t - 1` copies in time are dropped.

@@ -23,10 +23,10 @@ from cosmos3_pipeline.vae.strategy import (
 
 
 def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment: Assignment) -> StrategyPlan:
-    """What each rank does with a clip of `shape`, if `strategy` makes that `assignment`.
+    """The plan of a clip of `shape` with the `assignment` of `strategy`.
 
-    Raises StrategyError for blocks that are no assignment, that leave a rank without work, or whose result is less
-    exact than the strategy promises.
+    Raises StrategyError if the blocks are no assignment, if a rank has no work, or if the result is less exact
+    than the strategy promises.
     """
     with named(strategy):
         clip = lower_repeated(program, shape, assignment)
