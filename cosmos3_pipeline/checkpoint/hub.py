@@ -76,7 +76,7 @@ def _builtin(path: str) -> Path:
 
 
 def components_for(*, sound: bool) -> tuple[str, ...]:
-    """The components that a run reads: those of sound only where it is asked for."""
+    """The components that a run reads; those of sound only if it is asked for."""
     return COMPONENTS_WITH_SOUND if sound else COMPONENTS
 
 
@@ -133,9 +133,9 @@ def cached_checkpoint(
 def fetch_checkpoint(repo: str, revision: str | None, *, components: Sequence[str] = COMPONENTS) -> HubCheckpoint:
     """The hub repository `repo` at `revision` (branch, tag or commit; None: its main branch), with its files here.
 
-    What the hub's cache has already is not downloaded again; a commit that is there as a whole costs no request.
-    Without network a whole copy in the cache is used. Several processes may call it at once: one downloads, the
-    others wait. In one process the same question has one answer, so a run that asks twice means one commit.
+    Files in the hub's cache are not downloaded again, and a complete commit in the cache costs no request.
+    Without network a complete copy in the cache is used. Several processes may call it at once: one downloads,
+    the others wait. In one process the same question has one answer, so a run that asks twice means one commit.
 
     Raises:
         Refusal: it is not to be had; nothing that was whole is lost, so the next call goes on from there.
@@ -293,7 +293,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> Refusal:
     for cause in _chain(error):
         if isinstance(cause, HfHubHTTPError):
             return _of_answer(cause, repo, revision)
-    if _is_of_network(error):  # first, because the errno of an SSLError is that of EPERM
+    if _is_of_network(error):  # first, because an SSLError has the errno of EPERM
         return _of_network(error, repo, revision)
     return _of_disk(error, repo, revision) or _of_anything(error, repo, revision)
 

@@ -27,7 +27,7 @@ FILE = "pytorch_lora_weights.safetensors"  # as `save_lora_adapter` calls it
 PREFIX = "transformer."  # before every name where a pipeline has saved the adapter
 METADATA = "lora_adapter_metadata"
 DOWN, UP, ALPHA = "down", "up", "alpha"
-# peft's names, and those of older trainers that diffusers turns into them for any model.
+# peft's names, and names of older trainers that diffusers converts for every model.
 SUFFIXES = {
     ".lora_A.weight": DOWN,
     ".lora_B.weight": UP,
@@ -59,9 +59,9 @@ NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's file, and what it adds, by the name of the weight: `layers.0.self_attn.to_q.weight`.
+    """An adapter's file and its products, by the name of the weight: `layers.0.self_attn.to_q.weight`.
 
-    `key` is where the config names it; the scales have the weight in them that the config gives it.
+    key: the key of the config that names the adapter. The scales include the weight that the config gives it.
     """
 
     key: str
@@ -185,7 +185,7 @@ def _file(path: str, key: str) -> Path:
 
 
 def _modules(header: Header, file: Path, key: str) -> dict[str, dict[str, StoredTensor]]:
-    """The tensors of each module, by what they are: down, up or alpha."""
+    """The tensors of each module, by their role: down, up or alpha."""
     found: dict[str, dict[str, StoredTensor]] = {}
     for full, tensor in header.tensors.items():
         name = full.removeprefix(PREFIX)
@@ -346,7 +346,7 @@ def _number(tensor: StoredTensor, file: Path) -> float:
 
 
 def _is_linear(weight: Weight) -> bool:
-    """Whether it is the matrix of a linear layer; embeddings are matrices too, those of actions among them."""
+    """Whether it is the matrix of a linear layer. Embeddings, also of actions, are matrices but not linear."""
     return len(weight.shape) == 2 and weight.part is not Part.ACTION and weight.name != "embed_tokens.weight"
 
 

@@ -61,7 +61,7 @@ def optional(check: Check) -> Check:
 
 
 def numbers(check: Check, *, at_least: int = 0) -> Check:
-    """A list of so many, of which each passes `check`."""
+    """A list of this length, of which each item passes `check`."""
 
     def check_all(value: Any) -> str | None:
         if not isinstance(value, list) or not at_least <= len(value) <= LONGEST_LIST:
@@ -77,7 +77,7 @@ def settings(value: Any) -> str | None:
 
 
 def anything(value: Any) -> str | None:
-    """Whatever it is: what it may be is checked where it is used."""
+    """Any value: the code that uses it checks it."""
     return None
 
 

@@ -1,7 +1,7 @@
-"""Which tensors a model has, by its config alone: name, shape, and what reads it.
+"""The tensors of a model, from its config alone: name, shape, and the part of a run that reads it.
 
-One table for everybody: the plan counts bytes with it, a folder's files are held against it, the loader reads what
-it says is read, and made-up checkpoints are written from it. Tests hold it against diffusers' own modules.
+This table is the only one. The plan counts bytes with it, a folder's files are checked against it, the loader
+reads by it, and checkpoints of random weights are written from it. Tests compare it with diffusers' own modules.
 
 Source: diffusers 0.42 `models/transformers/transformer_cosmos3.py`; the VAE's are those of its programs.
 """

@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 def block_of(channels: int) -> dict[str, int]:
-    """How many rows of so many channels a program has at once."""
+    """The number of rows that a program processes at once, for this number of channels."""
     block = triton.next_power_of_2(channels)
     return {"C": channels, "BLOCK_C": block, "ROWS": max(1, _ELEMENTS // block)}
 

@@ -179,7 +179,7 @@ def _words(shape: tuple[int, ...]) -> Tensor:
 
 
 def shards_of(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
-    """The entries in order, in shards of at most `shard_bytes`; a larger tensor is a shard of its own."""
+    """The entries in order, in shards of at most `shard_bytes`. A larger tensor gets its own shard."""
     shards: list[list[Entry]] = [[]]
     held = 0
     for entry in entries:

@@ -54,7 +54,8 @@ def vae_tensor(name: str, shape: tuple[int, ...], *, patch_size: int, device: to
             even, odd = scaled.chunk(2)
             return torch.cat([even, 0.95 * even + 0.31 * odd])
         if ".resample." in name:
-            # The shortcut beside it has no weights and turns channels into stripes; outweigh it.
+            # The parallel shortcut has no weights and turns channels into stripes, so this filter must outweigh
+            # it.
             return 6 * scaled
     if name == "decoder.conv_out.weight":
         # Its input is positive on average, so a filter that does not sum to zero would tint the whole picture. The

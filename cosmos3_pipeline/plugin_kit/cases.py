@@ -104,7 +104,7 @@ class Case:
         return torch.randn(size, generator=generator).to(getattr(torch, self.dtype))
 
     def picture(self, seed: int) -> Tensor:
-        """[B, 3, F, H, W] in [-1, 1], in as many chunks as the latents; of several, with frames left over."""
+        """[B, 3, F, H, W] in [-1, 1], in as many chunks as the latents; several chunks leave frames over."""
         import torch
 
         program = self.program("encode")
@@ -129,9 +129,9 @@ CASES = (
 
 
 def refuses(strategy: Strategy, case: Case, ranks: int, direction: Direction) -> bool:
-    """Whether the plan of one direction refuses `case` on so many ranks.
+    """Whether the plan of one direction refuses `case` on this number of ranks.
 
-    A plan that is less exact than was declared is no refusal: whatever runs the case then says so.
+    A plan that is less exact than declared is no refusal: the test that runs the case then fails.
     """
     try:
         strategy.plan(case.program(direction), case.shape, ranks)
@@ -141,5 +141,5 @@ def refuses(strategy: Strategy, case: Case, ranks: int, direction: Direction) ->
 
 
 def honours(strategy: Strategy, case: Case, ranks: int) -> bool:
-    """Whether the plans of all directions of the strategy take `case` on so many ranks."""
+    """Whether the plans of all directions of the strategy take `case` on this number of ranks."""
     return not any(refuses(strategy, case, ranks, d) for d in DIRECTIONS if d in strategy.directions)

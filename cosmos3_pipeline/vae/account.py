@@ -246,7 +246,7 @@ class _Walk:
 
     # ---------------------------------------------------------------------------------------------- what is alive
     def _beside(self, tile: Tile | None = None) -> int:
-        """Bytes alive beside the flow of `tile`."""
+        """Living bytes other than the flow of `tile`."""
         elements = self._kept_now
         for other, flow in self._flows.items():
             if other != tile:

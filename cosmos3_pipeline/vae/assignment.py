@@ -76,10 +76,11 @@ class Rect(NamedTuple):
 class Block:
     """`rank` runs the ops [start, stop) on the chunks [start, stop) of a slab of the picture.
 
-    rank: `EVERY` says that each rank does it for itself. slab: None is the whole picture; rows and columns are
-    counted in parts of a latent row, `unit` of which make one, so that a cut may lie within a latent row where the
-    picture is larger. warm_up: so many of its first chunks are run only to fill the caches: their results are
-    dropped, and the block begins with empty caches, as a clip does.
+    rank: `EVERY` means that each rank computes the block for itself.
+    slab: rows and columns; None is the whole picture. `unit` parts make one latent row, so a cut may lie within a
+    latent row at ops whose picture is larger.
+    warm_up: the number of first chunks that only fill the temporal caches. Their results are dropped. The block
+    begins with empty caches, like a clip.
     """
 
     ops: tuple[int, int]
@@ -120,7 +121,7 @@ class Assignment:
 
 
 class AssignmentError(Refusal):
-    """Blocks that are no assignment: some work is nobody's, or two ranks', or cannot be cut like that."""
+    """The blocks are no assignment: no rank or two ranks compute some work, or an op cannot be cut like this."""
 
 
 class Tile(NamedTuple):
@@ -301,7 +302,7 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
 
 
 def _is_well_formed(block: Block) -> bool:
-    """Whether its fields have the types that they should, which nobody checks when a block is made."""
+    """Whether its fields have the right types. A dataclass does not check them."""
     pairs = (block.ops, block.chunks)
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs) or not isinstance(
         block.slab, Rect | None

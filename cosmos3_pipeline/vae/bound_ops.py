@@ -20,8 +20,8 @@ from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
 from cosmos3_pipeline.vae.frames import Arrival, Frames, HaloExchange, with_room
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
-# On CPU, a norm of so many blocks or fewer is one call: it then takes a millisecond or so, and computing the edges
-# in calls of their own costs more than their journey beside it would save.
+# On a CPU, a norm of at most this many blocks is one call. It takes about a millisecond, and separate calls for
+# the edges would cost more than sending the edges early saves.
 NORM_BLOCKS_AT_ONCE = 8
 
 
@@ -29,10 +29,12 @@ NORM_BLOCKS_AT_ONCE = 8
 class Flow:
     """One portion of a chunk on its way through ops on one tile: the activation and the open shortcuts.
 
-    cache: by an op's name the frames that it keeps for the next chunk. first: whether this is the clip's first
-    chunk. exchange: None where the tile is the whole picture. whole: the input of an attention that has been put
-    together already. forgets: the ops whose frames are not needed again. following: the op after this one.
-    follows_at_once: whether nothing happens between this op and the one after it.
+    cache: the frames that each op keeps for the next chunk, by name.
+    first: whether this is the clip's first chunk.
+    exchange: None if the tile is the whole picture.
+    whole: the input of an attention, if it is assembled already.
+    forgets: the ops whose kept frames are not needed again.
+    following: the next op. follows_at_once: whether nothing happens before it.
     """
 
     at: Frames
@@ -68,7 +70,7 @@ class BoundOp(ABC, Generic[OpT]):
         """Replace `flow.at` by the op's output."""
 
     def pass_by(self, flow: Flow) -> None:
-        """Another rank runs it on this chunk: only keep what it needs for a later one, in a memory of its own."""
+        """Another rank runs this op on this chunk: only copy the frames that a later chunk needs here."""
         name, count = self.op.name, self.op.cached_frames
         if not count:
             return
@@ -86,7 +88,7 @@ class BoundOp(ABC, Generic[OpT]):
 
 
 def _take(flow: Flow, bound: BoundOp[Any]) -> Frames:
-    """The activation with the room that `bound` wants; copied only if whoever wrote it did not leave that room."""
+    """The activation with the room that `bound` wants. It is copied only if its buffer does not have this room."""
     inner = flow.at.inner
     room = bound.room(inner.shape, inner, first=flow.first, exchange=flow.exchange)
     if flow.at.room == room:
@@ -147,7 +149,7 @@ def _closed(flow: Flow) -> Tensor:
 
 
 def _is_added_later(flow: Flow) -> bool:
-    """Whether the next op adds what this one makes to a shortcut, in the pass in which it reads the sum."""
+    """Whether the next op adds this op's result to a shortcut, in the same pass in which it reads the sum."""
     following = flow.following
     if takes_host_path(flow.at.buffer) or not flow.follows_at_once or following is None:
         return False
@@ -162,7 +164,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _edges_first(height: int, width: int, margins: Margins) -> tuple[list[_Part], list[_Part]]:
-    """A slab in parts (rows, columns): those that neighbours read as their margins, and what is left."""
+    """A slab in parts (rows, columns): the edges that neighbours read as their halo, and the rest."""
     top, bottom = min(margins.bottom, height), max(height - margins.top, min(margins.bottom, height))
     left, right = min(margins.right, width), max(width - margins.left, min(margins.right, width))
     everywhere, between = slice(0, width), slice(top, bottom)
@@ -293,7 +295,7 @@ class Attention(BoundOp[ops.Attention]):
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
         normed = whole = torch.ops.cosmos3.vae_norm(x, self._gamma)
-        # Keys and values are those of whole frames.
+        # Keys and values are of whole frames.
         if flow.whole is not None:
             whole, flow.whole = torch.ops.cosmos3.vae_norm(flow.whole, self._gamma), None
         elif flow.exchange is not None:

@@ -105,7 +105,7 @@ class FlopCosts:
 
 
 def flops_until_end(clip: Repeated) -> float:
-    """The FLOPs in whose time the clip is done if messages take none: the slowest rank's, and what it awaits."""
+    """FLOPs on the critical path: those of the slowest rank, and of the work that it waits for."""
     return clip.total(
         lambda lowered: (
             float(lowered.program.flops(lowered.shape))
@@ -125,9 +125,10 @@ class _Flight:
 
 
 class _HaloTimes(NamedTuple):
-    """One exchange of margins: with whom, seconds from when all are ready, what it takes from computing.
+    """One exchange of halos: the peers, its seconds once all are ready, and the computing time that it costs.
 
-    edges: the share of the op before that is computed before it begins. A rank's messages go one after the other.
+    edges: the share of the op before that is computed before the exchange begins. A rank sends its messages one
+    by one.
     """
 
     peers: tuple[int, ...]
@@ -247,7 +248,7 @@ class _Clock:
             self._events.append((number, f"chunk {run.chunk}: ops {run.start}-{run.stop - 1}", begin, rank.now))
 
     def _sums_of(self, rows: float, portions: int, *, first: bool) -> list[float]:
-        """Seconds before each op, for one portion on so many rows."""
+        """Seconds before each op, for one portion on this many rows."""
         key = (rows, first, portions)
         if key not in self._sums:
             ops = range(len(self._program))

@@ -21,9 +21,9 @@ from cosmos3_pipeline.vae.program import Program
 # From this many latent pixels on (512 x 512 of the video), costs are proportional to the picture's size. Only
 # attention, a thousandth of them, is not. One division of the ops therefore serves all larger clips.
 LARGE_PIXELS = 1024
-# Multiplications and additions in the time in which one weight is read from memory, which each portion of a
-# chunk does anew, and partly while it computes: of both an op takes the root of the sum of squares. Weights of an
-# op up to so many stay in a cache.
+# FLOPs in the time in which one weight is read from memory. Each portion of a chunk reads the weights again,
+# partly while it computes, so an op takes the root of the sum of both squares. The weights of an op stay in a
+# cache if they are at most this many.
 _FLOPS_PER_WEIGHT = 60
 _CACHED_WEIGHTS = 1 << 20
 # FLOPs in the time in which one element of an activation is read or written.
@@ -31,14 +31,14 @@ _FLOPS_PER_ELEMENT = 50.0
 # FLOPs in the fixed time of an op, 0.2 ms. This is the time for its calls, and to load its code and small weights,
 # which earlier ops have driven out of the caches.
 _CALL_FLOPS = 20_000_000
-# A convolution computes its output channels in blocks of so many; what a product costs where the last is not full.
+# A convolution computes output channels in blocks of this size; the relative cost if the last block is not full.
 _CHANNEL_BLOCK = 16
 _PART_OF_A_BLOCK = 1.04
 # Where a convolution makes two frames at a time: the part of its products that is left, how many weights it reads
 # for one, its ways through input and output, most of them for sums and differences of frames, and its calls.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
-# FLOPs in the time in which an accelerator reads or writes one byte: of an H200 as `conf/topology` has it, 331
-# TFLOP/s of its convolutions beside 4.8 TB/s. A line of four of them that is divided by 140 ends 1.5% later.
+# FLOPs in the time in which an accelerator reads or writes one byte. For an H200 of `conf/topology`: 331 TFLOP/s
+# of convolutions and 4.8 TB/s. With 140 instead, a pipeline of four H200 would end 1.5% later.
 _FLOPS_PER_BYTE = 70.0
 # How often an accelerator reads or writes a frame that an op keeps: from its place to the front of the next chunk,
 # and the next one into its place.
@@ -56,9 +56,10 @@ class ChunkCosts(NamedTuple):
 def op_costs(
     program: Program, pixels: int = LARGE_PIXELS, element_bytes: int = 4, *, on_host: bool = True
 ) -> ChunkCosts:
-    """Cost of each op on chunks of `pixels` latent pixels, in FLOPs; of more than LARGE_PIXELS, of so many.
+    """Cost of each op on chunks of `pixels` latent pixels, in FLOPs; more than LARGE_PIXELS count as LARGE_PIXELS.
 
-    on_host: of a CPU, which in float32, of 4 `element_bytes`, makes two frames at a time; else of an accelerator.
+    on_host: costs of a CPU, which computes two frames at a time in float32 (4 `element_bytes`); else of an
+    accelerator.
     """
     latent = replace(chunks_of(min(pixels, LARGE_PIXELS), element_bytes), on_host=on_host)
     if not on_host:

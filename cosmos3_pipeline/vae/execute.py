@@ -47,7 +47,7 @@ _Regions = list[tuple[tuple[slice, ...], int]]  # parts of a buffer, and the ran
 
 
 class TileExchange:
-    """The seam of a tile's ops to other tiles: what they read beyond it, by `halos`."""
+    """Exchanges the halos of a tile with other tiles, as `halos` says."""
 
     rows: bool
     cols: bool

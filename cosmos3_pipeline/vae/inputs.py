@@ -72,7 +72,7 @@ def problem_of(
             f"one latent row or column is {step} pixels, so both must be multiples of {step}",
             f"resize it to {rows} x {cols}",
         )
-    # Frame by frame, because the check takes more memory than what it looks at.
+    # Frame by frame, because the check takes more memory than its input.
     if not bool(torch.stack([torch.isfinite(frame).all() for frame in tensor.unbind(2)]).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         return Problem(

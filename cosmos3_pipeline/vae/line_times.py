@@ -36,7 +36,7 @@ class LineTimes:
 
         They come at `arrivals` (None: all are there).
         """
-        # Plans search with it: hence as few calls as can be.
+        # A search calls this very often, so it makes few calls itself.
         known, first = self._known_first, True
         coming = arrivals or ()
         now, leaving, at, count = 0.0, [], 0, len(coming)

@@ -163,9 +163,9 @@ class Pass(Action):
 
 @dataclass(frozen=True, slots=True)
 class Send(Action):
-    """Start sending `messages`, which are parts of `tile`. `copies`: the tile goes on and may be overwritten.
+    """Start sending `messages`, which are parts of `tile`.
 
-    `forgets`: the frames that were sent are not needed here any more.
+    copies: the tile stays in use and may be overwritten. forgets: this rank does not need the sent frames again.
     """
 
     tile: Tile
@@ -200,7 +200,7 @@ class Emit(Action):
 
 @dataclass(frozen=True, slots=True)
 class Yield(Action):
-    """Wait for the result that was begun first, and hand it out."""
+    """Wait for the oldest unfinished result, and hand it out."""
 
     chunk: int
     part: int
@@ -456,7 +456,7 @@ class _Lowering:
     def _exchange(
         self, chunk: int, part: int, op: int, before: Span, after: Span, going_on: frozenset[Tile]
     ) -> None:
-        """Send and put together what `op` reads where it is not already in place."""
+        """Send and assemble the input of `op` on every tile that does not have it already."""
         low, at = self._low, self._at(chunk, part, op)
         sends: dict[tuple[int, Tile], list[Message]] = defaultdict(list)
         enters: list[tuple[int, Enter]] = []
@@ -536,7 +536,7 @@ class _Lowering:
                 self._send(rank, send)
 
     def _entered(self, span: Span, op: int) -> bool:
-        """Whether a boundary before op `op` has just put together all that it reads."""
+        """Whether the boundary before op `op` has just assembled its whole input."""
         return op == span.start and not self._splits(op)
 
     def _splits(self, op: int) -> bool:
@@ -649,7 +649,7 @@ class _Lowering:
 
     @cached_property
     def _moved(self) -> list[dict[int, list[tuple[int, Tile, tuple[Piece, ...]]]]]:
-        """For each chunk, by op: (rank, tile, pieces) of the frames that have to be put together for it."""
+        """For each chunk, by op: (rank, tile, pieces) of the temporal caches that must be assembled."""
         found: list[dict[int, list[tuple[int, Tile, tuple[Piece, ...]]]]] = []
         for chunk in range(self._last + 1):
             by_op: dict[int, list[tuple[int, Tile, tuple[Piece, ...]]]] = defaultdict(list)
@@ -746,7 +746,7 @@ class _Lowering:
         )
 
     def _adds_to_kept(self, chunk: int, op: int, tile: Tile) -> bool:
-        """Whether `op` runs elsewhere on `chunk`, and its input, seen here, is added to what is kept for later."""
+        """Whether another rank runs `op` on `chunk`, and this rank keeps its input for a later chunk."""
         later = self._passes_for(chunk, op, tile)
         if later is None or self._seen_since(later, op, tile) != chunk:
             return False

@@ -22,11 +22,10 @@ Shape = tuple[int, int, int, int, int]
 class LatentShape:
     """The latent of one call, in either direction: frames, rows and columns of the latent grid.
 
-    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab of a
-    picture that was cut between latent rows counts its rows and columns in parts of one, `unit` of which make one.
-    `on_host` says that a CPU computes it, whose kernels work in smaller pieces than those of an accelerator.
-    `picture_bytes` is the size of a value of a decoded picture on its way to the root: a byte, unless floats are
-    asked for.
+    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab that was
+    cut within latent rows counts rows and columns in parts, `unit` of which make one latent row. `on_host`: a CPU
+    computes it, whose kernels work in smaller pieces than an accelerator's. `picture_bytes` is the size of one
+    value of a decoded picture that is sent to rank 0: one byte, unless floats are asked for.
     """
 
     batch: int
@@ -242,7 +241,7 @@ class Op:
         return 1.0
 
     def shortcut_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """Elements of what it adds while it writes its output."""
+        """Elements of the tensor that it adds while it writes its output."""
         return 0
 
     def makes_pairs(self, work: Work) -> bool:
@@ -254,7 +253,7 @@ class Op:
         return 0
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """Elements that an accelerator reads and writes for it beside its convolutions and matrix products.
+        """Elements that an accelerator reads and writes for it, without its convolutions and matrix products.
 
         Kept frames apart, see `costs.RECALLED_PASSES`.
         """
@@ -374,7 +373,7 @@ class Attention(Op):
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         b, t, h, w, c = self.source.shape(latent, first=first)
         _, _, height, width, _ = self.source.shape(whole or latent, first=first)
-        # Queries are those of the tile; keys and values those of whole frames.
+        # Queries are of the tile; keys and values are of whole frames.
         queries, pixels = h * w, height * width
         return b * t * (4 * (queries + pixels) * c * c + 4 * queries * pixels * c)
 

@@ -322,7 +322,7 @@ class ParallelVAE(DropIn):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's. Raises RuntimeError where the weights in the model are not those that it computes with."""
+        """As torch's. Raises RuntimeError if it no longer computes with the weights of the model."""
         if self._released or self._weights is not None:
             raise RuntimeError(
                 "load_state_dict() of a VAE that was released or has a source of weights; it does not compute "
@@ -333,7 +333,7 @@ class ParallelVAE(DropIn):
         return keys
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles are made anew: what is bound, and messages under way, belong to this one.
+        """A copy binds its weights anew, because bound weights and messages in flight belong to this object.
 
         Raises RuntimeError after release().
         """

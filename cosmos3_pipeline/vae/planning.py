@@ -91,7 +91,7 @@ def _note(note: str, speed_up: float, ranks: int) -> str:
 
 
 def exactness_of(lowered: Lowered) -> Exactness:
-    """How the result relates to that of one rank, as far as who computes what decides it."""
+    """The exactness of the result, as far as the assignment decides it."""
     found = Exactness.BITWISE
     whole = whole_picture(lowered.shape)
     spans = {span for layout in set(lowered.layouts) for span in layout}

@@ -20,7 +20,7 @@ from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 from cosmos3_pipeline.vae.weights import BoundVae
 
-# Clips of so many shapes are lowered once and remembered.
+# The actions of this many shapes of clips are remembered.
 _SHAPES = 8
 
 

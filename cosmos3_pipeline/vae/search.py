@@ -56,7 +56,7 @@ def search(
             assignment = strategy.assign(program, shape, ranks)
             clip = lower_repeated(program, shape, assignment)
         except Refusal:
-            continue  # it cannot do this clip on so many ranks
+            continue  # it cannot do this clip on this number of ranks
         exactness = exactness_of(clip.short)
         if not exactness.satisfies(required) or any(not clip.short.ops(rank) for rank in range(ranks)):
             continue

@@ -164,9 +164,10 @@ class Strategy(ABC):
 
 
 class OwnRunner(Strategy):
-    """A strategy whose work no blocks describe: it declares its plan, and brings a runner.
+    """A strategy whose work cannot be described by blocks: it declares its plan and has its own runner.
 
-    A runner sends through `comm` only, whose ledger its plan is held against, and does not catch its errors.
+    The runner sends through `comm` only, because the ledger of `comm` is compared with the plan. It does not
+    catch the errors of `comm`.
     """
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
