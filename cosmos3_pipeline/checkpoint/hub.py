@@ -69,7 +69,7 @@ def _builtin(path: str) -> Path:
     if path.removeprefix(BUILTIN) not in names:
         raise Refusal(
             what=f"model.path={path}",
-            why=f"what begins with {BUILTIN} is part of this package, and it has no such checkpoint",
+            why=f"{BUILTIN} names the checkpoints of this package, and it has no such checkpoint",
             works=" or ".join(f"model.path={BUILTIN}{name}" for name in names),
         )
     return brought / path.removeprefix(BUILTIN)

@@ -280,7 +280,7 @@ def _refuse_distilled(folder: Path, index: Mapping[str, Any], modular: Mapping[s
         classes = {config.get("_class_name"), config.get("_blocks_class_name")}
         if config.get("is_distilled") or "distilled_sigmas" in config or classes & DISTILLED_CLASSES:
             raise Refusal(
-                what=f"{folder / name} speaks of distillation",
+                what=f"{folder / name} says that the checkpoint is distilled",
                 why=f"the scheduler beside it is no {DISTILLED}, which alone has the fixed steps and their noise",
                 works="index and scheduler of one checkpoint",
             )

@@ -225,7 +225,7 @@ def _pairs(
         if missing:
             raise Refusal(
                 what=f"{key}: {file} has no matrix {' and '.join(missing)} for {printable(name)}",
-                why="what is added to a weight is the product of both",
+                why="the product of both matrices is added to a weight",
                 works=SAVED_AGAIN,
             )
         down, up = parts[DOWN], parts[UP]

@@ -186,6 +186,6 @@ def _refuse_overflow(values: Tensor, what: str, works: str) -> None:
     bad = int((~(values.abs() <= LARGEST_VALUE)).sum())
     raise Fault(
         what=f"{what} has {bad} values in one block that are NaN or too large",
-        why=f"beyond {LARGEST_VALUE:g} what they are multiplied with overflows, and the picture is black",
+        why=f"beyond {LARGEST_VALUE:g} products with them overflow, and the picture is black",
         works=works,
     )

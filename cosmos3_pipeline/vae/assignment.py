@@ -215,14 +215,14 @@ def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], ch
             if rects[i].common(rects[j]):
                 raise AssignmentError(
                     f"{working[j]} overlaps {working[i]} in {where}",
-                    "two ranks would do the same work, and nobody could say whose result counts",
+                    "two ranks would do the same work, and it would be undecided which result counts",
                     "give each part to one rank, or to every rank with rank=EVERY, or drop results with warm_up",
                 )
     missing = shape.rows * shape.cols * unit**2 - sum(rect.area for rect in rects)
     if missing:
         near = f"; nearest is {working[0]}" if working else ""
         raise AssignmentError(
-            f"{where} are nobody's on {missing / unit**2:g} of {shape.rows * shape.cols} latent pixels",
+            f"no rank computes {where} on {missing / unit**2:g} of {shape.rows * shape.cols} latent pixels",
             f"every op has to run on the whole picture of every chunk{near}",
             "let the blocks tile ops x chunks x picture",
         )
@@ -233,7 +233,7 @@ def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], ch
             if tile in tiles or tile in warming:
                 raise AssignmentError(
                     f"{block} warms up in {where}",
-                    "another block has the same rank run them there anyway, and its caches cannot be two things",
+                    "another block has the same rank run them there anyway, and a rank has one set of caches",
                     "begin the warm-up later, or join the blocks",
                 )
             warming.append(tile)
@@ -276,7 +276,7 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
         if not 0 <= block.warm_up < block.chunks[1] - block.chunks[0]:
             raise AssignmentError(
                 f"{block} warms up on {block.warm_up} chunks",
-                f"it has {block.chunks[1] - block.chunks[0]}, and the result of one has to be of use",
+                f"it has {block.chunks[1] - block.chunks[0]}, and the result of at least one must be used",
                 "give 0, or fewer than it has",
             )
         cut = (block.ops, slab, unit)

@@ -60,7 +60,7 @@ def problem_of(
     if tensor.requires_grad and torch.is_grad_enabled():
         return Problem(
             f"the {what} requires grad",
-            "the VAE is for inference, and what it returns has no gradient",
+            "the VAE is for inference, and its results have no gradient",
             f"call it under torch.no_grad(), give {what}.detach(), or use the AutoencoderKLWan that it was made "
             "from",
         )
@@ -77,7 +77,7 @@ def problem_of(
         bad = int((~torch.isfinite(tensor)).sum())
         return Problem(
             f"the {what} has {bad} of {tensor.numel()} values that are NaN or infinite",
-            "every pixel that they reach would be lost",
+            "every pixel that depends on them would be lost",
             "look at what made it: a finite latent decodes",
         )
     return None

@@ -42,7 +42,7 @@ class OpSeconds:
         if element_bytes != 4:
             raise StrategyError(
                 f"layer_pipeline.op_seconds for elements of {element_bytes} bytes",
-                "benchmarks/vae.py measures ops in float32 only, and others take other shares of the time",
+                "benchmarks/vae.py measures ops in float32 only; other dtypes take other shares of the time",
                 "leave it empty, or decode in float32",
             )
         if program != self.program:
@@ -71,7 +71,7 @@ def op_seconds(path: str) -> OpSeconds:
     except OSError as error:
         raise StrategyError(
             f"layer_pipeline.op_seconds={path!r} cannot be read ({error.strerror})",
-            "ops are divided by what it says they take",
+            "the ops are divided by the times in this file",
             f"{_REMEDY}",
         ) from None
     try:

@@ -73,7 +73,7 @@ def check(strategy: Strategy, lowered: Lowered) -> None:
         raise DeclarationError(
             f"{strategy.name} declares {strategy.exactness} and its blocks are {exactness}",
             "parts of a picture are computed to rounding, and a rank that warms up on fewer chunks than the ops "
-            f"remember ({needed} here) sees another past",
+            f"remember ({needed} here) sees other frames of the past",
             f"declare {exactness}, or warm up on {needed} chunks",
         )
     idle = [rank for rank in range(lowered.ranks) if not lowered.ops(rank)]
