@@ -1,12 +1,16 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
 # make test  lint, types and all tests
 # make quick lint, types and the tests that start no ranks or processes and take no seconds
+# make docs  the site in site/, in an environment of its own; fails on a broken link or anchor
+# make hooks lint and spelling before every commit
+# make wheel builds the wheel, and makes the toy's video with it in an empty environment and directory
 # make interop  what is too large for the tests' environment: ray as a launcher, MLflow and other trackers
-# make bench the VAE and the denoiser by one and two ranks beside others, interleaved (two hours)
-.PHONY: env run test quick lint interop bench clean
+# make bench measures the VAE and the denoiser beside others, and writes docs/performance.md (two hours)
+.PHONY: env run test quick lint docs hooks wheel interop bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
+DOCS := .venv-docs/bin/python
 
 env: $(STAMP)
 
@@ -31,6 +35,31 @@ test: lint
 quick: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/unit -m 'not ranks and not long'
 
+# Only the packages of the extra `docs`, without the project and torch: the API pages are made from the sources.
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+		> .venv-docs/requirements.txt
+	$(DOCS) -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
+	touch $@
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs build --strict
+	$(DOCS) -m codespell_lib README.md CONTRIBUTING.md CHANGELOG.md docs
+
+hooks: env .venv-docs/.installed
+	.venv-docs/bin/pre-commit install
+
+# pip builds it in an environment of its own. The clip is the toy's default.
+wheel:
+	rm -rf dist build/empty
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/empty/venv
+	build/empty/venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	mkdir build/empty/here
+	cd build/empty/here && ../venv/bin/cosmos3 hydra.run.dir=made
+	test -s build/empty/here/made/video.mp4
+
 # Beside the environment of the tests, whose packages it sees: these ask for other versions of some.
 interop: env
 	$(PY) -m venv --without-pip .venv/interop
@@ -42,9 +71,10 @@ interop: env
 
 bench: env
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(PY) benchmarks/vae.py --out outputs/bench/small
-	$(PY) benchmarks/vae.py --width full --out outputs/bench/full
-	$(PY) benchmarks/denoise.py
+	$(PY) benchmarks/vae.py --out docs/results/small
+	$(PY) benchmarks/vae.py --width full --out docs/results/full
+	$(PY) benchmarks/denoise.py --out docs/results/denoise
+	$(PY) benchmarks/performance.py
 
 clean:
-	rm -rf .venv outputs multirun
+	rm -rf .venv .venv-docs outputs multirun site dist build

@@ -1,6 +1,6 @@
 """Denoising against diffusers: 35 steps of text-to-video, one thread per rank, runs interleaved, medians.
 
-    python benchmarks/denoise.py [--model small|medium|wide] [--clip 75|490|960] [--repeats 5] [--steps 35]
+    python benchmarks/denoise.py [--model small|medium|wide] [--clip 75|490|960] [--repeats 5] [--out DIR]
 
 Random weights, fp32. Two baselines, both diffusers on one rank, because they answer different questions:
   loop      its modular denoising workflow with its own denoiser block: the same work as ours and nothing else
@@ -10,12 +10,14 @@ A gain over the pipeline beyond that over the loop is a VAE encode not done, no 
 
 Prints the seconds on the clock and the ratio to each baseline (median of the rounds, with the spread to the
 loop), and the same in CPU seconds of the busier rank. CPU seconds leave out waiting, for messages as for other
-programs: on a busy machine they are steadier, but for two ranks only the clock says what is gained.
+programs: on a busy machine they are steadier, but for two ranks only the clock says what is gained. With --out the
+seconds of every round go to denoise.json there, which benchmarks/performance.py reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -32,6 +34,7 @@ from cosmos3_pipeline.distributed.mesh import RankMesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cosmos_models import denoise_with, tiny_pipeline
+from vae import heading
 
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
@@ -65,8 +68,14 @@ def one_run(way: str, pipeline: Any, negative: str, clip: int, steps: int, mesh:
     return latent
 
 
-def measure(model: str, clips: list[int], repeats: int, steps: int) -> None:
-    """On two ranks: every round runs each way once; the second rank waits where it is not needed."""
+def measure(
+    model: str, clips: list[int], repeats: int, steps: int, out: Path | None, head: dict[str, Any]
+) -> None:
+    """On two ranks: every round runs each way once; the second rank waits where it is not needed.
+
+    out: the folder of denoise.json, which begins with `head`.
+    """
+    runs: list[dict[str, Any]] = []
     with joined_world(device="cpu", threads=1):
         mesh = RankMesh.build(cfg=2)
         size = MODELS[model]
@@ -89,7 +98,11 @@ def measure(model: str, clips: list[int], repeats: int, steps: int) -> None:
                             seconds[way].append(time.perf_counter() - started)
                             cpu[way].append(used.item())
                 if dist.get_rank() == 0:
-                    report(model, clip, negative, pipeline, seconds, cpu, made)
+                    texts = report(model, clip, negative, pipeline, seconds, cpu, made)
+                    ways = {way: {"rounds": seconds[way], "processor": cpu[way]} for way in WAYS}
+                    runs.append({"model": model, "clip": clip, "text_tokens": texts, "ways": ways})
+                    if out is not None:
+                        (out / "denoise.json").write_text(json.dumps({**head, "runs": runs}, indent=1))
 
 
 def ratios(baseline: list[float], ours: list[float]) -> list[float]:
@@ -104,11 +117,13 @@ def report(
     seconds: dict[str, list[float]],
     cpu: dict[str, list[float]],
     made: dict[str, torch.Tensor],
-) -> None:
+) -> str:
+    """Print the ratios of one clip; returns the lengths of its two texts in tokens."""
     height, width, num_frames = CLIPS[clip]
     words = {"prompt": PROMPT, "negative_prompt": NEGATIVE[negative], "use_system_prompt": False}
     ids = pipeline.tokenize_prompt(**words, height=height, width=width, num_frames=num_frames)
-    print(f"{model}: {clip} vision tokens, {len(ids[0])} + {len(ids[1])} text tokens")
+    texts = f"{len(ids[0])} + {len(ids[1])}"
+    print(f"{model}: {clip} vision tokens, {texts} text tokens")
     for way in WAYS:
         loop, whole = ratios(seconds[WAYS[0]], seconds[way]), ratios(seconds[WAYS[1]], seconds[way])
         busy = ratios(cpu[WAYS[0]], cpu[way])
@@ -121,6 +136,7 @@ def report(
             f"; latents differ by {difference:.1e}",
             flush=True,
         )
+    return texts
 
 
 if __name__ == "__main__":
@@ -129,7 +145,10 @@ if __name__ == "__main__":
     parser.add_argument("--clip", choices=CLIPS, type=int, help="vision tokens; without it, all sizes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=35)
+    parser.add_argument("--out", type=Path, help="a folder for denoise.json")
     given = parser.parse_args()
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
     os.environ["TQDM_DISABLE"] = "1"  # diffusers' bars, in the ranks, which read it when they start
     clips = [given.clip] if given.clip else list(CLIPS)
-    run_ranks(measure, given.model, clips, given.repeats, given.steps, ranks=2)
+    run_ranks(measure, given.model, clips, given.repeats, given.steps, given.out, heading("denoise.py"), ranks=2)

@@ -333,6 +333,24 @@ def revision(checkout: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "no git"
 
 
+def heading(program: str) -> dict[str, Any]:
+    """When, where and by which command a program of this folder measures; what a report begins with."""
+    import torch
+
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "revision": revision(ROOT),
+        "command": " ".join(["python", f"benchmarks/{program}", *sys.argv[1:]]),
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            **{name: version(name) for name in ("torch", "diffusers")},
+        },
+    }
+
+
 def processor() -> str:
     """Its name; on Linux as the kernel has it."""
     about = Path("/proc/cpuinfo")
@@ -384,22 +402,11 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     """Run the cases; 1 if a strategy's result is less exact than it declares."""
-    import torch
-
     given = options()
     given.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "revision": revision(ROOT),
+        **heading("vae.py"),
         "old_revision": given.old and revision(given.old),
-        "command": " ".join(["python", "benchmarks/vae.py", *sys.argv[1:]]),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            **{name: version(name) for name in ("torch", "diffusers")},
-        },
         "ranks": given.ranks,
         "threads": given.threads,
         "width": given.width,

@@ -1,4 +1,4 @@
-"""A checkpoint's own numbers in the place of those of the model option that names it."""
+"""Replaces the numbers of the model option by those of the checkpoint that it names."""
 
 from __future__ import annotations
 

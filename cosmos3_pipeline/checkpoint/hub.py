@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 COSMOS3 = ("nvidia/Cosmos3-Nano", "nvidia/Cosmos3-Super", "nvidia/Cosmos3-Edge")
-# What a run reads: these files of the repository, and in each component's folder the files that end like this.
-# Left out: the components of other modalities, pictures, weights in other formats, and the index over all weights.
+# The files that a run reads: these files of the root, and the files with these endings in each component's folder.
+# Not read: components of other modalities, pictures, weights in other formats, and the index over all weights.
 FILES = (INDEX, MODULAR_INDEX, NEGATIVE_PROMPT)
 COMPONENTS = ("transformer", "vae", "scheduler", "text_tokenizer")
 COMPONENTS_WITH_SOUND = (*COMPONENTS, SOUND_TOKENIZER)  # 1.9 GB more
@@ -69,14 +69,14 @@ def _builtin(path: str) -> Path:
     if path.removeprefix(BUILTIN) not in names:
         raise Refusal(
             what=f"model.path={path}",
-            why=f"what begins with {BUILTIN} is part of this package, and it has no such checkpoint",
+            why=f"{BUILTIN} names the checkpoints of this package, and it has no such checkpoint",
             works=" or ".join(f"model.path={BUILTIN}{name}" for name in names),
         )
     return brought / path.removeprefix(BUILTIN)
 
 
 def components_for(*, sound: bool) -> tuple[str, ...]:
-    """The components that a run reads: those of sound only where it is asked for."""
+    """The components that a run reads; those of sound only if it is asked for."""
     return COMPONENTS_WITH_SOUND if sound else COMPONENTS
 
 
@@ -133,9 +133,9 @@ def cached_checkpoint(
 def fetch_checkpoint(repo: str, revision: str | None, *, components: Sequence[str] = COMPONENTS) -> HubCheckpoint:
     """The hub repository `repo` at `revision` (branch, tag or commit; None: its main branch), with its files here.
 
-    What the hub's cache has already is not downloaded again; a commit that is there as a whole costs no request.
-    Without network a whole copy in the cache is used. Several processes may call it at once: one downloads, the
-    others wait. In one process the same question has one answer, so a run that asks twice means one commit.
+    Files in the hub's cache are not downloaded again, and a complete commit in the cache costs no request.
+    Without network a complete copy in the cache is used. Several processes may call it at once: one downloads,
+    the others wait. In one process the same question has one answer, so a run that asks twice means one commit.
 
     Raises:
         Refusal: it is not to be had; nothing that was whole is lost, so the next call goes on from there.
@@ -216,7 +216,7 @@ class _Held:
 
 
 def _held(repo: str, revision: str | None, patterns: list[str]) -> _Held | None:
-    """What the cache has of `repo` at `revision`, as far as the cache itself can tell."""
+    """The files of `repo` at `revision` that are in the cache, as far as the cache itself can tell."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (
         CachedRepoTreeNotFoundError,
@@ -252,7 +252,7 @@ def _patterns(components: Sequence[str]) -> list[str]:
 
 
 def _wanted(names: Iterable[str], patterns: list[str]) -> list[str]:
-    """Those of `names` that `snapshot_download` with these patterns downloads."""
+    """The `names` that `snapshot_download` downloads with these patterns."""
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -287,13 +287,13 @@ def _refuse_full_disk(repo: str, revision: str | None, needed: int, storage: Pat
 
 
 def _explained(error: Exception, repo: str, revision: str | None) -> Refusal:
-    """What an error of huggingface_hub means to the person who asked for `repo`."""
+    """An error of huggingface_hub in the words of a person who asked for `repo`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for cause in _chain(error):
         if isinstance(cause, HfHubHTTPError):
             return _of_answer(cause, repo, revision)
-    if _is_of_network(error):  # first, because the errno of an SSLError is that of EPERM
+    if _is_of_network(error):  # first, because an SSLError has the errno of EPERM
         return _of_network(error, repo, revision)
     return _of_disk(error, repo, revision) or _of_anything(error, repo, revision)
 
@@ -437,7 +437,7 @@ def _is_of_network(error: Exception) -> bool:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    # By name: huggingface_hub 1 raises the errors of httpx, huggingface_hub 2 those of httpx2.
+    # Compared by name, because huggingface_hub 1 raises errors of httpx and huggingface_hub 2 errors of httpx2.
     return {kind.__name__ for kind in type(error).__mro__}
 
 

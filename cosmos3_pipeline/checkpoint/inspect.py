@@ -37,7 +37,7 @@ DISTILLED_CLASSES = {"Cosmos3DistilledModularPipeline", "Cosmos3DistilledBlocks"
 # How the names of the tokenizer classes begin that the checkpoints are published and saved with.
 TOKENIZERS = ("Qwen2Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 LARGEST_NEGATIVE_PROMPT = 2**18
-# Folder of each component -> its config file and the class that must be named there; None is checked elsewhere.
+# Folder of each component -> its config file and the class that the file must name; None: another check does it.
 COMPONENTS = {
     "transformer": ("config.json", "Cosmos3OmniTransformer"),
     "vae": ("config.json", "AutoencoderKLWan"),
@@ -48,7 +48,7 @@ COMPONENTS = {
 SOUND_COMPONENT = ("config.json", "Cosmos3AVAEAudioTokenizer")
 # diffusers' Cosmos3 blocks count latents with these where the VAE is not loaded yet.
 SPATIAL, TEMPORAL = 16, 4
-# Files that stand for quantized weights, in the folder or beside the transformer, and whose they are.
+# Files that show quantized weights, in the folder or beside the transformer, and the tool that wrote them.
 QUANTIZED_FILES = {
     "hf_quant_config.json": "ModelOpt",
     "modelopt_state.pth": "ModelOpt",
@@ -68,12 +68,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint folder holds. Config values are complete: a key that a file lacks has its default.
+    """The contents of a checkpoint folder. Config values are complete: a key that a file lacks has its default.
 
-    `negative_prompt` is the text of the checkpoint's own, None where it has none, or where it was distilled and
-    nothing reads one. `sound_tokenizer` is None where it was not asked for. `tensors` are those of each component
-    with weights. `not_read` lists keys and components that change no picture here, `strangers` keys that nothing
-    here knows, each as "file: key". `adapters` are what `tensors` are read with.
+    negative_prompt: the checkpoint's own text; None if it has none, or if it was distilled and nothing reads one.
+    sound_tokenizer: None if it was not asked for.
+    tensors: by component with weights.
+    not_read: keys and components that change no picture here, as "file: key".
+    strangers: keys that this library does not know, as "file: key".
+    adapters: LoRA adapters that are added to the tensors as they are read.
     """
 
     folder: Path
@@ -106,13 +108,13 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(path: str | Path, *, sound: bool = False) -> CheckpointInfo:
-    """What the diffusers folder at `path` holds; reads configs and the headers of weight files only.
+    """Inspect the diffusers folder at `path`. Reads configs and the headers of weight files only.
 
-    `sound` says that it has to make sound: its transformer must have a head for it, and there must be a sound
-    tokenizer beside it.
+    sound: the checkpoint must make sound, so its transformer needs a head for sound, and a sound tokenizer must be
+    beside it.
 
     Raises:
-        Refusal: no folder, not a Cosmos3 checkpoint, one that is not run here, or files that are not whole.
+        Refusal: no folder, no Cosmos3 checkpoint, a checkpoint that cannot run here, or incomplete files.
     """
     folder = Path(path).expanduser()
     index_file = _find_index(path, folder)
@@ -180,7 +182,7 @@ def inspect_checkpoint(path: str | Path, *, sound: bool = False) -> CheckpointIn
 
 
 def _sound_tokenizer(folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> rules.Read:
-    """The config of the sound tokenizer, whose latents are those of `transformer`."""
+    """The config of the sound tokenizer, which must have the latents of `transformer`."""
     if not transformer["sound_gen"]:
         raise Refusal(
             what=f"task.sound=true with {folder}",
@@ -273,12 +275,12 @@ def _refuse_quantized_files(folder: Path) -> None:
 
 
 def _refuse_distilled(folder: Path, index: Mapping[str, Any], modular: Mapping[str, Any]) -> None:
-    """Raise Refusal where an index speaks of distillation, and the scheduler is that of any number of steps."""
+    """Raise Refusal if an index names a distilled checkpoint, and its scheduler takes any number of steps."""
     for name, config in ((INDEX, index), (MODULAR_INDEX, modular)):
         classes = {config.get("_class_name"), config.get("_blocks_class_name")}
         if config.get("is_distilled") or "distilled_sigmas" in config or classes & DISTILLED_CLASSES:
             raise Refusal(
-                what=f"{folder / name} speaks of distillation",
+                what=f"{folder / name} says that the checkpoint is distilled",
                 why=f"the scheduler beside it is no {DISTILLED}, which alone has the fixed steps and their noise",
                 works="index and scheduler of one checkpoint",
             )
@@ -321,9 +323,9 @@ def _check_vae(values: Mapping[str, Any], file: Path) -> None:
 
 
 def _placed(component: Path, weights: Iterable[Weight], *, unread: str | None = None) -> tuple[Placed, ...]:
-    """Each weight with its tensor in the files; those that nothing reads may be missing.
+    """Each weight with its tensor in the files. Weights that nothing reads may be missing.
 
-    Tensors whose names begin with `unread` are not looked at.
+    Tensors whose names begin with `unread` are ignored.
     """
     stored = {
         name: tensor

@@ -27,7 +27,7 @@ FILE = "pytorch_lora_weights.safetensors"  # as `save_lora_adapter` calls it
 PREFIX = "transformer."  # before every name where a pipeline has saved the adapter
 METADATA = "lora_adapter_metadata"
 DOWN, UP, ALPHA = "down", "up", "alpha"
-# peft's names, and those of older trainers that diffusers turns into them for any model.
+# peft's names, and names of older trainers that diffusers converts for every model.
 SUFFIXES = {
     ".lora_A.weight": DOWN,
     ".lora_B.weight": UP,
@@ -35,7 +35,7 @@ SUFFIXES = {
     ".lora.up.weight": UP,
     ".alpha": ALPHA,
 }
-# What stands in a name that is none of these, and why it is not merged here.
+# Parts of names that other formats use, and why adapters in these formats are not merged here.
 OTHERS = {
     "lora_magnitude_vector": "it belongs to a DoRA, which also scales the columns of the weight",
     "lora_B.bias": "it changes a bias, and only matrices are merged here",
@@ -59,9 +59,9 @@ NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's file, and what it adds, by the name of the weight: `layers.0.self_attn.to_q.weight`.
+    """An adapter's file and its products, by the name of the weight: `layers.0.self_attn.to_q.weight`.
 
-    `key` is where the config names it; the scales have the weight in them that the config gives it.
+    key: the key of the config that names the adapter. The scales include the weight that the config gives it.
     """
 
     key: str
@@ -125,10 +125,10 @@ def with_added(stored: StoredTensor, adapters: Iterable[Adapter]) -> StoredTenso
 
 
 def with_hash(asked: LoraConfig, number: int) -> LoraConfig:
-    """What stands at `number` in `model.lora`, with the SHA-256 of its file.
+    """The adapter at position `number` of `model.lora`, with the SHA-256 of its file.
 
     Raises:
-        Refusal: it is not the one that the config names.
+        Refusal: the config names another SHA-256.
     """
     key = _key(number)
     file = _file(asked.path, key)
@@ -185,7 +185,7 @@ def _file(path: str, key: str) -> Path:
 
 
 def _modules(header: Header, file: Path, key: str) -> dict[str, dict[str, StoredTensor]]:
-    """The tensors of each module, by what they are: down, up or alpha."""
+    """The tensors of each module, by their role: down, up or alpha."""
     found: dict[str, dict[str, StoredTensor]] = {}
     for full, tensor in header.tensors.items():
         name = full.removeprefix(PREFIX)
@@ -225,7 +225,7 @@ def _pairs(
         if missing:
             raise Refusal(
                 what=f"{key}: {file} has no matrix {' and '.join(missing)} for {printable(name)}",
-                why="what is added to a weight is the product of both",
+                why="the product of both matrices is added to a weight",
                 works=SAVED_AGAIN,
             )
         down, up = parts[DOWN], parts[UP]
@@ -242,10 +242,10 @@ def _pairs(
 
 @dataclass(frozen=True)
 class _Scales:
-    """What an adapter's products are multiplied by: alpha / rank, with a rank-stabilised one alpha / sqrt(rank).
+    """The scale of an adapter's products: alpha / rank, or alpha / sqrt(rank) if it is rank-stabilised.
 
-    `alphas` are by module; `patterns` are regular expressions for the end of a module's name, of which the first
-    counts. With neither, `alpha` None stands for the rank.
+    alphas: by module. patterns: regular expressions for the end of a module's name; the first match counts.
+    Without both, `alpha` None stands for the rank.
     """
 
     alphas: Mapping[str, float]
@@ -346,7 +346,7 @@ def _number(tensor: StoredTensor, file: Path) -> float:
 
 
 def _is_linear(weight: Weight) -> bool:
-    """Whether it is the matrix of a linear layer; embeddings are matrices too, those of actions among them."""
+    """Whether it is the matrix of a linear layer. Embeddings, also of actions, are matrices but not linear."""
     return len(weight.shape) == 2 and weight.part is not Part.ACTION and weight.name != "embed_tokens.weight"
 
 

@@ -1,6 +1,6 @@
-"""What a config file of a checkpoint may say: which keys decide the picture, within which bounds, which do not.
+"""The keys of a checkpoint's config files: which decide the picture, within which bounds, and which do not.
 
-This is the one place that lists both. A key of no list is told (`Read.strangers`), never ignored silently.
+This is the only list of both. A key that no list has is reported (`Read.strangers`) and never ignored silently.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def optional(check: Check) -> Check:
 
 
 def numbers(check: Check, *, at_least: int = 0) -> Check:
-    """A list of so many, of which each passes `check`."""
+    """A list of this length, of which each item passes `check`."""
 
     def check_all(value: Any) -> str | None:
         if not isinstance(value, list) or not at_least <= len(value) <= LONGEST_LIST:
@@ -77,7 +77,7 @@ def settings(value: Any) -> str | None:
 
 
 def anything(value: Any) -> str | None:
-    """Whatever it is: what it may be is checked where it is used."""
+    """Any value: the code that uses it checks it."""
     return None
 
 
@@ -135,7 +135,8 @@ TRANSFORMER = Rules(
         "sound_gen": Key(flag, False),
         "sound_dim": Key(optional(whole(1)), None),
         "sound_latent_fps": Key(number(1, 1000), 25.0),
-        # What follows decides the picture in NVIDIA's framework; diffusers has built in the one value that it has.
+        # These keys decide the picture in NVIDIA's framework. diffusers supports only one value, which is built
+        # in.
         "qk_norm_for_diffusion": Key(one_of(True), True),
         "use_moe": Key(one_of(True), True),
         "video_temporal_causal": Key(one_of(False), False),
@@ -191,7 +192,7 @@ VAE = Rules(
 )
 
 _HEARING = "of the encoder, which is not read: no task hears anything"
-# Of diffusers' `Cosmos3AVAEAudioTokenizer`, which raises for most other values.
+# The keys of diffusers' `Cosmos3AVAEAudioTokenizer`, which raises for most other values.
 SOUND_TOKENIZER = Rules(
     read={
         "model_type": Key(one_of("autoencoder_v2"), "autoencoder_v2"),
@@ -269,7 +270,7 @@ SCHEDULER = Rules(
     },
 )
 
-# Of diffusers' `FlowMatchEulerDiscreteScheduler`, with the few noise levels that a checkpoint was distilled to.
+# The keys of diffusers' `FlowMatchEulerDiscreteScheduler`, with the few noise levels of a distilled checkpoint.
 DISTILLED_SCHEDULER = Rules(
     read={
         "num_train_timesteps": Key(one_of(1000), 1000),
@@ -295,7 +296,7 @@ DISTILLED_SCHEDULER = Rules(
 )
 # Noise levels are fractions of noise, from the first step's to the last step's.
 NOISE_LEVELS = numbers(number(1e-4, 1), at_least=1)
-# What NVIDIA's framework writes beside them.
+# The keys that NVIDIA's framework writes beside them.
 FIXED_STEPS = Rules(
     read={"sample_type": Key(one_of("sde")), "t_list": Key(optional(numbers(number(0, 1), at_least=1)), None)},
     not_read={"num_train_timesteps": "the scheduler's own says it"},

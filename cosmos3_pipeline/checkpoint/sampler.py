@@ -31,7 +31,7 @@ ROUNDED = 1e-4
 
 @dataclass(frozen=True)
 class Sampler:
-    """The sampler of a checkpoint. `settings` are those of the diffusers class that `class_name` names.
+    """The sampler of a checkpoint. `settings` are the arguments of the diffusers class `class_name`.
 
     `native_grid`: the sigmas before the shift are linspace(1 - 1/1000, 0), as Edge was trained with.
     `native_flow_shift` is the shift that the checkpoint asks for, None where it leaves it to the task.

@@ -1,6 +1,6 @@
 """The timesteps of a sampler's steps, so that a plan knows which steps have guidance. Imports no torch.
 
-Tests hold them against those of the scheduler itself, value by value. Source: diffusers
+Tests compare them with the timesteps of the scheduler itself, value by value. Source: diffusers
 `UniPCMultistepScheduler.set_timesteps` with flow sigmas, and `Cosmos3SetTimestepsStep`.
 """
 
@@ -47,7 +47,7 @@ def _rounded(value: float) -> float:
 
 
 def _karras(sigma_min: float | None, sigma_max: float | None, steps: int) -> list[float]:
-    """Noise levels of flow from those of diffusion, which fall evenly in their seventh root."""
+    """Flow noise levels for Karras sigmas, whose seventh roots fall evenly."""
     kept, levels = 1.0, []
     for beta in _evenly(*BETAS, TRAIN_TIMESTEPS):
         kept *= _rounded(1 - _rounded(beta))

@@ -37,7 +37,7 @@ class Conv:
 
     @property
     def elements(self) -> int:
-        """Those of its kernel."""
+        """The number of elements of its kernel."""
         return self.inputs * self.outputs * self.kernel
 
     def weights(self) -> Iterator[Weight]:

@@ -107,7 +107,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a file by name, in the order of its header, and the words that it keeps beside them."""
+    """The tensors of a file by name, in the order of its header, and the file's metadata."""
 
     tensors: dict[str, StoredTensor]
     metadata: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Whether a text tokenizer's files are there and could be one; what it does with words shows when it is loaded."""
+"""Checks that the files of a text tokenizer exist and look like one. Loading it shows the rest."""
 
 from __future__ import annotations
 

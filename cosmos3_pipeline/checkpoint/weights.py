@@ -1,7 +1,7 @@
-"""Which tensors a model has, by its config alone: name, shape, and what reads it.
+"""The tensors of a model, from its config alone: name, shape, and the part of a run that reads it.
 
-One table for everybody: the plan counts bytes with it, a folder's files are held against it, the loader reads what
-it says is read, and made-up checkpoints are written from it. Tests hold it against diffusers' own modules.
+This table is the only one. The plan counts bytes with it, a folder's files are checked against it, the loader
+reads by it, and checkpoints of random weights are written from it. Tests compare it with diffusers' own modules.
 
 Source: diffusers 0.42 `models/transformers/transformer_cosmos3.py`; the VAE's are those of its programs.
 """
@@ -20,7 +20,7 @@ from cosmos3_pipeline.vae.program import program_for
 
 
 class Part(StrEnum):
-    """What reads a tensor. The text pathway is read until the prompts' keys and values exist, the vision later."""
+    """The part of a run that reads a tensor. The text pathway is read first, for the keys and values."""
 
     TEXT = "text"
     VISION = "vision"
@@ -32,13 +32,13 @@ class Part(StrEnum):
     NOTHING = "nothing"
 
 
-# What every task reads of a transformer.
+# The parts of a transformer that every task reads.
 TRANSFORMER_PARTS = (Part.TEXT, Part.VISION)
 VISION_ALONE = frozenset({"vision"})
 
 
 def generation_parts(modalities: Collection[str]) -> tuple[Part, ...]:
-    """What denoising these modalities reads of a transformer; nothing else of it is loaded but for the text."""
+    """The parts of a transformer that denoising these modalities reads. Else only the text pathway is loaded."""
     return tuple(part for part in (Part.VISION, Part.SOUND, Part.ACTION) if part.value in modalities)
 
 
@@ -150,7 +150,7 @@ def _transformer_weights(d: _Dimensions) -> tuple[Weight, ...]:
 
 
 def _layer(d: _Dimensions, layer: str, add: Any, linear: Any, *, last: bool) -> None:
-    """One decoder layer. Of the last one the text gives its keys and values; what follows them, nothing reads."""
+    """One decoder layer. In the last layer, nothing reads the text pathway beyond its keys and values."""
     after_keys = Part.NOTHING if last else Part.TEXT
     queries, keys = d.heads * d.head, d.key_value_heads * d.head
     attention = f"{layer}.self_attn"

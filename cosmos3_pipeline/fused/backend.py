@@ -35,7 +35,7 @@ def triton_kernels() -> ModuleType | None:
 
 
 def fused_by(device: torch.device) -> str:
-    """What computes the ops of this package on `device`, for a run's records."""
+    """The name of the backend that computes this package's ops on `device`, for a run's records."""
     if device.type != "cuda":
         return "plain ops"
     try:

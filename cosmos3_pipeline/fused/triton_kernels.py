@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 def block_of(channels: int) -> dict[str, int]:
-    """How many rows of so many channels a program has at once."""
+    """The number of rows that a program processes at once, for this number of channels."""
     block = triton.next_power_of_2(channels)
     return {"C": channels, "BLOCK_C": block, "ROWS": max(1, _ELEMENTS // block)}
 
@@ -70,7 +70,8 @@ def norm_silu_kernel(
     SILU: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Of `pixels` = B x H x W, each through its T frames. Strides are in pixels, so that channels divide them.
+    """One program per ROWS of the `pixels` = B x H x W, each through its T frames. Strides are in pixels, so that
+    channels divide them.
 
     `added` has the strides of x.
     """
@@ -223,7 +224,7 @@ def norm_rotate_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of `rows` = tokens x heads, each of 2 x HALF channels; strides are in halves."""
+    """One program per ROWS of the `rows` = tokens x heads, each of 2 x HALF channels. Strides are in halves."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     wide = channel < HALF

@@ -33,7 +33,7 @@ def plain_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """
     wide = widened(x)
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
-    # A widened copy is nobody else's, so its product needs no memory of its own.
+    # No other tensor shares the widened copy, so it is multiplied in place.
     normed = torch.mul(wide, scale) if wide is x else wide.mul_(scale)
     return normed.mul_(gamma)
 

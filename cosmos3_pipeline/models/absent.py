@@ -1,4 +1,4 @@
-"""What stands in a model where a weight is not here: a tensor of its shape on the meta device."""
+"""Stand-ins for weights that this rank does not hold: tensors of their shape on the meta device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _depth = 0
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """What the block makes has shapes only, and stands for weights that are not here."""
+    """Tensors that are made in the block have shapes only. They stand for weights that this rank does not hold."""
     global _depth
     _depth += 1
     try:

@@ -25,9 +25,8 @@ FILLING = "a red circle moves left over a blue background at night, "
 def form_of(model: ModelConfig, *, sound: bool = False) -> CheckpointInfo:
     """The form of the checkpoint that `model` names, or else describes, for a run with `sound`. Reads no weight.
 
-    Of a checkpoint that is here, config, tokenizer and sampler are its own. Otherwise tokenizer, sampler and all
-    that is no number of the config are those of the toy in this package; the fixed steps of a distilled model are
-    numbers of the config.
+    A checkpoint on this machine gives its own config, tokenizer and sampler. Otherwise the config has the numbers
+    of `model`, including the fixed steps of a distilled model, and everything else is the toy's.
     """
     here = folder_of(model, sound=sound)
     if here is not None:

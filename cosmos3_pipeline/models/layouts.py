@@ -1,7 +1,7 @@
 """The folders in which Cosmos3 checkpoints are published, as data: their configs, their components, their names.
 
-The numbers of the transformer and the VAE are those of the model option (`conf/model`); what is here is the rest
-of each file, as it was published. Read in November 2026 from fixtures, model cards and NVIDIA's converter.
+The model option (`conf/model`) has the numbers of the transformer and the VAE. This file has the rest of each
+published file. Read in November 2026 from fixtures, model cards and NVIDIA's converter.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _DISTILLED = {
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
 }
-# Of every transformer/config.json.
+# Keys of every transformer/config.json.
 _TRANSFORMER = {
     "_class_name": "Cosmos3OmniTransformer",
     "attention_bias": False,

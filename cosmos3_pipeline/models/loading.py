@@ -73,7 +73,7 @@ def open_checkpoint(
 GB = 10**9
 ALONE = RankMesh()
 LONG_LOAD_BYTES = 2 * GB
-# Shows a block of work with a name and a number of units, and is told of each unit.
+# Shows the progress of a block of work: it gets a name, the number of units, and a call for each unit.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -83,10 +83,10 @@ def _untracked(what: str, total: int) -> AbstractContextManager[Callable[[int], 
 
 @dataclass
 class Load:
-    """How loading one component went on this rank.
+    """Measurements of loading one component on this rank.
 
-    `kept_bytes` stay on the device. `host_peak_bytes` is what the process took on the host at most while loading,
-    beyond what it had before: on cpu what is kept is in it.
+    kept_bytes: stay on the device. host_peak_bytes: the largest growth of the process's host memory while
+    loading. On a CPU it includes the kept bytes.
     """
 
     seconds: float = 0.0
@@ -228,7 +228,7 @@ class Components:
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[None]:
-        """Shows a bar that counts the GB that are read, where there are so many that a person waits."""
+        """Shows a bar that counts the GB read, if they are so many that a person waits."""
         if total < LONG_LOAD_BYTES:
             yield
             return
@@ -258,9 +258,9 @@ class Components:
 
 
 class _DevicePipeline(Cosmos3OmniModularPipeline):  # type: ignore[misc] # diffusers is untyped
-    """Knows its device before a model is loaded, where diffusers would look at the first one that is.
+    """Knows its device before a model is loaded. diffusers takes the device of the first loaded model instead.
 
-    Its blocks are those of the sampler, because they say which of the sampler's settings a pipeline has.
+    It has the sampler's blocks, because these decide which settings of the sampler a pipeline has.
     """
 
     def __init__(self, device: torch.device, sampler: Sampler) -> None:

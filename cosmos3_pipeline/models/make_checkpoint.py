@@ -59,7 +59,7 @@ def make(folder: Path, name: str, *, full_size: bool, dtype: str) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(
             what=f"{folder} is there already",
-            why="nothing is written over what is there",
+            why="files that exist are not overwritten",
             works="a folder that does not exist, or an empty one",
         )
     numbers = numbers_of(layout, full_size=full_size)

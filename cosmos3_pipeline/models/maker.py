@@ -179,7 +179,7 @@ def _words(shape: tuple[int, ...]) -> Tensor:
 
 
 def shards_of(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
-    """The entries in order, in shards of at most `shard_bytes`; a larger tensor is a shard of its own."""
+    """The entries in order, in shards of at most `shard_bytes`. A larger tensor gets its own shard."""
     shards: list[list[Entry]] = [[]]
     held = 0
     for entry in entries:
@@ -312,7 +312,7 @@ def _configs(
 def _sound_tokenizer(
     transformer: Mapping[str, Any], sizes: Mapping[str, Any] | None, full_size: bool
 ) -> Cosmos3AVAEAudioTokenizer:
-    """That of the latents of `transformer`, on the meta device; without `sizes` as large as the published one."""
+    """The sound tokenizer for `transformer`, on the meta device; without `sizes` as large as the published one."""
     own = {**(sizes or {}), **({} if full_size else SMALL_SOUND), "vocoder_input_dim": transformer["sound_dim"]}
     with torch.device("meta"):
         return new_sound_tokenizer(own)

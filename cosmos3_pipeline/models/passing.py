@@ -1,7 +1,7 @@
-"""Layers of a transformer that pass through the device, each brought while the one before it computes.
+"""Layers of a transformer that pass through the device: each is prefetched while the one before it computes.
 
-A layer's weights lie side by side in one slab of memory, so that a layer is brought in one piece. Its modules are
-told where in the slab their weights are.
+All weights of a layer lie in one slab of memory, so that one copy brings the whole layer. The tensors of its
+modules are views of the slab.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Source(Protocol):
     """Where slabs come from."""
 
     def bring(self, number: int, slab: Tensor) -> Wait:
-        """Start to fill `slab` with layer `number`; the result returns when what is computed next can read it.
+        """Start to fill `slab` with layer `number`. The returned function waits until kernels may read the slab.
 
-        Where that is a copy on an accelerator, it begins after what has been computed with `slab` so far.
+        A copy on an accelerator begins after all earlier kernels that read `slab`.
         """
         ...
 
@@ -69,8 +69,8 @@ class FromFiles:
 
     def bring(self, number: int, slab: Tensor) -> Wait:
         free = None if self._stream is None else torch.cuda.current_stream().record_event()
-        # A thread keeps what it was given until some time after its result is seen, so that it is given a list
-        # and takes the slab out of it.
+        # A thread holds its arguments for some time after its result is seen. It therefore gets a list and takes
+        # the slab out of it.
         return self._thread.submit(self._read, number, [slab], free).result
 
     def _read(self, number: int, slabs: list[Tensor], free: Any) -> None:
@@ -154,7 +154,7 @@ class Passing:
         self._moving = [number for number in range(len(slabs)) if number not in self._staying]
         self._again = again
         self._where = {"dtype": dtype, "device": device}
-        # Of equal parts for `pad` ranks, so that a slab can be gathered into its memory.
+        # Rounded up to equal parts for `pad` ranks, so that a slab can be gathered into its memory.
         self._elements = [slab.share(pad) * pad for slab in slabs]
         self._free: list[Tensor] = []
         self._coming: tuple[int, Tensor, Wait] | None = None
@@ -216,7 +216,7 @@ class Passing:
         if self._coming is not None:
             _, slab, wait = self._coming
             self._coming = None
-            with suppress(Exception):  # nobody asked for it: who does will be told
+            with suppress(Exception):  # nobody asked for it yet; the next caller gets the error
                 wait()
             self._free.append(slab)
 

@@ -65,7 +65,7 @@ class PlacedTransformer:
         return self._plan.placement is Placement.sharded
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """The embedded words, of which only those that are there are read."""
+        """The embedded words. Only the rows of words that occur are read."""
         stored = next(p.stored for p in self._checkpoint.tensors["transformer"] if p.weight.name == EMBEDDING)
         width, words = stored.shape[1], input_ids.tolist()
         rows = {word: torch.empty(width, dtype=self._dtype) for word in sorted(set(words))}
@@ -74,7 +74,7 @@ class PlacedTransformer:
         return (torch.stack(found) if found else torch.empty(0, width, dtype=self._dtype)).to(self._device)
 
     def text(self) -> Iterator[Pathway]:
-        """The text pathway's layers; those that do not stay are gone after the last."""
+        """The text pathway's layers. Layers that do not stay are dropped after the last one."""
         if self._text is None:
             files = self._files(Part.TEXT)
             staying = range(len(files.slabs)) if self._plan.keep_text else ()

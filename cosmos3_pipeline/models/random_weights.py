@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def scale_and_mean(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Of the normal numbers in a tensor of a transformer: text and noise level both show in what it predicts."""
+    """Scale and mean of a tensor's normal numbers, so that text and noise level both change the prediction."""
     if "norm" in name:
         return 0.1, 1.0
     if name == "embed_tokens.weight":
@@ -54,11 +54,12 @@ def vae_tensor(name: str, shape: tuple[int, ...], *, patch_size: int, device: to
             even, odd = scaled.chunk(2)
             return torch.cat([even, 0.95 * even + 0.31 * odd])
         if ".resample." in name:
-            # The shortcut beside it has no weights and turns channels into stripes; outweigh it.
+            # The parallel shortcut has no weights and turns channels into stripes, so this filter must outweigh
+            # it.
             return 6 * scaled
     if name == "decoder.conv_out.weight":
-        # What enters is positive on average, so a filter that does not sum to zero tints the whole picture.
-        # The sub-pixels of a patch are channels here: alike, or the picture is a grid.
+        # Its input is positive on average, so a filter that does not sum to zero would tint the whole picture. The
+        # sub-pixels of a patch are channels here. They get equal filters, or the picture would show a grid.
         filters = scaled - scaled.mean(dim=(1, 2, 3, 4), keepdim=True)
         shared = filters[::sub_pixels].repeat_interleave(sub_pixels, dim=0)
         return 0.6 * (0.98 * shared + 0.2 * filters)

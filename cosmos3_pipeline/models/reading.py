@@ -1,7 +1,7 @@
-"""A checkpoint's tensors, read from their files straight into the memory of the device where they stay.
+"""Reads a checkpoint's tensors from files straight into the memory of the device where they stay.
 
-A rank holds what it keeps and one block besides: nothing is mapped, and no whole model passes through the host.
-What adapters add to a tensor is added here, so that wherever a weight is kept, it is kept with them.
+A rank holds the tensors that it keeps and one block more. No file is mapped, and no whole model passes through the
+host. Adapters are added here, so every placement holds weights that include them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cosmos3_pipeline.checkpoint.stored import NO_FILE, LowRank, StoredTensor
 from cosmos3_pipeline.errors import Fault, Refusal
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Large enough that reading is not bound by calls, small beside any model.
+# Large enough that calls do not limit reading, and small compared with any model.
 BLOCK_BYTES = 16 * 2**20
 # Elements of an adapter's product that are there at once: 16 MiB, and still hundreds of rows of the widest weight.
 MERGED_ELEMENTS = 4 * 2**20
 # A trained weight is not near it; a few of such size, one after the other, leave the range of any dtype.
 LARGEST_VALUE = 1e6
 AS_PUBLISHED = "the file as it was published, downloaded again"
-Advance = Callable[[int], None]  # is told the bytes of the file as they are read
+Advance = Callable[[int], None]  # is called with the bytes of the file that were read
 
 
 def _unseen(nbytes: int) -> None: ...
@@ -37,7 +37,7 @@ def _unseen(nbytes: int) -> None: ...
 class Piece:
     """Elements of a stored tensor from `first` on, and the memory that they are read into.
 
-    `target` [n] is contiguous; what is read is converted to its dtype.
+    `target` [n] is contiguous; the elements are converted to its dtype.
     """
 
     stored: StoredTensor
@@ -161,7 +161,7 @@ def _matrix(stored: StoredTensor, dtype: torch.dtype, *, check: bool) -> Tensor:
 
 
 def _fill(stream: BinaryIO, raw: Tensor, stored: StoredTensor) -> None:
-    """Read as many bytes as `raw` [n], uint8 on the host, has."""
+    """Fill `raw` [n], uint8 on the host, with bytes of the file."""
     memory = memoryview(raw.numpy())  # type: ignore[arg-type] # an array is a buffer
     done = 0
     while done < len(memory):
@@ -186,6 +186,6 @@ def _refuse_overflow(values: Tensor, what: str, works: str) -> None:
     bad = int((~(values.abs() <= LARGEST_VALUE)).sum())
     raise Fault(
         what=f"{what} has {bad} values in one block that are NaN or too large",
-        why=f"beyond {LARGEST_VALUE:g} what they are multiplied with overflows, and the picture is black",
+        why=f"beyond {LARGEST_VALUE:g} products with them overflow, and the picture is black",
         works=works,
     )

@@ -21,7 +21,7 @@ WORDS = tuple(
     " ".join(f"{noun} number {count} of {count + 7}," for count in range(1, 9)) + " and that is all."
     for noun in ("kite", "harbour")
 )
-# What the transformer was given at most, and what a sentence of one word never comes near.
+# The longest text that the transformer was given in training, which a sentence of plain words never reaches.
 LONGEST_SENTENCE = 4096
 START_OF_PICTURE = "<|vision_start|>"
 MARKERS = ("<|im_start|>", "<|im_end|>")
@@ -101,7 +101,7 @@ def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:
     def act() -> None:
         try:
             result.append(action())
-        # tokenizers and jinja raise whatever they like, Exception itself among it; all of it is told.
+        # tokenizers and jinja raise any kind of exception, even Exception itself. All of them are reported.
         except Exception as error:
             failed.append(error)
         except SystemExit:
@@ -121,7 +121,7 @@ def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:
 
 
 def _stop(thread: threading.Thread) -> None:
-    """Raise SystemExit in `thread`, which ends quietly. A template's loop would go on taking memory otherwise."""
+    """Raise SystemExit in `thread`, which ends it. A loop in a template would take ever more memory."""
     assert thread.ident is not None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
     thread.join(1.0)

@@ -25,7 +25,7 @@ from cosmos3_pipeline.models.layouts import LATENTS_MEAN, LATENTS_STD, LAYOUTS
 from cosmos3_pipeline.models.maker import write_checkpoint
 from cosmos3_pipeline.models.random_weights import CPU, vae_tensor
 
-RECIPE = 3  # raise it with any change of the weights, so that nobody goes on with an older toy
+RECIPE = 3  # increase it with any change of the weights, so that no older toy in a cache is used
 
 
 def toy_checkpoint(

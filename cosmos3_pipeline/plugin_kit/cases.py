@@ -45,7 +45,7 @@ WAN21: dict[str, Any] = {
 }
 DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# Of the decoder's output, so that it is lively and hardly ever clamped.
+# Standard deviation of the decoder's output: lively, and hardly ever clamped.
 PICTURE_STD = 0.35
 
 
@@ -104,7 +104,7 @@ class Case:
         return torch.randn(size, generator=generator).to(getattr(torch, self.dtype))
 
     def picture(self, seed: int) -> Tensor:
-        """[B, 3, F, H, W] in [-1, 1], in as many chunks as the latents; of several, with frames left over."""
+        """[B, 3, F, H, W] in [-1, 1], in as many chunks as the latents; several chunks leave frames over."""
         import torch
 
         program = self.program("encode")
@@ -122,15 +122,16 @@ CASES = (
     Case("tall", WAN22, "float32", batch=1, frames=2, rows=35, cols=5),
     Case("two clips", WAN21, "float32", batch=2, frames=4, rows=4, cols=7),
     Case("bfloat16", WAN22, "bfloat16", batch=1, frames=4, rows=6, cols=4),
-    # Longer than the ops remember, one after the other: 30 latent frames. Who leaves out some of the past is seen.
+    # Longer than the ops remember together, which is 30 latent frames. A strategy that drops some of the past
+    # fails here.
     Case("long", WAN22, "float32", batch=1, frames=37, rows=2, cols=2),
 )
 
 
 def refuses(strategy: Strategy, case: Case, ranks: int, direction: Direction) -> bool:
-    """Whether the plan of one direction refuses `case` on so many ranks.
+    """Whether the plan of one direction refuses `case` on this number of ranks.
 
-    A plan that is less exact than was declared is no refusal: whatever runs the case then says so.
+    A plan that is less exact than declared is no refusal: the test that runs the case then fails.
     """
     try:
         strategy.plan(case.program(direction), case.shape, ranks)
@@ -140,5 +141,5 @@ def refuses(strategy: Strategy, case: Case, ranks: int, direction: Direction) ->
 
 
 def honours(strategy: Strategy, case: Case, ranks: int) -> bool:
-    """Whether the plans of all directions of the strategy take `case` on so many ranks."""
+    """Whether the plans of all directions of the strategy take `case` on this number of ranks."""
     return not any(refuses(strategy, case, ranks, d) for d in DIRECTIONS if d in strategy.directions)

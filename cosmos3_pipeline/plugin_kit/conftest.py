@@ -1,4 +1,4 @@
-"""What the kit's tests are given: the strategy under test, and what ranks have seen of it."""
+"""Fixtures of the kit's tests: the strategy under test, and the observations of its ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def strategy(subject: Subject) -> Strategy:
 
 @pytest.fixture(scope="session")
 def observed(subject: Subject, strategy: Strategy) -> Observed:
-    """Runs a case on so many ranks once, for all tests that look at it."""
+    """Runs a case once per number of ranks, for all tests that use its observations."""
     results: dict[tuple[str, int], list[Seen] | AssertionError | None] = {}
 
     def see(case: Case, ranks: int) -> list[Seen] | None:

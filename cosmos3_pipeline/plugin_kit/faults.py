@@ -1,4 +1,4 @@
-"""What one rank sees when a rank raises, a reader leaves, or the plan refuses. Runs in a rank."""
+"""Observations of one rank when a rank raises, a reader leaves, or the plan refuses. Runs in a rank."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class InjectedFault(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call ended in: the name of the exception ("" for none), its words, its three parts if it has such.
+    """The end of a call: the name of the exception ("" for none), its message, and its three parts if it has them.
 
-    `injected`: whether the fault was reached on this rank. `recovered`: whether the next call was right, or None
-    where it was not tried.
+    injected: whether this rank reached the fault. recovered: whether the next call was right; None if there was no
+    next call.
     """
 
     error: str

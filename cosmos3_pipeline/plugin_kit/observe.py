@@ -1,4 +1,4 @@
-"""What one rank sees of a strategy on one case: results, messages, weights. Runs in a rank."""
+"""Observations of one rank on one case: results, messages, weights. Runs in a rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEED, OTHER_SEED = 5, 6
 class Part:
     """One call on one rank.
 
-    error: the traceback of what it raised. shapes: of the tensors that it gave, and `digest` of their bytes.
+    error: the traceback of the exception. shapes: of the tensors that it returned; `digest`: of their bytes.
     max_abs and psnr: its distance from what it is held against; equal: in every bit; reached: the exactness that
     this is, None for another picture. counted, planned: (bytes, messages) sent. wire: (bytes, messages) by kind.
     collectives: each one that was called, in order.
@@ -68,7 +68,7 @@ Observed = Callable[[Case, int], list[Seen] | None]
 
 
 def observe(subject: Subject, case: Case) -> Seen:
-    """All that `subject` can do, on `case`, held against `replicated` on this rank alone."""
+    """All calls of `subject` on `case`, compared with `replicated` on this rank alone."""
     strategy, seen = subject.build(), Seen()
     model = case.autoencoder()
     narrow = getattr(torch, case.dtype) != torch.float32
@@ -90,7 +90,7 @@ def observe(subject: Subject, case: Case) -> Seen:
     with suppress(_Failed):
         if "decode" in strategy.directions:
             held("decode", decode, case.latents(SEED))
-            # Another clip with the same runner: what it kept of the last one would show.
+            # Another clip with the same runner, so that leftovers of the last clip show.
             other = case.latents(OTHER_SEED)
             picture = held("again", decode, other)
             if case.batch == 1:
@@ -128,7 +128,7 @@ def _weigh(seen: Seen, vae: ParallelVAE, direction: Direction, case: Case) -> No
 
 
 def vae_with(strategy: Strategy, model: AutoencoderKLWan, *, weights: WeightSource | None = None) -> ParallelVAE:
-    """All ranks' VAE: `strategy` for what it can, `replicated` for the rest."""
+    """The VAE of all ranks: `strategy` for its directions, `replicated` for the other."""
     able = {d: strategy if d in strategy.directions else Replicated() for d in DIRECTIONS}
     return ParallelVAE(model, encode=able["encode"], decode=able["decode"], weights=weights)
 
@@ -155,7 +155,7 @@ class _Failed(Exception):
 def _make(
     seen: Seen, name: str, vae: ParallelVAE, call: Callable[[], Iterable[Tensor]]
 ) -> tuple[Part, list[Tensor]]:
-    """Make a call and note what it gave and sent, or what it raised: then raises _Failed."""
+    """Make a call and record its result and messages, or its exception. Raises _Failed after an exception."""
     part = seen.parts[name] = Part()
     before = vae.ledger.snapshot()
     with _recorded_collectives() as part.collectives:
@@ -221,7 +221,7 @@ class _CountingWeights(ModuleWeights):
         return tensors
 
     def taken(self, names: set[str]) -> int:
-        """Bytes of those of `names` that were taken."""
+        """Bytes of the tensors in `names` that were read."""
         return sum(size for name, size in self._taken.items() if name in names)
 
 

@@ -81,7 +81,7 @@ def _rank(
 
 
 class _Watch:
-    """What processes have computed, by their own clocks."""
+    """CPU seconds of processes."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
@@ -105,9 +105,9 @@ class _Watch:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """What a process has computed so far; nothing if it has ended.
+    """CPU seconds of a process so far; 0 if it has ended.
 
-    Not by gloo's own threads, which wake a hundred times a second whether or not there is something to do.
+    gloo's own threads do not count, because they wake a hundred times a second even if there is nothing to do.
     """
     process = Path(f"/proc/{pid}")
     try:

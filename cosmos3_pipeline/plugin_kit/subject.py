@@ -25,7 +25,7 @@ class Subject:
 
     @classmethod
     def parse(cls, spec: str | None, settings: Sequence[str]) -> Subject:
-        """From the command line. Raises SubjectError."""
+        """Parse the options of the command line. Raises SubjectError."""
         if spec is None or spec.count(":") != 1:
             raise SubjectError(
                 f"--strategy={spec}; the kit tests one strategy, by the module and name of its class; "

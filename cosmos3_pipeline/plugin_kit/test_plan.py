@@ -1,4 +1,4 @@
-"""What a strategy says before any weight is read: its declaration, its plans, its refusals. Starts no rank."""
+"""Tests of a strategy before any weight is read: its declaration, its plans, its refusals. Starts no rank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plans(strategy: Strategy, case: Case, ranks: int) -> list[tuple[Direction, S
 
 
 def assert_three_parts(problem: Problem) -> None:
-    """What is wrong; why it cannot work; what would."""
+    """Fails if a refusal lacks one of its parts: what is wrong, why it cannot work, what would work."""
     assert problem.what and problem.why and problem.works, (
         f"a refusal says what, why and what would work: {problem}"
     )

@@ -1,4 +1,4 @@
-"""What a strategy does on real ranks, held against `replicated` and against its own plan."""
+"""Tests of a strategy on real ranks: compared with `replicated` and with its own plan."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cosmos3_pipeline.vae.strategy import Exactness, Strategy
 
 # How far what is alive at most may be above its plan, and below.
 MOST_ALIVE, LEAST_ALIVE = 1.1, 0.75
-# Of tensors too small to be worth planning.
+# Bytes of tensors that are too small to be planned.
 SMALL_BYTES = 8 << 10
 
 
 def parts_of(observed: Observed, case: Case, ranks: int, *names: str) -> list[list[Part]]:
-    """Those of the parts `names` that were tried: for each, every rank's. Fails where any call raised."""
+    """For each of the parts `names` that were tried, the observations of every rank. Fails if any call raised."""
     seen = seen_by(observed, case, ranks)
     for rank, one in enumerate(seen):
         for name, part in one.parts.items():

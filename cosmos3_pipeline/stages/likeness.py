@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -34,8 +35,15 @@ def likeness(reference: Iterable[NDArray[np.uint8]], other: Iterable[NDArray[np.
         squares += float(np.square(difference, dtype=np.float64).sum())
         count += difference.size
         similarities.append(ssim(theirs, ours))
-    psnr = None if squares == 0 else float(10 * np.log10(PEAK**2 * count / squares))
+    psnr = None if squares == 0 else psnr_db(PEAK, squares / count)
     return Likeness(largest == 0, psnr, float(np.mean(similarities)), largest)
+
+
+def psnr_db(value_range: float, mean_square: float) -> float:
+    """The peak signal-to-noise ratio in dB of a mean squared error; infinite where nothing differs."""
+    if mean_square in (0.0, math.inf):
+        return math.inf if mean_square == 0.0 else -math.inf
+    return 10 * math.log10(value_range**2 / mean_square)
 
 
 def ssim(reference: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

@@ -1,4 +1,4 @@
-"""What each rank's actions add up to: bytes and messages, FLOPs, weights, peak memory. No torch here.
+"""Adds up the actions of each rank: bytes and messages, FLOPs, weights, peak memory. Imports no torch.
 
 It goes through the actions as `execute` does, with sizes in place of tensors.
 """
@@ -35,11 +35,11 @@ from cosmos3_pipeline.vae.ops import NO_ROOM, Room, Work
 
 @dataclass
 class Tally:
-    """What one rank does over a clip.
+    """The work of one rank for one clip.
 
-    flops: as `Op.flops`. sent_bytes, sent_messages: payload that it hands to others, as the ledger counts it; for
-    a decode that of `decode_stream`, whose pictures are bytes. peak_bytes: the most that is alive at once beside
-    the weights; not counted is what a convolution library keeps for itself.
+    flops: as `Op.flops`. sent_bytes, sent_messages: the payload that the rank sends, as the ledger counts it. A
+    decode counts the pictures of `decode_stream`, one byte per value. peak_bytes: the most bytes of tensors alive
+    at once, without the weights and without the buffers of the convolution library.
     """
 
     flops: int = 0
@@ -104,7 +104,7 @@ class _Flow:
 
 
 class _After(NamedTuple):
-    """What a run of ops leaves, and the most bytes of its flow and of kept frames that are alive meanwhile."""
+    """The flow that a run of ops leaves, and the peak bytes of the flow and the kept frames during the run."""
 
     pattern: tuple[tuple[int, int], ...]
     room: Room
@@ -124,14 +124,14 @@ class _Runs:
         self._known: dict[Any, _After] = {}
 
     def work_of(self, tile: Tile, chunk: int, portions: int) -> Work:
-        """Of one portion of a chunk on `tile`."""
+        """The size of the work of one portion of a chunk on `tile`."""
         key = (tile.rect, tile.unit, chunk == 0, portions)
         if key not in self._work:
             self._work[key] = Work(tile.latent(self._low.shape), self._low.shape, chunk == 0, portions)
         return self._work[key]
 
     def after(self, run: Run, flow: _Flow, kept: Mapping[int, int], work: Work) -> _After:
-        """What `run` makes of `flow`, while the frames `kept` of its ops are alive."""
+        """The flow behind `run`, which begins with `flow` while the frames `kept` of its ops are alive."""
         key = (run.start, run.stop, run.forgets, run.goes_on, work, flow.pattern(), flow.room, tuple(kept))
         if key not in self._known:
             walked = _Flow([0], [])
@@ -216,7 +216,7 @@ class _Walk:
         self._kept: dict[Tile, dict[int, int]] = defaultdict(dict)
         self._arriving: dict[int, int] = {}  # bytes
         self._leaving: deque[list[int]] = deque()  # due, bytes
-        # By chunk, value and op the bytes of a shortcut's last portion that was sent, and with which message.
+        # Key: chunk, value and op. Value: bytes of the shortcut's portion that was sent last, and its message.
         self._portions_sent: dict[tuple[int, int, int], tuple[list[int], int]] = {}
         self._results: deque[int] = deque()
         self._kept_now = 0  # elements
@@ -237,7 +237,7 @@ class _Walk:
         }
 
     def tally(self) -> Tally:
-        """Of all actions."""
+        """The sums over all actions of this rank."""
         for action in self._low.actions[self._rank]:
             self._do[type(action)](action)
         ops = self._program.ops
@@ -246,7 +246,7 @@ class _Walk:
 
     # ---------------------------------------------------------------------------------------------- what is alive
     def _beside(self, tile: Tile | None = None) -> int:
-        """Bytes alive beside the flow of `tile`."""
+        """Living bytes other than the flow of `tile`."""
         elements = self._kept_now
         for other, flow in self._flows.items():
             if other != tile:
@@ -288,7 +288,7 @@ class _Walk:
         self._kept_now -= self._kept[tile].pop(op, 0)
 
     def _halos(self, run: Run, work: Work) -> None:
-        """What goes to other tiles while `run` is at work."""
+        """Count the halos that `run` sends to other tiles."""
         key = (id(run.halos), run.start, run.stop, work)
         if key not in self._sent:
             nbytes = messages = 0

@@ -1,4 +1,4 @@
-"""What a strategy writes: which rank runs which ops on which chunks and which part of the picture. No torch here.
+"""An assignment: which rank runs which ops on which chunks and which part of the picture. Imports no torch.
 
 The work of one clip is a box: ops x chunks x picture. A strategy tiles it into blocks, each with a rank:
 
@@ -7,8 +7,8 @@ The work of one clip is a box: ops x chunks x picture. A strategy tiles it into 
     Block(ops=(0, 84), chunks=(0, 48), rank=2, slab=Rect(4, 8, 0, 60))  # some rows: a shard
     Block(ops=(0, 84), chunks=(0, 48), rank=EVERY)                      # every rank, each for itself
 
-What has to travel follows from that, and is found by `lowering`. A box that is not tiled, or in which two ranks do
-the same without saying so, is refused by `check`, which names the block.
+The messages follow from the blocks; `lowering` derives them. A box that is not fully tiled is refused, and so are
+two ranks that do the same work without saying so. The error names the block.
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ class Rect(NamedTuple):
 class Block:
     """`rank` runs the ops [start, stop) on the chunks [start, stop) of a slab of the picture.
 
-    rank: `EVERY` says that each rank does it for itself. slab: None is the whole picture; rows and columns are
-    counted in parts of a latent row, `unit` of which make one, so that a cut may lie within a latent row where the
-    picture is larger. warm_up: so many of its first chunks are run only to fill the caches: their results are
-    dropped, and the block begins with empty caches, as a clip does.
+    rank: `EVERY` means that each rank computes the block for itself.
+    slab: rows and columns; None is the whole picture. `unit` parts make one latent row, so a cut may lie within a
+    latent row at ops whose picture is larger.
+    warm_up: the number of first chunks that only fill the temporal caches. Their results are dropped. The block
+    begins with empty caches, like a clip.
     """
 
     ops: tuple[int, int]
@@ -120,7 +121,7 @@ class Assignment:
 
 
 class AssignmentError(Refusal):
-    """Blocks that are no assignment: some work is nobody's, or two ranks', or cannot be cut like that."""
+    """The blocks are no assignment: no rank or two ranks compute some work, or an op cannot be cut like this."""
 
 
 class Tile(NamedTuple):
@@ -166,7 +167,10 @@ def whole_picture(shape: LatentShape, scale: int = 1) -> Rect:
 
 
 def read_by(op: Op, part: Rect, whole: Rect) -> Rect:
-    """What `op` reads to make `part`, both in rows and columns of its input. This is all the geometry there is."""
+    """The part of its input that `op` reads to compute `part`, in rows and columns of its input.
+
+    This is where the size of a halo is decided: `op.margins` around the part. No other code has this geometry.
+    """
     return whole if op.reads_whole else part.grown(op.margins, whole)
 
 
@@ -211,14 +215,14 @@ def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], ch
             if rects[i].common(rects[j]):
                 raise AssignmentError(
                     f"{working[j]} overlaps {working[i]} in {where}",
-                    "two ranks would do the same work, and nobody could say whose result counts",
+                    "two ranks would do the same work, and it would be undecided which result counts",
                     "give each part to one rank, or to every rank with rank=EVERY, or drop results with warm_up",
                 )
     missing = shape.rows * shape.cols * unit**2 - sum(rect.area for rect in rects)
     if missing:
         near = f"; nearest is {working[0]}" if working else ""
         raise AssignmentError(
-            f"{where} are nobody's on {missing / unit**2:g} of {shape.rows * shape.cols} latent pixels",
+            f"no rank computes {where} on {missing / unit**2:g} of {shape.rows * shape.cols} latent pixels",
             f"every op has to run on the whole picture of every chunk{near}",
             "let the blocks tile ops x chunks x picture",
         )
@@ -229,7 +233,7 @@ def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], ch
             if tile in tiles or tile in warming:
                 raise AssignmentError(
                     f"{block} warms up in {where}",
-                    "another block has the same rank run them there anyway, and its caches cannot be two things",
+                    "another block has the same rank run them there anyway, and a rank has one set of caches",
                     "begin the warm-up later, or join the blocks",
                 )
             warming.append(tile)
@@ -272,7 +276,7 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
         if not 0 <= block.warm_up < block.chunks[1] - block.chunks[0]:
             raise AssignmentError(
                 f"{block} warms up on {block.warm_up} chunks",
-                f"it has {block.chunks[1] - block.chunks[0]}, and the result of one has to be of use",
+                f"it has {block.chunks[1] - block.chunks[0]}, and the result of at least one must be used",
                 "give 0, or fewer than it has",
             )
         cut = (block.ops, slab, unit)
@@ -298,7 +302,7 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
 
 
 def _is_well_formed(block: Block) -> bool:
-    """Whether its fields have the types that they should, which nobody checks when a block is made."""
+    """Whether its fields have the right types. A dataclass does not check them."""
     pairs = (block.ops, block.chunks)
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs) or not isinstance(
         block.slab, Rect | None

@@ -10,9 +10,10 @@ import math
 # Float32 elements that the fused norm and activation works on at once: half a megabyte, so that its passes stay in
 # a core's second-level cache.
 NORM_BLOCK_ELEMENTS = 1 << 17
-# From so many FLOPs for two frames of its output on, and so many pixels of a frame, a convolution makes two at a
-# time. With less, four calls cost more than the arithmetic that they save; with fewer pixels its time is that of
-# reading weights, of which there are a third more. Timed with 12 to 1024 channels.
+# A convolution computes two frames at a time if two output frames have at least this many FLOPs and a frame has at
+# least this many pixels. With fewer FLOPs, the four calls cost more than the arithmetic that they save. With fewer
+# pixels, most of the time is spent on reading weights, of which this method reads a third more. Timed with 12 to
+# 1024 channels.
 _PAIR_FLOPS = 150_000_000
 _PAIR_PIXELS = 48
 # Elements of a band of a frame, of its input or output, that a pair is made of at once: a megabyte, so that sums

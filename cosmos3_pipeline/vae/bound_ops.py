@@ -1,4 +1,4 @@
-"""What each op of a program does, with its weights bound: one small class per op type.
+"""Each op of a program with its weights bound: one small class per op type.
 
 An op reads `flow.at`, the activation of the chunk, and replaces it. Layout: [B, T, H, W, C].
 """
@@ -20,8 +20,8 @@ from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
 from cosmos3_pipeline.vae.frames import Arrival, Frames, HaloExchange, with_room
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
-# On CPU, a norm of so many blocks or fewer is one call: it then takes a millisecond or so, and computing the edges
-# in calls of their own costs more than their journey beside it would save.
+# On a CPU, a norm of at most this many blocks is one call. It takes about a millisecond, and separate calls for
+# the edges would cost more than sending the edges early saves.
 NORM_BLOCKS_AT_ONCE = 8
 
 
@@ -29,10 +29,12 @@ NORM_BLOCKS_AT_ONCE = 8
 class Flow:
     """One portion of a chunk on its way through ops on one tile: the activation and the open shortcuts.
 
-    cache: by an op's name the frames that it keeps for the next chunk. first: whether this is the clip's first
-    chunk. exchange: None where the tile is the whole picture. whole: the input of an attention that has been put
-    together already. forgets: the ops whose frames are not needed again. following: the op after this one.
-    follows_at_once: whether nothing happens between this op and the one after it.
+    cache: the frames that each op keeps for the next chunk, by name.
+    first: whether this is the clip's first chunk.
+    exchange: None if the tile is the whole picture.
+    whole: the input of an attention, if it is assembled already.
+    forgets: the ops whose kept frames are not needed again.
+    following: the next op. follows_at_once: whether nothing happens before it.
     """
 
     at: Frames
@@ -68,7 +70,7 @@ class BoundOp(ABC, Generic[OpT]):
         """Replace `flow.at` by the op's output."""
 
     def pass_by(self, flow: Flow) -> None:
-        """Another rank runs it on this chunk: only keep what it needs for a later one, in a memory of its own."""
+        """Another rank runs this op on this chunk: only copy the frames that a later chunk needs here."""
         name, count = self.op.name, self.op.cached_frames
         if not count:
             return
@@ -86,7 +88,7 @@ class BoundOp(ABC, Generic[OpT]):
 
 
 def _take(flow: Flow, bound: BoundOp[Any]) -> Frames:
-    """The activation with the room that `bound` wants; copied only if whoever wrote it did not leave that room."""
+    """The activation with the room that `bound` wants. It is copied only if its buffer does not have this room."""
     inner = flow.at.inner
     room = bound.room(inner.shape, inner, first=flow.first, exchange=flow.exchange)
     if flow.at.room == room:
@@ -141,13 +143,13 @@ def _may_stay(flow: Flow, buffer: Tensor, count: int) -> bool:
 
 
 def _closed(flow: Flow) -> Tensor:
-    """What the shortcut opened last has kept, to be overwritten; a copy if an outer one has kept the same."""
+    """The tensor that the innermost shortcut has kept, to be overwritten: a copy if an outer one shares it."""
     kept = flow.shortcuts.pop()
     return kept.clone() if any(_same_memory(kept, outer) for outer in flow.shortcuts) else kept
 
 
 def _is_added_later(flow: Flow) -> bool:
-    """Whether the next op adds what this one makes to a shortcut, in the pass in which it reads the sum."""
+    """Whether the next op adds this op's result to a shortcut, in the same pass in which it reads the sum."""
     following = flow.following
     if takes_host_path(flow.at.buffer) or not flow.follows_at_once or following is None:
         return False
@@ -162,7 +164,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _edges_first(height: int, width: int, margins: Margins) -> tuple[list[_Part], list[_Part]]:
-    """A slab in parts (rows, columns): those that neighbours read as their margins, and what is left."""
+    """A slab in parts (rows, columns): the edges that neighbours read as their halo, and the rest."""
     top, bottom = min(margins.bottom, height), max(height - margins.top, min(margins.bottom, height))
     left, right = min(margins.right, width), max(width - margins.left, min(margins.right, width))
     everywhere, between = slice(0, width), slice(top, bottom)
@@ -245,7 +247,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for part in edges:
             self._norm(x, owed, out, part)
-        # What other tiles wait for is ready: it travels while the rest is computed.
+        # The halo that other tiles wait for is ready. It is sent while the rest is computed.
         if following is not None:
             _begin(flow, frames, following)
         for part in rest:
@@ -293,7 +295,7 @@ class Attention(BoundOp[ops.Attention]):
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
         normed = whole = torch.ops.cosmos3.vae_norm(x, self._gamma)
-        # Keys and values are those of whole frames.
+        # Keys and values are of whole frames.
         if flow.whole is not None:
             whole, flow.whole = torch.ops.cosmos3.vae_norm(flow.whole, self._gamma), None
         elif flow.exchange is not None:
@@ -316,7 +318,7 @@ class TimeUp(BoundOp[ops.TimeUp]):
         pairs = self._conv(frames.buffer)
         b, t, h, w, c = pairs.shape
         pairs = pairs.view(b, t, h, w, 2, c // 2).permute(0, 1, 4, 2, 3, 5)
-        # Of one frame `reshape` makes a view, whose pixels are not side by side for the next convolution.
+        # `reshape` of one frame is a view whose pixels are not contiguous, as the next convolution needs them.
         flow.at = Frames(pairs.reshape(b, 2 * t, h, w, c // 2).contiguous())
 
 
@@ -355,7 +357,7 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         out = frames.buffer.new_empty(b, t, h, 2, w, 2, self.op.target.channels)
         kept = None if self.op.duplicates is None else flow.shortcuts.pop()
         offsets = [(row, col) for row in (0, 1) for col in (0, 1)]
-        # What reads nothing that is on its way is made before that is waited for.
+        # Outputs that need no halo are computed before the rank waits for it.
         early = [at for at in offsets if frames.arrival is not None and not _reads(*at, frames.arrival.margins)]
         for at in early:
             self._make(*at, frames, kept, first=flow.first, out=out)

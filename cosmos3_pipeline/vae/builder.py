@@ -1,4 +1,4 @@
-"""Writing a VAE down op by op: what its blocks consist of, and what is between them. No torch here."""
+"""Writes a VAE down op by op: the ops of its blocks, and the ops between blocks. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""When each rank's actions end: the same actions with seconds in place of tensors. No torch here.
+"""When the actions of each rank end: the actions of a run with seconds in place of tensors. Imports no torch.
 
-A rank computes, and goes on to its next action at once unless that needs a message which has not arrived. A
-message goes when both ends are ready for it, as gloo's and NCCL's do; a rank sends one at a time and takes in one
-at a time. What a convolution makes before its margins have arrived is not modelled: here it waits for them first.
+A rank goes on to its next action at once, unless the action needs a message that has not arrived. A message starts
+when both ends are ready, as with gloo and NCCL. A rank sends one message at a time and receives one at a time. The
+real convolution computes some rows before its halo arrives; the clock lets it wait for the halo first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cosmos3_pipeline.vae.program import Program
 
 
 class OpCosts(Protocol):
-    """What the ops of a program cost one rank."""
+    """Seconds of the ops of a program on one rank."""
 
     def seconds(self, op: int, rows: float, *, first: bool) -> float:
         """Seconds of op `op` for one chunk of `rows` latent rows of the clip's full width.
@@ -105,7 +105,7 @@ class FlopCosts:
 
 
 def flops_until_end(clip: Repeated) -> float:
-    """The FLOPs in whose time the clip is done if messages take none: the slowest rank's, and what it awaits."""
+    """FLOPs on the critical path: those of the slowest rank, and of the work that it waits for."""
     return clip.total(
         lambda lowered: (
             float(lowered.program.flops(lowered.shape))
@@ -125,9 +125,10 @@ class _Flight:
 
 
 class _HaloTimes(NamedTuple):
-    """One exchange of margins: with whom, seconds from when all are ready, what it takes from computing.
+    """One exchange of halos: the peers, its seconds once all are ready, and the computing time that it costs.
 
-    edges: the share of the op before that is computed before it begins. A rank's messages go one after the other.
+    edges: the share of the op before that is computed before the exchange begins. A rank sends its messages one
+    by one.
     """
 
     peers: tuple[int, ...]
@@ -185,7 +186,7 @@ class _Clock:
         )
 
     def _process(self, number: int) -> Iterator[str]:
-        """What rank `number` does; yields while it waits, "moved" if it did something since it last did."""
+        """The actions of rank `number`. Yields while the rank waits: "moved" if it did something since then."""
         rank = self._ranks[number]
         for action in self._low.actions[number]:
             if isinstance(action, Run):
@@ -224,7 +225,7 @@ class _Clock:
         begin, at = rank.now, run.start
         for op in self._halo_ops(run):
             if op > run.start:
-                # What others read of its output is computed first, and travels while the rest is.
+                # The rows that other tiles read are computed first. They are sent while the rest is computed.
                 last = sums[op] - sums[op - 1]
                 halo = self._halo(number, run, op, portions)
                 edges = last * halo.edges
@@ -247,7 +248,7 @@ class _Clock:
             self._events.append((number, f"chunk {run.chunk}: ops {run.start}-{run.stop - 1}", begin, rank.now))
 
     def _sums_of(self, rows: float, portions: int, *, first: bool) -> list[float]:
-        """Seconds before each op, for one portion on so many rows."""
+        """Seconds before each op, for one portion on this many rows."""
         key = (rows, first, portions)
         if key not in self._sums:
             ops = range(len(self._program))
@@ -342,7 +343,7 @@ class _Clock:
         return self._go(flight, message.source, message.target, nbytes)
 
     def _pay(self, rank: _Rank, source: int, target: int, nbytes: int) -> None:
-        """What a message takes from computing."""
+        """Add the computing time that a message costs a CPU rank."""
         if not self._free:
             self._spend(rank, self._links(source, target).busy(nbytes))
 

@@ -3,18 +3,18 @@
 Every strategy and the replicated reference run these, so a faster kernel changes all of them alike and their
 outputs stay comparable bit for bit. Activations are channels-last and contiguous: [B, T, H, W, C].
 
-On CPU they call oneDNN directly with weights reordered once. PyTorch's own choice falls back to a slow kernel for
-small inputs, and reorders the weights at every call. In float32 they make two frames out of four convolutions of
-one frame each where the three taps of both would be six:
+On CPUs they call oneDNN directly with weights that were reordered once. PyTorch itself falls back to a slow
+kernel for small inputs, and reorders the weights at every call. In float32 they compute two frames with four
+convolutions of one frame each instead of six:
 
     y0 = w0 x0 + w1 x1 + w2 x2        y1 = w0 x1 + w1 x2 + w2 x3
     a = (w0 + w1 + w2) / 2 (x1 + x2)  b = (w0 - w1 + w2) / 2 (x2 - x1)
     y0 = a + b + w0 (x0 - x2)         y1 = a - b + w2 (x3 - x1)
 
-(Winograd's F(2, 3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). Its distance from
-the result in float64 was 0.7 to 1.4 times that of the plain convolution, the least with few channels. In bfloat16
-the sums of frames and of weights would be rounded as well. A processor without instructions for bfloat16 convolves
-it in float32, in bands of rows, and rounds the result once; the weights that are held then take four bytes each.
+(Winograd's F(2, 3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). Its error against
+float64 was 0.7 to 1.4 times the error of the plain convolution. bfloat16 does not use it, because the sums of
+frames and of weights would be rounded too. A processor without instructions for bfloat16 computes in float32, in
+bands of rows, and rounds the result once. The reordered weights then take four bytes each.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from cosmos3_pipeline.vae.ops import Margins
 # The shapes of a clip: its first chunk's and the later ones'.
 _SHAPES = 2
 
-# Elements of a band that is made in a wider dtype than its own, and no fewer than so many for each weight: all
-# weights are read for a band.
+# Elements of a band that is computed in a wider dtype, and the least elements per weight, because each band reads
+# all weights.
 _WIDE_ELEMENTS = 1 << 16
 _WIDE_BY_WEIGHTS = 1
 
-# What is reordered: all taps, one of them, and the two that both frames of a pair share.
+# Parts of a weight that are reordered: all taps, one tap, and the two sums that both frames of a pair use.
 _WHOLE, _FIRST, _LAST, _SUM, _DIFFERENCE = "whole", "first", "last", "sum", "difference"
 _OF_PAIRS = (_FIRST, _SUM, _DIFFERENCE, _LAST)
 
@@ -53,7 +53,7 @@ _Key = tuple[str, tuple[int, ...]]  # what is reordered, and for frames [B, C, T
 class Convolution:
     """A 3D convolution over channels-last activations, its weights bound and reordered on first use.
 
-    `weight` is [O, I, kt, kh, kw], `bias` [O]. It is let go once it can be put together from what was reordered.
+    `weight` is [O, I, kt, kh, kw], `bias` [O]. It is dropped once it can be restored from its reordered parts.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -96,11 +96,11 @@ class Convolution:
     ) -> Tensor:
         """[B, T, H, W, I] -> [B, T', H', W', O]; `padding` adds zero rows and columns on both sides.
 
-        x begins with the frames before those that are made, or they are given apart as `before`: to make pairs of
-        frames (`makes_pairs`), for which no copy has to put them side by side. `taps` > 0 computes only the last
-        `taps` temporal taps: right where the frames before are zeros.
-        The result is added `onto` [B, T', H', W', O], contiguous, which is returned; oneDNN rounds the sum once.
-        `arrival` is of the outer rows and columns of x, and waited for as late as can be.
+        The frames of the past are the first of x, or come separately as `before`, so that pairs of frames
+        (`makes_pairs`) need no copy.
+        taps: if positive, only the last `taps` temporal taps are computed, which is right if the past is zeros.
+        onto: [B, T', H', W', O], contiguous. The result is added to it, and oneDNN rounds the sum once.
+        arrival: of the halo of x. It is waited for as late as possible.
         """
         if before is not None:
             assert not taps and stride == (1, 1, 1), "pairs of frames are made with all taps, and of every frame"
@@ -131,7 +131,7 @@ class Convolution:
         taps: int,
         onto: Tensor | None,
     ) -> Tensor:
-        """In a wider dtype than that of x, in bands of rows that take little memory beside it."""
+        """The same in a wider dtype than x has, in bands of rows, which take little memory."""
         outputs, inputs, all_taps, height, width = self._shape
         batch, frames, rows, cols, _ = x.shape
         kernel, edges = (taps, height, width), (0, *padding)
@@ -178,7 +178,7 @@ class Convolution:
         bands = [_Band(slice(0, rows), slice(0, x.shape[2]))]
         if size < rows:
             bands = [_band(top, min(top + size, rows), height, padding[0]) for top in range(0, rows, size)]
-        # What reads nothing that is on its way is made before that is waited for.
+        # Bands that need no halo are computed before the rank waits for it.
         early = [band for band in bands if arrival is not None and _is_within(band, x, arrival.margins)]
         for band in early:
             pairs.make(band)
@@ -196,10 +196,10 @@ class Convolution:
         pad: tuple[int, ...],
         stride: tuple[int, ...],
     ) -> list[Tensor]:
-        """What `names` say of the weight, in the order that oneDNN wants for frames of this shape.
+        """The parts `names` of the weight, in the memory order that oneDNN wants for frames of this shape.
 
-        Which order is best depends on the shape, and weights in another would be reordered at every call. Kept for
-        the shapes that were used last.
+        The best order depends on the shape. oneDNN would reorder weights in another order at every call, so the
+        results are kept for the shapes that were used last.
         """
         keys = [(name, frames) for name in names]
         if keys not in self._used:
@@ -217,7 +217,7 @@ class Convolution:
         return [self._packed[key] for key in keys]
 
     def _let_go(self, weight: Tensor) -> None:
-        """Drop what is of other shapes than those used last, and `weight` itself if the rest has all of it."""
+        """Drop the parts for shapes not used lately, and `weight` itself if it can be restored from the rest."""
         whole = [keys for keys in self._used if _has_all(keys)]
         self._used = self._used[-_SHAPES:]
         if whole and whole[-1] not in self._used:
@@ -240,12 +240,12 @@ class Convolution:
 
 
 def _has_all(keys: list[_Key]) -> bool:
-    """Whether the whole weight can be put together from them (and the middle tap)."""
+    """Whether the whole weight can be restored from these parts and the middle tap."""
     return len(keys) > 1 or keys[0][0] == _WHOLE
 
 
 def _part(weight: Tensor, name: str) -> Tensor:
-    """What `name` says of a weight [O, I, kt, kh, kw]."""
+    """The part `name` of a weight [O, I, kt, kh, kw]."""
     if name == _WHOLE:
         return weight
     first, last = weight[:, :, :1], weight[:, :, -1:]

@@ -1,11 +1,11 @@
-"""What the ops of a program cost beside each other, without a weight read: in FLOPs, for the ranks of a line.
+"""Relative costs of the ops of a program, in FLOPs, by which strategies divide them. No weight is read.
 
-Those of a CPU are fitted to what ops took on one core of an EPYC 9004, in float32, at decoder widths from 16 to
-256 with 8 to 1080 latent pixels (22 shapes): the share of a later chunk before a cut in the middle is within 1.2
-percentage points of that, 1.6 in one shape, and what the first chunk takes of a later one, 0.17 to 0.22, within
-0.02.
+CPU costs are fitted to measured times of ops on one core of an EPYC 9004, in float32, at decoder widths from 16 to
+256 with 8 to 1080 latent pixels (22 shapes). Two checks of the fit: the share of a later chunk that lies before a
+cut in the middle is within 1.2 percentage points of the measured share (1.6 in one shape). The ratio of the first
+chunk to a later one (0.17 to 0.22) is within 0.02.
 
-Those of an accelerator, whose norms are one pass over memory, are a roofline by its kernels' FLOPs and bytes.
+Accelerator costs are a roofline of the FLOPs and bytes of the kernels: a norm there is one pass over memory.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from typing import NamedTuple
 from cosmos3_pipeline.vae.ops import LatentShape, Op, Work
 from cosmos3_pipeline.vae.program import Program
 
-# From so many latent pixels on (512 x 512 of the video) costs are proportional to the picture's size but for
-# attention, a thousandth of them; so one division serves all larger clips, which share one set of weights.
+# From this many latent pixels on (512 x 512 of the video), costs are proportional to the picture's size. Only
+# attention, a thousandth of them, is not. One division of the ops therefore serves all larger clips.
 LARGE_PIXELS = 1024
-# Multiplications and additions in the time in which one weight is read from memory, which each portion of a
-# chunk does anew, and partly while it computes: of both an op takes the root of the sum of squares. Weights of an
-# op up to so many stay in a cache.
+# FLOPs in the time in which one weight is read from memory. Each portion of a chunk reads the weights again,
+# partly while it computes, so an op takes the root of the sum of both squares. The weights of an op stay in a
+# cache if they are at most this many.
 _FLOPS_PER_WEIGHT = 60
 _CACHED_WEIGHTS = 1 << 20
-# As many in the time in which one element of an activation is read or written.
+# FLOPs in the time in which one element of an activation is read or written.
 _FLOPS_PER_ELEMENT = 50.0
-# As many in the time that an op takes beside what it computes: 0.2 ms, for its calls, its code and small weights,
-# which the ops before it have driven out of the caches.
+# FLOPs in the fixed time of an op, 0.2 ms. This is the time for its calls, and to load its code and small weights,
+# which earlier ops have driven out of the caches.
 _CALL_FLOPS = 20_000_000
-# A convolution computes its output channels in blocks of so many; what a product costs where the last is not full.
+# A convolution computes output channels in blocks of this size; the relative cost if the last block is not full.
 _CHANNEL_BLOCK = 16
 _PART_OF_A_BLOCK = 1.04
 # Where a convolution makes two frames at a time: the part of its products that is left, how many weights it reads
 # for one, its ways through input and output, most of them for sums and differences of frames, and its calls.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
-# FLOPs in the time in which an accelerator reads or writes one byte: of an H200 as `conf/topology` has it, 331
-# TFLOP/s of its convolutions beside 4.8 TB/s. A line of four of them that is divided by 140 ends 1.5% later.
+# FLOPs in the time in which an accelerator reads or writes one byte. For an H200 of `conf/topology`: 331 TFLOP/s
+# of convolutions and 4.8 TB/s. With 140 instead, a pipeline of four H200 would end 1.5% later.
 _FLOPS_PER_BYTE = 70.0
 # How often an accelerator reads or writes a frame that an op keeps: from its place to the front of the next chunk,
 # and the next one into its place.
@@ -46,7 +46,7 @@ RECALLED_PASSES = 3
 
 
 class ChunkCosts(NamedTuple):
-    """What each op costs on the first chunk, which has one frame everywhere, and on a later one."""
+    """The cost of each op on the first chunk, which has one frame everywhere, and on a later chunk."""
 
     first: tuple[float, ...]
     later: tuple[float, ...]
@@ -56,9 +56,10 @@ class ChunkCosts(NamedTuple):
 def op_costs(
     program: Program, pixels: int = LARGE_PIXELS, element_bytes: int = 4, *, on_host: bool = True
 ) -> ChunkCosts:
-    """Cost of each op on chunks of `pixels` latent pixels, in FLOPs; of more than LARGE_PIXELS, of so many.
+    """Cost of each op on chunks of `pixels` latent pixels, in FLOPs; more than LARGE_PIXELS count as LARGE_PIXELS.
 
-    on_host: of a CPU, which in float32, of 4 `element_bytes`, makes two frames at a time; else of an accelerator.
+    on_host: costs of a CPU, which computes two frames at a time in float32 (4 `element_bytes`); else of an
+    accelerator.
     """
     latent = replace(chunks_of(min(pixels, LARGE_PIXELS), element_bytes), on_host=on_host)
     if not on_host:
@@ -89,7 +90,7 @@ def chunks_of(pixels: int, element_bytes: int = 4) -> LatentShape:
 
 
 def _filled(channels: int) -> float:
-    """What `channels` outputs cost a convolution kernel by what they need: it computes them in whole blocks."""
+    """Computed channels / `channels`: a convolution kernel computes output channels in whole blocks."""
     part = _PART_OF_A_BLOCK if channels % _CHANNEL_BLOCK else 1.0
     return part * math.ceil(channels / _CHANNEL_BLOCK) * _CHANNEL_BLOCK / channels
 
@@ -132,7 +133,7 @@ class RooflineCosts:
     def _seconds(
         program: Program, number: int, shape: LatentShape, *, first: bool, rates: tuple[float, float]
     ) -> float:
-        """Of one op on the whole picture, at so many FLOPs and bytes a second."""
+        """Seconds of one op on the whole picture; rates: FLOPs and bytes per second."""
         op, elements_per_s = program.ops[number], rates[1] / shape.element_bytes
         computing = op.flops(shape, first=first) / rates[0]
         touched = op.source.elements(shape, first=first) + op.target.elements(shape, first=first)

@@ -1,4 +1,4 @@
-"""What diffusers asks of its VAE beside `encode` and `decode`: loading, saving, copying, and switches to refuse.
+"""The interface of diffusers' VAE beside `encode` and `decode`: loading, saving, copying, refused switches.
 
 A pipeline reads `__class__` and `__module__` of each component, writes both into `model_index.json`, and calls the
 component's `save_pretrained`. `DropIn` answers as `AutoencoderKLWan`, with that model's weights under that model's

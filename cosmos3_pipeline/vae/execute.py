@@ -47,7 +47,7 @@ _Regions = list[tuple[tuple[slice, ...], int]]  # parts of a buffer, and the ran
 
 
 class TileExchange:
-    """The seam of a tile's ops to other tiles: what they read beyond it, by `halos`."""
+    """Exchanges the halos of a tile with other tiles, as `halos` says."""
 
     rows: bool
     cols: bool
@@ -349,7 +349,7 @@ class Execution:
         return _crop(self._caches[tile][self._program.ops[op].name], self._around_kept(op, tile), rect)
 
     def _around_kept(self, op: int, tile: Tile) -> Rect:
-        """What the frames that `op` keeps on `tile` cover: zeros too, beyond the edge of the picture."""
+        """The rectangle of the frames that `op` keeps on `tile`, with the zeros beyond the edge of the picture."""
         exchange = self._exchange_of(tile)
         core, _ = self._low.input_rect(op, tile)
         room = self._program.ops[op].room(first=False, cut_rows=exchange.rows, cut_cols=exchange.cols)

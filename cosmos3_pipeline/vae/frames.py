@@ -1,7 +1,7 @@
-"""Activations in buffers with room around them, and the seam through which a slab gets its neighbours' rows.
+"""Activations in buffers with room around them, and the interface through which a slab gets its halo.
 
-A convolution reads frames before its chunk and, on a slab, rows beyond it. Its input is therefore written at once
-into a buffer that has room for what it wants beside it, instead of being copied into one later.
+A convolution reads frames before its chunk and, on a slab, a halo. The op before therefore writes its output into
+a buffer that has room for both, so that no copy is needed later.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
 class HaloExchange(Protocol):
-    """What the ops on a tile ask for: the rows beside it, and for attention whole frames.
+    """Gives the ops on a tile their halo, and whole frames for attention. Ops are named by their numbers.
 
-    `rows` and `cols` say whether the tile has fewer of them than the picture. Ops are asked for by their numbers.
+    `rows` and `cols`: whether the tile has fewer rows or columns than the picture.
     """
 
     rows: bool
@@ -32,8 +32,8 @@ class HaloExchange(Protocol):
     def start(self, op: int, frames: Frames) -> Callable[[], None]:
         """Begin filling the margins of `frames`, the input of `op`, in place.
 
-        Its inner part holds the tile, margins at the edge of the picture zeros. The returned call waits until
-        those that are `coming` are filled.
+        Its inner part holds the tile. Margins at the edge of the picture are zeros. The returned function waits
+        until the margins that are `coming` are filled.
         """
         ...
 
@@ -54,9 +54,10 @@ class Arrival:
 class Frames:
     """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`.
 
-    `arrival`, when it is set, is of neighbours' rows into the margins; that was begun early, so that they travel
-    while the rest of the activation is computed. recalled: the kept frames are in front already, and the frames to
-    be kept for the next chunk are where they belong. owed: what the next norm adds to `buffer` before it reads it.
+    arrival: the halo that is on its way into the margins. It was sent early, while the rest of the activation was
+    computed.
+    recalled: the kept frames are in front already, and the frames for the next chunk are stored.
+    owed: a tensor that the next norm adds to `buffer` before it reads `buffer`.
     """
 
     buffer: Tensor

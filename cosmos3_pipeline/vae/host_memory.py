@@ -1,8 +1,8 @@
-"""What the C library does with memory that a rank on CPU no longer uses: kept for the next op, not given back.
+"""Lets the C library keep the freed memory of a CPU rank for the next op, instead of returning it to the system.
 
-Memory that comes new from the system is mapped page by page while it is first written, which may take as long as
-computing what is written. Ops free and take buffers of the same sizes all the time. By default glibc
-gives large ones back at once. For an accelerator PyTorch's own allocator keeps what was freed.
+The system maps new memory page by page at the first write, which may take as long as computing the values. Ops
+free and allocate buffers of the same sizes all the time, and glibc by default returns large buffers at once. On an
+accelerator PyTorch's own allocator keeps freed memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 
-# Of <malloc.h>; the largest threshold that glibc accepts, the largest int, how many buffers it maps by default.
+# Constants of <malloc.h>; glibc's largest threshold, the largest int, and how many buffers it maps by default.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _MAPPED_BYTES = 32 << 20
 _MOST_KEPT_BYTES = (1 << 31) - 1
@@ -29,9 +29,9 @@ _lock = Lock()
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps freed buffers of up to 32 MiB for its next ones, up to 2 GiB at a time.
+    """Let this process keep freed buffers of up to 32 MiB for its next ones, up to 2 GiB in total.
 
-    Does nothing where the C library is not glibc or the environment has one of `SETTINGS`. Returns whether it did.
+    Does nothing if the C library is not glibc or the environment has one of `SETTINGS`. Returns whether it did.
     """
     global _keeping
     if any(name in os.environ for name in SETTINGS) or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
@@ -64,17 +64,18 @@ def _count(libc: ctypes.CDLL, kind: str, by: int) -> None:
 
 
 def keeping_large_buffers() -> AbstractContextManager[None]:
-    """What is taken in the block is kept whatever its size, if this process keeps freed memory.
+    """Keep buffers of any size that are allocated in the block, if this process keeps freed memory.
 
-    For ops: with it 3 latent frames of 72 x 60 at the toy model's width took 17% less time to decode, and 10% more
-    resident memory. Not for the rest of the process, for which what is kept may be a hole that nothing fits in.
+    Used for ops: decoding 3 latent frames of 72 x 60 at the toy's width took 17% less time and 10% more resident
+    memory. Not used outside of ops, because a kept buffer may be a hole that no later buffer fits in.
     """
     return _block("large")
 
 
 def long_lived() -> AbstractContextManager[None]:
-    """What is taken in the block, among buffers that are kept, is given back when it is freed.
+    """Return buffers of the block to the system when they are freed, although the process keeps others.
 
-    From 32 MiB on, and if no freed buffer has room for it. For weights, which would leave such a hole.
+    It holds for buffers of 32 MiB and more that fit into no freed buffer. Used for weights, because a kept buffer
+    of their size would be a hole.
     """
     return _block("long-lived")

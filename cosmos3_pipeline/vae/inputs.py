@@ -1,4 +1,4 @@
-"""What a latent or a picture must be before the VAE takes it."""
+"""Checks of a latent or a picture before the VAE takes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def latent_shape(program: Program, tensor: Tensor) -> LatentShape:
 def problem_of(
     program: Program, tensor: Tensor, *, dtype: torch.dtype, device: torch.device, one_clip: bool
 ) -> Problem | None:
-    """What is wrong with `tensor` as the input of `program`, why, and what would work; None when nothing is."""
+    """The problem with `tensor` as the input of `program`; None if there is none."""
     decode = program.direction == "decode"
     what = "latent" if decode else "picture"
     channels = program.z_dim if decode else program.picture_channels
@@ -60,7 +60,7 @@ def problem_of(
     if tensor.requires_grad and torch.is_grad_enabled():
         return Problem(
             f"the {what} requires grad",
-            "the VAE is for inference, and what it returns has no gradient",
+            "the VAE is for inference, and its results have no gradient",
             f"call it under torch.no_grad(), give {what}.detach(), or use the AutoencoderKLWan that it was made "
             "from",
         )
@@ -72,12 +72,12 @@ def problem_of(
             f"one latent row or column is {step} pixels, so both must be multiples of {step}",
             f"resize it to {rows} x {cols}",
         )
-    # Frame by frame, because the check takes more memory than what it looks at.
+    # Frame by frame, because the check takes more memory than its input.
     if not bool(torch.stack([torch.isfinite(frame).all() for frame in tensor.unbind(2)]).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         return Problem(
             f"the {what} has {bad} of {tensor.numel()} values that are NaN or infinite",
-            "every pixel that they reach would be lost",
+            "every pixel that depends on them would be lost",
             "look at what made it: a finite latent decodes",
         )
     return None

@@ -24,11 +24,11 @@ class LineTimes:
         self._known_later: dict[tuple[int, int], _OfChunk] = {}
 
     def of_clip(self, chunks: int) -> float:
-        """What one rank takes for a clip of `chunks`."""
+        """Time of one rank for a clip of `chunks`."""
         return self._first[-1] + (chunks - 1) * self._later[-1]
 
     def before(self, cut: int) -> float:
-        """What the ops before `cut` take for a later chunk."""
+        """Time of the ops before `cut` for a later chunk."""
         return self._later[cut]
 
     def departures(self, runs: Iterable[tuple[int, int]], arrivals: Sequence[float] | None = None) -> list[float]:
@@ -36,7 +36,7 @@ class LineTimes:
 
         They come at `arrivals` (None: all are there).
         """
-        # Plans search with it: hence as few calls as can be.
+        # A search calls this very often, so it makes few calls itself.
         known, first = self._known_first, True
         coming = arrivals or ()
         now, leaving, at, count = 0.0, [], 0, len(coming)
@@ -54,7 +54,7 @@ class LineTimes:
         return leaving
 
     def _seconds(self, run: tuple[int, int], *, first: bool) -> _OfChunk:
-        """Of a chunk: time of the early ops for a given portion, how many are given; late ops, made of each."""
+        """For a chunk: time of the early ops and number of their portions; the same of the late ops."""
         start, stop = run
         sums, program = self._first if first else self._later, self.program
         early = max(start, min(stop, program.portions_from))

@@ -1,19 +1,19 @@
-"""From who computes what to what each rank does, in order: the one place that knows what travels. No torch here.
+"""Turns an assignment into the actions of each rank, in order. The only code that decides on messages. No torch.
 
     lowered = lower(program, shape, assignment)
     lowered.actions[rank]       # Run, Send, Post, Enter, Recall, ... of that rank, first to last
 
 The readers of these actions are `execute` (tensors), `account` (bytes, FLOPs, memory) and `clock` (seconds).
 
-Three kinds of values travel. Between two ops: the activation and what open shortcuts keep, as `Program.carried`
-lists them, from the tiles of the op before to those of the op after; with the activation come the margins that the
-op reads beyond its tile. Between two chunks: the frames that an op keeps, where its next chunk is elsewhere. At
-the end: the finished picture, to the root. A value that is needed where it was made does not travel.
+Three kinds of values are sent, and only if another rank needs them:
 
-All ranks go through one order: chunk after chunk, in a chunk portion after portion, in a portion op after op. A
-rank may wait for a message only where, in that order, whoever it waits for has all that it needs; hence
-`Message.due`. Where ranks go on with the tiles that they have, an op's margins are a `Halo`, which travels while
-the op before is still at work on the rest of the tile.
+- Between two ops: the activation with its halo, and the tensors of open shortcuts (`Program.carried`).
+- Between two chunks: the temporal cache of an op whose next chunk runs on another rank.
+- At the end: the finished picture, to rank 0.
+
+All ranks follow one common order: chunk by chunk, portion by portion, op by op. A rank waits for a message only at
+a point of this order where the sender has all of its inputs; this point is `Message.due`. If all ranks go on with
+their tiles, the margins of an op are a `Halo`, which is sent while the op before computes the rest of the tile.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from cosmos3_pipeline.vae.assignment import (
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program
 
-# What a message holds, if not the activation (0) or what a shortcut keeps (1 and more, as `Program.carried`
-# counts).
+# `Message.value` for a temporal cache and for the finished picture. 0 is the activation, and 1 and more are the
+# shortcuts, as `Program.carried` counts.
 PAST, RESULT = -1, -2
 
-# Groups of messages of one rank that may be in flight while it computes, and how many where cuts move: a cut that
-# begins early and ends late lets the stage before it be further ahead. More take memory and gain nothing.
+# Groups of messages of one rank that may be in flight while it computes. The second number is for cuts that move:
+# they start early and end late, so the stage before gets further ahead. More groups take memory and gain nothing.
 _IN_FLIGHT, _IN_FLIGHT_MOVING = 2, 4
-# So many chunks of a long clip are gone through where all are alike: the later ones only repeat what the last did.
+# Chunks of a long clip that are lowered if all are assigned alike. Later chunks repeat the last of these.
 _ALIKE = 6
-# Chunks from which on a clip has room for cuts that begin early and end late.
+# Clips of at least this many chunks have room for cuts that start early and end late.
 _RAMPS_FROM = 8
 
 
@@ -56,9 +56,9 @@ _RAMPS_FROM = 8
 class Message:
     """One tensor from rank `source` to rank `target`: `rect` of value `value` before op `op`.
 
-    rect: in rows and columns of that value. part: which portion of the chunk, 0 where it has not been divided.
-    due: the point of the common order at which it is received at the latest; whoever sent it may wait for it from
-    then on.
+    rect: in rows and columns of that value. part: the portion of the chunk, 0 for an undivided chunk. due: the
+    last point of the common order at which the message is received. From this point on the sender may wait for
+    it.
     """
 
     source: int
@@ -74,7 +74,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`rect` of value `value`: out of a message, or out of a tile that this rank has; None: out of the clip."""
+    """`rect` of value `value`. origin: a message, a tile of this rank, or None for the input of the clip."""
 
     value: int
     rect: Rect
@@ -83,7 +83,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Halo:
-    """What an op reads beyond its tile, and what others read of it: (rect, rank), in rows of the op's input."""
+    """What an op receives and sends around its tile: (rect, rank), in rows and columns of its input."""
 
     sends: tuple[tuple[Rect, int], ...]
     receives: tuple[tuple[Rect, int], ...]
@@ -114,7 +114,7 @@ class Portion(Action):
 
 @dataclass(frozen=True, slots=True)
 class Enter(Action):
-    """Put together what op `op` reads on `tile`. `fresh`: also what open shortcuts keep; else the tile goes on."""
+    """Assemble the input of op `op` on `tile`. `fresh`: also the open shortcuts; else the tile keeps its own."""
 
     tile: Tile
     op: int
@@ -126,7 +126,7 @@ class Enter(Action):
 
 @dataclass(frozen=True, slots=True)
 class Recall(Action):
-    """Put together the frames that op `op` has kept on `tile` from the chunk before."""
+    """Assemble the temporal cache of op `op` on `tile` from the chunk before."""
 
     tile: Tile
     op: int
@@ -138,7 +138,7 @@ class Recall(Action):
 class Run(Action):
     """Run the ops [start, stop) on `tile`.
 
-    forgets: ops whose frames nobody here needs for the next chunk. goes_on: op `stop` follows here at once.
+    forgets: ops whose temporal cache this rank does not need again. goes_on: op `stop` follows here at once.
     """
 
     tile: Tile
@@ -153,7 +153,7 @@ class Run(Action):
 
 @dataclass(frozen=True, slots=True)
 class Pass(Action):
-    """Keep what op `op`, which another rank runs on this chunk, will need here for a later one."""
+    """Keep frames for op `op`: another rank runs it on this chunk, and this rank runs it on a later one."""
 
     tile: Tile
     op: int
@@ -163,9 +163,9 @@ class Pass(Action):
 
 @dataclass(frozen=True, slots=True)
 class Send(Action):
-    """Start sending `messages`, which are parts of `tile`. `copies`: the tile goes on and may be overwritten.
+    """Start sending `messages`, which are parts of `tile`.
 
-    `forgets`: the frames that were sent are not needed here any more.
+    copies: the tile stays in use and may be overwritten. forgets: this rank does not need the sent frames again.
     """
 
     tile: Tile
@@ -200,7 +200,7 @@ class Emit(Action):
 
 @dataclass(frozen=True, slots=True)
 class Yield(Action):
-    """Wait for the result that was begun first, and hand it out."""
+    """Wait for the oldest unfinished result, and hand it out."""
 
     chunk: int
     part: int
@@ -213,10 +213,10 @@ class Share(Action):
 
 @dataclass
 class Lowered:
-    """What each rank does for a clip of `shape`, and what the readers of the actions need to know besides.
+    """The actions of each rank for a clip of `shape`, and facts that their readers share.
 
-    layouts: of every chunk. everywhere: each rank makes the whole result for itself. in_flight: groups of messages
-    that a rank may have on their way while it computes.
+    layouts: of every chunk. everywhere: each rank computes the whole result. in_flight: groups of messages that a
+    rank may still be sending while it computes.
     """
 
     program: Program
@@ -256,25 +256,26 @@ class Lowered:
 
     @cached_property
     def pairs(self) -> frozenset[tuple[int, int]]:
-        """Which ranks send something to which others, beside what tiles that are cut read of each other."""
+        """(sender, receiver) of all messages except halos."""
         sends = (action for actions in self.actions for action in actions if isinstance(action, Send))
         return frozenset((message.source, message.target) for send in sends for message in send.messages)
 
     def portions(self, chunk: int, part: int) -> int:
-        """In how many portions a chunk passes, of which `part` is one; 1 where it has not been divided."""
+        """The number of portions of a chunk of which `part` is one; 1 for an undivided chunk."""
         return self.program.portions_at(len(self.program), first=chunk == 0) if part else 1
 
     def message_bytes(self, message: Message) -> int:
-        """Payload of a message, as the ledger counts it; of a picture that of `decode_stream`."""
+        """Payload of a message in bytes, as the ledger counts it; for a picture that of `decode_stream`."""
         pixels = message.value == RESULT and self.program.direction == "decode"
         return math.prod(self.message_shape(message)) * (
             self.shape.picture_bytes if pixels else self.shape.element_bytes
         )
 
     def must_wait(self, due: Sequence[int], send: Send) -> bool:
-        """Whether a rank with messages in flight, each `due` at a point, waits for the first before it sends.
+        """Whether a rank with too many messages in flight waits for the first before it executes `send`.
 
-        Only for one that whoever takes it can take without what this rank does from `send` on.
+        due: the points at which the messages in flight are received. A rank may wait only for a message whose
+        receiver needs nothing that this rank does from `send` on.
         """
         return len(due) >= self.in_flight and due[0] < send.at
 
@@ -297,7 +298,7 @@ class Lowered:
         return self.program.carried(op)[max(0, value)].scale
 
     def input_rect(self, op: int, tile: Tile) -> tuple[Rect, Rect]:
-        """What `op` reads for `tile`: (without, with) what lies beyond the tile, in rows of its input."""
+        """The input of `op` for `tile`, (without, with) the halo, in rows and columns of its input."""
         known = self._inputs.get((op, tile))
         if known is None:
             spec = self.program.ops[op].source
@@ -320,9 +321,10 @@ def lower(program: Program, shape: LatentShape, assignment: Assignment) -> Lower
 
 @dataclass(frozen=True)
 class Repeated:
-    """A clip whose chunks are all assigned alike, as two short clips: as the last chunk adds, `more` of them add.
+    """A clip whose chunks are all assigned alike, as two short clips.
 
-    long: one chunk longer than `short`; None where chunks differ, and then `short` is the clip itself.
+    long: one chunk longer than `short`. `more` further chunks add as much as this last chunk. None if the chunks
+    differ: then `short` is the clip itself.
     """
 
     short: Lowered
@@ -380,7 +382,7 @@ class _Lowering:
         return any(len(span.tiles) > 1 for layout in set(self._layouts) for span in layout)
 
     def actions(self) -> list[list[Action]]:
-        """Of every rank."""
+        """The actions of every rank."""
         for span in {span for layout in set(self._layouts) for span in layout}:
             if self._halos_as_such(span):
                 self._halos(span)
@@ -420,11 +422,11 @@ class _Lowering:
             self._late[rank].clear()
 
     def _before(self, chunk: int, op: int) -> Span | None:
-        """Who has made what op `op` reads; None where that is the clip itself."""
+        """The span whose output op `op` reads; None if the op reads the clip itself."""
         return self._spans[chunk][op - 1] if op else None
 
     def _boundary(self, chunk: int, part: int, op: int) -> None:
-        """From the tiles of the op before `op` to those of `op`."""
+        """Bring the activation from the tiles of the op before `op` to the tiles of `op`."""
         before, after = self._before(chunk, op), self._spans[chunk][op]
         at = self._at(chunk, part, op)
         if part <= 1:  # before what was kept is added to
@@ -441,7 +443,7 @@ class _Lowering:
         self._pass_by(chunk, part, op)
         going_on = {tile for tile in before.tiles if tile in after.tiles or tile in after.warming}
         going_on |= {tile for tile in before.warming if tile in after.warming}
-        # What a tile has made to warm up is of no use where it begins to work.
+        # A tile that begins to work drops the results of its warm-up.
         self._leave(at, [tile for tile in before.warming if tile not in going_on])
         self._exchange(chunk, part, op, before, after, frozenset(going_on))
         self._leave(at, [tile for tile in before.tiles if tile not in going_on])
@@ -454,7 +456,7 @@ class _Lowering:
     def _exchange(
         self, chunk: int, part: int, op: int, before: Span, after: Span, going_on: frozenset[Tile]
     ) -> None:
-        """Send and put together what `op` reads where it is not already in place."""
+        """Send and assemble the input of `op` on every tile that does not have it already."""
         low, at = self._low, self._at(chunk, part, op)
         sends: dict[tuple[int, Tile], list[Message]] = defaultdict(list)
         enters: list[tuple[int, Enter]] = []
@@ -534,7 +536,7 @@ class _Lowering:
                 self._send(rank, send)
 
     def _entered(self, span: Span, op: int) -> bool:
-        """Whether a boundary before op `op` has just put together all that it reads."""
+        """Whether the boundary before op `op` has just assembled its whole input."""
         return op == span.start and not self._splits(op)
 
     def _splits(self, op: int) -> bool:
@@ -614,11 +616,11 @@ class _Lowering:
         )
 
     def _seen_since(self, chunk: int, op: int, tile: Tile) -> int | None:
-        """From which chunk on this rank has seen what `op` needs on `chunk`; None if it has not seen all."""
+        """The first chunk of those that `op` needs for `chunk`, if this rank has seen all of them; else None."""
         spec, seen = self._program.ops[op], 0
         for before in range(chunk - 1, -1, -1):
             if not self._saw(before, op, tile):
-                # What it had kept when it ran the op itself goes on.
+                # The cache from the time when this rank ran the op itself is still here.
                 return before + 1 if seen and self._ran(before, op, tile) else None
             seen += spec.source.frames if before else 1
             if seen >= spec.cached_frames:
@@ -647,7 +649,7 @@ class _Lowering:
 
     @cached_property
     def _moved(self) -> list[dict[int, list[tuple[int, Tile, tuple[Piece, ...]]]]]:
-        """For each chunk, by op: (rank, tile, pieces) of the frames that have to be put together for it."""
+        """For each chunk, by op: (rank, tile, pieces) of the temporal caches that must be assembled."""
         found: list[dict[int, list[tuple[int, Tile, tuple[Piece, ...]]]]] = []
         for chunk in range(self._last + 1):
             by_op: dict[int, list[tuple[int, Tile, tuple[Piece, ...]]]] = defaultdict(list)
@@ -744,7 +746,7 @@ class _Lowering:
         )
 
     def _adds_to_kept(self, chunk: int, op: int, tile: Tile) -> bool:
-        """Whether `op` runs elsewhere on `chunk`, and its input, seen here, is added to what is kept for later."""
+        """Whether another rank runs `op` on `chunk`, and this rank keeps its input for a later chunk."""
         later = self._passes_for(chunk, op, tile)
         if later is None or self._seen_since(later, op, tile) != chunk:
             return False
@@ -820,8 +822,8 @@ class _Lowering:
         sources = [piece.origin.source for piece in emit.pieces if isinstance(piece.origin, Message)]
         if any(local):
             self._hand_out(emit.at)
-        # What is others' alone is received when the root has computed its next own result, or when too many wait;
-        # from ranks with which it exchanges halos at once, since messages arrive in the order of their sender.
+        # Rank 0 receives the results of others after its own next result, or when too many wait. It receives at
+        # once from ranks with which it exchanges halos, because messages arrive in the order of their sender.
         begun = any(local) or any((source, 0) in self._halo_pairs for source in sources)
         if begun:
             self._out[0].append(emit)

@@ -1,7 +1,7 @@
-"""What the ops of a decoder took on a machine, as a report of `benchmarks/vae.py` says: their costs there.
+"""Costs of ops that were measured on a machine, from a report of `benchmarks/vae.py`.
 
-The model of `costs` was fitted to one kind of processor. On one whose arithmetic is faster and whose memory is
-not, the ranks with the early ops, which have most of the weights, would be busy longer than the others.
+The model of `costs` was fitted to one kind of processor. On a processor with faster arithmetic and equal memory,
+the ranks with the early ops would be busy longer than the others, because these ops have most of the weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OpSeconds:
         if element_bytes != 4:
             raise StrategyError(
                 f"layer_pipeline.op_seconds for elements of {element_bytes} bytes",
-                "benchmarks/vae.py measures ops in float32 only, and others take other shares of the time",
+                "benchmarks/vae.py measures ops in float32 only; other dtypes take other shares of the time",
                 "leave it empty, or decode in float32",
             )
         if program != self.program:
@@ -55,7 +55,7 @@ class OpSeconds:
             )
         nearest = min(self.by_pixels, key=lambda measured: (abs(math.log(measured / pixels)), measured))
         there, here = (op_costs(program, size) for size in (nearest, pixels))
-        # What the model leaves out takes the same everywhere.
+        # Time that the model does not know is the same for every size.
         return ChunkCosts(
             *(
                 tuple(s * (b / a if a else 1.0) for s, a, b in zip(seconds, modelled, wanted, strict=True))
@@ -65,13 +65,13 @@ class OpSeconds:
 
 
 def op_seconds(path: str) -> OpSeconds:
-    """Those of the report at `path`. Raises StrategyError for a file that is none, or has none."""
+    """The op seconds of the report at `path`. Raises StrategyError if the file has none."""
     try:
         written = Path(path).read_bytes()
     except OSError as error:
         raise StrategyError(
             f"layer_pipeline.op_seconds={path!r} cannot be read ({error.strerror})",
-            "ops are divided by what it says they take",
+            "the ops are divided by the times in this file",
             f"{_REMEDY}",
         ) from None
     try:

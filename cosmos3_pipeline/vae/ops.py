@@ -22,11 +22,10 @@ Shape = tuple[int, int, int, int, int]
 class LatentShape:
     """The latent of one call, in either direction: frames, rows and columns of the latent grid.
 
-    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab of a
-    picture that was cut between latent rows counts its rows and columns in parts of one, `unit` of which make one.
-    `on_host` says that a CPU computes it, whose kernels work in smaller pieces than those of an accelerator.
-    `picture_bytes` is the size of a value of a decoded picture on its way to the root: a byte, unless floats are
-    asked for.
+    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab that was
+    cut within latent rows counts rows and columns in parts, `unit` of which make one latent row. `on_host`: a CPU
+    computes it, whose kernels work in smaller pieces than an accelerator's. `picture_bytes` is the size of one
+    value of a decoded picture that is sent to rank 0: one byte, unless floats are asked for.
     """
 
     batch: int
@@ -60,7 +59,7 @@ class Margins:
         return any((self.top, self.bottom, self.left, self.right))
 
     def on(self, top: bool, bottom: bool, left: bool, right: bool) -> Margins:
-        """Those on some of the sides."""
+        """The margins on the given sides; 0 on the others."""
         return Margins(self.top * top, self.bottom * bottom, self.left * left, self.right * right)
 
 
@@ -153,7 +152,7 @@ class Work:
         return b, t // self.portions, h, w, c
 
     def elements(self, spec: TensorSpec, room: Room = NO_ROOM) -> int:
-        """Of one portion on the tile, in a buffer with `room`."""
+        """Elements of one portion on the tile, in a buffer with `room`."""
         b, t, h, w, c = self.shape(spec)
         m = room.margins
         return b * (room.front + t) * (m.top + h + m.bottom) * (m.left + w + m.right) * c
@@ -187,7 +186,7 @@ class Op:
 
     @property
     def margins(self) -> Margins:
-        """What it reads beyond its slab, in rows and columns of its input."""
+        """How far it reads beyond its slab, in rows and columns of its input. The halo follows from this."""
         return NO_MARGINS
 
     @property
@@ -207,7 +206,7 @@ class Op:
 
     @property
     def opens(self) -> TensorSpec | None:
-        """What it keeps for the end of a shortcut, if it opens one."""
+        """The tensor that it keeps for the end of a shortcut, if it opens one."""
         return None
 
     @property
@@ -242,7 +241,7 @@ class Op:
         return 1.0
 
     def shortcut_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """Elements of what it adds while it writes its output."""
+        """Elements of the tensor that it adds while it writes its output."""
         return 0
 
     def makes_pairs(self, work: Work) -> bool:
@@ -250,11 +249,11 @@ class Op:
         return False
 
     def scratch_bytes(self, work: Work) -> int:
-        """What it allocates beside its input and output."""
+        """Bytes that it allocates beside its input and output."""
         return 0
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """Elements that an accelerator reads and writes for it beside its convolutions and matrix products.
+        """Elements that an accelerator reads and writes for it, without its convolutions and matrix products.
 
         Kept frames apart, see `costs.RECALLED_PASSES`.
         """
@@ -308,9 +307,9 @@ class Conv(Op):
         return pairs and b == 1 and work.element_bytes == 4 and work.whole.on_host and not work.first
 
     def scratch_bytes(self, work: Work) -> int:
-        """What is convolved, and what both frames have in common, where it makes two at a time.
+        """The transformed input, and the sums that both frames of a pair share, if it computes two at a time.
 
-        On an accelerator what is added to a shortcut.
+        On an accelerator, the sum that is added to a shortcut.
         """
         if not work.whole.on_host:
             return work.elements(self.target) * work.element_bytes if self.adds_shortcut else 0
@@ -374,7 +373,7 @@ class Attention(Op):
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         b, t, h, w, c = self.source.shape(latent, first=first)
         _, _, height, width, _ = self.source.shape(whole or latent, first=first)
-        # Queries are those of the tile; keys and values those of whole frames.
+        # Queries are of the tile; keys and values are of whole frames.
         queries, pixels = h * w, height * width
         return b * t * (4 * (queries + pixels) * c * c + 4 * queries * pixels * c)
 
@@ -451,7 +450,7 @@ class TimeDown(Op):
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What a shortcut adds to an upsampling: each value of `kept` copied over `factor_t` x `factor_s`^2 outputs.
+    """The addend of a shortcut at an upsampling: each value of `kept` fills `factor_t` x `factor_s`^2 outputs.
 
     copies: consecutive entries of (channel, time, row, column) that one kept channel fills.
     Source: `DupUp3D`. On the first chunk the first `factor_t - 1` copies in time are dropped.

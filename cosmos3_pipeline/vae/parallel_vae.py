@@ -34,7 +34,7 @@ from cosmos3_pipeline.vae.weights import BoundVae, FolderWeights, ModuleWeights,
 
 @dataclass(frozen=True)
 class _Call:
-    """What a rank is about to do; compared between the ranks before anything is computed or sent."""
+    """The call that a rank is about to make. Ranks compare it before anything is computed or sent."""
 
     direction: str
     shape: tuple[int, ...]
@@ -54,18 +54,20 @@ class _Refusal:
 class ParallelVAE(DropIn):
     """Encodes and decodes with the ranks of `group`, each by its strategy; a drop-in for `AutoencoderKLWan`.
 
-    autoencoder: the model whose weights are used; its tensors are shared, not copied, and may be on the meta
-    device in the half that is never called. encode, decode: strategies. group: the ranks that work together;
-    None means all ranks of an initialised `torch.distributed`, else this process alone. Its rank 0 is the root.
-    weights: where to take the weights from, if not from `autoencoder`. comm: the messages of `group`, where they
-    are made already.
+    autoencoder: the model whose weights are used. Its tensors are shared and not copied. They may be on the meta
+    device in the half (encoder or decoder) that is never called.
+    encode, decode: strategies.
+    group: the ranks that work together. None means all ranks of an initialised `torch.distributed`, or else this
+    process alone. Rank 0 of the group is the root: it hands out the frames.
+    weights: the source of the weights, if it is not `autoencoder`.
+    comm: the messages of `group`, if they exist already.
 
-    Every rank of the group makes one and calls the same methods with the same tensors. Bad input raises a
-    ValueError on every rank. A rank that fails later raises its own error, and the others raise `PeerFailed` or
+    Every rank of the group makes a ParallelVAE and calls the same methods with the same tensors. Bad input raises
+    a ValueError on every rank. A rank that fails later raises its own error, and the others raise `PeerFailed` or
     `PeerLost` (both RuntimeError) instead of waiting for it.
 
-    It is for inference. What it returns has no gradient, also where a parameter requires one: input that requires
-    grad is refused while gradients are enabled, and so is `train()`.
+    It is for inference: results have no gradient. Input that requires grad is refused while gradients are enabled,
+    and so is `train()`.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class ParallelVAE(DropIn):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> ParallelVAE:
-        """From a diffusers VAE folder. Each rank reads the weights that its part needs, when it needs them."""
+        """Open a diffusers VAE folder. Each rank reads the weights that its part needs, when it needs them."""
         with torch.device("meta"):
             autoencoder = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
         weights = FolderWeights(Path(folder))
@@ -179,7 +181,7 @@ class ParallelVAE(DropIn):
         decode: Strategy | None,
         group: ProcessGroup | None,
     ) -> Any:
-        """What `load` gives, its model wrapped; diffusers gives a tuple when more than the model is asked for."""
+        """The result of `load` with its model wrapped. A tuple if more than the model is asked for."""
         if encode is None or decode is None:
             missing = " and ".join(name for name, s in (("encode", encode), ("decode", decode)) if s is None)
             raise TypeError(
@@ -205,7 +207,7 @@ class ParallelVAE(DropIn):
 
     @property
     def ledger(self) -> Ledger:
-        """What this rank has sent and received so far."""
+        """The messages and bytes that this rank has sent and received so far."""
         return self._ledger
 
     @property
@@ -216,7 +218,7 @@ class ParallelVAE(DropIn):
         return self._comm
 
     def plan(self, direction: Direction, shape: LatentShape) -> StrategyPlan:
-        """What each rank does for a clip of `shape`. Raises StrategyError for what the strategy cannot do."""
+        """The work of each rank for a clip of `shape`. Raises StrategyError if the strategy cannot do it."""
         program = self._bound().program(direction)
         return self._strategies[direction].plan(program, shape, self.comm.size)
 
@@ -320,7 +322,7 @@ class ParallelVAE(DropIn):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's. Raises RuntimeError where the weights in the model are not those that it computes with."""
+        """As torch's. Raises RuntimeError if it no longer computes with the weights of the model."""
         if self._released or self._weights is not None:
             raise RuntimeError(
                 "load_state_dict() of a VAE that was released or has a source of weights; it does not compute "
@@ -331,7 +333,7 @@ class ParallelVAE(DropIn):
         return keys
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles are made anew: what is bound, and messages under way, belong to this one.
+        """A copy binds its weights anew, because bound weights and messages in flight belong to this object.
 
         Raises RuntimeError after release().
         """
@@ -396,7 +398,7 @@ class ParallelVAE(DropIn):
             return _Refusal(error.problem, by_strategy=True), 0
 
     def _digest(self, direction: Direction, shape: LatentShape) -> int:
-        """Of who runs what. Raises StrategyError for what the strategy cannot do."""
+        """A digest of the assignment. Raises StrategyError if the strategy cannot do it."""
         strategy = self._strategies[direction]
         if type(strategy).runner is not Strategy.runner:
             # Its runner may bind weights at once, so its plan is asked first.

@@ -23,10 +23,10 @@ from cosmos3_pipeline.vae.strategy import (
 
 
 def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment: Assignment) -> StrategyPlan:
-    """What each rank does with a clip of `shape`, if `strategy` makes that `assignment`.
+    """The plan of a clip of `shape` with the `assignment` of `strategy`.
 
-    Raises StrategyError for blocks that are no assignment, that leave a rank without work, or whose result is less
-    exact than the strategy promises.
+    Raises StrategyError if the blocks are no assignment, if a rank has no work, or if the result is less exact
+    than the strategy promises.
     """
     with named(strategy):
         clip = lower_repeated(program, shape, assignment)
@@ -73,7 +73,7 @@ def check(strategy: Strategy, lowered: Lowered) -> None:
         raise DeclarationError(
             f"{strategy.name} declares {strategy.exactness} and its blocks are {exactness}",
             "parts of a picture are computed to rounding, and a rank that warms up on fewer chunks than the ops "
-            f"remember ({needed} here) sees another past",
+            f"remember ({needed} here) sees other frames of the past",
             f"declare {exactness}, or warm up on {needed} chunks",
         )
     idle = [rank for rank in range(lowered.ranks) if not lowered.ops(rank)]
@@ -91,7 +91,7 @@ def _note(note: str, speed_up: float, ranks: int) -> str:
 
 
 def exactness_of(lowered: Lowered) -> Exactness:
-    """How the result relates to that of one rank, as far as who computes what decides it."""
+    """The exactness of the result, as far as the assignment decides it."""
     found = Exactness.BITWISE
     whole = whole_picture(lowered.shape)
     spans = {span for layout in set(lowered.layouts) for span in layout}

@@ -106,9 +106,9 @@ class Program:
         return tuple((at, *dict(open_).values()) for at, open_ in zip(activations, self._open, strict=True))
 
     def carried(self, cut: int) -> tuple[TensorSpec, ...]:
-        """What crosses the cut before op `cut`: the activation, then what open shortcuts keep, oldest first.
+        """The tensors that cross the cut before op `cut`: the activation, then the open shortcuts, oldest first.
 
-        Where two of them keep the same, it crosses once: `shortcuts`.
+        A tensor that two shortcuts keep crosses once: `shortcuts`.
         """
         return self._carried[cut]
 
@@ -137,7 +137,7 @@ class Program:
         return bool(self.ops[number].cached_frames) or any(scales)
 
     def chunks_kept(self, number: int) -> int:
-        """From how many chunks before the next one op `number` keeps frames."""
+        """How many past chunks the temporal cache of op `number` covers."""
         op = self.ops[number]
         return -(-op.cached_frames // op.source.frames)
 
@@ -294,9 +294,9 @@ class _Config:
 
 
 def _portions(ops: Sequence[Op]) -> tuple[int, int]:
-    """From which op of a decoder on a later chunk passes in portions, and in how many.
+    """The first op of a decoder that processes a later chunk in portions, and the number of portions.
 
-    After the last doubling of frames, where no shortcut is open that needs the chunk before it.
+    It is the first op after the last doubling of frames at which no open shortcut needs the undivided chunk.
     """
     doublings = [index for index, op in enumerate(ops) if isinstance(op, TimeUp)]
     start = doublings[-1] + 1 if doublings else 0

@@ -20,7 +20,7 @@ from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 from cosmos3_pipeline.vae.weights import BoundVae
 
-# Clips of so many shapes are lowered once and remembered.
+# The actions of this many shapes of clips are remembered.
 _SHAPES = 8
 
 
@@ -36,7 +36,7 @@ class AssignedRunner:
         self.lowered = lru_cache(_SHAPES)(self._lowered)
 
     def _lowered(self, shape: LatentShape) -> Lowered:
-        """What all ranks do with a clip of `shape`. Raises StrategyError."""
+        """The actions of all ranks for a clip of `shape`. Raises StrategyError."""
         program = self._vae.program(self._direction)
         assignment = self._strategy.assign(program, shape, self._comm.size)
         with named(self._strategy):
@@ -45,9 +45,9 @@ class AssignedRunner:
         return lowered
 
     def bind(self, shape: LatentShape) -> Lowered:
-        """What is done with a clip of `shape`, whose weights this rank then holds, and no others.
+        """Load the weights that this rank needs for a clip of `shape`, drop all others, and return the actions.
 
-        Also makes the connections of its messages, so all ranks call it together.
+        It also makes the connections for its messages, so all ranks call it together.
         """
         lowered = self.lowered(shape)
         needed = lowered.ops(self._comm.rank)

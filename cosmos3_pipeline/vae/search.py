@@ -45,10 +45,10 @@ def search(
     links: Links | None,
     required: Exactness,
 ) -> list[Found]:
-    """What `strategies` assign a clip of `shape`, fastest first; of equally fast ones the more exact.
+    """The assignments of `strategies` for a clip of `shape`, fastest first; of equal ones, the more exact first.
 
-    Left out are those that refuse the clip, and those whose result is less exact than `required`. Without `costs`
-    an op takes its FLOPs.
+    Strategies that refuse the clip are left out, and so are results less exact than `required`. Without `costs`
+    the time of an op is its FLOPs.
     """
     found: list[tuple[tuple[float, int, int], Found]] = []
     for number, strategy in enumerate(variants(strategies, program, ranks)):
@@ -56,7 +56,7 @@ def search(
             assignment = strategy.assign(program, shape, ranks)
             clip = lower_repeated(program, shape, assignment)
         except Refusal:
-            continue  # it cannot do this clip on so many ranks
+            continue  # it cannot do this clip on this number of ranks
         exactness = exactness_of(clip.short)
         if not exactness.satisfies(required) or any(not clip.short.ops(rank) for rank in range(ranks)):
             continue

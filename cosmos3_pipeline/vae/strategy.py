@@ -1,4 +1,4 @@
-"""What a parallel-VAE strategy is: the contract that built-in and third-party plugins implement. Imports no torch.
+"""The contract of a strategy of the VAE, which built-in and third-party plugins implement. Imports no torch.
 
 A strategy is a dataclass of its own settings, all with defaults, so that YAML can build it. It says which rank
 runs what, and nothing else:
@@ -12,8 +12,8 @@ runs what, and nothing else:
         def assign(self, program, shape, ranks):
             return Assignment.of(ranks, [Block(ops=(0, len(program)), chunks=(0, program.chunks(shape)), rank=0)])
 
-The library checks the blocks, finds what has to travel between the ranks, predicts bytes, messages, memory and
-time from that, and runs it.
+The library checks the blocks, derives the messages between the ranks, predicts bytes, messages, memory and time
+from them, and runs the assignment.
 
 A strategy that computes another picture than the VAE, such as `tiled`, has work that no blocks describe. It is an
 `OwnRunner`, which declares its plan and does its work itself.
@@ -67,14 +67,16 @@ class DeclarationError(StrategyError):
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one rank of the group does with one clip.
+    """The work of one rank of the group for one clip.
 
-    ops: from the first op that it runs to the last, [start, stop). rows, cols: the latent rows and columns
-    [start, stop) of the tiles on which it runs them. flops: as `Op.flops`, over the clip. weight_bytes: of the ops
-    that it runs on some chunk. activation_bytes: peak beyond the weights. sent_bytes, sent_messages: payload that
-    it hands to others, as the ledger counts; for a decode that of `decode_stream` (`decode` adds one broadcast of
-    the float picture by the root, unless every rank makes it). runs: the ops [start, stop) that it runs on each
-    chunk, where they are not always the same.
+    ops: [start, stop) from the first op that it runs to the last.
+    rows, cols: the latent rows and columns [start, stop) of its tiles.
+    flops: as `Op.flops`, over the clip.
+    weight_bytes: weights of all ops that it runs on some chunk.
+    activation_bytes: peak beyond the weights.
+    sent_bytes, sent_messages: the payload that it sends, as the ledger counts it. A decode counts `decode_stream`;
+    `decode` adds one broadcast of the float picture by the root, unless every rank makes the picture.
+    runs: the ops [start, stop) of each chunk, if they are not always the same.
     """
 
     rank: int
@@ -91,11 +93,13 @@ class RankShare:
 
 @dataclass(frozen=True)
 class StrategyPlan:
-    """What a strategy does with one clip: the shares of all ranks, in rank order.
+    """The plan of one clip: the shares of all ranks, in rank order.
 
-    exactness: what this clip's result will be. note: one line for a human. assignment: who runs what; None for an
-    `OwnRunner`. until_end: the FLOPs in whose time the clip is done if messages take none: those of the slowest
-    rank, and those that it waits for.
+    exactness: of this clip's result.
+    note: one line for a human.
+    assignment: which rank runs what; None for an `OwnRunner`.
+    until_end: FLOPs on the critical path, which decide when the clip ends if messages take no time. They are the
+    FLOPs of the slowest rank and of the work that it waits for.
     """
 
     strategy: str
@@ -127,10 +131,11 @@ class Runner(Protocol):
 
 
 class Strategy(ABC):
-    """Who runs what. Concrete strategies are dataclasses of their settings.
+    """Decides which rank runs what. Concrete strategies are dataclasses of their settings.
 
-    name: the key in YAML. exactness: the least that it promises, whatever its settings; a plan says what a clip
-    gets. directions: what it can do.
+    name: the key in YAML.
+    exactness: the least that it promises with any settings; a plan has the exactness of one clip.
+    directions: decode, encode or both.
     """
 
     name: ClassVar[str]
@@ -146,7 +151,7 @@ class Strategy(ABC):
         return [self]
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
-        """What each rank does, holds and sends. Raises StrategyError."""
+        """The work, memory and messages of each rank. Raises StrategyError."""
         from cosmos3_pipeline.vae.planning import plan_of
 
         return plan_of(self, program, shape, self.assign(program, shape, ranks))
@@ -159,9 +164,10 @@ class Strategy(ABC):
 
 
 class OwnRunner(Strategy):
-    """A strategy whose work no blocks describe: it declares its plan, and brings a runner.
+    """A strategy whose work cannot be described by blocks: it declares its plan and has its own runner.
 
-    A runner sends through `comm` only, whose ledger its plan is held against, and does not catch its errors.
+    The runner sends through `comm` only, because the ledger of `comm` is compared with the plan. It does not
+    catch the errors of `comm`.
     """
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
@@ -173,9 +179,9 @@ class OwnRunner(Strategy):
 
     @abstractmethod
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
-        """What each rank does. It is asked before a weight is read, and `runner` may rely on it.
+        """The work of each rank. It is called before a weight is read, and `runner` may rely on it.
 
-        Raises StrategyError for what it cannot honour. Imports no torch.
+        Raises StrategyError if it cannot honour the clip. Imports no torch.
         """
 
     @abstractmethod

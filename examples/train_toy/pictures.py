@@ -1,6 +1,7 @@
-"""The pictures of docs/toy.md: what the toy makes of some prompts, and the curves of its training.
+"""The pictures of README.md and docs/toy.md: what the toy makes of some prompts, and the curves of its training.
 
 .venv/bin/python examples/train_toy/pictures.py samples docs/pictures/toy.png
+.venv/bin/python examples/train_toy/pictures.py moving docs/pictures/toy.webp
 .venv/bin/python examples/train_toy/pictures.py curves outputs/train_toy docs/pictures
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import textwrap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,17 +28,42 @@ PROMPTS = (
     "A blue circle moves down and an orange square moves up over a white background.",
 )
 SHOWN = (0, 4, 8, 12, 16)  # frames of 17
-GAP, WORDS = 4, 22
+GAP, WORDS = 4, 22  # pixels between frames, and above a frame for its prompt
+ENLARGED = 2  # times, in the moving picture
+MILLISECONDS = 100  # that a frame is shown: slower than the clip's 24 a second, because a clip lasts 0.7 s
+AT_THE_END = 10  # times as long
+LINE = 54  # letters of a prompt above its clip in the moving picture, which has room for two lines
+
+
+def clips() -> list[list[np.ndarray]]:
+    """The frames of each prompt's clip, `[H, W, 3]` each, made by the program with its default settings."""
+    with TemporaryDirectory() as folder:
+        made = [run([f"task.prompt='{prompt}'"], Path(folder) / str(n)) for n, prompt in enumerate(PROMPTS)]
+        return [[np.asarray(frame) for frame in read_frames(each.picture, frames=17)[0]] for each in made]
+
+
+def moving(file: Path) -> None:
+    """Two clips beside each other and two below them, each under its prompt, as a picture that moves."""
+    films, font = clips(), ImageFont.load_default(11)
+    height, width = (ENLARGED * length for length in films[0][0].shape[:2])
+    size = 2 * width + GAP, 2 * (height + 2 * WORDS)
+    sheets = []
+    for frames in zip(*films, strict=True):
+        sheet = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(sheet)
+        for number, (prompt, pixels) in enumerate(zip(PROMPTS, frames, strict=True)):
+            left, top = number % 2 * (width + GAP), number // 2 * (height + 2 * WORDS)
+            draw.text((left + 2, top + 6), textwrap.fill(prompt, LINE), fill="black", font=font)
+            sheet.paste(Image.fromarray(pixels).resize((width, height)), (left, top + 2 * WORDS))
+        sheets.append(sheet)
+    duration = [MILLISECONDS] * (len(sheets) - 1) + [AT_THE_END * MILLISECONDS]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheets[0].save(file, save_all=True, append_images=sheets[1:], duration=duration, loop=0, quality=80, method=6)
 
 
 def samples(file: Path) -> None:
     """A row of frames per prompt, with the prompt over it."""
-    with TemporaryDirectory() as folder:
-        rows = []
-        for number, prompt in enumerate(PROMPTS):
-            made = run([f"task.prompt='{prompt}'"], Path(folder) / str(number))
-            frames, _ = read_frames(made.picture, frames=17)
-            rows.append([np.asarray(frames[index]) for index in SHOWN])
+    rows = [[frames[index] for index in SHOWN] for frames in clips()]
     height, width = rows[0][0].shape[:2]
     sheet = Image.new("RGB", ((width + GAP) * len(SHOWN) - GAP, (height + WORDS + GAP) * len(rows) - GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
@@ -81,13 +108,10 @@ def _plot(file: Path, title: str, rows: list[dict[str, float]], names: tuple[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("samples", "curves"))
+    parser.add_argument("what", choices=("samples", "moving", "curves"))
     parser.add_argument("paths", type=Path, nargs="+")
     asked = parser.parse_args()
-    if asked.what == "samples":
-        samples(*asked.paths)
-    else:
-        curves(*asked.paths)
+    {"samples": samples, "moving": moving, "curves": curves}[asked.what](*asked.paths)
 
 
 if __name__ == "__main__":

@@ -328,15 +328,15 @@ NUMBERS: dict[str, tuple[Damage, str]] = {
         config("model_index.json", transformer=["my_module", "Cosmos3OmniTransformer"]),
         "my_module",
     ),
-    "distilled sigmas": (config("model_index.json", distilled_sigmas=[1.0]), "distillation"),
+    "distilled sigmas": (config("model_index.json", distilled_sigmas=[1.0]), "is distilled"),
     "distilled blocks": (
         lambda f: edit(f / "modular_model_index.json", _blocks_class_name="Cosmos3DistilledBlocks"),
-        "distillation",
+        "is distilled",
     ),
     "quantized vae by its file": (text("vae/hf_quant_config.json", "{}"), "vae/hf_quant_config.json"),
     "distilled modular index": (
         lambda f: edit(f / "modular_model_index.json", is_distilled=True),
-        "distillation",
+        "is distilled",
     ),
     "native schedule a word": (
         config("model_index.json", use_native_flow_schedule="yes"),

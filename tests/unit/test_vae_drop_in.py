@@ -28,7 +28,7 @@ from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "diffusers.md"
 CONFIG = vae_config(WAN22)
 BOTH: dict[str, Any] = {"encode": Replicated(), "decode": LayerPipeline()}
 LATENT = torch.randn(1, CONFIG["z_dim"], 2, 3, 2, generator=torch.Generator().manual_seed(0))
@@ -290,9 +290,8 @@ def test_an_offloaded_model_is_fetched_before_it_works() -> None:
     assert fetched == [vae, vae]
 
 
-def test_the_readme_shows_code_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.read_text().split("## In a pipeline that you already have")[1]
-    code = section.split("```python\n")[1].split("```")[0]
+def test_the_page_shows_code_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = PAGE.read_text().split("```python\n")[1].split("```")[0]
     tiny_pipeline().save_pretrained(tmp_path / "Cosmos3-Nano")
     monkeypatch.chdir(tmp_path)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():

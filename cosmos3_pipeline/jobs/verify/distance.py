@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.stages.likeness import psnr_db
 from cosmos3_pipeline.vae.strategy import Exactness
 
 PICTURE_RANGE = 2.0  # a float picture lies in [-1, 1]
@@ -52,9 +53,7 @@ class Distance:
     @property
     def psnr(self) -> float:
         """In dB, infinite where nothing differs, minus infinite where something is NaN."""
-        if self.squares in (0.0, math.inf):
-            return math.inf if self.squares == 0.0 else -math.inf
-        return 20 * math.log10(self.value_range / self.rms)
+        return psnr_db(self.value_range, self.squares / self.count)
 
 
 def exactness_of(

@@ -1,11 +1,11 @@
-"""Each rank owns a contiguous run of ops, and the latent frames stream through the ranks.
+"""Each rank owns a contiguous run of ops (a pipeline stage), and the latent frames stream through the ranks.
 
-The cuts between neighbours may move from chunk to chunk, so that all are equally busy and busy to the end.
+The decoder is causal, so a frame can pass through the stages while the next frame follows. There is no halo and no
+gather of feature maps. Every op runs on the same shape as on one rank, so the result is equal bit for bit.
 
-The decoder is causal, so frame after frame passes like workpieces on an assembly line: no halo, no gather of
-feature maps, and every op runs on the shape on which one rank alone would run it, so the result is equal bit for
-bit. With N ranks and T chunks the line is full for T of its T + N - 1 steps; fewer are added by the late stages,
-which see a chunk in portions and begin with the first (`Program.portions_at`).
+With N ranks and T chunks the pipeline takes T + N - 1 steps. Late stages process a chunk in portions and start
+with the first one, so they add less than a step (`Program.portions_at`). The cuts between neighbours may move
+from chunk to chunk, so that all ranks are busy to the end.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["LayerPipeline", "fixed_runs"]
 class LayerPipeline(Strategy):
     """Runs of ops, divided such that a clip ends early.
 
-    moving_cuts: cuts between ranks may move from chunk to chunk, if a line then ends 0.3% sooner, and 1% more for
-    each 10% of the weights that are then held twice: those of the ops over which cuts move.
-    op_seconds: the vae.json of benchmarks/vae.py on such a machine; ops are then divided by what they took there
-    instead of by a model of them, which was fitted to one kind of processor. Of decode in float32 only.
+    moving_cuts: cuts between ranks may move from chunk to chunk. They do if this shortens the clip by 1% per 10%
+    of the weights that are then held twice, and by 0.3% at least. op_seconds: the vae.json of benchmarks/vae.py
+    on such a machine, for decode in float32. The ops are then divided by these times instead of by a model that
+    was fitted to one kind of processor.
     """
 
     moving_cuts: bool = True
@@ -50,8 +50,8 @@ class LayerPipeline(Strategy):
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
         """The run of each rank. Raises StrategyError for more ranks than ops.
 
-        The root has the last ops, so that the finished picture need not be sent; the last rank has the first ones,
-        since every rank has the input.
+        Rank 0 has the last ops, so that the finished picture need not be sent. The last rank has the first ops,
+        which costs nothing because every rank has the input.
         """
         if ranks > len(program):
             raise StrategyError(

@@ -1,9 +1,10 @@
 """Where a line of stages is cut, so that a clip ends early.
 
-Whole ops do not divide evenly: a cut that lies now before and now after an op makes its neighbours equally busy.
-And where every chunk is cut alike, late ranks wait for the first chunks and early ranks have nothing to do during
-the last. A cut that begins some ops early lets the rank after it begin early, and one that ends late lets the rank
-before it do some of the rest. Every rank that runs an op now and then holds its weights.
+Whole ops do not divide evenly between two ranks. If a cut lies before an op on some chunks and behind it on
+others, both ranks are equally busy. There is a second gain: if every chunk is cut alike, late ranks wait for the
+first chunk and early ranks are idle during the last one. A cut that starts early lets the later rank begin
+sooner, and a cut that ends late lets the earlier rank help at the end. A rank holds the weights of every op that
+it ever runs.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ _Cut = tuple[int, Ramp]  # parts of places before a cut's mean, and its ramp
 _NONE: tuple[float, Cuts] = (math.inf, ())
 # Chunks of the clip that fixed cuts are chosen for: 125 frames of video.
 _CHUNKS = 32
-# How far beyond the earliest end fixed cuts may go if less is then sent.
+# Fixed cuts may end a clip this much later than the earliest end, if they send fewer bytes.
 _SLACK = 1.002
-# By how many places cuts may begin early and end late.
+# Ramps to try: by how many places cuts start early and end late.
 _RAMPS = ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (4, 4))
-# By which part of itself a clip has to end sooner for each part of the weights that is held twice, and at least.
-_FOR_WEIGHTS, _FOR_MOVING = 0.1, 0.003
-# The same on accelerators, whose memory holds a transformer before: the VAE's weights are a twentieth of it.
-_FOR_ACCELERATORS_WEIGHTS = 0.01
-# By how many places one cut's beginning and end are varied by themselves.
+# Cuts move only if this shortens the clip by 1% per 10% of the weights that are held twice, and by 0.3% at least.
+_MIN_SPEEDUP_PER_EXTRA_WEIGHT, _MIN_SPEEDUP = 0.1, 0.003
+# Accelerators hold a transformer before, of which the VAE's weights are a twentieth, so extra weights matter less.
+_MIN_SPEEDUP_PER_EXTRA_WEIGHT_ON_ACCELERATORS = 0.01
+# Steps, in places, by which the search varies the start and the end of one cut.
 _RAMP_STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1))
-# The way from one place to the next has so many parts; by how many parts the mean of a cut is varied.
+# Resolution of the search for a cut's mean position, in steps per place, and the steps by which it is varied.
 _PARTS = 8
 _STEPS = (-8, -4, -2, -1, 1, 2, 4, 8)
-_SOONER = 1e-4  # what a variation has to gain
-# Beyond so many ranks a stage has too few ops for cuts to move over.
+_SOONER = 1e-4  # the least relative gain for which a variation is taken
+# With more ranks, a stage has too few ops for cuts to move over.
 _MOST_RANKS = 8
 
 
 @cache
 def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
-    """Cuts with which a clip of `_CHUNKS` ends earliest; of those hardly later, the ones that send least."""
+    """Cuts with which a clip of `_CHUNKS` ends earliest; of nearly equal ones, those that send fewest bytes."""
     latent = LatentShape(1, 2, 1, 1)
     sent = [
         sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
@@ -71,7 +72,7 @@ def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
 
 
 def _end(program: Program, costs: ChunkCosts, start: int, stop: int) -> float:
-    """When a clip ends whose slowest rank runs the ops [start, stop): what is before, its own, a portion after."""
+    """When a clip ends whose slowest rank runs the ops [start, stop): ops before, its own, one portion after."""
 
     def portion(a: int, b: int) -> float:
         return sum(costs.later[op] / program.portions_at(op + 1, first=False) for op in range(a, b))
@@ -84,20 +85,20 @@ def _end(program: Program, costs: ChunkCosts, start: int, stop: int) -> float:
 def moving_cuts(
     program: Program, costs: ChunkCosts, fixed: Cuts, chunks: int, *, on_host: bool = True
 ) -> list[Path] | None:
-    """The path of each cut over a clip of `chunks`; None where moving is not worth it.
+    """The path of each cut over a clip of `chunks`; None if moving is not worth it.
 
-    On accelerators each cut may begin early and end late by numbers of its own, and weights held twice weigh less.
+    On accelerators each cut has a ramp of its own, and weights held twice count less.
     """
     if len(fixed) >= _MOST_RANKS:
         return None
     line = _Line(program, costs, chunks)
-    end, best = line.end([(cut,) * chunks for cut in fixed]) * (1 - _FOR_MOVING), None
+    end, best = line.end([(cut,) * chunks for cut in fixed]) * (1 - _MIN_SPEEDUP), None
     for ramp in _RAMPS:
         starts = (line.even(len(fixed)), line.near(fixed))
         paths = next(filter(None, (line.improved(parts, ramp, apart=not on_host) for parts in starts)), None)
         if paths is None:
             continue
-        weight = _FOR_WEIGHTS if on_host else _FOR_ACCELERATORS_WEIGHTS
+        weight = _MIN_SPEEDUP_PER_EXTRA_WEIGHT if on_host else _MIN_SPEEDUP_PER_EXTRA_WEIGHT_ON_ACCELERATORS
         weighed = line.end(paths) * (1 + weight * line.held_twice(paths))
         if weighed < end:
             end, best = weighed, paths
@@ -105,7 +106,7 @@ def moving_cuts(
 
 
 def speed_up(program: Program, costs: ChunkCosts, paths: Sequence[Path], chunks: int) -> float:
-    """How many times as fast as one rank a line with cuts on `paths` is, if messages take no time."""
+    """Speed of a pipeline with cuts on `paths`, as a multiple of one rank, if messages take no time."""
     return LineTimes(program, costs).of_clip(chunks) / _Line(program, costs, chunks).end(paths)
 
 

@@ -1,0 +1,41 @@
+"""docs/performance.md is what benchmarks/performance.py makes of the results that are kept in docs/results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def row(seconds: list[float], peak: int, **checked: object) -> dict[str, object]:
+    return {"ranks": 1, "rounds": seconds, "processor": seconds, "checked": [{"peak_bytes": peak, **checked}]}
+
+
+def test_the_page_is_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import performance
+
+    assert performance.PAGE.read_text() == performance.page()
+
+    contestants = {"diffusers": row([4.0, 6.0, 8.0], 100), "one_rank": row([2.0, 2.0, 2.0], 50, equal=True)}
+    case = {"frames": 8, "rows": 6, "cols": 5, "dtype": "float32", "contestants": contestants}
+    machine = {"processor": "EPYC", "cores": 2, "load": 0.25, "torch": "2.13.0"}
+    report = {
+        "date": "2026-12-01",
+        "revision": "abc",
+        "command": "c",
+        "machine": machine,
+        "cases": {"decode": case},
+    }
+    (tmp_path / "now").mkdir()
+    (tmp_path / "now" / "vae.json").write_text(json.dumps(report))
+    made = performance.page(tmp_path)
+    ratio = "3.00 (2.00 to 4.00)"
+    assert f"| decode: 8 x 6 x 5, float32 | one_rank | 1 | diffusers | {ratio} | {ratio} | 50% | bitwise |" in made
+    assert "EPYC, 2 cores, load 0.2 before the start" in made
+    for name in ("performance", "vae", "simulate"):  # names that no other test should find
+        sys.modules.pop(name, None)
