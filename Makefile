@@ -1,12 +1,13 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
-# make test  lint, types and all tests
+# make test  lint, types and the tests
+# make thorough  the same tests in more cases: every strategy through the kit, every placement on every layout
 # make quick lint, types and the tests that start no ranks or processes and take no seconds
 # make docs  the site in site/, in an environment of its own; fails on a broken link or anchor
 # make hooks lint and spelling before every commit
 # make wheel builds the wheel, and makes the toy's video with it in an empty environment and directory
 # make interop  what is too large for the tests' environment: ray as a launcher, MLflow and other trackers
 # make bench measures the VAE and the denoiser beside others, and writes docs/performance.md (two hours)
-.PHONY: env run test quick lint docs hooks wheel interop bench clean
+.PHONY: env run test thorough quick lint docs hooks wheel interop bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -30,10 +31,13 @@ lint: env
 # By file: the tests of a file share what they compare with. In the order of the folders, because the longest files are
 # in the first. Three processes on two cores, because many tests wait. One thread each: so ranks are bitwise equal.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not thorough'
+
+thorough: env
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist load -m thorough
 
 quick: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/unit -m 'not ranks and not long'
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/unit -m 'not ranks and not long and not thorough'
 
 # Only the packages of the extra `docs`, without the project and torch: the API pages are made from the sources.
 .venv-docs/.installed: pyproject.toml constraints.txt

@@ -25,7 +25,7 @@ def on_rank(rank: int, overrides: list[str], checkpoint: str, folder: str, cfg: 
 @pytest.mark.parametrize(
     ("task", "cfg", "ulysses", "others"),
     [
-        ("policy", 1, 2, []),
+        pytest.param("policy", 1, 2, [], marks=pytest.mark.thorough),
         ("forward_dynamics", 2, 1, ["sampler.guidance_scale=3.0", "weights=sharded"]),
         ("inverse_dynamics", 2, 2, ["sampler.guidance_scale=3.0"]),
     ],

@@ -75,10 +75,10 @@ def both_ways(rank: int, strategy: Strategy, *, atol: float) -> None:
     ("strategy", "ranks", "atol"),
     [
         (LayerPipeline(), 3, 0),
-        (LayerPipeline(moving_cuts=False), 2, 0),
+        pytest.param(LayerPipeline(moving_cuts=False), 2, 0, marks=pytest.mark.thorough),
         (Auto(link_gb_per_s=1e6, latency_us=0.0), 2, 0),
         (SpatialShard("grid"), 4, 1e-5),
-        (PipelineOfShards(), 4, 1e-5),
+        pytest.param(PipelineOfShards(), 4, 1e-5, marks=pytest.mark.thorough),
     ],
     ids=["moving cuts", "fixed cuts", "auto", "grid", "shards"],
 )

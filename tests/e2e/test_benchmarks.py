@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import REPOSITORY
 from limits import HANGS
 
@@ -25,6 +26,7 @@ def run(program: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=HANGS)
 
 
+@pytest.mark.thorough
 def test_a_case_on_two_ranks_beside_another_checkout(tmp_path: Path) -> None:
     """The other checkout is this one: its results have the same bits."""
     names = ("roofline", "one_rank", "layer_pipeline", "spatial_shard", "distvae", "nobody")
@@ -69,6 +71,7 @@ def test_a_case_on_two_ranks_beside_another_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0 and "| layer_pipeline | 2 |" in done.stdout, done.stderr
 
 
+@pytest.mark.thorough
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
     done = run(
         "vae.py",

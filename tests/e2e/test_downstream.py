@@ -48,6 +48,7 @@ def test_its_defaults_options_strategy_and_keys_make_its_film(python: Path, tmp_
     )  # it is not installed here
 
 
+@pytest.mark.thorough
 def test_torchruns_ranks_compose_its_configs(python: Path, tmp_path: Path) -> None:
     torchrun = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     asked = ["-m", "kite_films.make", "experiment=long", "hydra.run.dir=made"]

@@ -47,6 +47,7 @@ def test_more_ranks_than_chunks_are_refused_before_anything_starts(python: Path)
     assert "use 3 ranks or fewer, or a longer clip" in done.stderr
 
 
+@pytest.mark.thorough
 def test_it_verifies(python: Path, tmp_path: Path) -> None:
     done = launch(
         python,
@@ -60,6 +61,7 @@ def test_it_verifies(python: Path, tmp_path: Path) -> None:
     assert (check["strategy"], check["reached"], check["passed"]) == ("wavefront", "bitwise", True)
 
 
+@pytest.mark.thorough
 def test_it_conforms(python: Path, tmp_path: Path) -> None:
     kit, few = ["--pyargs", "cosmos3_pipeline.plugin_kit"], ["--max-ranks", "2", "-k", "not tall and not bfloat16"]
     done = subprocess.run(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import REPOSITORY
 from limits import HANGS
 
@@ -20,6 +21,7 @@ def gpu_sh(out: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=HANGS)
 
 
+@pytest.mark.thorough
 def test_a_rehearsal_without_a_gpu_reports_every_step(tmp_path: Path) -> None:
     done = gpu_sh(tmp_path)
     report = (tmp_path / "report.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from conftest import SMALL, launch, metrics
 from fake_hub import OTHER, FakeHub, files_of, serving
 from toy_runs import toy_dimensions
@@ -11,6 +12,7 @@ from toy_runs import toy_dimensions
 from cosmos3_pipeline.models.toy import toy_checkpoint
 
 
+@pytest.mark.thorough
 def test_ranks_open_what_was_fetched_before_they_started(one_rank: Path, tmp_path: Path) -> None:
     hub = FakeHub("acme/toy", files_of(toy_checkpoint(**toy_dimensions())))
     output = tmp_path / "run"

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pytest
 import yaml
 from conftest import REPOSITORY, SMALL, launch, wait_for_ranks
 from limits import HANGS
@@ -34,6 +35,7 @@ def test_a_sweep_tells_every_job(tmp_path: Path) -> None:
     assert "reference" in done.stdout and "task.height" not in done.stdout.partition("sweep ")[2]
 
 
+@pytest.mark.thorough
 def test_refused_jobs_do_not_end_a_sweep_of_two_processes(tmp_path: Path) -> None:
     asked = ("vae=replicated,parallel_decode", "topology=cpu_x2", "task.num_frames=9,8")
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}")
@@ -103,6 +105,7 @@ def test_a_sweep_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     assert nothing.returncode == 2 and "there is no sweep in" in nothing.stderr
 
 
+@pytest.mark.thorough
 def test_repeats_are_interleaved_and_their_medians_are_the_table(tmp_path: Path) -> None:
     asked = ("-m", *SMALL, "topology.threads_per_rank=1", "sweep.repeats=3", f"hydra.sweep.dir={tmp_path}")
     done = launch(*(o for o in asked if not o.startswith("sampler.steps")), "sampler.steps=1,2")
@@ -151,6 +154,7 @@ def test_optuna_finds_the_layout_that_is_planned_fastest(tmp_path: Path) -> None
     assert found["best_value"] == best["objective"] == best["planned"]["seconds.total"]
 
 
+@pytest.mark.thorough
 def test_optuna_finds_the_strategy_that_decodes_fastest_here(tmp_path: Path) -> None:
     done = tune("strategy.sh", *SMALL, f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr

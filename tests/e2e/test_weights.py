@@ -85,7 +85,12 @@ def test_weights_that_are_no_numbers_end_the_run_with_their_name(tmp_path: Path)
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("weights", ["resident", "sharded", "streamed"])
+THOROUGH = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    "weights", ["sharded", *(pytest.param(one, marks=THOROUGH) for one in ("resident", "streamed"))]
+)
 def test_prompts_of_a_file_are_encoded_in_one_pass(weights: str, tmp_path: Path) -> None:
     """The latents of each line are those of its own run."""
     prompts = tmp_path / "prompts.txt"

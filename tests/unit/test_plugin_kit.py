@@ -54,7 +54,17 @@ CLIPS = "not image and not tall and not two"
 ONE_CLIP = ("auto", "replicated")
 
 
-@pytest.mark.parametrize("name", sorted(discover().strategies))
+# `auto` picks one of the others.
+QUICK = ("auto", "tiled")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)
+        for name in sorted(discover().strategies)
+    ],
+)
 def test_strategies_that_ship_with_the_library_pass(name: str) -> None:
     chosen = CLIPS + " and not long and not bfloat16" * (name in ONE_CLIP)
     outcomes = run_kit(":".join(discover().target(name).rsplit(".", 1)), "--max-ranks", "2", "-k", chosen)

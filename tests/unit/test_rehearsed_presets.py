@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -101,11 +102,17 @@ def test_an_experiment_small(experiment: str) -> None:
     check([f"experiment={experiment}", "topology=cpu_x4"])
 
 
-def every_two() -> list[tuple[str, str, str]]:
+def every_two() -> list[Any]:
     """(task, vae, weights): every option beside every option of another group, and not all three with all."""
     weights = options("weights")
     pairs = itertools.product(enumerate(options("task")), enumerate(options("vae")))
-    return [(task, vae, weights[(row + column) % len(weights)]) for (row, task), (column, vae) in pairs]
+    return [
+        pytest.param(
+            *(task, vae, weights[(row + column) % len(weights)]),
+            marks=[pytest.mark.thorough] * bool((row + column) % 3),
+        )
+        for (row, task), (column, vae) in pairs
+    ]
 
 
 @pytest.mark.parametrize(("task", "vae", "weights"), every_two())

@@ -158,6 +158,7 @@ def test_an_error_in_the_code_of_a_revision_is_told_whole_and_with_its_place(rep
         ]
 
 
+@pytest.mark.thorough
 def test_an_error_in_a_library_is_placed_where_the_working_tree_called_it(repository: Path) -> None:
     library = repository / ".venv" / "site-packages"
     library.mkdir(parents=True)
@@ -180,6 +181,7 @@ def test_an_error_in_a_library_is_placed_where_the_working_tree_called_it(reposi
     )
 
 
+@pytest.mark.thorough
 def test_code_that_does_not_start_is_an_error_of_the_comparison(repository: Path) -> None:
     (repository / "cosmos3_pipeline" / "config" / "plugins.py").write_text("import no_such_module\n")
     done = run("diff", cwd=repository)
