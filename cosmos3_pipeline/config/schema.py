@@ -334,6 +334,7 @@ class AcceleratorConfig:
     network_gb_per_s: float = ranged(at_least=0.001)
     host_gb_per_s: float = ranged(at_least=0.001)
     latency_us: float = ranged(at_least=0)
+    launch_us: float = ranged(at_least=0)
     overhead_s: float = ranged(at_least=0)
     transformer_efficiency: float = ranged(at_least=0.001, at_most=1)
     vae_efficiency: float = ranged(at_least=0.001, at_most=1)

@@ -26,6 +26,7 @@ class Accelerator:
     network_bytes_per_s: float
     host_bytes_per_s: float
     latency_s: float
+    launch_s: float
     overhead_s: float
     efficiency: dict[str, float]
 
@@ -57,5 +58,6 @@ def accelerator_of(cfg: Config) -> Accelerator:
         host_bytes_per_s=node.host_gb_per_s * GIGA / sharing,
         overhead_s=node.overhead_s,
         latency_s=node.latency_us * MICRO,
+        launch_s=node.launch_us * MICRO,
         efficiency={"transformer": node.transformer_efficiency, "vae": node.vae_efficiency},
     )

@@ -43,6 +43,9 @@ _FLOPS_PER_BYTE = 70.0
 # How often an accelerator reads or writes a frame that an op keeps: from its place to the front of the next chunk,
 # and the next one into its place.
 RECALLED_PASSES = 3
+# Kernels that an accelerator launches, about: for an op with products its norm, these, what it keeps and its sum;
+# for another one.
+_KERNELS_OF_PRODUCTS, _KERNELS = 4, 1
 
 
 class ChunkCosts(NamedTuple):
@@ -109,6 +112,7 @@ class RooflineCosts:
 
     On an accelerator also what its other kernels read and write: copies, norms and sums come after a convolution.
     `fixed_share` of an op's seconds on the whole picture stays whatever the tile; the rest shrinks with its rows.
+    No op takes less than its kernels' launches of `launch_s` each: the device gets ahead of the host no further.
     """
 
     def __init__(
@@ -119,8 +123,10 @@ class RooflineCosts:
         bytes_per_s: float,
         *,
         fixed_share: float = 0.0,
+        launch_s: float = 0.0,
     ) -> None:
         self._rows = shape.rows
+        self._launches = [launch_s * self._kernels(op) for op in program.ops]
         self._fixed_share = fixed_share
         self._whole = {}
         for first in (True, False):
@@ -149,4 +155,9 @@ class RooflineCosts:
     def seconds(self, op: int, rows: float, *, first: bool) -> float:
         """As `clock.OpCosts.seconds`."""
         shrinking = (1 - self._fixed_share) * rows / self._rows
-        return self._whole[first][op] * (self._fixed_share + shrinking)
+        seconds = self._whole[first][op] * (self._fixed_share + shrinking)
+        return max(seconds, self._launches[op]) if seconds else 0.0
+
+    @staticmethod
+    def _kernels(op: Op) -> int:
+        return _KERNELS_OF_PRODUCTS if op.weight_elements else _KERNELS

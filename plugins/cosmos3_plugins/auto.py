@@ -48,6 +48,7 @@ class Auto(Strategy):
     link_gb_per_s: float = 2.0
     network_gb_per_s: float = 1.0
     latency_us: float = 100.0
+    launch_us: float = 0.0
     ranks_per_node: int = 8
 
     name: ClassVar[str] = "auto"
@@ -67,7 +68,8 @@ class Auto(Strategy):
             )
         required = min(Exactness(self.require), Exactness.ROUNDING, key=list(Exactness).index)
         tflops = self.bf16_tflops if shape.element_bytes == 2 else self.fp32_tflops
-        costs = RooflineCosts(program, shape, _TERA * tflops * self.efficiency, _GIGA * self.memory_gb_per_s)
+        rates = _TERA * tflops * self.efficiency, _GIGA * self.memory_gb_per_s
+        costs = RooflineCosts(program, shape, *rates, launch_s=_MICRO * self.launch_us)
         found = search(
             discover().strategies.values(), program, shape, ranks, costs=costs, links=self._link, required=required
         )
