@@ -36,7 +36,7 @@ from cosmos3_pipeline.config.compose import (
     compose,
 )
 from cosmos3_pipeline.config.help import help_text
-from cosmos3_pipeline.config.overrides import asks_for_sweep, check_overrides
+from cosmos3_pipeline.config.overrides import asks_for_sweep, check_no_sweep, check_overrides
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.config.source import BUILTIN, Source
@@ -241,6 +241,7 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
         check_composition(composition)
         running.show(composition, args.cfg, args.package, resolve=args.resolve)
     else:
+        check_no_sweep(args.overrides)
         _ahead = composition, prepare(composition)  # before there is an output directory
         running.run(composition, getattr(hydra_main, "__wrapped__"))  # noqa: B009 - untyped
 
