@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
@@ -23,6 +24,7 @@ from cosmos3_pipeline.config.tasks import (
     FROM_VIDEO,
     MADE,
     controls_of,
+    paths_of,
 )
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
@@ -74,9 +76,10 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
         config = composition.typed(changes)
         found.extend(_model(config))
         found.extend(_ranks_in_all(config))
+        found.extend(no_paths := [*_no_paths(config)])
         found.extend(_unread_settings(config, composition.overrides or ()))
         try:
-            adopted = adopt_checkpoint(config)
+            adopted = None if no_paths else adopt_checkpoint(config)
         except Refusal as refusal:
             found.append(refusal.problem)
         else:
@@ -206,13 +209,33 @@ def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
     elif cfg.model.path is None and cfg.model.repo is None:
         numbers = {**plain(cfg.model.transformer), "latent_channel": cfg.model.vae.z_dim}
         weights = list(transformer_weights(numbers))
+    seen: dict[Path, int] = {}
     for number, asked in enumerate(cfg.model.lora):
         try:
             adapter = read_adapter(asked, number)
+            if (first := seen.setdefault(adapter.file.resolve(), number)) != number:
+                weight = cfg.model.lora[first].weight + asked.weight
+                yield Problem(
+                    what=f"model.lora[{first}] and model.lora[{number}] are one adapter, {asked.path}",
+                    why="it would be added twice, as strongly as both weights together",
+                    works=f"model.lora=[{{path: {asked.path}, weight: {weight:g}}}] if that is meant, or once",
+                )
+                continue
             if weights is not None:
                 adapter.check_fits(weights)
         except Refusal as refusal:
             yield refusal.problem
+
+
+def _no_paths(cfg: Config) -> Iterator[Problem]:
+    """What the system does not take for a path: a sentence, a home of nobody, a folder that is closed to us."""
+    for key, path in paths_of(cfg).items():
+        try:
+            Path(path).expanduser().exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            shown = path if len(path) <= 80 else f"{path[:60]}... ({len(path)} characters)"
+            why = getattr(error, "strerror", None) or str(error)
+            yield Problem(f"{key}={shown} cannot be looked for", why, f"{key}=FILE with a path that exists")
 
 
 def _ranks_in_all(cfg: Config) -> Iterator[Problem]:
