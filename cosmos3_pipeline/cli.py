@@ -176,7 +176,7 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
             return cast(float | tuple[float, ...] | None, done.objective)
     output = running.output_directory()
     # With hydra.job.chdir this process is in `output` by now; paths were typed where it was started.
-    with told_as_fault(), chdir(_where_started()), kept(output):
+    with told_as_fault(str(output)), chdir(_where_started()), kept(output):
         composition, prepared = _prepared(cfg)
         result = jobs.run(prepared, output, multirun=multirun)
     if prepared.config.output.report and prepared.config.job.name == JobName.generate:

@@ -181,14 +181,14 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
         if cls is None:
             yield unowned(target, f"vae.{direction}")
             continue
-        known = {f.name for f in dataclasses.fields(settings_schema(cls))}
+        known = {f.name: f.default for f in dataclasses.fields(settings_schema(cls))}
         for name in node:
             key = f"vae.{direction}.{name!s}"
             if name not in known:
                 yield unknown_key(key, [f"vae.{direction}.{k}" for k in known])
             elif OmegaConf.is_missing(node, name):
                 yield _missing(key)
-            else:
+            elif OmegaConf.is_interpolation(node, name) or node[name] != known[str(name)]:  # which may be infinite
                 yield from _value(node, str(name), key, {})
 
 

@@ -18,40 +18,46 @@ MOST_ADDRESS_BYTES = 104  # of a Unix socket: macOS has this many, Linux a few m
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|std::bad_alloc")
 _NO_PROCESS = re.compile(r"can't start new thread|Resource temporarily unavailable")
-_NUMBER = re.compile(r"\(os error (\d+)\)")  # of a library that is written in Rust
+# Of a library that is written in Rust, and of torch's store.
+_NUMBER = re.compile(r"\(os error (\d+)\)|code: -(\d+), name: E")
 _MEMORY = "fewer ranks or a smaller clip, or more memory (ulimit -v, the container's limit)"
 
 
 @contextmanager
-def told_as_fault() -> Iterator[None]:
-    """What the machine refuses in the block is raised as a Fault, which is shown without a traceback."""
+def told_as_fault(place: str) -> Iterator[None]:
+    """What the machine refuses in the block is raised as a Fault, which is shown without a traceback.
+
+    `place` is the folder that the block writes to, for errors that name no file.
+    """
     try:
         yield
     except Fault:
         raise
     except Exception as error:
-        problem = machine_problem(error)
+        problem = machine_problem(error, place)
         if problem is None:
             raise
         raise Fault(problem.what, problem.why, problem.works) from error
 
 
-def machine_problem(error: BaseException) -> Problem | None:
-    """What the machine refused with `error`; None where it is not the machine's."""
+def machine_problem(error: BaseException, place: str = "the folder of the run") -> Problem | None:
+    """What the machine refused with `error`, which was in `place` if it names no file; None for other errors."""
     text = str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return Problem("this machine gives no more memory", text.partition("\n")[0] or "it has none left", _MEMORY)
     if isinstance(error, RuntimeError) and _NO_PROCESS.search(text):
-        return _of_number(errno.EAGAIN, None, text)
+        return _of_number(errno.EAGAIN, None, text, place)
     if isinstance(error, OSError) and error.errno is not None:
-        return _of_number(error.errno, error.filename, error.strerror or text)
+        return _of_number(error.errno, error.filename, error.strerror or text, place)
     number = _NUMBER.search(text)
-    return None if number is None else _of_number(int(number.group(1)), None, text)
+    return (
+        None if number is None else _of_number(int(number[1] or number[2]), None, text.partition("\n")[0], place)
+    )
 
 
-def _of_number(number: int, file: str | bytes | int | None, words: str) -> Problem:
+def _of_number(number: int, file: str | bytes | int | None, words: str, place: str) -> Problem:
     name = None if file is None or isinstance(file, int) else os.fsdecode(file)
-    place = name or "what the run writes to"
+    place = name or place
     if number in _FULL:
         return Problem(f"{place} has no space left", words, f"space there, or another place: {_elsewhere(name)}")
     if number == errno.EFBIG:

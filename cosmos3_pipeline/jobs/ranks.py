@@ -39,8 +39,11 @@ def on_ranks(cfg: Config, output: Path, entry: str, *payload: Any, own_process: 
 
 
 def call(entry: str, *payload: Any) -> None:
-    """Call the function `entry`, "module:function". What the machine refuses it raises Fault."""
-    with told_as_fault():
+    """Call the function `entry`, "module:function"; the last of `payload` is the folder that it writes to.
+
+    Raises Fault for what the machine refuses.
+    """
+    with told_as_fault(str(payload[-1])):
         resolve_name(entry)(*payload)
 
 

@@ -34,6 +34,8 @@ from cosmos3_pipeline.planning.geometry import encoded_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.units import quantity
 
+SMALL_MACHINE = 64  # threads of a rank that every machine takes
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -81,7 +83,7 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
 
 def _problems(prepared: Prepared) -> list[Problem]:
     cfg = prepared.config
-    return [*_world(cfg), *_inputs(cfg), *_checkpoint(cfg), *_memory(prepared)]
+    return [*_world(cfg), *_threads(cfg), *_inputs(cfg), *_checkpoint(cfg), *_memory(prepared)]
 
 
 def _with_checkpoint(prepared: Prepared, composition: Composition, changes: Mapping[str, Any]) -> Prepared:
@@ -260,6 +262,17 @@ def _contents(prepared: Prepared) -> Iterator[Problem]:
         checks.append(partial(inputs.condition_frames, task, clip))
     for check in checks:
         yield from refused(check)
+
+
+def _threads(cfg: Config) -> Iterator[Problem]:
+    """Threads that would only wait for each other; a few more than processors are no harm."""
+    threads, here = cfg.topology.threads_per_rank, os.cpu_count() or 1
+    if threads > max(here, SMALL_MACHINE):
+        yield Problem(
+            what=f"topology.threads_per_rank={threads}",
+            why=f"this machine has {here} processors",
+            works=f"topology.threads_per_rank={max(here // cfg.topology.ranks_per_node, 1)}",
+        )
 
 
 def _world(cfg: Config) -> Iterator[Problem]:
