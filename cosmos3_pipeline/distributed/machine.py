@@ -20,6 +20,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocat
 _NO_PROCESS = re.compile(r"can't start new thread|Resource temporarily unavailable")
 # Of a library that is written in Rust, and of torch's store.
 _NUMBER = re.compile(r"\(os error (\d+)\)|code: -(\d+), name: E")
+_CACHES = ("HF_HUB_CACHE", "HF_HOME", "COSMOS3_CACHE", "XDG_CACHE_HOME")
 _MEMORY = "fewer ranks or a smaller clip, or more memory (ulimit -v, the container's limit)"
 
 
@@ -83,9 +84,9 @@ def _elsewhere(file: str | None) -> str:
     """How to choose another folder for `file`."""
     if file is None:
         return "hydra.run.dir=FOLDER for what a run leaves, TMPDIR=FOLDER for what it needs meanwhile"
-    caches = [os.environ.get(name) for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")]
+    caches = [os.environ.get(name) for name in _CACHES]
     if any(cache and file.startswith(cache) for cache in [*caches, str(Path.home() / ".cache")]):
-        return "HF_HOME=FOLDER for checkpoints, XDG_CACHE_HOME=FOLDER for the rest"
+        return "HF_HOME=FOLDER for checkpoints of the hub, COSMOS3_CACHE=FOLDER for what is made here"
     try:
         temporary = tempfile.gettempdir()
     except OSError:

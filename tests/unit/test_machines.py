@@ -142,7 +142,7 @@ def test_more_threads_than_a_machine_can_use_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     asked = ["model=toy_random", "task=t2i", "task.height=32", "task.width=32"]
     prepare(compose([*asked, "topology.threads_per_rank=64"]))
-    with pytest.raises(ConfigError, match="topology.threads_per_rank=65"):
+    with pytest.raises(ConfigError, match=r"topology\.threads_per_rank=65"):
         prepare(compose([*asked, "topology.threads_per_rank=65"]))
 
 
