@@ -73,7 +73,7 @@ def _of_number(number: int, file: str | bytes | int | None, words: str, place: s
         return Problem(
             "no more processes or threads can be started",
             words,
-            "ulimit -u with a higher number, fewer ranks, or topology.threads_per_rank=1",
+            "ulimit -u and ulimit -v with higher numbers, fewer ranks, or topology.threads_per_rank=1",
         )
     if number == errno.EPIPE:
         return Problem("nobody reads what is printed", words, "a terminal or a file that stays open")
