@@ -51,6 +51,7 @@ from cosmos3_pipeline.vae.strategy import Exactness
 # More ranks than this on one clip nobody has, and planning for them takes longer than a second.
 MOST_RANKS = 1024
 
+
 @dataclass(frozen=True)
 class Checked:
     """A config without a problem, and what its check found out: the plan of its VAE, its checkpoint if any."""
