@@ -129,6 +129,9 @@ def _badly_said(problem: Problem) -> str | None:
 def _is_taken(got: Any, value: str) -> bool:
     if value.startswith("${") or dataclasses.is_dataclass(got):
         return value.startswith("${model}")
+    if isinstance(got, list) and not any(map(dataclasses.is_dataclass, got)):
+        items = [item for item in value.strip("[]").split(",") if item]
+        return len(items) == len(got) and all(map(_is_taken, got, items))
     said = yaml.safe_load(value.replace(":", ": "))
     got = got.name if isinstance(got, Enum) else got
     if isinstance(got, str):
