@@ -6,8 +6,9 @@
 # make hooks lint and spelling before every commit
 # make wheel builds the wheel, and makes the toy's video with it in an empty environment and directory
 # make interop  what is too large for the tests' environment: ray as a launcher, MLflow and other trackers
+# make fuzz  every value of tests/config_fuzz.py on every key of the schema (half an hour of one core)
 # make bench measures the VAE and the denoiser beside others, and writes docs/performance.md (two hours)
-.PHONY: env run test thorough quick lint docs hooks wheel interop bench clean
+.PHONY: env run test thorough quick lint docs hooks wheel fuzz interop bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -63,6 +64,9 @@ wheel:
 	mkdir build/empty/here
 	cd build/empty/here && ../venv/bin/cosmos3 hydra.run.dir=made
 	test -s build/empty/here/made/video.mp4
+
+fuzz: env
+	COSMOS3_FUZZ=all OMP_NUM_THREADS=1 $(PY) -m pytest -n0 tests/unit/test_fuzzed_keys.py
 
 # Beside the environment of the tests, whose packages it sees: these ask for other versions of some.
 interop: env

@@ -36,12 +36,14 @@ from cosmos3_pipeline.config.compose import (
     compose,
 )
 from cosmos3_pipeline.config.help import help_text
-from cosmos3_pipeline.config.overrides import asks_for_sweep, check_overrides
+from cosmos3_pipeline.config.overrides import asks_for_sweep, check_no_sweep, check_overrides
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.config.sweep import compositions_of
 from cosmos3_pipeline.distributed.failure import RankFailed
+from cosmos3_pipeline.distributed.machine import machine_problem, output_problems, told_as_fault
+from cosmos3_pipeline.distributed.world import NO_WORLD, world_problems
 from cosmos3_pipeline.errors import ConfigError, Fault, Problem, Refusal, nearest
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.log import kept
@@ -144,6 +146,12 @@ def launch(hydra_main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; nothing half-written is left", file=sys.stderr)
         code = INTERRUPTED
+    except (OSError, MemoryError) as error:  # before the job or after it: what it raises is a Fault
+        problem = machine_problem(error)
+        if asked_for_traceback or problem is None:
+            raise
+        print(f"the run has stopped\n\n{problem}", file=sys.stderr)
+        code = FAILED
     except Exception as error:
         # At the end Hydra's sweeper raises what the first failed job has raised, which was told then.
         if asked_for_traceback or not sweep.was_told(error):
@@ -168,7 +176,7 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
             return cast(float | tuple[float, ...] | None, done.objective)
     output = running.output_directory()
     # With hydra.job.chdir this process is in `output` by now; paths were typed where it was started.
-    with chdir(_where_started()), kept(output):
+    with told_as_fault(str(output)), chdir(_where_started()), kept(output):
         composition, prepared = _prepared(cfg)
         result = jobs.run(prepared, output, multirun=multirun)
     if prepared.config.output.report and prepared.config.job.name == JobName.generate:
@@ -198,6 +206,8 @@ def _where_started() -> Path:
 
 def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | None) -> None:
     global _ahead
+    if broken := [*world_problems(os.environ)]:
+        raise ConfigError(broken)
     rank = os.environ.get("RANK")
     if rank is not None and args.multirun:
         raise ConfigError(
@@ -205,7 +215,7 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
                 Problem(
                     what="-m under torchrun",
                     why="a sweep starts the ranks of each job anew, but torchrun has started them already",
-                    works="python launch.py -m ... without torchrun, or torchrun without -m",
+                    works=f"torchrun without -m, or python launch.py -m ... without torchrun; {NO_WORLD}",
                 )
             ]
         )
@@ -241,6 +251,10 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
         check_composition(composition)
         running.show(composition, args.cfg, args.package, resolve=args.resolve)
     else:
+        check_no_sweep(args.overrides)
+        folder = Path(OmegaConf.select(composition.cfg, "hydra.run.dir"))
+        if found := [*output_problems(folder, "hydra.run.dir")]:
+            raise ConfigError(found)
         _ahead = composition, prepare(composition)  # before there is an output directory
         running.run(composition, getattr(hydra_main, "__wrapped__"))  # noqa: B009 - untyped
 
@@ -393,7 +407,8 @@ def _set_up_terminal() -> None:
 
 def _refused(error: ConfigError) -> int:
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    # Without torchrun around it nobody may be rank 0.
+    if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ and not [*world_problems(os.environ)]:
         print(f"rank {rank}: refused, as rank 0 says", file=sys.stderr)
         return REFUSED
     count = len(error.problems)

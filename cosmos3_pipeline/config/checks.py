@@ -7,9 +7,11 @@ checked at all, so the tree is walked against the dataclasses once more. What ne
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -47,7 +49,12 @@ def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
         elif dataclasses.is_dataclass(hints[str(name)]):
             yield from _walk(node[name], typing.cast(type, hints[str(name)]), f"{key}.")
         else:
-            yield from _value(node, str(name), key, fields[str(name)].metadata)
+            wrong = [*_value(node, str(name), key, fields[str(name)].metadata)]
+            yield from wrong
+            item = next(iter(typing.get_args(hints[str(name)])), None)
+            if dataclasses.is_dataclass(item) and not wrong:
+                for place, inner in enumerate(node[name]):
+                    yield from _walk(inner, typing.cast(type, item), f"{key}[{place}].")
 
 
 def _leaves(node: DictConfig, name: str, key: str) -> Iterator[str]:
@@ -79,7 +86,7 @@ def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, An
         works = f"did you mean ${{{near}}}?" if near else "see --cfg job for what there is to refer to"
         yield Problem(what=f"{key} cannot be resolved", why=why, works=works)
         return
-    if value is None or not limits:
+    if value is None or isinstance(value, Enum):
         return
     if "one_of" in limits:
         if value not in limits["one_of"]:
@@ -89,16 +96,71 @@ def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, An
                 works=did_you_mean(str(value), limits["one_of"], otherwise=f"{key}={limits['one_of'][0]}"),
             )
         return
-    low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of")
-    if (low is None or value >= low) and (high is None or value <= high) and (step is None or value % step == 0):
+    if isinstance(value, ListConfig):
+        yield from _list(value, key, limits)
+    else:
+        yield from _range(value, key, limits)
+
+
+def _list(values: ListConfig, key: str, limits: typing.Mapping[str, Any]) -> Iterator[Problem]:
+    fewest, most = limits.get("items", (0, len(values)))
+    if not fewest <= len(values) <= most:
+        yield Problem(
+            what=f"{key}={_said(values)} has {len(values)} values",
+            why=f"it must have {fewest} to {most}",
+            works=f"{key} with {fewest} to {most} values, such as those that --cfg job shows without this one",
+        )
+    for place in range(len(values)):
+        if OmegaConf.is_missing(values, place):
+            yield _missing(f"{key}[{place}]")
+        else:
+            yield from _range(values[place], f"{key}[{place}]", limits)
+            if "matching" in limits:
+                yield from _form(values[place], f"{key}[{place}]", *limits["matching"])
+
+
+def _form(value: Any, key: str, pattern: str, example: str) -> Iterator[Problem]:
+    if not re.fullmatch(pattern, str(value)):
+        yield Problem(
+            what=f"{key}={_said(value)}",
+            why=f"it must be like {example}",
+            works=f"{key.partition('[')[0]}=[{example}]",
+        )
+
+
+def _range(value: Any, key: str, limits: typing.Mapping[str, Any]) -> Iterator[Problem]:
+    if not isinstance(value, int | float):
         return
+    low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of")
     bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
     bounds += [f"a multiple of {step}"] * (step is not None)
+    if isinstance(value, float) and not math.isfinite(value):
+        limit = high if value > 0 else low
+        yield Problem(
+            what=f"{key}={value} is no finite number",
+            why="nothing can be computed with it" + (f"; it must be {' and '.join(bounds)}" if bounds else ""),
+            works=_typed(key, 1 if limit is None else limit),
+        )
+        return
+    if (low is None or value >= low) and (high is None or value <= high) and (step is None or value % step == 0):
+        return
     yield Problem(
-        what=f"{key}={value} is out of range",
+        what=f"{key}={_said(value)} is out of range",
         why=f"it must be {' and '.join(bounds)}",
-        works=f"{key}={_nearest(value, low, high, step)}",
+        works=_typed(key, _nearest(value, low, high, step)),
     )
+
+
+def _typed(key: str, value: float) -> str:
+    """What to type; one item of a list cannot be set alone."""
+    name, bracket, place = key.partition("[")
+    return f"{name} with {value} in the place of [{place}" if bracket else f"{key}={value}"
+
+
+def _said(value: Any) -> str:
+    """`value`, of which a page of digits or of items is not shown."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _nearest(value: float, low: float | None, high: float | None, step: int | None) -> float:
@@ -119,14 +181,14 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
         if cls is None:
             yield unowned(target, f"vae.{direction}")
             continue
-        known = {f.name for f in dataclasses.fields(settings_schema(cls))}
+        known = {f.name: f.default for f in dataclasses.fields(settings_schema(cls))}
         for name in node:
             key = f"vae.{direction}.{name!s}"
             if name not in known:
                 yield unknown_key(key, [f"vae.{direction}.{k}" for k in known])
             elif OmegaConf.is_missing(node, name):
                 yield _missing(key)
-            else:
+            elif OmegaConf.is_interpolation(node, name) or node[name] != known[str(name)]:  # which may be infinite
                 yield from _value(node, str(name), key, {})
 
 

@@ -12,6 +12,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cosmos3_pipeline.config.kinds import kind_of
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
 from cosmos3_pipeline.vae.plugins import discover
 
@@ -28,9 +29,10 @@ STRATEGY_NODES = ("vae.encode", "vae.decode")
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     """A dotted key that the schema does not have, `where` naming the file or override that brought it.
 
-    The nearest key is sought by the whole name and then by its last part, so that `task.promt` and
-    `sampler.prompt` both find `task.prompt`; that of a strategy's setting among the settings that it has. Of keys
-    with the same last part the least nested are meant: `sampler.steps`, not `model.recommended.image.steps`.
+    The nearest key is sought among those of the same node, or of the nearest node where none has its name, and
+    then by its last part everywhere: so `task.promt`, `taks.prompt` and `sampler.prompt` find `task.prompt`. That
+    of a strategy's setting is sought among the settings that it has. Of keys with the same last part the least
+    nested are meant: `sampler.steps`, not `model.recommended.image.steps`. Where none is near, they are listed.
     """
     node, _, leaf = key.rpartition(".")
     if node.partition(".")[0] == "extras":
@@ -49,8 +51,8 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
             why=f"{leaf} is a setting of {' and '.join(others)}, not of the strategy that is chosen",
             works=f"{chosen} beside it",
         )
-    near = nearest(key, known) or _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known)
-    siblings = sorted({k[len(node) + 1 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")})
+    siblings = _beside(node, known)
+    near = _near(node, leaf, known)
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
     size = re.search(rf"{re.escape(key)}=(\d+)[x,*](\d+)", where)
     if size and {f"{node}.width", f"{node}.height"} <= set(known):
@@ -60,6 +62,22 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
         why="nothing reads it, so it would be ignored",
         works=f"did you mean {near}?" if near and not size else listed,
     )
+
+
+def _beside(node: str, known: Iterable[str]) -> list[str]:
+    """The names directly below `node`, "" for all."""
+    return sorted(
+        {k[len(node) + 1 if node else 0 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")}
+    )
+
+
+def _near(node: str, leaf: str, known: Sequence[str]) -> str | None:
+    """What `node`.`leaf` most likely means; leaves are compared with leaves, and nodes with nodes."""
+    nodes = {k.rpartition(".")[0] for k in known}
+    meant = node if node in nodes else nearest(node, nodes)
+    if meant is not None and (found := nearest(leaf, _beside(meant, known))):
+        return f"{meant}.{found}" if meant else found
+    return _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known) or None
 
 
 def settings_of_others(key: str) -> list[str]:
@@ -78,10 +96,29 @@ def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
     return " or ".join(key for key in found if key.count(".") == depth)
 
 
-def _number_in(key: str, cause: str) -> str:
-    """`17` for `17frames`."""
+# A value that Hydra could not merge, for a reason that it does not tell.
+_NOT_MERGED = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
+
+
+def wrong_kind(key: str, wrong: str, where: str, cause: str = "") -> Problem:
+    """A value of another kind than `key` takes; `wrong` says which, and `cause` why it is another."""
+    kind = kind_of(key)
     number = re.search(r"Value '(-?\d+(?:\.\d+)?)[^']*' .* (?:Integer|Float)", cause)
-    return f"{key}={number.group(1)}" if number else "a value of the type that --cfg job shows"
+    typed = None if kind is None else kind.example
+    if number is not None:  # `17` for `17frames`
+        typed = number.group(1) if "Float" in cause else str(round(float(number.group(1))))
+    works = f"a value of the type that --cfg job shows for {key}"
+    if "[" in key:
+        works = f"{key.partition('[')[0]}=[...] with such values"
+    elif typed is not None:
+        works = f"{key}={typed}"
+    elif kind is not None and kind.is_node:
+        works = f"a key of it, as in {key}.KEY=VALUE"
+    return Problem(
+        what=f"{key} {wrong}{where}",
+        why="; ".join(filter(None, [cause, "" if kind is None else f"{key} is {kind}"])) or "it is another type",
+        works=works,
+    )
 
 
 def explain(
@@ -120,13 +157,10 @@ def explain(
     if match := re.search(r"Key '[^']+' not in|Key '[^']+' is not in struct", cause):
         return unknown_key(full_key or match.group(0), keys, where=where)
     if match := re.search(r"(Value .+? (?:of type .+? )?(?:could not be|is not).+|Invalid value .+)", cause):
-        key = full_key or "a key"
-        allowed = re.search(r"expected one of \[(.+?)\]", cause)
-        return Problem(
-            what=f"{key} has a value of the wrong type{where}",
-            why=match.group(1).rstrip("."),
-            works=f"one of {allowed.group(1)}" if allowed else _number_in(key, cause),
-        )
+        return wrong_kind(full_key or "a key", "has a value of the wrong type", where, match.group(1).rstrip("."))
+    if (match := _NOT_MERGED.search(text)) and (full_key or match.group(1)):
+        key, value = match.groups()
+        return wrong_kind(full_key if full_key.startswith(key) else key, f"is given {value or 'nothing'}", where)
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.+)'", text):
         key, value = match.groups()
         return Problem(

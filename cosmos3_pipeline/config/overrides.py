@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from cosmos3_pipeline.config.errors import STRATEGY_NODES
+from cosmos3_pipeline.config.kinds import kind_of
 from cosmos3_pipeline.errors import ConfigError, Problem, nearest
 
 # What a double-quoted argument of a shell would not leave as it is.
@@ -42,11 +43,26 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
             problems.append(_no_override(first))
             continue
         problems += [*_sweep_alone(override, sweep), *_group_as_key(override, groups)]
-        problems += _no_option(override, groups)
+        problems += [*_no_option(override, groups), *_nothing_set(override), *_no_truth(override)]
         if override.key_or_group in groups and not override.is_hydra_override():
             problems += _doubled(override, chosen)
     if problems:
         raise ConfigError(problems)
+
+
+def check_no_sweep(overrides: Sequence[str]) -> None:
+    """Refuse what only a sweep reads, where there is none. Raises ConfigError."""
+    found = [
+        Problem(
+            what=f"{override} without -m",
+            why="only a sweep reads it, so it would be ignored",
+            works=f"-m {override} with the values to sweep over, or no {override.partition('=')[0].lstrip('+')}",
+        )
+        for override in overrides
+        if override.lstrip("+").startswith("sweep.")
+    ]
+    if found:
+        raise ConfigError(found)
 
 
 def asks_for_sweep(overrides: Sequence[str]) -> bool:
@@ -168,6 +184,28 @@ def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
         )
 
 
+def _nothing_set(override: Override) -> Iterator[Problem]:
+    """`task={}`, which Hydra would merge and change nothing."""
+    key = override.key_or_group
+    if override.value() == {} and (kind := kind_of(key)) is not None and kind.is_node:
+        yield Problem(
+            what=f"{override.input_line} sets nothing",
+            why=f"{key} is {kind}, and its other keys stay as they are, so it would be ignored",
+            works=f"a key of it, as in {key}.KEY=VALUE",
+        )
+
+
+def _no_truth(override: Override) -> Iterator[Problem]:
+    """`output.sound=7`, which OmegaConf would take for true."""
+    key, value = override.key_or_group, override.value()
+    if type(value) is int and value not in (0, 1) and (kind := kind_of(key)) is not None and kind.hint is bool:
+        yield Problem(
+            what=f"{override.input_line} is neither true nor false",
+            why=f"{key} is {kind}",
+            works=f"{key}=true or {key}=false",
+        )
+
+
 def _choices(group: str, options: Sequence[str], value: str) -> str:
     """The option of `group` that `value` was most likely meant to be, or all of them."""
     near = nearest(value, options)
@@ -177,7 +215,13 @@ def _choices(group: str, options: Sequence[str], value: str) -> str:
 def _doubled(override: Override, chosen: dict[str, str]) -> Iterator[Problem]:
     """`vae=[a,b]` and `vae=a vae=b`: Hydra would merge the two options, or keep the last, silently."""
     group, value = override.key_or_group, override.value()
-    if isinstance(value, list):
+    if value == []:
+        yield Problem(
+            what=f"{override.input_line} chooses no option of the group {group}",
+            why="a group has one option at a time",
+            works=f"{group}=NAME, or no {group} for the one that is chosen already",
+        )
+    elif isinstance(value, list):
         names = [str(v) for v in value]
         yield Problem(
             what=f"{override.input_line} chooses {len(names)} options of the group {group}",

@@ -27,16 +27,29 @@ def ranged(
     at_least: float | None = None,
     at_most: float | None = None,
     multiple_of: int | None = None,
+    items: tuple[int, int] | None = None,
 ) -> Any:
-    """A field whose value must lie in [at_least, at_most] and be a multiple of `multiple_of`."""
-    limits = {"at_least": at_least, "at_most": at_most, "multiple_of": multiple_of}
+    """A field whose value must lie in [at_least, at_most] and be a multiple of `multiple_of`.
+
+    Of a list each value must, and `items` is how many it may have. The upper ends lie far above what was published
+    and keep a slip of the keyboard from planning for hours: below all of them a plan takes about a second.
+    """
+    limits = {"at_least": at_least, "at_most": at_most, "multiple_of": multiple_of, "items": items}
     return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
+
+
+def matching(pattern: str, example: str) -> Any:
+    """A field of texts of one form."""
+    return field(default=MISSING, metadata={"matching": (pattern, example)})
 
 
 def one_of(*choices: str) -> Any:
     """A string field with a closed list of values."""
     return field(default=MISSING, metadata={"one_of": choices})
 
+
+# The largest clip that is planned: pixels of a side, and frames.
+MOST_PIXELS, MOST_FRAMES = 16384, 100_001
 
 # How strong the edges or the blur are that are made of a clip; NVIDIA names them so.
 STRENGTHS = ("very_low", "low", "medium", "high", "very_high")
@@ -114,51 +127,51 @@ class JobConfig:
 class TransformerConfig:
     """The dimensions of `diffusers.Cosmos3OmniTransformer` that cost, checks and the toy model need."""
 
-    hidden_size: int = ranged(at_least=1)
-    num_hidden_layers: int = ranged(at_least=1)
-    num_attention_heads: int = ranged(at_least=1)
-    num_key_value_heads: int = ranged(at_least=1)
-    head_dim: int = ranged(at_least=2, multiple_of=2)
-    intermediate_size: int = ranged(at_least=1)
-    vocab_size: int = ranged(at_least=1)
+    hidden_size: int = ranged(at_least=1, at_most=65536)
+    num_hidden_layers: int = ranged(at_least=1, at_most=1024)
+    num_attention_heads: int = ranged(at_least=1, at_most=1024)
+    num_key_value_heads: int = ranged(at_least=1, at_most=1024)
+    head_dim: int = ranged(at_least=2, at_most=1024, multiple_of=2)
+    intermediate_size: int = ranged(at_least=1, at_most=262144)
+    vocab_size: int = ranged(at_least=1, at_most=10_000_000)
     hidden_act: HiddenAct = MISSING
     qk_norm_for_text: bool = MISSING
     use_und_k_norm_for_gen: bool = MISSING
-    rms_norm_eps: float = ranged(at_least=1e-12)
-    latent_patch_size: int = ranged(at_least=1)
-    rope_theta: float = ranged(at_least=1)
+    rms_norm_eps: float = ranged(at_least=1e-12, at_most=1)
+    latent_patch_size: int = ranged(at_least=1, at_most=16)
+    rope_theta: float = ranged(at_least=1, at_most=1e12)
     sound_gen: bool = MISSING
-    sound_dim: int | None = ranged(at_least=1)
+    sound_dim: int | None = ranged(at_least=1, at_most=65536)
     sound_latent_fps: float = ranged(at_least=1, at_most=1000)
     action_gen: bool = MISSING
-    action_dim: int = ranged(at_least=1)
-    num_embodiment_domains: int = ranged(at_least=1)
+    action_dim: int = ranged(at_least=1, at_most=65536)
+    num_embodiment_domains: int = ranged(at_least=1, at_most=65536)
 
 
 @dataclass
 class VaeModelConfig:
     """The values of `diffusers.AutoencoderKLWan` that decide its program, named as diffusers names them."""
 
-    base_dim: int = ranged(at_least=1)
-    decoder_base_dim: int = ranged(at_least=1)
-    z_dim: int = ranged(at_least=1)
-    dim_mult: list[int] = MISSING
-    num_res_blocks: int = ranged(at_least=1)
-    attn_scales: list[float] = MISSING
-    temperal_downsample: list[bool] = MISSING
+    base_dim: int = ranged(at_least=1, at_most=4096)
+    decoder_base_dim: int = ranged(at_least=1, at_most=4096)
+    z_dim: int = ranged(at_least=1, at_most=4096)
+    dim_mult: list[int] = ranged(at_least=1, at_most=64, items=(1, 8))
+    num_res_blocks: int = ranged(at_least=1, at_most=64)
+    attn_scales: list[float] = ranged(at_least=0, at_most=64, items=(0, 8))
+    temperal_downsample: list[bool] = ranged(items=(0, 7))
     is_residual: bool = MISSING
-    in_channels: int = ranged(at_least=1)
-    out_channels: int = ranged(at_least=1)
-    patch_size: int = ranged(at_least=1)
-    scale_factor_temporal: int = ranged(at_least=1)
-    scale_factor_spatial: int = ranged(at_least=1)
+    in_channels: int = ranged(at_least=1, at_most=4096)
+    out_channels: int = ranged(at_least=1, at_most=4096)
+    patch_size: int = ranged(at_least=1, at_most=16)
+    scale_factor_temporal: int = ranged(at_least=1, at_most=64)
+    scale_factor_spatial: int = ranged(at_least=1, at_most=256)
 
 
 @dataclass
 class SoundTokenizerConfig:
     """The one value of `diffusers.Cosmos3AVAEAudioTokenizer` that is not fixed: the width of its decoder."""
 
-    dec_dim: int = ranged(at_least=1)
+    dec_dim: int = ranged(at_least=1, at_most=65536)
 
 
 @dataclass
@@ -170,8 +183,8 @@ class ScheduleConfig:
 
     use_karras_sigmas: bool = MISSING
     flow_shift: float = ranged(at_least=0.01, at_most=1000)
-    sigma_min: float | None = ranged(at_least=1e-6)
-    sigma_max: float | None = ranged(at_least=1e-6)
+    sigma_min: float | None = ranged(at_least=1e-6, at_most=1e6)
+    sigma_max: float | None = ranged(at_least=1e-6, at_most=1e6)
     native_grid: bool = MISSING
 
 
@@ -179,20 +192,20 @@ class ScheduleConfig:
 class Recommendation:
     """What `task` and `sampler` take when the user says nothing, per modality."""
 
-    height: int = ranged(at_least=16)
-    width: int = ranged(at_least=16)
-    num_frames: int = ranged(at_least=1)
-    steps: int = ranged(at_least=1)
-    guidance_scale: float = ranged(at_least=0)
-    flow_shift: float | None = ranged(at_least=0)
+    height: int = ranged(at_least=16, at_most=MOST_PIXELS)
+    width: int = ranged(at_least=16, at_most=MOST_PIXELS)
+    num_frames: int = ranged(at_least=1, at_most=MOST_FRAMES)
+    steps: int = ranged(at_least=1, at_most=1000)
+    guidance_scale: float = ranged(at_least=0, at_most=100)
+    flow_shift: float | None = ranged(at_least=0.01, at_most=1000)
 
 
 @dataclass
 class ActionRecommendation(Recommendation):
     """Of tasks with actions. Height and width are those of the picture that a plan takes where none is given."""
 
-    chunk_size: int = ranged(at_least=1)
-    resolution_tier: int = MISSING
+    chunk_size: int = ranged(at_least=1, at_most=10_000)
+    resolution_tier: int = ranged(at_least=1, at_most=MOST_PIXELS)
 
 
 @dataclass
@@ -211,9 +224,9 @@ class Recommended:
 class Tier:
     """Sizes of one resolution, as 1280x720, and how many frames a clip of it may have."""
 
-    sizes: list[str] = MISSING
-    min_frames: int = MISSING
-    max_frames: int = MISSING
+    sizes: list[str] = matching(r"[1-9]\d{1,4}x[1-9]\d{1,4}", "1280x720")
+    min_frames: int = ranged(at_least=1, at_most=MOST_FRAMES)
+    max_frames: int = ranged(at_least=1, at_most=MOST_FRAMES)
 
 
 @dataclass
@@ -222,7 +235,7 @@ class TrainedConfig:
 
     when_outside: str = one_of("warn", "refuse", "ignore")
     tasks: list[TaskName] = MISSING
-    fps: list[float] = MISSING
+    fps: list[float] = ranged(at_least=1, at_most=1000)
     tiers: list[Tier] = MISSING
     words: list[str] | None = MISSING
 
@@ -235,7 +248,7 @@ class LoraConfig:
     """
 
     path: str = MISSING
-    weight: float = 1.0
+    weight: float = ranged(1.0, at_least=-1000, at_most=1000)
     sha256: str | None = None
 
 
@@ -249,7 +262,7 @@ class ModelConfig:
     lora: list[LoraConfig] = field(default_factory=list)
     dtype: Dtype = MISSING
     vae_dtype: Dtype = MISSING
-    distilled_sigmas: list[float] | None = None
+    distilled_sigmas: list[float] | None = ranged(None, at_least=0, at_most=1, items=(1, 1000))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VaeModelConfig = field(default_factory=VaeModelConfig)
@@ -286,28 +299,28 @@ class TaskConfig:
     image: str | None = MISSING
     last_image: str | None = MISSING
     video: str | None = MISSING
-    condition_latent_frames: list[int] = MISSING
+    condition_latent_frames: list[int] = ranged(at_least=-1, at_most=MOST_FRAMES)
     condition_keep: Keep = MISSING
     background: list[int] = MISSING
     resample: bool = MISSING
-    height: int = ranged(at_least=16)
-    width: int = ranged(at_least=16)
-    num_frames: int | None = ranged(at_least=1)
+    height: int = ranged(at_least=16, at_most=MOST_PIXELS)
+    width: int = ranged(at_least=16, at_most=MOST_PIXELS)
+    num_frames: int | None = ranged(at_least=1, at_most=MOST_FRAMES)
     fps: float = ranged(at_least=1, at_most=120)
     sound: bool = MISSING
     domain: str | None = MISSING
     actions: str | None = MISSING
-    chunk_size: int | None = ranged(at_least=1)
+    chunk_size: int | None = ranged(at_least=1, at_most=10_000)
     view_point: str | None = MISSING
-    resolution_tier: int | None = MISSING
-    canvas: list[int] | None = MISSING
+    resolution_tier: int | None = ranged(at_least=1, at_most=MOST_PIXELS)
+    canvas: list[int] | None = ranged(at_least=16, at_most=MOST_PIXELS, items=(2, 2))
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     edge_threshold: str | None = one_of(*STRENGTHS)
     blur_strength: str | None = one_of(*STRENGTHS)
     control_guidance: float | None = ranged(at_least=0, at_most=100)
-    num_video_frames_per_chunk: int | None = ranged(at_least=2)
-    num_conditional_frames: int | None = ranged(at_least=0)
-    num_first_chunk_conditional_frames: int | None = ranged(at_least=0)
+    num_video_frames_per_chunk: int | None = ranged(at_least=2, at_most=MOST_FRAMES)
+    num_conditional_frames: int | None = ranged(at_least=0, at_most=MOST_FRAMES)
+    num_first_chunk_conditional_frames: int | None = ranged(at_least=0, at_most=MOST_FRAMES)
 
 
 @dataclass
@@ -326,16 +339,16 @@ class AcceleratorConfig:
     """What the plan knows of the device that one rank has; on cpu the ranks of a node share it."""
 
     name: str = MISSING
-    memory_gb: float = ranged(at_least=0.001)
-    bf16_tflops: float = ranged(at_least=0.000001)
-    fp32_tflops: float = ranged(at_least=0.000001)
-    memory_gb_per_s: float = ranged(at_least=0.001)
-    link_gb_per_s: float = ranged(at_least=0.001)
-    network_gb_per_s: float = ranged(at_least=0.001)
-    host_gb_per_s: float = ranged(at_least=0.001)
-    latency_us: float = ranged(at_least=0)
-    launch_us: float = ranged(at_least=0)
-    overhead_s: float = ranged(at_least=0)
+    memory_gb: float = ranged(at_least=0.001, at_most=1e6)
+    bf16_tflops: float = ranged(at_least=0.000001, at_most=1e6)
+    fp32_tflops: float = ranged(at_least=0.000001, at_most=1e6)
+    memory_gb_per_s: float = ranged(at_least=0.001, at_most=1e6)
+    link_gb_per_s: float = ranged(at_least=0.001, at_most=1e6)
+    network_gb_per_s: float = ranged(at_least=0.001, at_most=1e6)
+    host_gb_per_s: float = ranged(at_least=0.001, at_most=1e6)
+    latency_us: float = ranged(at_least=0, at_most=1e9)
+    launch_us: float = ranged(at_least=0, at_most=1e9)
+    overhead_s: float = ranged(at_least=0, at_most=1e6)
     transformer_efficiency: float = ranged(at_least=0.001, at_most=1)
     vae_efficiency: float = ranged(at_least=0.001, at_most=1)
 
@@ -344,10 +357,10 @@ class AcceleratorConfig:
 class TopologyConfig:
     nodes: int = ranged(at_least=1, at_most=4096)
     ranks_per_node: int = ranged(at_least=1, at_most=1024)
-    dp: int = ranged(at_least=1)
+    dp: int = ranged(at_least=1, at_most=1024)
     cfg: int = ranged(at_least=1, at_most=2)
-    ulysses: int = ranged(at_least=1)
-    threads_per_rank: int = ranged(at_least=1)
+    ulysses: int = ranged(at_least=1, at_most=1024)
+    threads_per_rank: int = ranged(at_least=1, at_most=1024)
     device: Device = MISSING
     accelerator: AcceleratorConfig = field(default_factory=AcceleratorConfig)
 
@@ -360,7 +373,7 @@ class WeightsConfig:
     """
 
     placement: Placement = MISSING
-    resident_layers: int | None = ranged(at_least=0)
+    resident_layers: int | None = ranged(at_least=0, at_most=1024)
     keep_text: bool = MISSING
 
 
@@ -381,7 +394,7 @@ class VerifyConfig:
 class RehearseConfig:
     """Read by job=rehearse. `ranks` None: all ranks of a replica of up to eight, else one of each kind."""
 
-    ranks: list[int] | None = None
+    ranks: list[int] | None = ranged(None, at_least=0, at_most=1023)
     format: RehearsalFormat = RehearsalFormat.table
 
 
@@ -390,12 +403,12 @@ class CacheConfig:
     """Which passes are spared, see `denoise.cache`; the fields are those of diffusers' `SeaCacheConfig`."""
 
     name: CacheName = CacheName.none
-    threshold: float = ranged(0.25, at_least=0.000001)
+    threshold: float = ranged(0.25, at_least=0.000001, at_most=1e6)
     residual_order: int = ranged(1, at_least=0, at_most=1)
-    retention_steps: int = ranged(1, at_least=0)
-    cache_end_steps: int = ranged(1, at_least=0)
-    max_consecutive_cached: int = ranged(2, at_least=0)
-    power_exp: float = ranged(3.0, at_least=0.001)
+    retention_steps: int = ranged(1, at_least=0, at_most=1000)
+    cache_end_steps: int = ranged(1, at_least=0, at_most=1000)
+    max_consecutive_cached: int = ranged(2, at_least=0, at_most=1000)
+    power_exp: float = ranged(3.0, at_least=0.001, at_most=100)
 
 
 @dataclass
@@ -429,10 +442,10 @@ class SweepConfig:
     is run `repeats` times, all jobs once before any a second time; `repeat` counts them from 0.
     """
 
-    baseline: int = ranged(at_least=0)
+    baseline: int = ranged(at_least=0, at_most=1_000_000)
     resume: str | None = None
     repeats: int = ranged(at_least=1, at_most=1000)
-    repeat: int = 0
+    repeat: int = ranged(0, at_least=0, at_most=1000)
 
 
 @dataclass

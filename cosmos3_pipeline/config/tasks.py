@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cosmos3_pipeline.config.schema import TaskConfig, TaskName
+from cosmos3_pipeline.config.schema import Config, TaskConfig, TaskName
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ FRAMES: dict[TaskName, list[int]] = {
 ALL_GIVEN = tuple(dict.fromkeys(given for needed in GIVEN.values() for given in needed))
 
 
+# The keys of `task` that name a file, and those whose words may be in one, as `@FILE`.
+PATHS = (*(given.key for given in ALL_GIVEN), "prompt_file", "actions")
+WORDS = ("prompt", "negative_prompt")
+
+
 def readers(given: Given) -> list[str]:
     """The names of the tasks that read such a file."""
     return [task.value for task in GIVEN if given in read_by(task)]
@@ -89,3 +94,14 @@ def clips_of(task: TaskConfig) -> dict[str, str]:
 def controls_planned(task: TaskConfig) -> int:
     """How many controls a plan is made for; one where a transfer has none yet."""
     return max(len(controls_of(task)), 1) if task.name is TaskName.transfer else 0
+
+
+def paths_of(cfg: Config) -> dict[str, str]:
+    """All that a composition names by a path, here or on the hub, by the keys that name it."""
+    task = cfg.task
+    found = {f"task.{key}": getattr(task, key) for key in PATHS}
+    found |= {f"task.{key}": words[1:] for key in WORDS if (words := getattr(task, key) or "").startswith("@")}
+    found |= {f"task.controls.{name}": file for name, file in controls_of(task).items() if file != FROM_VIDEO}
+    found |= {f"model.lora[{number}].path": one.path for number, one in enumerate(cfg.model.lora)}
+    found |= {"model.path": cfg.model.path, "verify.latents": cfg.verify.latents}
+    return {key: path for key, path in found.items() if path is not None}

@@ -30,6 +30,7 @@ from cosmos3_pipeline.distributed.board import PeerFailed, PeerLost, RunStopped
 from cosmos3_pipeline.distributed.device import gpu, use
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.distributed.interface import use_interface_of_store
+from cosmos3_pipeline.distributed.machine import can_fork_ranks
 from cosmos3_pipeline.errors import Fault, Refusal
 
 # The seconds that ranks of a broken world get to end by themselves before they are killed.
@@ -56,7 +57,7 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     # A new process is told this one's start method, and joblib's, which its workers have, Python does not know.
-    start_method = "forkserver" if device == "cpu" else "spawn"
+    start_method = "forkserver" if device == "cpu" and can_fork_ranks() else "spawn"
     multiprocessing.set_start_method(start_method, force=True)
     # Until torch 2.12 a launcher waits 30 seconds, and cannot be told otherwise.
     known = {field.name for field in dataclasses.fields(LaunchConfig)}

@@ -173,9 +173,12 @@ class Links:
         self._links = dict[int, Link]()
         self._patience = patience
         with tempfile.TemporaryDirectory(prefix="cosmos3-") as folder, socket.socket(socket.AF_UNIX) as listener:
-            store.set(f"address/{rank}", _listening(listener, str(Path(folder) / "rank"), size))
+            here = _can_wait()
+            address = _listening(listener, str(Path(folder) / "rank"), size) if here else ""
+            store.set(f"address/{rank}", address)
             for peer in range(rank):
-                link = _connected(store.get(f"address/{peer}").decode(), rank, peer, lanes)
+                theirs = store.get(f"address/{peer}").decode()
+                link = _connected(theirs, rank, peer, lanes) if here and theirs else None
                 store.set(f"link/{peer}-{rank}", "linked" if link else "apart")
                 if link is not None:
                     self._links[peer] = link
@@ -219,7 +222,8 @@ class Links:
             raise RuntimeError("the connections to the other ranks of this machine were closed")
         found, until = ready.poll(0), time.perf_counter() + _AWAKE_SECONDS
         while not found and time.perf_counter() < until:
-            os.sched_yield()  # where ranks share a core, to the one that is waited for
+            with suppress(OSError):  # a container may forbid it
+                os.sched_yield()  # where ranks share a core, to the one that is waited for
             found = ready.poll(0)
         found = found or ready.poll(1000 * self._patience)
         if not found:
@@ -241,6 +245,15 @@ class Links:
         for link in self._links.values():
             link.close()
         self._links.clear()
+
+
+def _can_wait() -> bool:
+    """Whether sockets can be waited for as `Links` does, which a container may forbid; gloo has its own way."""
+    try:
+        select.poll().poll(0)
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def _listening(listener: socket.socket, address: str, size: int) -> str:

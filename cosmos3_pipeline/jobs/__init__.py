@@ -56,8 +56,11 @@ def _few(changed: Sequence[str]) -> str:
 
 
 def follow(prepared: Prepared) -> None:
-    """Take part in the job of what is `prepared` as a rank that is not the root: nothing is written here."""
+    """Take part in the job of what is `prepared` as a rank that is not the root: nothing is written here.
+
+    A plan and a rehearsal are made by the root alone.
+    """
     if prepared.config.job.name == JobName.verify:
         verify.join(prepared)
-    else:
+    elif prepared.config.job.name == JobName.generate:
         generate.join(prepared)

@@ -10,6 +10,7 @@ from typing import Any
 
 from cosmos3_pipeline.config.plain import as_yaml
 from cosmos3_pipeline.config.schema import Config, Device
+from cosmos3_pipeline.distributed.machine import can_fork_ranks, told_as_fault
 from cosmos3_pipeline.stages.files import remove_partial, write_whole
 
 
@@ -38,8 +39,12 @@ def on_ranks(cfg: Config, output: Path, entry: str, *payload: Any, own_process: 
 
 
 def call(entry: str, *payload: Any) -> None:
-    """Call the function `entry`, "module:function"."""
-    resolve_name(entry)(*payload)
+    """Call the function `entry`, "module:function"; the last of `payload` is the folder that it writes to.
+
+    Raises Fault for what the machine refuses.
+    """
+    with told_as_fault(str(payload[-1])):
+        resolve_name(entry)(*payload)
 
 
 def import_for_ranks(entry: str) -> None:
@@ -47,6 +52,8 @@ def import_for_ranks(entry: str) -> None:
 
     It stays as long as this process, for the next runs of a sweep.
     """
+    if not can_fork_ranks():
+        return
     set_start_method("forkserver", force=True)  # what it is told to be like, see `run_ranks`
     set_forkserver_preload([entry.partition(":")[0]])
     forkserver.ensure_running()

@@ -1,6 +1,6 @@
 """From a composition to what the ranks are given: its config and its plan. Imports no torch.
 
-A plan needs no photograph, no weights and no torchrun; a run does.
+A plan needs no photograph, no weights and no torchrun; a run does. Files that are named have to be there for both.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, components_for, fetch
 from cosmos3_pipeline.checkpoint.lora import with_hash
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.schema import Config, Device, JobName, TaskConfig, TaskName
-from cosmos3_pipeline.config.tasks import ALL_GIVEN, FROM_VIDEO, GIVEN, clips_of, controls_of
+from cosmos3_pipeline.config.tasks import GIVEN, WORDS, clips_of, controls_of, paths_of
 from cosmos3_pipeline.distributed import host
+from cosmos3_pipeline.distributed.world import NO_WORLD, world_problems
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.action_inputs import check_action_inputs
 from cosmos3_pipeline.jobs.objective import check_objective
 from cosmos3_pipeline.jobs.origin import Origin, origin_of
+from cosmos3_pipeline.jobs.paths import with_whole_paths
 from cosmos3_pipeline.jobs.rehearsable import check_rehearse
 from cosmos3_pipeline.jobs.verify import Verification, check_verify
 from cosmos3_pipeline.planning.actions import action_of
@@ -31,6 +33,8 @@ from cosmos3_pipeline.planning.fitting import that_fits
 from cosmos3_pipeline.planning.geometry import encoded_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.units import quantity
+
+SMALL_MACHINE = 64  # threads of a rank that every machine takes
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,23 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
     _raise([*check_objective(prepared.config), *check_rehearse(prepared.config)])
     if job == JobName.rehearse:
         _raise([*_inputs(prepared.config)])  # no weights are read, and other machines than this one are meant
-    elif job != JobName.plan:
+    elif job == JobName.plan:
+        _raise([*_files(prepared.config)])  # none has to be named, but what is named is looked for
+    else:
         _raise(_problems(prepared))
         _raise([*_contents(prepared)])
         if fetch:
             _raise([*_accelerators(prepared.config)])
             prepared = _with_hashes(_with_checkpoint(prepared, composition, lengths))
     origin = None if job == JobName.plan else origin_of(composition.overrides)
-    return replace(prepared, verification=check_verify(prepared.config), origin=origin)
+    verification = check_verify(prepared.config)
+    config = with_whole_paths(prepared.config)
+    return replace(prepared, config=config, verification=verification, origin=origin)
 
 
 def _problems(prepared: Prepared) -> list[Problem]:
     cfg = prepared.config
-    return [*_world(cfg), *_inputs(cfg), *_checkpoint(cfg), *_memory(prepared)]
+    return [*_world(cfg), *_threads(cfg), *_inputs(cfg), *_checkpoint(cfg), *_memory(prepared)]
 
 
 def _with_checkpoint(prepared: Prepared, composition: Composition, changes: Mapping[str, Any]) -> Prepared:
@@ -187,14 +195,24 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
                 works=f"task.{given.key}={given.example}",
             )
     yield from check_action_inputs(cfg)
-    words = {"task.prompt": task.prompt, "task.negative_prompt": task.negative_prompt}
-    files = {f"task.{given.key}": getattr(task, given.key) for given in ALL_GIVEN}
-    files["task.prompt_file"] = task.prompt_file
-    files |= {f"task.controls.{name}": file for name, file in controls_of(task).items() if file != FROM_VIDEO}
-    files |= {key: said[1:] for key, said in words.items() if said is not None and said.startswith("@")}
+    yield from _files(cfg)
+    if task.name is TaskName.transfer and not controls_of(task):
+        yield Problem(
+            what="task=transfer without a control",
+            why="there is nothing that the video could follow",
+            works="task.controls.edge=edges.mp4, or task.video=clip.mp4 task.controls.edge=from_video",
+        )
+
+
+def _files(cfg: Config) -> Iterator[Problem]:
+    """Files that are named and are not there."""
+    files = {key: file for key, file in paths_of(cfg).items() if key.startswith("task.")}
+    if cfg.job.name is not JobName.plan:
+        files.pop("task.actions", None)  # see `check_action_inputs`
+    words = {key for key in files if key.removeprefix("task.") in WORDS}
     for key, file in files.items():
-        path = None if file is None else Path(file).expanduser()
-        if path is not None and not path.is_file():
+        path = Path(file).expanduser()
+        if not path.is_file():
             there = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
             kind = "is a folder" if path.is_dir() else "is no regular file"
             yield Problem(
@@ -202,12 +220,6 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
                 why=f"{path.absolute()} {kind if path.exists() else 'does not exist'}",
                 works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
             )
-    if task.name is TaskName.transfer and not controls_of(task):
-        yield Problem(
-            what="task=transfer without a control",
-            why="there is nothing that the video could follow",
-            works="task.controls.edge=edges.mp4, or task.video=clip.mp4 task.controls.edge=from_video",
-        )
 
 
 def _lengths(task: TaskConfig) -> dict[str, Any]:
@@ -252,16 +264,28 @@ def _contents(prepared: Prepared) -> Iterator[Problem]:
         yield from refused(check)
 
 
+def _threads(cfg: Config) -> Iterator[Problem]:
+    """Threads that would only wait for each other; a few more than processors are no harm."""
+    threads, here = cfg.topology.threads_per_rank, os.cpu_count() or 1
+    if threads > max(here, SMALL_MACHINE):
+        yield Problem(
+            what=f"topology.threads_per_rank={threads}",
+            why=f"this machine has {here} processors",
+            works=f"topology.threads_per_rank={max(here // cfg.topology.ranks_per_node, 1)}",
+        )
+
+
 def _world(cfg: Config) -> Iterator[Problem]:
     topology = cfg.topology
     ranks = topology.nodes * topology.ranks_per_node
-    world = os.environ.get("WORLD_SIZE")
-    if "RANK" in os.environ and world is not None and int(world) != ranks:
+    broken = [*world_problems(os.environ)]
+    yield from broken
+    if "RANK" in os.environ and not broken and (world := int(os.environ["WORLD_SIZE"])) != ranks:
         yield Problem(
             what=f"torchrun started {world} ranks, the topology has {ranks}",
             why=f"topology.nodes={topology.nodes} x topology.ranks_per_node={topology.ranks_per_node} = {ranks}",
-            works=f"topology.ranks_per_node={int(world) // topology.nodes}, or torchrun --nproc-per-node "
-            f"{topology.ranks_per_node}",
+            works=f"topology.ranks_per_node={max(world // topology.nodes, 1)}, or torchrun --nproc-per-node "
+            f"{topology.ranks_per_node}; {NO_WORLD}",
         )
     if topology.nodes > 1 and "RANK" not in os.environ:
         yield Problem(

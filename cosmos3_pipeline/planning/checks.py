@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
@@ -23,13 +24,14 @@ from cosmos3_pipeline.config.tasks import (
     FROM_VIDEO,
     MADE,
     controls_of,
+    paths_of,
 )
 from cosmos3_pipeline.denoise.checks import check_layout
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
 from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
-from cosmos3_pipeline.planning.sampling import check_cache, check_interval
+from cosmos3_pipeline.planning.sampling import check_cache, check_interval, check_steps
 from cosmos3_pipeline.planning.task_checks import TASK_CHECKS
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.transfer import transfer_problems
@@ -45,6 +47,9 @@ from cosmos3_pipeline.planning.vae import (
 from cosmos3_pipeline.planning.writing import PRESETS
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness
+
+# More ranks than this on one clip nobody has, and planning for them takes longer than a second.
+MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,11 @@ def check_composition(composition: Composition, changes: Mapping[str, Any] | Non
     if not found:  # what follows needs every value to be there and in range
         config = composition.typed(changes)
         found.extend(_model(config))
+        found.extend(_ranks_in_all(config))
+        found.extend(no_paths := [*_no_paths(config)])
         found.extend(_unread_settings(config, composition.overrides or ()))
         try:
-            adopted = adopt_checkpoint(config)
+            adopted = None if no_paths else adopt_checkpoint(config)
         except Refusal as refusal:
             found.append(refusal.problem)
         else:
@@ -157,6 +164,7 @@ def _model(cfg: Config) -> Iterator[Problem]:
             why="a head for sound needs the channels of a sound latent",
             works="model.transformer.sound_dim=64, as published, or model.transformer.sound_gen=false",
         )
+    yield from _scale(cfg)
     if path is None and cfg.model.repo is None and cfg.model.distilled_sigmas is not None:
         yield Problem(
             what=f"model.distilled_sigmas with model={cfg.model.name} and model.path=null",
@@ -175,6 +183,22 @@ def _model(cfg: Config) -> Iterator[Problem]:
             )
 
 
+def _scale(cfg: Config) -> Iterator[Problem]:
+    """Factors between pixels and latents that are not those of the levels."""
+    vae = cfg.model.vae
+    resamplings = len(vae.dim_mult) - 1
+    spatial = vae.patch_size << resamplings
+    temporal = 2 ** sum(vae.temperal_downsample[:resamplings])
+    for key, factor in (("scale_factor_spatial", spatial), ("scale_factor_temporal", temporal)):
+        if getattr(vae, key) != factor:
+            yield Problem(
+                what=f"model.vae.{key}={getattr(vae, key)}",
+                why=f"model.vae.dim_mult={vae.dim_mult}, temperal_downsample={vae.temperal_downsample} and "
+                f"patch_size={vae.patch_size} make it {factor}",
+                works=f"model.vae.{key}={factor}",
+            )
+
+
 def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
     """What in `model.lora` is no adapter, or fits no weights of the checkpoint, as far as these are known.
 
@@ -186,13 +210,44 @@ def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
     elif cfg.model.path is None and cfg.model.repo is None:
         numbers = {**plain(cfg.model.transformer), "latent_channel": cfg.model.vae.z_dim}
         weights = list(transformer_weights(numbers))
+    seen: dict[Path, int] = {}
     for number, asked in enumerate(cfg.model.lora):
         try:
             adapter = read_adapter(asked, number)
+            if (first := seen.setdefault(adapter.file.resolve(), number)) != number:
+                weight = cfg.model.lora[first].weight + asked.weight
+                yield Problem(
+                    what=f"model.lora[{first}] and model.lora[{number}] are one adapter, {asked.path}",
+                    why="it would be added twice, as strongly as both weights together",
+                    works=f"model.lora=[{{path: {asked.path}, weight: {weight:g}}}] if that is meant, or once",
+                )
+                continue
             if weights is not None:
                 adapter.check_fits(weights)
         except Refusal as refusal:
             yield refusal.problem
+
+
+def _no_paths(cfg: Config) -> Iterator[Problem]:
+    """What the system does not take for a path: a sentence, a home of nobody, a folder that is closed to us."""
+    for key, path in paths_of(cfg).items():
+        try:
+            Path(path).expanduser().exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            shown = path if len(path) <= 80 else f"{path[:60]}... ({len(path)} characters)"
+            why = getattr(error, "strerror", None) or str(error)
+            yield Problem(f"{key}={shown} cannot be looked for", why, f"{key}=FILE with a path that exists")
+
+
+def _ranks_in_all(cfg: Config) -> Iterator[Problem]:
+    topology = cfg.topology
+    if topology.nodes * topology.ranks_per_node > MOST_RANKS:
+        yield Problem(
+            what=f"topology.nodes={topology.nodes} x topology.ranks_per_node={topology.ranks_per_node} = "
+            f"{topology.nodes * topology.ranks_per_node} ranks",
+            why=f"a plan goes over all ranks, and is made for {MOST_RANKS} at most",
+            works=f"topology.nodes={max(MOST_RANKS // topology.ranks_per_node, 1)}, or fewer ranks on each",
+        )
 
 
 def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
@@ -303,7 +358,7 @@ def _output(cfg: Config) -> Iterator[Problem]:
         )
 
 
-CHECKS = (*TASK_CHECKS, transfer_problems, check_interval, check_cache, _ranks, _layout, _weights)
+CHECKS = (*TASK_CHECKS, transfer_problems, check_steps, check_interval, check_cache, _ranks, _layout, _weights)
 
 
 def refused(action: Callable[[], object]) -> Iterator[Problem]:

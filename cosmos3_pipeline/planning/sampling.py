@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from typing import Any
 
 from cosmos3_pipeline.checkpoint.schedule import TRAIN_TIMESTEPS, timesteps_of
 from cosmos3_pipeline.config.plain import plain
@@ -51,10 +53,39 @@ def passes_of_steps(cfg: Config) -> tuple[tuple[int, ...], ...]:
 def _timesteps(cfg: Config) -> tuple[float, ...]:
     if cfg.model.distilled_sigmas is not None:
         return tuple(sigma * TRAIN_TIMESTEPS for sigma in cfg.model.distilled_sigmas)
+    return timesteps_of(_schedule(cfg), cfg.sampler.steps)
+
+
+def _schedule(cfg: Config) -> dict[str, Any]:
     schedule = plain(cfg.model.schedule)
     if cfg.sampler.flow_shift is not None:  # which Karras sigmas do not know, see `Sampler.settings_for`
         schedule |= {"use_karras_sigmas": False, "flow_shift": cfg.sampler.flow_shift}
-    return timesteps_of(schedule, cfg.sampler.steps)
+    return schedule
+
+
+def check_steps(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    """Steps so close together that diffusers' scheduler takes the first for the second.
+
+    Source: `UniPCMultistepScheduler.index_for_timestep`, of two steps with one timestep the second.
+    """
+    schedule, steps = _schedule(cfg), cfg.sampler.steps
+    if cfg.model.distilled_sigmas is not None or not begins_twice(schedule, steps):
+        return
+    most = bisect_left(range(1, steps), True, key=lambda fewer: begins_twice(schedule, fewer))
+    said = "model.schedule.use_karras_sigmas=true"
+    if not schedule["use_karras_sigmas"]:
+        owner = "sampler" if cfg.sampler.flow_shift is not None else "model.schedule"
+        said = f"{owner}.flow_shift={schedule['flow_shift']}"
+    yield Problem(
+        what=f"sampler.steps={steps} with {said}",
+        why=f"its first two steps have the same timestep, a whole number up to {TRAIN_TIMESTEPS}, and diffusers' "
+        "scheduler, which finds its place by it, would break off at the last step",
+        works=f"sampler.steps={most}, or fewer; or a smaller sampler.flow_shift",
+    )
+
+
+def begins_twice(schedule: Mapping[str, Any], steps: int) -> bool:
+    return steps > 1 and len(set(timesteps_of(schedule, steps)[:2])) == 1
 
 
 def check_interval(cfg: Config, clip: Clip) -> Iterator[Problem]:

@@ -16,6 +16,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a write, which knows no name
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

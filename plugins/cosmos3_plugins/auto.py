@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from cosmos3_pipeline.plugin_api import (
@@ -28,6 +28,7 @@ from cosmos3_pipeline.plugin_api import (
 __all__ = ["Auto"]
 
 _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
+_LEAST = 1e-6  # of a rate, of memory, and of ranks
 
 
 @dataclass
@@ -66,6 +67,14 @@ class Auto(Strategy):
             raise StrategyError(
                 f"auto.require={self.require}", "it is no exactness", f"use one of {', '.join(Exactness)}"
             )
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "latency_us" else _LEAST
+            if field.name != "require" and not value >= least:
+                raise StrategyError(
+                    f"auto.{field.name}={value}",
+                    "times are what is to be done divided by it" if least else "no message arrives before it left",
+                    f"give at least {least}",
+                )
         required = min(Exactness(self.require), Exactness.ROUNDING, key=list(Exactness).index)
         tflops = self.bf16_tflops if shape.element_bytes == 2 else self.fp32_tflops
         rates = _TERA * tflops * self.efficiency, _GIGA * self.memory_gb_per_s

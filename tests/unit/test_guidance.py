@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.models.layouts import LAYOUTS
 from cosmos3_pipeline.models.loading import load_scheduler
 from cosmos3_pipeline.planning.plan import make_plan
-from cosmos3_pipeline.planning.sampling import _timesteps
+from cosmos3_pipeline.planning.sampling import _timesteps, begins_twice
 from cosmos3_pipeline.planning.transformer import TransformerSize
 from cosmos3_pipeline.review.compare import picture
 
@@ -214,3 +216,29 @@ def test_what_cannot_be_is_refused(name: str) -> None:
 def test_a_review_says_that_the_picture_is_another() -> None:
     moved = {"sampler.guidance_interval": (None, [400.0, 1000.0])}
     assert picture(moved, {}, {}) == "another picture (sampler.guidance_interval)"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "flow_shift", "most"),
+    [
+        ("shipped", 10.0, 100),
+        ("shipped", 100.0, 10),
+        ("Edge", 100.0, 11),
+        ("even", 1000.0, 1),
+        ("Edge", 1000.0, 2),
+    ],
+)
+def test_the_most_steps_are_those_that_the_scheduler_takes(schedule: str, flow_shift: float, most: int) -> None:
+    settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", **SCHEDULES[schedule].settings}
+    sampler = replace(SCHEDULES[schedule], settings=settings)
+    planned = {**sampler.settings_for(flow_shift), "native_grid": sampler.native_grid}
+    for steps, refused in ((most, False), (most + 1, True)):
+        scheduler = load_scheduler(sampler, flow_shift=flow_shift)
+        grid = np.linspace(1.0 - 1.0 / 1000, 0.0, steps + 1)[:-1] if sampler.native_grid else None
+        scheduler.set_timesteps(steps, sigmas=grid)
+        latents = torch.zeros(1, 4, 2)
+        with pytest.raises(AssertionError) if refused else nullcontext():
+            for timestep in scheduler.timesteps:
+                latents = scheduler.step(torch.ones(1, 4, 2), timestep, latents, return_dict=False)[0]
+            assert latents.isfinite().all()
+        assert begins_twice(planned, steps) is refused

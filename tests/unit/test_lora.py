@@ -363,6 +363,7 @@ def overrides(root: Path, adapter: str) -> list[str]:
         ("{path: ROOT/plain, weight: inf}", r"model.lora\[0\].weight=inf"),
         ("{path: ROOT/plain},{path: ROOT/none}", r"model.lora\[1\].path"),
         ("{path: ROOT/neither},{path: ROOT/none}", r"(?s)lora\[0\].path.*lora\[1\].path"),
+        ("{path: ROOT/plain},{path: ROOT/./plain, weight: 0.5}", r"(?s)are one adapter.*weight: 1\.5"),
         ("{weight: 0.5}", r"path"),
         ("{path: ROOT/plain, wait: 0.5}", r"wait"),
         ("{path: ROOT/plain, weight: much}", r"much"),
