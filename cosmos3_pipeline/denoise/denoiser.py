@@ -21,7 +21,7 @@ from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.guidance import COND, UNCOND, Guidance, PassCounts
 from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
 from cosmos3_pipeline.denoise.modalities import MODALITIES, items_of
-from cosmos3_pipeline.denoise.texts import TextEncoder, Texts
+from cosmos3_pipeline.denoise.texts import EncodedText, TextEncoder, Texts
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer, PreparedPass
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 
@@ -60,6 +60,8 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
     everything alone. `layers` is where the transformer's layers come from, `texts` has prompts that are encoded
     already; without them the transformer is whole, and the text is encoded before the first step.
 
+    With `keep_texts` it serves all chunks of a clip: it takes the prompts out of `texts` once and keeps them.
+
     `guidance_interval` are the timesteps between which the unconditional pass is computed; None: in every step.
     With `cache` passes are spared as diffusers' SeaCache spares them. Passes are counted in `counts`.
     """
@@ -73,6 +75,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         guidance_interval: Sequence[float] | None = None,
         cache: SeaCacheConfig | None = None,
         counts: PassCounts | None = None,
+        keep_texts: bool = False,
     ) -> None:
         super().__init__()
         self._layers = layers
@@ -84,6 +87,8 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         self._counts = PassCounts() if counts is None else counts
         self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
         self._sequence = Exchange(None if mesh is None else mesh.comm("ulysses"))
+        self._keep_texts = keep_texts
+        self._taken: dict[str, EncodedText] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelLoopDenoiser:
         """The block itself: diffusers copies a workflow's blocks, and process groups cannot be copied."""
@@ -172,18 +177,34 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         whole, scheduler = components.transformer, components.scheduler
         guidance, transformer = self.guidance(block_state), self._accelerate(whole, block_state)
         numbers = guidance.shares(self._guidance.ranks)[self._guidance.rank]
-        texts = self._texts or Texts(block_state.vision_tokens[0].device)
-        names = guidance.names(ranks=self._guidance.ranks, rank=self._guidance.rank)
-        fields = [_fields(block_state.denoiser_input_fields, name) for name in names]
-        prompts = [(one["input_ids"], one["text_mrope_ids"]) for one in fields]
-        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
-        own = {
-            number: transformer.prepare(text, position_ids=one["position_ids"], items=items_of(one))
-            for number, one, text in zip(numbers, fields, texts.take(encoder, prompts), strict=True)
+        fields = {
+            number: _fields(block_state.denoiser_input_fields, guidance.passes[number].name) for number in numbers
         }
+        own = self._prepared(whole, transformer, guidance, fields)
         cache = None if self._cache is None else StepCache(self._cache, self._replica)
         timesteps, sigmas = (found.cpu().tolist() for found in (block_state.timesteps, scheduler.sigmas))
         return Loop(transformer, guidance, own, timesteps, sigmas, cache)
+
+    def _prepared(
+        self, whole: Any, transformer: ParallelTransformer, guidance: Guidance, fields: Mapping[int, Any]
+    ) -> dict[int, PreparedPass]:
+        """Own passes by their numbers, from their `fields` of diffusers. Two with one prompt share its text."""
+        prompts = {
+            guidance.passes[number].prompt: (one["input_ids"], one["text_mrope_ids"])
+            for number, one in fields.items()
+        }
+        taken = self._taken
+        if not taken:
+            texts = self._texts or Texts(next(iter(prompts.values()))[0].device)
+            encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
+            taken = dict(zip(prompts, texts.take(encoder, list(prompts.values())), strict=True))
+            self._taken = taken if self._keep_texts else {}
+        return {
+            number: transformer.prepare(
+                taken[guidance.passes[number].prompt], position_ids=one["position_ids"], items=items_of(one)
+            )
+            for number, one in fields.items()
+        }
 
     def _accelerate(self, transformer: Any, block_state: Any) -> ParallelTransformer:
         check_layout(

@@ -92,12 +92,8 @@ class Guidance:
         """
         return shares_of(len(self.passes), ranks)
 
-    def names(self, *, ranks: int, rank: int) -> list[str]:
-        """The names of the passes of the rank at `rank` of the `cfg` axis."""
-        return [self.passes[number].name for number in self.shares(ranks)[rank]]
-
     def prompts(self, *, ranks: int, rank: int) -> list[str]:
-        """The prompts that those passes read, each once."""
+        """The prompts that the passes of the rank at `rank` of the `cfg` axis read, each once."""
         return list(dict.fromkeys(self.passes[number].prompt for number in self.shares(ranks)[rank]))
 
     def combine(self, velocities: Mapping[int, Tensor]) -> Tensor:

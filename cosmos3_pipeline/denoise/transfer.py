@@ -16,21 +16,11 @@ from torch import Tensor
 
 from cosmos3_pipeline.denoise.denoiser import Loop, ParallelLoopDenoiser
 from cosmos3_pipeline.denoise.guidance import Guidance
-from cosmos3_pipeline.denoise.layers import LoadedLayers
-from cosmos3_pipeline.denoise.modalities import items_of
-from cosmos3_pipeline.denoise.texts import EncodedText, TextEncoder, Texts
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer
 
 
 class ParallelTransferDenoiser(ParallelLoopDenoiser):
-    """As `ParallelLoopDenoiser`, in the loop of `Cosmos3TransferDenoiseStep`.
-
-    One serves all chunks of a clip. It takes the prompts out of `texts` once and keeps them.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._taken: dict[str, EncodedText] = {}
+    """As `ParallelLoopDenoiser`, in the loop of `Cosmos3TransferDenoiseStep`."""
 
     @property
     def inputs(self) -> Any:
@@ -105,23 +95,8 @@ class ParallelTransferDenoiser(ParallelLoopDenoiser):
             number: block_state.denoiser_input_fields[f"{guidance.passes[number].name}_static"]
             for number in numbers
         }
-        self._take_texts(whole, {guidance.passes[number].prompt: one for number, one in fields.items()})
-        own = {
-            number: transformer.prepare(
-                self._taken[guidance.passes[number].prompt], position_ids=one["position_ids"], items=items_of(one)
-            )
-            for number, one in fields.items()
-        }
+        own = self._prepared(whole, transformer, guidance, fields)
         timesteps, sigmas = (
             found.cpu().tolist() for found in (block_state.timesteps, components.scheduler.sigmas)
         )
         return Loop(transformer, guidance, own, timesteps, sigmas, None)
-
-    def _take_texts(self, whole: Any, fields: Mapping[str, Any]) -> None:
-        """The prompts of `fields`, by their names, out of the texts; two passes with the prompt share one."""
-        if self._taken:
-            return
-        prompts = {name: (one["input_ids"], one["text_mrope_ids"]) for name, one in fields.items()}
-        texts = self._texts or Texts(next(iter(prompts.values()))[0].device)
-        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
-        self._taken = dict(zip(prompts, texts.take(encoder, list(prompts.values())), strict=True))

@@ -318,13 +318,10 @@ def _rank(
 
 
 def _encoded(cfg: Config, encode: VaePlan, rank: int, *, weights: int, text: int) -> RankStage:
-    """Encoding what conditions the clip: in every chunk the controls, and the frames with which it begins."""
+    """Encoding what conditions the clip: in every chunk the frames with which it begins, and the controls."""
     inputs = {"weights": weights, "text": text, "inputs": _condition_bytes(cfg)}
-    planned = encode.stage(cfg, rank, **inputs)
-    if cfg.task.name is not TaskName.transfer:
-        return planned
     chunks = chunks_of(cfg)
-    planned = planned.times(controls_planned(cfg.task) * chunks.count)
+    planned = encode.stage(cfg, rank, **inputs).times(max(controls_planned(cfg.task), 1) * chunks.count)
     for beginning, count in zip(encode.beginnings, (1, chunks.count - 1), strict=True):
         if beginning is not None:
             planned = planned.then(beginning.stage(cfg, rank, **inputs).times(count))
@@ -337,7 +334,8 @@ def _decoded(cfg: Config, decode: VaePlan, rank: int, *, weights: int, text: int
     chunks = chunks_of(cfg)
     if decode.for_the_next is None:
         return planned.times(chunks.count)
-    seed = 3 * cfg.task.height * cfg.task.width * chunks.overlap * ELEMENT_BYTES[cfg.model.vae_dtype]
+    value = 1 if chunks.passed == "uint8" else ELEMENT_BYTES[cfg.model.vae_dtype]
+    seed = 3 * cfg.task.height * cfg.task.width * chunks.overlap * value
     before = decode.for_the_next.stage(cfg, rank, weights=weights, text=text, inputs=inputs + seed)
     if rank == 0 and len(decode.plan.shares) > 1:
         before = replace(before, sent=before.sent + Wire(seed, 1))

@@ -74,7 +74,7 @@ def given_to_actions(task: str, folder: Path) -> list[str]:
         _, clip = given_to("v2v", folder)
         return [clip, "task.resample=false", "task.chunk_size=4"]
     _, photo = given_to("i2v", folder)
-    (folder / "actions.json").write_text(json.dumps([[0.5] * 9] * 8))
+    (folder / "actions.json").write_text(json.dumps([[0.5] * 9] * 24))  # three chunks
     return [photo, *([f"task.actions={folder / 'actions.json'}"] if task == "forward_dynamics" else [])]
 
 
