@@ -164,9 +164,10 @@ def make_plan(
     stages = {str(direction): stage for direction, stage in vae.items()}
     weights, ranks = _placed(cfg, denoising, stages)
     exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
-    exactness["text"] = exactness["denoise"] = exactness["sound"] = (
-        "bitwise" if cfg.topology.ulysses == 1 else "rounding"
-    )
+    exactness["text"] = exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    # How many threads a CPU has decides in which order PyTorch adds up a waveform.
+    threads = cfg.topology.threads_per_rank if cfg.topology.device == Device.cpu else 1
+    exactness["sound"] = exactness["denoise"] if threads == 1 else "rounding"
     if caches(cfg):
         exactness["denoise"] = exactness["sound"] = "approximate"
     decoded = max((rank.stages["decode"].total_seconds for rank in ranks if "decode" in stages), default=0)
