@@ -6,7 +6,7 @@ diffusers'. Source: diffusers `modular_pipelines/cosmos/denoise.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One step: its place among all, the numbers of its passes, and those of them that a cache spares."""
 
     place: int
@@ -100,7 +100,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             block_state.parallel_loop = self._begin(components, block_state)
         loop: Loop = block_state.parallel_loop
         latents = self._latents(block_state)
-        step = self._step(loop, latents, i)
+        step = self._step(loop, lambda: _noisy(loop, latents), i)
         # Its value stays on the device: reading it on the host would wait for all that was launched before.
         timestep = t.reshape(1).to(latents["vision"][0].device)
         own = self._velocities(loop, step, latents, timestep)
@@ -112,15 +112,13 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             setattr(block_state, f"velocity_{modality.name}", None if velocity_of is None else velocity_of[-1])
         return components, block_state
 
-    def _step(self, loop: Loop, latents: Mapping[str, list[Tensor]], place: int) -> _Step:
-        """Which passes the step at `place` has and computes; counts them."""
+    def _step(self, loop: Loop, noisy: Callable[[], list[Tensor]], place: int) -> Step:
+        """Which passes the step at `place` has and computes; counts them. `noisy` are the latents with noise."""
         passes, spared = loop.guidance.at(loop.timesteps[place]), frozenset[int]()
         if loop.cache is not None:
-            vision = next(share.items for share in loop.any_pass.shares if share.items.modality.name == "vision")
-            clips = zip(latents["vision"], vision.noisy_frames, strict=True)
             spared = loop.cache.spared(
                 passes,
-                [clip for clip, noisy in clips if len(noisy)],
+                noisy(),
                 step=place,
                 steps=len(loop.timesteps),
                 sigma=loop.sigmas[place],
@@ -128,16 +126,20 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         for number in passes:
             counted = self._counts.cached if number in spared else self._counts.computed
             counted[loop.guidance.passes[number].name] += 1
-        return _Step(place, passes, spared)
+        return Step(place, passes, spared)
 
     def _velocities(
-        self, loop: Loop, step: _Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
+        self, loop: Loop, step: Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
     ) -> dict[int, Tensor]:
         """The velocity of own tokens, flat, of each pass of a step that is this rank's, in their order."""
-        transformer, found = loop.transformer, dict[int, Tensor]()
         own = [number for number in step.passes if number in loop.own]
-        computed = [number for number in own if number not in step.spared]
-        embedded = dict.fromkeys(own, transformer.embed(loop.any_pass, latents, timestep)) if own else {}
+        embedded = dict.fromkeys(own, loop.transformer.embed(loop.any_pass, latents, timestep)) if own else {}
+        return self._computed(loop, step, embedded)
+
+    def _computed(self, loop: Loop, step: Step, embedded: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The velocity of own tokens, flat, of the passes whose tokens are `embedded`."""
+        transformer, found = loop.transformer, dict[int, Tensor]()
+        computed = [number for number in embedded if number not in step.spared]
         if len(step.spared) < len(step.passes):
             # Also without a pass of its own, because other ranks may gather the layers with this one.
             passes = [loop.own[number] for number in computed], [embedded[number] for number in computed]
@@ -145,13 +147,13 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
                 if loop.cache is not None:
                     loop.cache.keep(number, step.place, embedded[number], hidden)
                 found[number] = transformer.velocity(loop.own[number], hidden)
-        for number in step.spared.intersection(own):
+        for number in step.spared.intersection(embedded):
             assert loop.cache is not None
             hidden = loop.cache.recall(number, step.place, embedded[number])
             found[number] = transformer.velocity(loop.own[number], hidden)
-        return {number: found[number] for number in own}
+        return {number: found[number] for number in embedded}
 
-    def _exchanged(self, loop: Loop, step: _Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+    def _exchanged(self, loop: Loop, step: Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """The velocities of all passes of a step by their numbers, from those of the `own` ones of each rank."""
         if self._guidance.ranks == 1:
             return own
@@ -181,8 +183,18 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             number: _fields(block_state.denoiser_input_fields, guidance.passes[number].name) for number in numbers
         }
         own = self._prepared(whole, transformer, guidance, fields)
+        return self._loop(transformer, guidance, own, block_state.timesteps, scheduler.sigmas)
+
+    def _loop(
+        self,
+        transformer: ParallelTransformer,
+        guidance: Guidance,
+        own: dict[int, PreparedPass],
+        *schedule: Tensor,
+    ) -> Loop:
+        """The loop over a `schedule` of timesteps and sigmas."""
         cache = None if self._cache is None else StepCache(self._cache, self._replica)
-        timesteps, sigmas = (found.cpu().tolist() for found in (block_state.timesteps, scheduler.sigmas))
+        timesteps, sigmas = (found.cpu().tolist() for found in schedule)
         return Loop(transformer, guidance, own, timesteps, sigmas, cache)
 
     def _prepared(
@@ -215,6 +227,13 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             guidance_scale=block_state.guidance_scale,
         )
         return ParallelTransformer(transformer, ulysses=self._sequence, layers=self._layers)
+
+
+def _noisy(loop: Loop, latents: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    """The vision latents that have noise, in one frame at least."""
+    vision = next(share.items for share in loop.any_pass.shares if share.items.modality.name == "vision")
+    clips = zip(latents["vision"], vision.noisy_frames, strict=True)
+    return [clip for clip, noisy in clips if len(noisy)]
 
 
 def _fields(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:

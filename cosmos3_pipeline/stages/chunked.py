@@ -53,6 +53,14 @@ class ChunkedStage(ABC):
     def begin(self, context: RunContext, stack: ExitStack) -> ChunkMaker:
         """Prepare what all chunks share; what is entered in `stack` is left after the last one."""
 
+    def first_chunk(self, context: RunContext, *, denoise: bool = True) -> None:
+        """Leave in the state what conditions the first chunk, and its latents [1, C, T, h, w]; decodes nothing."""
+        with ExitStack() as stack:
+            maker = self.begin(context, stack)
+            maker.encode(context, 0, None)
+            if denoise:
+                maker.denoise(context, 0)
+
     def _frames(self, context: RunContext) -> Iterator[Tensor]:
         seed, kept = None, []
         with ExitStack() as stack:

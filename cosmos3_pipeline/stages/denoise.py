@@ -100,13 +100,13 @@ class DenoiseStage:
             layers=parts.transformer(),
             texts=parts.texts,
             guidance_interval=self._sampler.guidance_interval,
-            cache=_sea_cache(self._sampler.cache),
+            cache=sea_cache(self._sampler.cache),
             counts=context.passes,
             keep_texts=keep_texts,
         )
 
 
-def _sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
+def sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
     """diffusers' settings of the cache, or None without one."""
     if settings.name is CacheName.none:
         return None

@@ -29,7 +29,7 @@ from cosmos3_pipeline.planning.chunks import Chunks
 from cosmos3_pipeline.stages.chunked import ChunkedStage, ChunkMaker, of_chunks
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.controls import ControlClip, first_frames
-from cosmos3_pipeline.stages.denoise import ReportStep
+from cosmos3_pipeline.stages.denoise import ReportStep, sea_cache
 from cosmos3_pipeline.stages.media.writing import VideoWriter, write_video
 
 CONTROL_FILE = "control.mp4"
@@ -62,6 +62,8 @@ class TransferStage(ChunkedStage):
             layers=parts.transformer(),
             texts=parts.texts,
             guidance_interval=self._sampler.guidance_interval,
+            control_interval=self._task.control_guidance_interval,
+            cache=sea_cache(self._sampler.cache),
             counts=context.passes,
             keep_texts=True,
         )

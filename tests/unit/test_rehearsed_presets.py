@@ -121,6 +121,13 @@ def test_a_task_with_a_vae_and_weights(task: str, vae: str, weights: str, tmp_pa
     check([*chosen, *given_to(task, tmp_path), *in_tiles(f"vae={vae}")])
 
 
+@pytest.mark.parametrize("cache", ["none", "seacache"])
+def test_transfer_with_a_rank_for_each_pass(cache: str, tmp_path: Path) -> None:
+    chosen = ["task=transfer", "topology=cpu_x1", "topology.ranks_per_node=3", "topology.cfg=3", "sampler.steps=5"]
+    chosen += ["task.control_guidance_interval=[0,950]", f"sampler/cache={cache}"]
+    check([*chosen, *given_to("transfer", tmp_path)])
+
+
 @pytest.mark.parametrize("strategy", options("vae/decode"))
 def test_a_strategy_of_decode(strategy: str) -> None:
     chosen = ["topology=cpu_x2", f"vae/decode={strategy}", "vae.required_exactness=approximate"]
