@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from action_runs import ACTIONS, CHUNK, asked, in_chunks, ours, theirs, theirs_by_hand, write_inputs
+from action_runs import ACTIONS, CHUNK, WORDS, asked, in_chunks, ours, theirs, theirs_by_hand, write_inputs
 from diffusers import Cosmos3OmniPipeline, SeaCacheConfig
 from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as omni
 from diffusers.video_processor import VideoProcessor
@@ -22,8 +23,11 @@ from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.schema import TaskName
+from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.jobs.verify.rank import inputs
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.planning.action_files import actions_report, read_actions
 from cosmos3_pipeline.planning.actions import (
@@ -38,6 +42,7 @@ from cosmos3_pipeline.planning.actions import (
 from cosmos3_pipeline.planning.pictures import clip_size, photograph_size
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.stages.media import read_frames, read_picture
+from cosmos3_pipeline.stages.progress import Silent
 
 TASKS = ("policy", "forward_dynamics", "inverse_dynamics")
 
@@ -130,6 +135,28 @@ def test_the_plan_knows_the_clip_and_what_is_not_done(task: str, folder: Path) -
     encoded = plan.vae["encode"].shape
     assert (encoded.rows, encoded.cols) == (12, 20)
     assert encoded.frames == (3 if task == "inverse_dynamics" else 1)
+
+
+def test_a_plan_has_every_chunk_of_the_actions(folder: Path) -> None:
+    layout = ["topology=cpu_x2", "topology.cfg=1", "topology.ulysses=2", "vae=parallel"]
+    one, three = (
+        make_plan(compose([*made, *layout]))
+        for made in (asked(folder, "forward_dynamics", "task.resolution_tier=256"), in_chunks(folder))
+    )
+    assert (three.chunks.count, three.chunks.total, three.clip.num_frames) == (3, 3 * CHUNK + 1, CHUNK + 1)
+    for name, stage in three.ranks[0].stages.items():
+        alone, times = one.ranks[0].stages[name], 1 if name == "text" else 3
+        assert stage.flops == times * alone.flops
+        passed = 2 * 3 * 128 * 208 if name == "decode" else 0  # the root's last frame, a byte a value
+        assert stage.sent.bytes == times * alone.sent.bytes + passed
+
+
+def test_strategies_are_verified_on_the_first_chunk_of_actions(folder: Path) -> None:
+    asked_for = in_chunks(folder, f"task.prompt={WORDS}", "sampler.steps=1", "job=verify", "vae=parallel")
+    prepared = prepare(composition([*asked_for, "topology=cpu_x1"]))
+    vae, latents = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), Silent())
+    assert vae.picture is not None and vae.picture.shape == (1, 3, 1, 192, 320)
+    assert latents.shape == (1, 48, 3, 8, 13) and latents.std() > 0.3
 
 
 def test_a_plan_without_a_picture_takes_the_models_own_size() -> None:
@@ -257,6 +284,8 @@ def test_sources_that_do_not_fit_are_refused(folder: Path) -> None:
     Image.new("RGB", (40, 15)).save(tiny)
     assert "40x15 pixels" in refusal(asked(folder, "policy", f"task.image={tiny}"))
     assert "decodes none" in refusal(asked(folder, "inverse_dynamics", "output.against_replicated=true"))
+    assert "24 actions in 3 chunks" in refusal(in_chunks(folder, "output.against_replicated=true"))
+    assert "task.num_frames=9" in refusal(in_chunks(folder, "task.num_frames=9"))
 
 
 BAD_ACTIONS: dict[str, tuple[Any, str]] = {
@@ -305,7 +334,7 @@ def test_a_picture_that_changes_after_the_plan_is_refused(
 ) -> None:
     from toy_runs import components, context_of
 
-    from cosmos3_pipeline.stages.actions import ActionEncodeStage
+    from cosmos3_pipeline.stages.actions import ActionDenoiseStage, ActionEncodeStage
 
     config = compose(asked(folder, "policy"))
     other = tmp_path / "photo.png"
@@ -316,3 +345,7 @@ def test_a_picture_that_changes_after_the_plan_is_refused(
     context = context_of(components(checkpoint), make_plan(config).clip, tmp_path)
     with pytest.raises(Refusal, match="another picture than when the run was planned"):
         ActionEncodeStage(config.task, action)(context)
+    config.task.name, config.task.actions = TaskName.forward_dynamics, str(folder / "long.npy")
+    given = replace(action, mode=TaskName.forward_dynamics)
+    with pytest.raises(Refusal, match="it has 24 actions now, and 8 were planned"):
+        ActionDenoiseStage(config.task, config.sampler, given).blocks(context)
