@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import av
 import numpy as np
@@ -28,6 +29,7 @@ from cosmos3_pipeline.stages.media import read_frames
 WORDS = "Put the pot to the left of the purple item"
 CHUNK = 8
 ACTIONS = np.random.default_rng(5).standard_normal((CHUNK, 10)).astype(np.float32)
+LONG_ACTIONS = np.random.default_rng(6).standard_normal((3 * CHUNK, 10)).astype(np.float32)
 
 
 def pictures(height: int, width: int, count: int) -> list[NDArray[np.uint8]]:
@@ -45,6 +47,7 @@ def write_inputs(folder: Path, height: int, width: int) -> list[str]:
     frames = pictures(height, width, CHUNK + 1)
     Image.fromarray(frames[0]).save(folder / "photo.png")
     np.save(folder / "actions.npy", ACTIONS)
+    np.save(folder / "long.npy", LONG_ACTIONS)
     with av.open(str(folder / "clip.mp4"), "w") as file:
         stream = file.add_stream("libx264", rate=5)
         stream.width, stream.height, stream.pix_fmt = width - width % 2, height - height % 2, "yuv420p"
@@ -75,6 +78,12 @@ class Made:
     frames: Tensor | None = None
 
 
+def in_chunks(folder: Path, *others: str) -> list[str]:
+    """The overrides of forward dynamics over three chunks."""
+    long = f"task.actions={folder / 'long.npy'}"
+    return asked(folder, "forward_dynamics", long, "task.resolution_tier=256", "output.latents=true", *others)
+
+
 def ours(
     overrides: list[str], checkpoint: CheckpointInfo, folder: Path, mesh: RankMesh | None = None, **changes: Any
 ) -> Made:
@@ -84,7 +93,8 @@ def ours(
     plan = make_plan(config)
     settings = {} if mesh is None else {"mesh": mesh}
     parts = components(checkpoint, modalities=modalities_of(config), weights=plan.weights, **settings, **changes)
-    context = replace(context_of(parts, plan.clip, folder, **settings), fps=config.task.fps)
+    context = context_of(parts, plan.clip, folder, chunks=plan.chunks, **settings)
+    context = replace(context, fps=config.task.fps)
     made: list[Tensor] = []
     for name, stage in build_stages(config, plan).items():
         if name == "export" and context.frames is not None:
@@ -97,12 +107,14 @@ def ours(
     return Made(context.state.get("latents"), actions, torch.cat(made) if made else None)
 
 
-def theirs(overrides: list[str], pipeline: Cosmos3OmniPipeline) -> Made:
-    """By `Cosmos3OmniPipeline` with a `CosmosActionCondition`."""
+def theirs(overrides: list[str], pipeline: Cosmos3OmniPipeline, **call: Any) -> Made:
+    """By `Cosmos3OmniPipeline` with a `CosmosActionCondition`; `call` are inputs of both that are other ones."""
     config = compose(overrides)
     task = config.task
     source: dict[str, Any] = {}
-    if task.video is not None:
+    if "image" in call:
+        source["image"] = call.pop("image")
+    elif task.video is not None:
         source["video"], _ = read_frames(task.video, frames=CHUNK + 1, fps=task.fps)
     else:
         assert task.image is not None
@@ -112,19 +124,45 @@ def theirs(overrides: list[str], pipeline: Cosmos3OmniPipeline) -> Made:
         chunk_size=CHUNK,
         domain_name=str(task.domain),
         resolution_tier=int(task.resolution_tier or 0),
-        raw_actions=torch.from_numpy(ACTIONS),
+        raw_actions=torch.from_numpy(call.pop("raw_actions", ACTIONS)),
         view_point=str(task.view_point),
         **source,
     )
-    found = pipeline(
-        prompt=WORDS,
-        negative_prompt="blurry",
-        action=condition,
-        fps=task.fps,
-        num_inference_steps=config.sampler.steps,
-        guidance_scale=config.sampler.guidance_scale,
-        use_system_prompt=False,
-        generator=torch.Generator().manual_seed(config.sampler.seed),
-        output_type="latent",
-    )
+    inputs = {
+        "prompt": WORDS,
+        "negative_prompt": "blurry",
+        "action": condition,
+        "fps": task.fps,
+        "num_inference_steps": config.sampler.steps,
+        "guidance_scale": config.sampler.guidance_scale,
+        "use_system_prompt": False,
+        "generator": torch.Generator().manual_seed(config.sampler.seed),
+        "output_type": "latent",
+    }
+    found = pipeline(**{**inputs, **call})
     return Made(found.video, None if found.action is None else found.action[0])
+
+
+def theirs_by_hand(overrides: list[str], pipeline: Cosmos3OmniPipeline) -> Made:
+    """By a call for each chunk of `LONG_ACTIONS` with the last picture of the one before, as in NVIDIA's cookbook.
+
+    The latents are those of all chunks as the VAE decodes them, [chunks, C, T, h, w].
+    """
+    decoded: list[Tensor] = []
+    decode, seed = type(pipeline.vae).decode, compose(overrides).sampler.seed
+
+    def remember(vae: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(z)
+        return decode(vae, z, *args, **kwargs)
+
+    video: list[Image.Image] = []
+    for number, actions in enumerate(np.split(LONG_ACTIONS, len(LONG_ACTIONS) // CHUNK)):
+        given: dict[str, Any] = {"image": video[-1]} if video else {}
+        generator = torch.Generator().manual_seed(seed + number)
+        with patch.object(type(pipeline.vae), "decode", remember):
+            made = theirs(
+                overrides, pipeline, raw_actions=actions, generator=generator, output_type="pil", **given
+            )
+        video += made.latents[1:] if video else made.latents
+    frames = torch.stack([torch.from_numpy(np.array(picture)) for picture in video])
+    return Made(torch.cat(decoded), frames=frames)

@@ -305,11 +305,12 @@ def transfer_latents(
     guidance_scale: float = 3.0,
     control_guidance: float = 1.5,
     guidance_interval: list[float] | None = None,
+    control_interval: list[float] | None = None,
     seed: int = 0,
 ) -> torch.Tensor:
     """The final latents [1, C, T, h, w] of a chunk that follows random control latents.
 
-    `guidance_interval` is read by diffusers' denoiser; ours is given it when it is made.
+    The intervals are read by diffusers' denoiser; ours is given them when it is made.
     """
     height, width, num_frames = size
     shape = (1, 48, (num_frames - 1) // 4 + 1, height // 16, width // 16)
@@ -328,6 +329,7 @@ def transfer_latents(
         guidance_scale=guidance_scale,
         control_guidance=control_guidance,
         **({"guidance_interval": guidance_interval} if denoiser is None else {}),
+        **({"control_guidance_interval": control_interval} if denoiser is None else {}),
         generator=torch.Generator("cpu").manual_seed(seed),
     )
     latents = state.get("latents")

@@ -318,6 +318,7 @@ class TaskConfig:
     edge_threshold: str | None = one_of(*STRENGTHS)
     blur_strength: str | None = one_of(*STRENGTHS)
     control_guidance: float | None = ranged(at_least=0, at_most=100)
+    control_guidance_interval: list[float] | None = None
     num_video_frames_per_chunk: int | None = ranged(at_least=2, at_most=MOST_FRAMES)
     num_conditional_frames: int | None = ranged(at_least=0, at_most=MOST_FRAMES)
     num_first_chunk_conditional_frames: int | None = ranged(at_least=0, at_most=MOST_FRAMES)
@@ -358,7 +359,7 @@ class TopologyConfig:
     nodes: int = ranged(at_least=1, at_most=4096)
     ranks_per_node: int = ranged(at_least=1, at_most=1024)
     dp: int = ranged(at_least=1, at_most=1024)
-    cfg: int = ranged(at_least=1, at_most=2)
+    cfg: int = ranged(at_least=1, at_most=3)
     ulysses: int = ranged(at_least=1, at_most=1024)
     threads_per_rank: int = ranged(at_least=1, at_most=1024)
     device: Device = MISSING

@@ -26,6 +26,9 @@ from cosmos3_pipeline.distributed.comm import Comm
 class StepCache:
     """The cache of one loop. Passes are known by their numbers, see `guidance.Guidance`.
 
+    Passes that have been in the same steps share a state: all see the same latents, so diffusers' gates would find
+    the same of each, and the device is waited for once.
+
     The first rank of `comm`, which has all ranks that share layers or tokens, decides for all of them: ranks that
     decided differently would wait for each other for ever. The agreement goes between the hosts, once per step.
     """
@@ -34,7 +37,9 @@ class StepCache:
         self._settings = settings
         self._comm = comm
         self._gate = SeaCacheSharedState()
-        self._states: defaultdict[int, SeaCacheContextState] = defaultdict(SeaCacheContextState)
+        # By pass: the step since which it is in every step; and by that step, what its passes share.
+        self._since: dict[int, int] = {}
+        self._states: dict[int, SeaCacheContextState] = {}
         # By pass: the steps in which it was computed last, and what all layers added to own tokens [n, hidden].
         self._added: defaultdict[int, list[tuple[int, Tensor]]] = defaultdict(list)
 
@@ -46,29 +51,27 @@ class StepCache:
         `vision` are the noisy latents [1, C, T, h, w], which are the same for every pass; `sigma` is their noise
         level. Waits for the device, whose latents decide.
         """
-        for number in (self._states.keys() | self._added.keys()).difference(numbers):
-            # A pass that misses a step begins anew, so nothing of it is kept.
-            self._states.pop(number, None)
-            self._added.pop(number, None)
+        # A pass that misses a step begins anew, so nothing of it is kept.
+        self._since = {number: self._since.get(number, step) for number in numbers}
+        for number in self._added.keys() - self._since.keys():
+            del self._added[number]
         if self._comm is None:
-            return self._decided(numbers, vision, step, steps, sigma)
-        own = self._decided(numbers, vision, step, steps, sigma) if self._comm.rank == 0 else frozenset[int]()
+            return self._decided(vision, step, steps, sigma)
+        own = self._decided(vision, step, steps, sigma) if self._comm.rank == 0 else frozenset[int]()
         return self._comm.agree(own)[0]
 
-    def _decided(
-        self, numbers: Sequence[int], vision: list[Tensor], step: int, steps: int, sigma: float
-    ) -> frozenset[int]:
+    def _decided(self, vision: list[Tensor], step: int, steps: int, sigma: float) -> frozenset[int]:
         seen = _SeaCacheForwardMetadata(step, sigma, steps, [latent.squeeze(0) for latent in vision])
         indicator = _build_indicator(self._settings, seen)
-        spared = set()
-        for number in numbers:
-            state = self._states[number]
+        self._states = {since: self._states.get(since, SeaCacheContextState()) for since in self._since.values()}
+        computed = set()
+        for since, state in self._states.items():
             if self._gate.resolve_gate(state, seen, indicator, self._settings):
                 state.consecutive_cached = 0
+                computed.add(since)
             else:
                 state.consecutive_cached += 1
-                spared.add(number)
-        return frozenset(spared)
+        return frozenset(number for number, since in self._since.items() if since not in computed)
 
     def keep(self, number: int, step: int, embedded: Tensor, hidden: Tensor) -> None:
         """Keep what the layers and the last norm have made of own tokens `embedded` [n, hidden] in `step`."""

@@ -6,7 +6,7 @@ diffusers'. Source: diffusers `modular_pipelines/cosmos/denoise.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.guidance import COND, UNCOND, Guidance, PassCounts
 from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
 from cosmos3_pipeline.denoise.modalities import MODALITIES, items_of
-from cosmos3_pipeline.denoise.texts import TextEncoder, Texts
+from cosmos3_pipeline.denoise.texts import EncodedText, TextEncoder, Texts
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer, PreparedPass
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 
@@ -44,7 +44,7 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One step: its place among all, the numbers of its passes, and those of them that a cache spares."""
 
     place: int
@@ -60,6 +60,8 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
     everything alone. `layers` is where the transformer's layers come from, `texts` has prompts that are encoded
     already; without them the transformer is whole, and the text is encoded before the first step.
 
+    With `keep_texts` it serves all chunks of a clip: it takes the prompts out of `texts` once and keeps them.
+
     `guidance_interval` are the timesteps between which the unconditional pass is computed; None: in every step.
     With `cache` passes are spared as diffusers' SeaCache spares them. Passes are counted in `counts`.
     """
@@ -73,6 +75,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         guidance_interval: Sequence[float] | None = None,
         cache: SeaCacheConfig | None = None,
         counts: PassCounts | None = None,
+        keep_texts: bool = False,
     ) -> None:
         super().__init__()
         self._layers = layers
@@ -84,6 +87,8 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         self._counts = PassCounts() if counts is None else counts
         self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
         self._sequence = Exchange(None if mesh is None else mesh.comm("ulysses"))
+        self._keep_texts = keep_texts
+        self._taken: dict[str, EncodedText] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelLoopDenoiser:
         """The block itself: diffusers copies a workflow's blocks, and process groups cannot be copied."""
@@ -95,7 +100,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             block_state.parallel_loop = self._begin(components, block_state)
         loop: Loop = block_state.parallel_loop
         latents = self._latents(block_state)
-        step = self._step(loop, latents, i)
+        step = self._step(loop, lambda: _noisy(loop, latents), i)
         # Its value stays on the device: reading it on the host would wait for all that was launched before.
         timestep = t.reshape(1).to(latents["vision"][0].device)
         own = self._velocities(loop, step, latents, timestep)
@@ -107,15 +112,13 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             setattr(block_state, f"velocity_{modality.name}", None if velocity_of is None else velocity_of[-1])
         return components, block_state
 
-    def _step(self, loop: Loop, latents: Mapping[str, list[Tensor]], place: int) -> _Step:
-        """Which passes the step at `place` has and computes; counts them."""
+    def _step(self, loop: Loop, noisy: Callable[[], list[Tensor]], place: int) -> Step:
+        """Which passes the step at `place` has and computes; counts them. `noisy` are the latents with noise."""
         passes, spared = loop.guidance.at(loop.timesteps[place]), frozenset[int]()
         if loop.cache is not None:
-            vision = next(share.items for share in loop.any_pass.shares if share.items.modality.name == "vision")
-            clips = zip(latents["vision"], vision.noisy_frames, strict=True)
             spared = loop.cache.spared(
                 passes,
-                [clip for clip, noisy in clips if len(noisy)],
+                noisy(),
                 step=place,
                 steps=len(loop.timesteps),
                 sigma=loop.sigmas[place],
@@ -123,16 +126,20 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         for number in passes:
             counted = self._counts.cached if number in spared else self._counts.computed
             counted[loop.guidance.passes[number].name] += 1
-        return _Step(place, passes, spared)
+        return Step(place, passes, spared)
 
     def _velocities(
-        self, loop: Loop, step: _Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
+        self, loop: Loop, step: Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
     ) -> dict[int, Tensor]:
         """The velocity of own tokens, flat, of each pass of a step that is this rank's, in their order."""
-        transformer, found = loop.transformer, dict[int, Tensor]()
         own = [number for number in step.passes if number in loop.own]
-        computed = [number for number in own if number not in step.spared]
-        embedded = dict.fromkeys(own, transformer.embed(loop.any_pass, latents, timestep)) if own else {}
+        embedded = dict.fromkeys(own, loop.transformer.embed(loop.any_pass, latents, timestep)) if own else {}
+        return self._computed(loop, step, embedded)
+
+    def _computed(self, loop: Loop, step: Step, embedded: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The velocity of own tokens, flat, of the passes whose tokens are `embedded`."""
+        transformer, found = loop.transformer, dict[int, Tensor]()
+        computed = [number for number in embedded if number not in step.spared]
         if len(step.spared) < len(step.passes):
             # Also without a pass of its own, because other ranks may gather the layers with this one.
             passes = [loop.own[number] for number in computed], [embedded[number] for number in computed]
@@ -140,13 +147,13 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
                 if loop.cache is not None:
                     loop.cache.keep(number, step.place, embedded[number], hidden)
                 found[number] = transformer.velocity(loop.own[number], hidden)
-        for number in step.spared.intersection(own):
+        for number in step.spared.intersection(embedded):
             assert loop.cache is not None
             hidden = loop.cache.recall(number, step.place, embedded[number])
             found[number] = transformer.velocity(loop.own[number], hidden)
-        return {number: found[number] for number in own}
+        return {number: found[number] for number in embedded}
 
-    def _exchanged(self, loop: Loop, step: _Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+    def _exchanged(self, loop: Loop, step: Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """The velocities of all passes of a step by their numbers, from those of the `own` ones of each rank."""
         if self._guidance.ranks == 1:
             return own
@@ -172,18 +179,44 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         whole, scheduler = components.transformer, components.scheduler
         guidance, transformer = self.guidance(block_state), self._accelerate(whole, block_state)
         numbers = guidance.shares(self._guidance.ranks)[self._guidance.rank]
-        texts = self._texts or Texts(block_state.vision_tokens[0].device)
-        names = guidance.names(ranks=self._guidance.ranks, rank=self._guidance.rank)
-        fields = [_fields(block_state.denoiser_input_fields, name) for name in names]
-        prompts = [(one["input_ids"], one["text_mrope_ids"]) for one in fields]
-        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
-        own = {
-            number: transformer.prepare(text, position_ids=one["position_ids"], items=items_of(one))
-            for number, one, text in zip(numbers, fields, texts.take(encoder, prompts), strict=True)
+        fields = {
+            number: _fields(block_state.denoiser_input_fields, guidance.passes[number].name) for number in numbers
         }
+        own = self._prepared(whole, transformer, guidance, fields)
+        return self._loop(transformer, guidance, own, block_state.timesteps, scheduler.sigmas)
+
+    def _loop(
+        self,
+        transformer: ParallelTransformer,
+        guidance: Guidance,
+        own: dict[int, PreparedPass],
+        *schedule: Tensor,
+    ) -> Loop:
+        """The loop over a `schedule` of timesteps and sigmas."""
         cache = None if self._cache is None else StepCache(self._cache, self._replica)
-        timesteps, sigmas = (found.cpu().tolist() for found in (block_state.timesteps, scheduler.sigmas))
+        timesteps, sigmas = (found.cpu().tolist() for found in schedule)
         return Loop(transformer, guidance, own, timesteps, sigmas, cache)
+
+    def _prepared(
+        self, whole: Any, transformer: ParallelTransformer, guidance: Guidance, fields: Mapping[int, Any]
+    ) -> dict[int, PreparedPass]:
+        """Own passes by their numbers, from their `fields` of diffusers. Two with one prompt share its text."""
+        prompts = {
+            guidance.passes[number].prompt: (one["input_ids"], one["text_mrope_ids"])
+            for number, one in fields.items()
+        }
+        taken = self._taken
+        if not taken:
+            texts = self._texts or Texts(next(iter(prompts.values()))[0].device)
+            encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
+            taken = dict(zip(prompts, texts.take(encoder, list(prompts.values())), strict=True))
+            self._taken = taken if self._keep_texts else {}
+        return {
+            number: transformer.prepare(
+                taken[guidance.passes[number].prompt], position_ids=one["position_ids"], items=items_of(one)
+            )
+            for number, one in fields.items()
+        }
 
     def _accelerate(self, transformer: Any, block_state: Any) -> ParallelTransformer:
         check_layout(
@@ -194,6 +227,13 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             guidance_scale=block_state.guidance_scale,
         )
         return ParallelTransformer(transformer, ulysses=self._sequence, layers=self._layers)
+
+
+def _noisy(loop: Loop, latents: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    """The vision latents that have noise, in one frame at least."""
+    vision = next(share.items for share in loop.any_pass.shares if share.items.modality.name == "vision")
+    clips = zip(latents["vision"], vision.noisy_frames, strict=True)
+    return [clip for clip, noisy in clips if len(noisy)]
 
 
 def _fields(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:

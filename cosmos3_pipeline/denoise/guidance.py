@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COND, UNCOND = "cond", "uncond"
+NO_CONTROL = f"{COND}_no_control"
 WITH_CONTROLS = "_full"  # ends the name of a pass over control clips and the clip
-Interval = tuple[float, float]  # timesteps from 0 to 1000, both ends included
+Interval = tuple[float, ...]  # the lowest and the highest timestep, from 0 to 1000, both included
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,26 @@ class Guidance:
         prompt = GuidancePass(COND)
         if scale == 1.0:
             return cls((prompt,))
-        between = None if interval is None else (interval[0], interval[1])
-        return cls((prompt, GuidancePass(UNCOND, scale, between)))
+        return cls((prompt, GuidancePass(UNCOND, scale, _between(interval))))
 
     @classmethod
-    def of_controls(cls, scale: float, control_scale: float, interval: Sequence[float] | None = None) -> Guidance:
+    def of_controls(
+        cls,
+        scale: float,
+        control_scale: float,
+        interval: Sequence[float] | None = None,
+        control_interval: Sequence[float] | None = None,
+    ) -> Guidance:
         """A prompt and its negative prompt where control clips are followed.
 
         The controls are amplified between a pass with the prompt alone and one with both. At a control scale of
         1.0 the former is no pass, and the negative prompt is none at scales up to 1.0.
         """
-        between = None if interval is None else (interval[0], interval[1])
         passes = [GuidancePass(f"{COND}{WITH_CONTROLS}")]
         if control_scale != 1.0:
-            passes.append(GuidancePass(f"{COND}_no_control", control_scale))
+            passes.append(GuidancePass(NO_CONTROL, control_scale, _between(control_interval)))
         if scale > 1.0:
-            passes.append(GuidancePass(f"{UNCOND}{WITH_CONTROLS}", scale, between))
+            passes.append(GuidancePass(f"{UNCOND}{WITH_CONTROLS}", scale, _between(interval)))
         return cls(tuple(passes))
 
     def at(self, timestep: float) -> tuple[int, ...]:
@@ -92,12 +97,8 @@ class Guidance:
         """
         return shares_of(len(self.passes), ranks)
 
-    def names(self, *, ranks: int, rank: int) -> list[str]:
-        """The names of the passes of the rank at `rank` of the `cfg` axis."""
-        return [self.passes[number].name for number in self.shares(ranks)[rank]]
-
     def prompts(self, *, ranks: int, rank: int) -> list[str]:
-        """The prompts that those passes read, each once."""
+        """The prompts that the passes of the rank at `rank` of the `cfg` axis read, each once."""
         return list(dict.fromkeys(self.passes[number].prompt for number in self.shares(ranks)[rank]))
 
     def combine(self, velocities: Mapping[int, Tensor]) -> Tensor:
@@ -108,6 +109,10 @@ class Guidance:
             own = other.float()
             velocity = (velocity - own).mul_(self.passes[number].scale).add_(own)
         return velocity
+
+
+def _between(interval: Sequence[float] | None) -> Interval | None:
+    return None if interval is None else tuple(interval)
 
 
 def shares_of(passes: int, ranks: int) -> list[range]:

@@ -7,28 +7,31 @@ from typing import Any
 
 from cosmos3_pipeline.config.schema import Config, TaskConfig, TaskName
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
+from cosmos3_pipeline.planning.action_files import read_actions
 from cosmos3_pipeline.planning.actions import (
     ACTION_TASKS,
     CANVASES,
     EMBODIMENTS,
     VIEW_POINTS,
     WITHOUT_WIDTH,
+    ActionTask,
     action_of,
     canvas_for,
     content_on,
 )
+from cosmos3_pipeline.planning.geometry import chunks_of
 from cosmos3_pipeline.planning.pictures import clip_size, photograph_size
 
 OF_ACTIONS = ("domain", "actions", "chunk_size", "view_point", "resolution_tier", "canvas")
 
 
 def settled(cfg: Config) -> dict[str, Any]:
-    """The keys of `cfg` that follow from its picture, by their dotted names; none for a task without actions.
+    """The keys of `cfg` that follow from its picture and its actions, by their dotted names; none without actions.
 
-    Without a picture it is the clip of one whose size the config has already.
+    Without a picture it is the clip of one whose size the config has already, and without actions it is a chunk.
 
     Raises:
-        ConfigError: the picture cannot be read, or the keys of the task do not fit each other.
+        ConfigError: the picture or the actions cannot be read, or the keys of the task do not fit each other.
     """
     if cfg.task.name not in ACTION_TASKS:
         return {}
@@ -36,7 +39,7 @@ def settled(cfg: Config) -> dict[str, Any]:
         raise ConfigError(found)
     action, spatial = action_of(cfg.task), cfg.model.vae.scale_factor_spatial
     assert action is not None
-    picture = _picture(cfg.task)
+    actions, picture = _actions(cfg.task, action), _picture(cfg.task)
     if min(picture) < spatial:
         raise ConfigError([_tiny(cfg.task, picture, spatial)])
     canvas = canvas_for(picture, action.tier, spatial)
@@ -44,7 +47,7 @@ def settled(cfg: Config) -> dict[str, Any]:
     return {
         "task.height": height,
         "task.width": width,
-        "task.num_frames": action.chunk_size + 1,
+        "task.num_frames": actions + 1,
         "task.canvas": list(canvas),
         "task.condition_latent_frames": action.conditioned(cfg.model.vae.scale_factor_temporal),
     }
@@ -57,7 +60,7 @@ def by_hand(keys: dict[str, Any], literal: Callable[[str], Any]) -> Iterator[Pro
         if given not in (None, [], value):
             yield Problem(
                 what=f"{key}={given} with a task that has actions",
-                why=f"the picture, task.resolution_tier and task.chunk_size decide it: it is {value}",
+                why=f"the picture, task.resolution_tier, task.chunk_size and the actions decide it: it is {value}",
                 works=f"no {key}; another task.resolution_tier or task.chunk_size makes another clip",
             )
 
@@ -93,6 +96,12 @@ def check_actions(cfg: Config) -> Iterator[Problem]:
             what="output.against_replicated=true with task=inverse_dynamics",
             why="it decodes a clip again, and this task decodes none",
             works="output.against_replicated=false",
+        )
+    if cfg.output.against_replicated and (chunks := chunks_of(cfg)).count > 1:
+        yield Problem(
+            what=f"output.against_replicated=true with {chunks.total - 1} actions in {chunks.count} chunks",
+            why="a second decode of every chunk would need the latents of all of them",
+            works="output.against_replicated=false, or job=verify, which compares strategies on one chunk",
         )
 
 
@@ -161,6 +170,16 @@ def _sources(task: TaskConfig) -> Iterator[Problem]:
             why="one picture shows no motion whose actions could be found",
             works="task.video=clip.mp4, or task=policy",
         )
+
+
+def _actions(task: TaskConfig, action: ActionTask) -> int:
+    """The number of actions: those of the file, which takes a domain to read, or a chunk. Raises ConfigError."""
+    if action.predicts or task.actions is None or action.domain is None:
+        return action.chunk_size
+    try:
+        return len(read_actions(task.actions, action))
+    except Refusal as refusal:
+        raise ConfigError([refusal.problem]) from refusal
 
 
 def _picture(task: TaskConfig) -> tuple[int, int]:

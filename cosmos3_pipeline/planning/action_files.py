@@ -22,14 +22,15 @@ UNITS = (
 def read_actions(path: str, action: ActionTask) -> list[list[float]]:
     """The actions of `task.actions`, one row of numbers for each.
 
-    A `.npy` array [chunk_size, width], the same as lists in JSON, or the `actions.json` of a run.
+    A `.npy` array [actions, width], the same as lists in JSON, or the `actions.json` of a run. They are for one or
+    more whole chunks.
 
     Raises:
-        Refusal: no such file, no such array, another number of rows or columns than the task has, or a value that
-            is not finite.
+        Refusal: no such file, no such array, rows that are no whole number of chunks, another number of columns
+            than the domain has, or a value that is not finite.
     """
     file, named = Path(path).expanduser().absolute(), f"task.actions={path}"
-    works = f"a .npy or .json file of {action.chunk_size} x {action.width} numbers"
+    works = f"a .npy or .json file of {action.chunk_size} x {action.width} numbers, or of several such chunks"
     if not file.is_file():
         why = f"{file} {'is a folder' if file.is_dir() else 'does not exist'}"
         raise Refusal(what=f"{named} is not a file", why=why, works=works)
@@ -42,14 +43,11 @@ def read_actions(path: str, action: ActionTask) -> list[list[float]]:
             why=f"an action of {action.domain} has {action.width} numbers",
             works=_other_domains(found[1:]) or works,
         )
-    if found[0] != action.chunk_size:
-        more = found[0] > action.chunk_size
+    if not rows or len(rows) % action.chunk_size:
         raise Refusal(
-            what=f"{named} has {found[0]} actions with task.chunk_size={action.chunk_size}",
-            why="diffusers would leave out those after the chunk"
-            if more
-            else "diffusers would repeat the last one until the chunk is full",
-            works=f"task.chunk_size={found[0]}" if found[0] and not found[0] % 4 else works,
+            what=f"{named} has {len(rows)} actions with task.chunk_size={action.chunk_size}",
+            why="the last chunk would lack some, and diffusers would repeat the last action until it is full",
+            works=_other_chunks(len(rows), action) or works,
         )
     for number, row in enumerate(rows):
         if not all(abs(value) <= LARGEST for value in row):  # nor NaN
@@ -59,6 +57,14 @@ def read_actions(path: str, action: ActionTask) -> list[list[float]]:
                 works=works,
             )
     return rows
+
+
+def _other_chunks(rows: int, action: ActionTask) -> str | None:
+    """The size of chunks nearest to the task's that so many actions fill."""
+    filled = [size for size in range(4, rows + 1, 4) if rows % size == 0]  # latent frames are four frames each
+    if not filled:
+        return None
+    return f"task.chunk_size={min(filled, key=lambda size: abs(size - action.chunk_size))}"
 
 
 def _other_domains(widths: tuple[int, ...]) -> str | None:

@@ -1,24 +1,28 @@
 """A clip that is made chunk after chunk: each begins with the frames that the one before has ended with.
 
-Source: diffusers `Cosmos3TransferSetupStep` and `Cosmos3TransferChunkVaeEncoderStep`.
+Sources: for transfer diffusers `Cosmos3TransferSetupStep` and `Cosmos3TransferChunkVaeEncoderStep`, for forward
+dynamics `run_rollout` in NVIDIA/cosmos `cookbooks/cosmos3/generator/action/run_fd_with_diffusers.ipynb`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Chunks:
     """`total` frames in chunks of `frames` (4k + 1), of which a later one repeats the `overlap` frames before it.
 
-    `given` are the frames of an input clip with which the first chunk begins.
+    `given` are the frames of an input clip with which the first chunk begins. Those with which a later one begins
+    are `passed` to it as the decoder made them, or as pictures of 8 bits.
     """
 
     total: int
     frames: int
     overlap: int
     given: int
+    passed: Literal["float", "uint8"] = "float"
 
     @classmethod
     def of(cls, total: int, *, at_most: int, overlap: int, given: int, temporal: int) -> Chunks:

@@ -81,12 +81,14 @@ def encoded_of(cfg: Config) -> Clip:
 
 
 def chunks_of(cfg: Config) -> Chunks:
-    """In what chunks the clip is made; all tasks but transfer make it in one.
+    """In what chunks the clip is made: as many as it takes for transfer and forward dynamics, one for other tasks.
 
     Where nobody has said or counted how many frames it has, a chunk is planned.
     """
     task = cfg.task
     frames = task.num_frames or task.num_video_frames_per_chunk or 1
+    if (action := action_of(task)) is not None and not action.predicts:
+        return Chunks(frames, action.chunk_size + 1, overlap=1, given=1, passed="uint8")
     if task.name is not TaskName.transfer:
         return Chunks(frames, frames, overlap=0, given=0)
     return Chunks.of(

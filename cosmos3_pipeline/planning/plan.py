@@ -164,9 +164,10 @@ def make_plan(
     stages = {str(direction): stage for direction, stage in vae.items()}
     weights, ranks = _placed(cfg, denoising, stages)
     exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
-    exactness["text"] = exactness["denoise"] = exactness["sound"] = (
-        "bitwise" if cfg.topology.ulysses == 1 else "rounding"
-    )
+    exactness["text"] = exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    # How many threads a CPU has decides in which order PyTorch adds up a waveform.
+    threads = cfg.topology.threads_per_rank if cfg.topology.device == Device.cpu else 1
+    exactness["sound"] = exactness["denoise"] if threads == 1 else "rounding"
     if caches(cfg):
         exactness["denoise"] = exactness["sound"] = "approximate"
     decoded = max((rank.stages["decode"].total_seconds for rank in ranks if "decode" in stages), default=0)
@@ -318,13 +319,10 @@ def _rank(
 
 
 def _encoded(cfg: Config, encode: VaePlan, rank: int, *, weights: int, text: int) -> RankStage:
-    """Encoding what conditions the clip: in every chunk the controls, and the frames with which it begins."""
+    """Encoding what conditions the clip: in every chunk the frames with which it begins, and the controls."""
     inputs = {"weights": weights, "text": text, "inputs": _condition_bytes(cfg)}
-    planned = encode.stage(cfg, rank, **inputs)
-    if cfg.task.name is not TaskName.transfer:
-        return planned
     chunks = chunks_of(cfg)
-    planned = planned.times(controls_planned(cfg.task) * chunks.count)
+    planned = encode.stage(cfg, rank, **inputs).times(max(controls_planned(cfg.task), 1) * chunks.count)
     for beginning, count in zip(encode.beginnings, (1, chunks.count - 1), strict=True):
         if beginning is not None:
             planned = planned.then(beginning.stage(cfg, rank, **inputs).times(count))
@@ -337,7 +335,8 @@ def _decoded(cfg: Config, decode: VaePlan, rank: int, *, weights: int, text: int
     chunks = chunks_of(cfg)
     if decode.for_the_next is None:
         return planned.times(chunks.count)
-    seed = 3 * cfg.task.height * cfg.task.width * chunks.overlap * ELEMENT_BYTES[cfg.model.vae_dtype]
+    value = 1 if chunks.passed == "uint8" else ELEMENT_BYTES[cfg.model.vae_dtype]
+    seed = 3 * cfg.task.height * cfg.task.width * chunks.overlap * value
     before = decode.for_the_next.stage(cfg, rank, weights=weights, text=text, inputs=inputs + seed)
     if rank == 0 and len(decode.plan.shares) > 1:
         before = replace(before, sent=before.sent + Wire(seed, 1))

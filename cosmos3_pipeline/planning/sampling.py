@@ -12,7 +12,7 @@ from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config, SamplerConfig, TaskConfig, TaskName
 from cosmos3_pipeline.config.tasks import controls_planned
 from cosmos3_pipeline.denoise.cost import PassTokens
-from cosmos3_pipeline.denoise.guidance import COND, UNCOND, Guidance
+from cosmos3_pipeline.denoise.guidance import COND, NO_CONTROL, UNCOND, Guidance
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.geometry import Clip, stretches_of
 
@@ -26,7 +26,8 @@ def guidance_of(task: TaskConfig, sampler: SamplerConfig) -> Guidance:
     """The guidance passes of a run."""
     if task.name is TaskName.transfer:
         controls = task.control_guidance or 1.0
-        return Guidance.of_controls(sampler.guidance_scale, controls, sampler.guidance_interval)
+        intervals = sampler.guidance_interval, task.control_guidance_interval
+        return Guidance.of_controls(sampler.guidance_scale, controls, *intervals)
     return Guidance.of_prompt(sampler.guidance_scale, sampler.guidance_interval)
 
 
@@ -89,36 +90,52 @@ def begins_twice(schedule: Mapping[str, Any], steps: int) -> bool:
 
 
 def check_interval(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """What is wrong with the interval of the guidance."""
-    interval, scale = cfg.sampler.guidance_interval, cfg.sampler.guidance_scale
+    """What is wrong with the intervals of the guidance; that of the controls is read by transfer alone."""
+    task, sampler = cfg.task, cfg.sampler
+    scale = "sampler.guidance_scale", sampler.guidance_scale
+    yield from _interval(cfg, "sampler.guidance_interval", sampler.guidance_interval, scale, UNCOND)
+    if task.name is TaskName.transfer and task.control_guidance is not None:
+        scale = "task.control_guidance", task.control_guidance
+        yield from _interval(
+            cfg, "task.control_guidance_interval", task.control_guidance_interval, scale, NO_CONTROL
+        )
+
+
+def _interval(
+    cfg: Config, key: str, interval: list[float] | None, scale: tuple[str, float], name: str
+) -> Iterator[Problem]:
+    """What is wrong with the `interval` of the pass whose name begins with `name`, which there is by a `scale`."""
     if interval is None:
         return
-    what = f"sampler.guidance_interval={interval}"
+    what = f"{key}={interval}"
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= TRAIN_TIMESTEPS:
         yield Problem(
             what=what,
             why=f"it is the lowest and the highest timestep with guidance, of those from 0 to {TRAIN_TIMESTEPS}",
-            works="sampler.guidance_interval=[400,1000], or null for guidance in every step",
+            works=f"{key}=[400,1000], or null for guidance in every step",
         )
-    elif cfg.model.distilled_sigmas is not None:
+        return
+    passes = guidance_of(cfg.task, cfg.sampler).passes
+    number = next((number for number, one in enumerate(passes) if one.name.startswith(name)), None)
+    if cfg.model.distilled_sigmas is not None:
         yield Problem(
             what=f"{what} with a checkpoint distilled to {len(cfg.model.distilled_sigmas)} steps",
             why="these steps have no guidance, so it would be ignored",
-            works="no sampler.guidance_interval",
+            works=f"no {key}",
         )
-    elif scale == 1.0:
+    elif number is None:
         yield Problem(
-            what=f"{what} with sampler.guidance_scale={scale}",
-            why="at guidance scale 1.0 the negative prompt cancels out in every step, so it would be ignored",
-            works="no sampler.guidance_interval, or any other sampler.guidance_scale",
+            what=f"{what} with {scale[0]}={scale[1]}",
+            why="at that scale no step has a pass that it could leave out, so it would be ignored",
+            works=f"no {key}, or a higher {scale[0]}",
         )
-    elif not any(len(passes) > 1 for passes in passes_of_steps(cfg)):
+    elif not any(number in passes for passes in passes_of_steps(cfg)):
         timesteps = _timesteps(cfg)
         yield Problem(
             what=f"{what} with {len(timesteps)} steps",
             why=f"no step lies in it: their timesteps are {', '.join(f'{t:g}' for t in timesteps[:3])} ... "
             f"{timesteps[-1]:g}",
-            works="sampler.guidance_scale=1.0 for no guidance, or a wider interval",
+            works=f"{scale[0]}=1.0 for no guidance, or a wider interval",
         )
 
 

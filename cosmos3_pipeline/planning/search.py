@@ -12,6 +12,7 @@ from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check
 from cosmos3_pipeline.planning.geometry import replica_ranks
 from cosmos3_pipeline.planning.plan import Plan
+from cosmos3_pipeline.planning.sampling import guidance_of
 from cosmos3_pipeline.planning.vae import REFERENCE
 from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import program_for
@@ -64,7 +65,7 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
 def _choices(cfg: Config) -> Iterator[tuple[int, int, Strategy | None]]:
     """(cfg, ulysses, decode strategy or None) of every way to use all ranks of a clip."""
     ranks = replica_ranks(cfg.topology)
-    guidance = (1, 2) if cfg.sampler.guidance_scale != 1.0 else (1,)
+    guidance = range(1, len(guidance_of(cfg.task, cfg.sampler).passes) + 1)
     layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
     program = program_for("decode", plain(cfg.model.vae))
     # Without the flag the reference runs, so it is not tried with it.

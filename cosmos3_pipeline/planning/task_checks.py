@@ -154,6 +154,14 @@ def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
         )
 
 
+# Why a task cannot have sound, where there is more to say of it.
+NO_SOUND = {
+    TaskName.t2i: "an image is one frame, and a sound lasts as long as its clip",
+    TaskName.transfer: "no published model makes sound that follows controls: diffusers' transfer has none, and "
+    "NVIDIA's framework guides by controls without it",
+}
+
+
 def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
     model, task = cfg.model, cfg.task
     if not task.sound:
@@ -167,9 +175,7 @@ def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
     if task.modality != "video":
         yield Problem(
             what=f"task.sound=true with task={task.name.value}",
-            why="an image is one frame, and a sound lasts as long as its clip"
-            if task.modality == "image"
-            else "the models make sound with videos from words, photographs and clips",
+            why=NO_SOUND.get(task.name, "the models make sound with videos from words, photographs and clips"),
             works="task=t2v, or task.sound=false",
         )
     if not model.transformer.sound_gen:

@@ -8,7 +8,7 @@ from cosmos3_pipeline.config.schema import Config, TaskName
 from cosmos3_pipeline.config.tasks import FROM_VIDEO, MADE, TRANSFER_KEYS, controls_of
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.geometry import Clip
-from cosmos3_pipeline.planning.sampling import caches, guidance_of
+from cosmos3_pipeline.planning.sampling import guidance_of
 
 
 def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
@@ -28,17 +28,13 @@ def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
     task, topology = cfg.task, cfg.topology
     passes = len(guidance_of(cfg.task, cfg.sampler).passes)
     if topology.cfg > passes:
+        ranks = topology.cfg * topology.ulysses
+        busy = max(count for count in range(1, passes + 1) if ranks % count == 0)
         yield Problem(
             what=f"topology.cfg={topology.cfg} with sampler.guidance_scale={cfg.sampler.guidance_scale} and "
             f"task.control_guidance={task.control_guidance}",
-            why="a step then has one pass only, so the second rank would have nothing to do",
-            works=f"topology.cfg=1 topology.ulysses={topology.cfg * topology.ulysses}, or a scale above 1.0",
-        )
-    if caches(cfg):
-        yield Problem(
-            what=f"sampler/cache={cfg.sampler.cache.name.value} with task=transfer",
-            why="the cache compares one sequence of tokens, and a step here has passes over two",
-            works="sampler/cache=none",
+            why=f"a step then has {'one pass' if passes == 1 else 'two passes'} only, so a rank would do nothing",
+            works=f"topology.cfg={busy} topology.ulysses={ranks // busy}, or both scales above 1.0",
         )
     if cfg.output.against_replicated:
         yield Problem(
@@ -51,7 +47,8 @@ def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
 def _unread(cfg: Config) -> Iterator[Problem]:
     task, name = cfg.task, cfg.task.name.value
     found = {f"task.controls.{control}": file for control, file in controls_of(task).items()}
-    found |= {f"task.{key}": getattr(task, key) for key in TRANSFER_KEYS if getattr(task, key) is not None}
+    keys = (*TRANSFER_KEYS, "control_guidance_interval")
+    found |= {f"task.{key}": getattr(task, key) for key in keys if getattr(task, key) is not None}
     if cfg.output.control:
         found["output.control"] = "true"
     for key, value in found.items():

@@ -84,9 +84,9 @@ class VaeStage:
 class VaePlan(VaeStage):
     """A direction as a run does it: with what the ranks are given, the assignment that was planned.
 
-    Where a clip is made in chunks, `beginnings` are the frames with which the first and a later one begin, each
-    encoded by itself (None: no frame), and `for_the_next` is decoding a chunk with whose end another begins: its
-    frames go to the root in the VAE's dtype.
+    Where a clip is made in chunks, `for_the_next` is decoding one with whose end another begins: its frames go to
+    the root as they are passed on. Of a transfer, `beginnings` are the frames with which the first chunk and a
+    later one begin, each encoded by itself (None: no frame).
     """
 
     strategy: Strategy
@@ -155,11 +155,11 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
             _made.clear()
         _made[key] = VaePlan(program, shape, plan, given)
     planned = _made[key]
-    return _in_chunks(cfg, direction, planned) if cfg.task.name is TaskName.transfer else planned
+    return _in_chunks(cfg, direction, planned)
 
 
 def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
-    """With what the chunks of a transfer need beside the whole chunk."""
+    """With what the chunks of a clip need beside the whole chunk."""
     shape, chunks = planned.shape, chunks_of(cfg)
 
     def another(**changes: Any) -> VaeStage:
@@ -168,8 +168,12 @@ def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
         return VaeStage(planned.program, other, planned.strategy.plan(planned.program, other, ranks))
 
     if direction == "decode":
-        more = chunks.count > 1 and chunks.overlap > 0
-        return replace(planned, for_the_next=another(picture_bytes=shape.element_bytes) if more else None)
+        if chunks.count == 1 or not chunks.overlap:
+            return planned
+        as_floats = chunks.passed == "float"
+        return replace(planned, for_the_next=another(picture_bytes=shape.element_bytes) if as_floats else planned)
+    if cfg.task.name is not TaskName.transfer:
+        return planned
     lengths = [chunks.clean_latents(number, clip_of(cfg).temporal) for number in (0, 1)]
     first, later = (another(frames=frames) if frames else None for frames in lengths)
     return replace(planned, beginnings=(first, later if chunks.count > 1 else None))

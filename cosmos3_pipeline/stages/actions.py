@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from diffusers.modular_pipelines.cosmos.after_decode import Cosmos3ActionOutputS
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import Cosmos3VisionActionCoreDenoiseStep
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
 from PIL import Image
+from torch import Tensor
 
 from cosmos3_pipeline.config.schema import Config, OutputConfig, SamplerConfig, TaskConfig
+from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.planning.action_files import ACTIONS_FILE, actions_report, read_actions
 from cosmos3_pipeline.planning.actions import ActionTask
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.writing import Writing
+from cosmos3_pipeline.stages.chunked import of_chunks
 from cosmos3_pipeline.stages.context import RunContext, Stage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import lengthen
@@ -78,30 +82,63 @@ class ActionEncodeStage:
             pixels, size, height, width = pipeline._prepare_action_video_conditioning(
                 pictures, action.tier, frames, device=HOST, dtype=vae.dtype
             )
-            latents = pipeline._encode_video(pixels.to(context.components.device)).contiguous().float()
-            latents = pipeline._remove_action_video_padding_from_latent(latents, size)
+            latents = content_latents(context, pixels.to(context.components.device), size)
             if ((height, width), latents.shape[-2:]) != (action.canvas, (clip.latent_rows, clip.latent_cols)):
                 raise Refusal(
                     what=f"{key} is another picture than when the run was planned",
                     why=f"it is {pictures[0].width}x{pictures[0].height} pixels now, which make another clip",
                     works="a file that stays as it is until the run has ended",
                 )
-            state = context.state
-            state.set("x0_tokens_vision", lengthen(latents, clip.latent_frames))
-            state.set("vision_condition_frames", conditioned)
-            given = [] if action.predicts else list(range(action.chunk_size))
-            state.set("action_condition_frame_indexes", given)
+            leave_latents(context, action, latents)
+
+
+def content_latents(context: RunContext, pixels: Tensor, size: Tensor) -> Tensor:
+    """The latents of pictures [1, 3, F, H, W] without their padding; `size` is their size with it and without."""
+    pipeline = context.components.pipeline
+    latents = pipeline._encode_video(pixels).contiguous().float()
+    found: Tensor = pipeline._remove_action_video_padding_from_latent(latents, size)
+    return found
+
+
+def leave_latents(context: RunContext, action: ActionTask, latents: Tensor) -> None:
+    """Leave what conditions the clip in the state: `latents` of its first frames, and which actions are given."""
+    state, clip = context.state, context.clip
+    state.set("x0_tokens_vision", lengthen(latents, clip.latent_frames))
+    state.set("vision_condition_frames", action.conditioned(clip.temporal))
+    given = [] if action.predicts else list(range(action.chunk_size))
+    state.set("action_condition_frame_indexes", given)
 
 
 class ActionDenoiseStage(DenoiseStage):
-    """As `DenoiseStage`; leaves `action_latents` [chunk_size, action_dim] in fp32 beside the latents."""
+    """As `DenoiseStage`; leaves `action_latents` [chunk_size, action_dim] in fp32 beside the latents.
+
+    Of a clip that is made in several chunks it makes `chunk`, with the `denoiser` of all of them. Each chunk has
+    noise of its own, because the seed of the next is one more.
+    """
 
     def __init__(
-        self, task: TaskConfig, sampler: SamplerConfig, action: ActionTask, *, stays: bool = False
+        self,
+        task: TaskConfig,
+        sampler: SamplerConfig,
+        action: ActionTask,
+        *,
+        chunk: int = 0,
+        denoiser: ParallelLoopDenoiser | None = None,
+        stays: bool = False,
     ) -> None:
-        super().__init__(sampler, stays=stays)
+        super().__init__(replace(sampler, seed=sampler.seed + chunk), stays=stays)
         self._task = task
         self._action = action
+        self._chunk = chunk
+        self._denoiser = denoiser
+
+    def title(self, context: RunContext) -> str:
+        """As `DenoiseStage.title`, with the chunk."""
+        return super().title(context) + ("" if context.chunks is None else of_chunks(self._chunk, context.chunks))
+
+    def denoiser(self, context: RunContext, *, keep_texts: bool = False) -> ParallelLoopDenoiser:
+        """As `DenoiseStage.denoiser`, or the one that it was given."""
+        return self._denoiser or super().denoiser(context, keep_texts=keep_texts)
 
     def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
         """As `DenoiseStage.workflow`; only in the first step the host waits for what does not change."""
@@ -114,7 +151,15 @@ class ActionDenoiseStage(DenoiseStage):
         action, raw_actions = self._action, None
         if not action.predicts:
             assert self._task.actions is not None
-            raw_actions = torch.tensor(read_actions(self._task.actions, action), dtype=torch.float32)
+            rows = read_actions(self._task.actions, action)
+            if len(rows) + 1 != context.num_frames:
+                raise Refusal(
+                    what=f"task.actions={self._task.actions} is another file than when the run was planned",
+                    why=f"it has {len(rows)} actions now, and {context.num_frames - 1} were planned",
+                    works="a file that stays as it is until the run has ended",
+                )
+            own = rows[self._chunk * action.chunk_size :][: action.chunk_size]
+            raw_actions = torch.tensor(own, dtype=torch.float32)
         # Its picture is read by nothing that follows the encoder.
         source: dict[str, Any] = {"image": HERE} if action.shows else {"video": [HERE]}
         assert action.domain is not None

@@ -17,6 +17,7 @@ from cosmos3_pipeline.stages.decode import DecodeStage
 from cosmos3_pipeline.stages.denoise import DenoiseStage
 from cosmos3_pipeline.stages.encode import EncodeStage
 from cosmos3_pipeline.stages.export import ExportStage
+from cosmos3_pipeline.stages.rollout import RolloutStage
 from cosmos3_pipeline.stages.sound import SoundStage
 from cosmos3_pipeline.stages.text import TextStage
 from cosmos3_pipeline.stages.transfer import TransferStage
@@ -29,7 +30,8 @@ NO_OTHERS: Mapping[str, StageFactory] = MappingProxyType({})
 def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] = NO_OTHERS) -> dict[str, Stage]:
     """The stages by their names in `STAGES`, in the order in which they run.
 
-    Transfer encodes, denoises and decodes in turns, as the stage `decode`, and has no other stages of these names.
+    A clip in chunks, that of transfer or of more actions than a chunk has, is encoded, denoised and decoded in
+    turns, as the stage `decode`, and has no other stages of these names.
 
     A stage is replaced from Python, never from a composition: `others` maps its name to what makes another one.
     `jobs.generate.generate(prepared, output, stages=others)` hands it to every rank.
@@ -60,8 +62,9 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
     if action is not None:
         factories |= action_stages(action)
     found = {name: {**factories, **others}[name] for name in stages_of(config, plan)}
-    if config.task.name is TaskName.transfer:
-        found["decode"] = others.get("decode", transfer)
+    chunked = transfer if config.task.name is TaskName.transfer else rollout if plan.chunks.count > 1 else None
+    if chunked is not None:
+        found["decode"] = others.get("decode", chunked)
         for name in ("encode", "denoise"):
             del found[name]
     return {name: make(config, plan) for name, make in found.items()}
@@ -74,5 +77,12 @@ def stages_of(config: Config, plan: Plan) -> tuple[str, ...]:
 
 
 def transfer(config: Config, plan: Plan) -> Stage:
-    """The stage that makes a clip chunk after chunk."""
+    """The stage that makes a clip of controls chunk after chunk."""
     return TransferStage(config.task, config.sampler, config.output, plan.chunks, stays=plan.weights.stays)
+
+
+def rollout(config: Config, plan: Plan) -> Stage:
+    """The stage that makes a clip of given actions chunk after chunk."""
+    action = action_of(config.task)
+    assert action is not None
+    return RolloutStage(config.task, config.sampler, config.output, action, plan.chunks, stays=plan.weights.stays)

@@ -65,7 +65,7 @@ class DenoiseStage:
             state.set("num_inference_steps", self._sampler.steps)
             state.set("guidance_scale", self._sampler.guidance_scale)
             state.set("generator", torch.Generator("cpu").manual_seed(self._sampler.seed))
-            with context.reporter.track("denoising steps", self._sampler.steps) as advance:
+            with context.reporter.track(self.title(context), self._sampler.steps) as advance:
                 self.workflow(context, advance)(context.components.pipeline, state)
             # Tensors of the latents' size that nothing reads any more; decoding needs their memory.
             context.components.scheduler().set_timesteps(1)  # forgets the steps before
@@ -73,6 +73,10 @@ class DenoiseStage:
                 state.set(name, None)
             if not self._stays:
                 context.components.transformer().release()
+
+    def title(self, context: RunContext) -> str:
+        """What is done, for a person."""
+        return "denoising steps"
 
     def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
         """diffusers' denoising workflow with this run's denoiser, which calls `advance` after every step."""
@@ -88,20 +92,21 @@ class DenoiseStage:
         distilled = context.components.checkpoint.sampler.distilled_sigmas is not None
         return Cosmos3DistilledVisionCoreDenoiseStep() if distilled else WORKFLOWS[self._modalities]()
 
-    def denoiser(self, context: RunContext) -> ModularPipelineBlocks:
-        """The block that predicts the velocity of one step."""
+    def denoiser(self, context: RunContext, *, keep_texts: bool = False) -> ParallelLoopDenoiser:
+        """The block that predicts the velocity of one step; with `keep_texts` that of all chunks of a clip."""
         parts = context.components
         return ParallelLoopDenoiser(
             context.mesh,
             layers=parts.transformer(),
             texts=parts.texts,
             guidance_interval=self._sampler.guidance_interval,
-            cache=_sea_cache(self._sampler.cache),
+            cache=sea_cache(self._sampler.cache),
             counts=context.passes,
+            keep_texts=keep_texts,
         )
 
 
-def _sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
+def sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
     """diffusers' settings of the cache, or None without one."""
     if settings.name is CacheName.none:
         return None

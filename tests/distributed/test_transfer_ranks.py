@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from cosmos_models import tiny_pipeline, transfer_latents
+from diffusers import SeaCacheConfig
 from test_denoise_ranks import sent
 
 from cosmos3_pipeline.denoise.cost import PassTokens, Stretch, Wire, denoise_costs
-from cosmos3_pipeline.denoise.guidance import UNCOND, Guidance
+from cosmos3_pipeline.denoise.guidance import UNCOND, Guidance, PassCounts
 from cosmos3_pipeline.denoise.transfer import ParallelTransferDenoiser
 from cosmos3_pipeline.distributed.launch import joined_world, run_ranks
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
@@ -49,6 +50,10 @@ def check(mesh: RankMesh, model: dict[str, Any], run: dict[str, Any]) -> None:
     assert (own - expected).abs().max().item() < 1e-5
 
 
+def guidance_of(run: dict[str, Any]) -> Guidance:
+    return Guidance.of_controls(run.get("guidance_scale", 3.0), run.get("control_guidance", 1.5))
+
+
 def cost_of(mesh: RankMesh, config: Any, run: dict[str, Any]) -> Any:
     height, width, frames = run["size"]
     latent_frames, tokens = (frames - 1) // 4 + 1, -(-height // 32) * -(-width // 32)
@@ -61,7 +66,7 @@ def cost_of(mesh: RankMesh, config: Any, run: dict[str, Any]) -> Any:
             (*[control] * run["controls"], target) if one.controls else (target,),
             negative=one.prompt == UNCOND,
         )
-        for one in Guidance.of_controls(run.get("guidance_scale", 3.0), run.get("control_guidance", 1.5)).passes
+        for one in guidance_of(run).passes
     ]
     costs = denoise_costs(
         TransformerSize.of(config, latent_channels=48),
@@ -74,11 +79,24 @@ def cost_of(mesh: RankMesh, config: Any, run: dict[str, Any]) -> Any:
     return costs[mesh.rank("cfg") * mesh.ulysses + mesh.rank("ulysses")]
 
 
-def in_layout(cfg: int, ulysses: int, model: dict[str, Any], runs: list[str]) -> None:
+def in_layout(cfg: int, ulysses: int, model: dict[str, Any]) -> None:
     with joined_world(device="cpu", threads=1):
         mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
-        for name in runs:
-            check(mesh, model, RUNS[name])
+        for run in RUNS.values():
+            if len(guidance_of(run).passes) >= cfg:
+                check(mesh, model, run)
+        check_with_a_cache(mesh, model)
+
+
+def check_with_a_cache(mesh: RankMesh, model: dict[str, Any]) -> None:
+    """The passes that one rank spares are spared on all."""
+    pipeline, cache = tiny_pipeline(seed=5, **model), SeaCacheConfig(threshold=2.0)
+    run: dict[str, Any] = {"prompt_ids": PROMPTS, "steps": 6, "clean_frames": 1}
+    alone, here = PassCounts(), PassCounts()
+    expected = transfer_latents(ParallelTransferDenoiser(cache=cache, counts=alone), pipeline, **run)
+    own = transfer_latents(ParallelTransferDenoiser(mesh, cache=cache, counts=here), pipeline, **run)
+    assert (own - expected).abs().max() < 1e-5
+    assert here == alone and here.cached["cond_full"] > 0
 
 
 @pytest.mark.parametrize(
@@ -88,7 +106,8 @@ def in_layout(cfg: int, ulysses: int, model: dict[str, Any], runs: list[str]) ->
         pytest.param(1, 2, {}, id="2 ranks, ulysses"),
         pytest.param(1, 3, {"num_attention_heads": 6, "num_key_value_heads": 2}, id="3 ranks, ulysses"),
         pytest.param(2, 2, {}, id="4 ranks, cfg x ulysses"),
+        pytest.param(3, 1, {}, id="3 ranks, cfg: one for each pass"),
     ],
 )
 def test_every_layout_gives_diffusers_latents(cfg: int, ulysses: int, model: dict[str, Any]) -> None:
-    run_ranks(in_layout, cfg, ulysses, model, list(RUNS), ranks=cfg * ulysses)
+    run_ranks(in_layout, cfg, ulysses, model, ranks=cfg * ulysses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from action_runs import ACTIONS, CHUNK, asked, ours, theirs, write_inputs
-from diffusers import Cosmos3OmniPipeline
+from action_runs import ACTIONS, CHUNK, WORDS, asked, in_chunks, ours, theirs, theirs_by_hand, write_inputs
+from diffusers import Cosmos3OmniPipeline, SeaCacheConfig
 from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as omni
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
@@ -22,8 +23,11 @@ from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.schema import TaskName
+from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.jobs.verify.rank import inputs
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.planning.action_files import actions_report, read_actions
 from cosmos3_pipeline.planning.actions import (
@@ -38,6 +42,7 @@ from cosmos3_pipeline.planning.actions import (
 from cosmos3_pipeline.planning.pictures import clip_size, photograph_size
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.stages.media import read_frames, read_picture
+from cosmos3_pipeline.stages.progress import Silent
 
 TASKS = ("policy", "forward_dynamics", "inverse_dynamics")
 
@@ -132,6 +137,28 @@ def test_the_plan_knows_the_clip_and_what_is_not_done(task: str, folder: Path) -
     assert encoded.frames == (3 if task == "inverse_dynamics" else 1)
 
 
+def test_a_plan_has_every_chunk_of_the_actions(folder: Path) -> None:
+    layout = ["topology=cpu_x2", "topology.cfg=1", "topology.ulysses=2", "vae=parallel"]
+    one, three = (
+        make_plan(compose([*made, *layout]))
+        for made in (asked(folder, "forward_dynamics", "task.resolution_tier=256"), in_chunks(folder))
+    )
+    assert (three.chunks.count, three.chunks.total, three.clip.num_frames) == (3, 3 * CHUNK + 1, CHUNK + 1)
+    for name, stage in three.ranks[0].stages.items():
+        alone, times = one.ranks[0].stages[name], 1 if name == "text" else 3
+        assert stage.flops == times * alone.flops
+        passed = 2 * 3 * 128 * 208 if name == "decode" else 0  # the root's last frame, a byte a value
+        assert stage.sent.bytes == times * alone.sent.bytes + passed
+
+
+def test_strategies_are_verified_on_the_first_chunk_of_actions(folder: Path) -> None:
+    asked_for = in_chunks(folder, f"task.prompt={WORDS}", "sampler.steps=1", "job=verify", "vae=parallel")
+    prepared = prepare(composition([*asked_for, "topology=cpu_x1"]))
+    vae, latents = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), Silent())
+    assert vae.picture is not None and vae.picture.shape == (1, 3, 1, 192, 320)
+    assert latents.shape == (1, 48, 3, 8, 13) and latents.std() > 0.3
+
+
 def test_a_plan_without_a_picture_takes_the_models_own_size() -> None:
     config = compose(["model=nano", "task=policy", "task.chunk_size=32"])
     assert (config.task.height, config.task.width, config.task.num_frames) == (480, 832, 33)
@@ -166,6 +193,36 @@ def test_one_rank_is_diffusers(
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in scales)
         pixels = reference.vae.decode(found.latents / (1 / std) + mean).sample[0].permute(1, 2, 3, 0)
         assert torch.equal(found.frames, ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        ["sampler.guidance_scale=3.0"],
+        ["sampler/cache=seacache", "sampler.steps=4", "sampler.cache.threshold=2.0"],
+    ],
+    ids=["one pass", "guided", "cached"],
+)
+def test_chunks_are_diffusers_called_by_hand(
+    others: list[str], checkpoint: CheckpointInfo, reference: Cosmos3OmniPipeline, folder: Path, tmp_path: Path
+) -> None:
+    overrides = in_chunks(folder, *others)
+    if "sampler/cache=seacache" in others:
+        reference.transformer.enable_cache(SeaCacheConfig(threshold=2.0))
+    expected = theirs_by_hand(overrides, reference)
+    reference.transformer.disable_cache()
+    found = ours(overrides, checkpoint, tmp_path)
+    scales = (reference.vae.config[f"latents_{name}"] for name in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in scales)
+    latents = found.latents / (1 / std) + mean
+    assert latents.shape == (3, 48, 3, 8, 13)
+    # Measured 0; the tolerance is for processors whose matrix kernels round by the number of rows.
+    torch.testing.assert_close(latents, expected.latents, rtol=0, atol=1e-5)
+    assert found.frames is not None and expected.frames is not None
+    assert found.frames.shape == (3 * CHUNK + 1, 128, 208, 3)
+    if torch.equal(latents, expected.latents):
+        assert torch.equal(found.frames, expected.frames)
 
 
 def test_half_precision_is_diffusers(checkpoint: CheckpointInfo, folder: Path, tmp_path: Path) -> None:
@@ -227,11 +284,15 @@ def test_sources_that_do_not_fit_are_refused(folder: Path) -> None:
     Image.new("RGB", (40, 15)).save(tiny)
     assert "40x15 pixels" in refusal(asked(folder, "policy", f"task.image={tiny}"))
     assert "decodes none" in refusal(asked(folder, "inverse_dynamics", "output.against_replicated=true"))
+    assert "24 actions in 3 chunks" in refusal(in_chunks(folder, "output.against_replicated=true"))
+    assert "task.num_frames=9" in refusal(in_chunks(folder, "task.num_frames=9"))
 
 
 BAD_ACTIONS: dict[str, tuple[Any, str]] = {
     "width": (np.zeros((CHUNK, 9), np.float32), "task.domain=av or camera_pose"),
-    "longer": (np.zeros((16, 10), np.float32), "task.chunk_size=16"),
+    "longer": (np.zeros((20, 10), np.float32), "has 20 actions with task.chunk_size=8"),
+    "in other chunks": (np.zeros((20, 10), np.float32), "task.chunk_size=4"),
+    "in no chunks": (np.zeros((21, 10), np.float32), "8 x 10 numbers, or of several such chunks"),
     "shorter": (np.zeros((4, 10), np.float32), "task.chunk_size=4"),
     "empty": (np.zeros((0, 10), np.float32), "8 x 10 numbers"),
     "complex": (np.zeros((CHUNK, 10), np.complex64), "holds complex64"),
@@ -273,7 +334,7 @@ def test_a_picture_that_changes_after_the_plan_is_refused(
 ) -> None:
     from toy_runs import components, context_of
 
-    from cosmos3_pipeline.stages.actions import ActionEncodeStage
+    from cosmos3_pipeline.stages.actions import ActionDenoiseStage, ActionEncodeStage
 
     config = compose(asked(folder, "policy"))
     other = tmp_path / "photo.png"
@@ -284,3 +345,7 @@ def test_a_picture_that_changes_after_the_plan_is_refused(
     context = context_of(components(checkpoint), make_plan(config).clip, tmp_path)
     with pytest.raises(Refusal, match="another picture than when the run was planned"):
         ActionEncodeStage(config.task, action)(context)
+    config.task.name, config.task.actions = TaskName.forward_dynamics, str(folder / "long.npy")
+    given = replace(action, mode=TaskName.forward_dynamics)
+    with pytest.raises(Refusal, match="it has 24 actions now, and 8 were planned"):
+        ActionDenoiseStage(config.task, config.sampler, given).blocks(context)

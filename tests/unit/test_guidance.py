@@ -84,7 +84,6 @@ def test_passes_are_dealt_once_and_their_velocities_put_together_in_diffusers_or
     assert guidance.shares(1) == [range(3)]
     assert guidance.shares(2) == [range(2), range(2, 3)]
     assert guidance.shares(3) == [range(1), range(1, 2), range(2, 3)]
-    assert guidance.names(ranks=2, rank=0) == ["cond", "cond_no_control"]
     full, without, uncond = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).unbind()
     controlled = without + 1.5 * (full - without)
     torch.testing.assert_close(

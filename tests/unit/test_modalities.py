@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from cosmos_models import ALL_HEADS, MODALITIES, all_latents, tiny_pipeline, transfer_latents
+from diffusers import SeaCacheConfig
+from diffusers.hooks.sea_cache import SeaCacheSharedState
 from test_denoise_cost import Counted
 
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
@@ -102,14 +104,46 @@ def test_flops_are_counted_with_passes_over_two_sequences(controls: int) -> None
     assert denoiser.flops[0] == once + cost.full_step.flops
 
 
+@pytest.mark.parametrize("control_interval", [None, [400.0, 900.0]])
 @pytest.mark.parametrize("interval", [None, [700.0, 1000.0]])
-def test_transfer_guides_within_an_interval(interval: list[float] | None) -> None:
+def test_transfer_guides_within_its_intervals(
+    interval: list[float] | None, control_interval: list[float] | None
+) -> None:
     pipeline = tiny_pipeline(seed=4)
     run: dict[str, Any] = {"controls": 1, "clean_frames": 5, "prompt_ids": PROMPTS, "steps": 4}
-    expected = transfer_latents(None, pipeline, guidance_interval=interval, **run)
+    intervals: dict[str, Any] = {"guidance_interval": interval, "control_interval": control_interval}
+    expected = transfer_latents(None, pipeline, **intervals, **run)
     counts = PassCounts()
-    denoiser = ParallelTransferDenoiser(guidance_interval=interval, counts=counts)
+    ours = transfer_latents(ParallelTransferDenoiser(**intervals, counts=counts), pipeline, **run)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    assert counts.computed["cond_full"] == 4
+    assert (counts.computed["cond_no_control"] == 4) == (control_interval is None)
+    assert (counts.computed["uncond_full"] == 4) == (interval is None)
+    assert all(counts.computed[name] for name in ("cond_no_control", "uncond_full"))
+
+
+@pytest.mark.parametrize("interval", [None, [700.0, 1000.0]])
+def test_transfer_spares_the_passes_that_diffusers_spares(
+    interval: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And looks at the latents once in a step, for all passes that have been in the same steps."""
+    pipeline, settings, steps = tiny_pipeline(seed=4), SeaCacheConfig(threshold=2.0), list[int]()
+    run: dict[str, Any] = {"controls": 2, "clean_frames": 5, "prompt_ids": PROMPTS, "steps": 8}
+    pipeline.transformer.enable_cache(settings)
+    expected = transfer_latents(None, pipeline, guidance_interval=interval, **run)
+    pipeline.transformer.disable_cache()
+    without = transfer_latents(None, pipeline, guidance_interval=interval, **run)
+    gate = SeaCacheSharedState.resolve_gate
+
+    def resolve_gate(self: Any, state: Any, seen: Any, *others: Any) -> bool:
+        steps.append(seen.step_index)
+        return gate(self, state, seen, *others)
+
+    monkeypatch.setattr(SeaCacheSharedState, "resolve_gate", resolve_gate)
+    counts = PassCounts()
+    denoiser = ParallelTransferDenoiser(guidance_interval=interval, cache=settings, counts=counts)
     ours = transfer_latents(denoiser, pipeline, **run)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-    assert counts.computed["cond_full"] == counts.computed["cond_no_control"] == 4
-    assert (counts.computed["uncond_full"] == 4) == (interval is None)
+    assert (expected - without).abs().max() > 1e-3
+    assert counts.cached["cond_full"] == counts.cached["cond_no_control"] > 0
+    assert steps == list(range(8))

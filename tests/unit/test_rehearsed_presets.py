@@ -74,7 +74,7 @@ def given_to_actions(task: str, folder: Path) -> list[str]:
         _, clip = given_to("v2v", folder)
         return [clip, "task.resample=false", "task.chunk_size=4"]
     _, photo = given_to("i2v", folder)
-    (folder / "actions.json").write_text(json.dumps([[0.5] * 9] * 8))
+    (folder / "actions.json").write_text(json.dumps([[0.5] * 9] * 24))  # three chunks
     return [photo, *([f"task.actions={folder / 'actions.json'}"] if task == "forward_dynamics" else [])]
 
 
@@ -119,6 +119,13 @@ def every_two() -> list[Any]:
 def test_a_task_with_a_vae_and_weights(task: str, vae: str, weights: str, tmp_path: Path) -> None:
     chosen = [*TASK_NEEDS.get(task, []), f"task={task}", "topology=cpu_x2", f"vae={vae}", f"weights={weights}"]
     check([*chosen, *given_to(task, tmp_path), *in_tiles(f"vae={vae}")])
+
+
+@pytest.mark.parametrize("cache", ["none", "seacache"])
+def test_transfer_with_a_rank_for_each_pass(cache: str, tmp_path: Path) -> None:
+    chosen = ["task=transfer", "topology=cpu_x1", "topology.ranks_per_node=3", "topology.cfg=3", "sampler.steps=5"]
+    chosen += ["task.control_guidance_interval=[0,950]", f"sampler/cache={cache}"]
+    check([*chosen, *given_to("transfer", tmp_path)])
 
 
 @pytest.mark.parametrize("strategy", options("vae/decode"))

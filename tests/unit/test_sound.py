@@ -243,6 +243,13 @@ def test_a_plan_says_what_sound_costs() -> None:
     assert tokens == 2 * (44_160 + 197)
 
 
+@pytest.mark.parametrize(("threads", "said"), [(1, "bitwise"), (2, "rounding")])
+def test_a_plan_says_that_threads_round_a_waveform(threads: int, said: str) -> None:
+    asked = ["model=toy_random", "task.sound=true", "topology=cpu_x1", f"topology.threads_per_rank={threads}"]
+    plan = make_plan(compose(asked))
+    assert (plan.exactness["denoise"], plan.exactness["sound"]) == ("bitwise", said)
+
+
 @pytest.mark.parametrize("more", [(), ("task.prompt_file=",)], ids=["one", "clips"])
 def test_a_rehearsal_finds_what_is_planned(more: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red kite\na blue kite\n")

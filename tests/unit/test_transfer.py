@@ -15,6 +15,7 @@ import torch
 from diffusers.modular_pipelines.cosmos.modular_blocks_cosmos3 import (
     Cosmos3OmniBlocks,
 )
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from safetensors.torch import load_file
 from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, task_config, toy_dimensions
@@ -29,13 +30,16 @@ from cosmos3_pipeline.config.schema import (
     SamplerConfig,
     TaskName,
 )
+from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.start import prepare
+from cosmos3_pipeline.jobs.verify.rank import inputs
 from cosmos3_pipeline.models.loading import open_checkpoint
 from cosmos3_pipeline.planning.chunks import Chunks
 from cosmos3_pipeline.stages.export import ExportStage
 from cosmos3_pipeline.stages.made_controls import maker
 from cosmos3_pipeline.stages.media import each_frame, look_at, read_frames
+from cosmos3_pipeline.stages.progress import Silent
 from cosmos3_pipeline.stages.text import TextStage
 from cosmos3_pipeline.stages.transfer import TransferStage
 
@@ -80,10 +84,11 @@ def theirs(
     checkpoint: CheckpointInfo,
     controls: dict[str, list[Image.Image]],
     monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
     **inputs: Any,
 ) -> tuple[list[torch.Tensor], np.ndarray]:
     """The latents of each chunk, and the frames [F, H, W, 3] in 0..1, of diffusers' whole tree of blocks."""
-    whole, latents = reference_pipeline(checkpoint.folder), list[torch.Tensor]()
+    whole, latents = reference_pipeline(checkpoint.folder, dtype=dtype), list[torch.Tensor]()
     pipeline = Cosmos3OmniBlocks().init_pipeline()
     names = ("transformer", "vae", "scheduler", "text_tokenizer")
     pipeline.update_components(**{name: getattr(whole, name) for name in names})
@@ -129,13 +134,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "words alone guide": {"total": 12, "per_chunk": 9, "control_guidance": 1.0},
     "no guidance": {"total": 9, "per_chunk": 9, "guidance": 1.0, "control_guidance": 1.0},
+    "half precision": {"total": 9, "per_chunk": 5, "dtype": torch.bfloat16},
 }
 
 
 def ours(
     checkpoint: CheckpointInfo, clips: Mapping[str, Path | str], folder: Path, case: dict[str, Any], **output: Any
 ) -> Any:
-    """The context of a run, with its files in `folder`."""
+    """The context of a run, with its files in `folder`, and its frames as `made`."""
     chunks = Chunks.of(
         case["total"],
         at_most=case["per_chunk"],
@@ -165,13 +171,18 @@ def ours(
             **output,
         }
     )
-    context = context_of(components(checkpoint), clip_of(80, 112, chunks.frames), folder, chunks=chunks)
+    dtype = case.get("dtype", torch.float32)
+    parts = components(checkpoint, dtype=dtype, vae_dtype=dtype)
+    context: Any = context_of(parts, clip_of(80, 112, chunks.frames), folder, chunks=chunks)
     stages = (
         TextStage(task, sampler),
         TransferStage(task, sampler, wanted, chunks, stays=case.get("stays", True)),
     )
-    for stage in (*stages, ExportStage(wanted, modality="transfer")):
+    for stage in stages:
         stage(context)
+    made = [portion.clone() for portion in context.frames]
+    context.frames, context.made = iter(made), torch.cat(made).numpy()
+    ExportStage(wanted, modality="transfer")(context)
     return context
 
 
@@ -187,6 +198,7 @@ def test_every_chunk_is_that_of_diffusers(
         checkpoint,
         {key: pictures[key] for key in case.get("controls", ("edge",))},
         monkeypatch,
+        case.get("dtype", torch.float32),
         video=pictures["video"] if "given" in case else None,
         num_frames=case["total"],
         num_video_frames_per_chunk=case["per_chunk"],
@@ -199,10 +211,12 @@ def test_every_chunk_is_that_of_diffusers(
     found = load_file(tmp_path / "latents.safetensors")["latents"]
     assert len(found) == len(latents) == context.chunks.count
     pipeline, same_bits = context.components.pipeline, True
-    for chunk, expected in zip(found, latents, strict=True):
+    dtype = pipeline.vae.dtype
+    for chunk, expected in zip(found.to(dtype), latents, strict=True):
         assert chunk.std() > 0.4
         mean, inv_std = (
-            values.view(-1, 1, 1, 1) for values in (pipeline._vae_latents_mean, pipeline._vae_latents_inv_std)
+            values.to(dtype).view(-1, 1, 1, 1)
+            for values in (pipeline._vae_latents_mean, pipeline._vae_latents_inv_std)
         )
         # Measured 0; the tolerance is for processors whose matrix kernels round by the number of rows.
         unscaled = chunk / inv_std + mean
@@ -212,10 +226,28 @@ def test_every_chunk_is_that_of_diffusers(
     frames = (frames * 255).round().astype(np.uint8)
     assert frames.shape == (case["total"], 80, 112, 3)
     if same_bits:
-        assert context.picture.frames_sha256 == hashlib.sha256(frames.tobytes()).hexdigest()
+        # diffusers' transfer makes bytes of a picture in float32, its other tasks and ours in the VAE's dtype.
+        levels = np.abs(frames.astype(int) - context.made).max()
+        assert levels == 0 if dtype == torch.float32 else levels <= 1
+    assert context.picture.frames_sha256 == hashlib.sha256(context.made.tobytes()).hexdigest()
 
 
-NO_GUIDANCE = ("task.control_guidance=1", "sampler.guidance_scale=1")
+def test_strategies_are_verified_on_the_first_chunk(clips: dict[str, Path], tmp_path: Path) -> None:
+    asked = ["model=toy_random", "task=transfer", "task.fps=24", "task.height=80", "task.width=112"]
+    asked += ["task.num_video_frames_per_chunk=9", "sampler.steps=1", f"task.controls.depth={clips['depth']}"]
+    asked += ["job=verify", "vae=parallel", "topology=cpu_x1", "output.control=true", "sampler.seed=3"]
+    prepared = prepare(compose(asked))
+    assert prepared.verification is not None and prepared.plan.chunks.count == 3
+    vae, latents = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), reporter=Silent())
+    given, _ = read_frames(clips["depth"], frames=9)
+    processor = VideoProcessor(vae_scale_factor=16)
+    assert vae.picture is not None
+    assert torch.equal(vae.picture, processor.preprocess_video(given, height=80, width=112))
+    assert latents.shape == (1, 48, 3, 5, 7) and latents.std() > 0.4
+    for direction, tensor in (("encode", vae.picture), ("decode", latents)):
+        shape = prepared.plan.vae[direction].shape
+        assert (shape.frames, shape.rows, shape.cols) == (3, 5, 7), tensor.shape
+    assert not Path("control.mp4").exists()
 
 
 def refusals(*overrides: str) -> str:
@@ -281,11 +313,6 @@ def refusals(*overrides: str) -> str:
             ],
             ["topology.cfg=2", "one pass only", "topology.ulysses=2"],
             id="one pass for two ranks",
-        ),
-        pytest.param(
-            ["task.controls.edge={edge}", "job=verify", "vae=parallel_decode"],
-            ["task=transfer with job=verify"],
-            id="verify",
         ),
         pytest.param(
             ["task.controls.edge={edge}", "output.against_replicated=true"],

@@ -209,7 +209,8 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
 def steps_of(config: Config) -> int:
     """The denoising steps that are run of `config`."""
     steps = config.sampler.steps
-    differ = config.model.distilled_sigmas is not None or config.sampler.guidance_interval is not None
+    intervals = config.sampler.guidance_interval, config.task.control_guidance_interval
+    differ = config.model.distilled_sigmas is not None or any(one is not None for one in intervals)
     return steps if differ else min(steps, STEPS)
 
 

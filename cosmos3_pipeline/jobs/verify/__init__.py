@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos3_pipeline.config.plugins import build_strategy
-from cosmos3_pipeline.config.schema import Config, JobName, TaskName
+from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.ranks import on_ranks
-from cosmos3_pipeline.planning.geometry import clip_of
+from cosmos3_pipeline.planning.geometry import chunks_of, clip_of
 from cosmos3_pipeline.planning.units import quantity
 from cosmos3_pipeline.planning.vae import VaePlan, directions, is_parallel, reference, settings_of, vae_plan
 from cosmos3_pipeline.vae.plugins import discover
@@ -59,8 +59,6 @@ def check_verify(cfg: Config) -> Verification | None:
     if cfg.job.name != JobName.verify:
         _raise(found)
         return None
-    if cfg.task.name is TaskName.transfer:
-        _raise([_chunk_after_chunk()])
     found = list(_unknown_names(cfg.verify.strategies or []))
     if cfg.task.prompt_file is not None:
         found.insert(0, _several_clips(cfg))
@@ -136,14 +134,6 @@ def _several_clips(cfg: Config) -> Problem:
     )
 
 
-def _chunk_after_chunk() -> Problem:
-    return Problem(
-        what="task=transfer with job=verify",
-        why="its chunks begin with frames of those before, so there is no one clip to encode and decode by itself",
-        works="job=verify task=v2v task.video=clip.mp4 at the same size: the VAE does the same there",
-    )
-
-
 def _nothing(cfg: Config) -> Problem:
     asked = cfg.verify.strategies
     flags = "vae.parallel_encode and vae.parallel_decode are off for what task={} does"
@@ -188,7 +178,8 @@ def _latents(cfg: Config, latents: str) -> Iterator[Problem]:
                 why = "the sampler works in float32, and so does the file that a run leaves"
                 yield Problem(what=f"{named} holds {dtype}", why=why, works=works)
                 return
-            wanted = [1, cfg.model.vae.z_dim, clip.latent_frames, clip.latent_rows, clip.latent_cols]
+            wanted = [chunks_of(cfg).count, cfg.model.vae.z_dim]
+            wanted += [clip.latent_frames, clip.latent_rows, clip.latent_cols]
             if shape != wanted:
                 yield Problem(
                     what=f"{named} holds {shape}",

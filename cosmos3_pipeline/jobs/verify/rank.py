@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cosmos3_pipeline.planning.geometry import modalities_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.vae import reference
 from cosmos3_pipeline.stages.build import build_stages
+from cosmos3_pipeline.stages.chunked import ChunkedStage
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.files import write_whole
@@ -94,6 +96,8 @@ def inputs(
 ) -> tuple[ListeningVae, Tensor]:
     """What a run of `config` gives the VAE: the VAE, with the picture if there is one, and the latents to decode.
 
+    Of a clip in chunks they are those of the first one; of the controls of a transfer the last one is the picture.
+
     Raises Refusal for latents that cannot be decoded.
     """
     alone, latents_file = reference(), config.verify.latents
@@ -112,12 +116,18 @@ def inputs(
         modalities=modalities_of(config),
         mesh=mesh,
     )
-    context = RunContext(parts, plan.clip, config.task.fps, Path(), mesh=mesh, reporter=reporter)
-    stages = build_stages(config, plan)
-    for name in ("encode",) if latents_file else ("text", "encode", "denoise"):
-        stages[name](context)
+    context = RunContext(
+        parts, plan.clip, config.task.fps, Path(), chunks=plan.chunks, mesh=mesh, reporter=reporter
+    )
+    stages = build_stages(replace(config, output=replace(config.output, control=False)), plan)
+    if isinstance(chunked := stages.get("decode"), ChunkedStage):
+        stages["text"](context)
+        chunked.first_chunk(context, denoise=latents_file is None)
+    else:
+        for name in ("encode",) if latents_file else ("text", "encode", "denoise"):
+            stages[name](context)
     if latents_file:
-        context.state.set("latents", load_file(Path(latents_file).expanduser())["latents"].to(device))
+        context.state.set("latents", load_file(Path(latents_file).expanduser())["latents"][:1].to(device))
     vae = parts.vae(encoder=False)
     assert isinstance(vae, ListeningVae)
     latents = vae_latents(context)
