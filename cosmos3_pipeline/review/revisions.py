@@ -133,11 +133,17 @@ class Tree:
         points = self.plugins.rglob("entry_points.txt")
         return digest.hexdigest() + "".join(file.read_text() for file in points)
 
-    def trace(self, wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, tuple[str, str]]]:
-        """For each (overrides, keys): where each key's value was written, and the key that was written there."""
+    def trace(
+        self, wanted: Sequence[tuple[Sequence[str], Sequence[str]]], by: Tree | None = None
+    ) -> list[dict[str, tuple[str, str]]]:
+        """For each (overrides, keys): where each key's value was written, and the key that was written there.
+
+        `by` is another tree with the same code, which is asked in its place.
+        """
         if not wanted:
             return []
-        answers = self.ask({"trace": [[list(o), list(k)] for o, k in wanted]})["trace"]
+        asked = {"conf": str(self.conf), "trace": [[list(o), list(k)] for o, k in wanted]}
+        answers = (by or self).ask(asked)["trace"]
         return [{key: (place, root) for key, (place, root) in answer.items()} for answer in answers]
 
 
