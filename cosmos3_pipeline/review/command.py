@@ -108,6 +108,8 @@ def diff_revisions(
         else:
             with ThreadPoolExecutor(len(trees)) as pool:  # each waits for a process of its own
                 surveys = list(pool.map(lambda tree: tree.survey(), trees))
+        broken = [n for n, c in surveys[1].items() if "problems" in c and "config" in surveys[0].get(n, {})]
+        surveys[1] = trees[1].located(surveys[1], broken)
         base_side = Side(trees[0].label, surveys[0], trace_base)
         return compare(base_side, Side(trees[1].label, surveys[1], trees[1].trace), untouched=untouched)
 

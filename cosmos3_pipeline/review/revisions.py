@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,14 @@ class Tree:
         answer = self.ask({"cases": self.cases(), "options": True})["cases"]
         assert isinstance(answer, dict)
         return answer
+
+    def located(self, survey: Mapping[str, Any], broken: Collection[str]) -> dict[str, Any]:
+        """`survey` with the file or override that set what is wrong, in the cases `broken`."""
+        if not broken:
+            return dict(survey)
+        cases = {name: survey[name]["overrides"] for name in broken}
+        again = self.ask({"cases": cases, "options": False, "located": True})["cases"]
+        return {name: again[name] if name in cases else case for name, case in survey.items()}
 
     def survey_both(self, base: Tree, touched: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
         """The cases of `base`, whose code is the same, and of this one, as far as the configs `touched` matter.

@@ -6,7 +6,7 @@ standard input and writes answers to standard output, JSON line by line, and lea
 do with Hydra is done by the caller's own modules in the folder `tools`, which is its `config/`.
 
     request  {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
-              "cases": {name: overrides}, "options": bool}
+              "cases": {name: overrides}, "options": bool}, and "located": whether to say who set what is wrong
           or the same with "others": {"conf", "cases"} of another revision with the same code, and "touched":
               [config], what differs between both: only cases whose config differs are planned
           or {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
@@ -18,13 +18,13 @@ do with Hydra is done by the caller's own modules in the folder `tools`, which i
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ def main() -> None:
         request = json.loads(line)
         # An editable installation puts the caller's own tree on the path as well.
         sys.path[:] = [p for p in sys.path if p not in request["hidden"]]
-        answer = (
-            _trace(request) if "trace" in request else _both(request) if "others" in request else _survey(request)
-        )
+        answers = _trace if "trace" in request else _both if "others" in request else _survey
+        with _mistakes_told(located=request.get("located", False)):
+            answer = answers(request)
         print(json.dumps(answer), file=answer_to, flush=True)
 
 
@@ -70,7 +70,6 @@ def _both(request: dict[str, Any]) -> dict[str, Any]:
 
     register()
     closure, plain = _tool(request, "closure"), _tool(request, "plain")
-    _share_work()
     requests = [request, {**request, **request["others"]}]
     sides = [_cases(one) for one in requests]
     sources = [Source(one["conf"], one["name"]) for one in requests]
@@ -162,7 +161,6 @@ def _composing(request: dict[str, Any]) -> Composer:
         return cosmos3_pipeline.compose
     from cosmos3_pipeline.config.source import Source
 
-    _share_work()
     compose = _composer(Source(str(conf), request["name"]), _tool(request, "closure").contents(conf))
     return lambda overrides: _checked(compose(overrides))
 
@@ -190,23 +188,32 @@ def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
     return []
 
 
-def _share_work() -> None:
-    """Do once for all cases what takes longer than composing: parse each YAML file, say where a mistake is."""
-    from cosmos3_pipeline.planning import checks
+@contextmanager
+def _mistakes_told(*, located: bool) -> Iterator[None]:
+    """Say which file or override is to blame for a mistake once for all cases that have it, or not at all.
 
-    locate, located = checks.located, dict[str, Any]()
+    Finding out takes Hydra a quarter of a second.
+    """
+    try:
+        from cosmos3_pipeline.config.shortcut import read_each_file_once
+        from cosmos3_pipeline.planning import checks
+    except ImportError:  # an older revision
+        yield
+        return
+    read_each_file_once()
+    locate, known = checks.located, dict[str, Any]()
 
     def located_once(problems: Any, composition: Any) -> Any:
         what = repr([problem.what for problem in problems])
-        if what not in located:
-            located[what] = locate(problems, composition)
-        return located[what]
+        if what not in known:
+            known[what] = locate(problems, composition)
+        return known[what]
 
-    checks.located = located_once
-    with contextlib.suppress(ImportError):  # an older revision
-        from cosmos3_pipeline.config.shortcut import read_each_file_once
-
-        read_each_file_once()
+    checks.located = located_once if located else lambda problems, composition: problems
+    try:
+        yield
+    finally:
+        checks.located = locate
 
 
 def _tool(request: dict[str, Any], name: str) -> Any:
