@@ -18,7 +18,7 @@ from omegaconf._utils import get_yaml_loader
 Contents = Mapping[str, Any]  # by the path of a config without its .yaml: `model/toy`
 
 
-class _Loader(yaml.CSafeLoader):
+class Loader(yaml.CSafeLoader):
     """libyaml's parser, ten times as fast, with OmegaConf's rules: `1e-6` is a number, a key stands once."""
 
     yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
@@ -40,7 +40,7 @@ def contents(conf: Path) -> Contents:
         text = file.read_text(encoding="utf-8", errors="replace")
         header = [line for line in text.splitlines()[:5] if re.match(r"#\s*@package", line)]
         try:
-            found[file.relative_to(conf).with_suffix("").as_posix()] = [header, yaml.load(text, _Loader)]
+            found[file.relative_to(conf).with_suffix("").as_posix()] = [header, yaml.load(text, Loader)]
         except yaml.YAMLError:
             found[file.relative_to(conf).with_suffix("").as_posix()] = text
     return found

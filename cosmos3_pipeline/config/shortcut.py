@@ -25,9 +25,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
 
-from cosmos3_pipeline.config.closure import Contents
+from cosmos3_pipeline.config.closure import Contents, Loader
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import SCHEMA_GROUP, register, settings_schema
@@ -46,20 +45,21 @@ class NotPlain(Exception):
 class PlainComposition:
     """The merged `values` of `overrides`, with their references; what `Composition` is of Hydra's config.
 
-    Names, types and ranges are right, because `Shortcut.compose` has made the config once.
+    Names, types and ranges are right, or `config` could not have been made of them.
     """
 
     values: dict[str, Any]
+    config: Config
     overrides: Sequence[str]
     source: Source
 
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
         """The config, as `Composition.typed` makes it. Raises NotPlain where `changes` are not of their types."""
-        values = self.values
-        if changes:
-            values = deepcopy(values)
-            for key, value in changes.items():
-                _set(values, key, value.name if isinstance(value, Enum) else value)
+        if not changes:
+            return self.config
+        values = deepcopy(self.values)
+        for key, value in changes.items():
+            _set(values, key, value.name if isinstance(value, Enum) else value)
         return _config(values)
 
     def literal(self, key: str) -> Any:
@@ -117,9 +117,7 @@ class Shortcut:
             _merge(values, said)
         for key, value in settings:
             _set(values, key, value)
-        composed = PlainComposition(values, overrides, self._source)
-        composed.typed()
-        return composed
+        return PlainComposition(values, _config(values), overrides, self._source)
 
     def _said(self, path: str) -> dict[str, Any]:
         """What the config at `path` says itself: of a file without its defaults list, of a plugin its settings."""
@@ -437,7 +435,7 @@ def read_each_file_once() -> None:
         def load(file_: Any) -> Any:
             text = file_.read()
             if text not in parsed:
-                parsed[text] = yaml.load(text, Loader=get_yaml_loader())
+                parsed[text] = yaml.load(text, Loader)
             return OmegaConf.create({} if parsed[text] is None else parsed[text])
 
     Plugins.instance()  # looking for plugins runs these modules once more

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 
 def main() -> None:
@@ -275,13 +276,28 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
     from cosmos3_pipeline.config.plugins import register
 
     register()
-    provenance = _tool(request, "provenance")
+    conf, name = Path(request["conf"]), request["name"]
+    provenance, known = _tool(request, "provenance"), _tool(request, "closure").contents(conf)
     answers = []
     for overrides, keys in request["trace"]:
-        traced = provenance.trace(overrides, Path(request["conf"]), config_name=request["name"])
+        cfg = _merged(overrides, conf, name, known)
+        traced = provenance.trace(overrides, conf, config_name=name, cfg=cfg)
         chains = {key: traced.chain(key) for key in keys}
         answers.append({key: [c[-1].winner.source, c[-1].key] for key, c in chains.items() if c})
     return {"trace": answers}
+
+
+def _merged(overrides: list[str], conf: Path, name: str, known: Any) -> Any:
+    """What overrides compose to where that is quick; else None."""
+    try:
+        from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
+        from cosmos3_pipeline.config.source import Source
+    except ImportError:  # an older revision
+        return None
+    try:
+        return OmegaConf.create(Shortcut(Source(str(conf), name), known).compose(overrides).values)
+    except NotPlain:
+        return None
 
 
 if __name__ == "__main__":
