@@ -24,7 +24,7 @@ from hydra._internal.core_plugins import file_config_source, importlib_resources
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cosmos3_pipeline.config.closure import Contents, Loader
 from cosmos3_pipeline.config.compose import compose
@@ -70,6 +70,10 @@ class PlainComposition:
         for part in key.split("."):
             node = node[part]
         return None if _refers(node) else _convert(_hint(key), node)
+
+    def merged(self) -> DictConfig:
+        """Its values as OmegaConf holds them, with their references."""
+        return OmegaConf.create(self.values)
 
     def traced(self) -> Provenance | None:
         """Where its values came from, asked of Hydra."""

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 
 def main() -> None:
@@ -295,7 +294,7 @@ def _merged(overrides: list[str], conf: Path, name: str, known: Any) -> Any:
     except ImportError:  # an older revision
         return None
     try:
-        return OmegaConf.create(Shortcut(Source(str(conf), name), known).compose(overrides).values)
+        return Shortcut(Source(str(conf), name), known).compose(overrides).merged()
     except NotPlain:
         return None
 
