@@ -17,10 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cosmos3_pipeline.config.closure import without_hydra
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
 from cosmos3_pipeline.config.overrides import check_overrides
-from cosmos3_pipeline.config.plain import as_said, plain
+from cosmos3_pipeline.config.plain import as_said, plain, without_hydra
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.provenance import Provenance, trace_with
 from cosmos3_pipeline.config.schema import Config, TaskConfig

@@ -10,7 +10,7 @@ import re
 from enum import Enum
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
 def plain(node: object) -> dict[str, Any]:
@@ -45,6 +45,11 @@ def as_said(value: Any) -> Any:
     if isinstance(value, list):
         return [as_said(inner) for inner in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """What was composed, but for Hydra's own node."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def flat(config: object) -> dict[str, Any]:

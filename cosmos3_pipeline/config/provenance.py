@@ -19,11 +19,10 @@ import hydra
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
-from hydra._internal.defaults_list import DefaultsList
+from hydra._internal.defaults_list import DefaultsList, create_defaults_list
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -121,13 +120,17 @@ class Provenance:
         return found.group(1) if found else None
 
 
-def trace(overrides: Sequence[str], conf: Path, *, config_name: str = "config") -> Provenance:
+def trace(
+    overrides: Sequence[str], conf: Path, *, config_name: str = "config", cfg: DictConfig | None = None
+) -> Provenance:
     """Compose `overrides` over the folder `conf`, remembering where each value came from.
 
+    `cfg` is what they compose to, where that is known already.
     The composition must be one that Hydra accepts: its errors are raised as they are.
     """
     with beside_a_running_hydra(), hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        cfg = hydra.compose(config_name, overrides=list(overrides))
+        if cfg is None:
+            cfg = hydra.compose(config_name, overrides=list(overrides))
         return trace_with(GlobalHydra.instance().config_loader(), overrides, config_name, cfg)
 
 
@@ -135,9 +138,11 @@ def trace_with(loader: ConfigLoader, overrides: Sequence[str], config_name: str,
     """The same with the `loader` of Hydra's global instance, on any search path, which has composed `cfg`."""
     assert isinstance(loader, ConfigLoaderImpl)
     offers: dict[str, list[Offer]] = {}
-    defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN)
     # With what the primary config adds to the search path.
-    _, repository = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))
+    parsed, repository = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))
+    defaults = create_defaults_list(
+        repo=repository, config_name=config_name, overrides_list=parsed, prepend_hydra=True, skip_missing=False
+    )
     for default in defaults.defaults:
         if default.config_path is None or default.config_path.startswith("hydra/"):
             continue
@@ -162,7 +167,7 @@ def _origin(config_path: str, package: str, repository: CachingConfigRepository)
     if file is None:
         return f"the schema ({config_path})", {}
     prefix = "" if package in ("", "_global_") else f"{package}."
-    root = yaml.compose(file.read_text(encoding="utf-8"))
+    root = yaml.compose(file.read_text(encoding="utf-8"), yaml.CSafeLoader)
     lines = dict(_lines(root, prefix)) if root is not None else {}
     return _name(config_path, repository), lines
 

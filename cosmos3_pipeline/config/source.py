@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import (
     compute_search_path_dir,
@@ -78,13 +79,17 @@ class Source:
     def groups(self) -> dict[str, list[str]]:
         """The options of every group that there is, such as `vae` and `vae/decode`."""
         with self.opened() as loader:
-            return dict(_groups(loader, "", self.name))
+            return dict(_groups(self._repository(loader), ""))
+
+    def _repository(self, loader: ConfigLoader) -> CachingConfigRepository:
+        """What `loader` finds; the primary config may add to the search path."""
+        return cast(ConfigLoaderImpl, loader)._parse_overrides_and_create_caching_repo(self.name, [])[1]
 
     def abouts(self) -> dict[str, dict[str, str]]:
         """For every option of every group, when to choose it: the first comment of its file."""
         found = {}
         with self.opened() as loader:
-            _, repository = cast(ConfigLoaderImpl, loader)._parse_overrides_and_create_caching_repo(self.name, [])
+            repository = self._repository(loader)
             for group, options in self.groups().items():
                 files = {option: file_of(f"{group}/{option}", repository) for option in options}
                 found[group] = {option: _first_line(file) for option, file in files.items()}
@@ -98,13 +103,12 @@ def _first_line(file: Path | None) -> str:
     return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
 
 
-def _groups(loader: ConfigLoader, parent: str, primary: str) -> Iterator[tuple[str, list[str]]]:
-    # The primary config may add to the search path.
-    for name in loader.get_group_options(parent, ObjectType.GROUP, primary):
+def _groups(repository: CachingConfigRepository, parent: str) -> Iterator[tuple[str, list[str]]]:
+    for name in repository.get_group_options(parent, ObjectType.GROUP):
         group = f"{parent}/{name}" if parent else name
         if not group.startswith(("hydra", "_")):
-            yield group, loader.get_group_options(group, ObjectType.CONFIG, primary)
-            yield from _groups(loader, group, primary)
+            yield group, repository.get_group_options(group, ObjectType.CONFIG)
+            yield from _groups(repository, group)
 
 
 BUILTIN = Source(str(config_dir()))

@@ -20,6 +20,7 @@ from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement, TaskName
+from cosmos3_pipeline.config.shortcut import PlainComposition
 from cosmos3_pipeline.config.tasks import (
     FROM_VIDEO,
     MADE,
@@ -65,14 +66,17 @@ class Checked:
         return make_plan(self.config, vae=self.vae)
 
 
-def check_composition(composition: Composition, changes: Mapping[str, Any] | None = None) -> Checked:
+def check_composition(
+    composition: Composition | PlainComposition, changes: Mapping[str, Any] | None = None
+) -> Checked:
     """The typed config of `composition`; raises ConfigError with every problem found.
 
     Where `model.path` is a folder here, the numbers in the config are the checkpoint's own, see
     `adopt_checkpoint`. `changes` are dotted keys and the values to take for them. Each problem says which file or
     override set its keys.
     """
-    found = structure.problems(composition)
+    # A plain composition is one whose structure has been found right.
+    found = structure.problems(composition) if isinstance(composition, Composition) else []
     if not found:  # what follows needs every value to be there and in range
         config = composition.typed(changes)
         found.extend(_model(config))
@@ -139,7 +143,7 @@ def check(cfg: Config) -> Checked:
     return Checked(cfg, vae)
 
 
-def located(problems: Sequence[Problem], composition: Composition) -> Sequence[Problem]:
+def located(problems: Sequence[Problem], composition: Composition | PlainComposition) -> Sequence[Problem]:
     """`problems` with the file or override that set each key named in them, as far as that is known."""
     traced = composition.traced()
     if traced is None:

@@ -236,7 +236,15 @@ def _as_many_layers(
 
     def ranks(weights: WeightsPlan) -> tuple[RankPlan, ...]:
         count = cfg.topology.nodes * cfg.topology.ranks_per_node
-        return tuple(_rank(cfg, rank, denoising, stages, weights) for rank in range(count))
+        cost = WeightsCost.of(
+            weights,
+            denoising.size,
+            modalities=denoising.modalities,
+            ranks=replica_ranks(cfg.topology),
+            element_bytes=denoising.element_bytes,
+            on_cpu=cfg.topology.device == Device.cpu,
+        )
+        return tuple(_rank(cfg, rank, denoising, stages, weights, cost) for rank in range(count))
 
     if weights.resident_layers < 0:
         weights = replace(weights, resident_layers=0)
@@ -253,21 +261,18 @@ def _as_many_layers(
 
 
 def _rank(
-    cfg: Config, rank: int, denoising: Denoising, stages: Mapping[str, VaePlan], weights: WeightsPlan
+    cfg: Config,
+    rank: int,
+    denoising: Denoising,
+    stages: Mapping[str, VaePlan],
+    weights: WeightsPlan,
+    cost: WeightsCost,
 ) -> RankPlan:
     topology = cfg.topology
     dp, in_replica = divmod(rank, replica_ranks(topology))
     spare, place = divmod(in_replica, topology.cfg * topology.ulysses)
     cfg_rank, ulysses_rank = divmod(place, topology.ulysses)
     on_cpu = topology.device == Device.cpu
-    cost = WeightsCost.of(
-        weights,
-        denoising.size,
-        modalities=denoising.modalities,
-        ranks=replica_ranks(topology),
-        element_bytes=denoising.element_bytes,
-        on_cpu=on_cpu,
-    )
     shares = {name: stage.plan.shares[in_replica] for name, stage in stages.items()}
     vae = {name: share.weight_bytes for name, share in shares.items()}
     text = denoising.text_bytes(place)

@@ -98,7 +98,7 @@ def _words(cfg: Config) -> Iterator[Problem]:
         yield Problem(
             what="task.prompt is empty",
             why="the model is told what to show by words only",
-            works="task.prompt='a red kite'",
+            works=f"task.prompt='{cfg.model.recommended.prompt}', or no task.prompt, which takes these words",
         )
     if task.prompt_file is not None and task.prompt != cfg.model.recommended.prompt:
         yield Problem(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cosmos3_pipeline.review import render
@@ -100,14 +101,17 @@ def diff_revisions(
         changed = touched(*trees)
         if changed == [] and trees[0].cases() == trees[1].cases():
             return Report(trees[0].label, trees[1].label, compared=None)
-        untouched = 0
+        untouched, trace_base = 0, trees[0].trace
         if changed is not None and trees[1].knows_sources():
             surveys, untouched = trees[1].survey_both(trees[0], changed)
+            trace_base = partial(trees[0].trace, by=trees[1])  # so that one process is started, not two
         else:
             with ThreadPoolExecutor(len(trees)) as pool:  # each waits for a process of its own
                 surveys = list(pool.map(lambda tree: tree.survey(), trees))
-        sides = (Side(tree.label, survey, tree.trace) for tree, survey in zip(trees, surveys, strict=True))
-        return compare(*sides, untouched=untouched)
+        broken = [n for n, c in surveys[1].items() if "problems" in c and "config" in surveys[0].get(n, {})]
+        surveys[1] = trees[1].located(surveys[1], broken)
+        base_side = Side(trees[0].label, surveys[0], trace_base)
+        return compare(base_side, Side(trees[1].label, surveys[1], trees[1].trace), untouched=untouched)
 
 
 def _range(words: str, repository: Path) -> tuple[str, str]:

@@ -60,7 +60,9 @@ def as_text(report: Report) -> str:
         cases = _names([broken.case for broken in stopped])
         lines += ["", f"STOPPED COMPOSING  {cases}", *(f"  {line}" for line in _problem_lines(problems))]
     for effect in report.effects:
-        lines += ["", _names(list(effect.cases), every=True), f"  pixels: {effect.pixels}"]
+        everywhere = len(effect.cases) == report.compared and len(effect.cases) > SHOWN_CASES
+        cases = f"all {report.compared} cases" if everywhere else _names(list(effect.cases), every=True)
+        lines += ["", cases, f"  pixels: {effect.pixels}"]
         lines += [f"  {name}: {_range(name, effect)}" for name in effect.fields]
         if len(effect.cases) > 1 and TOTALS & set(effect.fields):
             lines += [f"    {case}: {_totals(fields)}" for case, fields in effect.cases.items()]

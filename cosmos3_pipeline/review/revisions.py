@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,14 @@ class Tree:
         assert isinstance(answer, dict)
         return answer
 
+    def located(self, survey: Mapping[str, Any], broken: Collection[str]) -> dict[str, Any]:
+        """`survey` with the file or override that set what is wrong, in the cases `broken`."""
+        if not broken:
+            return dict(survey)
+        cases = {name: survey[name]["overrides"] for name in broken}
+        again = self.ask({"cases": cases, "options": False, "located": True})["cases"]
+        return {name: again[name] if name in cases else case for name, case in survey.items()}
+
     def survey_both(self, base: Tree, touched: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
         """The cases of `base`, whose code is the same, and of this one, as far as the configs `touched` matter.
 
@@ -133,11 +141,17 @@ class Tree:
         points = self.plugins.rglob("entry_points.txt")
         return digest.hexdigest() + "".join(file.read_text() for file in points)
 
-    def trace(self, wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, tuple[str, str]]]:
-        """For each (overrides, keys): where each key's value was written, and the key that was written there."""
+    def trace(
+        self, wanted: Sequence[tuple[Sequence[str], Sequence[str]]], by: Tree | None = None
+    ) -> list[dict[str, tuple[str, str]]]:
+        """For each (overrides, keys): where each key's value was written, and the key that was written there.
+
+        `by` is another tree with the same code, which is asked in its place.
+        """
         if not wanted:
             return []
-        answers = self.ask({"trace": [[list(o), list(k)] for o, k in wanted]})["trace"]
+        asked = {"conf": str(self.conf), "trace": [[list(o), list(k)] for o, k in wanted]}
+        answers = (by or self).ask(asked)["trace"]
         return [{key: (place, root) for key, (place, root) in answer.items()} for answer in answers]
 
 

@@ -6,7 +6,7 @@ standard input and writes answers to standard output, JSON line by line, and lea
 do with Hydra is done by the caller's own modules in the folder `tools`, which is its `config/`.
 
     request  {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
-              "cases": {name: overrides}, "options": bool}
+              "cases": {name: overrides}, "options": bool}, and "located": whether to say who set what is wrong
           or the same with "others": {"conf", "cases"} of another revision with the same code, and "touched":
               [config], what differs between both: only cases whose config differs are planned
           or {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
@@ -23,7 +23,8 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def main() -> None:
         request = json.loads(line)
         # An editable installation puts the caller's own tree on the path as well.
         sys.path[:] = [p for p in sys.path if p not in request["hidden"]]
-        answer = (
-            _trace(request) if "trace" in request else _both(request) if "others" in request else _survey(request)
-        )
+        answers = _trace if "trace" in request else _both if "others" in request else _survey
+        with _mistakes_told(located=request.get("located", False)):
+            answer = answers(request)
         print(json.dumps(answer), file=answer_to, flush=True)
 
 
@@ -68,12 +69,12 @@ def _both(request: dict[str, Any]) -> dict[str, Any]:
     from cosmos3_pipeline.config.source import Source
 
     register()
-    closure, flat = _tool(request, "closure"), _tool(request, "plain").flat
-    _share_work(closure)
+    closure, plain = _tool(request, "closure"), _tool(request, "plain")
     requests = [request, {**request, **request["others"]}]
     sides = [_cases(one) for one in requests]
     sources = [Source(one["conf"], one["name"]) for one in requests]
     known = [closure.contents(Path(one["conf"])) for one in requests]
+    composers = [_composer(source, files) for source, files in zip(sources, known, strict=True)]
     touched, untouched = set(request["touched"]), 0
     answers: list[dict[str, Any]] = [{}, {}]
     for name in {**sides[0], **sides[1]}:
@@ -84,33 +85,55 @@ def _both(request: dict[str, Any]) -> dict[str, Any]:
         ):
             untouched += 1
             continue
-        made = [_composed(overrides, source) for overrides, source in zip(asked, sources, strict=True)]
-        values = [_values(one, flat, closure) for one in made]
+        made = [_composed(overrides, compose) for overrides, compose in zip(asked, composers, strict=True)]
+        values = [_values(one, plain) for one in made]
         if values[0] is not None and values[0] == values[1]:
             untouched += 1
             continue
         for answer, overrides, one in zip(answers, asked, made, strict=True):
             if overrides is not None:
-                answer[name] = {"overrides": overrides, **_case(one, flat, _checked)}
+                answer[name] = {"overrides": overrides, **_case(one, plain.flat, _checked)}
     return {"sides": answers, "untouched": untouched}
 
 
-def _composed(overrides: list[str] | None, source: Any) -> Any:
-    """The composition of `overrides`, or what kept it from being one."""
+Composer = Callable[[list[str]], Any]
+
+
+def _composer(source: Any, known: Any) -> Composer:
+    """What composes overrides over the configs of `source`, whose files say `known`."""
     from cosmos3_pipeline.config.compose import compose
 
     try:
-        return None if overrides is None else compose(overrides, source)
+        from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
+    except ImportError:  # an older revision
+        return lambda overrides: compose(overrides, source)
+    shortcut = Shortcut(source, known)
+
+    def composed(overrides: list[str]) -> Any:
+        try:
+            return shortcut.compose(overrides)
+        except NotPlain:
+            return compose(overrides, source)
+
+    return composed
+
+
+def _composed(overrides: list[str] | None, compose: Composer) -> Any:
+    """The composition of `overrides`, or what kept it from being one."""
+    try:
+        return None if overrides is None else compose(overrides)
     except Exception as error:  # the code of another revision may raise anything
         return error
 
 
-def _values(made: Any, flat: Callable[[Any], dict[str, Any]], closure: Any) -> dict[str, Any] | None:
+def _values(made: Any, plain: Any) -> dict[str, Any] | None:
     """What a composition says, references followed; None where it cannot be said, which a check explains."""
     try:
-        return flat(closure.without_hydra(made.cfg))
+        found = plain.flat(plain.without_hydra(made.cfg) if hasattr(made, "cfg") else made.typed())
     except Exception:  # as above
         return None
+    assert isinstance(found, dict)
+    return found
 
 
 def _checked(made: Any) -> Any:
@@ -118,22 +141,28 @@ def _checked(made: Any) -> Any:
 
     if isinstance(made, Exception):
         raise made
-    return check_composition(made).config
+    try:
+        return check_composition(made).config
+    except Exception as error:
+        if type(error).__name__ != "NotPlain":
+            raise
+    from cosmos3_pipeline.config.compose import compose
+
+    return check_composition(compose(made.overrides, made.source)).config
 
 
-def _composing(request: dict[str, Any]) -> Callable[[list[str]], Any]:
-    """What composes and checks overrides: the revision's own `compose`, or the same for other configs."""
+def _composing(request: dict[str, Any]) -> Composer:
+    """What composes and checks overrides: the revision's own `compose`, or the same in less time."""
     import cosmos3_pipeline
 
     conf = Path(request["conf"])
-    if request["name"] == "config" and Path(cosmos3_pipeline.__file__).parents[1] == conf.parent:
+    own = request["name"] == "config" and Path(cosmos3_pipeline.__file__).parents[1] == conf.parent
+    if own and importlib.util.find_spec("cosmos3_pipeline.config.shortcut") is None:
         return cosmos3_pipeline.compose
-    from cosmos3_pipeline.config.compose import compose
     from cosmos3_pipeline.config.source import Source
-    from cosmos3_pipeline.planning.checks import check_composition
 
-    source = Source(str(conf), request["name"])
-    return lambda overrides: check_composition(compose(overrides, source)).config
+    compose = _composer(Source(str(conf), request["name"]), _tool(request, "closure").contents(conf))
+    return lambda overrides: _checked(compose(overrides))
 
 
 def _real_models(conf: Path) -> set[str]:
@@ -159,20 +188,32 @@ def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
     return []
 
 
-def _share_work(closure: Any) -> None:
-    """Do once for all cases what takes longer than composing: parse each YAML file, say where a mistake is."""
-    from cosmos3_pipeline.planning import checks
+@contextmanager
+def _mistakes_told(*, located: bool) -> Iterator[None]:
+    """Say which file or override is to blame for a mistake once for all cases that have it, or not at all.
 
-    locate, located = checks.located, dict[str, Any]()
+    Finding out takes Hydra a quarter of a second.
+    """
+    try:
+        from cosmos3_pipeline.config.shortcut import read_each_file_once
+        from cosmos3_pipeline.planning import checks
+    except ImportError:  # an older revision
+        yield
+        return
+    read_each_file_once()
+    locate, known = checks.located, dict[str, Any]()
 
     def located_once(problems: Any, composition: Any) -> Any:
         what = repr([problem.what for problem in problems])
-        if what not in located:
-            located[what] = locate(problems, composition)
-        return located[what]
+        if what not in known:
+            known[what] = locate(problems, composition)
+        return known[what]
 
-    checks.located = located_once
-    closure.read_each_file_once()
+    checks.located = located_once if located else lambda problems, composition: problems
+    try:
+        yield
+    finally:
+        checks.located = locate
 
 
 def _tool(request: dict[str, Any], name: str) -> Any:
@@ -234,13 +275,28 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
     from cosmos3_pipeline.config.plugins import register
 
     register()
-    provenance = _tool(request, "provenance")
+    conf, name = Path(request["conf"]), request["name"]
+    provenance, known = _tool(request, "provenance"), _tool(request, "closure").contents(conf)
     answers = []
     for overrides, keys in request["trace"]:
-        traced = provenance.trace(overrides, Path(request["conf"]), config_name=request["name"])
+        cfg = _merged(overrides, conf, name, known)
+        traced = provenance.trace(overrides, conf, config_name=name, cfg=cfg)
         chains = {key: traced.chain(key) for key in keys}
         answers.append({key: [c[-1].winner.source, c[-1].key] for key, c in chains.items() if c})
     return {"trace": answers}
+
+
+def _merged(overrides: list[str], conf: Path, name: str, known: Any) -> Any:
+    """What overrides compose to where that is quick; else None."""
+    try:
+        from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
+        from cosmos3_pipeline.config.source import Source
+    except ImportError:  # an older revision
+        return None
+    try:
+        return Shortcut(Source(str(conf), name), known).compose(overrides).merged()
+    except NotPlain:
+        return None
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from cosmos3_pipeline.config.closure import without_hydra
-from cosmos3_pipeline.config.plain import flat
+from cosmos3_pipeline.config.plain import flat, without_hydra
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs.measured import measured
 

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from cosmos3_pipeline.plugin_api import ChunkCosts, LatentShape, LineTimes, Program
 
@@ -50,11 +50,14 @@ def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
     sent = [
         sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
     ]
-    ends = cache(lambda start, stop: _end(program, costs, start, stop))
+    ends = _ends(program, costs)
     stops = range(1, len(program) + 1)
     best: list[float] = [0.0] + [math.inf] * len(program)
     for _ in range(ranks):
-        best = [math.inf, *(min(max(best[cut], ends(cut, stop)) for cut in range(stop)) for stop in stops)]
+        best = [
+            math.inf,
+            *(min(max(best[cut], ends[cut][stop]) for cut in range(stop)) for stop in stops),
+        ]
     least: list[tuple[float, Cuts]] = [(0.0, ())] + [_NONE] * len(program)
     for _ in range(ranks):
         least = [_NONE] + [
@@ -62,7 +65,7 @@ def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
                 (
                     (least[cut][0] + (sent[cut] if cut else 0), (*least[cut][1], stop))
                     for cut in range(stop)
-                    if least[cut][0] < math.inf and ends(cut, stop) <= _SLACK * best[-1]
+                    if least[cut][0] < math.inf and ends[cut][stop] <= _SLACK * best[-1]
                 ),
                 default=_NONE,
             )
@@ -71,14 +74,26 @@ def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
     return least[-1][1][:-1]
 
 
-def _end(program: Program, costs: ChunkCosts, start: int, stop: int) -> float:
-    """When a clip ends whose slowest rank runs the ops [start, stop): ops before, its own, one portion after."""
+def _ends(program: Program, costs: ChunkCosts) -> list[list[float]]:
+    """`[start][stop]`: when a clip ends whose slowest rank runs the ops [start, stop).
 
-    def portion(a: int, b: int) -> float:
-        return sum(costs.later[op] / program.portions_at(op + 1, first=False) for op in range(a, b))
-
-    beginning = sum(costs.first[:start]) + max(sum(costs.first[start:stop]), portion(0, start))
-    return beginning + (_CHUNKS - 1) * sum(costs.later[start:stop]) + portion(stop, len(program))
+    That is the ops before, its own, and one portion after.
+    """
+    first, later = costs
+    portions = [of_op / program.portions_at(op + 1, first=False) for op, of_op in enumerate(later)]
+    before, before_portion = [0.0, *accumulate(first)], [0.0, *accumulate(portions)]
+    after = [sum(portions[stop:]) for stop in range(len(program) + 1)]
+    ends = []
+    for start in range(len(program)):
+        own = zip(accumulate(first[start:]), accumulate(later[start:]), after[start + 1 :], strict=True)
+        ends.append(
+            [math.inf] * (start + 1)
+            + [
+                before[start] + max(own_first, before_portion[start]) + (_CHUNKS - 1) * own_later + left
+                for own_first, own_later, left in own
+            ]
+        )
+    return ends
 
 
 @cache
@@ -115,6 +130,13 @@ def _moved(cut: _Cut, change: _Cut) -> _Cut:
     return part + step, (early + more_early, late + more_late)
 
 
+def _in_order(before: Path, path: Path) -> bool:
+    """Whether a rank between these cuts has an op on each chunk, and no cut gets behind where the next one was."""
+    return all(a < b for a, b in zip(before, path, strict=True)) and all(
+        a <= b for a, b in zip(before[1:], path, strict=False)
+    )
+
+
 class _Line:
     """Paths of cuts along the places of a program. No two ops that keep frames are between two places."""
 
@@ -123,6 +145,9 @@ class _Line:
         self._times = LineTimes(program, costs)
         self._places = [n for n in range(1, len(program)) if program.may_be_cut(n)]
         self._known: dict[tuple[int, int, int, int], Path] = {}
+        # A search comes by the same cuts again and again. `_not_before`: the clip does not end earlier with them.
+        self._in_order: dict[tuple[_Cut | None, _Cut], bool] = {}
+        self._not_before: dict[tuple[_Cut, ...], float] = {}
 
     def end(self, paths: Sequence[Path]) -> float:
         """When a clip ends."""
@@ -174,12 +199,17 @@ class _Line:
             before = end
             for which in range(len(parts)):
                 for varied in self._variations(which, len(parts), apart=apart):
+                    limit = end * (1 - _SOONER)
                     tried = [_moved(cut, change) for cut, change in zip(at, varied, strict=True)]
+                    if self._not_before.get(tuple(tried), 0.0) >= limit:
+                        continue
                     paths = self._paths(tried)
                     if paths is None:
+                        self._not_before[tuple(tried)] = math.inf
                         continue
-                    found = self._leaving(paths, leaving[:which], end * (1 - _SOONER))
-                    if found[-1][-1] < end * (1 - _SOONER):
+                    found = self._leaving(paths, leaving[:which], limit)
+                    self._not_before[tuple(tried)] = found[-1][-1]
+                    if found[-1][-1] < limit:
                         at, best, leaving, end = tried, paths, found, found[-1][-1]
         return best
 
@@ -193,17 +223,21 @@ class _Line:
             yield [(0, (early * (i == which), late * (i == which))) for i in range(cuts)]
 
     def _paths(self, cuts: Sequence[_Cut]) -> list[Path] | None:
-        edges: list[Path] = [(0,) * self._chunks]
-        for part, ramp in cuts:
+        paths: list[Path] = []
+        previous: _Cut | None = None
+        for cut in cuts:
+            part, ramp = cut
             if not 0 <= part < _PARTS * len(self._places) or min(ramp) < 0:
                 return None
-            edges.append(self._path(*divmod(part, _PARTS), *ramp))
-            before, path = edges[-2:]
-            if any(a >= b for a, b in zip(before, path, strict=True)) or any(
-                a > b for a, b in zip(before[1:], path, strict=False)
-            ):
+            path = self._path(*divmod(part, _PARTS), *ramp)
+            if (previous, cut) not in self._in_order:
+                before = paths[-1] if paths else (0,) * self._chunks
+                self._in_order[previous, cut] = _in_order(before, path)
+            if not self._in_order[previous, cut]:
                 return None
-        return edges[1:]
+            paths.append(path)
+            previous = cut
+        return paths
 
     def _path(self, place: int, on: int, early: int, late: int) -> Path:
         """A cut whose mean is `on` parts after a place, and which begins and ends with the ramp."""

@@ -1,0 +1,447 @@
+"""Composing many lists of overrides over one folder of configs, without Hydra where that is plainly the same.
+
+A review composes every option of every group, on two sides. Hydra takes a tenth of a second for each, mostly to
+copy nodes and to read files. Here files are read once, and dicts are merged. Hydra still composes whatever goes
+beyond plain files, choices and references, and all that it would convert or refuse: that raises `NotPlain`.
+`tests/unit/test_review_shortcut.py` holds all options against Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig, OmegaConf
+
+from cosmos3_pipeline.config.closure import Contents, Loader
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.plugins import SCHEMA_GROUP, register, settings_schema
+from cosmos3_pipeline.config.provenance import NESTED, Provenance
+from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.config.source import Source
+
+DEEPEST = 20  # more references, one to the next, are a circle
+
+
+class NotPlain(Exception):
+    """Hydra has to compose this, or to say what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class PlainComposition:
+    """The merged `values` of `overrides`, with their references; what `Composition` is of Hydra's config.
+
+    Names, types and ranges are right, or `config` could not have been made of them.
+    """
+
+    values: dict[str, Any]
+    config: Config
+    overrides: Sequence[str]
+    source: Source
+
+    def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
+        """The config, as `Composition.typed` makes it. Raises NotPlain where `changes` are not of their types."""
+        if not changes:
+            return self.config
+        values = deepcopy(self.values)
+        for key, value in changes.items():
+            _set(values, key, value.name if isinstance(value, Enum) else value)
+        return _config(values)
+
+    def literal(self, key: str) -> Any:
+        """The value that the dotted `key` was given itself; None where it refers to another key."""
+        if not _has(self.values, key):
+            raise NotPlain
+        node: Any = self.values
+        for part in key.split("."):
+            node = node[part]
+        return None if _refers(node) else _convert(_hint(key), node)
+
+    def merged(self) -> DictConfig:
+        """Its values as OmegaConf holds them, with their references."""
+        return OmegaConf.create(self.values)
+
+    def traced(self) -> Provenance | None:
+        """Where its values came from, asked of Hydra."""
+        return compose(self.overrides, self.source).traced()
+
+
+class Shortcut:
+    """Composes over the configs of `source`, whose files say `known`."""
+
+    def __init__(self, source: Source, known: Contents) -> None:
+        self._source, self._known = source, known
+        self._groups = {path.rpartition("/")[0] for path in known} | {f"vae/{d}" for d in ("encode", "decode")}
+        primary = _body(known.get(source.name))
+        if source.further or "searchpath" in (primary.get("hydra") or {}):
+            self._known = {}  # files of other folders as well
+
+    def compose(self, overrides: Sequence[str]) -> PlainComposition:
+        """The composition of `overrides`. Raises NotPlain."""
+        if self._source.name not in self._known:
+            raise NotPlain
+        choices: dict[str, Any] = {}
+        settings: list[tuple[str, Any]] = []
+        for override in _parsed(tuple(overrides)):
+            key, value = override.key_or_group, override.value()
+            if (
+                override.is_delete()
+                or override.is_add()
+                or override.is_force_add()
+                or override.is_sweep_override()
+            ):
+                raise NotPlain
+            if override.package is not None or key == "hydra" or key.startswith(("hydra.", "hydra/")):
+                raise NotPlain
+            if key in self._groups:
+                if key in choices:
+                    raise NotPlain
+                choices[key] = value
+            else:
+                settings.append((key, value))
+        values: dict[str, Any] = {}
+        for path, package in _DefaultsList(self._known, self._source.name, choices).files:
+            said: Any = self._said(path)
+            for part in reversed(package.split(".") if package else []):
+                said = {part: said}
+            _merge(values, said)
+        for key, value in settings:
+            _set(values, key, value)
+        return PlainComposition(values, _config(values), overrides, self._source)
+
+    def _said(self, path: str) -> dict[str, Any]:
+        """What the config at `path` says itself: of a file without its defaults list, of a plugin its settings."""
+        if path not in self._known:
+            return _settings(path)
+        body = _body(self._known[path])
+        if "hydra" in body and path != self._source.name:
+            raise NotPlain
+        return {key: value for key, value in body.items() if key not in ("defaults", "hydra")}
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(overrides: tuple[str, ...]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _body(content: Any) -> dict[str, Any]:
+    """The mapping that a file holds."""
+    if not isinstance(content, list):  # a text that cannot be parsed, or no file
+        raise NotPlain
+    body = {} if content[1] is None else content[1]
+    if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
+        raise NotPlain
+    return body
+
+
+def _settings(path: str) -> dict[str, Any]:
+    """The defaults of the strategy that is the option `path`, such as `_strategy/tiled`."""
+    group, _, name = path.rpartition("/")
+    cls = register().strategies.get(name)
+    directions = () if cls is None else tuple(f"vae/{direction}" for direction in cls.directions)
+    if cls is None or group not in (SCHEMA_GROUP, *directions):
+        raise NotPlain
+    made = {}
+    for f in dataclasses.fields(settings_schema(cls)):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        made[f.name] = default.name if isinstance(default, Enum) else default
+    return made
+
+
+class _DefaultsList:
+    """The configs that are merged, in order, each with the package that it is merged into.
+
+    As Hydra's `defaults_list.py`: overrides are taken while the tree is walked from its end, the first one wins.
+    """
+
+    def __init__(self, known: Contents, primary: str, choices: Mapping[str, Any]) -> None:
+        self._known, self._primary = known, primary
+        self._choices: dict[str, Any] = dict(choices)
+        self._met: set[str] = set()
+        self.files = self._walk(primary, "", "")
+        if set(self._choices) - self._met or len(set(self.files)) != len(self.files):
+            raise NotPlain  # a choice in a group that nothing uses, a file that is merged twice
+
+    def _walk(self, path: str, folder: str, package: str) -> list[tuple[str, str]]:
+        content = self._known.get(path)
+        if content is None:
+            if path == "schema" and not package:
+                return []  # types, which `_config` looks at
+            return [(path, package)]  # a plugin's
+        body, (header, _) = _body(content), content
+        if header:
+            if header != ["# @package _global_"] or path == self._primary:
+                raise NotPlain
+            package = ""
+        entries = body.get("defaults", [])
+        if not entries:
+            return [(path, package)]
+        if not isinstance(entries, list) or entries.count("_self_") > 1:
+            raise NotPlain
+        if "_self_" not in entries:
+            if path == self._primary:
+                raise NotPlain
+            entries = [*entries, "_self_"]
+        children = self._children(entries, folder, package)
+        found = []
+        for child in reversed(children):
+            found.append([(path, package)] if child is None else self._child(*child))
+        return [file for files in reversed(found) for file in files]
+
+    def _child(self, path: str, package: str, group: str | None) -> list[tuple[str, str]]:
+        if group is not None:
+            option = self._choices.get(group, path)
+            self._met.add(group)
+            if option is None:
+                return []
+            if not isinstance(option, str) or "${" in option or "/" in option:
+                raise NotPlain
+            path = f"{group}/{option}"
+        return self._walk(path, path.rpartition("/")[0], package)
+
+    def _children(self, entries: list[Any], folder: str, package: str) -> list[tuple[Any, str, str | None] | None]:
+        """What the entries name: itself as None, a config, or an option of a group, whose choices are taken."""
+        children: list[tuple[Any, str, str | None] | None] = []
+        overridden = False
+        for entry in entries:
+            if entry == "_self_":
+                children.append(None)
+            elif overridden and isinstance(entry, str):
+                raise NotPlain
+            elif isinstance(entry, str):
+                children.append(self._config(entry, folder, package))
+            elif isinstance(entry, dict) and len(entry) == 1:
+                ((words, option),) = entry.items()
+                kind, _, group = str(words).rpartition(" ")
+                if kind == "override":
+                    overridden = True
+                    self._override(group, option, folder, package)
+                elif kind or overridden or "@" in group or group.startswith("/"):
+                    raise NotPlain
+                else:
+                    name = f"{folder}/{group}" if folder else group
+                    below = ".".join([*([package] if package else []), *group.split("/")])
+                    if below != name.replace("/", "."):
+                        raise NotPlain  # its choices go by another key
+                    children.append((option, below, name))
+            else:
+                raise NotPlain
+        return children
+
+    def _config(self, entry: str, folder: str, package: str) -> tuple[str, str, None]:
+        name, at, where = entry.partition("@")
+        if "${" in name or (at and where != "_here_") or ("/" in name and not (at and name.startswith("/"))):
+            raise NotPlain
+        path = name.lstrip("/") if name.startswith("/") or not folder else f"{folder}/{name}"
+        return path, package, None
+
+    def _override(self, group: str, option: Any, folder: str, package: str) -> None:
+        group, at, where = group.partition("@")
+        path = group.lstrip("/") if group.startswith("/") or not folder else f"{folder}/{group}"
+        if path.startswith("hydra/"):
+            if folder:
+                raise NotPlain
+            return
+        own = path.replace("/", ".")
+        below = group.lstrip("/").replace("/", ".")
+        merged_into = where if at else f"_global_.{package}.{below}" if package else f"_global_.{below}"
+        if merged_into != f"_global_.{own}" or path in self._met:
+            raise NotPlain
+        self._choices.setdefault(path, option)
+
+
+def _merge(into: dict[str, Any], said: Mapping[str, Any]) -> None:
+    for key, value in said.items():
+        if not isinstance(key, str):
+            raise NotPlain
+        old = into.get(key)
+        if isinstance(value, dict):
+            if key == "_target_" or not (old is None or isinstance(old, dict)):
+                raise NotPlain
+            into[key] = old = {} if old is None else old
+            _merge(old, value)
+        elif isinstance(old, dict) or (key == "_target_" and old not in (None, value)):
+            raise NotPlain
+        else:
+            into[key] = value
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """What `key=value` on a command line does."""
+    node = values
+    *above, last = key.split(".")
+    for part in above:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise NotPlain
+    _merge(node, {last: value})
+
+
+def _refers(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _config(values: dict[str, Any]) -> Config:
+    """The typed config of merged `values`. Raises NotPlain for what is not of its type, or is no key."""
+    made = _convert(Config, _followed(values, values, 0))
+    assert isinstance(made, Config)
+    for direction in ("encode", "decode"):
+        node = getattr(made.vae, direction)
+        cls = register().by_target(node["_target_"]) if isinstance(node, dict) and "_target_" in node else None
+        if cls is None or direction not in cls.directions:
+            raise NotPlain
+        setattr(made.vae, direction, plain(_convert(settings_schema(cls), node)))
+    if _names_code({key: value for key, value in values.items() if key != "vae"}):
+        raise NotPlain
+    return made
+
+
+def _names_code(node: Any) -> bool:
+    if isinstance(node, dict):
+        return "_target_" in node or any(map(_names_code, node.values()))
+    return isinstance(node, list) and any(map(_names_code, node))
+
+
+def _followed(value: Any, root: dict[str, Any], depth: int) -> Any:
+    """`value` with each reference followed to what it refers to."""
+    if isinstance(value, dict):
+        return {key: _followed(inner, root, depth) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_followed(inner, root, depth) for inner in value]
+    if not _refers(value):
+        return value
+    while match := NESTED.search(value):
+        whole = match.span() == (0, len(value))
+        key = match.group(1)
+        if not re.fullmatch(r"\w+(\.\w+)+", key) or depth > DEEPEST or "\\" in value:
+            raise NotPlain
+        node: Any = root
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+            if node is None and not whole:
+                raise NotPlain
+        if isinstance(node, dict) or (node is None and not _has(root, key)):
+            raise NotPlain
+        found = _convert(_hint(key), _followed(node, root, depth + 1))
+        if whole:
+            return plain({"": found})[""]
+        if type(found) is not str or _refers(found) or value.count("${", 0, match.start()) == 0:
+            raise NotPlain
+        value = value[: match.start()] + found + value[match.end() :]
+    raise NotPlain
+
+
+def _has(root: dict[str, Any], key: str) -> bool:
+    *above, last = key.split(".")
+    for part in above:
+        root = root.get(part) or {}
+    return last in root
+
+
+@functools.cache
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+@functools.cache
+def _fields(schema: type) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(schema)}
+
+
+@functools.cache
+def _hint(key: str) -> Any:
+    """The type of a dotted key; raises NotPlain for a key that no dataclass has."""
+    hint: Any = Config
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(hint) or part not in _hints(typing.cast(type, hint)):
+            raise NotPlain
+        hint = _hints(typing.cast(type, hint))[part]
+    return hint
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as `hint` says. Raises NotPlain where OmegaConf would do more than name an enum or widen an int."""
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _object(typing.cast(type, hint), value)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return _convert(hint, value)
+    if origin is list and isinstance(value, list):
+        return [_convert(arguments[0], inner) for inner in value]
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], inner) for key, inner in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        if isinstance(value, str) and value in hint.__members__:
+            return hint[value]
+        raise NotPlain
+    if hint is float and type(value) is int:
+        return float(value)
+    if value == "???" or type(value) is not hint:
+        raise NotPlain
+    return value
+
+
+def _object(schema: type, said: Any) -> Any:
+    fields, hints = _fields(schema), _hints(schema)
+    if not isinstance(said, dict) or not said.keys() <= fields.keys():
+        raise NotPlain
+    made = {}
+    for name, one in fields.items():
+        if name in said:
+            made[name] = _convert(hints[name], said[name])
+        elif dataclasses.is_dataclass(hints[name]):
+            made[name] = _object(typing.cast(type, hints[name]), {})
+        elif one.default is not dataclasses.MISSING and one.default != "???":
+            made[name] = one.default
+        elif one.default_factory is not dataclasses.MISSING:
+            made[name] = one.default_factory()
+        else:
+            raise NotPlain
+        _in_range(made[name], one.metadata)
+    return schema(**made)
+
+
+def _in_range(value: Any, limits: Mapping[str, Any]) -> None:
+    if value is None or not limits:
+        return
+    low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of")
+    allowed = limits.get("one_of", (value,))
+    inside = (low is None or value >= low) and (high is None or value <= high)
+    if value not in allowed or not inside or (step is not None and value % step):
+        raise NotPlain
+
+
+def read_each_file_once() -> None:
+    """Let Hydra, where it composes after all, parse each YAML file once in this process."""
+    parsed: dict[str, Any] = {}
+
+    class ReadOnce(OmegaConf):
+        @staticmethod
+        def load(file_: Any) -> Any:
+            text = file_.read()
+            if text not in parsed:
+                parsed[text] = yaml.load(text, Loader)
+            return OmegaConf.create({} if parsed[text] is None else parsed[text])
+
+    Plugins.instance()  # looking for plugins runs these modules once more
+    for source in (file_config_source, importlib_resources_config_source):
+        vars(source)["OmegaConf"] = ReadOnce

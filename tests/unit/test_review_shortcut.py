@@ -1,0 +1,96 @@
+"""Composing without Hydra for a review: what Hydra makes of every option, and nothing that Hydra would refuse."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from cosmos3_pipeline.config import config_dir
+from cosmos3_pipeline.config.closure import contents
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
+from cosmos3_pipeline.config.source import BUILTIN, Source
+from cosmos3_pipeline.review.revisions import read_cases
+
+CASES = read_cases(Path(__file__).parents[1] / "golden" / "cases.yaml")
+
+
+def every_option() -> list[list[str]]:
+    """Overrides that choose each option of each group once."""
+    groups = BUILTIN.groups()
+    columns = [[f"{group}={option}" for option in options] for group, options in groups.items() if options]
+    return [[choice for choice in row if choice is not None] for row in zip_longest(*columns)]
+
+
+def test_it_is_what_hydra_composes() -> None:
+    asked = [[], *every_option(), *(CASES[name] for name in ("super_four_steps_h200_x4", "toy_from_clip"))]
+    asked += [
+        ["task.prompt='a ${model.name}, 5'", "sampler.guidance_scale=4"],
+        ["task.height=256", "task.canvas=[256,256]", "model.lora=[{path: a, weight: 0.5}]"],
+        ["vae/decode=layer_pipeline", "vae.parallel_decode=true", "vae.decode.moving_cuts=false"],
+        ["task.height=${model.recommended.image.height}", "task.modality=image", "vae=tiled"],
+    ]
+    shortcut = Shortcut(BUILTIN, contents(config_dir()))
+    by_hydra = []
+    for overrides in asked:
+        try:
+            made = repr(shortcut.compose(overrides).typed())
+        except NotPlain:
+            by_hydra.append(overrides)
+        else:
+            assert made == repr(compose(overrides).typed()), overrides
+    assert len(by_hydra) <= 1, by_hydra  # words around a reference are Hydra's
+
+
+def test_what_is_set_by_hand_and_what_follows() -> None:
+    made = Shortcut(BUILTIN, contents(config_dir())).compose(["sampler.steps=7"])
+    assert (made.literal("sampler.steps"), made.literal("sampler.flow_shift")) == (7, None)
+    assert made.typed({"model.recommended.video.height": 512}).task.height == 512
+    with pytest.raises(NotPlain):
+        made.typed({"task.height": "tall"})
+
+
+Edit = tuple[str, str, str]  # file, old, new
+
+
+@pytest.mark.parametrize(
+    ("overrides", "edit"),
+    [
+        pytest.param(["+extras.tags=[kite]"], None, id="a key is added"),
+        pytest.param(["~extras"], None, id="a node is deleted"),
+        pytest.param(["sampler.steps=1,2"], None, id="a sweep"),
+        pytest.param(["hydra.run.dir=x"], None, id="a key of Hydra"),
+        pytest.param(["sampler.stepz=1"], None, id="no such key"),
+        pytest.param(["sampler.steps=many"], None, id="another type"),
+        pytest.param(["sampler.steps=0"], None, id="out of range"),
+        pytest.param(["task.modality=smell"], None, id="not one of the choices"),
+        pytest.param(["task.prompt=5"], None, id="a number for words"),
+        pytest.param(["model=none_such"], None, id="no such option"),
+        pytest.param(["model=[nano,toy]"], None, id="two options"),
+        pytest.param(["model=nano", "model=toy"], None, id="a choice twice"),
+        pytest.param(["vae.decode._target_=os.system"], None, id="code of nobody"),
+        pytest.param(["task.prompt=${now:%Y}"], None, id="a resolver"),
+        pytest.param(["task.image=${task.video}", "task.video=${task.image}"], None, id="a circle"),
+        pytest.param([], ("sampler/unipc", "seed: 0", "seed: 0\nsead: 1"), id="no such key in a file"),
+        pytest.param([], ("sampler/unipc", "seed: 0", "seed: 0\nseed: 1"), id="a key twice in a file"),
+        pytest.param([], ("sampler/unipc", "seed: 0", "seed: ???"), id="a value is missing"),
+        pytest.param([], ("sampler/unipc", "cache: none", "cache@_global_.cache: none"), id="another package"),
+        pytest.param([], ("sampler/unipc", "cache: none", "override /job: plan"), id="of another package"),
+        pytest.param([], ("topology/cpu_x1", "# ", "# @package topology\n# "), id="a header"),
+        pytest.param([], ("config", "  - job: generate", "  - optional job: generate"), id="an optional choice"),
+        pytest.param(["topology=cpu_x2"], ("config", "  - vae: replicated\n", ""), id="nothing to override"),
+        pytest.param([], ("config", "hydra:\n", "hydra:\n  searchpath: []\n"), id="another search path"),
+    ],
+)
+def test_hydra_is_asked_for_the_rest(tmp_path: Path, overrides: list[str], edit: Edit | None) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(config_dir(), conf)
+    if edit is not None:
+        file = conf / f"{edit[0]}.yaml"
+        assert edit[1] in file.read_text()
+        file.write_text(file.read_text().replace(edit[1], edit[2], 1))
+    with pytest.raises(NotPlain):
+        Shortcut(Source(str(conf)), contents(conf)).compose(overrides)
