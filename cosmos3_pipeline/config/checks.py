@@ -89,6 +89,15 @@ def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, An
                 works=did_you_mean(str(value), limits["one_of"], otherwise=f"{key}={limits['one_of'][0]}"),
             )
         return
+    if "length" in limits:
+        length, least = limits["length"], limits["at_least"]
+        if len(value) != length or any(one < least for one in value):
+            yield Problem(
+                what=f"{key}=[{','.join(map(str, value))}] is out of range",
+                why=f"it must be {length} numbers, each at least {least}",
+                works=f"{key}=[{','.join([str(least)] * length)}]",
+            )
+        return
     low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of")
     if (low is None or value >= low) and (high is None or value <= high) and (step is None or value % step == 0):
         return

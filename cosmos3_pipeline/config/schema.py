@@ -345,6 +345,7 @@ class TopologyConfig:
     ranks_per_node: int = ranged(at_least=1, at_most=1024)
     dp: int = ranged(at_least=1)
     cfg: int = ranged(at_least=1, at_most=2)
+    cp: list[int] = field(default=MISSING, metadata={"at_least": 1, "length": 2})
     ulysses: int = ranged(at_least=1)
     threads_per_rank: int = ranged(at_least=1)
     device: Device = MISSING

@@ -1,4 +1,4 @@
-"""The block that predicts velocities inside diffusers' Cosmos3 denoising loop, over the `cfg` and `ulysses` axes.
+"""The block that predicts velocities inside diffusers' Cosmos3 denoising loop, over guidance and sequence.
 
 It takes the place of `Cosmos3LoopDenoiser` in the loops of all modalities; noise, schedule and solver stay
 diffusers'. Source: diffusers `modular_pipelines/cosmos/denoise.py`.
@@ -83,7 +83,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         self._replica = None if mesh is None or cache is None else mesh.comm(REPLICA)
         self._counts = PassCounts() if counts is None else counts
         self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
-        self._sequence = Exchange(None if mesh is None else mesh.comm("ulysses"))
+        self._sequence = Exchange.over_sequence(mesh)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelLoopDenoiser:
         """The block itself: diffusers copies a workflow's blocks, and process groups cannot be copied."""
@@ -176,7 +176,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         names = guidance.names(ranks=self._guidance.ranks, rank=self._guidance.rank)
         fields = [_fields(block_state.denoiser_input_fields, name) for name in names]
         prompts = [(one["input_ids"], one["text_mrope_ids"]) for one in fields]
-        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
+        encoder = TextEncoder(whole, sequence=self._sequence, layers=self._layers or LoadedLayers(whole))
         own = {
             number: transformer.prepare(text, position_ids=one["position_ids"], items=items_of(one))
             for number, one, text in zip(numbers, fields, texts.take(encoder, prompts), strict=True)
@@ -190,10 +190,10 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             num_attention_heads=transformer.config.num_attention_heads,
             num_key_value_heads=transformer.config.num_key_value_heads,
             cfg=self._guidance.ranks,
-            ulysses=self._sequence.ranks,
+            ulysses=self._sequence.grid.ulysses,
             guidance_scale=block_state.guidance_scale,
         )
-        return ParallelTransformer(transformer, ulysses=self._sequence, layers=self._layers)
+        return ParallelTransformer(transformer, sequence=self._sequence, layers=self._layers)
 
 
 def _fields(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:

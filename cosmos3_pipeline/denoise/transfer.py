@@ -99,7 +99,7 @@ class ParallelTransferDenoiser(ParallelLoopDenoiser):
     def _begin(self, components: Any, block_state: Any) -> Loop:
         """Prepare this rank's passes over the present chunk."""
         whole, guidance = components.transformer, self.guidance(block_state)
-        transformer = ParallelTransformer(whole, ulysses=self._sequence, layers=self._layers)
+        transformer = ParallelTransformer(whole, sequence=self._sequence, layers=self._layers)
         numbers = guidance.shares(self._guidance.ranks)[self._guidance.rank]
         fields = {
             number: block_state.denoiser_input_fields[f"{guidance.passes[number].name}_static"]
@@ -123,5 +123,5 @@ class ParallelTransferDenoiser(ParallelLoopDenoiser):
             return
         prompts = {name: (one["input_ids"], one["text_mrope_ids"]) for name, one in fields.items()}
         texts = self._texts or Texts(next(iter(prompts.values()))[0].device)
-        encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
+        encoder = TextEncoder(whole, sequence=self._sequence, layers=self._layers or LoadedLayers(whole))
         self._taken = dict(zip(prompts, texts.take(encoder, list(prompts.values())), strict=True))
