@@ -72,18 +72,6 @@ def test_a_fault_in_a_file_names_the_file() -> None:
             "topology.ranks_per_node=3",
             id="a grid that is not the ranks",
         ),
-        pytest.param(
-            [
-                "topology.ranks_per_node=4",
-                "topology.cp=[2,2]",
-                "task.num_frames=1",
-                "task.height=64",
-                "task.width=64",
-            ],
-            "topology.cp=[2,2] x topology.ulysses=1 over 4 tokens",
-            "topology.cp=[1,1]",
-            id="more groups than tokens",
-        ),
         pytest.param(["topology.cp=[2]"], "topology.cp=[2] is out of range", "topology.cp=[1,1]", id="no columns"),
         pytest.param(["topology.cp=[2,0]"], "topology.cp=[2,0]", "topology.cp=[1,1]", id="zero columns"),
         pytest.param(
