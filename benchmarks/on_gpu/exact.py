@@ -210,14 +210,13 @@ def check_transformer(found: Found, setting: Setting, device: torch.device) -> N
     dtype = getattr(torch, model.dtype.value)
     transformer = drawn_transformer(model, device, dtype, layers=LAYERS)
     clip, ranks = SMALL_CLIP if setting.small else CLIP, dist.get_world_size()
-    layouts = {"cfg": 2, "ulysses": ranks // 2}
-    mesh = RankMesh.build(**layouts, device=device, patience=PATIENCE)
+    mesh = RankMesh.build(cfg=2, ulysses=ranks // 2, device=device, patience=PATIENCE)
     made = {}
     if is_root():
         made["diffusers"] = latents_by(None, transformer, clip, steps=STEPS)
         made["one rank"] = latents_by(ParallelLoopDenoiser(), transformer, clip, steps=STEPS)
     dist.barrier()
-    name = f"guidance over {layouts['cfg']} x sequence over {layouts['ulysses']}"
+    name = f"guidance over {mesh.cfg} x sequence over {mesh.ulysses}"
     made[name] = latents_by(ParallelLoopDenoiser(mesh), transformer, clip, steps=STEPS)
     if not is_root():
         return

@@ -24,7 +24,7 @@ key=value sets anything else; see all keys and what they are now with --cfg job:
   task.prompt task.negative_prompt task.image task.video task.height task.width task.num_frames task.fps task.sound
   sampler.steps sampler.guidance_scale sampler.flow_shift sampler.seed     output.latents output.report
   model.path model.revision model.lora model.dtype     vae.parallel_encode vae.parallel_decode
-  topology.nodes .ranks_per_node .cfg .ulysses
+  topology.nodes .ranks_per_node .cfg .cp .ulysses
   rehearse.ranks (else all of a replica of up to eight, whose messages are replayed)     rehearse.format=markdown
 
   --cfg job     print the composed configuration and stop (--resolve: with the references followed)

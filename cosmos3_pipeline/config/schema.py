@@ -360,6 +360,7 @@ class TopologyConfig:
     ranks_per_node: int = ranged(at_least=1, at_most=1024)
     dp: int = ranged(at_least=1, at_most=1024)
     cfg: int = ranged(at_least=1, at_most=3)
+    cp: list[int] = ranged(at_least=1, at_most=1024, items=(2, 2))
     ulysses: int = ranged(at_least=1, at_most=1024)
     threads_per_rank: int = ranged(at_least=1, at_most=1024)
     device: Device = MISSING

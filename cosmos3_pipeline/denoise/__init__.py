@@ -5,10 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from cosmos3_pipeline.denoise.checks import CfgLayoutError, UlyssesLayoutError, check_layout
+from cosmos3_pipeline.denoise.checks import CfgLayoutError, CpLayoutError, UlyssesLayoutError, check_layout
 
 _TORCH = {"ParallelLoopDenoiser": "denoiser", "ParallelTransformer": "transformer"}
-__all__ = ["CfgLayoutError", "ParallelLoopDenoiser", "ParallelTransformer", "UlyssesLayoutError", "check_layout"]
+__all__ = [
+    "CfgLayoutError",
+    "CpLayoutError",
+    "ParallelLoopDenoiser",
+    "ParallelTransformer",
+    "UlyssesLayoutError",
+    "check_layout",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from diffusers import Cosmos3OmniTransformer
 from torch import Tensor
 
-from cosmos3_pipeline.denoise.attention_kernel import attention
+from cosmos3_pipeline.denoise.attention_kernel import attention, partial_attention
 from cosmos3_pipeline.denoise.pathway import Pathway, is_fused, normalise
 from cosmos3_pipeline.denoise.shards import HeadShare
 from cosmos3_pipeline.distributed.host_path import takes_host_path
@@ -72,21 +72,30 @@ def attend(query: Tensor, key: Tensor, value: Tensor, share: HeadShare, *, causa
 def attend_with_text(
     layer: Pathway,
     heads: tuple[Tensor, Tensor, Tensor],
-    rotary: Rotary,
+    rotary: tuple[Rotary, Rotary],
     text: TextKeyValue,
     share: HeadShare,
-) -> Tensor:
-    """Full attention of vision `heads`, queries, keys and values [n, heads, D], over the prompt and themselves.
+    *,
+    partially: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Full attention of vision's queries [n, heads, D] over the prompt and vision's keys and values [m, heads, D].
 
-    Queries and keys are as they were projected; they are normed and rotated here.
+    Queries and keys are as they were projected; they are normed and rotated here, each by their own of `rotary`.
+    Where these are some of the keys only (`partially`), what merges the parts comes besides.
     """
     query, key, value = heads
     prompt = text.key.shape[0]
     keys = key.new_empty(prompt + key.shape[0], *key.shape[1:])
     keys[:prompt] = text.key
-    norm_and_rotate(layer.key_norm, key, rotary, out=keys[prompt:])
-    query = norm_and_rotate(layer.query_norm, query, rotary)
-    return attend(query, keys, torch.cat([text.value, value]), share, causal=False)
+    norm_and_rotate(layer.key_norm, key, rotary[1], out=keys[prompt:])
+    query = norm_and_rotate(layer.query_norm, query, rotary[0])
+    values = torch.cat([text.value, value])
+    if not partially:
+        return attend(query, keys, values, share, causal=False), None
+    if not share.grouped:
+        key_of_query = torch.tensor(share.key_of_query, device=keys.device)
+        keys, values = keys.index_select(1, key_of_query), values.index_select(1, key_of_query)
+    return partial_attention(query, keys, values)
 
 
 def rotary_of(transformer: Cosmos3OmniTransformer, position_ids: Tensor) -> Rotary:

@@ -45,6 +45,37 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Ten
     return attended[0].transpose(0, 1)
 
 
+def partial_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attention`, over a part of the keys: the result, and what merges it with those over the others.
+
+    That is [n, heads], the logarithm of the sum of each query's exponentials, in float32 (float64 of float64).
+    They are PyTorch's own kernels, by the names by which its context parallelism calls them, because the public
+    function keeps the sums to itself. cuDNN's and FlashAttention-3 are not asked for theirs.
+    """
+    heads = [one.transpose(0, 1)[None] for one in (query, key, value)]
+    if query.device.type == "cpu":
+        attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
+    elif query.dtype in HALF:
+        attended, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*heads)
+    else:  # it knows no groups, and pads its rows of sums
+        each = query.shape[1] // key.shape[1]
+        heads[1:] = (one.repeat_interleave(each, 1) for one in heads[1:])
+        attended, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads, None, True)
+    return attended[0].transpose(0, 1), sums[0, :, : len(query)].transpose(0, 1)
+
+
+def merged(parts: Tensor, sums: Tensor) -> Tensor:
+    """Attention [..., D] over all keys out of `parts` [parts, ..., D], each over some of them.
+
+    `sums` [parts, ...] are those of `partial_attention`, in whose dtype the parts are weighed and added.
+    """
+    weights = sums.softmax(0).unsqueeze(-1)
+    total = weights[0] * parts[0]
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        total += weight * part
+    return total.to(parts.dtype)
+
+
 def chosen(device: torch.device, dtype: torch.dtype) -> str:
     """What computes attention in `dtype` on `device`, for a run's records."""
     if _takes_flash_3(device, dtype) and flash_attention_3() is not None:

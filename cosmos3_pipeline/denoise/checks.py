@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cosmos3_pipeline.denoise.shards import Grid, even_rows
 from cosmos3_pipeline.errors import Refusal
 
 
@@ -11,6 +12,27 @@ class CfgLayoutError(Refusal):
 
 class UlyssesLayoutError(Refusal):
     """The attention heads do not divide over the `ulysses` axis."""
+
+
+class CpLayoutError(Refusal):
+    """A group of the `cp` grid would hold no tokens."""
+
+
+def check_tokens(tokens: int, grid: Grid) -> None:
+    """Refuse a grid in which a group has none of the `tokens` of a sequence: it would attend with or to nothing.
+
+    Raises:
+        CpLayoutError: there are too few; a single group may have ranks without tokens.
+    """
+    held = even_rows(tokens, grid.ranks)
+    if grid.groups > 1 and not held[-grid.ulysses]:
+        groups = max(sum(n > 0 for n in held) // grid.ulysses, 1)
+        raise CpLayoutError(
+            what=f"cp=[{grid.rows},{grid.columns}] x ulysses={grid.ulysses} over {tokens} tokens",
+            why=f"tokens go to ranks in blocks, so that {sum(n == 0 for n in held)} of {grid.ranks} ranks, "
+            "and with them a whole group, would have none",
+            works=f"cp=[{groups},1]" if groups > 1 else "cp=[1,1]",
+        )
 
 
 def check_layout(

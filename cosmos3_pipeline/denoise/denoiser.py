@@ -1,4 +1,4 @@
-"""The block that predicts velocities inside diffusers' Cosmos3 denoising loop, over the `cfg` and `ulysses` axes.
+"""The block that predicts velocities inside diffusers' Cosmos3 denoising loop, over guidance and sequence.
 
 It takes the place of `Cosmos3LoopDenoiser` in the loops of all modalities; noise, schedule and solver stay
 diffusers'. Source: diffusers `modular_pipelines/cosmos/denoise.py`.
@@ -86,7 +86,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         self._replica = None if mesh is None or cache is None else mesh.comm(REPLICA)
         self._counts = PassCounts() if counts is None else counts
         self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
-        self._sequence = Exchange(None if mesh is None else mesh.comm("ulysses"))
+        self._sequence = Exchange.over_sequence(mesh)
         self._keep_texts = keep_texts
         self._taken: dict[str, EncodedText] = {}
 
@@ -208,7 +208,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         taken = self._taken
         if not taken:
             texts = self._texts or Texts(next(iter(prompts.values()))[0].device)
-            encoder = TextEncoder(whole, ulysses=self._sequence, layers=self._layers or LoadedLayers(whole))
+            encoder = TextEncoder(whole, sequence=self._sequence, layers=self._layers or LoadedLayers(whole))
             taken = dict(zip(prompts, texts.take(encoder, list(prompts.values())), strict=True))
             self._taken = taken if self._keep_texts else {}
         return {
@@ -223,10 +223,10 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
             num_attention_heads=transformer.config.num_attention_heads,
             num_key_value_heads=transformer.config.num_key_value_heads,
             cfg=self._guidance.ranks,
-            ulysses=self._sequence.ranks,
+            ulysses=self._sequence.grid.ulysses,
             guidance_scale=block_state.guidance_scale,
         )
-        return ParallelTransformer(transformer, ulysses=self._sequence, layers=self._layers)
+        return ParallelTransformer(transformer, sequence=self._sequence, layers=self._layers)
 
 
 def _noisy(loop: Loop, latents: Mapping[str, list[Tensor]]) -> list[Tensor]:

@@ -1,70 +1,111 @@
-"""What the ranks of one axis send each other while they denoise: rows for heads, heads for rows, predictions.
+"""What the ranks of a sequence send each other while they denoise: rows for heads, heads for rows, predictions.
 
-Everything is one collective, an all-to-all with uneven parts, so any token count travels unpadded.
+Everything is one kind of collective, an all-to-all with uneven parts, so any token count travels unpadded. What a
+token's queries go through is one hop: to the row of the grid and to the heads of a rank at once, and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from diffusers import Cosmos3OmniTransformer
 from torch import Tensor
 
-from cosmos3_pipeline.denoise.shards import HeadShare, head_shares
+from cosmos3_pipeline.denoise.attention_kernel import merged
+from cosmos3_pipeline.denoise.shards import Grid, HeadShare, head_shares
 from cosmos3_pipeline.distributed.comm import Comm
+from cosmos3_pipeline.distributed.mesh import SEQUENCE, RankMesh
 
 
 class Exchange:
-    """The ranks of one axis of the mesh, talking through `comm`; alone (None), a rank sends and copies nothing."""
+    """Ranks that talk through `comm`; alone (None), a rank sends and copies nothing.
 
-    def __init__(self, comm: Comm | None = None) -> None:
+    They are its `members`, by default all of them. `grid` says how they share a sequence, by default as one group.
+    """
+
+    def __init__(
+        self, comm: Comm | None = None, grid: Grid | None = None, members: Sequence[int] | None = None
+    ) -> None:
         self._comm = comm
-        self.ranks = 1 if comm is None else comm.size
-        self.rank = 0 if comm is None else comm.rank
+        self._members = range(1 if comm is None else comm.size) if members is None else members
+        self.ranks = len(self._members)
+        self.rank = self._members.index(0 if comm is None else comm.rank)
+        self.grid = grid or Grid(ulysses=self.ranks)
 
-    def all_to_all(self, parts: Sequence[Tensor], received: Sequence[int]) -> Tensor:
-        """Send `parts[r]` (any shape) to rank r; returns the elements from all ranks, in rank order, flat.
+    @classmethod
+    def over_sequence(cls, mesh: RankMesh | None) -> Self:
+        """The ranks of `mesh` that share a sequence with this one."""
+        if mesh is None:
+            return cls()
+        rows, columns = mesh.cp
+        return cls(mesh.comm(SEQUENCE), Grid(mesh.ulysses, rows, columns))
 
-        `received[r]` is the number of elements that rank r sends here: every rank can compute it.
+    @property
+    def of_text(self) -> Exchange:
+        """The ranks that encode a prompt together: each group of the grid encodes it, because that sends less."""
+        return Exchange(self._comm, members=[self._members[rank] for rank in self.grid.group(self.rank)])
+
+    def _start(self, parts: Mapping[int, Tensor], received: Mapping[int, int]) -> Callable[[], Tensor]:
+        """Start to send `parts[r]` (any shape) to rank r, this one among them.
+
+        What is returned waits for the elements from all of them, in their order, flat. `received[r]` is the number
+        of elements that rank r sends here: every rank can compute it.
         """
         assert self._comm is not None
-        out = parts[self.rank].new_empty(sum(received))
-        slots = out.split(list(received))
-        peers = [rank for rank in range(self.ranks) if rank != self.rank]
+        out = parts[self.rank].new_empty(sum(received.values()))
+        slots = dict(zip(received, out.split(list(received.values())), strict=True))
+        peers = [rank for rank in parts if rank != self.rank]
         pending = self._comm.exchange(
-            sends=[(parts[peer], peer) for peer in peers if parts[peer].numel()],
-            receives=[(slots[peer], peer) for peer in peers if received[peer]],
+            sends=[(parts[peer], self._members[peer]) for peer in peers if parts[peer].numel()],
+            receives=[(slots[peer], self._members[peer]) for peer in peers if received[peer]],
         )
         slots[self.rank].copy_(parts[self.rank].reshape(-1))
-        pending.wait()
-        return out
+
+        def arrived() -> Tensor:
+            pending.wait()
+            return out
+
+        return arrived
 
     def gather_rows(self, own: Tensor, rows: Sequence[int]) -> Tensor:
         """The rows [n, ...] of every rank, in rank order, on every rank; rank r holds `rows[r]` of them."""
         if self.ranks == 1:
             return own
         width = own.shape[1:].numel()
-        flat = self.all_to_all([own] * self.ranks, [n * width for n in rows])
+        parts = dict.fromkeys(range(self.ranks), own)
+        flat = self._start(parts, {rank: rows[rank] * width for rank in parts})()
         return flat.view(sum(rows), *own.shape[1:])
 
     def heads_for_rows(
-        self, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[int], shares: Sequence[HeadShare]
+        self, projected: Iterable[Tensor], rows: Sequence[int], shares: Sequence[HeadShare]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From all heads of own rows [n, heads, D] to own heads of all rows [sum(rows), own heads, D]."""
+        """From all heads of own rows to own heads: queries of this rank's row of the grid, keys of its column.
+
+        `projected` makes queries, keys and values [n, heads, D] one after the other. In one group they go to the
+        same ranks, in one message. In a grid they do not, and the queries travel while the others are projected.
+        """
         if self.ranks == 1:
+            query, key, value = projected
             return query, key, value
-        own = shares[self.rank]
-        heads = self._own_heads(
-            [
-                torch.cat([query[:, share.queries], key[:, share.keys], value[:, share.keys]], dim=1)
-                for share in shares
-            ],
-            rows,
-        )
-        queries, keys, values = heads.split([own.num_queries, own.num_keys, own.num_keys], dim=1)
-        return queries, keys, values
+        own, making = shares[self.rank], iter(projected)
+        query = next(making)
+        if self.grid.groups == 1:
+            key, value = making
+            heads = self._start_heads(
+                lambda to: torch.cat([query[:, to.queries], key[:, to.keys], value[:, to.keys]], dim=1),
+                range(self.ranks),
+                rows,
+                shares,
+            )()
+            queries, keys, values = heads.split([own.num_queries, own.num_keys, own.num_keys], dim=1)
+            return queries, keys, values
+        asking = self._start_heads(lambda to: query[:, to.queries], self.grid.row(self.rank), rows, shares)
+        key, value = making
+        keys, values = self.keys_for_rows(key, value, rows, shares)
+        return asking(), keys, values
 
     def keys_for_rows(
         self, key: Tensor, value: Tensor, rows: Sequence[int], shares: Sequence[HeadShare]
@@ -72,34 +113,62 @@ class Exchange:
         """As `heads_for_rows`, where nothing asks: key/value heads alone."""
         if self.ranks == 1:
             return key, value
-        parts = [torch.cat([key[:, share.keys], value[:, share.keys]], dim=1) for share in shares]
-        keys, values = self._own_heads(parts, rows).chunk(2, dim=1)
+        heads = self._start_heads(
+            lambda to: torch.cat([key[:, to.keys], value[:, to.keys]], dim=1),
+            self.grid.column(self.rank),
+            rows,
+            shares,
+        )
+        keys, values = heads().chunk(2, dim=1)
         return keys, values
 
-    def _own_heads(self, parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Send `parts[r]` [n, heads of r, D] of own rows to rank r; returns own heads of all rows."""
+    def _start_heads(
+        self,
+        cut: Callable[[HeadShare], Tensor],
+        ranks: Sequence[int],
+        rows: Sequence[int],
+        shares: Sequence[HeadShare],
+    ) -> Callable[[], Tensor]:
+        """Start to send `cut(shares[r])` [n, heads, D] of own rows to `ranks`; own heads of theirs come."""
+        parts = {rank: cut(shares[rank]) for rank in ranks}
         heads, head_dim = parts[self.rank].shape[1:]
-        flat = self.all_to_all(parts, [n * heads * head_dim for n in rows])
-        return flat.view(sum(rows), heads, head_dim)
+        arrived = self._start(parts, {rank: rows[rank] * heads * head_dim for rank in ranks})
+        return lambda: arrived().view(-1, heads, head_dim)
 
-    def rows_for_heads(self, attended: Tensor, rows: Sequence[int]) -> Tensor:
-        """From own heads of all rows [sum(rows), own heads, D] back to all heads of own rows [n, heads, D]."""
+    def rows_for_heads(self, attended: Tensor, rows: Sequence[int], sums: Tensor | None = None) -> Tensor:
+        """From own heads of the row of the grid [rows of it, own heads, D] to all heads of own rows [n, heads, D].
+
+        Over several columns each rank has attended to a part of the keys only. `sums` [rows of it, own heads],
+        with which the parts are merged (see `partial_attention`), travel behind the heads.
+        """
         if self.ranks == 1:
             return attended
-        n, (heads, head_dim) = rows[self.rank], attended.shape[1:]
-        flat = self.all_to_all(attended.split(list(rows)), [n * heads * head_dim] * self.ranks)
-        return flat.view(self.ranks, n, heads, head_dim).transpose(0, 1).reshape(n, self.ranks * heads, head_dim)
+        grid, n, head_dim = self.grid, rows[self.rank], attended.shape[-1]
+        if sums is not None:
+            tail = sums.contiguous().unsqueeze(-1).view(attended.dtype)
+            attended = torch.cat([attended, tail], dim=-1)
+        heads, width = attended.shape[1:]
+        row = grid.row(self.rank)
+        parts = dict(zip(row, attended.split([rows[rank] for rank in row]), strict=True))
+        flat = self._start(parts, dict.fromkeys(row, n * heads * width))()
+        found = flat.view(grid.columns, grid.ulysses, n, heads, width)
+        if sums is None:
+            whole = found[0]
+        else:
+            tails = found[..., head_dim:].contiguous().view(sums.dtype).squeeze(-1)
+            whole = merged(found[..., :head_dim], tails)
+        return whole.transpose(0, 1).reshape(n, grid.ulysses * heads, head_dim)
 
 
 @dataclass(frozen=True)
 class OwnHeads:
-    """The heads of every rank of the axis, and this rank's."""
+    """The heads of every rank of the exchange, and this rank's; groups of the grid have the same ones."""
 
     shares: tuple[HeadShare, ...]
     own: HeadShare
 
     @classmethod
     def of(cls, transformer: Cosmos3OmniTransformer, exchange: Exchange) -> OwnHeads:
-        config = transformer.config
-        shares = head_shares(config.num_attention_heads, config.num_key_value_heads, exchange.ranks)
+        config, grid = transformer.config, exchange.grid
+        shares = head_shares(config.num_attention_heads, config.num_key_value_heads, grid.ulysses) * grid.groups
         return cls(shares, shares[exchange.rank])

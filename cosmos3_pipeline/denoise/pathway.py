@@ -6,6 +6,7 @@ Source: `Cosmos3VLTextMoTDecoderLayer.forward` in diffusers `models/transformers
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -88,19 +89,19 @@ class Pathway:
             mlp=layer.mlp_moe_gen,
         )
 
-    def project(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values [n, heads, D] of `hidden` [n, hidden], before their norms."""
-        query, key, value = self._project(hidden, head_dim, self.query, self.key, self.value)
-        return query, key, value
+    def project(self, hidden: Tensor, head_dim: int) -> Iterator[Tensor]:
+        """Queries, keys, values [n, heads, D] of `hidden` [n, hidden], before their norms, each when asked for."""
+        return self._project(hidden, head_dim, self.query, self.key, self.value)
 
     def project_keys(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values alone; the modules of the queries and of what follows them may be missing."""
         key, value = self._project(hidden, head_dim, self.key, self.value)
         return key, value
 
-    def _project(self, hidden: Tensor, head_dim: int, *projections: nn.Module) -> list[Tensor]:
+    def _project(self, hidden: Tensor, head_dim: int, *projections: nn.Module) -> Iterator[Tensor]:
         normed = normalise(self.input_norm, hidden)
-        return [project(normed).unflatten(-1, (-1, head_dim)) for project in projections]
+        for project in projections:
+            yield project(normed).unflatten(-1, (-1, head_dim))
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """`hidden` after the output projection of `attended` [n, heads, D] and the MLP, each with its residual."""

@@ -1,6 +1,7 @@
-"""Who holds what: tokens over the ranks of the `ulysses` axis outside attention, heads inside it. No torch.
+"""Who holds what: tokens over all ranks of a sequence outside attention, heads and a grid inside it. No torch.
 
-DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509), with uneven tokens and grouped key/value heads.
+DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509), with uneven tokens and grouped key/value heads, within
+Attention2D (arXiv:2503.15758).
 """
 
 from __future__ import annotations
@@ -40,6 +41,54 @@ def mlp_parts(rows: int, intermediate_bytes: int) -> int:
 def start_of(rows: tuple[int, ...], rank: int) -> int:
     """The first row of `rank`."""
     return sum(rows[:rank])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The ranks of one sequence: `rows` x `columns` groups of `ulysses` ranks, which vary fastest, then columns.
+
+    The tokens are cut over all ranks in this order. A rank attends with its own heads: those of the queries that
+    its row holds, over the keys and values that its column holds and its column's part of the text. So each row
+    has met each key once, and the partial results of a row's columns are merged on whoever holds the token.
+    With one column nothing is merged, with one row every rank asks for the whole sequence.
+    """
+
+    ulysses: int = 1
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def groups(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def ranks(self) -> int:
+        return self.groups * self.ulysses
+
+    def group(self, rank: int) -> range:
+        """The ranks that exchange heads with `rank`, and encode the text with it."""
+        first = rank - rank % self.ulysses
+        return range(first, first + self.ulysses)
+
+    def row(self, rank: int) -> range:
+        """The ranks whose queries `rank` attends with."""
+        ranks = self.columns * self.ulysses
+        first = rank - rank % ranks
+        return range(first, first + ranks)
+
+    def column(self, rank: int) -> tuple[int, ...]:
+        """The ranks whose keys and values `rank` attends to."""
+        number, ranks = self.place(rank)[1], range(self.ranks)
+        return tuple(other for other in ranks if self.place(other)[1] == number)
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """The row and the column of `rank`."""
+        return divmod(rank // self.ulysses, self.columns)
+
+    def text(self, tokens: int, rank: int) -> slice:
+        """Which of the `tokens` of a prompt `rank` attends to."""
+        parts, column = even_rows(tokens, self.columns), self.place(rank)[1]
+        return slice(start_of(parts, column), start_of(parts, column + 1))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ Prompt = tuple[Tensor, Tensor]  # its tokens [n] and their positions [3, n]
 
 @dataclass(frozen=True)
 class EncodedText:
-    """What a prompt is for the vision pathway: its keys and values in every layer, for the heads of this rank."""
+    """What a prompt is for the vision pathway: its keys and values in every layer, for the heads of this rank.
+
+    Where several columns of a grid attend, each has its own part of the prompt.
+    """
 
     layers: tuple[TextKeyValue, ...]
 
@@ -36,13 +39,14 @@ class EncodedText:
 
 
 class TextEncoder:
-    """The text pathway of `transformer` over the ranks of `ulysses`, whose layers come from `layers`."""
+    """The text pathway of `transformer`, whose layers come from `layers`, for the ranks of `sequence`."""
 
-    def __init__(self, transformer: Cosmos3OmniTransformer, *, ulysses: Exchange, layers: Layers) -> None:
+    def __init__(self, transformer: Cosmos3OmniTransformer, *, sequence: Exchange, layers: Layers) -> None:
         self._model = transformer
-        self._exchange = ulysses
+        self._sequence = sequence
+        self._exchange = sequence.of_text
         self._layers = layers
-        self._heads = OwnHeads.of(transformer, ulysses)
+        self._heads = OwnHeads.of(transformer, self._exchange)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], *, keep_on: torch.device | None = None) -> list[EncodedText]:
@@ -74,7 +78,7 @@ class TextEncoder:
             key, value = self._exchange.keys_for_rows(*keys, text.rows, self._heads.shares)
         else:
             heads = layer.project(text.hidden, head_dim)
-            query, key, value = self._exchange.heads_for_rows(*heads, text.rows, self._heads.shares)
+            query, key, value = self._exchange.heads_for_rows(heads, text.rows, self._heads.shares)
         if layer.key_norm_for_vision is None:
             key = key_for_vision = norm_and_rotate(layer.key_norm, key, text.rotary)
         else:
@@ -88,7 +92,10 @@ class TextEncoder:
             attended = attend(query, key, value, self._heads.own, causal=True)
             text.hidden = layer.finish(text.hidden, self._exchange.rows_for_heads(attended, text.rows))
         # A view would keep the whole received message alive.
-        return TextKeyValue(key_for_vision, value.contiguous())
+        if self._sequence.grid.columns == 1:
+            return TextKeyValue(key_for_vision, value.contiguous())
+        kept = self._sequence.grid.text(len(key), self._sequence.rank)
+        return TextKeyValue(key_for_vision[kept].clone(), value[kept].clone(memory_format=torch.contiguous_format))
 
 
 @dataclass

@@ -85,7 +85,7 @@ class ParallelTransferDenoiser(ParallelLoopDenoiser):
     def _begin(self, components: Any, block_state: Any) -> Loop:
         """Prepare this rank's passes over the present chunk."""
         whole, guidance = components.transformer, self.guidance(block_state)
-        transformer = ParallelTransformer(whole, ulysses=self._sequence, layers=self._layers)
+        transformer = ParallelTransformer(whole, sequence=self._sequence, layers=self._layers)
         numbers = guidance.shares(self._guidance.ranks)[self._guidance.rank]
         fields = {
             number: block_state.denoiser_input_fields[f"{guidance.passes[number].name}_static"]

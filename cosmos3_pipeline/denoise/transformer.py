@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_cosmos3 import Cosmos3AttnProcess
 from torch import Tensor
 
 from cosmos3_pipeline.denoise.attention import Rotary, TextKeyValue, attend_with_text, rotary_of
-from cosmos3_pipeline.denoise.checks import check_layout
+from cosmos3_pipeline.denoise.checks import check_layout, check_tokens
 from cosmos3_pipeline.denoise.exchange import Exchange, OwnHeads
 from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
 from cosmos3_pipeline.denoise.modalities import Items
@@ -56,8 +56,8 @@ class PreparedPass:
     """What one guidance pass over one prompt needs in every step and does not change between them."""
 
     text: EncodedText
-    rotary: Rotary  # of all tokens but the text's
-    rows: tuple[int, ...]  # those tokens held by each ulysses rank
+    rotary: tuple[Rotary, Rotary]  # of the queries with which this rank attends, and of the keys but the text's
+    rows: tuple[int, ...]  # the tokens, but for the text's, held by each rank of the sequence
     shares: tuple[Share, ...]  # of each modality, in the order of the sequence
 
     @property
@@ -68,14 +68,14 @@ class PreparedPass:
 
 
 class ParallelTransformer:
-    """A diffusers `Cosmos3OmniTransformer` whose steps run without the text, split over the ranks of `ulysses`.
+    """A diffusers `Cosmos3OmniTransformer` whose steps run without the text, split over the ranks of `sequence`.
 
     Nothing is installed in `transformer`: it stays usable by itself, also between two calls here. All ranks
-    of the axis must make the same calls with the same arguments. `layers` is where its layers come from; without
+    of it must make the same calls with the same arguments. `layers` is where its layers come from; without
     it they are those of `transformer`, which is then loaded as a whole.
 
     Raises:
-        UlyssesLayoutError: the model's heads do not divide over the axis.
+        UlyssesLayoutError: the model's heads do not divide over a group of its grid.
         Refusal: the transformer carries a cache or an attention processor that would be bypassed.
     """
 
@@ -83,18 +83,17 @@ class ParallelTransformer:
         self,
         transformer: Cosmos3OmniTransformer,
         *,
-        ulysses: Exchange | None = None,
+        sequence: Exchange | None = None,
         layers: Layers | None = None,
     ) -> None:
         config = transformer.config
         self._model = transformer
-        self._exchange = Exchange() if ulysses is None else ulysses
-        ranks = self._exchange.ranks
+        self._exchange = Exchange() if sequence is None else sequence
         check_layout(
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             cfg=1,
-            ulysses=ranks,
+            ulysses=self._exchange.grid.ulysses,
             guidance_scale=1.0,
         )
         _refuse_what_would_be_bypassed(transformer)
@@ -106,16 +105,24 @@ class ParallelTransformer:
         """Lay out the tokens of `items` after `text`.
 
         The joint sequence is the prompt followed by all other tokens; `position_ids` [3, sequence] and the noisy
-        tokens of `items` count through it.
+        tokens of `items` count through it. Raises CpLayoutError where a group of the grid would have no tokens.
         """
-        prompt = len(text.layers[0].key)
-        rows = even_rows(position_ids.shape[-1] - prompt, self._exchange.ranks)
+        tokens = sum(one.tokens for one in items)
+        grid, prompt = self._exchange.grid, position_ids.shape[-1] - tokens
+        check_tokens(tokens, grid)
+        rows = even_rows(tokens, grid.ranks)
         edges = [prompt + start_of(rows, rank) for rank in range(len(rows) + 1)]
         shares, first = [], prompt
         for one in items:
             shares.append(self._share(one, first, edges))
             first += one.tokens
-        return PreparedPass(text, rotary_of(self._model, position_ids[:, prompt:]), rows, tuple(shares))
+        parts = position_ids[:, prompt:].split(list(rows), dim=1)
+        row, column = grid.row(self._exchange.rank), grid.column(self._exchange.rank)
+        asking = rotary_of(self._model, torch.cat([parts[rank] for rank in row], dim=1))
+        asked = asking  # the same tokens in one group
+        if grid.groups > 1:
+            asked = rotary_of(self._model, torch.cat([parts[rank] for rank in column], dim=1))
+        return PreparedPass(text, (asking, asked), rows, tuple(shares))
 
     def _share(self, items: Items, first: int, edges: Sequence[int]) -> Share:
         """The share of `items`, whose tokens begin at `first`; rank r holds the sequence from edges[r] on."""
@@ -205,9 +212,16 @@ class ParallelTransformer:
 
     def _run_layer(self, layer: Pathway, prepared: PreparedPass, text: TextKeyValue, hidden: Tensor) -> Tensor:
         heads = layer.project(hidden, self._model.config.head_dim)
-        own_heads = self._exchange.heads_for_rows(*heads, prepared.rows, self._heads.shares)
-        attended = attend_with_text(layer, own_heads, prepared.rotary, text, self._heads.own)
-        return layer.finish(hidden, self._exchange.rows_for_heads(attended, prepared.rows))
+        own_heads = self._exchange.heads_for_rows(heads, prepared.rows, self._heads.shares)
+        attended, sums = attend_with_text(
+            layer,
+            own_heads,
+            prepared.rotary,
+            text,
+            self._heads.own,
+            partially=self._exchange.grid.columns > 1,
+        )
+        return layer.finish(hidden, self._exchange.rows_for_heads(attended, prepared.rows, sums))
 
     @torch.no_grad()
     def gather(self, prepared: PreparedPass, velocity: Tensor) -> Tensor:

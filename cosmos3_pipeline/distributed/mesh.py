@@ -1,13 +1,15 @@
 """The ranks of a run as one `DeviceMesh` with named axes, and the process groups that each part of a run uses.
 
 Axes, slowest first: `dp` (replicas: one prompt each), `spare` (ranks of a replica that repeat its denoising
-and only help its VAE), `cfg` (guidance: conditional and unconditional pass), `ulysses` (sequence). Ulysses
-talks in every layer, so its ranks are neighbours. Layout as in torchtitan's `ParallelDims`.
+and only help its VAE), `cfg` (guidance: conditional and unconditional pass), `cp` (sequence, over a grid of rows
+and columns), `ulysses` (sequence, over heads). The sequence's ranks talk in every layer, and those of `ulysses`
+send most, so these are neighbours. Layout as in torchtitan's `ParallelDims`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -20,13 +22,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.errors import Refusal
 
-AXES = ("dp", "spare", "cfg", "ulysses")
-REPLICA = "replica"  # the ranks of one dp replica: spare x cfg x ulysses, the VAE's group
+AXES = ("dp", "spare", "cfg", "cp", "ulysses")
+SEQUENCE = "sequence"  # the ranks over one sequence: cp x ulysses
+REPLICA = "replica"  # the ranks of one dp replica: spare x cfg x cp x ulysses, the VAE's group
+# Several axes as one, each the last ones of `AXES`.
+_FLAT = {SEQUENCE: AXES[3:], REPLICA: AXES[1:]}
 
 
 @dataclass(frozen=True)
 class RankMesh:
     """Where this rank stands on each axis. `device_mesh` is None in a world of one without process groups.
+
+    `cp` has rows and columns; the ranks of a row are neighbours.
 
     The groups are gloo's, whatever the `device`: they say who belongs together. Each Comm has connections of its
     own, in which a message may take as long as `patience`.
@@ -35,9 +42,10 @@ class RankMesh:
     dp: int = 1
     spare: int = 1
     cfg: int = 1
+    cp: tuple[int, int] = (1, 1)
     ulysses: int = 1
     device_mesh: DeviceMesh | None = None
-    replica_mesh: DeviceMesh | None = field(default=None, repr=False)
+    flat_meshes: Mapping[str, DeviceMesh] = field(default_factory=dict, repr=False)
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     patience: timedelta = default_pg_timeout
     _comms: dict[str, Comm] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -49,6 +57,7 @@ class RankMesh:
         *,
         dp: int = 1,
         cfg: int = 1,
+        cp: tuple[int, int] = (1, 1),
         ulysses: int = 1,
         device: torch.device | None = None,
         patience: timedelta = default_pg_timeout,
@@ -58,49 +67,50 @@ class RankMesh:
         Every rank of the world must call it: making process groups is collective.
 
         Raises:
-            Refusal: the world's ranks do not divide by dp x cfg x ulysses.
+            Refusal: the world's ranks do not divide by dp x cfg x cp x ulysses.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
-        wanted = dp * cfg * ulysses
+        sizes = (dp, cfg, *cp, ulysses)
+        wanted = math.prod(sizes)
         if world % wanted:
             raise Refusal(
-                what=f"dp={dp} x cfg={cfg} x ulysses={ulysses} on {world} ranks",
-                why=f"{world} ranks do not divide by {dp} x {cfg} x {ulysses} = {wanted}",
+                what=f"dp={dp} x cfg={cfg} x cp=[{cp[0]},{cp[1]}] x ulysses={ulysses} on {world} ranks",
+                why=f"{world} ranks do not divide by {' x '.join(map(str, sizes))} = {wanted}",
                 works=f"{wanted * max(round(world / wanted), 1)} ranks, or axes whose product divides {world}",
             )
         spare = world // wanted
         device = device or torch.device("cpu")
         if not dist.is_initialized():
             return cls(device=device)
-        mesh = init_device_mesh("cpu", (dp, spare, cfg, ulysses), mesh_dim_names=AXES)
-        replica = mesh["spare", "cfg", "ulysses"]._flatten(REPLICA)
+        mesh = init_device_mesh("cpu", (dp, spare, cfg, math.prod(cp), ulysses), mesh_dim_names=AXES)
         return cls(
             dp=dp,
             spare=spare,
             cfg=cfg,
+            cp=cp,
             ulysses=ulysses,
             device_mesh=mesh,
-            replica_mesh=replica,
+            flat_meshes={name: mesh[axes]._flatten(name) for name, axes in _FLAT.items()},
             device=device,
             patience=patience,
         )
 
     def size(self, axis: str) -> int:
-        """Ranks on `axis`, one of `AXES` or `REPLICA`."""
-        if axis == REPLICA:
-            return math.prod((self.spare, self.cfg, self.ulysses))
+        """Ranks on `axis`, one of `AXES`, `SEQUENCE` or `REPLICA`."""
+        if axis in _FLAT:
+            return math.prod(map(self.size, _FLAT[axis]))
         assert axis in AXES
-        return int(getattr(self, axis))
+        return math.prod(self.cp) if axis == "cp" else int(getattr(self, axis))
 
     def rank(self, axis: str) -> int:
         """This rank's place on `axis`, from 0."""
         mesh = self._mesh(axis)
-        return 0 if mesh is None else mesh.get_local_rank(None if axis == REPLICA else axis)
+        return 0 if mesh is None else mesh.get_local_rank(None if axis in _FLAT else axis)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The process group of the ranks that differ from this one on `axis` only, or None in a world of one."""
         mesh = self._mesh(axis)
-        return None if mesh is None else mesh.get_group(None if axis == REPLICA else axis)
+        return None if mesh is None else mesh.get_group(None if axis in _FLAT else axis)
 
     def comm(self, axis: str) -> Comm:
         """The counted messages between the ranks of `group(axis)`: one Comm per axis, however often asked for.
@@ -124,5 +134,5 @@ class RankMesh:
             comm.close()
 
     def _mesh(self, axis: str) -> DeviceMesh | None:
-        assert axis in (*AXES, REPLICA)
-        return self.replica_mesh if axis == REPLICA else self.device_mesh
+        assert axis in (*AXES, *_FLAT)
+        return self.flat_meshes.get(axis) if axis in _FLAT else self.device_mesh

@@ -26,7 +26,7 @@ from cosmos3_pipeline.denoise.texts import Prompt
 from cosmos3_pipeline.distributed.device import numerics
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
-from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.distributed.mesh import REPLICA, SEQUENCE, RankMesh
 from cosmos3_pipeline.errors import Fault
 from cosmos3_pipeline.jobs.log import also_to, is_kept
 from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, kernels, versions
@@ -87,7 +87,7 @@ def run_rank(
     """
     with rank_of(config, plan, output) as (device, mesh, directory):
         base_bytes = held_bytes(device)
-        ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses", REPLICA)]
+        ledgers = [mesh.comm(axis).ledger for axis in ("cfg", SEQUENCE, REPLICA)]
         parts = components(config, plan, device, mesh, ledgers, reporter_of(mesh))
         run = Run(config, plan, stages, device, mesh, parts, ledgers, base_bytes, origin)
         if config.task.prompt_file is None:
@@ -116,6 +116,7 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
         mesh = RankMesh.build(
             dp=topology.dp,
             cfg=topology.cfg,
+            cp=(topology.cp[0], topology.cp[1]),
             ulysses=topology.ulysses,
             device=device,
             patience=timedelta(seconds=patience),

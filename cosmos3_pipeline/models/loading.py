@@ -168,7 +168,7 @@ class Components:
             return
         placed = self.transformer()
         with self._measured("text") as load, self._progress("GB of text weights", placed.text_read_bytes):
-            encoder = TextEncoder(placed.model, ulysses=Exchange(self._mesh.comm("ulysses")), layers=placed)
+            encoder = TextEncoder(placed.model, sequence=Exchange.over_sequence(self._mesh), layers=placed)
             self.texts.encode(encoder, prompts, wait=wait)
             load.kept_bytes = placed.here_bytes[Part.TEXT]
 

@@ -27,12 +27,12 @@ from cosmos3_pipeline.config.tasks import (
     controls_of,
     paths_of,
 )
-from cosmos3_pipeline.denoise.checks import check_layout
+from cosmos3_pipeline.denoise.checks import check_layout, check_tokens
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
-from cosmos3_pipeline.planning.geometry import Clip, clip_of, nearest_multiple, replica_ranks
+from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, grid_of, nearest_multiple, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
-from cosmos3_pipeline.planning.sampling import check_cache, check_interval, check_steps
+from cosmos3_pipeline.planning.sampling import check_cache, check_interval, check_steps, passes_of
 from cosmos3_pipeline.planning.task_checks import TASK_CHECKS
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.transfer import transfer_problems
@@ -257,9 +257,11 @@ def _ranks_in_all(cfg: Config) -> Iterator[Problem]:
 def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
     topology = cfg.topology
     ranks = topology.nodes * topology.ranks_per_node
-    split = topology.dp * topology.cfg * topology.ulysses
+    grid = grid_of(topology)
+    split = topology.dp * topology.cfg * grid.ranks
     if ranks % split:
-        axes = f"topology.cfg={topology.cfg} x topology.ulysses={topology.ulysses}"
+        cp = f" x topology.cp=[{grid.rows},{grid.columns}]" if grid.groups > 1 else ""
+        axes = f"topology.cfg={topology.cfg}{cp} x topology.ulysses={topology.ulysses}"
         axes = axes if topology.dp == 1 else f"topology.dp={topology.dp} x {axes}"
         yield Problem(
             what=f"{axes} on {ranks} ranks",
@@ -277,9 +279,9 @@ def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 
 def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """What the transformer's heads and the guidance allow, with the keys' full names."""
+    """What the transformer's heads, the tokens and the guidance allow, with the keys' full names."""
     model, topology = cfg.model.transformer, cfg.topology
-    for problem in refused(
+    found = refused(
         lambda: check_layout(
             num_attention_heads=model.num_attention_heads,
             num_key_value_heads=model.num_key_value_heads,
@@ -287,8 +289,12 @@ def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
             ulysses=topology.ulysses,
             guidance_scale=cfg.sampler.guidance_scale,
         )
-    ):
-        named = re.sub(r"(?<![.\w])(cfg|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
+    )
+    tokens = min(
+        one.rows for chunk in range(min(chunks_of(cfg).count, 2)) for one in passes_of(cfg, (1, 1), chunk)
+    )
+    for problem in (*found, *refused(lambda: check_tokens(tokens, grid_of(topology)))):
+        named = re.sub(r"(?<![.\w])(cfg|cp|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
         what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
         yield Problem(what=what, why=problem.why, works=works)
 
@@ -305,7 +311,7 @@ def _weights(cfg: Config, clip: Clip) -> Iterator[Problem]:
         yield Problem(
             what="weights.placement=sharded with one rank for a clip",
             why="there is no other rank to keep a part of the layers",
-            works="weights=streamed, or more ranks on topology.cfg or topology.ulysses",
+            works="weights=streamed, or more ranks on topology.cfg, topology.cp or topology.ulysses",
         )
     if placement not in (Placement.streamed, Placement.auto) and stay != 0:
         yield Problem(

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from cosmos3_pipeline.config.schema import Config, Device, TaskName
 from cosmos3_pipeline.denoise.cost import DenoiseCost, TextCost, Wire, denoise_costs
 from cosmos3_pipeline.denoise.guidance import Guidance
-from cosmos3_pipeline.denoise.shards import even_rows, head_shares, mlp_parts
-from cosmos3_pipeline.planning.geometry import clip_of, replica_ranks
-from cosmos3_pipeline.planning.hardware import accelerator_of
+from cosmos3_pipeline.denoise.shards import Grid, even_rows, head_shares, mlp_parts
+from cosmos3_pipeline.planning.geometry import clip_of, grid_of, replica_ranks
+from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.sampling import caches, guidance_of, passes_of, passes_of_steps
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import prompts_of
@@ -33,14 +33,14 @@ LATENTS_COMPARED = 1
 
 @dataclass(frozen=True)
 class Denoising:
-    """Denoising over `cfg` x `ulysses` ranks; `costs` is in the order of the ranks, `ulysses` varying fastest.
+    """Denoising over guidance and sequence; `costs` is in the order of the ranks, those of the `grid` fastest.
 
     `latent_elements` are those of the clip's latents, and of each of the `controls`; `text_tokens` the length of
-    each prompt, `rows` the tokens of each ulysses rank but for the text's. `prompts` are those of all clips of a
-    replica, which are encoded together. `steps` has the passes of a step, by their numbers, and how many steps
-    have them. `residuals` are the steps that a cache remembers of each pass, 0 without one. `distilled` says that
-    the steps are fixed and draw noise of their own. A clip in several `chunks` has `later` for those after the
-    first.
+    each prompt, `rows` the tokens of each rank of the grid but for the text's. `prompts` are those of all clips
+    of a replica, which are encoded together. `steps` has the passes of a step, by their numbers, and how many
+    steps have them. `residuals` are the steps that a cache remembers of each pass, 0 without one. `distilled` says
+    that the steps are fixed and draw noise of their own. A clip in several `chunks` has `later` for those after
+    the first.
     """
 
     size: TransformerSize
@@ -48,6 +48,7 @@ class Denoising:
     latent_elements: int
     controls: int
     text_tokens: tuple[int, ...]
+    grid: Grid
     rows: tuple[int, ...]
     costs: tuple[DenoiseCost, ...]
     element_bytes: int
@@ -75,13 +76,14 @@ class Denoising:
             guidance_of(cfg.task, cfg.sampler),
             passes_of(cfg, text_tokens, chunk),
         )
-        stretches = passes[0].stretches
+        stretches, grid = passes[0].stretches, grid_of(cfg.topology)
         costs = denoise_costs(
             size,
             passes=passes,
             cfg=cfg.topology.cfg,
-            ulysses=cfg.topology.ulysses,
+            grid=grid,
             element_bytes=element_bytes,
+            per_node=cfg.topology.ranks_per_node,
             nested=cfg.task.name is TaskName.transfer,
         )
         return cls(
@@ -90,7 +92,8 @@ class Denoising:
             latent_elements=clip.latent_frames * clip.latent_rows * clip.latent_cols * cfg.model.vae.z_dim,
             controls=len(stretches) - 1 if cfg.task.name is TaskName.transfer else 0,
             text_tokens=tuple({one.negative: one.text for one in passes}.values()),
-            rows=even_rows(passes[0].rows, cfg.topology.ulysses),
+            grid=grid,
+            rows=even_rows(passes[0].rows, grid.ranks),
             costs=costs,
             element_bytes=element_bytes,
             prompts=-(-len(prompts_of(cfg.task)) // cfg.topology.dp),
@@ -129,18 +132,16 @@ class Denoising:
 
     def text_stage(self, cfg: Config, place: int, weights: WeightsCost) -> RankStage:
         """Encoding the prompts on the rank at `place` of the costs."""
-        cost, accelerator, topology = self.costs[place], accelerator_of(cfg), cfg.topology
-        on_cpu = topology.device == Device.cpu
+        cost, accelerator, on_cpu = self.costs[place], accelerator_of(cfg), cfg.topology.device == Device.cpu
         flops, sent = 0, Wire()
         for text in cost.texts:
             flops += self._times(text) * text.flops
-            sent += text.ulysses * self._times(text)
+            sent += text.sequence * self._times(text)
         held = self.text_bytes(place)
         if self.prompts > 1:
             # On an accelerator they go to the host layer by layer.
             one_layer = max(text.cache_bytes for text in cost.texts) // self.size.num_hidden_layers
             held = self.waiting_bytes(place) if on_cpu else one_layer
-        crosses = topology.ulysses > topology.ranks_per_node
         return RankStage(
             flops=flops,
             weight_bytes=weights.text_bytes,
@@ -151,7 +152,7 @@ class Denoising:
                 "compute": flops / self._rate(cfg),
                 "memory": weights.text_read / accelerator.memory_bytes_per_s,
                 "weights": weights.text_read / accelerator.host_bytes_per_s,
-                "link": accelerator.wire_seconds(sent.bytes, sent.messages, crosses_nodes=crosses),
+                "link": _sequence_seconds(accelerator, sent),
             },
             share={"text_tokens": list(self.text_tokens), "prompts": self.prompts},
         )
@@ -173,14 +174,14 @@ class Denoising:
         accelerator, per_node = accelerator_of(cfg), topology.ranks_per_node
         on_cpu = topology.device == Device.cpu
         clip = cost.steps(self.steps)
-        flops, sequence, guidance = cost.clip_flops + clip.flops, clip.ulysses, clip.cfg
+        flops, sequence, guidance = cost.clip_flops + clip.flops, clip.sequence, clip.cfg
         # In a step without a pass of its own a rank waits for the others' velocities.
         working = sum(times for numbers, times in self.steps.items() if cost.step(numbers).passes)
         # Each pass of each step reads the generation pathway's weights once.
         reads = clip.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
         gathered = weights.gathered * steps + weights.gathered_ahead
-        inner, outer = topology.ulysses, topology.cfg * topology.ulysses
-        link = accelerator.wire_seconds(sequence.bytes, sequence.messages, crosses_nodes=inner > per_node)
+        link = _sequence_seconds(accelerator, sequence)
+        outer = topology.cfg * self.grid.ranks
         link += accelerator.wire_seconds(guidance.bytes, guidance.messages, crosses_nodes=outer > per_node)
         brought = working * weights.copied / accelerator.host_bytes_per_s
         brought += accelerator.wire_seconds(
@@ -198,7 +199,7 @@ class Denoising:
                 "weights": brought,
                 "link": link,
             },
-            share={"tokens": self.rows[cost.ulysses_rank], "passes": len(cost.passes)},
+            share={"tokens": self.rows[cost.sequence_rank], "passes": len(cost.passes)},
             sent_ahead=weights.gathered_ahead,
             noise_bytes=steps * self.latent_elements * FP32_BYTES if self.distilled else 0,
         )
@@ -215,8 +216,11 @@ class Denoising:
         accelerator a norm is one, and the product of a gated MLP takes the memory of its gate.
         """
         cost, latents = self.costs[place], self.latent_elements * FP32_BYTES
-        rank, passes = cost.ulysses_rank, len(cost.passes)
-        vision = self._layer_bytes(self.rows, rank, before=max(self.text_tokens), passes=passes, on_cpu=on_cpu)
+        rank, passes = cost.sequence_rank, len(cost.passes)
+        text = self.grid.text(max(self.text_tokens), rank)
+        vision = self._layer_bytes(
+            self.grid, self.rows, rank, before=text.stop - text.start, passes=passes, on_cpu=on_cpu
+        )
         vision += self.controls * latents
         if self.element_bytes != FP32_BYTES:  # as the model takes them
             vision += self.controls * self.latent_elements * self.element_bytes
@@ -232,8 +236,8 @@ class Denoising:
 
     def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:
         """The most that a layer of the text holds, for the longest prompt while the others wait."""
-        cost, ranks = self.costs[place], len(self.rows)
-        rank = cost.ulysses_rank
+        cost, ranks = self.costs[place], self.grid.ulysses
+        rank = cost.sequence_rank % ranks
         prompts = sorted(text.tokens for text in cost.texts for _ in range(self._times(text)))
         longest = even_rows(prompts.pop(), ranks)
         if self.size.num_hidden_layers == 1:  # the last layer's keys and values are all that is made
@@ -241,32 +245,48 @@ class Denoising:
             return longest[rank] * (2 * self.size.hidden_size + keys) * self.element_bytes
         waiting = sum(even_rows(tokens, ranks)[rank] * self.size.hidden_size for tokens in prompts)
         waiting += sum(2 * tokens * self.size.head_dim for tokens in prompts)
-        return waiting * self.element_bytes + self._layer_bytes(longest, rank, before=0, passes=1, on_cpu=on_cpu)
+        return waiting * self.element_bytes + self._layer_bytes(
+            Grid(ranks), longest, rank, before=0, passes=1, on_cpu=on_cpu
+        )
 
-    def _layer_bytes(self, rows: Sequence[int], rank: int, *, before: int, passes: int, on_cpu: bool) -> int:
+    def _layer_bytes(
+        self, grid: Grid, rows: Sequence[int], rank: int, *, before: int, passes: int, on_cpu: bool
+    ) -> int:
         """The most that a layer holds for `rows` tokens per rank that also attend to `before` tokens of text.
 
         `passes` are over as many tokens, or fewer.
         """
-        size, n, everyone = self.size, rows[rank], sum(rows)
-        share = head_shares(size.num_attention_heads, size.num_key_value_heads, len(rows))[rank]
+        size, n = self.size, rows[rank]
+        asking, asked = (sum(rows[other] for other in held) for held in (grid.row(rank), grid.column(rank)))
+        shares = head_shares(size.num_attention_heads, size.num_key_value_heads, grid.ulysses)
+        share = shares[rank % grid.ulysses]
         queries, keys = share.num_queries * size.head_dim, share.num_keys * size.head_dim
         # What every pass has made so far, and the projections of the layer.
         held = n * (passes * size.hidden_size + size.projection_width)
         if not before and size.norms_text_keys_again:
-            held += everyone * keys
-        held += passes * 2 * everyone * size.head_dim  # rotary angles
-        attended = everyone * queries
-        if len(rows) > 1:
-            held += everyone * (queries + 2 * keys)  # the projections as exchanged
-        attention = held + everyone * queries + 2 * (before + everyone) * keys + attended
+            held += asked * keys
+        held += passes * 2 * (asking if grid.groups == 1 else asking + asked) * size.head_dim  # rotary angles
+        attended = asking * queries
+        if grid.ranks > 1:
+            held += asking * queries + asked * 2 * keys  # the projections as exchanged
+        attention = held + asking * queries + 2 * (before + asked) * keys + attended
         part, intermediates = n, 2
         if on_cpu:
             part = n // mlp_parts(n, size.intermediate_size * self.element_bytes)
             intermediates = 3 if size.gated else 2
         mlp = held + attended + 2 * n * size.hidden_size + part * intermediates * size.intermediate_size
-        if len(rows) > 1:
-            mlp += n * size.num_attention_heads * size.head_dim
+        whole = n * size.num_attention_heads * size.head_dim
+        if grid.ranks > 1:
+            mlp += whole
+        if grid.columns > 1:  # partial results as they are sent, as they come, and what they are added up in
+            wide = 2 * whole * FP32_BYTES // self.element_bytes
+            attention = max(attention, held + 2 * attended + grid.columns * whole + wide)
         fused = not on_cpu or self.element_bytes == FP32_BYTES
         norm = 0 if fused else 2 * n * size.hidden_size * FP32_BYTES
         return max(max(attention, mlp) * self.element_bytes, (held + attended) * self.element_bytes + norm)
+
+
+def _sequence_seconds(accelerator: Accelerator, sent: Wire) -> float:
+    """Seconds in which a rank sends the others of its sequence what it has for them, on its node and beyond."""
+    near = accelerator.wire_seconds(sent.bytes - sent.far_bytes, sent.messages, crosses_nodes=False)
+    return near + accelerator.wire_seconds(sent.far_bytes, 0, crosses_nodes=True)

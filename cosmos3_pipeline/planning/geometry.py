@@ -12,6 +12,7 @@ from cosmos3_pipeline.checkpoint.sound import HOP, SAMPLE_RATE
 from cosmos3_pipeline.config.schema import Config, TaskName, TopologyConfig
 from cosmos3_pipeline.config.tasks import controls_planned
 from cosmos3_pipeline.denoise.cost import Stretch
+from cosmos3_pipeline.denoise.shards import Grid
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.chunks import Chunks
 
@@ -140,6 +141,12 @@ def modalities_of(cfg: Config) -> frozenset[str]:
 def nearest_multiple(value: int, step: int) -> int:
     """The multiple of `step` nearest to `value`, at least one `step`."""
     return max(round(value / step), 1) * step
+
+
+def grid_of(topology: TopologyConfig) -> Grid:
+    """How the ranks of `topology` share a sequence."""
+    rows, columns = topology.cp
+    return Grid(topology.ulysses, rows, columns)
 
 
 def replica_ranks(topology: TopologyConfig) -> int:

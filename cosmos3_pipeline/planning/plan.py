@@ -37,7 +37,7 @@ SCHEMA_VERSION = 1
 STAGES = ("text", "encode", "denoise", "sound", "decode")
 # How much of a device's memory layers that stay may fill: its driver takes some, and no plan is exact.
 FILLED = 0.95
-AXES = ("nodes", "ranks_per_node", "dp", "cfg", "ulysses")
+AXES = ("nodes", "ranks_per_node", "dp", "cfg", "cp", "ulysses")
 DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 
 
@@ -45,6 +45,7 @@ DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 class RankPlan:
     """One rank: where it stands on each axis, its weights, and its stages by name.
 
+    `cp` is its row and its column.
     `weight_bytes` are on the device at some time, `host_bytes` wait on the host of an accelerator; `text_bytes`
     are the encoded prompts of one clip.
     """
@@ -54,6 +55,7 @@ class RankPlan:
     dp: int
     spare: int
     cfg: int
+    cp: tuple[int, int]
     ulysses: int
     weight_bytes: dict[str, int]
     host_bytes: int
@@ -89,7 +91,7 @@ class Plan:
     passes: dict[str, int]
     cache: str
     clips: int
-    topology: dict[str, int]
+    topology: dict[str, Any]
     accelerator: Accelerator
     weights: WeightsPlan
     exactness: dict[str, str]
@@ -164,7 +166,7 @@ def make_plan(
     stages = {str(direction): stage for direction, stage in vae.items()}
     weights, ranks = _placed(cfg, denoising, stages)
     exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
-    exactness["text"] = exactness["denoise"] = "bitwise" if cfg.topology.ulysses == 1 else "rounding"
+    exactness["text"] = exactness["denoise"] = "bitwise" if denoising.grid.ranks == 1 else "rounding"
     # How many threads a CPU has decides in which order PyTorch adds up a waveform.
     threads = cfg.topology.threads_per_rank if cfg.topology.device == Device.cpu else 1
     exactness["sound"] = exactness["denoise"] if threads == 1 else "rounding"
@@ -270,8 +272,9 @@ def _rank(
 ) -> RankPlan:
     topology = cfg.topology
     dp, in_replica = divmod(rank, replica_ranks(topology))
-    spare, place = divmod(in_replica, topology.cfg * topology.ulysses)
-    cfg_rank, ulysses_rank = divmod(place, topology.ulysses)
+    grid = denoising.grid
+    spare, place = divmod(in_replica, topology.cfg * grid.ranks)
+    cfg_rank, sequence_rank = divmod(place, grid.ranks)
     on_cpu = topology.device == Device.cpu
     shares = {name: stage.plan.shares[in_replica] for name, stage in stages.items()}
     vae = {name: share.weight_bytes for name, share in shares.items()}
@@ -310,7 +313,8 @@ def _rank(
         dp=dp,
         spare=spare,
         cfg=cfg_rank,
-        ulysses=ulysses_rank,
+        cp=grid.place(sequence_rank),
+        ulysses=sequence_rank % grid.ulysses,
         weight_bytes={
             "text": cost.text_bytes,
             "transformer": cost.vision_bytes - (cost.text_read if weights.keep_text else 0),
@@ -465,6 +469,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def _rank_dict(rank: RankPlan) -> dict[str, Any]:
     plain = {key: value for key, value in asdict(rank).items() if key != "stages"}
+    plain["cp"] = list(rank.cp)
     stages = {
         name: {
             **stage.share,
@@ -486,11 +491,11 @@ def groups(plan: Plan) -> dict[str, list[list[int]]]:
     """The ranks of every group of each axis that has more than one rank, and the VAE's group."""
     replicas = sorted({rank.dp for rank in plan.ranks})
     found = {"vae": [[rank.rank for rank in plan.ranks if rank.dp == dp] for dp in replicas]}
-    for axis in ("cfg", "ulysses"):
-        others = [a for a in ("dp", "spare", "cfg", "ulysses") if a != axis]
+    for axis in ("cfg", "cp", "ulysses"):
+        others = [a for a in ("dp", "spare", "cfg", "cp", "ulysses") if a != axis]
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in plan.ranks:
             members.setdefault(tuple(getattr(rank, other) for other in others), []).append(rank.rank)
-        if plan.topology[axis] > 1:
+        if len(next(iter(members.values()))) > 1:
             found[axis] = list(members.values())
     return found

@@ -1,4 +1,4 @@
-"""Ranking the layouts of a topology for a task: guidance x sequence x VAE strategy, by estimated time."""
+"""Ranking the layouts of a topology for a task: guidance x sequence x weights x VAE, by estimated time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import product
 
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, Placement
+from cosmos3_pipeline.denoise.shards import Grid
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check
 from cosmos3_pipeline.planning.geometry import replica_ranks
@@ -62,11 +63,18 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
     return False, not plan.fits, candidate.seconds, plan.peak_bytes, sent, candidate.overrides
 
 
-def _choices(cfg: Config) -> Iterator[tuple[int, int, Strategy | None]]:
-    """(cfg, ulysses, decode strategy or None) of every way to use all ranks of a clip."""
+def _choices(cfg: Config) -> Iterator[tuple[int, Grid, Strategy | None]]:
+    """(cfg, ranks of a sequence, decode strategy or None) of every way to use all ranks of a clip.
+
+    Ranks that `cfg` and `ulysses` leave over are spare, or form the grid of so many groups that sends least.
+    """
     ranks = replica_ranks(cfg.topology)
     guidance = range(1, len(guidance_of(cfg.task, cfg.sampler).passes) + 1)
-    layouts = [(g, u) for g in guidance for u in range(1, ranks + 1) if ranks % (g * u) == 0]
+    layouts = list[tuple[int, Grid]]()
+    for g, u in product(guidance, range(1, ranks + 1)):
+        groups, rest = divmod(ranks, g * u)
+        if not rest:
+            layouts += [(g, Grid(u)), *[(g, _grid(cfg, u, groups))] * (groups > 1)]
     program = program_for("decode", plain(cfg.model.vae))
     # Without the flag the reference runs, so it is not tried with it.
     classes = [cls for name, cls in discover().strategies.items() if name != REFERENCE]
@@ -74,18 +82,31 @@ def _choices(cfg: Config) -> Iterator[tuple[int, int, Strategy | None]]:
     if ranks > 1:
         strategies += [cls() for cls in classes if issubclass(cls, OwnRunner) and "decode" in cls.directions]
         strategies += variants(classes, program, ranks)
-    for (g, u), strategy in product(layouts, strategies):
-        yield g, u, strategy
+    for (g, grid), strategy in product(layouts, strategies):
+        yield g, grid, strategy
+
+
+def _grid(cfg: Config, ulysses: int, groups: int) -> Grid:
+    """The grid of so many groups that sends least: queries and results along rows, keys and values in columns."""
+    model = cfg.model.transformer
+
+    def heads(grid: Grid) -> int:
+        return 2 * model.num_attention_heads * grid.columns + 2 * model.num_key_value_heads * grid.rows
+
+    return min((Grid(ulysses, groups // n, n) for n in range(1, groups + 1) if groups % n == 0), key=heads)
 
 
 def _candidate(
-    cfg: Config, guidance: int, ulysses: int, strategy: Strategy | None, placement: Placement
+    cfg: Config, guidance: int, grid: Grid, strategy: Strategy | None, placement: Placement
 ) -> Candidate:
     overrides = [f"weights={placement.value}"]
     stay = None if placement is Placement.streamed else 0
     if stay is None:
         overrides.append("weights.resident_layers=null")
-    overrides += [f"topology.cfg={guidance}", f"topology.ulysses={ulysses}"]
+    overrides += [f"topology.cfg={guidance}", f"topology.ulysses={grid.ulysses}"]
+    cp = [grid.rows, grid.columns]
+    if cp != cfg.topology.cp:
+        overrides.append(f"topology.cp=[{grid.rows},{grid.columns}]")
     decode = cfg.vae.decode
     if strategy is None:
         overrides.append("vae.parallel_decode=false")
@@ -97,7 +118,7 @@ def _candidate(
         decode = {"_target_": discover().target(strategy.name), **settings}
     tried = replace(
         cfg,
-        topology=replace(cfg.topology, cfg=guidance, ulysses=ulysses),
+        topology=replace(cfg.topology, cfg=guidance, cp=cp, ulysses=grid.ulysses),
         weights=replace(cfg.weights, placement=placement, resident_layers=stay),
         vae=replace(cfg.vae, parallel_decode=strategy is not None, decode=decode),
     )

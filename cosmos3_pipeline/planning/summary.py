@@ -69,9 +69,15 @@ def tokens(clip: Mapping[str, Any]) -> str:
 
 
 def layout(topology: Mapping[str, Any]) -> str:
-    """The mesh axes that have a meaning here: `cfg 2 x ulysses 4`, with replicas `dp 2 x cfg 1 x ulysses 1`."""
-    axes = ["dp"] * (topology["dp"] > 1) + ["cfg", "ulysses"]
-    return " x ".join(f"{axis} {topology[axis]}" for axis in axes)
+    """The mesh axes that have a meaning here: `cfg 2 x ulysses 4`, with replicas `dp 2 x cfg 1 x ulysses 1`.
+
+    A grid over the sequence stands before ulysses, as `cp 2x1`.
+    """
+    rows, columns = topology["cp"]
+    axes = {"dp": topology["dp"]} if topology["dp"] > 1 else {}
+    axes |= {"cfg": topology["cfg"]}
+    axes |= {"cp": f"{rows}x{columns}"} if rows * columns > 1 else {}
+    return " x ".join(f"{axis} {size}" for axis, size in {**axes, "ulysses": topology["ulysses"]}.items())
 
 
 def summary_lines(plan: Plan) -> list[str]:

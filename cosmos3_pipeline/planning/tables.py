@@ -73,7 +73,8 @@ def _stages(plan: Mapping[str, Any]) -> Sheet:
 
 def _ranks(plan: Mapping[str, Any]) -> Sheet:
     stages = list(plan["stages"])
-    columns = ["rank", "cfg", "ulysses", "tokens", "text K/V"]
+    in_grid = plan["topology"]["cp"] != [1, 1]
+    columns = ["rank", "cfg", *["cp"] * in_grid, "ulysses", "tokens", "text K/V"]
     for name in stages:
         columns += [f"{name} owns"] * ("ops" in plan["ranks"][0]["stages"][name])
         columns += [f"{name} weights", f"{name} activations", f"{name} peak"]
@@ -81,6 +82,7 @@ def _ranks(plan: Mapping[str, Any]) -> Sheet:
     for rank in plan["ranks"]:
         cells = [
             f"{rank['cfg']}",
+            *[",".join(map(str, rank["cp"]))] * in_grid,
             f"{rank['ulysses']}",
             f"{rank['stages']['denoise']['tokens']:,}",
             quantity("bytes", rank["text_bytes"]),

@@ -12,7 +12,7 @@ from cosmos3_pipeline.distributed.accelerator import Region, Work
 from cosmos3_pipeline.distributed.board import Notice
 from cosmos3_pipeline.distributed.comm import Comm, Pair, Pending
 from cosmos3_pipeline.distributed.ledger import Ledger
-from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
+from cosmos3_pipeline.distributed.mesh import AXES, REPLICA, SEQUENCE, RankMesh
 from cosmos3_pipeline.rehearsal.places import Place, asker, askers
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR
 
@@ -180,8 +180,8 @@ class RehearsedMesh(RankMesh):
 
     def rank(self, axis: str) -> int:
         """This rank's place on `axis`, from 0."""
-        if axis == REPLICA:
-            return self.place % self.size(REPLICA)
+        if axis in (REPLICA, SEQUENCE):
+            return self.place % self.size(axis)
         stride = self._stride(axis)
         return self.place // stride % self.size(axis)
 
@@ -194,13 +194,12 @@ class RehearsedMesh(RankMesh):
         return RehearsedComm(name, self.place, members, self.log)
 
     def _stride(self, axis: str) -> int:
-        order = ("ulysses", "cfg", "spare", "dp")  # fastest first
         stride = 1
-        for other in order[: order.index(axis)]:
+        for other in AXES[AXES.index(axis) + 1 :]:
             stride *= self.size(other)
         return stride
 
     def _members(self, axis: str) -> list[int]:
-        stride = 1 if axis == REPLICA else self._stride(axis)
+        stride = 1 if axis in (REPLICA, SEQUENCE) else self._stride(axis)
         first = self.place - self.rank(axis) * stride
         return [first + number * stride for number in range(self.size(axis))]

@@ -10,7 +10,7 @@ from ranks import run_on_ranks
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
-from cosmos3_pipeline.distributed.mesh import RankMesh
+from cosmos3_pipeline.distributed.mesh import SEQUENCE, RankMesh
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 
@@ -19,9 +19,9 @@ CLIP = {"height": 176, "width": 240, "num_frames": 33}  # 11 x 15 latent rows an
 MODEL = {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 160}
 
 
-def measure(rank: int, cfg: int, ulysses: int) -> tuple[int, int, int]:
+def measure(rank: int, cfg: int, cp: tuple[int, int], ulysses: int) -> tuple[int, int, int]:
     """(peak bytes of activations and text, sent bytes, sent messages) of one rank."""
-    mesh = RankMesh.build(cfg=cfg, ulysses=ulysses)
+    mesh = RankMesh.build(cfg=cfg, cp=cp, ulysses=ulysses)
     pipeline = tiny_pipeline(**MODEL)
     with LiveBytes([*pipeline.transformer.parameters(), *pipeline.transformer.buffers()]) as live:
         denoise_with(
@@ -33,19 +33,23 @@ def measure(rank: int, cfg: int, ulysses: int) -> tuple[int, int, int]:
             seed=0,
             **CLIP,
         )
-    ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses")]
+    ledgers = [mesh.comm(axis).ledger for axis in ("cfg", SEQUENCE)]
     return live.peak, sum(ledger.sent_bytes for ledger in ledgers), sum(ledger.sent_messages for ledger in ledgers)
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize(("cfg", "ulysses"), [(1, 2), (2, 1), (2, 2)])
-def test_ranks_hold_and_send_what_is_planned(cfg: int, ulysses: int) -> None:
-    measured = run_on_ranks(measure, cfg * ulysses, cfg, ulysses)
+@pytest.mark.parametrize(
+    ("cfg", "cp", "ulysses"), [(1, (1, 1), 2), (2, (1, 1), 1), (2, (1, 1), 2), (1, (2, 2), 1)]
+)
+def test_ranks_hold_and_send_what_is_planned(cfg: int, cp: tuple[int, int], ulysses: int) -> None:
+    ranks = cfg * cp[0] * cp[1] * ulysses
+    measured = run_on_ranks(measure, ranks, cfg, cp, ulysses)
     composed = compose(
         [
             "model=toy_random",
-            f"topology.ranks_per_node={cfg * ulysses}",
+            f"topology.ranks_per_node={ranks}",
             f"topology.cfg={cfg}",
+            f"topology.cp=[{cp[0]},{cp[1]}]",
             f"topology.ulysses={ulysses}",
             f"sampler.steps={STEPS}",
             *(f"task.{key}={value}" for key, value in CLIP.items()),

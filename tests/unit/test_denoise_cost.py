@@ -90,5 +90,5 @@ def test_flops_and_cache_are_exact(
         for tensor in layer
     }
     assert sum(stored.values()) == cached
-    assert all(text.ulysses == Wire() for text in cost.texts)
-    assert cost.full_step.ulysses == cost.full_step.cfg == Wire()
+    assert all(text.sequence == Wire() for text in cost.texts)
+    assert cost.full_step.sequence == cost.full_step.cfg == Wire()

@@ -67,6 +67,14 @@ def test_a_fault_in_a_file_names_the_file() -> None:
             id="heads do not divide",
         ),
         pytest.param(
+            ["topology=cpu_x4", "topology.cfg=1", "topology.ulysses=1", "topology.cp=[3,1]"],
+            "topology.cfg=1 x topology.cp=[3,1] x topology.ulysses=1 on 4 ranks",
+            "topology.ranks_per_node=3",
+            id="a grid that is not the ranks",
+        ),
+        pytest.param(["topology.cp=[2]"], "topology.cp=[2] is out of range", "topology.cp=[1,1]", id="no columns"),
+        pytest.param(["topology.cp=[2,0]"], "topology.cp=[2,0]", "topology.cp=[1,1]", id="zero columns"),
+        pytest.param(
             ["topology=cpu_x4", "topology.ranks_per_node=100"],
             "vae.decode=LayerPipeline",
             "84 ranks or fewer",

@@ -172,8 +172,47 @@ def test_groups_and_places_are_the_meshes() -> None:
     assert groups["vae"] == [list(range(8))]
 
 
+def test_groups_of_a_grid_are_the_meshes() -> None:
+    """cfg, rows, columns, ulysses, the last one fastest."""
+    plan = plan_of("topology=cpu_x4", "topology.ranks_per_node=8", "topology.ulysses=2", "topology.cp=[1,2]")
+    grid = torch.arange(8).reshape(2, 1, 2, 2)
+    for rank in plan.ranks:
+        assert grid[rank.cfg, rank.cp[0], rank.cp[1], rank.ulysses] == rank.rank
+    assert as_dict(plan)["topology"]["groups"]["cp"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+def test_what_leaves_a_node_takes_the_network() -> None:
+    """Two nodes of four: of one group of eight four of seven peers are far, of a column the keys and values alone.
+
+    In the column a rank sends 8 heads of queries and 8 of results to 3 peers, and 4 of keys and values to 7.
+    """
+    two_nodes = (
+        "model=nano",
+        "topology=h100_x8",
+        "topology.nodes=2",
+        "topology.ranks_per_node=4",
+        "topology.cfg=1",
+    )
+    one_node = ("model=nano", "topology=h100_x8", "topology.cfg=1")
+    layouts = {"heads": ("topology.ulysses=8",), "grid": ("topology.ulysses=4", "topology.cp=[2,1]")}
+    link = {}
+    for name, layout in layouts.items():
+        for ranks in (one_node, two_nodes):
+            plan = plan_of(*ranks, *layout, "vae=replicated")
+            assert plan.ranks[0].stages["denoise"].sent.messages > 0
+            link[name, ranks is two_nodes] = plan.ranks[0].stages["denoise"].seconds["link"]
+            sent = plan.ranks[0].stages["denoise"].sent
+            far = {"heads": 4 / 7, "grid": 4 * 4 / (3 * 16 + 7 * 4)}[name] if ranks is two_nodes else 0
+            assert sent.far_bytes / sent.bytes == pytest.approx(far, abs=0.002)
+    assert link["grid", True] < link["heads", True]
+
+
 def test_tokens_are_split_without_loss() -> None:
-    for overrides in (["topology=h200_x4", "model=nano"], ["topology=h100_x16", "model=nano"]):
+    for overrides in (
+        ["topology=h200_x4", "model=nano"],
+        ["topology=h100_x16", "model=nano"],
+        ["topology=h200_x8", "model=nano", "topology.ulysses=1", "topology.cp=[2,2]"],
+    ):
         plan = plan_of(*overrides)
         one_copy = [r.stages["denoise"].share["tokens"] for r in plan.ranks if r.cfg == 0 and r.spare == 0]
         assert sum(one_copy) == plan.clip.vision_tokens == 44160

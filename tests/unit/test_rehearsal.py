@@ -58,6 +58,8 @@ LAYOUTS = [
     ("topology=cpu_x4", "weights=sharded"),
     ("topology=h100_x1", "model.dtype=bfloat16", "model.vae_dtype=bfloat16"),
     ("topology=cpu_x1", "task=t2i"),
+    ("topology=cpu_x4", "topology.cfg=1", "topology.ulysses=1", "topology.cp=[2,2]", "vae=replicated"),
+    ("topology=cpu_x4", "topology.cfg=1", "topology.cp=[1,2]", "vae=replicated", "model.dtype=bfloat16"),
 ]
 
 

@@ -13,10 +13,10 @@ from diffusers.utils import logging as diffusers_logging
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.schema import Config, Device, Placement, SamplerConfig, TaskConfig
-from cosmos3_pipeline.distributed.mesh import REPLICA
+from cosmos3_pipeline.distributed.mesh import REPLICA, SEQUENCE
 from cosmos3_pipeline.jobs.rank import Run, components, context_of, encode_together
 from cosmos3_pipeline.models.form import folder_of, form_of
-from cosmos3_pipeline.planning.geometry import replica_ranks
+from cosmos3_pipeline.planning.geometry import grid_of, replica_ranks
 from cosmos3_pipeline.planning.plan import Plan, RankPlan, make_plan
 from cosmos3_pipeline.rehearsal.findings import (
     KernelFound,
@@ -159,7 +159,7 @@ def tokens_of(config: Config, plan: Plan, checkpoint: CheckpointInfo) -> tuple[i
 
 
 def _run(script: Script, mesh: RehearsedMesh, meter: StageMeter) -> Run:
-    ledgers = [mesh.comm(axis).ledger for axis in ("cfg", "ulysses", REPLICA)]
+    ledgers = [mesh.comm(axis).ledger for axis in ("cfg", SEQUENCE, REPLICA)]
     config, plan = script.config, script.plan
     parts = components(config, plan, ACCELERATOR, mesh, ledgers, meter, checkpoint=script.checkpoint)
     return Run(config, plan, script.stages, ACCELERATOR, mesh, parts, ledgers, base_bytes=0, origin=None)
@@ -167,9 +167,15 @@ def _run(script: Script, mesh: RehearsedMesh, meter: StageMeter) -> Run:
 
 def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
     topology, tracker = script.config.topology, Tracker(script.plan.accelerator)
-    spare = replica_ranks(topology) // (topology.cfg * topology.ulysses)
+    grid = grid_of(topology)
     mesh = RehearsedMesh(
-        dp=topology.dp, spare=spare, cfg=topology.cfg, ulysses=topology.ulysses, place=rank, log=log
+        dp=topology.dp,
+        spare=replica_ranks(topology) // (topology.cfg * grid.ranks),
+        cfg=topology.cfg,
+        cp=(grid.rows, grid.columns),
+        ulysses=grid.ulysses,
+        place=rank,
+        log=log,
     )
     steps = steps_of(script.config)
     short = replace(script.config, sampler=replace(script.config.sampler, steps=steps))
