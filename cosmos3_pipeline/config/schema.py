@@ -347,6 +347,7 @@ class TopologyConfig:
     cfg: int = ranged(at_least=1, at_most=2)
     ulysses: int = ranged(at_least=1)
     threads_per_rank: int = ranged(at_least=1)
+    patience_seconds: float = ranged(300.0, at_least=1)
     device: Device = MISSING
     accelerator: AcceleratorConfig = field(default_factory=AcceleratorConfig)
 
