@@ -26,6 +26,7 @@ GRACE_SECONDS = 4.0
 LOOK_SECONDS = 0.5
 
 _stopped_by: int | None = None  # the signal that has arrived
+_listens = False
 _unwinds = False  # whether the main thread is where an exception ends the process in order
 _told = False
 _leftovers = set[Path]()
@@ -40,11 +41,15 @@ class Stopped(KeyboardInterrupt):
 
 
 def on_signals() -> None:
-    """From now on a signal ends this process as the module says; call it once, in the main thread.
+    """From now on a signal ends this process as the module says; called in the main thread.
 
     A signal that is ignored stays so: `nohup` and shells ask for that. Under torchrun the process ends with its
     agent, too.
     """
+    global _listens
+    if _listens:
+        return
+    _listens = True
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)

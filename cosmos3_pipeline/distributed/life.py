@@ -38,6 +38,8 @@ class Life:
 
     # How the end of the run is told: the rank that is silent, and the three parts.
     tell: ClassVar[Callable[[int, Problem], None]] = staticmethod(_tell)
+    # The processes of the other ranks of this machine that have come.
+    neighbours: ClassVar[dict[int, int]] = {}
     # The stage of a run that this process is in; told with the signs.
     stage: ClassVar[str] = "start"
 
@@ -65,7 +67,10 @@ class Life:
         store = self._store()
         counts = dict.fromkeys(self._watched, 0)
         told = ""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         with suppress(RuntimeError):  # the store has gone: the other thread says so in time
+            if store is not None:
+                store.set(f"process/{self._rank}", str(os.getpid()))
             while store is not None and not self._stopped.is_set():
                 if told != Life.stage:
                     told = Life.stage
@@ -75,6 +80,8 @@ class Life:
                     if (count := store.add(f"sign/{rank}", 0)) != counts[rank]:
                         counts[rank], self._heard[rank] = count, time.monotonic()
                         self._stages[rank] = store.get(f"stage/{rank}").decode()
+                        if rank // here == self._rank // here:
+                            Life.neighbours[rank] = int(store.get(f"process/{rank}"))
                 self._stopped.wait(self._period)
 
     def _store(self) -> Store | None:
@@ -96,7 +103,8 @@ class Life:
             silent = [rank for rank in self._watched if looked - self._heard[rank] > self._patience]
             if silent and not self._stopped.is_set():
                 Life.tell(silent[0], self._problem(silent))
-                stopping.end(1)
+                # A launcher that asks a stopped process to end would wait for it.
+                stopping.end(1, [Life.neighbours[rank] for rank in silent if rank in Life.neighbours])
 
     def _problem(self, silent: list[int]) -> Problem:
         several, stage = len(silent) > 1, self._stages[silent[0]]

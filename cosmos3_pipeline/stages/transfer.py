@@ -31,10 +31,10 @@ from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.controls import ControlClip, first_frames
 from cosmos3_pipeline.stages.decode import vae_latents
 from cosmos3_pipeline.stages.denoise import ReportStep
+from cosmos3_pipeline.stages.files import CONTROL_FILE
 from cosmos3_pipeline.stages.media.writing import VideoWriter, write_video
 from cosmos3_pipeline.vae.pixels import to_uint8
 
-CONTROL_FILE = "control.mp4"
 # Of a chunk, which nothing reads after it: tensors of the latents' size.
 OF_A_CHUNK = (
     *("control_latents", "x0_tokens_vision", "condition_latents", "velocity", "velocity_mask"),
