@@ -31,6 +31,10 @@ _unwinds = False  # whether the main thread is where an exception ends the proce
 _told = False
 _leftovers = set[Path]()
 
+# The other ranks of this machine, and the processes that they are, as far as they are known. They end with the
+# same parent, but one that is stopped cannot see to it itself.
+neighbours = dict[int, int]()
+
 
 class Stopped(KeyboardInterrupt):
     """A signal ends the process. Libraries treat it as the interrupt that it often is."""
@@ -129,11 +133,12 @@ def inherited_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent(others: Callable[[], Iterable[int]] = lambda: (), leftovers: Iterable[Path] = ()) -> None:
+def end_with_parent(
+    others: Callable[[], Iterable[int]] = neighbours.values, leftovers: Iterable[Path] = ()
+) -> None:
     """End this process soon after the one that started it, however that has ended.
 
-    `others` are processes with the same fate; those that are stopped cannot see to it themselves. `leftovers` are
-    the parent's, which could not remove them.
+    `others` are the processes with the same fate. `leftovers` are the parent's, which could not remove them.
     """
     arguments = (os.getppid(), others, leftovers)
     threading.Thread(target=_watch_parent, args=arguments, name="cosmos3-parent", daemon=True).start()

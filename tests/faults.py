@@ -32,7 +32,7 @@ FRAMES = 9
 SMALL = ("model=toy_random", "task.height=80", "task.width=96", f"task.num_frames={FRAMES}", "sampler.steps=2")
 STILL = ("model=toy_random", "task=t2i", "task.height=80", "task.width=96", "sampler.steps=2")
 # Long enough to be hit in the middle.
-LONG = (*SMALL[:-1], "sampler.steps=400")
+LONG = ("model=toy_random", "task.height=160", "task.width=192", f"task.num_frames={FRAMES}", "sampler.steps=100")
 TOPOLOGIES = ("one process", "2 ranks", "torchrun")
 # Seconds in which all is over after a fault, and after which a run that nothing was done to hangs.
 GONE_SECONDS, HANGS_SECONDS = 10.0, 300.0
@@ -206,6 +206,11 @@ MOMENTS: dict[str, Callable[[Run], bool]] = {
 }
 
 
+def clip_for(moment: str) -> Sequence[str]:
+    """The overrides of a run that is hit at `moment`."""
+    return SMALL if moment in ("with a file begun", "with its video", "at its end") else LONG
+
+
 def wrongs(place: Place, run: Run, codes: Sequence[int], *, killed: bool = False) -> list[str]:
     """What is wrong with how `run` has ended. `killed`: whoever writes, so that its unfinished file may stay."""
     found = []
@@ -266,7 +271,7 @@ def signal_to_the_launcher(rng: random.Random, place: Place) -> Found:
     """Ctrl-C, `kill`, a terminal that closes: one line, the signal's exit code, nothing left."""
     topology, moment = rng.choice(TOPOLOGIES), rng.choice(list(MOMENTS))
     number, all_of_them = rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), rng.random() < 0.4
-    run = place.start(topology, *(SMALL if "at its end" in moment or "video" in moment else LONG))
+    run = place.start(topology, *clip_for(moment))
     there = run.wait_until(moment, rng.uniform(0, 0.4))
     since = time.monotonic()
     with suppress(ProcessLookupError):
@@ -288,7 +293,7 @@ def signal_to_the_launcher(rng: random.Random, place: Place) -> Found:
 def launcher_killed(rng: random.Random, place: Place) -> Found:
     """The memory killer or a scheduler: no process stays."""
     topology, moment = rng.choice(TOPOLOGIES), rng.choice(list(MOMENTS))
-    run = place.start(topology, *(SMALL if "at its end" in moment or "video" in moment else LONG))
+    run = place.start(topology, *clip_for(moment))
     run.wait_until(moment, rng.uniform(0, 0.4))
     since = time.monotonic()
     run.process.kill()
@@ -304,7 +309,7 @@ def signal_to_a_rank(rng: random.Random, place: Place) -> Found:
     topology, rank = rng.choice(TOPOLOGIES[1:]), rng.choice((0, 1))
     moment = rng.choice(list(MOMENTS)[3:])
     number = rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSEGV))
-    run = place.start(topology, *(SMALL if "at its end" in moment or "video" in moment else LONG))
+    run = place.start(topology, *clip_for(moment))
     run.wait_until(moment, rng.uniform(0, 0.4))
     since = time.monotonic()
     ranks = run.ranks()
@@ -343,7 +348,7 @@ def rank_stopped(rng: random.Random, place: Place) -> Found:
 def fork_server_killed(rng: random.Random, place: Place) -> Found:
     """The process that ranks are forked from is gone: the run ends, or needed it no more."""
     moment = rng.choice(list(MOMENTS)[3:])
-    run = place.start("2 ranks", *(SMALL if "at its end" in moment or "video" in moment else LONG))
+    run = place.start("2 ranks", *clip_for(moment))
     run.wait_until(moment, rng.uniform(0, 0.4))
     since = time.monotonic()
     for server in run.servers():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,8 +99,12 @@ def _environ(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def _started(environ: dict[str, str], *arguments: Any) -> BaseProcess:
     process = multiprocessing.Process(target=_rank, args=(environ, *arguments), name=f"rank {environ['RANK']}")
+    resource_tracker.ensure_running()  # it lets signals through when it has started
+    # The start of a fork takes as long as what the server still imports, and that shall hear of signals.
+    spawned = multiprocessing.get_start_method() == "spawn"
     try:
-        process.start()
+        with stopping.inherited_blocked() if spawned else nullcontext():
+            process.start()
     except (OSError, EOFError) as error:
         raise Fault(
             what=f"{process.name} could not be started",

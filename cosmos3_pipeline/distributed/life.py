@@ -38,8 +38,6 @@ class Life:
 
     # How the end of the run is told: the rank that is silent, and the three parts.
     tell: ClassVar[Callable[[int, Problem], None]] = staticmethod(_tell)
-    # The processes of the other ranks of this machine that have come.
-    neighbours: ClassVar[dict[int, int]] = {}
     # The stage of a run that this process is in; told with the signs.
     stage: ClassVar[str] = "start"
 
@@ -81,7 +79,7 @@ class Life:
                         counts[rank], self._heard[rank] = count, time.monotonic()
                         self._stages[rank] = store.get(f"stage/{rank}").decode()
                         if rank // here == self._rank // here:
-                            Life.neighbours[rank] = int(store.get(f"process/{rank}"))
+                            stopping.neighbours[rank] = int(store.get(f"process/{rank}"))
                 self._stopped.wait(self._period)
 
     def _store(self) -> Store | None:
@@ -104,7 +102,7 @@ class Life:
             if silent and not self._stopped.is_set():
                 Life.tell(silent[0], self._problem(silent))
                 # A launcher that asks a stopped process to end would wait for it.
-                stopping.end(1, [Life.neighbours[rank] for rank in silent if rank in Life.neighbours])
+                stopping.end(1, [stopping.neighbours[rank] for rank in silent if rank in stopping.neighbours])
 
     def _problem(self, silent: list[int]) -> Problem:
         several, stage = len(silent) > 1, self._stages[silent[0]]
