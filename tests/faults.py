@@ -171,7 +171,7 @@ class Run:
     def ours(self) -> str:
         """What is ours of it."""
         if self.topology != "torchrun":
-            return self.said()
+            return (self.logs / "err").read_text(errors="replace")
         return "\n".join(file.read_text(errors="replace") for file in self.logs.rglob("*.log"))
 
 
@@ -199,7 +199,7 @@ MOMENTS: dict[str, Callable[[Run], bool]] = {
     "while it imports": lambda run: time.monotonic() - run.started > 0.5,
     "with its folder": lambda run: run.output.is_dir(),
     "with its ranks": lambda run: len(run.ranks()) >= (1 if run.topology == "one process" else 2),
-    "in its work": lambda run: writes(run, "plan.json") and "denoise" in run.said(),
+    "in its work": lambda run: "denoise:" in run.said(),
     "with a file begun": lambda run: writes(run, "video.mp4.*"),
     "with its video": lambda run: writes(run, "video.mp4"),
     "at its end": lambda run: writes(run, "metrics.json"),
@@ -432,21 +432,18 @@ def something_in_the_way(rng: random.Random, place: Place) -> Found:
     return of("something in the way", f"{name}: {how}, {run.topology}", place, run, wrong, since)
 
 
-def campaign(seed: int, count: int, kinds: Sequence[str] = (), *, tell: Callable[[Found], None]) -> list[Found]:
+def campaign(seed: int, count: int, kinds: Sequence[str] = (), *, tell: Callable[[Found], None]) -> None:
     """`count` cases, the kinds in turn; the same ones for the same `seed`."""
-    found = []
     names = list(kinds or KINDS)
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         folder = Path(tempfile.mkdtemp(prefix="cosmos3_fault_"))
         place = Place(folder)
         try:
-            found.append(KINDS[names[number % len(names)]](rng, place))
+            tell(KINDS[names[number % len(names)]](rng, place))
         finally:
             place.end()
             shutil.rmtree(folder, ignore_errors=True)
-        tell(found[-1])
-    return found
 
 
 def table(found: Sequence[Found]) -> str:
@@ -470,6 +467,18 @@ def column(wrong: str) -> str:
     return "other"
 
 
+def report(found: Sequence[Found], given: argparse.Namespace) -> None:
+    """Write what was found so far: all of it to a file, and the table into a page."""
+    content = {"seed": given.seed, "load": os.getloadavg()[0], "cases": [asdict(each) for each in found]}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(content, indent=2))
+    if given.page is not None:
+        command = f"`python tests/faults.py --seed {given.seed} --count {given.count}`"
+        made = f"<!-- faults -->\n{len(found)} cases of {command}:\n\n{table(found)}\n<!-- end of faults -->"
+        text = given.page.read_text()
+        given.page.write_text(re.sub("<!-- faults -->.*<!-- end of faults -->", lambda _: made, text, flags=re.S))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -479,25 +488,18 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="a Markdown file whose table is written anew")
     given = parser.parse_args()
 
+    found: list[Found] = []
+
     def tell(each: Found) -> None:
-        print(
-            f"{each.kind}: {each.what}: {each.code} in {each.seconds} s: {'; '.join(each.wrong) or 'well'}",
-            flush=True,
-        )
+        found.append(each)
+        ending = "; ".join(each.wrong) or "well"
+        print(f"{each.kind}: {each.what}: {each.code} in {each.seconds} s: {ending}", flush=True)
         if each.wrong:
             print(f"    {each.said}", flush=True)
+        report(found, given)
 
-    found = campaign(given.seed, given.count, given.kinds, tell=tell)
-    report = {"seed": given.seed, "cases": [asdict(each) for each in found]}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(report, indent=2))
+    campaign(given.seed, given.count, given.kinds, tell=tell)
     print(table(found))
-    if given.page is not None:
-        text = given.page.read_text()
-        made = f"<!-- faults -->\n{table(found)}\n<!-- end of faults -->"
-        given.page.write_text(
-            re.sub(r"<!-- faults -->.*<!-- end of faults -->", lambda _: made, text, flags=re.DOTALL)
-        )
     return int(any(each.wrong for each in found))
 
 
