@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What the main thread gets to end in order; a scheduler often kills after ten seconds.
@@ -74,7 +75,10 @@ def stoppable(main: Callable[[], int]) -> int:
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         tell_stopped(number)
-        code = 128 + number
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        # Not through the interpreter's own end, which on a busy machine takes longer than a scheduler waits.
+        end(128 + number)
     finally:
         _unwinds = False
     return code
@@ -144,7 +148,7 @@ def end_with_parent(
     threading.Thread(target=_watch_parent, args=arguments, name="cosmos3-parent", daemon=True).start()
 
 
-def end(code: int, others: Iterable[int] = ()) -> None:
+def end(code: int, others: Iterable[int] = ()) -> NoReturn:
     """End this process now, and `others` with it, and remove what is of no use without it."""
     for path in list(_leftovers):
         if path.is_dir() and not path.is_symlink():

@@ -337,7 +337,7 @@ def rank_stopped(rng: random.Random, place: Place) -> Found:
     if rank < len(ranks):
         with suppress(ProcessLookupError):
             os.kill(ranks[rank], signal.SIGSTOP)
-    run.ends(60)  # torchrun gives a rank 30 s to end
+    run.ends(HANGS_SECONDS)  # the other rank has to come first, and torchrun waits 30 s for a stopped one
     wrong = wrongs(place, run, [1])
     if not re.search(r"rank \d of 2 (gives no sign of life|has not come)", run.ours()):
         wrong.append("no rank is named")
