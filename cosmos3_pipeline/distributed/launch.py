@@ -192,10 +192,13 @@ def _cause(ended: int, code: int, folder: Path, ranks: int) -> tuple[int, int, s
     rank that raises takes a while to end, and its connections are closed long before; and one that is killed may
     end between two looks of the launcher, together with who noticed.
     """
-    if code < 0:
-        return ended, ranks, _killed(-code)
     files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
     raised = {int(file.stem): Raised(**json.loads(file.read_text(encoding="utf-8"))) for file in files}
+    for writer, each in raised.items():
+        if each.rank == ended != writer:
+            return ended, ranks, each.words  # it gave no sign of life, and was killed for that
+    if code < 0:
+        return ended, ranks, _killed(-code)
     consequences = {kind.__name__ for kind in (*_CONSEQUENCES, dist.DistNetworkError)}
     for each in raised.values():
         if each.kind not in consequences and _OF_GLOO not in each.words:
