@@ -8,7 +8,8 @@
 # make interop  what is too large for the tests' environment: ray as a launcher, MLflow and other trackers
 # make fuzz  every value of tests/config_fuzz.py on every key of the schema (half an hour of one core)
 # make bench measures the VAE and the denoiser beside others, and writes docs/performance.md (two hours)
-.PHONY: env run test thorough quick lint docs hooks wheel fuzz interop bench clean
+# make faults 300 runs that are hit by signals, stopped, started twice or over, and docs/reliability.md
+.PHONY: env run test thorough quick lint docs hooks wheel fuzz interop bench faults clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -83,6 +84,11 @@ bench: env
 	$(PY) benchmarks/vae.py --width full --out docs/results/full
 	$(PY) benchmarks/denoise.py --out docs/results/denoise
 	$(PY) benchmarks/performance.py
+
+# Half a minute a case on two cores; SEED=1 draws others.
+faults: env
+	$(PY) tests/faults.py --seed $(or $(SEED),0) --count $(or $(COUNT),300) \
+		--out docs/results/faults.json --page docs/reliability.md
 
 clean:
 	rm -rf .venv .venv-docs outputs multirun site dist build

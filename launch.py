@@ -1,5 +1,10 @@
 """Run Cosmos3 from a composed config: `python launch.py [group=option ...] [key=value ...]`."""
 
+from cosmos3_pipeline import stopping
+
+if __name__ == "__main__":
+    stopping.on_signals()  # before the imports, which take a while
+
 import hydra
 from omegaconf import DictConfig
 

@@ -1,5 +1,15 @@
 """`python -m cosmos3_pipeline` is the `cosmos3` command."""
 
-from cosmos3_pipeline.cli import main
+from cosmos3_pipeline import stopping
 
-main()
+
+def main() -> None:
+    """Run the command. A signal ends this process in order from here on, also while the rest is imported."""
+    stopping.on_signals()
+    from cosmos3_pipeline.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

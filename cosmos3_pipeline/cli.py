@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import chdir, redirect_stdout, suppress
+from contextlib import ExitStack, chdir, redirect_stdout, suppress
+from functools import partial
 from importlib import import_module
 from io import StringIO, TextIOWrapper
 from pathlib import Path
@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cosmos3_pipeline import jobs
+from cosmos3_pipeline import jobs, stopping
 from cosmos3_pipeline.config import config_dir, running
 from cosmos3_pipeline.config.completion import cleaned
 from cosmos3_pipeline.config.compose import (
@@ -46,6 +46,7 @@ from cosmos3_pipeline.distributed.machine import machine_problem, output_problem
 from cosmos3_pipeline.distributed.world import NO_WORLD, world_problems
 from cosmos3_pipeline.errors import ConfigError, Fault, Problem, Refusal, nearest
 from cosmos3_pipeline.jobs import sweep
+from cosmos3_pipeline.jobs.folder import claimed, clear
 from cosmos3_pipeline.jobs.log import kept
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
 from cosmos3_pipeline.jobs.start import Prepared, prepare
@@ -57,7 +58,6 @@ __all__ = ["launch", "main", "run"]
 
 REFUSED = 2  # exit code of a composition that is refused before any work starts
 FAILED = 1
-INTERRUPTED = 128 + signal.SIGINT
 # Flags of Hydra whose next argument is theirs, and what may follow --info.
 FLAGS_WITH_VALUE = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
@@ -87,9 +87,9 @@ def main() -> None:
     `COMMANDS` are of their own, with arguments that are not Hydra's.
     """
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        stopping.on_signals()
         _set_up_terminal()
-        module = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}")
-        sys.exit(module.main(sys.argv[2:]))
+        sys.exit(stopping.stoppable(_command))
     first = next(iter(sys.argv[1:]), "")
     if re.fullmatch(r"[\w-]+", first) and (command := nearest(first, COMMANDS)):
         typed = f"cosmos3 {first}"
@@ -97,14 +97,29 @@ def main() -> None:
     launch(hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(run))
 
 
+def _command() -> int:
+    """One of `COMMANDS`, with the arguments of this process."""
+    module = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}")
+    code: int = module.main(sys.argv[2:])
+    return code
+
+
 def launch(hydra_main: Callable[[], None]) -> None:
     """Run a `@hydra.main` function with errors a person can act on, alone or as one rank of torchrun's world.
 
-    Exits with 2 when the composition is refused, with 1 when a run or a job of a sweep failed.
+    Exits with 2 when the composition is refused, with 1 when a run or a job of a sweep failed, and with 128 plus
+    the number of the signal when one has ended it.
     """
+    stopping.on_signals()
+    if code := stopping.stoppable(partial(_code_of, hydra_main)):
+        sys.exit(code)
+
+
+def _code_of(hydra_main: Callable[[], None]) -> int:
+    """The exit code of `launch`, after what there is to say."""
     sys.argv[1:] = overrides_first(sys.argv[1:])
     if dashed := _dashed(sys.argv[1:]):
-        sys.exit(_refused(ConfigError([_without_dashes(argument) for argument in dashed])))
+        return _refused(ConfigError([_without_dashes(argument) for argument in dashed]))
     args = get_args_parser().parse_args()
     plugins = register()
     _set_up_terminal()
@@ -113,7 +128,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
         script = Path(sys.argv[0])
         command = f"python {script.name}" if script.suffix == ".py" else script.name
         print(help_text(command, plugins, Source.of(hydra_main, args) or BUILTIN))
-        return
+        return 0
     # Hydra prints its own errors and exits unless asked for the full error; then it raises, and we explain.
     asked_for_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -124,9 +139,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
     except ConfigError as error:
         code = FAILED if sweep.was_told(error) else _refused(error)
     except Fault as fault:
-        if not sweep.was_told(fault):
-            print(f"the run has stopped\n\n{fault}", file=sys.stderr)
-        code = FAILED
+        code = _stopped(fault)
     except Refusal as refusal:
         code = FAILED if sweep.was_told(refusal) else _refused(ConfigError([refusal.problem]))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -143,9 +156,6 @@ def launch(hydra_main: Callable[[], None]) -> None:
         code = FAILED
     except sweep.NotStarted:
         code = REFUSED
-    except KeyboardInterrupt:
-        print("\nstopped; nothing half-written is left", file=sys.stderr)
-        code = INTERRUPTED
     except (OSError, MemoryError) as error:  # before the job or after it: what it raises is a Fault
         problem = machine_problem(error)
         if asked_for_traceback or problem is None:
@@ -153,14 +163,23 @@ def launch(hydra_main: Callable[[], None]) -> None:
         print(f"the run has stopped\n\n{problem}", file=sys.stderr)
         code = FAILED
     except Exception as error:
+        # Of a rank that torchrun has started: another one has gone. Its error is in a module that imports torch.
+        if isinstance(getattr(error, "problem", None), Problem):
+            code = _stopped(error)
         # At the end Hydra's sweeper raises what the first failed job has raised, which was told then.
-        if asked_for_traceback or not sweep.was_told(error):
+        elif asked_for_traceback or not sweep.was_told(error):
             raise
         code = FAILED
     finally:
         failed = sweep.current is not None and _report(sweep.current)
-    if code or failed:
-        sys.exit(code or FAILED)
+    return code or (FAILED if failed else 0)
+
+
+def _stopped(error: Exception) -> int:
+    """Say what has ended a run that had begun."""
+    if not sweep.was_told(error):
+        print(f"the run has stopped\n\n{error}", file=sys.stderr)
+    return FAILED
 
 
 def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
@@ -176,9 +195,11 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
             return cast(float | tuple[float, ...] | None, done.objective)
     output = running.output_directory()
     # With hydra.job.chdir this process is in `output` by now; paths were typed where it was started.
-    with told_as_fault(str(output)), chdir(_where_started()), kept(output):
-        composition, prepared = _prepared(cfg)
-        result = jobs.run(prepared, output, multirun=multirun)
+    with told_as_fault(str(output)), chdir(_where_started()), claimed(output):
+        clear(output)
+        with kept(output):
+            composition, prepared = _prepared(cfg)
+            result = jobs.run(prepared, output, multirun=multirun)
     if prepared.config.output.report and prepared.config.job.name == JobName.generate:
         page(lambda: import_module("cosmos3_pipeline.report").run_page(output, composition.overrides or ()))
     return result
@@ -256,7 +277,8 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
         if found := [*output_problems(folder, "hydra.run.dir")]:
             raise ConfigError(found)
         _ahead = composition, prepare(composition)  # before there is an output directory
-        running.run(composition, getattr(hydra_main, "__wrapped__"))  # noqa: B009 - untyped
+        with claimed(Path(composition.cfg.hydra.run.dir)):  # before Hydra writes into it
+            running.run(composition, getattr(hydra_main, "__wrapped__"))  # noqa: B009 - untyped
 
 
 def _repeat(args: Namespace) -> None:
@@ -322,6 +344,10 @@ def overrides_first(arguments: list[str]) -> list[str]:
     return [*overrides, *flags]
 
 
+# What a sweep holds on to until this process ends.
+_sweeps = ExitStack()
+
+
 class SweepReport(Callback):
     """Hydra calls it, see conf/config.yaml: says where a sweep is, and at once when a job of it failed."""
 
@@ -339,6 +365,10 @@ class SweepReport(Callback):
             )
         if resume and not (folder / OUTCOMES).is_dir():
             raise sweep.not_started(f"{table.RESUME}={config.sweep.resume}, but there is no sweep in {folder}")
+        try:
+            _sweeps.enter_context(claimed(folder))
+        except ConfigError as error:
+            raise sweep.not_started(str(error)) from error
         started = sweep.start(folder, baseline=config.sweep.baseline, resume=resume)
         if basic:
             with suppress(ConfigError):  # which Hydra's sweeper raises itself in a moment

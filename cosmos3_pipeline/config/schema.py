@@ -363,6 +363,7 @@ class TopologyConfig:
     cp: list[int] = ranged(at_least=1, at_most=1024, items=(2, 2))
     ulysses: int = ranged(at_least=1, at_most=1024)
     threads_per_rank: int = ranged(at_least=1, at_most=1024)
+    patience_seconds: float = ranged(300.0, at_least=1, at_most=1e7)
     device: Device = MISSING
     accelerator: AcceleratorConfig = field(default_factory=AcceleratorConfig)
 

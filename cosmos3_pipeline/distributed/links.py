@@ -24,10 +24,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 from torch._C._distributed_c10d import Store
+
+from cosmos3_pipeline import stopping
 
 # A socket's buffer takes so many at once, so that a small message leaves without its receiver's help.
 SMALL_BYTES = 192 << 10
@@ -169,10 +171,17 @@ class Links:
     Errors are RuntimeErrors, as those of gloo.
     """
 
+    # Where the files are that are gone once the links are made; None: where the system has such files.
+    folder: ClassVar[str | None] = None
+
     def __init__(self, store: Store, rank: int, size: int, *, lanes: int, patience: float) -> None:
         self._links = dict[int, Link]()
         self._patience = patience
-        with tempfile.TemporaryDirectory(prefix="cosmos3-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        with (
+            tempfile.TemporaryDirectory(prefix="cosmos3-", dir=self.folder) as folder,
+            stopping.leftover(Path(folder)),
+            socket.socket(socket.AF_UNIX) as listener,
+        ):
             here = _can_wait()
             address = _listening(listener, str(Path(folder) / "rank"), size) if here else ""
             store.set(f"address/{rank}", address)

@@ -14,6 +14,7 @@ from typing import Any
 
 from cosmos3_pipeline import jobs
 from cosmos3_pipeline.config.compose import Asked, composition_of
+from cosmos3_pipeline.jobs.folder import claimed, clear
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.checks import check_composition
 from cosmos3_pipeline.planning.plan import Plan
@@ -61,8 +62,8 @@ def run(asked: Asked = (), output: str | Path | None = None) -> Run:
     """
     prepared = prepare(composition_of(asked))
     folder = Path(output) if output is not None else Path("outputs", f"{datetime.now():%Y-%m-%d/%H-%M-%S.%f}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _ranks_without_main():
+    with claimed(folder), _ranks_without_main():
+        clear(folder)
         return Run(folder, jobs.run(prepared, folder, multirun=False))
 
 

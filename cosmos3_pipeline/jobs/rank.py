@@ -26,6 +26,7 @@ from cosmos3_pipeline.denoise.texts import Prompt
 from cosmos3_pipeline.distributed.device import numerics
 from cosmos3_pipeline.distributed.launch import joined_world
 from cosmos3_pipeline.distributed.ledger import Ledger
+from cosmos3_pipeline.distributed.life import Life
 from cosmos3_pipeline.distributed.mesh import REPLICA, SEQUENCE, RankMesh
 from cosmos3_pipeline.errors import Fault
 from cosmos3_pipeline.jobs.log import also_to, is_kept
@@ -86,6 +87,7 @@ def run_rank(
     themselves under torchrun pass None and learn it from rank 0.
     """
     with rank_of(config, plan, output) as (device, mesh, directory):
+        Life.stage = "load"
         base_bytes = held_bytes(device)
         ledgers = [mesh.comm(axis).ledger for axis in ("cfg", SEQUENCE, REPLICA)]
         parts = components(config, plan, device, mesh, ledgers, reporter_of(mesh))
@@ -109,7 +111,10 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
     topology = config.topology
     patience = max(LEAST_PATIENCE, SLOWER_THAN_PLANNED * plan.clips * sum(plan.seconds.values()))
     with joined_world(
-        device=topology.device.value, threads=topology.threads_per_rank, patience=patience
+        device=topology.device.value,
+        threads=topology.threads_per_rank,
+        patience=patience,
+        silence=topology.patience_seconds,
     ) as device:
         agreed = everyones((output, digest_of(config)))
         refuse_other_configs([digest for _, digest in agreed])
@@ -191,6 +196,7 @@ def make_clip(run: Run, directory: Path) -> None:
     compares = run.config.output.against_replicated
     kept: list[Tensor] = []
     for name, stage in build_stages(run.config, run.plan, run.stages).items():
+        Life.stage = name
         stage(context)
         if name == "decode" and compares:
             assert context.frames is not None

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
-from multiprocessing import forkserver, set_forkserver_preload, set_start_method
+from multiprocessing import (
+    forkserver,
+    parent_process,
+    resource_tracker,
+    set_forkserver_preload,
+    set_start_method,
+    util,
+)
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from cosmos3_pipeline import stopping
 from cosmos3_pipeline.config.plain import as_yaml
 from cosmos3_pipeline.config.schema import Config, Device
 from cosmos3_pipeline.distributed.machine import can_fork_ranks, told_as_fault
@@ -55,5 +63,9 @@ def import_for_ranks(entry: str) -> None:
     if not can_fork_ranks():
         return
     set_start_method("forkserver", force=True)  # what it is told to be like, see `run_ranks`
-    set_forkserver_preload([entry.partition(":")[0]])
-    forkserver.ensure_running()
+    set_forkserver_preload(["cosmos3_pipeline.distributed.forked", entry.partition(":")[0]])
+    if parent_process() is None:  # otherwise the folder of the server's socket is that process's
+        stopping.add_leftover(Path(util.get_temp_dir()))
+    resource_tracker.ensure_running()  # it lets signals through when it has started
+    with stopping.inherited_blocked():
+        forkserver.ensure_running()

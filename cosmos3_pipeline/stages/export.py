@@ -15,14 +15,9 @@ from safetensors.torch import save_file
 from cosmos3_pipeline.config.schema import OutputConfig
 from cosmos3_pipeline.planning.writing import Writing
 from cosmos3_pipeline.stages.context import Picture, RunContext, Written
-from cosmos3_pipeline.stages.files import whole_file
+from cosmos3_pipeline.stages.files import IMAGE_FILE, LATENTS_FILE, SOUND_FILE, VIDEO_FILE, whole_file
 from cosmos3_pipeline.stages.frame_queue import FrameQueue
 from cosmos3_pipeline.stages.media import check_encoder, cut_to, frame_rate, sound_of, write_video, write_wav
-
-VIDEO_FILE = "video.mp4"
-IMAGE_FILE = "image.png"
-SOUND_FILE = "sound.wav"
-LATENTS_FILE = "latents.safetensors"
 
 
 class ExportStage:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+from cosmos3_pipeline import stopping
+
+VIDEO_FILE = "video.mp4"
+IMAGE_FILE = "image.png"
+SOUND_FILE = "sound.wav"
+LATENTS_FILE = "latents.safetensors"
+CONTROL_FILE = "control.mp4"
+# All that jobs of any kind, and pages of them, leave in the folder of a run: the next run there removes it.
+RUN_FILES = (
+    *(VIDEO_FILE, IMAGE_FILE, SOUND_FILE, LATENTS_FILE, CONTROL_FILE, "actions.json"),
+    *("metrics.json", "config.yaml", "plan.json", "plan.md", "search.json", "prompts.json"),
+    *("verify.json", "verify.png", "rehearsal.json", "rehearsal.md", "log.txt", "index.html"),
+)
 
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` at the end, and vanishes when the block raises."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        if error.filename is None:  # of a write, which knows no name
-            error.filename = str(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+    """A new file beside `path` to write to; it becomes `path` at the end, and vanishes when the block raises.
+
+    Nobody else has its name, and a link at `path` is replaced, not followed.
+    """
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PARTIAL}")
+    with stopping.leftover(partial):
+        try:
+            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield partial
+            partial.replace(path)
+        except OSError as error:
+            if error.filename is None:  # of a write, which knows no name
+                error.filename = str(path)
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -33,4 +54,4 @@ def write_whole(path: Path, text: str) -> None:
 def remove_partial(folder: Path) -> None:
     """Remove what a killed process left half-written in `folder`: it could not tidy up after itself."""
     for leftover in folder.glob(f"*{PARTIAL}"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)

@@ -30,9 +30,9 @@ from cosmos3_pipeline.stages.chunked import ChunkedStage, ChunkMaker, of_chunks
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.controls import ControlClip, first_frames
 from cosmos3_pipeline.stages.denoise import ReportStep, sea_cache
+from cosmos3_pipeline.stages.files import CONTROL_FILE
 from cosmos3_pipeline.stages.media.writing import VideoWriter, write_video
 
-CONTROL_FILE = "control.mp4"
 # Of a chunk, which nothing reads after it: tensors of the latents' size.
 OF_A_CHUNK = (
     *("control_latents", "x0_tokens_vision", "condition_latents", "velocity", "velocity_mask"),

@@ -1,23 +1,32 @@
-"""Ranks through the elastic launcher: they talk, and a broken one ends the run with its own traceback."""
+"""Ranks and their launcher: they talk, a broken one ends the run with its own traceback, and none stays."""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from limits import HANGS
 
 from cosmos3_pipeline.distributed.failure import RankFailed
-from cosmos3_pipeline.distributed.launch import _cause, joined_world, run_ranks
+from cosmos3_pipeline.distributed.launch import Raised, _cause, _leave, joined_world, run_ranks
+from cosmos3_pipeline.distributed.life import Life
 from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.jobs.ranks import import_for_ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_from_torch() -> None:
+    """Ranks need not import it each."""
+    import_for_ranks("cosmos3_pipeline.distributed.launch:run_ranks")
 
 
 def add_up(folder: str) -> None:
@@ -87,6 +96,49 @@ def test_a_broken_rank_ends_the_run_with_its_own_words(tmp_path: Path, how: str,
     assert not any(alive(pid) for pid in pids)
 
 
+def end_in_time(folder: str, how: str) -> None:
+    """Rank 1 ends, or stops, as `how` says; nobody waits for it, as after the last message of a run."""
+    with joined_world(device="cpu", threads=1, silence=2.0):
+        Life.stage = "decode"
+        (Path(folder) / f"pid{dist.get_rank()}").write_text(str(os.getpid()))
+        dist.barrier()
+        if dist.get_rank() == 1:
+            if how == "leave":
+                os._exit(0)
+            time.sleep(1.5)  # its stage is heard of
+            os.kill(os.getpid(), getattr(signal, how))
+        if how != "SIGKILL":
+            dist.recv(torch.zeros(1), src=1)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("SIGINT", r"it was killed by signal 2 \(SIGINT\)"),
+        ("SIGKILL", r"it was killed by signal 9 \(SIGKILL\)\n .*memory"),
+        ("leave", "it ended with exit code 0 before its work was done"),
+        ("SIGSTOP", "rank 1 of 2 gives no sign of life for 2 s, last heard of in stage decode"),
+    ],
+)
+def test_a_rank_that_ends_or_stops_is_named(tmp_path: Path, how: str, said: str) -> None:
+    with pytest.raises(RankFailed, match=said) as caught:
+        run_ranks(end_in_time, str(tmp_path), how, ranks=2)
+    assert caught.value.rank == 1
+    assert not any(alive(int((tmp_path / f"pid{r}").read_text())) for r in range(2))
+
+
+def come_late(folder: str) -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with joined_world(device="cpu", threads=1, silence=2.0):
+        pass
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="rank 1 of 2 has not come in 2 s"):
+        run_ranks(come_late, str(tmp_path), ranks=2)
+
+
 RAISED = "RuntimeError: connection closed"
 LOST, FAILED, STOPPED = "PeerLost: rank 0 lost the connection", "PeerFailed: by rank 1", "RunStopped: by rank 1"
 
@@ -97,12 +149,11 @@ LOST, FAILED, STOPPED = "PeerLost: rank 0 lost the connection", "PeerFailed: by 
         ({0: RAISED, 1: "ValueError: cursed"}, 1, 0, RAISED),
         ({1: "ValueError: cursed", 0: RAISED}, 1, 1, "ValueError: cursed"),
         ({0: FAILED, 1: "ValueError: cursed"}, 1, 1, "ValueError: cursed"),
-        ({1: "", 0: RAISED}, 1, 0, RAISED),
-        ({1: "cut off", 0: RAISED}, 1, 0, RAISED),
-        ({1: RAISED}, -9, 0, "it was killed by signal 9 (SIGKILL)"),
-        ({}, 3, 0, "it ended with exit code 3"),
+        ({1: RAISED}, -9, 0, r"it was killed by signal 9 \(SIGKILL\)\n .*"),
+        ({}, 3, 0, "it ended with exit code 3 .*"),
+        ({}, 255, 0, ".* the process that ranks are forked from has ended.*"),
         # Killed, and its peers had ended before the launcher looked.
-        ({0: LOST, 2: STOPPED}, 1, 1, f"it ended without a traceback; .* rank 0 noticed:\n{LOST}"),
+        ({0: LOST, 2: STOPPED}, 1, 1, f"it was killed .*rank 0 noticed:\n{LOST}"),
         # It may have been either of those that wrote nothing.
         ({0: LOST}, 1, 0, LOST),
     ],
@@ -112,13 +163,38 @@ def test_the_cause_is_whoever_failed_first_and_by_itself(
 ) -> None:
     """Three ranks have `written` in this order; of rank 0 the launcher saw first that it had ended."""
     for second, (rank, words) in enumerate(written.items()):
-        file = tmp_path / "run" / str(rank) / "error.json"
-        file.parent.mkdir(parents=True)
-        told = {"message": words, "extraInfo": {"py_callstack": words, "timestamp": "7"}}
-        whole = json.dumps({"message": told})
-        file.write_text({"": "", "cut off": whole[:-5]}.get(words, whole))
-        os.utime(file, ns=(second, second))
-    seen = ProcessFailure(0, 4711, exit_code, str(tmp_path / "run" / "0" / "error.json"))
-    rank, words = _cause(ChildFailedError("ranks", {0: seen}), tmp_path, ranks=3)
-    assert rank == cause
-    assert re.fullmatch(says.replace("(", r"\(").replace(")", r"\)"), words, re.DOTALL)
+        _leave(tmp_path, rank, Raised(rank, words.partition(":")[0], words))
+        os.utime(tmp_path / f"{rank}.json", ns=(second, second))
+    rank, ranks, words = _cause(0, exit_code, tmp_path, ranks=3)
+    assert (rank, ranks) == (cause, 3)
+    assert re.fullmatch(says, words, re.DOTALL)
+
+
+def start_and_wait(folder: str) -> None:
+    """A launcher that will be killed; its second rank is stopped."""
+    run_ranks(wait, folder, ranks=2)
+
+
+def wait(folder: str) -> None:
+    rank = os.environ["RANK"]
+    (Path(folder) / f"pid{rank}").write_text(str(os.getpid()))
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(HANGS)
+
+
+def test_ranks_end_with_their_launcher_also_one_that_is_stopped(tmp_path: Path) -> None:
+    launcher = multiprocessing.get_context("spawn").Process(target=start_and_wait, args=(str(tmp_path),))
+    launcher.start()
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    until(lambda: all(file.is_file() and file.read_text() for file in files))
+    launcher.kill()
+    launcher.join()
+    until(lambda: not any(alive(int(file.read_text())) for file in files))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + HANGS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)

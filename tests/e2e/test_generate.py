@@ -115,7 +115,7 @@ def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=HANGS)
     assert run.returncode == 130
-    assert "stopped; nothing half-written is left" in errors
+    assert "stopped by SIGINT; nothing half-written is left" in errors
     assert not list(tmp_path.glob("*.mp4*"))
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks)
 

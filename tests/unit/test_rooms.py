@@ -7,7 +7,19 @@ from pathlib import Path
 
 LIBRARY = Path(__file__).parents[2] / "cosmos3_pipeline"
 ROOMS = (
-    *("errors", "distributed", "fused", "vae", "config", "denoise", "checkpoint", "planning", "models", "stages"),
+    *(
+        "errors",
+        "stopping",
+        "distributed",
+        "fused",
+        "vae",
+        "config",
+        "denoise",
+        "checkpoint",
+        "planning",
+        "models",
+        "stages",
+    ),
     *("rehearsal", "jobs", "trackers", "review", "report", "plugin_kit"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "safetensors", "av", "numpy"}

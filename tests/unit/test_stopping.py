@@ -1,0 +1,103 @@
+"""A process that a signal ends: in order where it can, in time where it cannot, and in one line."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# What is started says `ready` on its stdout when the signal may come.
+BEGIN = """
+import signal, sys, time
+from pathlib import Path
+from cosmos3_pipeline import stopping
+stopping.GRACE_SECONDS = 0.3
+begun = Path(sys.argv[1])
+def main():
+    with stopping.leftover(begun):
+        begun.touch()
+        work()
+    return 0
+"""
+IN_ORDER = """
+def work():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        begun.unlink()
+        print("tidied up", flush=True)
+"""
+SWALLOWS = """
+def work():
+    while True:
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except BaseException:
+            pass
+"""
+# A call into a library that holds on to the thread, and to which no handler gets.
+DEAF = """
+def work():
+    import hashlib
+    while True:
+        try:
+            print("ready", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        except BaseException:  # the signal has come before the call
+            pass
+"""
+STOPPABLE = "\nstopping.on_signals()\nsys.exit(stopping.stoppable(main))\n"
+EARLY = "\nstopping.on_signals()\nmain()\n"
+IGNORED = (
+    "\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nstopping.on_signals()\nsys.exit(stopping.stoppable(main))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("work", "start", "number", "code", "said"),
+    [
+        (IN_ORDER, STOPPABLE, signal.SIGTERM, 143, "tidied up"),
+        (IN_ORDER, STOPPABLE, signal.SIGINT, 130, "tidied up"),
+        (SWALLOWS, STOPPABLE, signal.SIGHUP, 129, "ready"),
+        (DEAF, STOPPABLE, signal.SIGTERM, 143, None),
+        (IN_ORDER, EARLY, signal.SIGTERM, 143, ""),
+    ],
+)
+def test_a_signal_ends_a_process_in_one_line(
+    work: str, start: str, number: signal.Signals, code: int, said: str | None, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+    run = started(BEGIN + work + start, begun)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert said is None or out.strip() == said
+    assert err.strip() == f"stopped by {number.name}; nothing half-written is left"
+    assert not begun.exists()
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As `nohup` asks for."""
+    run = started(BEGIN + IN_ORDER + IGNORED, tmp_path / "begun")
+    run.send_signal(signal.SIGHUP)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    assert run.returncode == 143
+
+
+def started(code: str, begun: Path) -> subprocess.Popen[str]:
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(begun)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    return run
