@@ -126,7 +126,8 @@ def check_wire(mesh: RankMesh, model: str, clip: str) -> None:
     for one in cost.texts:
         text += one.sequence
     assert sent(sequence, before[1]) == text + cost.full_step.sequence * STEPS
-    assert (mesh.cfg > 1) == (cost.full_step.cfg.bytes > 0) or clip == "fewer tokens than ranks"
+    # One rank may have clean tokens only.
+    assert (mesh.cfg > 1) == any(one.full_step.cfg.bytes > 0 for one in costs)
 
 
 def in_layout(dp: int, cfg: int, ulysses: int) -> None:
