@@ -245,9 +245,11 @@ class Denoising:
             return longest[rank] * (2 * self.size.hidden_size + keys) * self.element_bytes
         waiting = sum(even_rows(tokens, ranks)[rank] * self.size.hidden_size for tokens in prompts)
         waiting += sum(2 * tokens * self.size.head_dim for tokens in prompts)
-        return waiting * self.element_bytes + self._layer_bytes(
-            Grid(ranks), longest, rank, before=0, passes=1, on_cpu=on_cpu
-        )
+        held = waiting * self.element_bytes
+        held += self._layer_bytes(Grid(ranks), longest, rank, before=0, passes=1, on_cpu=on_cpu)
+        if self.prompts == 1 or on_cpu:  # the last layer's keys and values come when no more is made than they
+            held -= sum(self._times(text) * text.cache_bytes for text in cost.texts) // self.size.num_hidden_layers
+        return max(held, 0)
 
     def _layer_bytes(
         self, grid: Grid, rows: Sequence[int], rank: int, *, before: int, passes: int, on_cpu: bool
@@ -263,6 +265,8 @@ class Denoising:
         queries, keys = share.num_queries * size.head_dim, share.num_keys * size.head_dim
         # What every pass has made so far, and the projections of the layer.
         held = n * (passes * size.hidden_size + size.projection_width)
+        if not before:  # queries and keys are let go as they are normed, and all of them when they have been sent
+            held -= n * (size.projection_width if grid.ranks > 1 else keys)
         if not before and size.norms_text_keys_again:
             held += asked * keys
         held += passes * 2 * (asking if grid.groups == 1 else asking + asked) * size.head_dim  # rotary angles

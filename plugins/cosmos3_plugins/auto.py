@@ -68,7 +68,7 @@ class Auto(Strategy):
                 f"auto.require={self.require}", "it is no exactness", f"use one of {', '.join(Exactness)}"
             )
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "latency_us" else _LEAST
+            value, least = getattr(self, field.name), 0 if field.name in ("latency_us", "launch_us") else _LEAST
             if field.name != "require" and not value >= least:
                 raise StrategyError(
                     f"auto.{field.name}={value}",

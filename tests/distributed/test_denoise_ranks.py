@@ -260,7 +260,7 @@ def refused_layouts() -> None:
         with pytest.raises(UlyssesLayoutError, match="ulysses=2 with 3 attention heads"):
             heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
             latents(ParallelLoopDenoiser(RankMesh.build(ulysses=2)), heads, "t2v", seed=0)
-        with pytest.raises(Refusal, match=r"(?s)dp=3 x cfg=1 x ulysses=1 on 2 ranks.*3 ranks"):
+        with pytest.raises(Refusal, match=r"(?s)dp=3 x cfg=1 x cp=\[1,1\] x ulysses=1 on 2 ranks.*3 ranks"):
             RankMesh.build(dp=3)
 
 

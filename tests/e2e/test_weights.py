@@ -79,8 +79,10 @@ def test_weights_that_are_no_numbers_end_the_run_with_their_name(tmp_path: Path)
     prompts.write_text("a red kite\na blue boat\n", encoding="utf-8")
     given = ("model=nano", f"model.path={folder}", *SMALL[1:], f"task.prompt_file={prompts}")
     for placed in (("weights=sharded", "topology=cpu_x2"), ("weights=streamed",), ("weights=resident",)):
-        done = launch(*given, *placed, f"hydra.run.dir={tmp_path / placed[0].partition('=')[2]}")
+        run = tmp_path / placed[0].partition("=")[2]
+        done = launch(*given, *placed, f"hydra.run.dir={run}")
         assert done.returncode == 1
+        assert f"{broken} in " in (run / "log.txt").read_text()
         assert done.stderr.count(f"{broken} in ") == 1, done.stderr
         assert "Traceback" not in done.stderr
 
