@@ -423,10 +423,15 @@ def _object(schema: type, said: Any) -> Any:
 def _in_range(value: Any, limits: Mapping[str, Any]) -> None:
     if value is None or not limits:
         return
+    values = value if isinstance(value, list) else [value]
+    fewest, most = limits.get("items", (0, len(values)))
     low, high, step = limits.get("at_least"), limits.get("at_most"), limits.get("multiple_of")
-    allowed = limits.get("one_of", (value,))
-    inside = (low is None or value >= low) and (high is None or value <= high)
-    if value not in allowed or not inside or (step is not None and value % step):
+    form, _ = limits.get("matching", (None, None))
+    for one in values:
+        inside = (low is None or one >= low) and (high is None or one <= high) and not (step and one % step)
+        if not inside or one not in limits.get("one_of", (one,)) or (form and not re.fullmatch(form, str(one))):
+            raise NotPlain
+    if not fewest <= len(values) <= most:
         raise NotPlain
 
 
