@@ -46,6 +46,8 @@ def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
             continue
         if OmegaConf.is_missing(node, name):
             yield _missing(key)
+        elif wrong := [*_reference(node, str(name), key)]:
+            yield from wrong
         elif dataclasses.is_dataclass(hints[str(name)]):
             yield from _walk(node[name], typing.cast(type, hints[str(name)]), f"{key}.")
         else:
@@ -76,16 +78,20 @@ def _missing(key: str) -> Problem:
     )
 
 
-def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, Any]) -> Iterator[Problem]:
+def _reference(node: DictConfig, name: str, key: str) -> Iterator[Problem]:
+    """Whether what a value refers to is there."""
     try:
-        value = node[name]
+        node[name]
     except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]
         missing = re.search(r"Interpolation key '([^']+)' not found", why)
         near = nearest(missing.group(1), schema_keys()) if missing else None
         works = f"did you mean ${{{near}}}?" if near else "see --cfg job for what there is to refer to"
         yield Problem(what=f"{key} cannot be resolved", why=why, works=works)
-        return
+
+
+def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, Any]) -> Iterator[Problem]:
+    value = node[name]
     if value is None or isinstance(value, Enum):
         return
     if "one_of" in limits:
@@ -105,10 +111,11 @@ def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, An
 def _list(values: ListConfig, key: str, limits: typing.Mapping[str, Any]) -> Iterator[Problem]:
     fewest, most = limits.get("items", (0, len(values)))
     if not fewest <= len(values) <= most:
+        count = str(most) if fewest == most else f"{fewest} to {most}"
         yield Problem(
-            what=f"{key}={_said(values)} has {len(values)} values",
-            why=f"it must have {fewest} to {most}",
-            works=f"{key} with {fewest} to {most} values, such as those that --cfg job shows without this one",
+            what=f"{key}={_said(values)} has {len(values)} value{'s' * (len(values) != 1)}",
+            why=f"it must have {count}",
+            works=f"{key} with {count} values, such as those that --cfg job shows without this one",
         )
     for place in range(len(values)):
         if OmegaConf.is_missing(values, place):

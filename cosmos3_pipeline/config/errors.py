@@ -174,6 +174,12 @@ def explain(
             why="Hydra's own sweeper tries values that are given, and an interval has no last one",
             works="values with commas, range(1,4), or hydra/sweeper=optuna, which draws from intervals",
         )
+    if match := re.search(r"Error resolving interpolation '([^']+)', possible interpolation keys: ([^\n]+)", text):
+        return Problem(
+            what=f"{match.group(1)} as the choice of a group{where}",
+            why=f"a choice may refer to those of other groups, which are {match.group(2)}",
+            works="the name of an option; see --help",
+        )
     if match := re.search(r"Error merging override ~(\S+)", text):
         return Problem(
             what=f"~{match.group(1)} deletes a key",

@@ -72,8 +72,10 @@ def test_a_fault_in_a_file_names_the_file() -> None:
             "topology.ranks_per_node=3",
             id="a grid that is not the ranks",
         ),
-        pytest.param(["topology.cp=[2]"], "topology.cp=[2] is out of range", "topology.cp=[1,1]", id="no columns"),
-        pytest.param(["topology.cp=[2,0]"], "topology.cp=[2,0]", "topology.cp=[1,1]", id="zero columns"),
+        pytest.param(
+            ["topology.cp=[2]"], "topology.cp=[2] has 1 value", "topology.cp with 2 values", id="no columns"
+        ),
+        pytest.param(["topology.cp=[2,0]"], "topology.cp[1]=0", "topology.cp with 1", id="zero columns"),
         pytest.param(
             ["topology=cpu_x4", "topology.ranks_per_node=100"],
             "vae.decode=LayerPipeline",
