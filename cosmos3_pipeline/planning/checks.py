@@ -128,6 +128,7 @@ def check(cfg: Config) -> Checked:
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
     found = [problem for one in CHECKS for problem in one(cfg, clip)]
     found += check_actions(cfg)
+    found += [] if found else _tokens(cfg)
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
             continue  # the reference works with any clip and ranks that nothing else is wrong with
@@ -290,13 +291,24 @@ def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
             guidance_scale=cfg.sampler.guidance_scale,
         )
     )
+    for problem in found:
+        yield _by_keys(problem)
+
+
+def _tokens(cfg: Config) -> Iterator[Problem]:
+    """Of a config that nothing else is wrong with: only then its tokens can be counted."""
     tokens = min(
         one.rows for chunk in range(min(chunks_of(cfg).count, 2)) for one in passes_of(cfg, (1, 1), chunk)
     )
-    for problem in (*found, *refused(lambda: check_tokens(tokens, grid_of(topology)))):
-        named = re.sub(r"(?<![.\w])(cfg|cp|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
-        what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
-        yield Problem(what=what, why=problem.why, works=works)
+    for problem in refused(lambda: check_tokens(tokens, grid_of(cfg.topology))):
+        yield _by_keys(problem)
+
+
+def _by_keys(problem: Problem) -> Problem:
+    """A problem of the denoiser, which knows its arguments, in the words of the config."""
+    named = re.sub(r"(?<![.\w])(cfg|cp|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
+    what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
+    return Problem(what=what, why=problem.why, works=works)
 
 
 def _has_own_passes(cfg: Config) -> bool:
