@@ -87,6 +87,7 @@ def wait_for_ranks(parent: int, count: int, *, until: Callable[[], bool] = lambd
     while time.monotonic() < end:
         servers = [pid for pid in children(parent) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         ranks = [pid for server in servers for pid in children(server)]
+        assert servers or Path(f"/proc/{parent}/stat").read_text().split()[2] != "Z", "the run has ended"
         if until() and len(ranks) >= count:
             time.sleep(2)
             return ranks

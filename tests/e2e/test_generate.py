@@ -87,7 +87,15 @@ def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], on
 def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     output = tmp_path / "killed"
     run = subprocess.Popen(
-        [sys.executable, "launch.py", *SMALL, "sampler.steps=500", "topology=cpu_x2", f"hydra.run.dir={output}"],
+        [
+            sys.executable,
+            "launch.py",
+            *SMALL,
+            "sampler.steps=500",
+            "sampler.flow_shift=1",
+            "topology=cpu_x2",
+            f"hydra.run.dir={output}",
+        ],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -104,7 +112,15 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path:
 
 def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
     run = subprocess.Popen(
-        [sys.executable, "launch.py", *SMALL, "sampler.steps=900", "topology=cpu_x2", f"hydra.run.dir={tmp_path}"],
+        [
+            sys.executable,
+            "launch.py",
+            *SMALL,
+            "sampler.steps=900",
+            "sampler.flow_shift=1",
+            "topology=cpu_x2",
+            f"hydra.run.dir={tmp_path}",
+        ],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -176,7 +176,15 @@ def test_slurm_is_one_node_per_job_with_its_gpus() -> None:
 
 def test_a_sweep_that_is_stopped_prints_its_table(tmp_path: Path) -> None:
     sweep = tmp_path / "jobs"
-    command = [sys.executable, "launch.py", "-m", *SMALL, "topology=cpu_x2", "sampler.steps=1,900"]
+    command = [
+        sys.executable,
+        "launch.py",
+        "-m",
+        *SMALL,
+        "topology=cpu_x2",
+        "sampler.steps=1,900",
+        "sampler.flow_shift=1",
+    ]
     run = subprocess.Popen(
         [*command, f"hydra.sweep.dir={sweep}"],
         cwd=REPOSITORY,
