@@ -195,6 +195,8 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
                 yield unknown_key(key, [f"vae.{direction}.{k}" for k in known])
             elif OmegaConf.is_missing(node, name):
                 yield _missing(key)
+            elif wrong := [*_reference(node, str(name), key)]:
+                yield from wrong
             elif OmegaConf.is_interpolation(node, name) or node[name] != known[str(name)]:  # which may be infinite
                 yield from _value(node, str(name), key, {})
 
