@@ -393,7 +393,9 @@ class _Walk:
         self._results.append(
             0 if local else elements * (self._low.shape.picture_bytes if decodes else self._element)
         )
-        self._peak(self._beside())
+        # A picture of its own is there while bytes are made of it.
+        made = elements * (self._element + self._low.shape.picture_bytes) if local and decodes else 0
+        self._peak(self._beside() + made)
 
     def _yield(self, action: Yield) -> None:
         self._results.popleft()
