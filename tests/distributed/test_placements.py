@@ -16,11 +16,13 @@ from toy_runs import PROMPT, clip_of, components, context_of, task_config
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.checkpoint.weights import Part
+from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import CacheConfig, CacheName, Config, HiddenAct, Placement, SamplerConfig
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.models.layouts import DISTILLED_SIGMAS, LAYOUTS
 from cosmos3_pipeline.models.make_checkpoint import numbers_of
 from cosmos3_pipeline.planning.plan import make_plan
+from cosmos3_pipeline.planning.transformer import TransformerSize
 from cosmos3_pipeline.planning.weights import WeightsPlan
 from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.stages.denoise import DenoiseStage
@@ -179,10 +181,18 @@ def test_every_placement_has_the_bits_of_the_resident_one(
             assert one["gen after denoise"] == 0, one
             if path == "accelerator":
                 continue  # gloo gathers into a memory of its own, which NCCL does not need
-            planned = make_plan(config_of(plan, cfg, ulysses, dtype, name), text_tokens=tuple(one["tokens"]))
-            rank = planned.ranks[one["rank"]]
-            for stage in ("text", "denoise"):
-                assert rank.stages[stage].peak_bytes == pytest.approx(one[stage], rel=0.05), one
+            config = config_of(plan, cfg, ulysses, dtype, name)
+            planned = make_plan(config, text_tokens=tuple(one["tokens"])).ranks[one["rank"]].stages
+            assert planned["text"].peak_bytes == pytest.approx(one["text"], rel=0.05), one
+            assert planned["denoise"].peak_bytes <= 1.05 * one["denoise"], one
+            # Where a peer's processor is busy, a part of a layer is still held for it while the next one comes.
+            late = layer_bytes(config, dtype) if plan.placement is Placement.sharded else 0
+            assert one["denoise"] <= 1.05 * planned["denoise"].peak_bytes + late, one
+
+
+def layer_bytes(config: Config, dtype: torch.dtype) -> int:
+    size = TransformerSize.of(plain(config.model.transformer), latent_channels=48)
+    return size.slabs(Part.VISION)[0].elements * dtype.itemsize
 
 
 FASTER: dict[str, dict[str, Any]] = {
