@@ -36,7 +36,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not thorough'
 
 thorough: env
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist load -m thorough
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile -m thorough
 
 quick: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/unit -m 'not ranks and not long and not thorough'
