@@ -39,7 +39,8 @@ def test_a_sweep_tells_every_job(tmp_path: Path) -> None:
 def test_refused_jobs_do_not_end_a_sweep_of_two_processes(tmp_path: Path) -> None:
     asked = ("vae=replicated,parallel_decode", "topology=cpu_x2", "task.num_frames=9,8")
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}")
-    done = launch("-m", *joblib, *SMALL, *asked)
+    # In an interpreter of its own: a fork would wait five minutes for joblib's idle workers before it ends.
+    done = launch("-m", *joblib, *SMALL, *asked, PYTHONUNBUFFERED="1")
     assert done.returncode == 1, done.stderr
     assert [(row["job"], row["status"]) for row in jobs_of(tmp_path)] == [
         *((0, "done"), (1, "done"), (2, "refused"), (3, "refused"))
