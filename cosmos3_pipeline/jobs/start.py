@@ -73,7 +73,7 @@ def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
         _raise(_problems(prepared))
         _raise([*_contents(prepared)])
         if fetch:
-            _raise([*_accelerators(prepared.config)])
+            _raise([*_accelerators(prepared.config), *_encoder(prepared.config)])
             prepared = _with_hashes(_with_checkpoint(prepared, composition, lengths))
     origin = None if job == JobName.plan else origin_of(composition.overrides)
     verification = check_verify(prepared.config)
@@ -171,6 +171,14 @@ def _memory(prepared: Prepared) -> Iterator[Problem]:
         f"{quantity('bytes', peak[1].activation_bytes)} of activations",
         works=that_fits(cfg, limit) or "a smaller clip, more ranks on topology.ulysses, or a smaller model",
     )
+
+
+def _encoder(cfg: Config) -> Iterator[Problem]:
+    """Whether this machine has the encoder of the video that a run writes."""
+    if cfg.job.name == JobName.generate and cfg.task.modality != "image":
+        from cosmos3_pipeline.stages.media import check_encoder
+
+        yield from refused(lambda: check_encoder(cfg.output.encoder))
 
 
 def _accelerators(cfg: Config) -> Iterator[Problem]:

@@ -13,8 +13,8 @@ X264_THREADS = 4
 # Frames that x264 looks ahead, where its preset has up to 60. So many are left when the last frame has come; with
 # 10 the clips that were tried became no larger at the same PSNR.
 LOOKAHEAD = 10
-# Frames that wait in x264 besides, in its threads and for those that are shown after them: with preset medium, and
-# up to as many as LOOKAHEAD more with slower ones.
+# Frames that wait in x264 besides, in its threads and for those that are shown after them, at most but with preset
+# veryslow, where 33 were left in all.
 IN_FLIGHT = 3 + X264_THREADS
 # Seconds of one core for a megapixel, by x264's preset; measured with crf 17 on a core of an AMD EPYC, AVX-512.
 CORE_SECONDS = {
@@ -74,5 +74,7 @@ def writing_of(cfg: Config, decode_seconds: float) -> Writing:
     encoders = min(output.encoders or min(max(keep_up, 1), MOST_ENCODERS), frames)
     parts = encoders * max(1, round(frames / (PART_FRAMES * encoders))) if encoders > 1 else 1
     left = min(LOOKAHEAD + IN_FLIGHT, frames)
-    behind = max(alone / encoders - decode_seconds, 0)
+    # On a CPU they share the cores with each other; elsewhere the host has some for each.
+    at_once = 1 if cfg.topology.device is Device.cpu else encoders
+    behind = max(alone / at_once - decode_seconds, 0)
     return Writing(frames, encoders, min(parts, frames), alone, min(max(behind, left * frame), alone))

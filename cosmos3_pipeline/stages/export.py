@@ -17,7 +17,7 @@ from cosmos3_pipeline.planning.writing import Writing
 from cosmos3_pipeline.stages.context import Picture, RunContext, Written
 from cosmos3_pipeline.stages.files import IMAGE_FILE, LATENTS_FILE, SOUND_FILE, VIDEO_FILE, whole_file
 from cosmos3_pipeline.stages.frame_queue import FrameQueue
-from cosmos3_pipeline.stages.media import check_encoder, cut_to, frame_rate, sound_of, write_video, write_wav
+from cosmos3_pipeline.stages.media import cut_to, frame_rate, sound_of, write_video, write_wav
 
 
 class ExportStage:
@@ -35,8 +35,6 @@ class ExportStage:
         self._output = output
         self._modality = modality
         self._encoders, self._parts = (1, 1) if writing is None else (writing.encoders, writing.parts)
-        if modality != "image":
-            check_encoder(output.encoder)
 
     def __call__(self, context: RunContext) -> None:
         assert context.frames is not None

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.schema import Encoder
-from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.errors import ConfigError, Refusal
+from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.writing import IN_FLIGHT, LOOKAHEAD
 from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.media import (
@@ -159,6 +161,10 @@ def test_an_encoder_that_the_machine_lacks_is_refused() -> None:
     with pytest.raises(Refusal, match="it does not open on this machine") as raised:
         check_encoder(Encoder.h264_nvenc)
     assert raised.value.problem.works == "output.encoder=libx264"
+    asked = ("model=toy_random", "output.encoder=h264_nvenc")
+    with pytest.raises(ConfigError, match="h264_nvenc"):  # before a folder is made
+        prepare(compose(asked))
+    prepare(compose((*asked, "task=t2i")))  # an image has no such encoder
 
 
 def test_quality_and_preset_are_heard(tmp_path: Path) -> None:

@@ -73,6 +73,15 @@ def test_a_fault_in_a_file_names_the_file() -> None:
             id="a grid that is not the ranks",
         ),
         pytest.param(
+            [
+                *("topology=cpu_x4", "topology.cfg=1", "topology.cp=[2,1]", "topology.ulysses=2"),
+                *("task=t2i", "task.height=64", "task.width=32"),
+            ],
+            "topology.cp=[2,1] x topology.ulysses=2 over",
+            "topology.cp=[1,1]",
+            id="a group without tokens",
+        ),
+        pytest.param(
             ["topology.cp=[2]"], "topology.cp=[2] has 1 value", "topology.cp with 2 values", id="no columns"
         ),
         pytest.param(["topology.cp=[2,0]"], "topology.cp[1]=0", "topology.cp with 1", id="zero columns"),

@@ -277,6 +277,8 @@ def test_a_video_from_words_to_a_file(
     assert context.picture is not None
     assert context.picture.frames_sha256 == hashlib.sha256(frames.tobytes()).hexdigest()
     assert context.picture.num_frames == 9
+    how = context.picture.written
+    assert how is not None and how.seconds_after_last_frame > 0 and how.encoder_seconds > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latents.safetensors", "video.mp4"]
     assert context.picture.path == tmp_path / "video.mp4"
     assert torch.equal(load_file(tmp_path / "latents.safetensors")["latents"], context.state.get("latents"))

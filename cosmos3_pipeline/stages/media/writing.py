@@ -92,9 +92,8 @@ class _Part:
                 begun = time.perf_counter()
                 try:
                     found += self._codec.encode(frame)
-                except (
-                    BaseException
-                ) as raised:  # raised once the frames that follow are taken: `put` waits for that
+                except BaseException as raised:
+                    # Raised at the end: `put` waits until the frames that follow are taken.
                     error = raised
                 self.seconds += time.perf_counter() - begun
             if frame is None:
