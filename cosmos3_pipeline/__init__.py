@@ -30,10 +30,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Raises `cosmos3_pipeline.errors.ConfigError` (a ValueError) that holds every problem found.
     Imports no torch and reads no weight.
     """
-    from cosmos3_pipeline.config.compose import compose as compose_unchecked
+    from cosmos3_pipeline.config.shortcut import composition_of
     from cosmos3_pipeline.planning.checks import check_composition
 
-    return check_composition(compose_unchecked(overrides)).config
+    return check_composition(composition_of(overrides)).config
 
 
 def __getattr__(name: str) -> Any:

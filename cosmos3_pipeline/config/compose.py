@@ -157,17 +157,6 @@ def compose(overrides: Sequence[str] = (), source: Source = BUILTIN) -> Composit
         raise as_config_error(error, overrides, source) from error
 
 
-# What a run is asked for by: overrides as on the command line, a checked config, or what Hydra itself composed.
-Asked = Sequence[str] | Config | DictConfig
-
-
-def composition_of(asked: Asked) -> Composition:
-    """The composition of `asked`. Raises ConfigError as `compose` does."""
-    if isinstance(asked, Config):
-        return Composition.of_saved(asked)
-    return Composition(asked, None) if isinstance(asked, DictConfig) else compose(asked)
-
-
 def _has_groups(overrides: Sequence[str], source: Source) -> None:
     """Refuse a choice in a group that `source` does not have: a config that a run has saved is values only."""
     found = [

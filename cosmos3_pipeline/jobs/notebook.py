@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_pipeline import jobs
-from cosmos3_pipeline.config.compose import Asked, composition_of
+from cosmos3_pipeline.config.shortcut import Asked, composition_of
 from cosmos3_pipeline.jobs.folder import claimed, clear
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.checks import check_composition

@@ -17,6 +17,7 @@ from cosmos3_pipeline.checkpoint.hub import HubCheckpoint, components_for, fetch
 from cosmos3_pipeline.checkpoint.lora import with_hash
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.schema import Config, Device, JobName, TaskConfig, TaskName
+from cosmos3_pipeline.config.shortcut import PlainComposition
 from cosmos3_pipeline.config.tasks import GIVEN, WORDS, clips_of, controls_of, paths_of
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.distributed.world import NO_WORLD, world_problems
@@ -51,7 +52,7 @@ class Prepared:
     origin: Origin | None = None
 
 
-def prepare(composition: Composition, *, fetch: bool = True) -> Prepared:
+def prepare(composition: Composition | PlainComposition, *, fetch: bool = True) -> Prepared:
     """Check `composition` and plan it, once. Raises ConfigError with everything that keeps it from running here.
 
     A hub id is fetched once nothing else is wrong; `config.model.commit` is then what all ranks open.
@@ -86,7 +87,9 @@ def _problems(prepared: Prepared) -> list[Problem]:
     return [*_world(cfg), *_threads(cfg), *_inputs(cfg), *_checkpoint(cfg), *_memory(prepared)]
 
 
-def _with_checkpoint(prepared: Prepared, composition: Composition, changes: Mapping[str, Any]) -> Prepared:
+def _with_checkpoint(
+    prepared: Prepared, composition: Composition | PlainComposition, changes: Mapping[str, Any]
+) -> Prepared:
     """With the commit of a hub id, which is on this machine then.
 
     Where it was not before, its numbers were not known: `composition` is checked and planned anew, with `changes`.

@@ -1,4 +1,4 @@
-"""Composing without Hydra for a review: what Hydra makes of every option, and nothing that Hydra would refuse."""
+"""Composing without Hydra: what Hydra makes of every option, and nothing that Hydra would refuse."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.closure import contents
 from cosmos3_pipeline.config.compose import compose
-from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
+from cosmos3_pipeline.config.shortcut import NotPlain, PlainComposition, Shortcut, composition_of
 from cosmos3_pipeline.config.source import BUILTIN, Source
+from cosmos3_pipeline.errors import ConfigError
+from cosmos3_pipeline.planning.checks import check_composition
 from cosmos3_pipeline.review.revisions import read_cases
 
 CASES = read_cases(Path(__file__).parents[1] / "golden" / "cases.yaml")
@@ -25,6 +27,7 @@ def every_option() -> list[list[str]]:
     return [[choice for choice in row if choice is not None] for row in zip_longest(*columns)]
 
 
+@pytest.mark.long
 def test_it_is_what_hydra_composes() -> None:
     asked = [[], *every_option(), *(CASES[name] for name in ("super_four_steps_h200_x4", "toy_from_clip"))]
     asked += [
@@ -43,6 +46,35 @@ def test_it_is_what_hydra_composes() -> None:
         else:
             assert made == repr(compose(overrides).typed()), overrides
     assert len(by_hydra) <= 1, by_hydra  # words around a reference are Hydra's
+
+
+@pytest.mark.parametrize(
+    ("overrides", "plain"),
+    [
+        (["model=nano", "topology=h200_x4", "sampler.steps=7"], True),
+        (["+extras.note=mine"], False),
+        (["task.prompt=${oc.env:HOME}"], False),
+    ],
+)
+def test_hydra_composes_what_is_not_plain(overrides: list[str], plain: bool) -> None:
+    made, by_hydra = composition_of(overrides), compose(overrides)
+    assert isinstance(made, PlainComposition) == plain
+    assert made.typed() == by_hydra.typed()
+    for key in ("sampler.steps", "task.height", "model.transformer.hidden_size"):
+        chains = [composed.traced().chain(key) for composed in (made, by_hydra)]  # type: ignore[union-attr]
+        assert chains[0] == chains[1]
+
+
+@pytest.mark.parametrize(
+    "overrides", [["sampler.stepz=3"], ["task.height=tall"], ["model=nono"], ["task.prompt=it's"]]
+)
+def test_a_refusal_is_hydras(overrides: list[str]) -> None:
+    texts = []
+    for composing in (composition_of, compose):
+        with pytest.raises(ConfigError) as caught:
+            check_composition(composing(overrides))
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
 
 
 def test_what_is_set_by_hand_and_what_follows() -> None:
