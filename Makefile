@@ -1,7 +1,7 @@
 # make run   the toy model's video, on a fresh machine with only Python 3.11
 # make test  lint, types and the tests
 # make thorough  the same tests in more cases: every strategy through the kit, every placement on every layout
-# make quick lint, types and the tests that start no ranks or processes and take no seconds
+# make quick lint, types and the first case of each test that starts no ranks or processes and takes no seconds
 # make docs  the site in site/, in an environment of its own; fails on a broken link or anchor
 # make hooks lint and spelling before every commit
 # make wheel builds the wheel, and makes the toy's video with it in an empty environment and directory
@@ -14,6 +14,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 DOCS := .venv-docs/bin/python
+# One thread each: so ranks are bitwise equal. Bytecode is kept, because tests start many interpreters.
+ALONE := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+TESTS := $(ALONE) $(PY) -m pytest
 
 env: $(STAMP)
 
@@ -31,15 +34,16 @@ lint: env
 	$(PY) -m mypy
 
 # By file: the tests of a file share what they compare with. In the order of the folders, because the longest files are
-# in the first. Three processes on two cores, because many tests wait. One thread each: so ranks are bitwise equal.
+# in the first. Three processes on two cores, because many tests wait.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not thorough'
+	$(TESTS) --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not thorough'
 
 thorough: env
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile -m thorough
+	$(TESTS) --numprocesses 3 --dist loadfile -m thorough
 
 quick: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile tests/unit -m 'not ranks and not long and not thorough'
+	$(TESTS) --numprocesses 2 --dist loadfile --first-case tests/unit \
+		-m 'not ranks and not long and not thorough'
 
 # Only the packages of the extra `docs`, without the project and torch: the API pages are made from the sources.
 .venv-docs/.installed: pyproject.toml constraints.txt
@@ -67,7 +71,7 @@ wheel:
 	test -s build/empty/here/made/video.mp4
 
 fuzz: env
-	COSMOS3_FUZZ=all OMP_NUM_THREADS=1 $(PY) -m pytest -n0 tests/unit/test_fuzzed_keys.py
+	COSMOS3_FUZZ=all $(TESTS) -n0 tests/unit/test_fuzzed_keys.py
 
 # Beside the environment of the tests, whose packages it sees: these ask for other versions of some.
 interop: env
@@ -76,7 +80,7 @@ interop: env
 		> $$(echo .venv/interop/lib/python*/site-packages)/outer.pth
 	$(PY) -m pip --python .venv/interop/bin/python install --quiet \
 		hydra-ray-launcher 'boto3>=1.43' mlflow tensorboard wandb
-	OMP_NUM_THREADS=1 .venv/interop/bin/python -m pytest tests/e2e/test_ray.py tests/e2e/test_trackers.py
+	$(ALONE) .venv/interop/bin/python -m pytest tests/e2e/test_ray.py tests/e2e/test_trackers.py
 
 bench: env
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -23,6 +23,31 @@ settings.register_profile("search", deadline=None, max_examples=1000, suppress_h
 settings.load_profile("tests")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--first-case", action="store_true", help="of every test only the first of its cases")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    for cases in _by_test(items):
+        for sampled in cases[0].iter_markers("sampled"):
+            usual = [case for case in cases if not case.get_closest_marker("thorough")]
+            kept = {place * len(usual) // sampled.args[0] for place in range(sampled.args[0])}
+            for place, case in enumerate(usual):
+                if place not in kept:
+                    case.add_marker(pytest.mark.thorough)
+    yield  # here -m takes what it asks for
+    if config.getoption("--first-case"):
+        items[:] = [cases[0] for cases in _by_test(items)]
+
+
+def _by_test(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    found: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        found.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return list(found.values())
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Fails the test that leaves this process with more threads, not one that compares bits in it later."""

@@ -152,6 +152,7 @@ def in_thin_layout(dp: int, cfg: int, ulysses: int) -> None:
         check_wire(mesh, "relu2, no text norm", "t2i")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("ranks", "dp", "cfg", "ulysses"),
     [
@@ -165,6 +166,7 @@ def test_every_layout_gives_the_single_rank_latents(ranks: int, dp: int, cfg: in
     run_ranks(in_layout, dp, cfg, ulysses, ranks=ranks)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("ranks", "dp", "cfg", "ulysses"),
     [
@@ -198,6 +200,7 @@ def guided_at_times(cfg: int, ulysses: int) -> None:
                 assert messages == (counts.computed["uncond"] if mesh.rank("cfg") else STEPS)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("cfg", "ulysses"), [(2, 1), (1, 2), (2, 2)])
 def test_a_guidance_interval_gives_the_single_rank_latents(cfg: int, ulysses: int) -> None:
     run_ranks(guided_at_times, cfg, ulysses, ranks=cfg * ulysses)
@@ -233,6 +236,7 @@ def distilled() -> None:
             compare(mesh, "grouped", clip, seed=number, guidance_scale=1.0, distilled_sigmas=DISTILLED_SIGMAS)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_steps_of_a_distilled_model_draw_the_same_noise_on_every_rank(ranks: int) -> None:
     run_ranks(distilled, ranks=ranks)

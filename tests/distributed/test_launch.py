@@ -83,6 +83,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         pass
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("how", "said"), [("raise", "the latent is cursed"), ("linger", "the latent is cursed"), ("kill", "signal 9")]
 )
@@ -111,6 +112,7 @@ def end_in_time(folder: str, how: str) -> None:
             dist.recv(torch.zeros(1), src=1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("how", "said"),
     [

@@ -70,6 +70,7 @@ def _everyone_to_everyone(rank: int, apart: tuple[int, ...], slots: int) -> bool
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("ranks", "apart", "slots"),
     [(2, (), links.SLOTS), (2, (1,), links.SLOTS), (3, (), FEW_SLOTS), (3, (1,), FEW_SLOTS)],
@@ -130,6 +131,7 @@ def _round(rank: int, slots: int) -> bool:
     return torch.equal(buffer, torch.arange(count) + before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("ranks", "slots"), [(2, FEW_SLOTS), (2, links.SLOTS), (3, FEW_SLOTS), (4, FEW_SLOTS)])
 def test_ranks_that_send_to_each_other_do_not_block(ranks: int, slots: int) -> None:
     assert run_on_ranks(_round, ranks, slots) == [True] * ranks
@@ -255,6 +257,7 @@ def test_a_rank_that_raises_ends_a_large_message_for_good(how: str) -> None:
     assert told[0].startswith("PeerFailed: rank 1 of the group failed (ValueError: no paint left)")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("how", ["sender dies", "receiver dies"])
 def test_a_rank_that_dies_ends_a_large_message(how: str) -> None:

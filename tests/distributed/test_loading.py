@@ -41,6 +41,7 @@ def load(rank: int, folder: str, dtype: torch.dtype, placement: Placement) -> Lo
     return parts.loads["transformer"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("dtype", "ranks", "placement"),
     [

@@ -88,6 +88,7 @@ def reference(folder: Path, adapters: Adapters) -> Tensor:
     return made
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_latents_are_those_of_diffusers_with_the_same_adapters(
     ulysses: int, folder: Path, adapters: Adapters

@@ -151,6 +151,7 @@ def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype, nam
     return replace(composed, model=model)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "cfg", "ulysses", "dtype", "path"),
     [
@@ -253,6 +254,7 @@ def prompt_file(rank: int, folder: str, ulysses: int) -> dict[str, Any]:
     return {"text": text, "denoise": denoise, "waiting": waiting, "tokens": tokens, "left": left}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_the_prompts_of_a_file_take_what_is_planned(ulysses: int, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"

@@ -61,6 +61,7 @@ def _refused(rank: int, kind: str) -> tuple[str, str]:
     raise AssertionError(kind)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "error", "says"),
     [
@@ -111,6 +112,7 @@ def _mid_stream(rank: int, broken: int, way: str) -> tuple[Any, Any]:
     return failed, again
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("way", ["stream", "decode", "encode"])
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_a_rank_that_raises_in_mid_stream_stops_all(broken: int, way: str) -> None:
@@ -131,6 +133,7 @@ def _killed(rank: int, dead: int) -> tuple[str, str]:
         return _outcome(lambda: list(vae.decode_stream(_latent())))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_a_killed_rank_is_reported_by_all_others(dead: int) -> None:
     outcomes = run_on_ranks(_killed, 3, dead, may_die=(dead,))

@@ -71,6 +71,7 @@ def both_ways(rank: int, strategy: Strategy, *, atol: float) -> None:
             assert (ledger.sent_bytes, ledger.sent_messages) == (share.sent_bytes, share.sent_messages)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("strategy", "ranks", "atol"),
     [
@@ -102,6 +103,7 @@ def released(rank: int) -> tuple[int, int, bool]:
     return planned, left, torch.equal(vae.decode(z).sample, before)
 
 
+@pytest.mark.sampled(1)
 def test_release_leaves_each_rank_its_own_weights(path: str) -> None:
     # By an accelerator's costs a line's last rank has most of the ops of so small a picture, and their weights.
     most = 0.7 if path == "host" else 0.96
@@ -145,6 +147,7 @@ def in_pairs(rank: int) -> torch.Tensor:
     return vae.decode(latent(2, seed=rank // 2)).sample
 
 
+@pytest.mark.sampled(1)
 def test_two_groups_decode_their_own_clips() -> None:
     one = alone(make_vae(CONFIG))
     for rank, picture in enumerate(run_on_ranks(in_pairs, 4)):

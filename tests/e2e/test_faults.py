@@ -23,6 +23,7 @@ class Chosen(random.Random):
         return next((one for one in self._told if one in seq), seq[0])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("kind", "told"),
     [

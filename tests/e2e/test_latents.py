@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("task", ["t2v", "i2v", "v2v", "t2i"])
 def test_latents_are_diffusers(task: str, folder: Path, generate: Callable[..., Path], tmp_path: Path) -> None:
     inputs, given = [], {}

@@ -16,6 +16,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("axes", [["topology=cpu_x1"], ["topology.ranks_per_node=3", "topology.dp=3"]], ids=str)
 def test_a_clip_per_line_by_the_lines_number_in_the_file(axes: list[str], prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"

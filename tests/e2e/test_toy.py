@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, 
     return make
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("task", "size"),
     [("t2v", (96, 160)), ("t2v", (96, 96)), ("t2i", (160, 160)), ("i2v", (96, 160)), ("v2v", (96, 160))],

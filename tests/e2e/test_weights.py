@@ -53,6 +53,7 @@ def test_a_streamed_run_is_the_resident_one(generate: Callable[..., Path]) -> No
     assert all(run["ranks"][0]["kept_bytes"] == 0 for run in [metrics["loading"]["text"]])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("task", ["t2i", "i2v", "v2v", "no guidance"])
 def test_every_task_streams(task: str, generate: Callable[..., Path], photo: Path, clip_file: Path) -> None:
     asked = {
@@ -113,6 +114,7 @@ def test_prompts_of_a_file_are_encoded_in_one_pass(weights: str, tmp_path: Path)
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -22,8 +22,8 @@ from toy_runs import reference_pipeline, toy_dimensions
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.compose import Composition
-from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.schema import TaskName
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.start import prepare
@@ -153,7 +153,7 @@ def test_a_plan_has_every_chunk_of_the_actions(folder: Path) -> None:
 
 def test_strategies_are_verified_on_the_first_chunk_of_actions(folder: Path) -> None:
     asked_for = in_chunks(folder, f"task.prompt={WORDS}", "sampler.steps=1", "job=verify", "vae=parallel")
-    prepared = prepare(composition([*asked_for, "topology=cpu_x1"]))
+    prepared = prepare(composition_of([*asked_for, "topology=cpu_x1"]))
     vae, latents = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), Silent())
     assert vae.picture is not None and vae.picture.shape == (1, 3, 1, 192, 320)
     assert latents.shape == (1, 48, 3, 8, 13) and latents.std() > 0.3
@@ -169,6 +169,8 @@ def test_a_saved_config_is_the_same_again(folder: Path) -> None:
     assert prepare(Composition.of_saved(config)).config.task == config.task
 
 
+@pytest.mark.sampled(3)
+@pytest.mark.long
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("task", TASKS)
 def test_one_rank_is_diffusers(
@@ -195,6 +197,8 @@ def test_one_rank_is_diffusers(
         assert torch.equal(found.frames, ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
 
 
+@pytest.mark.sampled(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "others",
     [
@@ -225,6 +229,7 @@ def test_chunks_are_diffusers_called_by_hand(
         assert torch.equal(found.frames, expected.frames)
 
 
+@pytest.mark.long
 def test_half_precision_is_diffusers(checkpoint: CheckpointInfo, folder: Path, tmp_path: Path) -> None:
     overrides, half = asked(folder, "policy", "sampler.steps=1"), torch.bfloat16
     expected = theirs(overrides, reference_pipeline(checkpoint.folder, dtype=half))
@@ -234,7 +239,7 @@ def test_half_precision_is_diffusers(checkpoint: CheckpointInfo, folder: Path, t
 
 def refusal(overrides: list[str]) -> str:
     with pytest.raises(ConfigError) as caught:
-        prepare(composition(overrides))
+        prepare(composition_of(overrides))
     for problem in caught.value.problems:
         assert problem.what and problem.why and problem.works
     return str(caught.value)
@@ -272,6 +277,7 @@ def test_refused_before_work(case: str, folder: Path) -> None:
     assert what in text and works in text
 
 
+@pytest.mark.long
 def test_sources_that_do_not_fit_are_refused(folder: Path) -> None:
     clip, photo = f"task.video={folder / 'clip.mp4'}", f"task.image={folder / 'photo.png'}"
     assert "goes on from one of them" in refusal(asked(folder, "policy", clip))

@@ -202,6 +202,7 @@ def check(clip: Clip, assignment: Assignment, pixels: Pixels, *, atol: float) ->
 PIXELS = st.sampled_from(["float", "uint8"])
 
 
+@pytest.mark.long
 @settings(max_examples=15)
 @given(assigned(slabs=False), PIXELS)
 def test_ops_and_chunks_may_be_anybodys(given: tuple[Clip, Assignment], pixels: Pixels) -> None:
@@ -209,6 +210,7 @@ def test_ops_and_chunks_may_be_anybodys(given: tuple[Clip, Assignment], pixels: 
     check(clip, assignment, "float" if clip.direction == "encode" else pixels, atol=0)
 
 
+@pytest.mark.long
 @settings(max_examples=20)
 @given(assigned(slabs=True), PIXELS)
 def test_so_may_be_rows_and_columns(given: tuple[Clip, Assignment], pixels: Pixels) -> None:
@@ -236,6 +238,7 @@ class Warmed(Strategy):
         return warmed(self.clip, self.warm_up)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_a_rank_that_warms_up_for_as_long_as_the_ops_remember_needs_nobody(direction: Direction) -> None:
     program = program_of("two levels", direction)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vae_models import WAN22, vae_config
 
-from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.planning.geometry import clip_of
 from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.vae.account import account
@@ -164,6 +164,7 @@ SECONDS = st.lists(st.floats(0.001, 1.0), min_size=END, max_size=END)
 LINKS = st.builds(Link, latency_s=st.floats(0, 0.5), bytes_per_s=st.floats(1e3, 1e12))
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=40)
 @given(
     program=st.sampled_from([DECODER, PORTIONED]),
@@ -219,7 +220,7 @@ def test_chunks_that_repeat_are_counted(name: str, rows: int, cols: int, program
 
 def seconds_on(program: Program, ranks: int, exactness: Exactness) -> float:
     """Of the fastest assignment of 189 frames of 1280 x 720, with what conf/topology has for an H200."""
-    config = compose(["model=nano", "topology=h200_x4"]).typed()
+    config = composition_of(["model=nano", "topology=h200_x4"]).typed()
     clip, accelerator = clip_of(config), accelerator_of(config)
     size = (clip.latent_frames, clip.latent_rows, clip.latent_cols)
     shape = LatentShape(1, *size, element_bytes=2, on_host=False)
@@ -240,7 +241,7 @@ def seconds_on(program: Program, ranks: int, exactness: Exactness) -> float:
 
 @pytest.fixture(scope="module")
 def wan22() -> dict[Direction, Program]:
-    config = plain(compose(["model=nano"]).typed().model.vae)
+    config = plain(composition_of(["model=nano"]).typed().model.vae)
     return {direction: program_for(direction, config) for direction in ("decode", "encode")}
 
 
@@ -249,6 +250,7 @@ def test_four_accelerators_share_the_decoder_of_a_full_clip_bit_for_bit(wan22: d
     assert alone / four >= 3.8
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("direction", "ranks", "faster"),
     [("decode", 8, 7.4), ("decode", 16, 13), ("decode", 72, 30), ("encode", 8, 6.4), ("encode", 72, 29)],

@@ -22,6 +22,7 @@ def shell(*command: str, given: str | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.start import prepare
 
@@ -235,7 +235,7 @@ def test_refused_in_three_parts(overrides: list[str], what: str, works: str) -> 
 def test_a_plan_needs_no_inputs_but_a_run_does(overrides: list[str], what: str, works: str) -> None:
     compose(overrides)
     with pytest.raises(ConfigError) as caught:
-        prepare(composition(overrides))
+        prepare(composition_of(overrides))
     assert what in str(caught.value)
     assert works in str(caught.value)
 

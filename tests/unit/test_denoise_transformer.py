@@ -38,6 +38,7 @@ def run(denoiser: Any, pipeline: Any, size: str = "t2v", *, seed: int = 0, **cha
     )
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.long
 @pytest.mark.parametrize("guidance_scale", [6.0, 1.0])
 @pytest.mark.parametrize("size", SIZES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.compose import compose as composition_of
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.distributed.device import gpu, numerics, use
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.start import prepare

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.files import MODULAR_INDEX, NEGATIVE_PROMPT
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
-from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.schema import Keep, SamplerConfig
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.generate import generate
 from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
@@ -102,6 +102,7 @@ class PlainDenoise(DenoiseStage):
 
 
 # Latent rows and columns of odd grids, which the transformer pads.
+@pytest.mark.sampled(5)
 @pytest.mark.long
 @pytest.mark.parametrize("size", [(80, 112, 9), (48, 80, 17)], ids=["5x7x3", "3x5x5"])
 @pytest.mark.parametrize("task", ["t2i", "t2v", "i2v", "v2v", "v2v-last"])
@@ -174,7 +175,7 @@ def test_steps_guidance_and_schedule_are_the_checkpoints_without_a_word(
 
 def test_a_run_says_what_it_ran(whole: Path, tmp_path: Path) -> None:
     given = ["model=nano", f"model.path={whole}", *SMALL, "model.dtype=float32", "model.vae_dtype=float32"]
-    generate(prepare(composition(given)), tmp_path)
+    generate(prepare(composition_of(given)), tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["checkpoint"]
     assert metrics["sampler"] == "FlowMatchEulerDiscreteScheduler"
     assert metrics["distilled_sigmas"] == DISTILLED_SIGMAS
@@ -193,6 +194,7 @@ def test_the_plan_is_of_four_passes(whole: Path) -> None:
     assert (planned["steps"], planned["ranks"][0]["stages"]["denoise"]["passes"]) == (4, 1)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.long
 @pytest.mark.parametrize("size", [(96, 160, 17), (192, 320, 17)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -220,6 +222,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_checkpoint_fixes_is_refused_not_clamped(name: str, whole: Path) -> None:
     asked, what, works = REFUSED[name]

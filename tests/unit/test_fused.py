@@ -187,6 +187,7 @@ def test_an_accelerator_decodes_the_picture_of_a_cpu(config: str, as_accelerator
     assert calls.count["add_norm_silu_after"] > 0.2 * recalling
 
 
+@pytest.mark.long
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(given=st.one_of(assigned(slabs=False), assigned(slabs=True)))
 def test_any_assignment_gives_the_picture_of_one_rank(

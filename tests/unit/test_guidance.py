@@ -18,7 +18,7 @@ from test_denoise_cost import Counted
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.sampler import Sampler, sampler_of
 from cosmos3_pipeline.checkpoint.schedule import timesteps_of
-from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.denoise.cost import PassTokens, Stretch, denoise_costs
 from cosmos3_pipeline.denoise.guidance import Guidance, GuidancePass, PassCounts
@@ -139,7 +139,7 @@ INTERVAL = "sampler.guidance_interval=[700,1000]"
 
 
 def test_a_run_computes_the_passes_that_are_planned(tmp_path: Path) -> None:
-    prepared = prepare(composition([*SMALL, "sampler.flow_shift=3.0", INTERVAL]))
+    prepared = prepare(composition_of([*SMALL, "sampler.flow_shift=3.0", INTERVAL]))
     assert prepared.plan.passes == {"cond": 5, "uncond": 3}
     assert "5 steps, 3 of them guided: 8 passes" in str(prepared.plan)
     generate(prepared, tmp_path)
@@ -173,6 +173,8 @@ PLACED = {
 }
 
 
+@pytest.mark.long
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cache", ["none", "seacache"])
 @pytest.mark.parametrize("name", PLACED)
 def test_a_rehearsal_is_as_planned(name: str, cache: str) -> None:

@@ -31,7 +31,7 @@ from cosmos3_pipeline.checkpoint.hub import (
     local_folder,
 )
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
-from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.distributed import device
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal
 from cosmos3_pipeline.jobs.start import prepare
@@ -443,16 +443,16 @@ def test_a_cache_that_is_no_folder(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_a_run_fetches_last_and_pins_the_commit(toy_hub: FakeHub) -> None:
     with pytest.raises(ConfigError, match=r"task\.image is not set"):
-        prepare(composition(["model=toy_random", f"model.path={REPO}", "task=i2v"]))
+        prepare(composition_of(["model=toy_random", f"model.path={REPO}", "task=i2v"]))
     assert toy_hub.asked == []
-    model = prepare(composition(["model=toy_random", f"model.path={REPO}", "model.revision=fp8"])).config.model
+    model = prepare(composition_of(["model=toy_random", f"model.path={REPO}", "model.revision=fp8"])).config.model
     assert (model.path, model.revision, model.commit) == (REPO, "fp8", OTHER)
 
 
 def test_a_refusal_of_the_hub_is_a_problem_of_the_start(hub: FakeHub) -> None:
     hub.api = Answer(403, "GatedRepo")
     with pytest.raises(ConfigError, match="is gated"):
-        prepare(composition(["model=toy_random", f"model.path={REPO}"]))
+        prepare(composition_of(["model=toy_random", f"model.path={REPO}"]))
 
 
 def test_dimensions_of_what_was_fetched_are_checked_before_the_ranks_start(
@@ -461,7 +461,7 @@ def test_dimensions_of_what_was_fetched_are_checked_before_the_ranks_start(
     monkeypatch.setattr(device, "gpu", lambda index: index)  # as if this machine had one
     overrides = ["model=nano", "topology=h100_x1", f"model.path={REPO}"]
     assert compose(overrides).model.transformer.hidden_size == 4096
-    prepared = prepare(composition(overrides))
+    prepared = prepare(composition_of(overrides))
     assert prepared.config.model.transformer.hidden_size == 64
     assert not any("cache" in note for note in prepared.plan.notes)
 

@@ -13,6 +13,7 @@ from cosmos3_pipeline.errors import ConfigError
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 
+@pytest.mark.long
 def test_a_launch_composes_checks_and_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = compose(["topology=cpu_x2"])

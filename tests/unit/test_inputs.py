@@ -313,6 +313,7 @@ def hlg(nits: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(scene <= 1 / 12, np.sqrt(3 * scene), high))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("curve", "trc"), [(pq, ColorTrc.SMPTE2084), (hlg, ColorTrc.ARIB_STD_B67)])
 def test_hdr_is_shown_as_sdr(curve: Callable[[np.ndarray], np.ndarray], trc: ColorTrc, tmp_path: Path) -> None:
     """White of SDR is 203 nits (Rec. ITU-R BT.2408), and its screens have a gamma of 2.4 (BT.1886)."""

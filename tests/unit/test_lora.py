@@ -380,6 +380,7 @@ def test_the_model_made_on_the_spot_is_checked_by_its_numbers(root: Path, tmp_pa
         compose(["model=toy_random", "model.transformer.hidden_size=64", f"model.lora=[{{path: {own}}}]"])
 
 
+@pytest.mark.long
 def test_a_run_names_the_adapter_and_its_hash(root: Path, tmp_path: Path) -> None:
     """In the plan, in config.yaml and in metrics.json; and the same run again refuses another file."""
     adapter = make_adapter(root / "nano", tmp_path / "adapter", seed=2)

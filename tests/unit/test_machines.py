@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.distributed import host, links, machine, world
 from cosmos3_pipeline.errors import ConfigError, Fault
 from cosmos3_pipeline.jobs.start import prepare
@@ -141,9 +141,9 @@ def test_the_fork_server_needs_a_short_folder(monkeypatch: pytest.MonkeyPatch) -
 def test_more_threads_than_a_machine_can_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     asked = ["model=toy_random", "task=t2i", "task.height=32", "task.width=32"]
-    prepare(compose([*asked, "topology.threads_per_rank=64"]))
+    prepare(composition_of([*asked, "topology.threads_per_rank=64"]))
     with pytest.raises(ConfigError, match=r"topology\.threads_per_rank=65"):
-        prepare(compose([*asked, "topology.threads_per_rank=65"]))
+        prepare(composition_of([*asked, "topology.threads_per_rank=65"]))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_more_threads_than_a_machine_can_use_are_refused(monkeypatch: pytest.Mon
 )
 def test_a_plan_looks_for_the_files_that_it_names(asked: list[str], what: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        prepare(compose(["job=plan", "model=toy_random", *asked]))
+        prepare(composition_of(["job=plan", "model=toy_random", *asked]))
     assert what in refused.value.problems[0].what
 
 
@@ -169,7 +169,7 @@ def test_paths_are_made_whole_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("photo.jpg", "words.txt"):
         Path(name).touch()
     asked = ["job=plan", "model=toy_random", "task=i2v", "task.image=photo.jpg", "task.prompt=@words.txt"]
-    config = prepare(compose(asked)).config
+    config = prepare(composition_of(asked)).config
     os.chdir("/")
     assert config.task.image == str(tmp_path / "photo.jpg")
     assert config.task.prompt == f"@{tmp_path / 'words.txt'}"

@@ -61,6 +61,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "said"), [("fp8", "is refused here"), ("edge", "try: python launch.py")])
 def test_the_next_command_is_one_that_runs(
     name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -86,11 +87,13 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capsys, "--layout", "toy", str(tmp_path / "file" / "below"))
 
 
+@pytest.mark.long
 def test_what_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

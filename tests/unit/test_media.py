@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.schema import Encoder
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.writing import IN_FLIGHT, LOOKAHEAD
@@ -163,8 +163,8 @@ def test_an_encoder_that_the_machine_lacks_is_refused() -> None:
     assert raised.value.problem.works == "output.encoder=libx264"
     asked = ("model=toy_random", "output.encoder=h264_nvenc")
     with pytest.raises(ConfigError, match="h264_nvenc"):  # before a folder is made
-        prepare(compose(asked))
-    prepare(compose((*asked, "task=t2i")))  # an image has no such encoder
+        prepare(composition_of(asked))
+    prepare(composition_of((*asked, "task=t2i")))  # an image has no such encoder
 
 
 def test_quality_and_preset_are_heard(tmp_path: Path) -> None:
@@ -267,6 +267,7 @@ def test_other_codecs_are_read(codec: str, tmp_path: Path) -> None:
     assert np.array_equal(frames_of(path, frames=5, keep="first"), every[:5])
 
 
+@pytest.mark.long
 def test_the_end_of_a_long_clip_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_with(tmp_path / "long.mp4", pictures(300), "libx264", gop=10)
     every = decoded(path)

@@ -155,6 +155,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert toy.cache_folder() == tmp_path / ".cache" / "cosmos3_pipeline"
 
 
+@pytest.mark.long
 def test_makers_at_the_same_time_leave_one_whole_toy(
     cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def test_shares_of_a_slab_are_the_slab(part: Part, ranks: int, checkpoint: Check
             assert start % 32 == 0
 
 
+@pytest.mark.long
 def test_a_file_that_is_cut_while_its_layers_pass_is_told(checkpoint: CheckpointInfo, tmp_path: Path) -> None:
     folder = make_layout(tmp_path / "nano", "nano")
     info = inspect_checkpoint(folder)

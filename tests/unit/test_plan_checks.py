@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.compose import compose as composition
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.distributed import host
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import prepare
@@ -188,12 +188,12 @@ def test_memory_that_cannot_fit_stops_a_run_but_not_a_plan() -> None:
     overrides = ["model=super", "topology=l40s_x1", "model.path=nvidia/Cosmos3-Super"]
     assert not make_plan(compose(overrides)).fits
     with pytest.raises(ConfigError) as caught:
-        prepare(composition(overrides))
+        prepare(composition_of(overrides))
     (problem,) = [p for p in caught.value.problems if "needs" in p.what]
     assert "48 GB" in problem.why and "GB of weights" in problem.why
     assert problem.works == "weights=auto"
     assert make_plan(compose([*overrides, "weights=auto"])).fits
-    prepare(composition([*overrides, "job=plan"]))
+    prepare(composition_of([*overrides, "job=plan"]))
     assert make_plan(compose(["model=nano", "topology=h100_x1", "model.path=nvidia/Cosmos3-Nano"])).fits
 
 
@@ -201,9 +201,9 @@ def test_layers_that_wait_on_the_host_need_its_memory(monkeypatch: pytest.Monkey
     asked = ["model=super", "topology=l40s_x4", "weights=streamed", "model.path=nvidia/Cosmos3-Super"]
     monkeypatch.setattr(host, "available_bytes", lambda: 200 * 10**9)
     with pytest.raises(ConfigError, match=r"(?s)wait on this host need 275 GB.*200 GB are free.*weights=sharded"):
-        prepare(composition(asked), fetch=False)
+        prepare(composition_of(asked), fetch=False)
     monkeypatch.setattr(host, "available_bytes", lambda: 300 * 10**9)
-    prepare(composition(asked), fetch=False)
+    prepare(composition_of(asked), fetch=False)
 
 
 def test_what_would_fit_keeps_most_of_the_clip_and_its_ratio() -> None:

@@ -58,6 +58,7 @@ ONE_CLIP = ("auto", "replicated")
 QUICK = ("auto", "tiled")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -97,6 +98,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_strategy_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     selected, words = BROKEN[name]

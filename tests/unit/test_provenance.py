@@ -64,6 +64,7 @@ def test_a_reference_is_followed_to_the_file_with_the_number() -> None:
     assert traced("task=t2i").chain("sampler.steps")[-1].key == "model.recommended.image.steps"
 
 
+@pytest.mark.long
 def test_lines_are_those_of_the_file() -> None:
     for key in ("task.fps", "topology.accelerator.memory_gb", "model.vae.z_dim"):
         file, _, line = traced().source(key).rpartition(":")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
-from cosmos3_pipeline.config.compose import compose as composition_of
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser
 from cosmos3_pipeline.denoise.exchange import Exchange
 from cosmos3_pipeline.denoise.transformer import ParallelTransformer
@@ -63,6 +63,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.long
 @pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
 def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:
@@ -109,6 +110,7 @@ def prompt_file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.long
 @pytest.mark.parametrize("weights", ["resident", "sharded", "streamed"])
 def test_two_clips_of_a_prompt_file_are_as_planned(weights: str, prompt_file: Path) -> None:

@@ -82,6 +82,7 @@ def repository(pristine: Path, tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.sampled(1)
 def test_edits_on_top_of_renames_in_code_and_in_conf(repository: Path) -> None:
     conf, library = repository / "conf", repository / "cosmos3_pipeline"
     edit(conf / "model" / "nano.yaml", "num_frames: 189, steps: 35", "num_frames: 189, steps: 40")

@@ -78,6 +78,7 @@ def run(checkpoint: CheckpointInfo, directory: Path, frames: int, **settings: An
     return context
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "frames", "condition"),
     [(torch.float32, 9, None), (torch.float32, 5, "image"), (torch.bfloat16, 5, None)],
@@ -250,6 +251,8 @@ def test_a_plan_says_that_threads_round_a_waveform(threads: int, said: str) -> N
     assert (plan.exactness["denoise"], plan.exactness["sound"]) == ("bitwise", said)
 
 
+@pytest.mark.long
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("more", [(), ("task.prompt_file=",)], ids=["one", "clips"])
 def test_a_rehearsal_finds_what_is_planned(more: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red kite\na blue kite\n")
@@ -309,6 +312,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_checkpoint_that_cannot_make_sound_is_refused_before_work(kind: str, tmp_path: Path) -> None:
     folder = make_layout(tmp_path / "nano", "nano")
@@ -322,6 +326,7 @@ def test_a_checkpoint_that_cannot_make_sound_is_refused_before_work(kind: str, t
         compose(["model=nano", f"model.path={folder}"])
 
 
+@pytest.mark.long
 def test_the_encoder_of_the_sound_tokenizer_may_be_absent(nano: Path, tmp_path: Path) -> None:
     whole = inspect_checkpoint(nano, sound=True)
     folder = make_layout(tmp_path / "nano", "nano")

@@ -123,6 +123,7 @@ def denoised(context: RunContext, encode_stage: EncodeStage, denoise_stage: Deno
 
 
 # Latent rows and columns: 5x7 and 3x5 are odd patch grids, padded by the transformer.
+@pytest.mark.sampled(8)
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "steps", "guidance", "seed"),
@@ -239,6 +240,7 @@ def run(context: RunContext, *stages: Any) -> None:
         stage(context)
 
 
+@pytest.mark.long
 def test_a_video_from_words_to_a_file(
     checkpoint: CheckpointInfo, reference: Cosmos3OmniPipeline, tmp_path: Path
 ) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.jobs.generate import generate
 from cosmos3_pipeline.jobs.prompts import PromptsFailed
@@ -46,7 +46,7 @@ def test_they_are_in_the_order_in_which_the_data_moves() -> None:
 
 
 def test_one_that_is_replaced_runs_in_the_place_of_the_librarys(tmp_path: Path) -> None:
-    prepared = prepare(composition(["sampler.steps=3"]))
+    prepared = prepare(composition_of(["sampler.steps=3"]))
     generate(prepared, tmp_path, stages={name: Noted for name in STAGES})
     assert (tmp_path / "steps.txt").read_text() == "3 3\n" * len(SILENT)
     assert json.loads((tmp_path / "metrics.json").read_text())["picture"] == "none.mp4"
@@ -70,7 +70,7 @@ class Choosy(TextStage):
 def test_a_line_of_a_prompt_file_that_fails_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red kite\na blue boat\na green hill\n")
     small = ["task=t2i", "task.height=32", "task.width=32", "sampler.steps=1"]
-    prepared = prepare(composition([*small, f"task.prompt_file={tmp_path / 'prompts.txt'}"]))
+    prepared = prepare(composition_of([*small, f"task.prompt_file={tmp_path / 'prompts.txt'}"]))
     with pytest.raises(PromptsFailed, match=r"lines \[2\] of 3"):
         generate(prepared, tmp_path, stages={"text": lambda config, plan: Choosy(config.task, config.sampler)})
     lines = json.loads((tmp_path / "prompts.json").read_text())["lines"]

@@ -96,6 +96,7 @@ def test_a_job_of_whose_end_nothing_is_known_is_in_the_table(tmp_path: Path) -> 
     assert row["status"] == table.BROKEN_OFF and row["planned"]["vision_tokens"] > 0
 
 
+@pytest.mark.long
 def test_refused_jobs_are_told_once_and_before_any_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ import vae
 from optim import Optimisers, orthogonal
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [flow.SMALL, flow.LARGE, flow.IMAGE], ids=str)
 def test_a_scene_shows_what_its_caption_says(size: flow.Size) -> None:
     for seed in range(25):

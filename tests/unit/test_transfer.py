@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from toy_runs import PROMPT, clip_of, components, context_of, reference_pipeline, task_config, toy_dimensions
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
-from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.schema import (
     STRENGTHS,
     ControlsConfig,
@@ -30,6 +29,7 @@ from cosmos3_pipeline.config.schema import (
     SamplerConfig,
     TaskName,
 )
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.distributed.mesh import RankMesh
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.start import prepare
@@ -186,6 +186,7 @@ def ours(
     return context
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_every_chunk_is_that_of_diffusers(
@@ -236,7 +237,7 @@ def test_strategies_are_verified_on_the_first_chunk(clips: dict[str, Path], tmp_
     asked = ["model=toy_random", "task=transfer", "task.fps=24", "task.height=80", "task.width=112"]
     asked += ["task.num_video_frames_per_chunk=9", "sampler.steps=1", f"task.controls.depth={clips['depth']}"]
     asked += ["job=verify", "vae=parallel", "topology=cpu_x1", "output.control=true", "sampler.seed=3"]
-    prepared = prepare(compose(asked))
+    prepared = prepare(composition_of(asked))
     assert prepared.verification is not None and prepared.plan.chunks.count == 3
     vae, latents = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), reporter=Silent())
     given, _ = read_frames(clips["depth"], frames=9)
@@ -254,7 +255,7 @@ def refusals(*overrides: str) -> str:
     given = {override.partition("=")[0] for override in overrides}
     usual = ["model=toy_random", "task=transfer", "task.fps=24"]
     with pytest.raises(ConfigError) as caught:
-        prepare(compose([*(one for one in usual if one.partition("=")[0] not in given), *overrides]))
+        prepare(composition_of([*(one for one in usual if one.partition("=")[0] not in given), *overrides]))
     return str(caught.value)
 
 
@@ -346,7 +347,9 @@ def test_what_cannot_be_followed_is_refused(
 
 def test_a_video_is_as_long_as_its_control(clips: dict[str, Path]) -> None:
     prepared = prepare(
-        compose(["model=toy_random", "task=transfer", "task.fps=24", f"task.controls.edge={clips['edge']}"]),
+        composition_of(
+            ["model=toy_random", "task=transfer", "task.fps=24", f"task.controls.edge={clips['edge']}"]
+        ),
         fetch=False,
     )
     assert prepared.config.task.num_frames == 20
@@ -364,6 +367,7 @@ def test_frames_are_counted_as_they_are_read(fps: float | None, clips: dict[str,
     assert ("rate" in told) == (fps not in (None, 24.0))
 
 
+@pytest.mark.long
 def test_controls_are_made_of_a_clip_and_written_as_the_model_sees_them(
     checkpoint: CheckpointInfo, clips: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ FULL_CONFIG = vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, nu
 FULL = decoder_program(FULL_CONFIG)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.long
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 @pytest.mark.parametrize(

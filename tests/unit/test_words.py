@@ -13,8 +13,8 @@ from toy_runs import clip_of, task_config
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
 from cosmos3_pipeline.config.compose import Composition
-from cosmos3_pipeline.config.compose import compose as composition
 from cosmos3_pipeline.config.plain import as_yaml
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs import prompts
 from cosmos3_pipeline.jobs.start import prepare
@@ -69,6 +69,7 @@ def test_plain_words_stay_as_they_are_and_get_sentences(prompt: str) -> None:
     assert words(prompt) == Words(prompt, "", "task.negative_prompt", sentences=True)
 
 
+@pytest.mark.long
 def test_the_negative_prompt_is_the_checkpoints_own(tmp_path: Path) -> None:
     """The whole object, written by json.dumps as NVIDIA's framework writes it."""
     folder = make_layout(tmp_path / "nano", "nano")
@@ -138,11 +139,11 @@ def test_the_closing_table_shows_any_words(tmp_path: Path, capsys: pytest.Captur
 def test_a_file_that_is_no_text_is_refused_before_anything_starts(given: str, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_bytes("ein Drachen".encode("utf-16"))
     with pytest.raises(ConfigError, match="not a file of words"):
-        prepare(composition([given.format(tmp_path / "words.txt")]))
+        prepare(composition_of([given.format(tmp_path / "words.txt")]))
 
 
 @pytest.mark.parametrize("topology", ["cpu_x1", "cpu_x2"])
 def test_a_picture_that_is_none_is_refused_before_anything_starts(topology: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"words")
     with pytest.raises(ConfigError, match="is not a picture"):
-        prepare(composition(["task=i2v", f"topology={topology}", f"task.image={tmp_path / 'a.png'}"]))
+        prepare(composition_of(["task=i2v", f"topology={topology}", f"task.image={tmp_path / 'a.png'}"]))
