@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,31 @@ class Loader(yaml.CSafeLoader):
         if len(said) != len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
         return said
+
+
+def contents_around(conf: Path, config_name: str = "config") -> Contents:
+    """The `contents` of `conf` and of the folders that its primary config puts into the search path after it.
+
+    A place that is not a folder here is left out: Hydra says so when it composes.
+    """
+    found = contents(conf)
+    primary = found.get(config_name)
+    own = primary[1].get("hydra") if isinstance(primary, list) and isinstance(primary[1], dict) else None
+    places = own.get("searchpath") if isinstance(own, dict) else None
+    for place in places if isinstance(places, list) else []:
+        folder = _folder(str(place))
+        found = {**(contents(folder) if folder is not None else {}), **found}
+    return found
+
+
+def _folder(place: str) -> Path | None:
+    """The folder of an entry of a search path, such as `pkg://cosmos3_pipeline.conf`."""
+    scheme, _, name = place.partition("://")
+    try:
+        folder = Path(str(files(name))) if scheme == "pkg" else Path(name or place)
+    except (ImportError, TypeError, ValueError):
+        return None
+    return folder if folder.is_dir() else None
 
 
 def contents(conf: Path) -> Contents:

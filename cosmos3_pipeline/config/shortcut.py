@@ -119,14 +119,13 @@ def _shortcut_when(_changed: tuple[tuple[Path, int], ...]) -> Shortcut:
 
 
 class Shortcut:
-    """Composes over the configs of `source`, whose files say `known`."""
+    """Composes over the configs of `source`; `known` is what these and those in its search path say."""
 
     def __init__(self, source: Source, known: Contents) -> None:
         self._source, self._known = source, known
         self._groups = {path.rpartition("/")[0] for path in known} | {f"vae/{d}" for d in ("encode", "decode")}
-        primary = _body(known.get(source.name))
-        if source.further or "searchpath" in (primary.get("hydra") or {}):
-            self._known = {}  # files of other folders as well
+        if source.further:
+            self._known = {}  # files of another folder as well
 
     def compose(self, overrides: Sequence[str]) -> PlainComposition:
         """The composition of `overrides`. Raises NotPlain."""
@@ -166,7 +165,7 @@ class Shortcut:
         if path not in self._known:
             return _settings(path)
         body = _body(self._known[path])
-        if "hydra" in body and path != self._source.name:
+        if path != self._source.name and "searchpath" in (body.get("hydra") or {}):
             raise NotPlain
         return {key: value for key, value in body.items() if key not in ("defaults", "hydra")}
 

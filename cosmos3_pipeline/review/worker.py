@@ -73,7 +73,7 @@ def _both(request: dict[str, Any]) -> dict[str, Any]:
     requests = [request, {**request, **request["others"]}]
     sides = [_cases(one) for one in requests]
     sources = [Source(one["conf"], one["name"]) for one in requests]
-    known = [closure.contents(Path(one["conf"])) for one in requests]
+    known = [closure.contents_around(Path(one["conf"]), one["name"]) for one in requests]
     composers = [_composer(source, files) for source, files in zip(sources, known, strict=True)]
     touched, untouched = set(request["touched"]), 0
     answers: list[dict[str, Any]] = [{}, {}]
@@ -161,7 +161,8 @@ def _composing(request: dict[str, Any]) -> Composer:
         return cosmos3_pipeline.compose
     from cosmos3_pipeline.config.source import Source
 
-    compose = _composer(Source(str(conf), request["name"]), _tool(request, "closure").contents(conf))
+    known = _tool(request, "closure").contents_around(conf, request["name"])
+    compose = _composer(Source(str(conf), request["name"]), known)
     return lambda overrides: _checked(compose(overrides))
 
 
@@ -276,7 +277,7 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
 
     register()
     conf, name = Path(request["conf"]), request["name"]
-    provenance, known = _tool(request, "provenance"), _tool(request, "closure").contents(conf)
+    provenance, known = _tool(request, "provenance"), _tool(request, "closure").contents_around(conf, name)
     answers = []
     for overrides, keys in request["trace"]:
         cfg = _merged(overrides, conf, name, known)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.closure import contents
+from cosmos3_pipeline.config.closure import contents, contents_around, files_of
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.shortcut import NotPlain, PlainComposition, Shortcut, composition_of
 from cosmos3_pipeline.config.source import BUILTIN, Source
@@ -65,6 +65,31 @@ def test_hydra_composes_what_is_not_plain(overrides: list[str], plain: bool) -> 
         assert chains[0] == chains[1]
 
 
+FILMS = """
+defaults: [_self_, config, override topology: box, override model: little]
+hydra: {searchpath: [pkg://cosmos3_pipeline.conf]}
+extras: {film: the red circle}
+"""
+LITTLE = "defaults: [toy_random, _self_]\nname: little\nrecommended: {video: {steps: 2}}\n"
+BOX = "defaults: [cpu_x2, override /vae/decode@_global_.vae.decode: spatial_shard, _self_]\nthreads_per_rank: 1\n"
+MINE = "defaults: [unipc, _self_]\nseed: 7\n"
+OWN = {"films": FILMS, "model/little": LITTLE, "topology/box": BOX, "sampler/mine": MINE}
+
+
+def test_another_repositorys_configs_stand_before_the_librarys(tmp_path: Path) -> None:
+    for path, text in OWN.items():
+        file = tmp_path / f"{path}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    source, known = Source(str(tmp_path), "films"), contents_around(tmp_path, "films")
+    shortcut = Shortcut(source, known)
+    for overrides in [], ["sampler=mine"], ["topology=h200_x4", "model=nano"], ["vae=tiled", "topology=cpu_x2"]:
+        assert repr(shortcut.compose(overrides).typed()) == repr(compose(overrides, source).typed()), overrides
+    # Only the library's primary config names the group, and still a choice in it is seen.
+    assert "sampler/mine" in files_of(["sampler=mine"], known, "films")
+    assert "sampler/mine" not in files_of(["sampler=mine"], contents(tmp_path), "films")
+
+
 @pytest.mark.parametrize(
     "overrides", [["sampler.stepz=3"], ["task.height=tall"], ["model=nono"], ["task.prompt=it's"]]
 )
@@ -114,7 +139,7 @@ Edit = tuple[str, str, str]  # file, old, new
         pytest.param([], ("topology/cpu_x1", "# ", "# @package topology\n# "), id="a header"),
         pytest.param([], ("config", "  - job: generate", "  - optional job: generate"), id="an optional choice"),
         pytest.param(["topology=cpu_x2"], ("config", "  - vae: replicated\n", ""), id="nothing to override"),
-        pytest.param([], ("config", "hydra:\n", "hydra:\n  searchpath: []\n"), id="another search path"),
+        pytest.param([], ("job/generate", "name:", "hydra: {searchpath: []}\nname:"), id="another search path"),
     ],
 )
 def test_hydra_is_asked_for_the_rest(tmp_path: Path, overrides: list[str], edit: Edit | None) -> None:
