@@ -1,4 +1,4 @@
-"""What a composition will do, from arithmetic alone. Imports no torch."""
+"""The plan of a composition: work, memory, messages and time, by arithmetic alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["plan_of"]
 
 
 def plan_of(cfg: Config) -> dict[str, Any]:
-    """The plan of a checked config as plain values, as in plan.json. Other revisions' reviews call it too.
+    """The plan of a checked config as plain values, as in plan.json. Reviews of other revisions call it too.
 
-    Raises Refusal for a strategy that cannot be honoured.
+    Raises Refusal if a strategy cannot divide this clip.
     """
     from cosmos3_pipeline.planning.plan import as_dict, make_plan
 

@@ -1,4 +1,4 @@
-"""What is wrong with a task with actions, and the keys of its clip, which the picture decides."""
+"""Checks of a task with actions, and the keys of its clip that follow from the picture."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ OF_ACTIONS = ("domain", "actions", "chunk_size", "view_point", "resolution_tier"
 
 
 def settled(cfg: Config) -> dict[str, Any]:
-    """The keys of `cfg` that follow from its picture and its actions, by their dotted names; none without actions.
+    """Values that follow from the picture and the actions, by dotted key; empty for a task without actions.
 
-    Without a picture it is the clip of one whose size the config has already, and without actions it is a chunk.
+    Without a picture, the picture has the size in the config. Without an action file, the clip is one chunk.
 
     Raises:
         ConfigError: the picture or the actions cannot be read, or the keys of the task do not fit each other.
@@ -54,7 +54,10 @@ def settled(cfg: Config) -> dict[str, Any]:
 
 
 def by_hand(keys: dict[str, Any], literal: Callable[[str], Any]) -> Iterator[Problem]:
-    """Those of the settled `keys` that the user has set to something else; `literal` is what a key was given."""
+    """A problem for each of the settled `keys` that the user set to another value.
+
+    `literal` returns the value that the user set for a key.
+    """
     for key, value in keys.items():
         given = literal(key)
         if given not in (None, [], value):
@@ -66,7 +69,7 @@ def by_hand(keys: dict[str, Any], literal: Callable[[str], Any]) -> Iterator[Pro
 
 
 def check_actions(cfg: Config) -> Iterator[Problem]:
-    """What a task with actions, or keys of one with another task, cannot have."""
+    """Problems of a task with actions, and of action keys that are set with another task."""
     task, model = cfg.task, cfg.model
     if task.name not in ACTION_TASKS:
         for key in OF_ACTIONS:
@@ -116,7 +119,7 @@ def _too_few_weights(cfg: Config) -> Iterator[Problem]:
 
 
 def _keys(cfg: Config) -> Iterator[Problem]:
-    """Values that diffusers' tables do not have."""
+    """Problems of keys whose values are not in diffusers' tables."""
     task, step = cfg.task, cfg.model.vae.scale_factor_temporal
     for key, known in (("resolution_tier", tuple(CANVASES)), ("view_point", VIEW_POINTS)):
         value = getattr(task, key)
@@ -173,7 +176,10 @@ def _sources(task: TaskConfig) -> Iterator[Problem]:
 
 
 def _actions(task: TaskConfig, action: ActionTask) -> int:
-    """The number of actions: those of the file, which takes a domain to read, or a chunk. Raises ConfigError."""
+    """The number of actions in the file; one chunk without a file, or without the domain needed to read it.
+
+    Raises ConfigError.
+    """
     if action.predicts or task.actions is None or action.domain is None:
         return action.chunk_size
     try:
@@ -183,7 +189,7 @@ def _actions(task: TaskConfig, action: ActionTask) -> int:
 
 
 def _picture(task: TaskConfig) -> tuple[int, int]:
-    """Height and width of the picture that the clip goes on from. Raises ConfigError."""
+    """Height and width in pixels of the picture that the clip begins with. Raises ConfigError."""
     try:
         if task.image is not None:
             return photograph_size(task.image)

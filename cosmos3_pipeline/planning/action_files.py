@@ -1,4 +1,4 @@
-"""Actions in files: what a task is given, checked before work, and what it leaves."""
+"""Action files: `task.actions` is read and checked before work starts; the text of actions.json is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.planning.actions import EMBODIMENTS, ActionTask
 
-# Beyond it the model's arithmetic, in half precision, overflows.
+# The model's half-precision arithmetic overflows with larger values.
 LARGEST = 1e4
 ACTIONS_FILE = "actions.json"
 SCHEMA_VERSION = 1
@@ -22,12 +22,12 @@ UNITS = (
 def read_actions(path: str, action: ActionTask) -> list[list[float]]:
     """The actions of `task.actions`, one row of numbers for each.
 
-    A `.npy` array [actions, width], the same as lists in JSON, or the `actions.json` of a run. They are for one or
-    more whole chunks.
+    The file is a `.npy` array [actions, width], the same array as JSON lists, or the `actions.json` of a run. It
+    holds one or more whole chunks.
 
     Raises:
-        Refusal: no such file, no such array, rows that are no whole number of chunks, another number of columns
-            than the domain has, or a value that is not finite.
+        Refusal: the file is missing or holds no such array, its rows are not a whole number of chunks, it has
+            another number of columns than the domain, or a value is NaN, infinite or beyond `LARGEST`.
     """
     file, named = Path(path).expanduser().absolute(), f"task.actions={path}"
     works = f"a .npy or .json file of {action.chunk_size} x {action.width} numbers, or of several such chunks"
@@ -50,7 +50,7 @@ def read_actions(path: str, action: ActionTask) -> list[list[float]]:
             works=_other_chunks(len(rows), action) or works,
         )
     for number, row in enumerate(rows):
-        if not all(abs(value) <= LARGEST for value in row):  # nor NaN
+        if not all(abs(value) <= LARGEST for value in row):  # False for NaN too
             raise Refusal(
                 what=f"{named} has a value in row {number} that is NaN, infinite or beyond {LARGEST:g}",
                 why="actions are normalised numbers of about 1; every pixel of the clip would be lost with it",
@@ -60,15 +60,15 @@ def read_actions(path: str, action: ActionTask) -> list[list[float]]:
 
 
 def _other_chunks(rows: int, action: ActionTask) -> str | None:
-    """The size of chunks nearest to the task's that so many actions fill."""
-    filled = [size for size in range(4, rows + 1, 4) if rows % size == 0]  # latent frames are four frames each
+    """The override of the chunk size nearest to the task's that divides `rows`; None if there is none."""
+    filled = [size for size in range(4, rows + 1, 4) if rows % size == 0]  # a latent frame is four frames
     if not filled:
         return None
     return f"task.chunk_size={min(filled, key=lambda size: abs(size - action.chunk_size))}"
 
 
 def _other_domains(widths: tuple[int, ...]) -> str | None:
-    """The domains whose actions have such a width."""
+    """The override with the domains whose actions have this width; None if there is none."""
     names = [name for name, one in EMBODIMENTS.items() if widths == (one.width,)]
     return f"task.domain={' or '.join(names)}" if names else None
 
@@ -122,7 +122,7 @@ def _is_rows(found: Any) -> bool:
 
 
 def actions_report(action: ActionTask, fps: float, actions: list[list[float]]) -> str:
-    """The text of actions.json, a line for each action; keys are added in later versions, never renamed."""
+    """The text of actions.json, one line for each action. Later versions add keys and never rename them."""
     assert action.domain is not None
     about = {
         "schema_version": SCHEMA_VERSION,

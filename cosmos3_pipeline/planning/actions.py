@@ -1,7 +1,7 @@
-"""Tasks with actions: whose actions they are, and the clip that follows from a picture, a tier and a chunk.
+"""Tasks with actions: their embodiments, and the clip that follows from picture, tier and chunk size.
 
-diffusers decides the size of such a clip when it has the picture; a plan has to know it before. Source: diffusers
-`pipelines/cosmos/pipeline_cosmos3_omni.py`, whose tables a test holds these against.
+diffusers computes the size of such a clip once it has the picture, but a plan needs the size earlier. Source:
+diffusers `pipelines/cosmos/pipeline_cosmos3_omni.py`. A test compares the tables below with the tables there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ACTION_TASKS = (TaskName.policy, TaskName.forward_dynamics, TaskName.inverse_dyn
 
 Size = tuple[int, int]  # height and width, in pixels
 
-# The canvases of a tier by their ratio of height to width, in the order in which diffusers looks at them.
+# The canvases of a tier by their ratio of height to width, in the order in which diffusers tries them.
 CANVASES: dict[int, dict[float, Size]] = {
     256: {1.0: (256, 256), 0.8: (256, 320), 1.25: (320, 256), 0.6: (192, 320), 5 / 3: (320, 192)},
     480: {
@@ -41,7 +41,7 @@ CANVASES: dict[int, dict[float, Size]] = {
 }
 VIEW_POINTS = ("ego_view", "third_person_view", "wrist_view", "concat_view")
 
-# What the columns of an action are: a pose is a translation and a rotation of six numbers (Zhou et al. 2019).
+# The columns of an action. A pose is a translation and a rotation of six numbers (Zhou et al. 2019).
 POSE = (*(f"translation_{axis}" for axis in "xyz"), *(f"rotation_{number}" for number in range(6)))
 ARM = (*POSE, "gripper")
 FINGERTIPS = tuple(f"finger_{finger}_{axis}" for finger in range(5) for axis in "xyz")
@@ -56,7 +56,7 @@ _HUMANOID = (*_of("ego", POSE), *_of("first", ARM), *_of("second", ARM))
 
 @dataclass(frozen=True)
 class Embodiment:
-    """One embodiment that actions are for. `columns` are empty where diffusers says their number alone."""
+    """One embodiment, such as a robot. `columns` is empty if diffusers tells only their number, `width`."""
 
     width: int
     columns: tuple[str, ...] = ()
@@ -85,13 +85,13 @@ EMBODIMENTS = {
         (*_of("ego", POSE), *_of("first", (*POSE, *FINGERTIPS)), *_of("second", (*POSE, *FINGERTIPS)))
     ),
 }
-# Embodiments that the model has weights for, and whose actions have no fixed width.
+# The model has weights for these embodiments, but their actions have no fixed width.
 WITHOUT_WIDTH = ("libero", "no_action")
 
 
 @dataclass(frozen=True)
 class ActionTask:
-    """What a task with actions has beside other tasks. `canvas` is None until the picture is known."""
+    """The settings that only tasks with actions have. `canvas` is None until the picture is known."""
 
     mode: TaskName
     domain: str | None
@@ -102,13 +102,13 @@ class ActionTask:
 
     @property
     def width(self) -> int:
-        """The numbers of one action."""
+        """How many numbers one action has."""
         assert self.domain is not None
         return EMBODIMENTS[self.domain].width
 
     @property
     def predicts(self) -> bool:
-        """Whether actions are what the task makes, and not what it is given."""
+        """Whether the task generates the actions. Otherwise they are its input."""
         return self.mode is not TaskName.forward_dynamics
 
     @property
@@ -117,12 +117,12 @@ class ActionTask:
         return self.mode is not TaskName.inverse_dynamics
 
     def conditioned(self, temporal: int) -> list[int]:
-        """The latent frames that stay as the picture or the clip shows them."""
+        """The latent frames that are encoded from the picture or the clip and are not denoised."""
         return [0] if self.shows else list(range(self.chunk_size // temporal + 1))
 
 
 def action_of(task: TaskConfig) -> ActionTask | None:
-    """The actions of a checked `task`, or None for a task without."""
+    """The action settings of a checked `task`, or None for a task without actions."""
     if task.name not in ACTION_TASKS:
         return None
     assert task.chunk_size is not None and task.view_point is not None and task.resolution_tier is not None
@@ -131,7 +131,7 @@ def action_of(task: TaskConfig) -> ActionTask | None:
 
 
 def canvas_for(picture: Size, tier: int, spatial: int) -> Size:
-    """What a picture is padded to: the canvas of `tier` whose shape is nearest to it."""
+    """The canvas of `tier` that a picture is padded to: its ratio of height to width is the nearest."""
     height, width = _whole_rows(picture, spatial)
     return CANVASES[tier][min(CANVASES[tier], key=lambda ratio: abs(ratio - height / width))]
 
@@ -139,8 +139,8 @@ def canvas_for(picture: Size, tier: int, spatial: int) -> Size:
 def content_on(canvas: Size, picture: Size, spatial: int) -> Size:
     """The part of `canvas` whose latents show `picture`, in whole latent rows and columns.
 
-    The picture is made smaller until the canvas holds it, and is never made larger. What its last row and column
-    share with the padding is left out.
+    A picture that is larger than the canvas is scaled down to fit; no picture is scaled up. A last latent row or
+    column that also covers padding is left out.
     """
     height, width = _whole_rows(picture, spatial)
     scale = min(canvas[1] / width, canvas[0] / height, 1.0)
@@ -150,6 +150,6 @@ def content_on(canvas: Size, picture: Size, spatial: int) -> Size:
 
 
 def _whole_rows(picture: Size, spatial: int) -> Size:
-    """The size that diffusers' `VideoProcessor` resizes a picture to before anything else."""
+    """The size that diffusers' `VideoProcessor` first resizes a picture to: whole latent rows and columns."""
     height, width = (side - side % spatial for side in picture)
     return height, width

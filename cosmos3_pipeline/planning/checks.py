@@ -1,6 +1,6 @@
-"""Every check of a composition, before a weight is read: structure first, then what the arithmetic says.
+"""Every check of a composition, before a weight is read: first its structure, then its arithmetic.
 
-All problems are collected, so a user mends them in one go.
+All problems are collected, so that a user can fix them in one go.
 """
 
 from __future__ import annotations
@@ -49,35 +49,35 @@ from cosmos3_pipeline.planning.writing import PRESETS
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness
 
-# More ranks than this on one clip nobody has, and planning for them takes longer than a second.
+# Nobody has more ranks than this for one run, and a plan for more ranks takes longer than a second.
 MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A config without a problem, and what its check found out: the plan of its VAE, its checkpoint if any."""
+    """A config without problems, with two results of its check: the VAE's plans, and the checkpoint if any."""
 
     config: Config
     vae: Mapping[Direction, VaePlan]
     adopted: Adopted | None = None
 
     def plan(self) -> Plan:
-        """The plan of the config, whose VAE is not planned again."""
+        """The plan of the config. It uses the VAE's plans of the check."""
         return make_plan(self.config, vae=self.vae)
 
 
 def check_composition(
     composition: Composition | PlainComposition, changes: Mapping[str, Any] | None = None
 ) -> Checked:
-    """The typed config of `composition`; raises ConfigError with every problem found.
+    """The typed and checked config of `composition`. Raises ConfigError with every problem found.
 
-    Where `model.path` is a folder here, the numbers in the config are the checkpoint's own, see
-    `adopt_checkpoint`. `changes` are dotted keys and the values to take for them. Each problem says which file or
-    override set its keys.
+    If `model.path` is a local folder, the checkpoint's numbers replace those in the config, see
+    `adopt_checkpoint`. `changes` maps dotted keys to values that replace the composition's. Each problem names the
+    file or override that set its keys.
     """
-    # A plain composition is one whose structure has been found right.
+    # The structure of a plain composition has been checked already.
     found = structure.problems(composition) if isinstance(composition, Composition) else []
-    if not found:  # what follows needs every value to be there and in range
+    if not found:  # the checks below need every value present and in range
         config = composition.typed(changes)
         found.extend(_model(config))
         found.extend(_ranks_in_all(config))
@@ -88,7 +88,7 @@ def check_composition(
         except Refusal as refusal:
             found.append(refusal.problem)
         else:
-            found.extend(() if found else _adapters(config, adopted))  # weights follow from numbers that are right
+            found.extend(() if found else _adapters(config, adopted))  # wrong numbers give wrong weights
     if not found:
         numbers = {**(changes or {}), **(adopted.numbers if adopted is not None else {})}
         try:
@@ -104,7 +104,7 @@ def check_composition(
 
 
 def _unread_settings(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]:
-    """Settings on the command line of a strategy that no flag switches on, or of a control that is not made."""
+    """Command-line settings of a strategy whose flag is off, or of a control that is read from a file."""
     for name, key in MADE.items():
         set_here = any(override.lstrip("+").startswith(f"task.{key}=") for override in overrides)
         if set_here and cfg.task.name is TaskName.transfer and controls_of(cfg.task).get(name) != FROM_VIDEO:
@@ -124,14 +124,14 @@ def _unread_settings(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]
 
 
 def check(cfg: Config) -> Checked:
-    """What a check finds out of `cfg`, whose structure is right. Raises ConfigError with every problem of it."""
+    """Check the arithmetic of `cfg`, whose structure is right. Raises ConfigError with every problem."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
     found = [problem for one in CHECKS for problem in one(cfg, clip)]
     found += check_actions(cfg)
     found += [] if found else _tokens(cfg)
     for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
-            continue  # the reference works with any clip and ranks that nothing else is wrong with
+            continue  # the reference works with every valid clip and number of ranks
         try:
             vae[direction] = _vae(cfg, direction)
         except ConfigError as error:
@@ -145,7 +145,7 @@ def check(cfg: Config) -> Checked:
 
 
 def located(problems: Sequence[Problem], composition: Composition | PlainComposition) -> Sequence[Problem]:
-    """`problems` with the file or override that set each key named in them, as far as that is known."""
+    """`problems` with the file or override that set each key in their text, as far as it is known."""
     traced = composition.traced()
     if traced is None:
         return problems
@@ -154,7 +154,7 @@ def located(problems: Sequence[Problem], composition: Composition | PlainComposi
 
 def _origins(words: str, traced: Provenance) -> Iterator[str]:
     for key in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", words)):
-        # A strategy's node was set by whoever chose what it is built from.
+        # A strategy's settings come with the choice of its class, so the origin of `_target_` is theirs too.
         if chain := traced.chain(key) or traced.chain(f"{key}._target_"):
             through = f" ({chain[-1].key})" if len(chain) > 1 else ""
             yield f"{key} by {chain[-1].winner.place}{through}"
@@ -189,7 +189,7 @@ def _model(cfg: Config) -> Iterator[Problem]:
 
 
 def _scale(cfg: Config) -> Iterator[Problem]:
-    """Factors between pixels and latents that are not those of the levels."""
+    """Problems of scale factors between pixels and latents that contradict the VAE's levels."""
     vae = cfg.model.vae
     resamplings = len(vae.dim_mult) - 1
     spatial = vae.patch_size << resamplings
@@ -205,9 +205,10 @@ def _scale(cfg: Config) -> Iterator[Problem]:
 
 
 def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
-    """What in `model.lora` is no adapter, or fits no weights of the checkpoint, as far as these are known.
+    """Problems of entries in `model.lora` that are no adapter or do not fit the checkpoint's weights.
 
-    A model that is made on the spot is known by its numbers. A hub id that is not here yet is checked once it is.
+    The weights of a model that is made on the spot follow from its numbers. The weights of a hub checkpoint are
+    unknown before its download, so the fit is checked after it.
     """
     weights = None
     if adopted is not None:
@@ -234,7 +235,7 @@ def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
 
 
 def _no_paths(cfg: Config) -> Iterator[Problem]:
-    """What the system does not take for a path: a sentence, a home of nobody, a folder that is closed to us."""
+    """Problems of values that cannot be paths: too long, in an unknown user's home, or in a closed folder."""
     for key, path in paths_of(cfg).items():
         try:
             Path(path).expanduser().exists()
@@ -280,7 +281,7 @@ def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 
 def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """What the transformer's heads, the tokens and the guidance allow, with the keys' full names."""
+    """Problems of a layout that the transformer's heads or the guidance do not allow."""
     model, topology = cfg.model.transformer, cfg.topology
     found = refused(
         lambda: check_layout(
@@ -296,7 +297,7 @@ def _layout(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 
 def _tokens(cfg: Config) -> Iterator[Problem]:
-    """Of a config that nothing else is wrong with: only then its tokens can be counted."""
+    """Problems of a grid with too few tokens. Tokens can be counted only if nothing else is wrong with `cfg`."""
     tokens = min(
         one.rows for chunk in range(min(chunks_of(cfg).count, 2)) for one in passes_of(cfg, (1, 1), chunk)
     )
@@ -305,14 +306,14 @@ def _tokens(cfg: Config) -> Iterator[Problem]:
 
 
 def _by_keys(problem: Problem) -> Problem:
-    """A problem of the denoiser, which knows its arguments, in the words of the config."""
+    """The denoiser's `problem` with config keys for its argument names: `topology.ulysses=` for `ulysses=`."""
     named = re.sub(r"(?<![.\w])(cfg|cp|ulysses)=", r"topology.\1=", "\0".join((problem.what, problem.works)))
     what, works = re.sub(r"(?<![.\w])guidance_scale=", "sampler.guidance_scale=", named).split("\0")
     return Problem(what=what, why=problem.why, works=works)
 
 
 def _has_own_passes(cfg: Config) -> bool:
-    """Whether the passes of a step are looked at elsewhere: in `_distilled`, or in `transfer_problems`."""
+    """Whether another check compares topology.cfg with the passes: `_distilled` or `transfer_problems`."""
     return cfg.model.distilled_sigmas is not None or cfg.task.name is TaskName.transfer
 
 
@@ -341,7 +342,7 @@ def _weights(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 
 def _vae(cfg: Config, direction: Direction) -> VaePlan:
-    """The plan of a direction. Raises ConfigError where its strategy refuses, or promises too little."""
+    """The plan of a direction. Raises ConfigError if its strategy refuses, or is not exact enough."""
     required = Exactness(cfg.vae.required_exactness)
     switched_on = is_parallel(cfg.vae, direction)
     name = settings_of(cfg.vae, direction)["_target_"].rpartition(".")[2] if switched_on else REFERENCE
@@ -384,7 +385,7 @@ CHECKS = (*TASK_CHECKS, transfer_problems, check_steps, check_interval, check_ca
 
 
 def refused(action: Callable[[], object]) -> Iterator[Problem]:
-    """The problem that `action` refuses with, or nothing when it does not refuse."""
+    """The problem of the Refusal that `action` raises, or nothing if it raises none."""
     try:
         action()
     except Refusal as refusal:

@@ -1,4 +1,4 @@
-"""A clip that is made chunk after chunk: each begins with the frames that the one before has ended with.
+"""A clip that is generated chunk after chunk. Each chunk begins with the last frames of the chunk before it.
 
 Sources: for transfer diffusers `Cosmos3TransferSetupStep` and `Cosmos3TransferChunkVaeEncoderStep`, for forward
 dynamics `run_rollout` in NVIDIA/cosmos `cookbooks/cosmos3/generator/action/run_fd_with_diffusers.ipynb`.
@@ -12,10 +12,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Chunks:
-    """`total` frames in chunks of `frames` (4k + 1), of which a later one repeats the `overlap` frames before it.
+    """`total` frames in chunks of `frames` (4k + 1). A later chunk repeats the `overlap` frames before it.
 
-    `given` are the frames of an input clip with which the first chunk begins. Those with which a later one begins
-    are `passed` to it as the decoder made them, or as pictures of 8 bits.
+    The first chunk begins with `given` frames of an input clip. `passed` says in which form a later chunk receives
+    the repeated frames: `float` as the decoder made them, or `uint8` as 8-bit pictures.
     """
 
     total: int
@@ -26,13 +26,13 @@ class Chunks:
 
     @classmethod
     def of(cls, total: int, *, at_most: int, overlap: int, given: int, temporal: int) -> Chunks:
-        """`total` frames in chunks of `at_most` frames and those that `temporal` adds to end a latent frame."""
+        """Chunks of `at_most` frames, or of `total` if that is less, rounded up to whole latent frames."""
         frames = -(-(min(total, at_most) - 1) // temporal) * temporal + 1
         return cls(total, frames, overlap, given)
 
     @property
     def stride(self) -> int:
-        """Frames from the first of a chunk to the first of the next one."""
+        """Frames from the start of a chunk to the start of the next chunk."""
         return self.frames - self.overlap
 
     @property
@@ -46,9 +46,9 @@ class Chunks:
         return range(start, min(start + self.frames, self.total))
 
     def mirrored(self, number: int) -> list[int]:
-        """Those frames, counted from the first of them, for each frame of the chunk.
+        """For each frame of chunk `number`, the index of its control frame in `shown(number)`.
 
-        The last chunk may reach beyond the clip. There the controls go back and forth, as diffusers lets them go.
+        The last chunk may reach beyond the clip. There the control frames are mirrored, as in diffusers.
         """
         found = list(range(len(self.shown(number))))
         while len(found) < self.frames:
@@ -58,15 +58,18 @@ class Chunks:
         return found
 
     def clean(self, number: int) -> int:
-        """The frames with which chunk `number` begins and which it does not make."""
+        """How many frames at the start of chunk `number` are taken over, not generated."""
         return min(self.overlap if number else self.given, self.frames)
 
     def clean_latents(self, number: int, temporal: int) -> int:
-        """Latent frames, of `temporal` frames each but the first, that begin with a clean frame."""
+        """How many latent frames begin with a clean frame.
+
+        The first latent frame is one frame, each later one is `temporal` frames.
+        """
         clean = self.clean(number)
         return (clean - 1) // temporal + 1 if clean else 0
 
     def written(self, number: int) -> range:
-        """Which frames of chunk `number` are new, and within the clip."""
+        """The frames of chunk `number` that are new and within the clip."""
         begin = self.overlap if number else 0
         return range(begin, len(self.shown(number)))

@@ -1,4 +1,4 @@
-"""The stages of the transformer in a plan, text and denoise: the cost of each rank, its memory and its time."""
+"""The transformer's stages in a plan, text and denoise: the cost, memory and time of each rank."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from cosmos3_pipeline.planning.text import prompts_of
 from cosmos3_pipeline.planning.transformer import FP32_BYTES, TransformerSize
 from cosmos3_pipeline.planning.weights import WeightsCost
 
-# Tensors of the latents' size, in fp32, that are alive while the model predicts (noise, latents, what the sampler
-# remembers of earlier steps) and within a step of diffusers' UniPC sampler. Counted on running ones.
+# fp32 tensors of the latents' size that are alive while the model predicts (noise, latents, the sampler's history)
+# and within a step of diffusers' UniPC sampler. Counted in a run.
 LATENTS_IN_MODEL = 8
 LATENTS_IN_SAMPLER = 15
-# The same with the fixed steps of a distilled checkpoint, which remember no earlier step.
+# The same for a distilled checkpoint, whose fixed steps keep no history.
 DISTILLED_LATENTS_IN_MODEL = 5
 DISTILLED_LATENTS_IN_SAMPLER = 10
-# Those of a cache's first rank besides, while it filters the latents, and what it remembers of them for the next
-# step. Counted on a rehearsed one.
+# With a cache, rank 0 has more of these tensors: some while it filters the latents, and one that it compares with
+# the next step. Counted in a rehearsal.
 LATENTS_IN_FILTER = 7
 LATENTS_COMPARED = 1
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """Denoising over guidance and sequence; `costs` is in the order of the ranks, those of the `grid` fastest.
+    """The denoise stage over the cfg axis and the `grid`. `costs` has one entry per rank, grid ranks fastest.
 
-    `latent_elements` are those of the clip's latents, and of each of the `controls`; `text_tokens` the length of
-    each prompt, `rows` the tokens of each rank of the grid but for the text's. `prompts` are those of all clips
-    of a replica, which are encoded together. `steps` has the passes of a step, by their numbers, and how many
-    steps have them. `residuals` are the steps that a cache remembers of each pass, 0 without one. `distilled` says
-    that the steps are fixed and draw noise of their own. A clip in several `chunks` has `later` for those after
-    the first.
+    latent_elements: of the clip's latents. Each of the `controls` has as many.
+    text_tokens: the length of each prompt.
+    rows: tokens of each rank of the grid, without text.
+    prompts: how many clips a replica makes. Their prompts are encoded together.
+    steps: for each set of guidance passes, by number, how many steps have it.
+    residuals: how many steps a cache remembers for each pass; 0 without a cache.
+    distilled: the steps are fixed and draw noise of their own.
+    later: the stage of each chunk after the first, if the clip has several `chunks`.
     """
 
     size: TransformerSize
@@ -70,7 +72,7 @@ class Denoising:
         element_bytes: int,
         chunk: int = 0,
     ) -> Denoising:
-        """Of the chunk `chunk` of a config, whose layout must pass `denoise.checks.check_layout`."""
+        """The denoise stage of chunk `chunk`. The layout of `cfg` must pass `denoise.checks.check_layout`."""
         clip, guidance, passes = (
             clip_of(cfg),
             guidance_of(cfg.task, cfg.sampler),
@@ -117,21 +119,21 @@ class Denoising:
         }
 
     def text_bytes(self, place: int) -> int:
-        """Bytes of the encoded prompts of one clip on the rank at `place` of the costs."""
+        """Bytes of the encoded prompts of one clip on the rank with `costs[place]`."""
         return sum(text.cache_bytes for text in self.costs[place].texts)
 
     def waiting_bytes(self, place: int) -> int:
-        """Bytes of the encoded prompts of all clips, which wait on the host where there are several."""
+        """Bytes of the encoded prompts of all clips, which wait on the host; 0 if there is one clip."""
         if self.prompts == 1:
             return 0
         return sum(self._times(text) * text.cache_bytes for text in self.costs[place].texts)
 
     def _times(self, text: TextCost) -> int:
-        """How often a run encodes such a prompt: the clips have one negative prompt."""
+        """How often a run encodes this prompt: a negative prompt once, because all clips share it."""
         return 1 if text.negative else self.prompts
 
     def text_stage(self, cfg: Config, place: int, weights: WeightsCost) -> RankStage:
-        """Encoding the prompts on the rank at `place` of the costs."""
+        """The text stage on the rank with `costs[place]`."""
         cost, accelerator, on_cpu = self.costs[place], accelerator_of(cfg), cfg.topology.device == Device.cpu
         flops, sent = 0, Wire()
         for text in cost.texts:
@@ -139,7 +141,7 @@ class Denoising:
             sent += text.sequence * self._times(text)
         held = self.text_bytes(place)
         if self.prompts > 1:
-            # On an accelerator they go to the host layer by layer.
+            # An accelerator moves the encoded prompts to the host layer by layer.
             one_layer = max(text.cache_bytes for text in cost.texts) // self.size.num_hidden_layers
             held = self.waiting_bytes(place) if on_cpu else one_layer
         return RankStage(
@@ -158,9 +160,9 @@ class Denoising:
         )
 
     def stage(self, cfg: Config, place: int, weights: WeightsCost, *, vae: int, stays: bool) -> RankStage:
-        """Denoising on the rank at `place` of the costs, which holds `vae` bytes of the VAE besides.
+        """The denoise stage on the rank with `costs[place]`, which also holds `vae` bytes of VAE weights.
 
-        Where the generation pathway `stays`, a later chunk has the first layer already.
+        If the generation pathway `stays` on the device, a later chunk has its first layer already.
         """
         first = self._chunk_stage(cfg, place, weights, vae=vae)
         if self.later is None:
@@ -175,7 +177,7 @@ class Denoising:
         on_cpu = topology.device == Device.cpu
         clip = cost.steps(self.steps)
         flops, sequence, guidance = cost.clip_flops + clip.flops, clip.sequence, clip.cfg
-        # In a step without a pass of its own a rank waits for the others' velocities.
+        # A rank that computes no pass of a step waits for the velocities of the other ranks.
         working = sum(times for numbers, times in self.steps.items() if cost.step(numbers).passes)
         # Each pass of each step reads the generation pathway's weights once.
         reads = clip.passes * self.size.num_hidden_layers * self.size.pathway_matrix_elements
@@ -209,11 +211,11 @@ class Denoising:
         return accelerator.flops_per_s[cfg.model.dtype] * accelerator.efficiency["transformer"]
 
     def activation_bytes(self, place: int, *, on_cpu: bool) -> int:
-        """The most that denoising holds beyond weights and text on the rank at `place` of the costs.
+        """Peak bytes of denoising beside weights and text, on the rank with `costs[place]`.
 
-        Counts what `ParallelTransformer.hidden` has alive at once: in attention, or in the MLP, whose
-        intermediates a CPU computes in parts. There half precision takes the norm apart into fp32 passes; on an
-        accelerator a norm is one, and the product of a gated MLP takes the memory of its gate.
+        The peak is in attention or in the MLP of `ParallelTransformer.hidden`. A CPU computes the MLP's
+        intermediates in parts, and a half-precision norm as several fp32 passes. On an accelerator a norm is one
+        kernel, and the product of a gated MLP takes the memory of its gate.
         """
         cost, latents = self.costs[place], self.latent_elements * FP32_BYTES
         rank, passes = cost.sequence_rank, len(cost.passes)
@@ -222,7 +224,7 @@ class Denoising:
             self.grid, self.rows, rank, before=text.stop - text.start, passes=passes, on_cpu=on_cpu
         )
         vision += self.controls * latents
-        if self.element_bytes != FP32_BYTES:  # as the model takes them
+        if self.element_bytes != FP32_BYTES:  # a copy in the model's dtype
             vision += self.controls * self.latent_elements * self.element_bytes
         in_model, in_sampler = LATENTS_IN_MODEL, LATENTS_IN_SAMPLER
         if self.distilled:
@@ -230,49 +232,49 @@ class Denoising:
         if self.residuals and place == 0:
             in_sampler = LATENTS_COMPARED + max(in_sampler, in_model + LATENTS_IN_FILTER)
             in_model += LATENTS_COMPARED
-        # What the layers have added to own tokens.
+        # A cache remembers what the layers added to the rank's tokens.
         kept = self.residuals * passes * self.rows[rank] * self.size.hidden_size * self.element_bytes
         return kept + max(vision + in_model * latents, in_sampler * latents)
 
     def text_activation_bytes(self, place: int, *, on_cpu: bool) -> int:
-        """The most that a layer of the text holds, for the longest prompt while the others wait."""
+        """Peak bytes of a text layer: it computes the longest prompt while the other prompts wait."""
         cost, ranks = self.costs[place], self.grid.ulysses
         rank = cost.sequence_rank % ranks
         prompts = sorted(text.tokens for text in cost.texts for _ in range(self._times(text)))
         longest = even_rows(prompts.pop(), ranks)
-        if self.size.num_hidden_layers == 1:  # the last layer's keys and values are all that is made
+        if self.size.num_hidden_layers == 1:  # the only layer makes keys and values alone
             keys = 3 * self.size.num_key_value_heads * self.size.head_dim
             return longest[rank] * (2 * self.size.hidden_size + keys) * self.element_bytes
         waiting = sum(even_rows(tokens, ranks)[rank] * self.size.hidden_size for tokens in prompts)
         waiting += sum(2 * tokens * self.size.head_dim for tokens in prompts)
         held = waiting * self.element_bytes
         held += self._layer_bytes(Grid(ranks), longest, rank, before=0, passes=1, on_cpu=on_cpu)
-        if self.prompts == 1 or on_cpu:  # the last layer's keys and values come when no more is made than they
+        if self.prompts == 1 or on_cpu:  # the peak is before the last layer's keys and values are made
             held -= sum(self._times(text) * text.cache_bytes for text in cost.texts) // self.size.num_hidden_layers
         return max(held, 0)
 
     def _layer_bytes(
         self, grid: Grid, rows: Sequence[int], rank: int, *, before: int, passes: int, on_cpu: bool
     ) -> int:
-        """The most that a layer holds for `rows` tokens per rank that also attend to `before` tokens of text.
+        """Peak bytes of a layer for `rows` tokens per rank, which also attend to `before` text tokens.
 
-        `passes` are over as many tokens, or fewer.
+        Each of the `passes` has at most these tokens.
         """
         size, n = self.size, rows[rank]
         asking, asked = (sum(rows[other] for other in held) for held in (grid.row(rank), grid.column(rank)))
         shares = head_shares(size.num_attention_heads, size.num_key_value_heads, grid.ulysses)
         share = shares[rank % grid.ulysses]
         queries, keys = share.num_queries * size.head_dim, share.num_keys * size.head_dim
-        # What every pass has made so far, and the projections of the layer.
+        # The hidden states of every pass, and the projections of this layer.
         held = n * (passes * size.hidden_size + size.projection_width)
-        if not before:  # queries and keys are let go as they are normed, and all of them when they have been sent
+        if not before:  # freed: queries and keys once normed, all projections once sent
             held -= n * (size.projection_width if grid.ranks > 1 else keys)
         if not before and size.norms_text_keys_again:
             held += asked * keys
         held += passes * 2 * (asking if grid.groups == 1 else asking + asked) * size.head_dim  # rotary angles
         attended = asking * queries
         if grid.ranks > 1:
-            held += asking * queries + asked * 2 * keys  # the projections as exchanged
+            held += asking * queries + asked * 2 * keys  # the projections after the exchange
         attention = held + asking * queries + 2 * (before + asked) * keys + attended
         part, intermediates = n, 2
         if on_cpu:
@@ -282,7 +284,7 @@ class Denoising:
         whole = n * size.num_attention_heads * size.head_dim
         if grid.ranks > 1:
             mlp += whole
-        if grid.columns > 1:  # partial results as they are sent, as they come, and what they are added up in
+        if grid.columns > 1:  # partial results as sent and as received, and their sum
             wide = 2 * whole * FP32_BYTES // self.element_bytes
             attention = max(attention, held + 2 * attended + grid.columns * whole + wide)
         fused = not on_cpu or self.element_bytes == FP32_BYTES
@@ -291,6 +293,6 @@ class Denoising:
 
 
 def _sequence_seconds(accelerator: Accelerator, sent: Wire) -> float:
-    """Seconds in which a rank sends the others of its sequence what it has for them, on its node and beyond."""
+    """Seconds for a rank to send its messages within its sequence, on its node and to other nodes."""
     near = accelerator.wire_seconds(sent.bytes - sent.far_bytes, sent.messages, crosses_nodes=False)
     return near + accelerator.wire_seconds(sent.far_bytes, 0, crosses_nodes=True)

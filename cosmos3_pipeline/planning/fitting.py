@@ -1,4 +1,4 @@
-"""What would fit where a composition does not: the same clip with its weights or its VAE elsewhere."""
+"""Suggestions for a plan that does not fit: another placement, another VAE strategy, or a smaller clip."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.strategy import Exactness
 
-# How far, as a logarithm, a smaller picture's ratio of width to height may be from what was asked.
+# Largest difference of log(width / height) between a suggested size and the size that was asked for.
 SAME_RATIO = 0.1
 
 
 def that_fits(cfg: Config, limit: float) -> str | None:
-    """The overrides that make `cfg` need at most `limit` bytes on a rank, as few as possible; None without any.
+    """The fewest overrides with which `cfg` needs at most `limit` bytes on each rank; None if there are none.
 
-    Where no placement and no strategy does, a clip that is shorter or smaller.
+    If no placement and no strategy fits, a shorter or smaller clip is suggested.
     """
     for (placement, weights), (strategy, vae) in sorted(
         product(_placements(cfg), _decodes(cfg)), key=lambda pair: bool(pair[0][0]) + bool(pair[1][0])
@@ -46,11 +46,11 @@ def that_fits(cfg: Config, limit: float) -> str | None:
 
 
 def _smaller(cfg: Config) -> list[dict[str, int]]:
-    """Shorter clips and those of the model's smaller sizes: those that keep most of what was asked come first."""
+    """Changes of the task to shorter clips and to the model's smaller sizes. The most pixels come first."""
     task, step = cfg.task, cfg.model.vae.scale_factor_temporal
     if action_of(task) is not None:
         return []  # the picture decides the size
-    # Of a clip in chunks it is their length that counts.
+    # The memory of a clip in chunks depends on the length of a chunk.
     key = "num_video_frames_per_chunk" if task.name is TaskName.transfer else "num_frames"
     asked_frames = chunks_of(cfg).frames
     lengths, chunks = [asked_frames], (asked_frames - 1) // step
@@ -71,9 +71,9 @@ def _smaller(cfg: Config) -> list[dict[str, int]]:
 
 
 def _placements(cfg: Config) -> Iterator[tuple[str, Config]]:
-    """The override, "" for what is chosen already, and the config with it."""
+    """Pairs of an override and the config with it. The override is "" for the placement of `cfg` itself."""
     yield "", cfg
-    # On an accelerator the plan knows what is free, and so does `auto`.
+    # On an accelerator the plan knows the free memory, so `auto` can choose.
     streamed = Placement.streamed if cfg.topology.device is Device.cpu else Placement.auto
     for placement in (Placement.sharded, streamed):
         if placement is Placement.sharded and replica_ranks(cfg.topology) == 1:
@@ -84,7 +84,7 @@ def _placements(cfg: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _decodes(cfg: Config) -> Iterator[tuple[str, Config]]:
-    """As `_placements`, for the strategies that are exact enough for `cfg`."""
+    """The same as `_placements`, for the decode strategies that are exact enough for `cfg`."""
     yield "", cfg
     found = discover()
     required = Exactness(cfg.vae.required_exactness)

@@ -1,4 +1,4 @@
-"""From pixels to latents to tokens: the sizes that everything else is computed from.
+"""The sizes of a clip in pixels, latents and tokens. Every other number of a plan is computed from them.
 
 Source: diffusers `Cosmos3OmniPipeline.prepare_latents` and `_prepare_vision_segment`.
 """
@@ -42,7 +42,7 @@ class Clip:
 
     @property
     def tokens_per_frame(self) -> int:
-        """Vision tokens of one latent frame: patches, the last row and column padded where the size is odd."""
+        """Vision tokens of one latent frame. Patches of the last row and column may be padded."""
         return math.ceil(self.latent_rows / self.patch) * math.ceil(self.latent_cols / self.patch)
 
     @property
@@ -51,7 +51,7 @@ class Clip:
 
 
 def clip_of(cfg: Config) -> Clip:
-    """The clip that `cfg` asks for, or the chunks of it that are made one after the other."""
+    """The clip that `cfg` asks for, or one chunk of a clip that is made in chunks."""
     return Clip(
         height=cfg.task.height,
         width=cfg.task.width,
@@ -63,14 +63,14 @@ def clip_of(cfg: Config) -> Clip:
 
 
 def clean_frames(condition_latent_frames: list[int], latent_frames: int) -> list[int]:
-    """The latent frames that condition the others, of `latent_frames`; negative ones count from the end."""
+    """The conditioning frames as indices from 0. A negative index counts from the end of `latent_frames`."""
     return [frame + latent_frames if frame < 0 else frame for frame in condition_latent_frames]
 
 
 def encoded_of(cfg: Config) -> Clip:
-    """The clip that the VAE encodes: that which is made, as far as it is conditioned; a control is given whole.
+    """The clip that the VAE encodes: frames up to the last conditioned latent frame, or a whole control clip.
 
-    Before a picture of a task with actions is encoded it is padded to a canvas, and the padding is taken off the
+    The picture of a task with actions is padded to a canvas before it is encoded. The padding is cut off the
     latents.
     """
     clip, action = clip_of(cfg), action_of(cfg.task)
@@ -82,9 +82,9 @@ def encoded_of(cfg: Config) -> Clip:
 
 
 def chunks_of(cfg: Config) -> Chunks:
-    """In what chunks the clip is made: as many as it takes for transfer and forward dynamics, one for other tasks.
+    """The chunks of the clip: as many as needed for transfer and forward dynamics, one for other tasks.
 
-    Where nobody has said or counted how many frames it has, a chunk is planned.
+    If the number of frames is not known yet, one chunk is planned.
     """
     task = cfg.task
     frames = task.num_frames or task.num_video_frames_per_chunk or 1
@@ -94,7 +94,7 @@ def chunks_of(cfg: Config) -> Chunks:
         return Chunks(frames, frames, overlap=0, given=0)
     return Chunks.of(
         frames,
-        at_most=task.num_video_frames_per_chunk or frames,  # null is refused by the check, which counts as well
+        at_most=task.num_video_frames_per_chunk or frames,  # the check refuses null, but calls this first
         overlap=task.num_conditional_frames or 0,
         given=task.num_first_chunk_conditional_frames or 0,
         temporal=cfg.model.vae.scale_factor_temporal,
@@ -102,7 +102,7 @@ def chunks_of(cfg: Config) -> Chunks:
 
 
 def stretches_of(cfg: Config, chunk: int = 0) -> tuple[Stretch, ...]:
-    """What the generation pathway goes over, in the order of the sequence; controls stand in front of the clip."""
+    """The generation pathway's sequence: the controls, the clip, then sound and actions."""
     clip = clip_of(cfg)
     channels = cfg.model.vae.z_dim * cfg.model.transformer.latent_patch_size**2
     clean = frozenset(clean_frames(cfg.task.condition_latent_frames, clip.latent_frames))
@@ -120,13 +120,13 @@ def stretches_of(cfg: Config, chunk: int = 0) -> tuple[Stretch, ...]:
 
 
 def sound_frames(cfg: Config) -> int:
-    """Latent frames of a sound as long as the clip, each a token. Source: `Cosmos3SoundPrepareLatentsStep`."""
+    """Latent frames of a sound as long as the clip; each is a token. Source: `Cosmos3SoundPrepareLatentsStep`."""
     samples = int(clip_of(cfg).num_frames / cfg.task.fps * SAMPLE_RATE)
     return -(-samples // HOP)
 
 
 def tokens_beside(cfg: Config) -> dict[str, int]:
-    """The tokens that stand beside those of the clip: control clips, which condition, and other modalities."""
+    """How many tokens the sequence has beside the clip's, by name: `control`, `sound`, `action`."""
     vision = [one for one in stretches_of(cfg) if one.modality == "vision"]
     controls = sum(one.tokens for one in vision[:-1])
     found = {"control": controls} if controls else {}
@@ -134,7 +134,7 @@ def tokens_beside(cfg: Config) -> dict[str, int]:
 
 
 def modalities_of(cfg: Config) -> frozenset[str]:
-    """What is denoised: vision, and what the task makes with it."""
+    """The modalities of the sequence: vision, and sound or action if the task has them."""
     return frozenset(stretch.modality for stretch in stretches_of(cfg))
 
 
@@ -150,5 +150,5 @@ def grid_of(topology: TopologyConfig) -> Grid:
 
 
 def replica_ranks(topology: TopologyConfig) -> int:
-    """The ranks that work on one clip together: all of them, divided over the replicas of `topology.dp`."""
+    """How many ranks work on one clip together: all ranks, divided by the `topology.dp` replicas."""
     return topology.nodes * topology.ranks_per_node // topology.dp

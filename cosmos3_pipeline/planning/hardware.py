@@ -1,4 +1,4 @@
-"""What one rank can do in a second: the numbers of `topology.accelerator`, in plain units."""
+"""Speed and memory of one rank's device: `topology.accelerator` in bytes, FLOP/s and seconds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 class Accelerator:
     """The device of one rank: bytes, FLOP/s, bytes/s, seconds.
 
-    `overhead_s` is what a run takes around its stages; `efficiency` is the share of the peak that a kind of
-    model (`transformer`, `vae`) reaches.
+    `overhead_s` is the time of a run outside its stages. `efficiency` is the share of the peak FLOP/s that each
+    kind of model (`transformer`, `vae`) reaches.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Accelerator:
         return {**asdict(self), "flops_per_s": {dtype.value: rate for dtype, rate in self.flops_per_s.items()}}
 
     def wire_seconds(self, sent_bytes: float, messages: float, *, crosses_nodes: bool) -> float:
-        """Seconds in which one rank sends `sent_bytes` in `messages`, nothing else happening meanwhile."""
+        """Seconds for one rank to send `sent_bytes` in `messages` while it does nothing else."""
         rate = self.network_bytes_per_s if crosses_nodes else self.link_bytes_per_s
         return sent_bytes / rate + messages * self.latency_s
 

@@ -1,4 +1,4 @@
-"""The size of the picture in a file, as `stages.media` will read it. Decodes nothing of a photograph."""
+"""The size of a photograph or clip as `stages.media` will read it. A photograph is not decoded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TURNED = (5, 6, 7, 8)  # orientations that show columns as rows
 
 
 def photograph_size(path: str) -> tuple[int, int]:
-    """Height and width of a photograph, the way up that its EXIF orientation says. Raises Refusal."""
+    """Height and width in pixels of a photograph, turned by its EXIF orientation. Raises Refusal."""
     from PIL import Image
 
     file = _existing(path, "task.image")
@@ -21,7 +21,7 @@ def photograph_size(path: str) -> tuple[int, int]:
             width, height = image.size
             try:
                 turned = image.getexif().get(ORIENTATION, 1) in TURNED
-            except Exception:  # whatever reading a block of bytes that is no EXIF ends in
+            except Exception:  # an invalid EXIF block can raise anything
                 turned = False
     except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error and more
         raise Refusal(
@@ -33,7 +33,7 @@ def photograph_size(path: str) -> tuple[int, int]:
 
 
 def clip_size(path: str) -> tuple[int, int]:
-    """Height and width of a clip's first frame, upright and with square pixels. Raises Refusal."""
+    """Height and width of a clip's first frame, upright, in square pixels. Raises Refusal."""
     import av
     import numpy as np
     from av.error import FFmpegError

@@ -1,7 +1,7 @@
-"""The plan of a composition: who does what, what it weighs, what it sends, how long it may take.
+"""The plan of a composition: the work, memory, messages and estimated time of each rank and stage.
 
-FLOPs, weight bytes and bytes on the wire are exact (up to the number of text tokens, which only the
-tokenizer knows); activation bytes and seconds are estimates, see docs/plan.md.
+FLOPs, weight bytes and bytes on the wire are exact, except for the number of text tokens, which only the
+tokenizer knows. Activation bytes and seconds are estimates, see docs/plan.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from cosmos3_pipeline.vae.strategy import Strategy
 
 SCHEMA_VERSION = 1
 STAGES = ("text", "encode", "denoise", "sound", "decode")
-# How much of a device's memory layers that stay may fill: its driver takes some, and no plan is exact.
+# The share of a device's memory that may be filled with resident layers. The driver takes some memory, and no
+# plan is exact.
 FILLED = 0.95
 AXES = ("nodes", "ranks_per_node", "dp", "cfg", "cp", "ulysses")
 DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
@@ -43,11 +44,10 @@ DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank: where it stands on each axis, its weights, and its stages by name.
+    """One rank: its place on each mesh axis, its weights, and its stages by name.
 
-    `cp` is its row and its column.
-    `weight_bytes` are on the device at some time, `host_bytes` wait on the host of an accelerator; `text_bytes`
-    are the encoded prompts of one clip.
+    `cp` is its row and its column in the grid. `weight_bytes` are on the device at some time. `host_bytes` wait in
+    the memory of an accelerator's host. `text_bytes` are the encoded prompts of one clip.
     """
 
     rank: int
@@ -69,16 +69,16 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a composition will do: made once, shown, saved, and sent to the ranks, which carry it out.
+    """What a composition will do. The plan is made once, shown, saved, and sent to the ranks, which carry it out.
 
-    `exactness` is relative to the same run on one rank, per stage. `vae` has the directions that the task goes,
-    each with the strategy that runs it; `unused` the strategy of a direction that it does not go: a VAE has both.
-    `other_tokens` counts what stands beside the tokens of the clip: control, sound, action.
-    `passes` says how often each guidance pass is computed in the `steps`, by its name; with a `cache` at most.
-    Then denoising is approximate, beside a run without the cache.
-    `writing` is how the file of a video is written beside decoding.
-    A clip that is made in `chunks` has them one after the other, and `clip` is one of them.
-    `clips` are those of one replica; the rest is of one clip, but for the text, which is of all.
+    exactness: of each stage, relative to the same run on one rank. A `cache` makes denoising approximate.
+    vae: the directions that the task runs, each with its strategy.
+    unused: the strategy of a direction that the task does not run. The VAE is built with both strategies.
+    other_tokens: the number of control, sound and action tokens.
+    passes: how often each guidance pass is computed in all `steps`, by name. With a `cache` it is an upper bound.
+    writing: how a video file is written while the clip is decoded.
+    chunks: the parts of a clip that are made one after the other. `clip` is one chunk.
+    clips: how many clips one replica makes. The other numbers are of one clip, except those of the text stage.
     """
 
     model: str
@@ -105,7 +105,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A few lines, as at the head of a run."""
+        """The plan in a few lines, as at the head of a run's log."""
         from cosmos3_pipeline.planning.summary import summary_lines
 
         return "\n".join(summary_lines(self))
@@ -119,17 +119,17 @@ class Plan:
         return self.peak_bytes <= self.accelerator.memory_bytes
 
     def slowest(self, stage: str) -> RankStage:
-        """The rank's stage that the others wait for."""
+        """The named stage on its slowest rank, for which the other ranks wait."""
         return max((rank.stages[stage] for rank in self.ranks), key=lambda s: s.total_seconds)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Per stage, and `rest`: text, file and host work around them."""
+        """Seconds of each stage, and of `rest`: file and host work around the stages."""
         stages = {name: self.slowest(name).total_seconds for name in self.ranks[0].stages}
         return {**stages, "rest": self.accelerator.overhead_s}
 
     def sent(self, stage: str) -> Wire:
-        """What all ranks send in a stage."""
+        """Bytes and messages that all ranks together send in a stage."""
         total = Wire()
         for rank in self.ranks:
             total += rank.stages[stage].sent
@@ -144,9 +144,9 @@ def make_plan(
 ) -> Plan:
     """The plan of a checked config. Imports no torch.
 
-    `vae` are its directions as the check has planned them already. `text_tokens` are the lengths of the tokenized
-    prompt and negative prompt; without them an estimate is used.
-    Where the weights are is chosen here, see `weights`. Raises Refusal for a strategy that cannot be honoured.
+    `vae` has the VAE's plans if a check has made them already. `text_tokens` are the lengths of the tokenized
+    prompt and negative prompt; without them an estimate is used. The placement of the weights is chosen here, see
+    `planning.weights`. Raises Refusal if a strategy cannot divide this clip.
     """
     clip = clip_of(cfg)
     denoising, *later = [
@@ -157,7 +157,7 @@ def make_plan(
             element_bytes=ELEMENT_BYTES[cfg.model.dtype],
             chunk=chunk,
         )
-        for chunk in range(min(chunks_of(cfg).count, 2))  # those after the second are like it
+        for chunk in range(min(chunks_of(cfg).count, 2))  # later chunks are like the second
     ]
     if later:
         denoising = replace(denoising, later=later[0], chunks=chunks_of(cfg).count)
@@ -167,7 +167,7 @@ def make_plan(
     weights, ranks = _placed(cfg, denoising, stages)
     exactness = {name: stage.plan.exactness.value for name, stage in stages.items()}
     exactness["text"] = exactness["denoise"] = "bitwise" if denoising.grid.ranks == 1 else "rounding"
-    # How many threads a CPU has decides in which order PyTorch adds up a waveform.
+    # On a CPU, PyTorch's order of summing a waveform depends on the number of threads.
     threads = cfg.topology.threads_per_rank if cfg.topology.device == Device.cpu else 1
     exactness["sound"] = exactness["denoise"] if threads == 1 else "rounding"
     if caches(cfg):
@@ -203,9 +203,9 @@ def make_plan(
 def _placed(
     cfg: Config, denoising: Denoising, stages: Mapping[str, VaePlan]
 ) -> tuple[WeightsPlan, tuple[RankPlan, ...]]:
-    """Where the weights are, and the ranks with them there.
+    """The placement of the weights, and the ranks with it.
 
-    What `weights=auto` takes is the fastest that fits, and where none does, what needs least.
+    `weights=auto` takes the fastest placement that fits. If none fits, it takes the one that needs least memory.
     """
     limit = accelerator_of(cfg).memory_bytes
     tried = [_as_many_layers(cfg, choice, denoising, stages) for choice in choices(cfg)]
@@ -230,9 +230,9 @@ def _reason(weights: WeightsPlan, tried: int, *, fits: bool) -> str:
 def _as_many_layers(
     cfg: Config, weights: WeightsPlan, denoising: Denoising, stages: Mapping[str, VaePlan]
 ) -> tuple[WeightsPlan, tuple[RankPlan, ...]]:
-    """The ranks by a choice, in which -1 resident layers become as many as fit.
+    """The placement `weights` and its ranks. `resident_layers` -1 becomes the number of layers that fit.
 
-    With several prompts or chunks the generation pathway stays while the VAE decodes, where both fit.
+    With several prompts or chunks, the generation pathway stays on the device while the VAE decodes, if both fit.
     """
     limit, layers = accelerator_of(cfg).memory_bytes, denoising.size.num_hidden_layers
 
@@ -280,7 +280,7 @@ def _rank(
     vae = {name: share.weight_bytes for name, share in shares.items()}
     text = denoising.text_bytes(place)
     waiting = denoising.waiting_bytes(place) if on_cpu else 0
-    # The encoder stays from its stage on; decoder and transformer from the second clip or chunk on.
+    # The encoder stays after its stage. Decoder and transformer stay from the second clip or chunk on.
     encoder = vae.get("encode", 0)
     decoder = vae.get("decode", 0) if denoising.again else 0
     kept = cost.vision_bytes if weights.stays else cost.text_read if weights.keep_text else 0
@@ -303,7 +303,7 @@ def _rank(
         )
     if "decode" in stages:
         after = encoder + vae["decode"] + kept
-        # What was denoised, and the same as the VAE takes it; every rank has both throughout.
+        # The denoised latents, in fp32 and in the VAE's dtype. Every rank holds both throughout.
         latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])
         held = text if denoising.chunks > 1 else waiting
         planned["decode"] = _decoded(cfg, stages["decode"], in_replica, weights=after, text=held, inputs=latents)
@@ -328,7 +328,7 @@ def _rank(
 
 
 def _encoded(cfg: Config, encode: VaePlan, rank: int, *, weights: int, text: int) -> RankStage:
-    """Encoding what conditions the clip: in every chunk the frames with which it begins, and the controls."""
+    """The encode stage. Every chunk encodes its conditioning frames and its controls."""
     inputs = {"weights": weights, "text": text, "inputs": _condition_bytes(cfg)}
     chunks = chunks_of(cfg)
     planned = encode.stage(cfg, rank, **inputs).times(max(controls_planned(cfg.task), 1) * chunks.count)
@@ -339,7 +339,7 @@ def _encoded(cfg: Config, encode: VaePlan, rank: int, *, weights: int, text: int
 
 
 def _decoded(cfg: Config, decode: VaePlan, rank: int, *, weights: int, text: int, inputs: int) -> RankStage:
-    """Decoding all chunks; the frames with which the next one begins go from the root to all other ranks."""
+    """The decode stage of all chunks. Rank 0 sends the other ranks the first frames of the next chunk."""
     planned = decode.stage(cfg, rank, weights=weights, text=text, inputs=inputs)
     chunks = chunks_of(cfg)
     if decode.for_the_next is None:
@@ -353,14 +353,15 @@ def _decoded(cfg: Config, decode: VaePlan, rank: int, *, weights: int, text: int
 
 
 def _condition_bytes(cfg: Config) -> int:
-    """Bytes of the frames that are encoded, as they are read and as diffusers pads them, to two at least.
+    """Bytes of the frames to encode, as read and as diffusers pads them to at least two frames.
 
-    Those of a task with actions come padded to the device. Of control clips one is encoded after the other.
+    The frames of a task with actions are padded before they are on the device. Control clips are encoded one
+    after the other, so one is counted.
     """
     clip = encoded_of(cfg)
     pixels = 3 * clip.height * clip.width
     if cfg.task.name is TaskName.transfer:
-        dtypes = {cfg.model.dtype, cfg.model.vae_dtype}  # it comes in the first, and is encoded in the second
+        dtypes = {cfg.model.dtype, cfg.model.vae_dtype}  # read in the first dtype, encoded in the second
         return clip.num_frames * pixels * sum(ELEMENT_BYTES[dtype] for dtype in dtypes)
     if action_of(cfg.task) is not None:
         return clip.num_frames * pixels * ELEMENT_BYTES[cfg.model.vae_dtype]
@@ -369,7 +370,7 @@ def _condition_bytes(cfg: Config) -> int:
 
 
 def _warnings(cfg: Config) -> tuple[str, ...]:
-    """What the model was not made for, where that is told and not refused, and words that cannot be meant."""
+    """Warnings: the clip is outside the model's training, or the prompt is not about the user's picture."""
     found = list(words_of_another(cfg))
     if cfg.model.trained.when_outside == "warn":
         found += outside(cfg)
@@ -411,7 +412,7 @@ ESTIMATES = {
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """For plan.json: keys are added, never renamed."""
+    """The values of plan.json. Later versions add keys and never rename them."""
     from cosmos3_pipeline.planning.summary import summary
 
     clip, peak = plan.clip, max(plan.ranks, key=lambda rank: rank.peak_bytes)
@@ -488,7 +489,7 @@ def _rank_dict(rank: RankPlan) -> dict[str, Any]:
 
 
 def groups(plan: Plan) -> dict[str, list[list[int]]]:
-    """The ranks of every group of each axis that has more than one rank, and the VAE's group."""
+    """The ranks of every group, for each mesh axis of more than one rank and for the VAE."""
     replicas = sorted({rank.dp for rank in plan.ranks})
     found = {"vae": [[rank.rank for rank in plan.ranks if rank.dp == dp] for dp in replicas]}
     for axis in ("cfg", "cp", "ulysses"):

@@ -1,4 +1,4 @@
-"""What a composition's sampler does in each step, and what of it cannot be: which passes are computed."""
+"""The guidance passes that each sampler step computes, and the checks of the sampler's settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cosmos3_pipeline.planning.geometry import Clip, stretches_of
 
 
 def caches(cfg: Config) -> bool:
-    """Whether passes may be spared, which only the latents decide."""
+    """Whether a cache may spare passes. Which passes it spares depends on the latents."""
     return cfg.sampler.cache.name is not CacheName.none
 
 
@@ -32,7 +32,7 @@ def guidance_of(task: TaskConfig, sampler: SamplerConfig) -> Guidance:
 
 
 def passes_of(cfg: Config, text_tokens: tuple[int, int], chunk: int = 0) -> list[PassTokens]:
-    """What each guidance pass goes over in `chunk`; `text_tokens` of the prompt and the negative prompt."""
+    """The tokens of each guidance pass in `chunk`. `text_tokens` are for the prompt and the negative prompt."""
     stretches, (prompt, negative) = stretches_of(cfg, chunk), text_tokens
     alone = stretches[controls_planned(cfg.task) :]
     return [
@@ -59,15 +59,16 @@ def _timesteps(cfg: Config) -> tuple[float, ...]:
 
 def _schedule(cfg: Config) -> dict[str, Any]:
     schedule = plain(cfg.model.schedule)
-    if cfg.sampler.flow_shift is not None:  # which Karras sigmas do not know, see `Sampler.settings_for`
+    if cfg.sampler.flow_shift is not None:  # Karras sigmas have no shift, see `Sampler.settings_for`
         schedule |= {"use_karras_sigmas": False, "flow_shift": cfg.sampler.flow_shift}
     return schedule
 
 
 def check_steps(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """Steps so close together that diffusers' scheduler takes the first for the second.
+    """A problem if so many steps are asked for that the first two have the same timestep.
 
-    Source: `UniPCMultistepScheduler.index_for_timestep`, of two steps with one timestep the second.
+    diffusers' `UniPCMultistepScheduler.index_for_timestep` finds a step by its timestep. It takes the second of
+    two equal timesteps, so the first step would be taken for the second.
     """
     schedule, steps = _schedule(cfg), cfg.sampler.steps
     if cfg.model.distilled_sigmas is not None or not begins_twice(schedule, steps):
@@ -90,7 +91,7 @@ def begins_twice(schedule: Mapping[str, Any], steps: int) -> bool:
 
 
 def check_interval(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """What is wrong with the intervals of the guidance; that of the controls is read by transfer alone."""
+    """Problems of the guidance intervals. The interval of control guidance is read by transfer only."""
     task, sampler = cfg.task, cfg.sampler
     scale = "sampler.guidance_scale", sampler.guidance_scale
     yield from _interval(cfg, "sampler.guidance_interval", sampler.guidance_interval, scale, UNCOND)
@@ -104,7 +105,10 @@ def check_interval(cfg: Config, clip: Clip) -> Iterator[Problem]:
 def _interval(
     cfg: Config, key: str, interval: list[float] | None, scale: tuple[str, float], name: str
 ) -> Iterator[Problem]:
-    """What is wrong with the `interval` of the pass whose name begins with `name`, which there is by a `scale`."""
+    """Problems of the `interval` of a guidance pass.
+
+    The name of the pass begins with `name`. A run has the pass if `scale`, a key and its value, is high enough.
+    """
     if interval is None:
         return
     what = f"{key}={interval}"
@@ -140,7 +144,7 @@ def _interval(
 
 
 def check_cache(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """Settings of a cache that would be ignored, or that leave it nothing to spare."""
+    """Problems of cache settings that would be ignored, or that leave no pass to spare."""
     cache, steps = cfg.sampler.cache, cfg.sampler.steps
     if not caches(cfg):
         default = CacheConfig()
@@ -152,7 +156,7 @@ def check_cache(cfg: Config, clip: Clip) -> Iterator[Problem]:
                     works=f"sampler/cache=seacache, or no sampler.cache.{field.name}",
                 )
         return
-    computed = max(cache.retention_steps, 1) + cache.cache_end_steps  # nothing is there to compare the first with
+    computed = max(cache.retention_steps, 1) + cache.cache_end_steps  # the first step has none to compare with
     if computed >= steps:
         yield Problem(
             what=f"sampler/cache=seacache with sampler.steps={steps}, sampler.cache.retention_steps="

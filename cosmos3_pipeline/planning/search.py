@@ -23,7 +23,7 @@ from cosmos3_pipeline.vae.strategy import OwnRunner, Strategy
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout: the overrides that choose it and its plan, or the reason why it cannot be."""
+    """One layout: the overrides that choose it and its plan, or the reason why it is refused."""
 
     overrides: tuple[str, ...]
     plan: Plan | None
@@ -40,11 +40,10 @@ class Candidate:
 
 
 def search(cfg: Config) -> list[Candidate]:
-    """Every layout of the ranks of `cfg`: those that fit, fastest first, then those that do not, then the refused.
+    """Every layout of the ranks of `cfg`: those that fit, then those that do not fit, then those refused.
 
-    Where a layout does not fit with resident weights, it is there with each other placement too.
-
-    Equal times are told apart by memory, then by what is sent.
+    Faster layouts come first, then those with less memory, then those that send less. A layout that does not fit
+    with resident weights is also tried with each other placement.
     """
     found = []
     for choice in _choices(cfg):
@@ -64,9 +63,9 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
 
 
 def _choices(cfg: Config) -> Iterator[tuple[int, Grid, Strategy | None]]:
-    """(cfg, ranks of a sequence, decode strategy or None) of every way to use all ranks of a clip.
+    """Every way to use the ranks of a clip: (ranks on `cfg`, grid of the sequence, decode strategy or None).
 
-    Ranks that `cfg` and `ulysses` leave over are spare, or form the grid of so many groups that sends least.
+    Ranks beyond `cfg` x `ulysses` are spare, or they are groups of the `cp` grid that sends least.
     """
     ranks = replica_ranks(cfg.topology)
     guidance = range(1, len(guidance_of(cfg.task, cfg.sampler).passes) + 1)
@@ -76,7 +75,7 @@ def _choices(cfg: Config) -> Iterator[tuple[int, Grid, Strategy | None]]:
         if not rest:
             layouts += [(g, Grid(u)), *[(g, _grid(cfg, u, groups))] * (groups > 1)]
     program = program_for("decode", plain(cfg.model.vae))
-    # Without the flag the reference runs, so it is not tried with it.
+    # None runs the reference, so the reference is not tried again as a strategy.
     classes = [cls for name, cls in discover().strategies.items() if name != REFERENCE]
     strategies: list[Strategy | None] = [None]
     if ranks > 1:
@@ -87,7 +86,7 @@ def _choices(cfg: Config) -> Iterator[tuple[int, Grid, Strategy | None]]:
 
 
 def _grid(cfg: Config, ulysses: int, groups: int) -> Grid:
-    """The grid of so many groups that sends least: queries and results along rows, keys and values in columns."""
+    """The grid of `groups` that sends least: queries and results in rows, keys and values in columns."""
     model = cfg.model.transformer
 
     def heads(grid: Grid) -> int:

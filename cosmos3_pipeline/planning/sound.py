@@ -1,4 +1,4 @@
-"""The stage of a plan in which the root makes a waveform of the sound's latents: its work, memory and time."""
+"""The sound stage of a plan: rank 0 decodes the sound latents to a waveform. Its work, memory and time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from cosmos3_pipeline.planning.hardware import accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.vae import ELEMENT_BYTES
 
-# A snake activation is five kernels: scale, sine, square, scale, add. They read and write its input so many times.
+# Reads and writes of an input by the five kernels of a snake activation: scale, sine, square, scale, add.
 SNAKE_PASSES = 11
 # Tensors that a residual unit holds at once: its input, its first convolution's output, and two of an activation.
-# What entered its block is held besides.
+# The input of the unit's block is held besides.
 UNIT_TENSORS = 4
 
 
 @dataclass(frozen=True)
 class SoundCost:
-    """Decoding one sound, in elements: weights, what is held at most beside them, what kernels read and write.
+    """The cost of decoding one sound, in elements.
 
-    `largest_kernel` is held once more while the weights are loaded, see `models.sound`.
+    `held` is the peak beside the weights. `moved` is what the kernels read and write. `largest_kernel`, of a
+    convolution, is held once more while the weights are loaded, see `models.sound`.
     """
 
     weights: int
@@ -34,7 +35,7 @@ class SoundCost:
 
     @classmethod
     def of(cls, dec_dim: int, sound_dim: int, frames: int) -> SoundCost:
-        """By a decoder of width `dec_dim`, of `frames` latent frames of `sound_dim` channels."""
+        """The cost of `frames` latent frames of `sound_dim` channels in a decoder of width `dec_dim`."""
         weights = largest = held = moved = flops = entered = 0
         length = frames
         for layer in sound_decoder(dec_dim, sound_dim):
@@ -54,9 +55,9 @@ class SoundCost:
 
 
 def sound_stage(cfg: Config, *, is_root: bool, weights: int, text: int, latents: int) -> RankStage:
-    """The stage on a rank that holds so many bytes of other weights, of prompts and of denoised latents.
+    """The sound stage on a rank that also holds bytes of other `weights`, of prompts (`text`) and of `latents`.
 
-    The root decodes alone; the others go on to decoding the picture and wait for it there.
+    Rank 0 (`is_root`) decodes alone. The other ranks go on to the decode stage and wait there for rank 0.
     """
     frames, element_bytes = sound_frames(cfg), ELEMENT_BYTES[cfg.model.vae_dtype]
     accelerator = accelerator_of(cfg)

@@ -9,17 +9,19 @@ from cosmos3_pipeline.denoise.cost import Wire
 
 
 def total_seconds(bounds: dict[str, float]) -> float:
-    """Of what bounds a stage: weights come and memory is read while it computes, the link is waited for."""
+    """Seconds of a stage. Weights are copied and memory is read during compute; messages add their time."""
     return max(bounds["compute"], bounds["memory"], bounds.get("weights", 0.0)) + bounds["link"]
 
 
 @dataclass(frozen=True)
 class RankStage:
-    """One stage on one rank. `seconds` are by what would bound it alone.
+    """One stage on one rank. `seconds` has the time of each bound alone: compute, memory, weights, link.
 
-    `sent_ahead` is the part of `sent` that serves the next clip where weights stay; a later clip need not send it.
+    `weight_bytes` and `text_bytes` (the prompts' keys and values) are held throughout. `activation_bytes` is the
+    peak of all else.
+    `sent_ahead` is the part of `sent` that already serves the next clip. A later clip does not send it again if
+    the weights stay on the device.
     `noise_bytes` is the noise that the steps of a distilled checkpoint draw on the host and copy to the device.
-    `weight_bytes` and `text_bytes` (the prompts' keys and values) are held throughout, `activation_bytes` at most.
     """
 
     flops: int
@@ -28,17 +30,17 @@ class RankStage:
     activation_bytes: int
     sent: Wire
     seconds: dict[str, float]
-    share: dict[str, Any]  # what it owns: tokens, or ops, rows and columns
+    share: dict[str, Any]  # what the rank owns: tokens, or ops, rows and columns
     sent_ahead: Wire = field(default_factory=Wire)
     noise_bytes: int = 0
 
     def times(self, count: int) -> RankStage:
-        """The same so many times, one after the other."""
+        """This stage `count` times, one after the other."""
         seconds = {bound: each * count for bound, each in self.seconds.items()}
         return replace(self, flops=self.flops * count, sent=self.sent * count, seconds=seconds)
 
     def then(self, other: RankStage) -> RankStage:
-        """This, then `other`: the same stage of a later chunk."""
+        """This stage, then `other`, which is the same stage of a later chunk."""
         return replace(
             self,
             flops=self.flops + other.flops,
@@ -49,7 +51,7 @@ class RankStage:
 
     @property
     def peak_bytes(self) -> int:
-        """Everything that is held at once."""
+        """Everything that the rank holds at once in this stage."""
         return self.weight_bytes + self.text_bytes + self.activation_bytes
 
     @property
@@ -58,5 +60,5 @@ class RankStage:
 
     @property
     def bound(self) -> str:
-        """What takes longest: compute, memory, weights or link."""
+        """The bound that takes longest: compute, memory, weights or link."""
         return max(self.seconds, key=lambda part: self.seconds[part])

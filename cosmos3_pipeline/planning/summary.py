@@ -1,4 +1,4 @@
-"""A plan in few numbers: what is compared between revisions, kept in golden files and printed by every run."""
+"""A plan in few numbers: every run prints them, reviews compare them, and golden files keep them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Flat names to plain values; the end of a name is its unit. Estimated values are rounded."""
+    """Plain values by flat name. The end of a name is the unit. Estimated values are rounded."""
     found: dict[str, Any] = {
         "ranks": len(plan.ranks),
         "layout": layout(plan.topology),
@@ -41,7 +41,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def steps_in_words(steps: int, passes: Mapping[str, int], cache: str) -> str:
-    """`35 steps`; `35 steps, 21 of them guided: 56 passes` where not all have every pass."""
+    """`35 steps`, or `35 steps, 21 of them guided: 56 passes` if some steps lack a pass."""
     guided = [times for times in passes.values() if times < steps]
     if not guided and cache == "none":
         return f"{steps} steps"
@@ -61,7 +61,7 @@ def placement(weights: Mapping[str, Any]) -> str:
 
 
 def tokens(clip: Mapping[str, Any]) -> str:
-    """What a pass goes over, of a plan.json's clip: `44,160 vision tokens, 197 sound tokens`."""
+    """The tokens of a pass, from the clip of plan.json: `44,160 vision tokens, 197 sound tokens`."""
     modalities = ("vision", "control", "sound", "action")
     return ", ".join(
         f"{clip[f'{name}_tokens']:,} {name} tokens" for name in modalities if f"{name}_tokens" in clip
@@ -69,9 +69,9 @@ def tokens(clip: Mapping[str, Any]) -> str:
 
 
 def layout(topology: Mapping[str, Any]) -> str:
-    """The mesh axes that have a meaning here: `cfg 2 x ulysses 4`, with replicas `dp 2 x cfg 1 x ulysses 1`.
+    """The mesh axes in words: `cfg 2 x ulysses 4`.
 
-    A grid over the sequence stands before ulysses, as `cp 2x1`.
+    Replicas come first: `dp 2 x cfg 1 x ulysses 1`. A grid comes before ulysses: `cfg 1 x cp 2x1 x ulysses 2`.
     """
     rows, columns = topology["cp"]
     axes = {"dp": topology["dp"]} if topology["dp"] > 1 else {}

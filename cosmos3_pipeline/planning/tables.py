@@ -12,7 +12,7 @@ from rich.table import Table
 from cosmos3_pipeline.planning.summary import layout, placement, steps_in_words, tokens
 from cosmos3_pipeline.planning.units import quantity
 
-SHOWN_RANKS = 16  # of a larger world only the ranks that differ from the one before are shown
+SHOWN_RANKS = 16  # of more ranks, only those that differ from the rank before are shown
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def sheets(plan: Mapping[str, Any]) -> list[Sheet]:
 
 
 def headline(plan: Mapping[str, Any]) -> str:
-    """What is made, on what, and whether it fits."""
+    """One line: the clip, the devices, the time, and whether it fits."""
     clip, memory = plan["clip"], plan["memory"]
     free = quantity("bytes", abs(memory["limit_bytes"] - memory["peak_bytes"]))
     steps = steps_in_words(plan["steps"], plan["passes"], plan["cache"])
@@ -104,7 +104,7 @@ def _owns(stage: Mapping[str, Any]) -> str:
 
 
 def _moving(ops: Sequence[int], runs: Sequence[Sequence[int]]) -> str:
-    """Those of `ops` that are not run on every chunk."""
+    """The words for those of `ops` that the rank does not run on every chunk; "" if it runs all."""
     if not runs:
         return ""
     starts, stops = zip(*runs, strict=True)
@@ -117,14 +117,14 @@ def _span(bounds: Sequence[int]) -> str:
 
 
 def markdown_of(sheet: Sheet) -> list[str]:
-    """A table under its title, and an empty line."""
+    """The lines of a table: its title, its rows, an empty line."""
     lines = [f"## {sheet.title.capitalize()}", "", f"| {' | '.join(sheet.columns)} |"]
     lines.append(f"|{'|'.join(['---'] + ['---:'] * (len(sheet.columns) - 1))}|")
     return [*lines, *(f"| {' | '.join(row)} |" for row in sheet.rows), ""]
 
 
 def as_markdown(plan: Mapping[str, Any]) -> str:
-    """The plan as a page."""
+    """The plan as a page of markdown."""
     lines = ["# Plan", "", f"{headline(plan)}.", ""]
     for sheet in sheets(plan):
         lines += markdown_of(sheet)
@@ -135,7 +135,7 @@ def as_markdown(plan: Mapping[str, Any]) -> str:
 
 
 def _of_weights(plan: Mapping[str, Any]) -> Iterator[str]:
-    """Why the weights are where they are, and what waits on the host."""
+    """Notes on the weights: why `auto` chose their placement, and the bytes that wait on the host."""
     if chosen := plan["weights"]["chosen"]:
         yield f"weights {placement(plan['weights'])}: {chosen}"
     waiting = max(rank["host_bytes"] for rank in plan["ranks"])

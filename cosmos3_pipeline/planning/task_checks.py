@@ -1,4 +1,4 @@
-"""What a task cannot be, from its numbers and keys alone: its inputs, its clip, its sound, its fixed steps."""
+"""Checks of a task by its numbers and keys alone: its inputs, its clip, its sound, its fixed steps."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 
 def _input_settings(cfg: Config) -> Iterator[Problem]:
-    """How a picture or a clip is read."""
+    """Problems of the settings for reading a picture or a clip."""
     task, name = cfg.task, cfg.task.name.value
     if len(task.background) != 3 or not all(0 <= value <= 255 for value in task.background):
         yield Problem(
@@ -91,7 +91,7 @@ def _input_settings(cfg: Config) -> Iterator[Problem]:
 
 
 def _words(cfg: Config) -> Iterator[Problem]:
-    """Words that nothing would come of."""
+    """Problems of prompts that are empty or would be ignored."""
     task, scale = cfg.task, cfg.sampler.guidance_scale
     distilled = cfg.model.distilled_sigmas is not None  # see `_distilled`
     if not task.prompt.strip():
@@ -122,7 +122,7 @@ def _words(cfg: Config) -> Iterator[Problem]:
 
 def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
     if action_of(cfg.task) is not None:
-        return  # it follows from the picture, see `settled`
+        return  # the size follows from the picture, see `settled`
     for key, value in (("height", cfg.task.height), ("width", cfg.task.width)):
         if value % clip.spatial:
             yield Problem(
@@ -154,7 +154,7 @@ def _clip(cfg: Config, clip: Clip) -> Iterator[Problem]:
         )
 
 
-# Why a task cannot have sound, where there is more to say of it.
+# Why a task cannot have sound, for tasks with a reason of their own.
 NO_SOUND = {
     TaskName.t2i: "an image is one frame, and a sound lasts as long as its clip",
     TaskName.transfer: "no published model makes sound that follows controls: diffusers' transfer has none, and "
@@ -193,8 +193,8 @@ def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 
 def _distilled(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """What a distilled checkpoint has of its own, and a run therefore cannot choose."""
-    if cfg.model.distilled_sigmas is None or action_of(cfg.task) is not None:  # which it does not run at all
+    """Problems of settings that a distilled checkpoint fixes, so that a run cannot choose them."""
+    if cfg.model.distilled_sigmas is None or action_of(cfg.task) is not None:  # `check_actions` refuses it
         return
     sampler, topology, steps = cfg.sampler, cfg.topology, len(cfg.model.distilled_sigmas)
     checkpoint = f"a checkpoint distilled to {steps} steps"

@@ -1,4 +1,4 @@
-"""How many tokens the prompts will be. Only the tokenizer knows; this estimates.
+"""An estimate of how many tokens the prompts become. Only the tokenizer knows the number.
 
 Source: diffusers `Cosmos3OmniPipeline.tokenize_prompt`.
 """
@@ -15,10 +15,10 @@ from cosmos3_pipeline.planning.actions import action_of
 
 # English in a vocabulary of 150,000 is about four bytes per token.
 BYTES_PER_TOKEN = 4
-# The sentences on duration and size that the pipeline adds, and its system prompt.
+# The sentences on duration and size that the pipeline adds to a prompt.
 DURATION = "The video is not 7.9 seconds long and is not of 24 FPS. "
 RESOLUTION = "This video is not of 720x1280 resolution."
-# What stands around the words of a task with actions.
+# The caption that surrounds the prompt of a task with actions.
 ACTION_CAPTION = (
     '{"cinematography": '
     '{"framing": "This video is captured from a first-person perspective looking at the scene."}, '
@@ -30,10 +30,11 @@ TRANSFER_SYSTEM = (
     "You are a helpful assistant that generates images or videos following the user's instructions and control "
     "signals (edge maps, blur, depth, or segmentation)."
 )
-WORDS_ENCODING = "utf-8-sig"  # a byte order mark is no word
-GIVEN = "task.negative_prompt"  # where a negative prompt is from that the user gave
-NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints, as it is given to the tokenizer
-MARKERS = 14  # of the chat: begin, role, line break and end of each turn, and the two that begin the picture
+WORDS_ENCODING = "utf-8-sig"  # drops a byte order mark
+GIVEN = "task.negative_prompt"  # the origin of a negative prompt that the user set
+NEGATIVE_PROMPT_BYTES = 14_850  # of the negative prompt in NVIDIA's checkpoints, as the tokenizer receives it
+# Tokens of the chat: begin, role, line break and end of each turn, and the two that begin the picture.
+MARKERS = 14
 
 
 def text_tokens_of(cfg: Config) -> tuple[int, int]:
@@ -54,7 +55,7 @@ def text_tokens_of(cfg: Config) -> tuple[int, int]:
 
 
 def _negative_prompt(cfg: Config) -> str:
-    """The negative prompt of `cfg`, or of its checkpoint; one as long as NVIDIA's where that is elsewhere yet."""
+    """The negative prompt of `cfg` or its checkpoint. Before a download, it is a text as long as NVIDIA's."""
     model, negative = cfg.model, cfg.task.negative_prompt
     if negative is not None:
         return negative
@@ -66,20 +67,20 @@ def _negative_prompt(cfg: Config) -> str:
 
 
 def prompts_of(task: TaskConfig) -> list[str]:
-    """The words of each clip of a run, as far as their file can be read."""
+    """The prompt of each clip of a run. A prompt file that does not exist counts as one prompt."""
     if task.prompt_file is not None:
         return list(lines_of(_words(f"@{task.prompt_file}")).values())
     return [_words(task.prompt)]
 
 
 def lines_of(text: str) -> dict[int, str]:
-    """The prompts of a file, one per line, by the numbers of their lines from 1; blank lines are none."""
+    """The prompts of a file, one per line, by line number from 1. Blank lines are left out."""
     lines = enumerate((line.strip() for line in text.split("\n")), 1)
     return {number: line for number, line in lines if line}
 
 
 def _words(words: str) -> str:
-    """The words themselves; those of an `@file` where it can be read."""
+    """`words`, or the text of the file that they name as `@FILE`, if it exists."""
     file = Path(words[1:]).expanduser()
     if not words.startswith("@") or not file.is_file():
         return words

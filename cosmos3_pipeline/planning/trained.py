@@ -1,4 +1,4 @@
-"""Tasks, sizes, lengths and frame rates that a model is not made for: told or refused, as `model.trained` says."""
+"""Tasks, sizes, lengths and frame rates outside a model's training: `model.trained` says if they are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cosmos3_pipeline.planning.text import prompts_of
 
 
 def outside(cfg: Config) -> Iterator[Problem]:
-    """What of the clip the model was not trained for; nothing where the model has no list of tiers."""
+    """Problems of a clip that the model was not trained for; none if the model lists no tiers."""
     task, trained = cfg.task, cfg.model.trained
     tiers = [(tier, [_size(s) for s in tier.sizes]) for tier in trained.tiers]
     if trained.when_outside == "ignore" or not tiers:
@@ -28,7 +28,7 @@ def outside(cfg: Config) -> Iterator[Problem]:
         )
     yield from _strange_words(cfg)
     if action_of(task) is not None:
-        return  # the tier decides the size, and each dataset of actions has a rate of its own
+        return  # the tier decides the size, and each dataset of actions has its frame rate
     here, frames = (task.width, task.height), chunks_of(cfg).frames
     key = "task.num_frames" if task.name is not TaskName.transfer else "task.num_video_frames_per_chunk"
     tier = next((tier for tier, sizes in tiers if here in sizes), None)
@@ -58,7 +58,7 @@ def outside(cfg: Config) -> Iterator[Problem]:
 
 
 def words_of_another(cfg: Config) -> Iterator[Problem]:
-    """The model's example of a prompt beside a photograph or a clip of the user's own."""
+    """A problem if the model's example prompt is used with a photograph or clip of the user."""
     task = cfg.task
     given = next((f"task.{one.key}" for one in read_by(task.name) if getattr(task, one.key) is not None), None)
     given = given or next(iter(clips_of(task)), None)

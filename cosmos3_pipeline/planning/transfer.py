@@ -1,4 +1,4 @@
-"""What transfer refuses before work, from its config alone. Imports no torch, and opens no clip."""
+"""Checks of transfer, from the config alone. Imports no torch and opens no clip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cosmos3_pipeline.planning.sampling import guidance_of
 
 
 def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
-    """What is wrong with the keys of transfer, or that another task is given them."""
+    """Problems of the keys of transfer, and of these keys with another task."""
     if cfg.task.name is not TaskName.transfer:
         yield from _unread(cfg)
         return

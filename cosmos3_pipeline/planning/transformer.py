@@ -1,4 +1,4 @@
-"""The size of a `Cosmos3OmniTransformer` from its config alone: its dimensions, and the bytes loaded of it.
+"""The size of a `Cosmos3OmniTransformer` from its config alone: its dimensions and the bytes of its weights.
 
 Source: diffusers `models/transformers/transformer_cosmos3.py`.
 """
@@ -32,12 +32,12 @@ class TransformerSize:
     head_dim: int
     intermediate_size: int
     gated: bool
-    norms_text_keys_again: bool  # vision sees other keys of the text than the text itself
+    norms_text_keys_again: bool  # vision attends to other text keys than the text itself does
     weights: tuple[Weight, ...]
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, latent_channels: int) -> TransformerSize:
-        """From the values of the transformer's config, by diffusers' names."""
+        """The size by the transformer's config, which has diffusers' names."""
         return cls(
             hidden_size=int(config["hidden_size"]),
             num_hidden_layers=int(config["num_hidden_layers"]),
@@ -72,7 +72,7 @@ class TransformerSize:
         return slabs_of(self.weights, part)
 
     def outside_bytes(self, element_bytes: int, modalities: Collection[str]) -> int:
-        """Bytes of what the generation pathway of `modalities` has outside of its layers."""
+        """Bytes of the generation pathway's weights outside its layers, for `modalities`."""
         parts = generation_parts(modalities)
         outside = (w for w in self.weights if w.part in parts and w.layer is None)
         return sum(w.bytes_in(element_bytes) for w in outside)

@@ -1,4 +1,4 @@
-"""Numbers of a plan for people: the unit of a field is the end of its name."""
+"""Numbers of a plan as text for people. The name of a field contains its unit."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def _scaled(value: float, steps: tuple[tuple[float, str], ...], smallest: str) -
 
 
 def significant(value: float, digits: int = 4) -> float:
-    """`value` with so many digits that count: an estimate has no more, and less is moved by chance."""
+    """`value` rounded to `digits` significant digits, so that an estimate does not change with every detail."""
     rounded = float(f"{value:.{digits - 1}e}")
     return int(rounded) if isinstance(value, int) else rounded

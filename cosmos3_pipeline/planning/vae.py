@@ -1,4 +1,4 @@
-"""The encoding and decoding stages of a plan: what a strategy says that each rank does, and its time."""
+"""The encode and decode stages of a plan: each rank's share by the strategy, and its time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import Planned, Strategy, StrategyPlan
 
-REFERENCE = "replicated"  # what runs where a direction's flag is off
+REFERENCE = "replicated"  # the strategy of a direction whose flag is off
 ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
 
@@ -32,7 +32,7 @@ class VaeStage:
 
     @property
     def traffic_bytes(self) -> int:
-        """Bytes that the ops of the whole clip read and write: every op's input and output once."""
+        """Bytes that the ops read and write for the whole clip: the input and output of every op once."""
         first = sum(op.source.elements(self.shape, first=True) for op in self.program.ops)
         first += sum(op.target.elements(self.shape, first=True) for op in self.program.ops)
         later = self.program.chunks(self.shape) - 1
@@ -43,13 +43,13 @@ class VaeStage:
 
     @property
     def fill(self) -> float:
-        """Time over the slowest rank's busy time: where ranks own runs of ops, some wait for others."""
+        """Critical path divided by the busiest rank's FLOPs. It is above 1 if ranks wait."""
         return self.plan.until_end / max(share.flops for share in self.plan.shares)
 
     def bounds(
         self, rank: int, accelerator: Accelerator, dtype: Dtype, *, crosses_nodes: bool
     ) -> dict[str, float]:
-        """Estimated seconds of `rank` by what would bound it alone: compute, memory, link."""
+        """Estimated seconds of `rank` for each bound alone: compute, memory, link."""
         share = self.plan.shares[rank]
         rate = accelerator.flops_per_s[dtype] * accelerator.efficiency["vae"]
         part = share.flops / self.program.flops(self.shape)
@@ -60,7 +60,7 @@ class VaeStage:
         }
 
     def stage(self, cfg: Config, rank: int, *, weights: int, text: int, inputs: int) -> RankStage:
-        """The stage on `rank`, which holds so many bytes of weights, of prompts and of the clip that it reads."""
+        """The stage on `rank`, which also holds bytes of `weights`, prompts (`text`) and `inputs`."""
         share = self.plan.shares[rank]
         crosses = len(self.plan.shares) > cfg.topology.ranks_per_node
         return RankStage(
@@ -74,7 +74,7 @@ class VaeStage:
                 "ops": list(share.ops),
                 "rows": list(share.rows),
                 "cols": list(share.cols),
-                # on each chunk, if not always all
+                # ops of each chunk; empty if every chunk runs all
                 "runs": [list(run) for run in share.runs],
             },
         )
@@ -82,11 +82,11 @@ class VaeStage:
 
 @dataclass(frozen=True)
 class VaePlan(VaeStage):
-    """A direction as a run does it: with what the ranks are given, the assignment that was planned.
+    """One direction as a run executes it. `strategy` is what the ranks receive: the planned assignment.
 
-    Where a clip is made in chunks, `for_the_next` is decoding one with whose end another begins: its frames go to
-    the root as they are passed on. Of a transfer, `beginnings` are the frames with which the first chunk and a
-    later one begin, each encoded by itself (None: no frame).
+    `for_the_next` is the decode stage of a chunk that another chunk follows. Rank 0 receives its frames in the
+    form that the next chunk needs. `beginnings` are for transfer: the stages that encode the first frames of the
+    first chunk and of a later chunk (None: no frames).
     """
 
     strategy: Strategy
@@ -95,7 +95,7 @@ class VaePlan(VaeStage):
 
 
 def directions(cfg: Config) -> list[Direction]:
-    """Encode where there is something to condition on (and its frames exist), and decode where a clip is made."""
+    """Encode if the task has conditioning frames (and they exist), and decode if it makes a clip."""
     if cfg.task.name is TaskName.transfer:
         return ["encode", "decode"]
     latent_frames = clip_of(cfg).latent_frames
@@ -113,7 +113,7 @@ def is_parallel(vae: VaeConfig, direction: Direction) -> bool:
 
 
 def settings_of(vae: VaeConfig, direction: Direction) -> dict[str, Any]:
-    """The node of `direction`: the class of a strategy, `_target_`, and its settings."""
+    """The config node of `direction`: the class of its strategy, `_target_`, and the settings."""
     return vae.encode if direction == "encode" else vae.decode
 
 
@@ -125,7 +125,7 @@ def reference() -> Strategy:
 
 
 def strategy_of(cfg: Config, direction: Direction) -> Strategy:
-    """The strategy that `cfg` runs `direction` with: its own where the flag is on, else the reference."""
+    """The strategy of `direction`: the configured one if its flag is on, else the reference."""
     if not is_parallel(cfg.vae, direction):
         return reference()
     built = build_strategy(settings_of(cfg.vae, direction))
@@ -134,9 +134,9 @@ def strategy_of(cfg: Config, direction: Direction) -> Strategy:
 
 
 def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
-    """What `strategy` does with the clip of `cfg`. Encoding goes as far as the last conditioned latent frame.
+    """The plan of `strategy` for the clip of `cfg`. Encoding ends with the last conditioned latent frame.
 
-    Raises Refusal for what the strategy cannot honour, and for an impossible VAE.
+    Raises Refusal if the strategy cannot divide this clip, or if no VAE can have the numbers of `cfg`.
     """
     clip = encoded_of(cfg) if direction == "encode" else clip_of(cfg)
     shape = LatentShape(
@@ -159,7 +159,7 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
 
 
 def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
-    """With what the chunks of a clip need beside the whole chunk."""
+    """`planned`, with the further stages that a clip in chunks needs."""
     shape, chunks = planned.shape, chunks_of(cfg)
 
     def another(**changes: Any) -> VaeStage:
@@ -179,6 +179,6 @@ def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
     return replace(planned, beginnings=(first, later if chunks.count > 1 else None))
 
 
-# Plans by everything that they depend on: the jobs of a sweep and the cases of a review have many in common.
+# Plans by everything that they depend on. The jobs of a sweep and the cases of a review share many plans.
 MOST_MADE = 64
 _made: dict[str, VaePlan] = {}

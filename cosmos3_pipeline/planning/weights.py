@@ -1,4 +1,4 @@
-"""Where the transformer's weights are, stage by stage: what a rank holds, and what it brings and when."""
+"""The placement of the transformer's weights: the bytes that a rank holds, copies and gathers in each stage."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.geometry import replica_ranks
 from cosmos3_pipeline.planning.transformer import TransformerSize
 
-# Layers that are on the device at once while others pass through it: the one that computes, and the next.
+# Layers on the device at once while layers are streamed or gathered: the one that computes, and the next.
 PASSING = 2
 
 
 @dataclass(frozen=True)
 class WeightsPlan:
-    """The choice of a run, made with its plan; `placement` is never `auto`.
+    """The placement that a plan has chosen; `placement` is never `auto`.
 
-    `resident_layers` of the generation pathway stay on the device where the others are streamed. `keep_text` keeps
-    the text pathway. `stays` says that the generation pathway stays while the VAE decodes, for the next prompt.
-    `chosen` says why, where `auto` chose.
+    resident_layers: layers of the generation pathway that stay on the device while the others are streamed.
+    keep_text: whether the text pathway stays on the device.
+    stays: whether the generation pathway stays while the VAE decodes, for the next prompt or chunk.
+    chosen: the reason, if `auto` chose.
     """
 
     placement: Placement
@@ -41,12 +42,14 @@ RESIDENT = WeightsPlan(Placement.resident, resident_layers=0, keep_text=False, s
 
 @dataclass(frozen=True)
 class WeightsCost:
-    """What a rank holds and brings by a plan. Bytes on the device, of one text pass, of all layers once.
+    """The weights that a rank holds, copies and gathers, in bytes.
 
-    `text_bytes` and `vision_bytes` are held while the text is encoded and while it denoises. `host_bytes` wait on
-    the host for an accelerator. `text_read` is brought for the text; `copied` is copied from the host, `gathered`
-    sent to the other ranks, each time that the vision goes through its layers. `gathered_ahead` is sent once more:
-    the first layer, which comes while the last one computes, also of the last step.
+    text_bytes, vision_bytes: held during the text stage, and during denoising.
+    host_bytes: wait in the memory of an accelerator's host.
+    text_read: copied to the device for the text stage.
+    copied: copied from the host each time that denoising goes through the layers.
+    gathered: sent to the other ranks each time that denoising goes through the layers.
+    gathered_ahead: sent once more, because the last step also prefetches the first layer.
     """
 
     text_bytes: int
@@ -68,7 +71,7 @@ class WeightsCost:
         element_bytes: int,
         on_cpu: bool,
     ) -> WeightsCost:
-        """Of a rank of a replica of `ranks`, which denoises `modalities`."""
+        """The cost of one rank in a replica of `ranks`, which denoises `modalities`."""
         text, vision = size.slabs(Part.TEXT), size.slabs(Part.VISION)
         text_read = sum(slab.elements for slab in text) * element_bytes
         held = passing(text, 1) * element_bytes
@@ -99,17 +102,17 @@ class WeightsCost:
 
 
 def _pinned(nbytes: int) -> int:
-    """What pinned memory for `nbytes` takes of the host: PyTorch's allocator gives powers of two."""
+    """Host bytes of pinned memory for `nbytes`. PyTorch's allocator rounds up to a power of two."""
     return 1 << (nbytes - 1).bit_length()
 
 
 def passing(slabs: tuple[Slab, ...], ranks: int) -> int:
-    """Elements of the layers that are on the device at once while all pass through it."""
+    """Elements of the layers that are on the device at once while all layers are streamed or gathered."""
     return min(PASSING, len(slabs)) * max(slab.share(ranks) * ranks for slab in slabs)
 
 
 def choices(cfg: Config) -> list[WeightsPlan]:
-    """The plans among which `weights=auto` chooses, fastest first, or the one that is asked for.
+    """The placements from which `weights=auto` chooses, fastest first, or the one that is asked for.
 
     `resident_layers` -1 stands for as many as fit.
     """

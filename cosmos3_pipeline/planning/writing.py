@@ -1,4 +1,4 @@
-"""The video file beside decoding: how many encoders keep up with it, and what is left after the last frame."""
+"""Writing the video file during decoding: how many encoders keep up, and the time after the last frame."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from cosmos3_pipeline.config.schema import Config, Device, Encoder
 from cosmos3_pipeline.planning.geometry import chunks_of
 
-# Threads of one x264. With another number the same frames give other bytes.
+# Threads of one x264 encoder. With another number the same frames give a file of other bytes.
 X264_THREADS = 4
-# Frames that x264 looks ahead, where its preset has up to 60. So many are left when the last frame has come; with
-# 10 the clips that were tried became no larger at the same PSNR.
+# Frames that x264 looks ahead; its presets have up to 60. This many frames are not encoded yet when the last frame
+# arrives. With 10 the tested clips became no larger at the same PSNR.
 LOOKAHEAD = 10
-# Frames that wait in x264 besides, in its threads and for those that are shown after them, at most but with preset
-# veryslow, where 33 were left in all.
+# The most frames that wait in x264 besides: in its threads, and for frames that are shown later. Preset veryslow
+# is an exception: 33 frames were left in all.
 IN_FLIGHT = 3 + X264_THREADS
-# Seconds of one core for a megapixel, by x264's preset; measured with crf 17 on a core of an AMD EPYC, AVX-512.
+# Seconds of one core per megapixel, by x264 preset, measured with crf 17 on a core of an AMD EPYC with AVX-512.
 CORE_SECONDS = {
     "ultrafast": 0.011,
     "superfast": 0.014,
@@ -30,21 +30,21 @@ CORE_SECONDS = {
     "placebo": 0.39,
 }
 PRESETS = {Encoder.libx264: tuple(CORE_SECONDS), Encoder.h264_nvenc: ("fast", "medium", "slow")}
-# What four threads make of one encoder's work.
+# Speed-up of one encoder by four threads.
 THREADED = 3.0
-# A part of a video of which each encoder has several: shorter ones would have more whole pictures in the file.
+# Frames of one part of a video; an encoder encodes several. Shorter parts would put more key frames in the file.
 PART_FRAMES = 48
 MOST_ENCODERS = 8
-# What a GPU's own encoder makes in a second; low, as none was measured.
+# Speed of a GPU's own encoder. The number is low, because none was measured.
 OWN_MEGAPIXELS_PER_S = 200.0
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How a video of `frames` is written: cut in `parts`, of which `encoders` are encoded at a time.
+    """How a video of `frames` is written: in `parts`, of which `encoders` encode one each at a time.
 
-    `seconds` are those of all encoders, of which `exposed_seconds` come after the last frame or keep decoding
-    waiting, and the rest is hidden behind it.
+    `seconds` is the time of all encoding. `exposed_seconds` of it come after the last frame or make decoding wait.
+    The rest is hidden behind decoding.
     """
 
     frames: int
@@ -74,7 +74,7 @@ def writing_of(cfg: Config, decode_seconds: float) -> Writing:
     encoders = min(output.encoders or min(max(keep_up, 1), MOST_ENCODERS), frames)
     parts = encoders * max(1, round(frames / (PART_FRAMES * encoders))) if encoders > 1 else 1
     left = min(LOOKAHEAD + IN_FLIGHT, frames)
-    # On a CPU they share the cores with each other; elsewhere the host has some for each.
+    # On a CPU the encoders share the cores. An accelerator's host has cores for each encoder.
     at_once = 1 if cfg.topology.device is Device.cpu else encoders
     behind = max(alone / at_once - decode_seconds, 0)
     return Writing(frames, encoders, min(parts, frames), alone, min(max(behind, left * frame), alone))
