@@ -1,4 +1,4 @@
-"""What a user can choose: the schema, composing it, checking it. Imports no torch."""
+"""The configuration: its schema, how it is composed, and how it is checked. Imports no torch."""
 
 from pathlib import Path
 

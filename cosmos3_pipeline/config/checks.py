@@ -1,7 +1,7 @@
-"""Checks of a composition that need no arithmetic: keys, missing values, ranges, what names code to run.
+"""Checks of a composition that need no arithmetic: keys, missing values, ranges, and classes to be built.
 
-Hydra checks names and types while it composes, but `+key=value` slips past a schema and ranges are not
-checked at all, so the tree is walked against the dataclasses once more. What needs geometry is in `planning/`.
+Hydra checks names and types while it composes, but it accepts `+key=value` and checks no ranges. So the tree is
+compared with the dataclasses once more. The checks that need geometry are in `planning/`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _missing(key: str) -> Problem:
 
 
 def _reference(node: DictConfig, name: str, key: str) -> Iterator[Problem]:
-    """Whether what a value refers to is there."""
+    """A problem if a value refers to a key that does not exist."""
     try:
         node[name]
     except OmegaConfBaseException as error:
@@ -159,13 +159,13 @@ def _range(value: Any, key: str, limits: typing.Mapping[str, Any]) -> Iterator[P
 
 
 def _typed(key: str, value: float) -> str:
-    """What to type; one item of a list cannot be set alone."""
+    """The override to type for `key`. One item of a list cannot be set alone, so its place is told."""
     name, bracket, place = key.partition("[")
     return f"{name} with {value} in the place of [{place}" if bracket else f"{key}={value}"
 
 
 def _said(value: Any) -> str:
-    """`value`, of which a page of digits or of items is not shown."""
+    """`value` as text, cut if it is long."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
@@ -177,7 +177,7 @@ def _nearest(value: float, low: float | None, high: float | None, step: int | No
 
 
 def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
-    """A strategy node may be built only from a target that an installed plugin owns, with its own settings."""
+    """Problems of strategy nodes: no installed plugin owns the `_target_`, or it lacks a setting."""
     for direction in ("encode", "decode"):
         if OmegaConf.is_missing(cfg.vae, direction):
             yield _missing(f"vae.{direction}")
@@ -197,12 +197,14 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
                 yield _missing(key)
             elif wrong := [*_reference(node, str(name), key)]:
                 yield from wrong
-            elif OmegaConf.is_interpolation(node, name) or node[name] != known[str(name)]:  # which may be infinite
+            elif (
+                OmegaConf.is_interpolation(node, name) or node[name] != known[str(name)]
+            ):  # defaults may be infinite
                 yield from _value(node, str(name), key, {})
 
 
 def _targets(node: Any, key: str) -> Iterator[Problem]:
-    """No node but a strategy's own may name a class. The node `hydra` is Hydra's own."""
+    """Problems of `_target_` in any node but a strategy's. The node `hydra` is Hydra's, so it is left out."""
     if isinstance(node, DictConfig):
         names: list[Any] = [name for name in node if key or name != "hydra"]
     elif isinstance(node, ListConfig):

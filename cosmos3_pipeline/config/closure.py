@@ -1,8 +1,8 @@
-"""Which files a composition can be made of, read from the defaults lists alone.
+"""The files that a composition can be made of, read from the defaults lists alone.
 
-Composing takes a tenth of a second, this next to nothing: so a review composes only what a change can touch. It
-says a file too many rather than one too few. Nothing is taken from the rest of the library, so a review can ask it
-about the configs of another revision.
+Composing takes a tenth of a second, and reading the lists takes almost no time. So a review composes only the
+cases that a change can touch. In doubt, a file is included. This module imports nothing from the rest of the
+library, so a review can use it on the configs of another revision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Contents = Mapping[str, Any]  # by the path of a config without its .yaml: `mode
 
 
 class Loader(yaml.CSafeLoader):
-    """libyaml's parser, ten times as fast, with OmegaConf's rules: `1e-6` is a number, a key stands once."""
+    """libyaml's parser with OmegaConf's rules: `1e-6` is a number, a key stands once. It is ten times as fast."""
 
     yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
 
@@ -57,9 +57,9 @@ def _folder(place: str) -> Path | None:
 
 
 def contents(conf: Path) -> Contents:
-    """What every file of the folder `conf` says; comments and the order of keys are no part of it.
+    """The parsed content of every file in the folder `conf`, without comments and the order of keys.
 
-    A file that cannot be parsed is its text.
+    For a file that cannot be parsed it is the text.
     """
     found: dict[str, Any] = {}
     for file in sorted(conf.rglob("*.yaml")):
@@ -73,7 +73,7 @@ def contents(conf: Path) -> Contents:
 
 
 def files_of(overrides: Sequence[str], known: Contents, config_name: str = "config") -> set[str]:
-    """The configs that `overrides` may be composed of, whether or not they are there."""
+    """The configs that a composition of `overrides` may read, whether or not their files exist."""
     said = (override.lstrip("+").partition("=") for override in overrides)
     chosen = {group.partition("@")[0]: option for group, _, option in said}
     found: set[str] = set()
@@ -102,7 +102,7 @@ def _named(entry: Any, folder: str, chosen: Mapping[str, str]) -> list[str]:
     for words, option in entry.items() if isinstance(entry, dict) else ():
         group = str(words).split()[-1].partition("@")[0]
         path = _absolute(group, folder)
-        name = chosen.get(path, option)  # what is typed wins over every defaults list
+        name = chosen.get(path, option)  # an override wins over every defaults list
         found += [f"{path}/{name}"] if isinstance(name, str) else []
     return found
 

@@ -1,7 +1,7 @@
-"""`cosmos3 completion`: what makes a shell complete groups, options and keys. Imports no torch.
+"""`cosmos3 completion`: scripts with which a shell completes groups, options and keys. Imports no torch.
 
-Hydra's own scripts know `python launch.py` and an installed command. These know any python before any launch.py,
-and an alias; what to complete is asked of Hydra, in words that it knows.
+Hydra's own scripts work for `python launch.py` and for an installed command. These scripts also work for any
+python before any launch.py, and for an alias. They pass Hydra a command line that it knows, and show its answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Make TAB complete groups, options and keys after `cosmos3`, `python launch.py` a
   cosmos3 completion fish | source           in ~/.config/fish/config.fish
 """
 
-# The words before the cursor become a command line of `cosmos3`, whatever the program was called.
+# The words before the cursor become a command line of `cosmos3`, under whatever name the program was started.
 BASH = """\
 _cosmos3_complete() {
     local words=(${COMP_LINE:0:$COMP_POINT}) program skip=1 choices rest word=""
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def cleaned(choices: str) -> str:
-    """Hydra's answer without internal groups, and with the names of values as YAML has them."""
+    """Hydra's answer without internal groups, and with enum values spelt as in YAML."""
     words = [word for word in choices.split() if not word.startswith("_")]
     return " ".join(_as_yaml(word) for word in words)
 

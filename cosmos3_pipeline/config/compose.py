@@ -1,4 +1,4 @@
-"""Composing: a list of overrides in, what Hydra makes of them out. Imports no torch."""
+"""Compose a list of overrides with Hydra. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ VERSION_BASE = "1.3"
 
 
 class Composition:
-    """What Hydra made of `overrides`, before its values are checked; None: it was read from a file.
+    """The config that Hydra composed, before its values are checked.
 
-    cfg: the nodes of the schema, what `+key` has added to them, and mostly Hydra's own node. loader: what composed
-    it, where that was this library. source: where the configs are.
+    cfg: the nodes of the schema, the keys that `+key` added to them, and mostly Hydra's own node.
+    overrides: the overrides that were composed; None for a config that was read from a file.
+    loader: Hydra's loader, if this library composed the config.
+    source: where the configs are.
     """
 
     def __init__(
@@ -50,15 +52,15 @@ class Composition:
 
     @classmethod
     def of_a_running_job(cls, cfg: DictConfig) -> Composition:
-        """Of the job that Hydra itself composed and runs now: a sweep's, or one with configs of its own."""
+        """The composition of the job that Hydra itself composed and runs: a sweep's, or one with other configs."""
         job = HydraConfig.get()
         return cls(cfg, job.overrides.task, source=Source.of_a_running_job(job))
 
     @classmethod
     def of_file(cls, file: Path) -> Composition:
-        """Of a config.yaml that a run has left.
+        """The composition in a config.yaml that a run has written.
 
-        Raises ValueError for a file that is none, OSError for one that cannot be read.
+        Raises ValueError for a file that is no such config, and OSError for a file that cannot be read.
         """
         try:
             return cls.of_saved(yaml.safe_load(file.read_text(encoding="utf-8")))
@@ -67,7 +69,7 @@ class Composition:
 
     @classmethod
     def of_saved(cls, saved: Any) -> Composition:
-        """Of a config that was composed before: one with types, or its values as read from a file."""
+        """The composition of a saved config: a typed one, or its values as read from a file."""
         register()
         cfg = OmegaConf.merge(
             OmegaConf.structured(Config), as_said(plain(saved)) if isinstance(saved, Config) else saved
@@ -78,18 +80,18 @@ class Composition:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it asks by `hydra.mode` to be a sweep, which only Hydra can run."""
+        """Whether `hydra.mode` asks for a sweep, which only Hydra can run."""
         return bool(OmegaConf.select(self.cfg, "hydra.mode") == RunMode.MULTIRUN)
 
     def traced(self) -> Provenance | None:
-        """Where its values came from, by walking its defaults once more; None for what was read from a file."""
+        """The origin of every value, by reading the defaults once more; None for a config read from a file."""
         if self.overrides is None:
             return None
         with self.source.opened() as loader:
             return trace_with(loader, self.overrides, self.source.name, self.cfg)
 
     def literal(self, key: str) -> Any:
-        """The value that the dotted `key` was given itself; None where it refers to another key."""
+        """The value that was written for the dotted `key`; None if it refers to another key."""
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(self.cfg, parent)
         if OmegaConf.is_interpolation(node, name):
@@ -100,16 +102,16 @@ class Composition:
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
         """The config: dataclasses, enums and lists, with every interpolation followed.
 
-        `changes` are dotted keys and other values for them; what refers to such a key follows. The composition
+        `changes` maps dotted keys to new values. Values that refer to such a key change with it. The composition
         must have no structural problem (see `checks.problems`). Raises ConfigError for a problem inside a list.
         """
         cfg = self.cfg
         running = HydraConfig.instance().cfg
-        if running is None and "hydra" in cfg:  # what `${hydra:runtime.cwd}` and the like refer to
+        if running is None and "hydra" in cfg:  # for references such as `${hydra:runtime.cwd}`
             HydraConfig.instance().cfg = cast(Any, cfg)  # `set_config` would lock it
         try:
             if changes:
-                cfg = OmegaConf.create(cfg)  # a copy: what is shown and saved by Hydra is what was composed
+                cfg = OmegaConf.create(cfg)  # a copy, because Hydra shows and saves the original
                 for key, value in changes.items():
                     OmegaConf.update(cfg, key, value)
             sections = {f.name: _object(cfg[f.name]) for f in dataclasses.fields(Config)}
@@ -123,9 +125,9 @@ class Composition:
 
 
 def _typed(cfg: DictConfig) -> DictConfig:
-    """`cfg` with the schema's types, which a config.yaml that a run has saved does not have.
+    """`cfg` with the schema's types. A config.yaml that a run has saved has none.
 
-    Raises OmegaConfBaseException for what is not of its type.
+    Raises OmegaConfBaseException for a value of the wrong type.
     """
     if "task" not in cfg or OmegaConf.get_type(cfg, "task") is TaskConfig:
         return cfg
@@ -142,9 +144,9 @@ def _object(value: Any) -> Any:
 
 
 def compose(overrides: Sequence[str] = (), source: Source = BUILTIN) -> Composition:
-    """Compose `overrides` on top of a primary config: names and types are checked, values are not yet.
+    """Compose `overrides` on top of a primary config. Names and types are checked, values are not.
 
-    Raises ConfigError for an unknown key, option or type and for a doubled group choice.
+    Raises ConfigError for an unknown key or option, a wrong type, or a group that is chosen twice.
     """
     register()
     try:
@@ -158,7 +160,7 @@ def compose(overrides: Sequence[str] = (), source: Source = BUILTIN) -> Composit
 
 
 def _has_groups(overrides: Sequence[str], source: Source) -> None:
-    """Refuse a choice in a group that `source` does not have: a config that a run has saved is values only."""
+    """Refuse a choice in a group that `source` lacks: a config that a run has saved has values only."""
     found = [
         Problem(
             what=f"{override} with the configs in {source.main}",
@@ -173,7 +175,7 @@ def _has_groups(overrides: Sequence[str], source: Source) -> None:
 
 
 def as_config_error(error: Exception, overrides: Sequence[str], source: Source = BUILTIN) -> ConfigError:
-    """The ConfigError that explains what Hydra raised while composing `overrides`; raises what is not Hydra's."""
+    """The ConfigError that explains Hydra's `error` while composing. Raises an error that is not Hydra's."""
     problem = explain(error, [*schema_keys(), *_chosen_settings(overrides, source)], overrides, source.groups())
     if problem is None:
         raise error
@@ -181,7 +183,7 @@ def as_config_error(error: Exception, overrides: Sequence[str], source: Source =
 
 
 def _chosen_settings(overrides: Sequence[str], source: Source) -> list[str]:
-    """The settings of the strategies that `overrides` choose; none where the choices alone cannot be composed."""
+    """The settings of the strategies that `overrides` choose; none if the choices alone cannot be composed."""
     groups = source.groups()
     choices = [override for override in overrides if override.partition("=")[0] in groups]
     if choices == list(overrides):
@@ -199,7 +201,7 @@ def _settings_with(choices: tuple[str, ...], source: Source) -> list[str]:
 
 
 def schema_keys() -> list[str]:
-    """All dotted keys of the surface, groups and leaves."""
+    """All dotted keys of the schema, nodes and leaves."""
     return sorted(_keys(OmegaConf.structured(Config), ""))
 
 

@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf raise while composing, turned into a problem that a person can act on."""
+"""Turn the errors of Hydra and OmegaConf while composing into problems that a person can act on."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from cosmos3_pipeline.config.kinds import kind_of
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
 from cosmos3_pipeline.vae.plugins import discover
 
-# Hydra's plugins by the options that they bring.
+# The packages of Hydra's plugins, by the option that each provides.
 PACKAGES = {
     **{"joblib": "hydra-joblib-launcher", "ray": "hydra-ray-launcher", "rq": "hydra-rq-launcher"},
     **{"submitit_local": "hydra-submitit-launcher", "submitit_slurm": "hydra-submitit-launcher"},
     **{"optuna": "hydra-optuna-sweeper", "ax": "hydra-ax-sweeper", "nevergrad": "hydra-nevergrad-sweeper"},
 }
-# The nodes that hold a strategy's own settings, which the schema does not know.
+# The nodes that hold a strategy's settings, which the schema does not list.
 STRATEGY_NODES = ("vae.encode", "vae.decode")
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
-    """A dotted key that the schema does not have, `where` naming the file or override that brought it.
+    """The problem of a dotted key that the schema does not have. `where` names the file or override with the key.
 
-    The nearest key is sought among those of the same node, or of the nearest node where none has its name, and
-    then by its last part everywhere: so `task.promt`, `taks.prompt` and `sampler.prompt` find `task.prompt`. That
-    of a strategy's setting is sought among the settings that it has. Of keys with the same last part the least
-    nested are meant: `sampler.steps`, not `model.recommended.image.steps`. Where none is near, they are listed.
+    The problem suggests the nearest key, or lists the node's keys if none is near. The search looks in the same
+    node, or in the node with the nearest name, and then for the last part of the key everywhere. So `task.promt`,
+    `taks.prompt` and `sampler.prompt` find `task.prompt`. For a strategy's setting it looks in the strategy's
+    settings alone. Of several keys with the same last part, the least nested is suggested: `sampler.steps`, not
+    `model.recommended.image.steps`.
     """
     node, _, leaf = key.rpartition(".")
     if node.partition(".")[0] == "extras":
@@ -65,14 +66,14 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
 
 
 def _beside(node: str, known: Iterable[str]) -> list[str]:
-    """The names directly below `node`, "" for all."""
+    """The names directly below `node`; "" is the root."""
     return sorted(
         {k[len(node) + 1 if node else 0 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")}
     )
 
 
 def _near(node: str, leaf: str, known: Sequence[str]) -> str | None:
-    """What `node`.`leaf` most likely means; leaves are compared with leaves, and nodes with nodes."""
+    """The key that `node`.`leaf` most likely means. Leaves are compared with leaves, and nodes with nodes."""
     nodes = {k.rpartition(".")[0] for k in known}
     meant = node if node in nodes else nearest(node, nodes)
     if meant is not None and (found := nearest(leaf, _beside(meant, known))):
@@ -81,7 +82,7 @@ def _near(node: str, leaf: str, known: Sequence[str]) -> str | None:
 
 
 def settings_of_others(key: str) -> list[str]:
-    """The strategies that have a setting which `key` names, as in `vae.decode.groups`; none for any other key."""
+    """The strategies that have the setting in `key`, such as `vae.decode.groups`; none for any other key."""
     node, _, setting = key.rpartition(".")
     if node not in STRATEGY_NODES:
         return []
@@ -90,18 +91,18 @@ def settings_of_others(key: str) -> list[str]:
 
 
 def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
-    """Those of `known` that end in `leaf` with the fewest nodes before it, or nothing."""
+    """The keys of `known` that end in `leaf` with the fewest nodes before it, joined by "or"."""
     found = [key for key in known if key.rpartition(".")[2] == leaf]
     depth = min((key.count(".") for key in found), default=0)
     return " or ".join(key for key in found if key.count(".") == depth)
 
 
-# A value that Hydra could not merge, for a reason that it does not tell.
+# Hydra could not merge a value and does not say why.
 _NOT_MERGED = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
 
 
 def wrong_kind(key: str, wrong: str, where: str, cause: str = "") -> Problem:
-    """A value of another kind than `key` takes; `wrong` says which, and `cause` why it is another."""
+    """The problem of a value of the wrong kind for `key`. `wrong` tells the value, `cause` why it is wrong."""
     kind = kind_of(key)
     number = re.search(r"Value '(-?\d+(?:\.\d+)?)[^']*' .* (?:Integer|Float)", cause)
     typed = None if kind is None else kind.example
@@ -124,9 +125,9 @@ def wrong_kind(key: str, wrong: str, where: str, cause: str = "") -> Problem:
 def explain(
     error: Exception, keys: Iterable[str], overrides: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> Problem | None:
-    """The problem behind what Hydra or OmegaConf raised while composing `overrides`, or None when not theirs.
+    """The problem behind an error of Hydra or OmegaConf while composing; None for an error of anything else.
 
-    `keys` are all dotted keys of the schema and `groups` the options of every group, for "did you mean".
+    `keys` are all dotted keys of the schema, and `groups` the options of every group. Both are for "did you mean".
     """
     if isinstance(error, MissingConfigException):
         return _missing_option(error, groups, overrides)
@@ -147,7 +148,7 @@ def explain(
     full_key = match.group(1) if (match := re.search(r"full_key: (\S+)", cause)) else ""
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        if full_key not in key:  # one of a node in the list that is its value
+        if full_key not in key:  # the key is in a node of a list
             key = f"{key}[...].{full_key}"
         return unknown_key(key, keys, where=where)
     if "missing mandatory value" in cause:
@@ -201,9 +202,9 @@ def _missing_option(
 ) -> Problem:
     name = error.missing_cfg_file or ""
     group, _, option = name.rpartition("/")
-    # What another file's defaults list names comes without options.
+    # Hydra gives no options if another file's defaults list names the missing one.
     options = [o for o in error.options or groups.get(group, ()) if not o.startswith("_")]
-    # The primary config is named as well where the choice was typed.
+    # Hydra names the primary config even if the choice was typed.
     where = _where(str(error), ()).strip(" ()")
     typed = f"{group}={option}" in [override.lstrip("+") for override in overrides]
     named = f"{where.removeprefix('in ')} names it; "

@@ -1,4 +1,4 @@
-"""The text of `--help`: every option of every group with its own first line."""
+"""The text of `--help`: every option of every group, with the first comment line of its file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ key=value sets anything else; see all keys and what they are now with --cfg job:
 
 
 def help_text(command: str, plugins: Plugins, source: Source) -> str:
-    """The help page; `command` is how the program was called, `source` where its configs are."""
+    """The help page. `command` is how the program was called, and `source` has its configs."""
     lines = [HEAD.format(command=command)]
     for group, options in sorted(source.abouts().items()):
         lines.append(f"{group}")

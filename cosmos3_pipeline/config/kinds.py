@@ -1,4 +1,4 @@
-"""What a key of the schema takes, in words: what a value of another kind is refused with."""
+"""The kind of value that each key of the schema takes, in words for the message that refuses another kind."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Kind:
 
     @property
     def example(self) -> str | None:
-        """What may be typed for it; None where the rest of the composition decides that."""
+        """A value that may be typed for the key; None if it depends on the rest of the composition."""
         return _example(self.hint, self.limits)
 
     @property
     def is_node(self) -> bool:
-        """Whether it has keys of its own."""
+        """Whether the value is a node with keys."""
         return dataclasses.is_dataclass(self.hint)
 
 
 def kind_of(key: str) -> Kind | None:
-    """The kind of a dotted key, such as `task.fps` or `model.lora[0].weight`; None for one that is not there."""
+    """The kind of a dotted key, such as `task.fps` or `model.lora[0].weight`; None if there is no such key."""
     kind = Kind(Config, False, {})
     for part in re.findall(r"[^.\[\]]+", key):
         inner = _inner(kind, part)

@@ -1,6 +1,6 @@
 """Every option of every config group, as Hydra finds them. Imports no torch.
 
-Nothing is taken from the rest of the library, so a review can list the options of another revision with it.
+This module imports nothing from the rest of the library, so a review can use it on another revision.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from hydra.core.object_type import ObjectType
 
 
 def options(conf: str, config_name: str = "config") -> Iterator[str]:
-    """`group=option` for every option of every group of the folder `conf`, experiments first.
+    """`group=option` for every option of every group in the folder `conf`, experiments first.
 
-    And of the folders that the primary config `config_name` adds to the search path.
+    Folders that the primary config `config_name` adds to the search path are included.
     """
     with hydra.initialize_config_dir(conf, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         assert isinstance(loader, ConfigLoaderImpl)
-        # One repository for all groups: asking the loader makes one for each.
+        # One repository serves all groups. The loader's own methods would make a repository for each group.
         _, repository = loader._parse_overrides_and_create_caching_repo(config_name, [])
 
         def groups(parent: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""What people type after launch.py, before Hydra composes it: a mistake is answered with what to type.
+"""Checks of the overrides as typed, before Hydra composes them. The answer to a mistake is what to type.
 
-Hydra's grammar is meant for values of every kind; the first thing that most people type is a sentence.
+Most people first type a sentence, the prompt, but Hydra's grammar reads its commas and quotes as syntax.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cosmos3_pipeline.config.errors import STRATEGY_NODES
 from cosmos3_pipeline.config.kinds import kind_of
 from cosmos3_pipeline.errors import ConfigError, Problem, nearest
 
-# What a double-quoted argument of a shell would not leave as it is.
+# Characters that a shell changes inside double quotes.
 _OF_THE_SHELL = re.compile(r"[$`\\!]")
 _SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
 
@@ -27,7 +27,7 @@ Groups = Mapping[str, Sequence[str]]
 
 
 def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = False) -> None:
-    """Refuse what is no override, and what names one of the `groups` as a key; `sweep`: it was given with -m.
+    """Refuse words that are no override, and wrong choices of `groups`. `sweep` is whether -m was given.
 
     Raises ConfigError with every problem found.
     """
@@ -51,7 +51,7 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
 
 
 def check_no_sweep(overrides: Sequence[str]) -> None:
-    """Refuse what only a sweep reads, where there is none. Raises ConfigError."""
+    """Refuse keys that only a sweep reads, because this run is none. Raises ConfigError."""
     found = [
         Problem(
             what=f"{override} without -m",
@@ -66,13 +66,13 @@ def check_no_sweep(overrides: Sequence[str]) -> None:
 
 
 def asks_for_sweep(overrides: Sequence[str]) -> bool:
-    """Whether `hydra.mode=MULTIRUN` is among them, which is -m by another name."""
+    """Whether `hydra.mode=MULTIRUN`, which does the same as -m, is among the overrides."""
     return any(override.partition("=")[::2] == ("hydra.mode", "MULTIRUN") for override in overrides)
 
 
 def as_typed(key: str, value: str) -> str:
-    """The argument to type in a shell so that `key` has the text `value`, whatever is in it."""
-    # In Hydra's quotes a backslash is one where no quote follows it; an escaped ${ is no reference.
+    """The argument to type in a shell so that `key` gets the text `value`, whatever characters it has."""
+    # Inside Hydra's quotes a backslash is literal unless a quote follows it. An escaped ${ is no reference.
     inner = re.sub(r'(\\*)"', lambda found: 2 * found[1] + '\\"', value.replace("${", "\\${"))
     inner = re.sub(r"\\+$", lambda found: 2 * found[0], inner)
     argument = f'{key}="{inner}"'
@@ -84,7 +84,7 @@ def as_typed(key: str, value: str) -> str:
 
 
 def _together(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each override with the words after it that can be none: a shell has torn them from its value."""
+    """Each override, with the following words that are no override: a shell has cut them off its value."""
     found: list[tuple[str, list[str]]] = []
     for override in overrides:
         if found and "=" in found[-1][0] and "=" not in override and not override.startswith(("~", "-")):
@@ -122,7 +122,7 @@ def _no_override(text: str) -> Problem:
 
 
 def _sweep_alone(override: Override, sweep: bool) -> Iterator[Problem]:
-    """A comma or a function of sweeps where there is no sweep."""
+    """A problem of a comma or a sweep function without -m."""
     if sweep or not override.is_sweep_override() or override.input_line is None:
         return
     key, _, value = override.input_line.partition("=")
@@ -143,7 +143,7 @@ def _sweep_alone(override: Override, sweep: bool) -> Iterator[Problem]:
 
 
 def _group_as_key(override: Override, groups: Groups) -> Iterator[Problem]:
-    """`vae.decode=tiled` and `decode=tiled` for `vae/decode=tiled`."""
+    """A problem of a group written as a key: `vae.decode=tiled` or `decode=tiled` for `vae/decode=tiled`."""
     key, value = override.key_or_group, override.value()
     if not isinstance(value, str) or key in groups:
         return
@@ -160,7 +160,7 @@ def _group_as_key(override: Override, groups: Groups) -> Iterator[Problem]:
 
 
 def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
-    """A number, a yes or no, or nothing in the place of an option's name, also among several."""
+    """A problem of a number, true, false or null as an option's name, also among several names."""
     group = override.key_or_group
     is_group = group in groups or (override.is_hydra_override() and "/" in group)
     if override.is_delete() or not is_group:
@@ -171,7 +171,7 @@ def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
     elif override.is_discrete_sweep() and override.value_type is not ValueType.GLOB_CHOICE_SWEEP:
         values = list(override.sweep_iterator())
     else:
-        return  # glob(*) has names that there are, and an interval is refused elsewhere
+        return  # glob(*) finds existing names, and an interval is refused elsewhere
     if any(value is None or isinstance(value, int | float) for value in values):
         text = (override.input_line or group).partition("=")[2]
         options = groups.get(group, [])
@@ -185,7 +185,7 @@ def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
 
 
 def _nothing_set(override: Override) -> Iterator[Problem]:
-    """`task={}`, which Hydra would merge and change nothing."""
+    """A problem of `task={}`: Hydra would merge it, and nothing would change."""
     key = override.key_or_group
     if override.value() == {} and (kind := kind_of(key)) is not None and kind.is_node:
         yield Problem(
@@ -196,7 +196,7 @@ def _nothing_set(override: Override) -> Iterator[Problem]:
 
 
 def _no_truth(override: Override) -> Iterator[Problem]:
-    """`output.sound=7`, which OmegaConf would take for true."""
+    """A problem of `output.sound=7`: OmegaConf would take it for true."""
     key, value = override.key_or_group, override.value()
     if type(value) is int and value not in (0, 1) and (kind := kind_of(key)) is not None and kind.hint is bool:
         yield Problem(
@@ -207,13 +207,13 @@ def _no_truth(override: Override) -> Iterator[Problem]:
 
 
 def _choices(group: str, options: Sequence[str], value: str) -> str:
-    """The option of `group` that `value` was most likely meant to be, or all of them."""
+    """The choice of the option of `group` that is nearest to `value`, or of every option if none is near."""
     near = nearest(value, options)
     return " or ".join(f"{group}={option}" for option in ([near] if near else options))
 
 
 def _doubled(override: Override, chosen: dict[str, str]) -> Iterator[Problem]:
-    """`vae=[a,b]` and `vae=a vae=b`: Hydra would merge the two options, or keep the last, silently."""
+    """A problem of `vae=[a,b]` and `vae=a vae=b`: Hydra would silently merge both options, or keep the last."""
     group, value = override.key_or_group, override.value()
     if value == []:
         yield Problem(

@@ -1,6 +1,6 @@
-"""A typed config as plain values: what is saved, compared and shown. Imports no torch.
+"""A typed config as plain values, which are saved, compared and shown. Imports no torch.
 
-Nothing is taken from the rest of the library, so a review can read the configs of another revision with it.
+This module imports nothing from the rest of the library, so a review can use it on another revision.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def plain(node: object) -> dict[str, Any]:
-    """A section of a config, or all of it, as dicts, lists and values of JSON; an enum as its name, as in YAML."""
+    """A config or a section of it as dicts, lists and JSON values. An enum becomes its name, as in YAML."""
     values = _plain(node)
     assert isinstance(values, dict)
     return values
@@ -31,12 +31,12 @@ def _plain(value: object) -> Any:
 
 
 def as_yaml(config: object) -> str:
-    """The text of config.yaml: what `Composition.of_file` reads back."""
+    """The text of config.yaml. `Composition.of_file` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.create(as_said(plain(config))))
 
 
 def as_said(value: Any) -> Any:
-    """`value` with `${` escaped in its texts: they were interpolated when they were composed, and no second time.
+    """`value` with `${` escaped in its texts, because composing has interpolated them already.
 
     OmegaConf reads `\\${` as `${`, and halves the backslashes before it.
     """
@@ -48,7 +48,7 @@ def as_said(value: Any) -> Any:
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
-    """What was composed, but for Hydra's own node."""
+    """The composed config without Hydra's own node."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 

@@ -1,6 +1,6 @@
-"""Giving Hydra the schemas of the installed strategies.
+"""Give Hydra the schemas of the installed strategies.
 
-The name of a plugin becomes an option of the config groups `vae/encode` and `vae/decode`, as far as it can.
+A strategy becomes an option of the config groups `vae/encode` and `vae/decode`, if it can run the direction.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEMA_GROUP = "_strategy"
 
 @functools.cache
 def register() -> Plugins:
-    """Store the schemas of the whole surface and of every plugin in Hydra's ConfigStore."""
+    """Store the schema of the whole config and the schema of every plugin in Hydra's ConfigStore."""
     plugins = discover()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -34,7 +34,7 @@ def register() -> Plugins:
         store.store(group=SCHEMA_GROUP, name=name, node=node)
         for direction in sorted(cls.directions):
             if (config_dir() / "vae" / direction / f"{name}.yaml").is_file():
-                continue  # that file extends the schema; a second option of its name would shadow it
+                continue  # this file extends the schema; an option of the same name would shadow it
             store.store(group=f"vae/{direction}", name=name, node=node)
     return plugins
 
@@ -42,7 +42,7 @@ def register() -> Plugins:
 def build_strategy(node: Mapping[str, Any]) -> Any:
     """The strategy of a config node: its `_target_`, which an installed plugin must own, with its settings.
 
-    Raises ConfigError when no installed plugin owns the target, and what the strategy raises for its settings.
+    Raises ConfigError if no installed plugin owns the target. Errors of the strategy about its settings pass.
     """
     settings = dict(node)
     target = str(settings.pop("_target_"))
@@ -53,7 +53,7 @@ def build_strategy(node: Mapping[str, Any]) -> Any:
 
 
 def unowned(target: str, key: str) -> Problem:
-    """Why `key` may not be built from `target`."""
+    """The problem of a `target` that no installed plugin owns, at `key`."""
     plugins = discover()
     broken = "; ".join(f"{name} is installed but broken: {why}" for name, why in plugins.broken.items())
     return Problem(
@@ -67,8 +67,8 @@ def unowned(target: str, key: str) -> Problem:
 def settings_schema(cls: type) -> type:
     """The dataclass that Hydra checks a strategy's YAML against: its settings plus `_target_`.
 
-    A Literal becomes str, which is what OmegaConf can hold; the strategy itself checks the choice.
-    It is an attribute of this module (`__getattr__`): launchers send compositions to other processes.
+    A Literal becomes str because OmegaConf cannot hold it; the strategy itself checks the choice. The dataclass is
+    an attribute of this module (`__getattr__`) because launchers send compositions to other processes.
     """
     hints = typing.get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = [("_target_", str, field(default=path_of(cls)))]

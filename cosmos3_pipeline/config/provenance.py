@@ -1,8 +1,8 @@
-"""Which file or override set a value, and what was offered before it. Imports no torch.
+"""Which file or override set a value, and which earlier values it replaced. Imports no torch.
 
-Hydra merges the files of the defaults list in order, then the overrides; the last one to offer a key wins.
-The same list is walked here with the pieces kept apart. Nothing is taken from the rest of the library, so a
-review can trace the configs of another revision with it.
+Hydra merges the files of the defaults list in order, then the overrides. The last to offer a key wins. Here the
+same list is read without merging. This module imports nothing from the rest of the library, so a review can trace
+the configs of another revision with it.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ NESTED = re.compile(r"\$\{([^${}]+)\}")
 
 @contextmanager
 def beside_a_running_hydra() -> Iterator[None]:
-    """Composing inside a job that Hydra itself runs: its one global instance steps aside meanwhile."""
+    """Allow composing inside a job that Hydra itself runs: its one global instance is set aside meanwhile."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
     try:
         yield
     finally:
-        # Not the instance of before: `hydra.initialize` leaves a copy of it in its place.
+        # `hydra.initialize` leaves a copy in the place of the previous instance, so that instance is set again.
         GlobalHydra.instance().hydra = running
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One value that a key was given: by a file (`line` from 1, 0 where unknown), an override, or the schema.
+    """One value for a key, from a file (`line` from 1, 0 if unknown), an override, or the schema.
 
-    `because` is what brought the file in: the override or the file whose defaults list names it.
+    `because` tells why the file was read: the override, or the file whose defaults list names it.
     """
 
     value: Any
@@ -61,7 +61,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Link:
-    """One step of how a value came about: a key, its offers in the order in which they were merged."""
+    """One step to the origin of a value: a key, and its offers in the order of merging."""
 
     key: str
     offers: tuple[Offer, ...]
@@ -79,11 +79,11 @@ class Provenance:
         self._cfg = cfg
 
     def offers(self, key: str) -> tuple[Offer, ...]:
-        """What was offered for `key`, the winner last; empty for a key that nothing set."""
+        """The offers for `key`, the winner last; empty for a key that nothing set."""
         return tuple(self._offers.get(key, ()))
 
     def chain(self, key: str) -> list[Link]:
-        """`key`, then what its value refers to, step by step: `sampler.steps`, `model.recommended.video.steps`."""
+        """`key`, then each key that its value refers to: `sampler.steps`, `model.recommended.video.steps`."""
         links: list[Link] = []
         while (offers := self.offers(key)) and all(link.key != key for link in links):
             links.append(Link(key, offers))
@@ -94,12 +94,12 @@ class Provenance:
         return links
 
     def source(self, key: str) -> str:
-        """Where the value of `key` was written, references followed; empty for a key that nothing set."""
+        """Where the value of `key` was written, after following references; empty for a key that nothing set."""
         chain = self.chain(key)
         return chain[-1].winner.place if chain else ""
 
     def value(self, key: str) -> Any:
-        """The value of `key` as plain values, references followed."""
+        """The value of `key` as plain values, after following references."""
         value = OmegaConf.select(self._cfg, key)
         return OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
 
@@ -123,10 +123,9 @@ class Provenance:
 def trace(
     overrides: Sequence[str], conf: Path, *, config_name: str = "config", cfg: DictConfig | None = None
 ) -> Provenance:
-    """Compose `overrides` over the folder `conf`, remembering where each value came from.
+    """Compose `overrides` over the folder `conf`, and record where each value came from.
 
-    `cfg` is what they compose to, where that is known already.
-    The composition must be one that Hydra accepts: its errors are raised as they are.
+    `cfg` is the composed config if it is known already. Hydra must accept the composition; its errors pass.
     """
     with beside_a_running_hydra(), hydra.initialize_config_dir(str(conf), version_base="1.3"):
         if cfg is None:
@@ -135,10 +134,10 @@ def trace(
 
 
 def trace_with(loader: ConfigLoader, overrides: Sequence[str], config_name: str, cfg: DictConfig) -> Provenance:
-    """The same with the `loader` of Hydra's global instance, on any search path, which has composed `cfg`."""
+    """As `trace`, with any search path: `loader` of Hydra's global instance has composed `cfg`."""
     assert isinstance(loader, ConfigLoaderImpl)
     offers: dict[str, list[Offer]] = {}
-    # With what the primary config adds to the search path.
+    # The repository includes the folders that the primary config adds to the search path.
     parsed, repository = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))
     defaults = create_defaults_list(
         repo=repository, config_name=config_name, overrides_list=parsed, prepend_hydra=True, skip_missing=False
@@ -162,7 +161,7 @@ def trace_with(loader: ConfigLoader, overrides: Sequence[str], config_name: str,
 
 
 def _origin(config_path: str, package: str, repository: CachingConfigRepository) -> tuple[str, dict[str, int]]:
-    """How to name the config at `config_path`, and the line of each of its keys where it is a file."""
+    """The name of the config at `config_path` for people, and the line of each key if it is a file."""
     file = file_of(config_path, repository)
     if file is None:
         return f"the schema ({config_path})", {}
@@ -187,7 +186,7 @@ def file_of(config_path: str, repository: CachingConfigRepository) -> Path | Non
 
 
 def _name(config_path: str, repository: CachingConfigRepository) -> str:
-    """The same as a person would say it: `conf/model/toy.yaml` in the program's own folder of configs."""
+    """The path of a config for people: `conf/model/toy.yaml` in the program's own folder of configs."""
     file, loaded = file_of(config_path, repository), repository.load_config(config_path)
     if file is None or loaded is None:
         return f"the schema ({config_path})"

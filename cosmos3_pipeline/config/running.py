@@ -1,7 +1,7 @@
-"""A composition that was made before, run or shown by Hydra as if Hydra had composed it. Imports no torch.
+"""Let Hydra run or show a composition that was made and checked before. Imports no torch.
 
-`@hydra.main` composes for itself, twice, and makes the output directory before anybody has checked the result.
-Here Hydra is given what was composed and checked, so a refused run leaves no folder and nothing is composed again.
+`@hydra.main` composes twice itself, and makes the output directory before anybody can check the result. Here Hydra
+receives the checked composition. So a refused run leaves no folder, and nothing is composed again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cosmos3_pipeline.config.provenance import beside_a_running_hydra
 
 
 class _Composed(Hydra):
-    """Hydra, whose composition is there already."""
+    """Hydra with a composition that was made before."""
 
     def __init__(self, composition: Composition) -> None:
         assert composition.loader is not None
@@ -30,14 +30,14 @@ class _Composed(Hydra):
         self._cfg = composition.cfg
 
     def compose_config(self, *args: Any, with_log_configuration: bool = False, **kwargs: Any) -> DictConfig:
-        """What was composed, whatever is asked for."""
+        """The composition, whatever the arguments ask for."""
         if with_log_configuration:
             configure_log(self._cfg.hydra.hydra_logging, self._cfg.hydra.verbose)
         return self._cfg
 
 
 def run(composition: Composition, job: Callable[[DictConfig], object]) -> None:
-    """Call `job` as Hydra does: with the config, in the output directory that it makes, beside its own callbacks.
+    """Let Hydra call `job` with the config, in the output directory that Hydra makes, with Hydra's callbacks.
 
     Raises what `job` raises.
     """
@@ -46,12 +46,12 @@ def run(composition: Composition, job: Callable[[DictConfig], object]) -> None:
 
 
 def output_directory() -> Path:
-    """Where the job that Hydra runs now leaves its files."""
+    """The output directory of the job that Hydra runs now."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def show(composition: Composition, what: str, package: str | None, *, resolve: bool) -> None:
-    """Print it as `--cfg` does: `what` is job, hydra or all, and `package` a node of it."""
+    """Print `composition` as `--cfg` does. `what` is job, hydra or all; `package` is a node of the config."""
     with _running(composition) as composed:
         composed.show_cfg(composition.source.name, list(composition.overrides or ()), what, package, resolve)
 

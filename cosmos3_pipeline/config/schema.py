@@ -1,9 +1,9 @@
-"""The whole configuration surface: one dataclass per node, the single source of names, types and ranges.
+"""The whole configuration: one dataclass per node, the single source of names, types and ranges.
 
-Hydra merges every YAML file of `conf/` into these, so a misspelt key or a wrong type fails while composing.
-A range lives in the field's metadata (`at_least`, `at_most`, `multiple_of`) and is checked by `checks.py`,
-because OmegaConf checks types only. Composing ends in one `Config`, which is what the rest of the library is
-given: plain dataclasses, enums and lists, without interpolations. Nothing here imports torch.
+Hydra merges the YAML files of `conf/` into these dataclasses, so a misspelt key or a wrong type fails while
+composing. OmegaConf checks types only, so a range is in the field's metadata (`at_least`, `at_most`,
+`multiple_of`), and `checks.py` checks it. Composing ends in one `Config` for the rest of the library: plain
+dataclasses, enums and lists, without interpolations. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omegaconf import MISSING
 if TYPE_CHECKING:
     Settings = dict[str, Any]
 else:
-    # While composing, OmegaConf holds here the dataclass that `plugins.settings_schema` makes of a strategy.
+    # While composing, the value is the dataclass that `plugins.settings_schema` makes of a strategy.
     Settings = Any
 
 
@@ -31,15 +31,16 @@ def ranged(
 ) -> Any:
     """A field whose value must lie in [at_least, at_most] and be a multiple of `multiple_of`.
 
-    Of a list each value must, and `items` is how many it may have. The upper ends lie far above what was published
-    and keep a slip of the keyboard from planning for hours: below all of them a plan takes about a second.
+    In a list this holds for each value, and `items` is the least and the most number of values. The upper limits
+    are far above published sizes. They refuse a typing error that would make a plan take hours; within all of them
+    a plan takes about a second.
     """
     limits = {"at_least": at_least, "at_most": at_most, "multiple_of": multiple_of, "items": items}
     return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
 
 
 def matching(pattern: str, example: str) -> Any:
-    """A field of texts of one form."""
+    """A list of texts that each match `pattern`, such as `example`."""
     return field(default=MISSING, metadata={"matching": (pattern, example)})
 
 
@@ -51,7 +52,7 @@ def one_of(*choices: str) -> Any:
 # The largest clip that is planned: pixels of a side, and frames.
 MOST_PIXELS, MOST_FRAMES = 16384, 100_001
 
-# How strong the edges or the blur are that are made of a clip; NVIDIA names them so.
+# NVIDIA's names for the strength of the edges or the blur that are made from a clip.
 STRENGTHS = ("very_low", "low", "medium", "high", "very_high")
 
 
@@ -97,7 +98,7 @@ class Placement(Enum):
 
 
 class Encoder(Enum):
-    """H.264 encoders by libav's names: x264, and that of an NVIDIA GPU which has one."""
+    """H.264 encoders by libav's names: x264, and the hardware encoder of an NVIDIA GPU."""
 
     libx264 = "libx264"
     h264_nvenc = "h264_nvenc"
@@ -169,7 +170,7 @@ class VaeModelConfig:
 
 @dataclass
 class SoundTokenizerConfig:
-    """The one value of `diffusers.Cosmos3AVAEAudioTokenizer` that is not fixed: the width of its decoder."""
+    """The only value of `diffusers.Cosmos3AVAEAudioTokenizer` that is not fixed: the width of its decoder."""
 
     dec_dim: int = ranged(at_least=1, at_most=65536)
 
@@ -178,7 +179,7 @@ class SoundTokenizerConfig:
 class ScheduleConfig:
     """The noise levels of the checkpoint's own sampler, named as diffusers' `UniPCMultistepScheduler` names them.
 
-    `native_grid` is `Sampler.native_grid`. They say at planning time which timesteps the steps of a run have.
+    `native_grid` is `Sampler.native_grid`. A plan needs these values to know the timesteps of a run.
     """
 
     use_karras_sigmas: bool = MISSING
@@ -190,7 +191,7 @@ class ScheduleConfig:
 
 @dataclass
 class Recommendation:
-    """What `task` and `sampler` take when the user says nothing, per modality."""
+    """The defaults of `task` and `sampler` for one modality."""
 
     height: int = ranged(at_least=16, at_most=MOST_PIXELS)
     width: int = ranged(at_least=16, at_most=MOST_PIXELS)
@@ -202,7 +203,7 @@ class Recommendation:
 
 @dataclass
 class ActionRecommendation(Recommendation):
-    """Of tasks with actions. Height and width are those of the picture that a plan takes where none is given."""
+    """The defaults of tasks with actions. A plan without a picture takes `height` and `width` for its size."""
 
     chunk_size: int = ranged(at_least=1, at_most=10_000)
     resolution_tier: int = ranged(at_least=1, at_most=MOST_PIXELS)
@@ -222,7 +223,7 @@ class Recommended:
 
 @dataclass
 class Tier:
-    """Sizes of one resolution, as 1280x720, and how many frames a clip of it may have."""
+    """The sizes of one resolution, such as 1280x720, and how many frames a clip may have at these sizes."""
 
     sizes: list[str] = matching(r"[1-9]\d{1,4}x[1-9]\d{1,4}", "1280x720")
     min_frames: int = ranged(at_least=1, at_most=MOST_FRAMES)
@@ -231,7 +232,7 @@ class Tier:
 
 @dataclass
 class TrainedConfig:
-    """What the model was trained for, and what happens outside of it."""
+    """The clips that the model was trained for. `when_outside` says what happens to any other clip."""
 
     when_outside: str = one_of("warn", "refuse", "ignore")
     tasks: list[TaskName] = MISSING
@@ -242,9 +243,9 @@ class TrainedConfig:
 
 @dataclass
 class LoraConfig:
-    """An adapter that is added to the transformer's weights, `weight` times as strongly as it was trained.
+    """An adapter that is added to the transformer's weights, multiplied by `weight`.
 
-    `sha256` of its file is filled in by a run; a run that is given it refuses another file.
+    `sha256` is that of the adapter's file. A run fills it in. If it is set already, the run refuses another file.
     """
 
     path: str = MISSING
@@ -273,7 +274,7 @@ class ModelConfig:
 
 @dataclass
 class ControlsConfig:
-    """Clips that say what each frame shows: files, or `from_video`, by the names that diffusers gives them."""
+    """Control clips, which say what each frame shows, by diffusers' names. Each is a file, or `from_video`."""
 
     edge: str | None = MISSING
     blur: str | None = MISSING
@@ -284,9 +285,9 @@ class ControlsConfig:
 
 @dataclass
 class TaskConfig:
-    """Keys from `controls` on are read by transfer alone, and None with other tasks.
+    """The task and its inputs. The keys from `controls` on are read by transfer only; other tasks have None there.
 
-    `num_frames` None stands for as many frames as the first control clip has.
+    `num_frames` None means as many frames as the first control clip has.
     """
 
     name: TaskName = MISSING
@@ -326,7 +327,7 @@ class TaskConfig:
 
 @dataclass
 class VaeConfig:
-    """`encode` and `decode`: the class of a strategy (`_target_`) and its settings, whose keys the plugin says."""
+    """`encode` and `decode` hold a strategy's class (`_target_`) and its settings, whose keys are the plugin's."""
 
     parallel_encode: bool = MISSING
     parallel_decode: bool = MISSING
@@ -337,7 +338,7 @@ class VaeConfig:
 
 @dataclass
 class AcceleratorConfig:
-    """What the plan knows of the device that one rank has; on cpu the ranks of a node share it."""
+    """The device of one rank, as a plan knows it. On cpu the ranks of a node share it."""
 
     name: str = MISSING
     memory_gb: float = ranged(at_least=0.001, at_most=1e6)
@@ -370,9 +371,9 @@ class TopologyConfig:
 
 @dataclass
 class WeightsConfig:
-    """Where the transformer's layers are.
+    """The placement of the transformer's layers.
 
-    `resident_layers` of those that are streamed stay on the device; None stands for as many as fit.
+    `resident_layers` of streamed layers stay on the device; None means as many as fit.
     """
 
     placement: Placement = MISSING
@@ -387,7 +388,10 @@ class PlanConfig:
 
 @dataclass
 class VerifyConfig:
-    """Read by job=verify. `strategies` None: those that the VAE flags switch on; `latents` None: denoise first."""
+    """Read by job=verify.
+
+    `strategies` None means the strategies whose VAE flags are on. `latents` None means to denoise first.
+    """
 
     strategies: list[str] | None = None
     latents: str | None = None
@@ -395,7 +399,7 @@ class VerifyConfig:
 
 @dataclass
 class RehearseConfig:
-    """Read by job=rehearse. `ranks` None: all ranks of a replica of up to eight, else one of each kind."""
+    """Read by job=rehearse. `ranks` None: all ranks of a replica with up to eight, else one rank of each kind."""
 
     ranks: list[int] | None = ranged(None, at_least=0, at_most=1023)
     format: RehearsalFormat = RehearsalFormat.table
@@ -439,10 +443,10 @@ class OutputConfig:
 
 @dataclass
 class SweepConfig:
-    """Read where `-m` starts a sweep. `baseline` is the job that the others' pictures are held against.
+    """Read by a sweep (`-m`). The pictures of all jobs are compared with those of the job `baseline`.
 
-    `resume` is the folder of a sweep of the same jobs, of which those that are done are not run again. Every job
-    is run `repeats` times, all jobs once before any a second time; `repeat` counts them from 0.
+    `resume` is the folder of an earlier sweep of the same jobs; jobs that are done there are not run again. Every
+    job runs `repeats` times: all jobs once, then all jobs again. `repeat` counts the runs of a job from 0.
     """
 
     baseline: int = ranged(at_least=0, at_most=1_000_000)
@@ -465,7 +469,7 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     rehearse: RehearseConfig = field(default_factory=RehearseConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    # keys of the user's own, such as tags: kept with the run, read by nothing here
+    # keys that the user adds, such as tags; they are saved with the run, and nothing reads them
     extras: dict[str, Any] = field(default_factory=dict)
     # a name or a list of names, for which OmegaConf has no type
     objective: Any = None

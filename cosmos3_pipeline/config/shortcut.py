@@ -1,10 +1,9 @@
-"""Composing many lists of overrides over one folder of configs, without Hydra where that is plainly the same.
+"""Compose many lists of overrides over one folder of configs without Hydra, if the result is surely the same.
 
 A review composes every option of every group, on two sides, and a notebook plans in a loop. Hydra takes 0.2 s for
-each composition, mostly to copy nodes and to read files. Here files are read once, and dicts are merged. What goes
-beyond plain files, choices and references, and all that Hydra would convert or refuse, raises `NotPlain`: Hydra
-composes that.
-`tests/unit/test_review_shortcut.py` holds all options against Hydra.
+each composition, mostly to copy nodes and to read files. Here each file is read once, and dicts are merged. This
+works for plain files, choices and references. `NotPlain` is raised for everything else, and for values that Hydra
+would convert or refuse; then Hydra composes. `tests/unit/test_review_shortcut.py` compares all options with Hydra.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ from cosmos3_pipeline.config.provenance import NESTED, Provenance, trace_with
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.config.source import BUILTIN, Source
 
-DEEPEST = 20  # more references, one to the next, are a circle
+DEEPEST = 20  # a longer chain of references is a circle
 
 
 class NotPlain(Exception):
-    """Hydra has to compose this, or to say what is wrong with it."""
+    """Raised for a composition that Hydra has to make or to refuse."""
 
 
 @dataclass(frozen=True)
 class PlainComposition:
-    """The merged `values` of `overrides`, with their references; what `Composition` is of Hydra's config.
+    """A composition without Hydra, used like `Composition`. `values` are merged, with their references.
 
-    Names, types and ranges are right, or `config` could not have been made of them.
+    Names, types and ranges are right, because `config` could not have been made otherwise.
     """
 
     values: dict[str, Any]
@@ -59,7 +58,7 @@ class PlainComposition:
     source: Source
 
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
-        """The config, as `Composition.typed` makes it. Raises NotPlain where `changes` are not of their types."""
+        """The same config as `Composition.typed`. Raises NotPlain if a value of `changes` has the wrong type."""
         if not changes:
             return self.config
         values = deepcopy(self.values)
@@ -68,7 +67,7 @@ class PlainComposition:
         return _config(values)
 
     def literal(self, key: str) -> Any:
-        """The value that the dotted `key` was given itself; None where it refers to another key."""
+        """The value that was written for the dotted `key`; None if it refers to another key."""
         if not _has(self.values, key):
             raise NotPlain
         node: Any = self.values
@@ -77,21 +76,21 @@ class PlainComposition:
         return None if _refers(node) else _convert(_hint(key), node)
 
     def merged(self) -> DictConfig:
-        """Its values as OmegaConf holds them, with their references."""
+        """The values as an OmegaConf config, with their references."""
         return OmegaConf.create(self.values)
 
     def traced(self) -> Provenance | None:
-        """Where its values came from, by walking its defaults with Hydra."""
+        """The origin of every value, by reading the defaults lists with Hydra."""
         with self.source.opened() as loader:
             return trace_with(loader, self.overrides, self.source.name, self.merged())
 
 
-# What a run is asked for by: overrides as on the command line, a checked config, or what Hydra itself composed.
+# How a run is asked for: overrides as on the command line, a checked config, or a config that Hydra composed.
 Asked = Sequence[str] | Config | DictConfig
 
 
 def composition_of(asked: Asked) -> Composition | PlainComposition:
-    """The composition of `asked`; overrides are composed without Hydra where that is plainly the same.
+    """The composition of `asked`. Overrides are composed without Hydra if the result is surely the same.
 
     Raises ConfigError as `compose` does.
     """
@@ -107,7 +106,7 @@ def composition_of(asked: Asked) -> Composition | PlainComposition:
 
 
 def _builtin() -> Shortcut:
-    """The shortcut over the library's own configs as they are now: they may be edited between two calls."""
+    """The shortcut over the library's configs, read again if a file was edited since the last call."""
     files = sorted(config_dir().rglob("*.yaml"))
     return _shortcut_when(tuple((file, file.stat().st_mtime_ns) for file in files))
 
@@ -119,13 +118,13 @@ def _shortcut_when(_changed: tuple[tuple[Path, int], ...]) -> Shortcut:
 
 
 class Shortcut:
-    """Composes over the configs of `source`; `known` is what these and those in its search path say."""
+    """Composes over the configs of `source`. `known` is the content of its files and its search path's."""
 
     def __init__(self, source: Source, known: Contents) -> None:
         self._source, self._known = source, known
         self._groups = {path.rpartition("/")[0] for path in known} | {f"vae/{d}" for d in ("encode", "decode")}
         if source.further:
-            self._known = {}  # files of another folder as well
+            self._known = {}  # files of another folder are not in `known`
 
     def compose(self, overrides: Sequence[str]) -> PlainComposition:
         """The composition of `overrides`. Raises NotPlain."""
@@ -161,7 +160,7 @@ class Shortcut:
         return PlainComposition(values, _config(values), overrides, self._source)
 
     def _said(self, path: str) -> dict[str, Any]:
-        """What the config at `path` says itself: of a file without its defaults list, of a plugin its settings."""
+        """The values of the config at `path`: a file's without its defaults list, or a plugin's settings."""
         if path not in self._known:
             return _settings(path)
         body = _body(self._known[path])
@@ -177,7 +176,7 @@ def _parsed(overrides: tuple[str, ...]) -> list[Override]:
 
 def _body(content: Any) -> dict[str, Any]:
     """The mapping that a file holds."""
-    if not isinstance(content, list):  # a text that cannot be parsed, or no file
+    if not isinstance(content, list):  # the file cannot be parsed, or does not exist
         raise NotPlain
     body = {} if content[1] is None else content[1]
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
@@ -186,7 +185,7 @@ def _body(content: Any) -> dict[str, Any]:
 
 
 def _settings(path: str) -> dict[str, Any]:
-    """The defaults of the strategy that is the option `path`, such as `_strategy/tiled`."""
+    """The default settings of the strategy at the option `path`, such as `_strategy/tiled`."""
     group, _, name = path.rpartition("/")
     cls = register().strategies.get(name)
     directions = () if cls is None else tuple(f"vae/{direction}" for direction in cls.directions)
@@ -202,7 +201,7 @@ def _settings(path: str) -> dict[str, Any]:
 class _DefaultsList:
     """The configs that are merged, in order, each with the package that it is merged into.
 
-    As Hydra's `defaults_list.py`: overrides are taken while the tree is walked from its end, the first one wins.
+    As in Hydra's `defaults_list.py`, the tree is walked from its end, and the first override of a group wins.
     """
 
     def __init__(self, known: Contents, primary: str, choices: Mapping[str, Any]) -> None:
@@ -211,14 +210,14 @@ class _DefaultsList:
         self._met: set[str] = set()
         self.files = self._walk(primary, "", "")
         if set(self._choices) - self._met or len(set(self.files)) != len(self.files):
-            raise NotPlain  # a choice in a group that nothing uses, a file that is merged twice
+            raise NotPlain  # a choice of an unused group, or a file that is merged twice
 
     def _walk(self, path: str, folder: str, package: str) -> list[tuple[str, str]]:
         content = self._known.get(path)
         if content is None:
             if path == "schema" and not package:
-                return []  # types, which `_config` looks at
-            return [(path, package)]  # a plugin's
+                return []  # the schema has types only, which `_config` checks
+            return [(path, package)]  # a plugin's settings
         body, (header, _) = _body(content), content
         if header:
             if header != ["# @package _global_"] or path == self._primary:
@@ -251,7 +250,7 @@ class _DefaultsList:
         return self._walk(path, path.rpartition("/")[0], package)
 
     def _children(self, entries: list[Any], folder: str, package: str) -> list[tuple[Any, str, str | None] | None]:
-        """What the entries name: itself as None, a config, or an option of a group, whose choices are taken."""
+        """The configs of the entries: None for `_self_`, else path, package, and the group if it is an option."""
         children: list[tuple[Any, str, str | None] | None] = []
         overridden = False
         for entry in entries:
@@ -273,7 +272,7 @@ class _DefaultsList:
                     name = f"{folder}/{group}" if folder else group
                     below = ".".join([*([package] if package else []), *group.split("/")])
                     if below != name.replace("/", "."):
-                        raise NotPlain  # its choices go by another key
+                        raise NotPlain  # the group is chosen by another key
                     children.append((option, below, name))
             else:
                 raise NotPlain
@@ -318,7 +317,7 @@ def _merge(into: dict[str, Any], said: Mapping[str, Any]) -> None:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """What `key=value` on a command line does."""
+    """Set `key` in `values`, as `key=value` on a command line does."""
     node = values
     *above, last = key.split(".")
     for part in above:
@@ -333,7 +332,7 @@ def _refers(value: Any) -> bool:
 
 
 def _config(values: dict[str, Any]) -> Config:
-    """The typed config of merged `values`. Raises NotPlain for what is not of its type, or is no key."""
+    """The typed config of merged `values`. Raises NotPlain for an unknown key or a value of the wrong type."""
     made = _convert(Config, _followed(values, values, 0))
     assert isinstance(made, Config)
     for direction in ("encode", "decode"):
@@ -354,7 +353,7 @@ def _names_code(node: Any) -> bool:
 
 
 def _followed(value: Any, root: dict[str, Any], depth: int) -> Any:
-    """`value` with each reference followed to what it refers to."""
+    """`value` with each reference replaced by the value that it refers to."""
     if isinstance(value, dict):
         return {key: _followed(inner, root, depth) for key, inner in value.items()}
     if isinstance(value, list):
@@ -411,7 +410,7 @@ def _hint(key: str) -> Any:
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """`value` as `hint` says. Raises NotPlain where OmegaConf would do more than name an enum or widen an int."""
+    """`value` as the type `hint`: enums by name, ints as floats. Raises NotPlain for any other conversion."""
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
@@ -473,7 +472,7 @@ def _in_range(value: Any, limits: Mapping[str, Any]) -> None:
 
 
 def read_each_file_once() -> None:
-    """Let Hydra, where it composes after all, parse each YAML file once in this process."""
+    """Make Hydra parse each YAML file only once in this process, for the compositions that it still makes."""
     parsed: dict[str, Any] = {}
 
     class ReadOnce(OmegaConf):
@@ -484,6 +483,6 @@ def read_each_file_once() -> None:
                 parsed[text] = yaml.load(text, Loader)
             return OmegaConf.create({} if parsed[text] is None else parsed[text])
 
-    Plugins.instance()  # looking for plugins runs these modules once more
+    Plugins.instance()  # discover plugins first, because it runs these modules again
     for source in (file_config_source, importlib_resources_config_source):
         vars(source)["OmegaConf"] = ReadOnce

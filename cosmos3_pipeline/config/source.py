@@ -1,4 +1,4 @@
-"""Where the configs of a program are: what its `@hydra.main` says and its flags change. Imports no torch."""
+"""Where the configs of a program are, by its `@hydra.main` and its flags. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from cosmos3_pipeline.config.provenance import beside_a_running_hydra, file_of
 
 @dataclass(frozen=True)
 class Source:
-    """The primary config `name` in the folder `main` (a path or `pkg://...`), and a `further` folder before it.
+    """The primary config `name` in the folder `main` (a path or `pkg://...`).
 
-    `job` is Hydra's name of the program.
+    `further` is a folder that is searched before `main`. `job` is Hydra's name for the program.
     """
 
     main: str | None
@@ -44,7 +44,7 @@ class Source:
 
     @classmethod
     def of(cls, hydra_main: Callable[[], None], args: Namespace) -> Source | None:
-        """Of a function that `@hydra.main` has decorated, with Hydra's flags; None for any other function."""
+        """The source of a function with `@hydra.main`, under Hydra's flags; None for any other function."""
         said = inspect.getclosurevars(hydra_main).nonlocals
         if not {"task_function", "config_path", "config_name"} <= set(said):
             return None
@@ -57,7 +57,7 @@ class Source:
 
     @classmethod
     def of_a_running_job(cls, hydra_config: DictConfig | HydraConf) -> Source:
-        """Of what Hydra itself has composed; `hydra_config` is its own node."""
+        """The source of a job that Hydra itself composed. `hydra_config` is Hydra's own node."""
         places = {
             one.provider: one.path if one.schema == "file" else f"{one.schema}://{one.path}"
             for one in hydra_config.runtime.config_sources
@@ -67,7 +67,7 @@ class Source:
 
     @contextmanager
     def opened(self) -> Iterator[ConfigLoader]:
-        """Hydra on these folders, beside one that may run already."""
+        """Hydra's loader for these folders, also while Hydra runs a job."""
         search_path = create_config_search_path(self.main)
         if self.further is not None:
             place = self.further if "://" in self.further else f"file://{self.further}"
@@ -75,18 +75,18 @@ class Source:
         with beside_a_running_hydra():
             yield Hydra.create_main_hydra2(self.job, search_path).config_loader
 
-    @cache  # noqa: B019 - sources are few, and as good as their fields
+    @cache  # noqa: B019 - sources are few, and equal if their fields are
     def groups(self) -> dict[str, list[str]]:
-        """The options of every group that there is, such as `vae` and `vae/decode`."""
+        """The options of every group, such as `vae` and `vae/decode`."""
         with self.opened() as loader:
             return dict(_groups(self._repository(loader), ""))
 
     def _repository(self, loader: ConfigLoader) -> CachingConfigRepository:
-        """What `loader` finds; the primary config may add to the search path."""
+        """The configs that `loader` finds, with those that the primary config adds to the search path."""
         return cast(ConfigLoaderImpl, loader)._parse_overrides_and_create_caching_repo(self.name, [])[1]
 
     def abouts(self) -> dict[str, dict[str, str]]:
-        """For every option of every group, when to choose it: the first comment of its file."""
+        """When to choose each option of each group: the first comment line of its file."""
         found = {}
         with self.opened() as loader:
             repository = self._repository(loader)
@@ -97,7 +97,7 @@ class Source:
 
 
 def _first_line(file: Path | None) -> str:
-    if file is None:  # an option that a strategy's class is
+    if file is None:  # the option is a strategy's class, not a file
         return ""
     lines = file.read_text(encoding="utf-8").splitlines()
     return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")

@@ -1,4 +1,4 @@
-"""What `-m` makes of its overrides. Imports no torch."""
+"""The jobs of a sweep (`-m`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cosmos3_pipeline.errors import ConfigError
 
 
 def jobs_of(overrides: Sequence[str], loader: ConfigLoader) -> list[list[str]]:
-    """The overrides of each job, in the order of Hydra's sweeper; `loader` knows what glob() finds.
+    """The overrides of each job, in the order of Hydra's sweeper. `loader` is needed to expand glob().
 
-    Raises ConfigError for what is no override.
+    Raises ConfigError for a text that is no override.
     """
     try:
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
@@ -31,7 +31,7 @@ def jobs_of(overrides: Sequence[str], loader: ConfigLoader) -> list[list[str]]:
 
 
 def compositions_of(config: DictConfig) -> Iterator[tuple[list[str], Composition | ConfigError]]:
-    """The jobs of the sweep that Hydra has begun with `config`: each as it will be composed, or why it cannot."""
+    """The jobs of the sweep that Hydra began with `config`: the composition of each, or why it is refused."""
     source = Source.of_a_running_job(config.hydra)
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     loader = GlobalHydra.instance().config_loader()

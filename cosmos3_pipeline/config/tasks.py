@@ -1,4 +1,4 @@
-"""What each task is given besides words, said once for checks, plans and stages."""
+"""The input files of each task, in one place for checks, plans and stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cosmos3_pipeline.config.schema import Config, TaskConfig, TaskName
 
 @dataclass(frozen=True)
 class Given:
-    """A file that a task is conditioned on, by its key in `task`, with an example of its name."""
+    """A file that a task is conditioned on: its key in `task`, its words, and an example of its name."""
 
     key: str
     what: str
@@ -20,7 +20,7 @@ PHOTOGRAPH = Given("image", "a photograph", "photo.jpg")
 LAST_PHOTOGRAPH = Given("last_image", "a photograph of its last frame", "last.jpg")
 CLIP = Given("video", "a clip", "clip.mp4")
 
-# By task, what it needs.
+# The files that each task needs.
 GIVEN: dict[TaskName, tuple[Given, ...]] = {
     TaskName.t2v: (),
     TaskName.t2i: (),
@@ -32,14 +32,15 @@ GIVEN: dict[TaskName, tuple[Given, ...]] = {
     TaskName.inverse_dynamics: (CLIP,),
     TaskName.transfer: (),
 }
-# By task, what it needs one of.
+# Files of which a task needs one.
 EITHER: dict[TaskName, tuple[Given, ...]] = {
     TaskName.policy: (PHOTOGRAPH, CLIP),
     TaskName.forward_dynamics: (PHOTOGRAPH, CLIP),
 }
-# What it may have besides.
+# Files that a task may have besides.
 OPTIONAL: dict[TaskName, tuple[Given, ...]] = {TaskName.transfer: (CLIP,)}
-# The latent frames that a task's files are for, counted from the end where negative; others let the user choose.
+# The latent frames that a task's files condition; a negative index counts from the end. For other tasks the user
+# chooses.
 FRAMES: dict[TaskName, list[int]] = {
     TaskName.t2v: [],
     TaskName.t2i: [],
@@ -50,38 +51,39 @@ FRAMES: dict[TaskName, list[int]] = {
 ALL_GIVEN = tuple(dict.fromkeys(given for needed in GIVEN.values() for given in needed))
 
 
-# The keys of `task` that name a file, and those whose words may be in one, as `@FILE`.
+# The keys of `task` that name a file, and the keys whose text may be in a file, as `@FILE`.
 PATHS = (*(given.key for given in ALL_GIVEN), "prompt_file", "actions")
 WORDS = ("prompt", "negative_prompt")
 
 
 def readers(given: Given) -> list[str]:
-    """The names of the tasks that read such a file."""
+    """The names of the tasks that read this file."""
     return [task.value for task in GIVEN if given in read_by(task)]
 
 
 def read_by(task: TaskName) -> tuple[Given, ...]:
-    """The files that a task reads: those that it needs, those of which it needs one, and those it may have."""
+    """The files that a task reads: needed ones, those of which it needs one, and optional ones."""
     return (*GIVEN[task], *EITHER.get(task, ()), *OPTIONAL.get(task, ()))
 
 
-# What follows is of transfer. Its keys in `task`, which other tasks do not read.
+# The rest of this module is about transfer. Only transfer reads these keys of `task`.
 TRANSFER_KEYS = (
     *("edge_threshold", "blur_strength", "control_guidance", "num_video_frames_per_chunk"),
     *("num_conditional_frames", "num_first_chunk_conditional_frames"),
 )
 CONTROLS = ("edge", "blur", "depth", "seg", "wsm")  # in the order in which diffusers packs them
-FROM_VIDEO = "from_video"  # in place of a file: the control is made of task.video
-MADE = {"edge": "edge_threshold", "blur": "blur_strength"}  # those that can be, and the key that says how
+FROM_VIDEO = "from_video"  # set instead of a file: the control is made from task.video
+# Controls that can be made from a video, each with the key for its strength.
+MADE = {"edge": "edge_threshold", "blur": "blur_strength"}
 
 
 def controls_of(task: TaskConfig) -> dict[str, str]:
-    """The controls that are given, by name: a file, or `FROM_VIDEO`."""
+    """The controls that are set, by name: a file, or `FROM_VIDEO`."""
     return {name: file for name in CONTROLS if (file := getattr(task.controls, name))}
 
 
 def clips_of(task: TaskConfig) -> dict[str, str]:
-    """The files that the controls are read from, or made of, by their keys."""
+    """The files from which the controls are read or made, by their keys."""
     found = {}
     for name, file in controls_of(task).items():
         if file != FROM_VIDEO:
@@ -92,12 +94,12 @@ def clips_of(task: TaskConfig) -> dict[str, str]:
 
 
 def controls_planned(task: TaskConfig) -> int:
-    """How many controls a plan is made for; one where a transfer has none yet."""
+    """How many controls a plan is made for; one if a transfer has none yet."""
     return max(len(controls_of(task)), 1) if task.name is TaskName.transfer else 0
 
 
 def paths_of(cfg: Config) -> dict[str, str]:
-    """All that a composition names by a path, here or on the hub, by the keys that name it."""
+    """Every path of a composition, local or on the hub, by its key."""
     task = cfg.task
     found = {f"task.{key}": getattr(task, key) for key in PATHS}
     found |= {f"task.{key}": words[1:] for key in WORDS if (words := getattr(task, key) or "").startswith("@")}
