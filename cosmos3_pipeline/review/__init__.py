@@ -1,1 +1,1 @@
-"""What a change of the configuration does: between revisions, files or override lists. Imports no torch."""
+"""Compare revisions, saved configs or lists of overrides: the consequences of a change. Imports no torch."""

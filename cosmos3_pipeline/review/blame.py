@@ -1,4 +1,4 @@
-"""`cosmos3 blame`: which file or override set a key's value, and what was offered for it before."""
+"""`cosmos3 blame`: which file or override set the value of a key, and which earlier values it replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Which file or override set the value of KEY, and what each file of the defaults 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `cosmos3 blame` with `arguments`; returns the exit code: 0, or 3 when there is no such key."""
+    """Run `cosmos3 blame` with `arguments`; returns the exit code: 0, or 3 if there is no such key."""
     parser = argparse.ArgumentParser(
         "cosmos3 blame", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def explain(traced: Provenance, key: str, value: Any) -> list[str]:
-    """The lines that tell where the `value` of `key` comes from, the file that decided first."""
+    """The lines that tell where the `value` of `key` comes from. The deciding file is in the first line."""
     chain = traced.chain(key)
     lines = [f"{key} = {_words(value)}   set by {chain[-1].winner.place}"]
     for link in chain:
@@ -62,7 +62,7 @@ def explain(traced: Provenance, key: str, value: Any) -> list[str]:
 
 
 def _offers(link: Link) -> list[str]:
-    """The winner of a link, then what it won over, nearest first."""
+    """The lines of a link's offers: the winner, then the values that it replaced, the latest first."""
     lines = []
     for offer in reversed(link.offers):
         because = f"   (chosen by {offer.because})" if offer.because else ""

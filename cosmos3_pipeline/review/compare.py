@@ -1,4 +1,4 @@
-"""Two surveys of cases in, a report out: what changed, told once, and what it does to each case."""
+"""Compare two surveys of cases. The report tells each change once, and its effect on each case."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Survey = Mapping[str, Mapping[str, Any]]
 # For each (overrides, keys): key -> (where its value was written, the key that was written there).
 Trace = Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], list[dict[str, tuple[str, str]]]]
 
-# What the frames are made from. model.recommended acts only through task and sampler.
+# Keys that decide the frames. model.recommended acts only through task and sampler.
 PICTURE = ("model.", "task.", "sampler.")
 NOT_PICTURE = ("model.recommended.", "model.trained.", "model.name", "task.name", "task.modality")
 FILE_ONLY = ("output.crf", "output.preset", "output.encoder", "output.encoders")
@@ -35,7 +35,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: how it is called, its survey, and how to ask where a value came from."""
+    """One side of a comparison: its name, its survey, and a function that tells where values came from."""
 
     label: str
     survey: Survey
@@ -43,7 +43,7 @@ class Side:
 
 
 def compare(base: Side, head: Side, *, untouched: int = 0) -> Report:
-    """What differs from `base` to `head`; so many more cases are `untouched`, and in neither survey."""
+    """The report of differences from `base` to `head`. `untouched` counts cases that are in neither survey."""
     options = renamed_options(base.survey, head.survey)
     pairs, broken = _match(base.survey, head.survey, options)
     names = renamed_keys([(p.old["config"], p.new["config"]) for p in pairs])
@@ -77,7 +77,7 @@ def _match(base: Survey, head: Survey, options: Mapping[str, str]) -> tuple[list
             continue
         new, now_called = head.get(name), options.get(name, "")
         if new is not None and _is_option(name) and old["overrides"] != new["overrides"]:
-            continue  # what it is planned with is gone or was renamed, which is told by itself
+            continue  # the option that it is planned with is gone or renamed, which is reported by itself
         if new is None and _is_option(name):
             group, _, option = name.partition("=")
             gone = {"what": f"{name} does not exist", "why": f"{group} has no option {option} any more"}
@@ -97,7 +97,7 @@ def _is_option(name: str) -> bool:
 
 
 def _moved(pair: _Pair, names: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value differs, by their name in head; a renamed key is compared with what it was."""
+    """Keys whose value differs, by their name in head. A renamed key is compared with the key of the old name."""
     old = {names.get(key, key): value for key, value in pair.old["config"].items()}
     new = pair.new["config"]
     keys = [*new, *(key for key in old if key not in new)]
@@ -108,7 +108,7 @@ def _moved(pair: _Pair, names: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
 def _changes(
     pairs: list[_Pair], names: Mapping[str, str], base: Trace, head: Trace
 ) -> tuple[tuple[Change, ...], dict[str, tuple[int, ...]]]:
-    """All changes, and for each case (by its name) the numbers of those that touch it."""
+    """All changes, and for each case, by name, the numbers of the changes that touch it."""
     was = {new: old for old, new in names.items()}
     one_of_each = {p.signature: p for p in pairs if p.moved}
     asked_old, asked_new = [], []
@@ -149,7 +149,7 @@ def _changes(
 
 
 def _choice_of(key: str, moved: Mapping[str, Any]) -> str | None:
-    """The choice of another strategy that brought `key` along: one of its settings, or of those before it."""
+    """The changed `_target_` if `key` is a setting of the new or old strategy there; else None."""
     node, _, leaf = key.rpartition(".")
     chosen = f"{node}._target_"
     return chosen if node and leaf != "_target_" and chosen in moved else None
@@ -196,7 +196,7 @@ def _effects(pairs: Iterable[_Pair], numbers: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _kind(pair: tuple[Any, Any]) -> Any:
-    """What cases must share to be told together: the direction of a number, and any other value itself."""
+    """Cases that agree in this value are told together: the direction of a number, or the values themselves."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
     return growth(pair) > 0 if numbers else pair
 
@@ -207,7 +207,7 @@ SAME = "same pixels"
 def picture(
     moved: Mapping[str, tuple[Any, Any]], plan: Mapping[str, Any], fields: Mapping[str, tuple[Any, Any]]
 ) -> str:
-    """What happens to the picture when the keys `moved`, given the new `plan` and its changed `fields`."""
+    """The effect on the picture, in words, of the keys `moved`, the new `plan` and its changed `fields`."""
     causes = sorted(k for k in moved if k.startswith(PICTURE) and not k.startswith(NOT_PICTURE))
     causes += sorted(k for k in moved if k.startswith("stages.") and k.endswith("._target_"))
     if causes:
@@ -215,8 +215,8 @@ def picture(
     touched = {stage for stage in ("encode", "decode") if any(k.startswith(f"vae.{stage}.") for k in moved)}
     exact = {name.rpartition(".")[2]: (value, value) for name, value in plan.items() if _is_exactness(name)}
     exact |= {name.rpartition(".")[2]: pair for name, pair in fields.items() if _is_exactness(name)}
-    everywhere = bool({"layout", "ranks"} & set(fields))  # another split sums in another order
-    # Where threads share a sum they round it in another order.
+    everywhere = bool({"layout", "ranks"} & set(fields))  # another layout sums in another order
+    # Threads share a sum, so another number of threads rounds in another order.
     loose = ["another number of threads"] if "topology.threads_per_rank" in moved else []
     for stage, pair in exact.items():
         weaker = max(pair, key=strength)

@@ -1,4 +1,4 @@
-"""`cosmos3 plugins`: the strategies that are installed, and which of them cannot be used, and why."""
+"""`cosmos3 plugins`: the installed strategies, and why some of them cannot be used."""
 
 from __future__ import annotations
 

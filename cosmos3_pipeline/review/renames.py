@@ -1,4 +1,4 @@
-"""Telling a rename from a removal and an addition: keys of the schema, and options of the groups."""
+"""Tell a rename from a removal and an addition, for keys of the schema and for options of groups."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ Config = Mapping[str, Any]
 
 
 def renamed_keys(pairs: Sequence[tuple[Config, Config]]) -> dict[str, str]:
-    """Old name -> new name of keys that have another name on the other side, from the configs of many cases.
+    """Old name -> new name of renamed keys, from the configs of many cases.
 
-    A key that is gone goes with one that is new when the names are alike (the same last part; or the only two of
-    their node, spelt alike), or when they are of one node and have the same value in half of the cases or more.
+    A removed and an added key are taken for one key if their names are alike: they have the same last part, or
+    each is the only such key of their node and the spelling is similar. They are also taken for one if they are in
+    the same node and have the same value in at least half of the cases.
     """
     before = {key for old, _ in pairs for key in old}
     after = {key for _, new in pairs for key in new}
@@ -36,7 +37,7 @@ def renamed_keys(pairs: Sequence[tuple[Config, Config]]) -> dict[str, str]:
 
 
 def _related(old: str, new: str, gone: Sequence[str], came: Sequence[str]) -> float:
-    """How much two names have in common; from 1 on they are taken for the same key whatever its values."""
+    """How much two names have in common. From 1 on they are taken for the same key, whatever its values."""
     old_node, _, old_leaf = old.rpartition(".")
     new_node, _, new_leaf = new.rpartition(".")
     if old_leaf == new_leaf:
@@ -55,9 +56,9 @@ def _likeness(a: str, b: str) -> float:
 def renamed_options(
     base: Mapping[str, Mapping[str, Any]], head: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, str]:
-    """`group=old` -> `group=new` for options that have another name, or another group, on the other side.
+    """`group=old` -> `group=new` for options with another name or another group on the other side.
 
-    Judged by what the option changes of the default run: at least half of it must be the same.
+    At least half of the values that the option changes in the default run must be the same.
     """
     gone = [n for n, c in base.items() if "=" in n and n not in head and "config" in c]
     came = [n for n, c in head.items() if "=" in n and n not in base and "config" in c]
@@ -76,7 +77,7 @@ def renamed_options(
 
 
 def _own(survey: Mapping[str, Mapping[str, Any]], name: str) -> set[str]:
-    """What an option sets apart from the default run, by the last part of each key: nodes may be renamed too."""
+    """The values that an option changes in the default run, by last part of the key: a node may be renamed."""
     default = survey.get("default", {}).get("config", {})
     config: Config = survey[name]["config"]
     return {f"{k.rpartition('.')[2]}={v!r}" for k, v in config.items() if k not in default or default[k] != v}

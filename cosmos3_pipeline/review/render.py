@@ -1,4 +1,4 @@
-"""A report in words: for a terminal, for one comment on a pull request, or as JSON."""
+"""Render a report for a terminal, for one comment on a pull request, or as JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from cosmos3_pipeline.planning.units import quantity
 from cosmos3_pipeline.review.report import Change, Effect, Report, growth
 
-SHOWN_CASES = 4  # of a list of case names, before "and N more"
-UNMOVED = 0.001  # share of a value below which the first sentence does not speak of it
-OPEN_ROWS = 8  # of a table in markdown, before the rest is folded
-# The plan's fields that get a column of their own; all others are told one by one.
+SHOWN_CASES = 4  # case names shown before "and N more"
+UNMOVED = 0.001  # the headline leaves out a change that is a smaller share of the value
+OPEN_ROWS = 8  # rows of a markdown table before the rest is folded
+# The plan's fields that have a column of their own. All other fields are listed in one column.
 COLUMNS = {"memory per rank": "memory.peak_bytes", "seconds": "seconds.total"}
 TOTALS = set(COLUMNS.values())
 
@@ -54,7 +54,7 @@ def headline(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    """For a terminal: everything, worst first."""
+    """The report for a terminal: everything, the worst first."""
     lines = [f"{report.base} -> {report.head}", headline(report), *report.notes]
     for problems, stopped in report.causes:
         cases = _names([broken.case for broken in stopped])
@@ -86,7 +86,7 @@ def as_text(report: Report) -> str:
 
 
 def as_markdown(report: Report) -> str:
-    """For one comment on a pull request: the sentence, what broke, the consequences, then the changes."""
+    """The report for one comment on a pull request: headline, broken cases, consequences, changes."""
     lines = [
         f"### What this does to the runs: `{report.base}` -> `{report.head}`",
         "",
@@ -144,7 +144,7 @@ def _row(effect: Effect) -> str:
 
 
 def _each_case(report: Report) -> list[str]:
-    """The numbers of each case, folded, where a consequence above speaks of several."""
+    """The numbers of each case in a folded table, for consequences that several cases share."""
     told = [(case, fields) for e in report.effects if len(e.cases) > 1 for case, fields in e.cases.items()]
     rows = [f"| `{case}` | {_totals(fields)} |" for case, fields in told if TOTALS & set(fields)]
     if not rows:
@@ -178,7 +178,7 @@ def _breaks(change: Change) -> str:
 
 
 def _plan_words(plan: Mapping[str, Any]) -> str:
-    """A case in one line: what it runs on, what it takes, and how exact it is."""
+    """A plan in one line: ranks, layout, memory, seconds, and the weakest exactness."""
     if not plan:
         return "no plan"
     exactness = [value for name, value in plan.items() if name.startswith("exactness.")]
@@ -222,12 +222,12 @@ def _pair(name: str, pair: tuple[Any, Any]) -> str:
 
 
 def _growth(share: float) -> str:
-    """+12.5%, or 14.2x for what is several times as much."""
+    """`+12.5%`, or `14.2x` from three times the old value on."""
     return f"{share:+.1%}" if share < 2 else f"{1 + share:.1f}x"
 
 
 def _range(name: str, effect: Effect) -> str:
-    """A field's old and new value, or by how much it moves where that differs from case to case."""
+    """A field's old and new value, or the range of its changes if they differ from case to case."""
     pairs = effect.pairs(name)
     if all(pair == pairs[0] for pair in pairs):
         return _pair(name, pairs[0])

@@ -1,4 +1,4 @@
-"""What a comparison found: the changes that were made, and what each case gets from them. Plain data."""
+"""The result of a comparison as plain data: the changes, and their effects on each case."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
-STRENGTH = ("bitwise", "rounding", "approximate")  # of a stage's exactness, strongest first
+STRENGTH = ("bitwise", "rounding", "approximate")  # exactness of a stage, strongest first
 
 
 class Absent:
-    """Stands for the value of a key that is not there."""
+    """The value of a key that does not exist."""
 
     def __repr__(self) -> str:
         return "not there"
@@ -21,10 +21,11 @@ ABSENT = Absent()
 
 @dataclass(frozen=True)
 class Change:
-    """One key that has another value, told once for all `cases`.
+    """One key with another value, told once for all `cases`.
 
-    `was` is the key's name before where it was renamed (its value may be the same then), `places` the files or
-    overrides that provide the old and the new value, `follows` the keys that refer to this one and moved along.
+    was: the key's earlier name if it was renamed. Its value may be the same then.
+    places: the files or overrides that set the old and the new value.
+    follows: the keys that changed with this key, because they refer to it.
     """
 
     number: int
@@ -39,10 +40,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Effect:
-    """What became different for some cases in the same way: `cases` maps each to its plan's fields, (old, new).
+    """A difference that some cases share.
 
-    `pixels` says in words what happens to the picture, `changes` the numbers of the changes behind it; none
-    means that the code plans differently.
+    changes: the numbers of the changes that cause it; none if the code plans differently.
+    pixels: the effect on the picture, in words.
+    cases: for each case, the fields of its plan that differ, as (old, new).
     """
 
     changes: tuple[int, ...]
@@ -51,7 +53,7 @@ class Effect:
 
     @property
     def fields(self) -> list[str]:
-        """The fields that differ, the same ones in every case."""
+        """The fields that differ. They are the same in every case."""
         return list(next(iter(self.cases.values())))
 
     def pairs(self, field: str) -> list[tuple[Any, Any]]:
@@ -60,7 +62,7 @@ class Effect:
 
     @property
     def exactness_weaker(self) -> bool:
-        """Whether a stage promises less than before; one that was not there had promised nothing."""
+        """Whether a stage is less exact than before. A new stage does not count."""
         pairs = [pair for name in self.fields if name.startswith("exactness.") for pair in self.pairs(name)]
         return any(old in STRENGTH and strength(new) > strength(old) for old, new in pairs)
 
@@ -69,11 +71,11 @@ class Effect:
         return (True, False) in self.pairs("fits")
 
     def growth(self, field: str) -> float:
-        """The most by which a field became larger, as a share of what it was; negative where all shrank."""
+        """The largest growth of a field in any case, as a share of its old value; negative if all shrank."""
         return max((growth(pair) for pair in self.pairs(field)), default=0.0)
 
     def badness(self) -> tuple[Any, ...]:
-        """Sorts the worst first: exactness, memory that no longer fits, another picture, memory, seconds."""
+        """A sort key, worst first: exactness, memory that no longer fits, another picture, memory, seconds."""
         return (
             not self.exactness_weaker,
             not self.stops_fitting,
@@ -86,7 +88,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Broken:
-    """A case that composed before and is refused now. `now_called` is the option that took its place, if any."""
+    """A case that composed before and is refused now. `now_called` is the option that replaced it, if any."""
 
     case: str
     problems: tuple[dict[str, str], ...]
@@ -97,7 +99,7 @@ class Broken:
 class Report:
     """Everything that differs between `base` and `head`, two labels.
 
-    `compared` counts the cases; None where configs and code are the same, so that no case was composed.
+    `compared` counts the cases. It is None if configs and code are the same, because no case is composed then.
     """
 
     base: str
@@ -111,16 +113,16 @@ class Report:
     changes: tuple[Change, ...] = ()
     effects: tuple[Effect, ...] = ()
     notes: tuple[str, ...] = field(default=())
-    # What new cases do: their plans by name.
+    # The plans of new cases, by name.
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # What two runs have measured, by name: (old, new).
+    # Measurements of two runs, by name: (old, new).
     measured: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def causes(self) -> list[tuple[tuple[dict[str, str], ...], list[Broken]]]:
-        """What stopped cases from composing, each with the cases that it stopped; the most first.
+        """The reasons why cases no longer compose, each with these cases; the reason with most cases first.
 
-        An option that is gone is one cause, wherever it was named.
+        Cases with the same problems have one reason, such as an option that is gone.
         """
         found: dict[tuple[str, ...], list[Broken]] = {}
         for broken in self.broken:
@@ -135,8 +137,8 @@ class Report:
     def exit_code(self, fail_on: str | None) -> int:
         """0 same, 1 differs, 2 a case stopped composing or planning.
 
-        With `fail_on` 1 is given only for: `plan` an effect that the plan sees, `exactness` a weaker promise,
-        `invalid` never.
+        `fail_on` restricts 1: `plan` to a changed plan, `exactness` to a stage that is less exact. With `invalid`
+        there is no 1.
         """
         if self.broken:
             return 2
@@ -147,7 +149,7 @@ class Report:
         return int(fail_on == "exactness" and any(effect.exactness_weaker for effect in self.effects))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; a value that is not there is left out."""
+        """Plain values for JSON. The value of a key that does not exist is left out."""
         plain = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         for change in plain["changes"]:
             for side in ("old", "new"):
@@ -157,12 +159,12 @@ class Report:
 
 
 def strength(exactness: Any) -> int:
-    """Sorts the strongest promise first."""
+    """A sort key, strongest exactness first."""
     return STRENGTH.index(exactness) if exactness in STRENGTH else 0
 
 
 def growth(pair: tuple[Any, Any]) -> float:
-    """How much larger the new value is, as a share of the old one; 0 for what is not a number."""
+    """How much larger the new value is, as a share of the old one; 0 if they are not numbers."""
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in pair):
         return 0.0
     old, new = pair

@@ -1,4 +1,4 @@
-"""Revisions of the project as folders, and what each one's own code says about a list of cases."""
+"""Revisions of the project as folders. Each composes and plans a list of cases with its own code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cosmos3_pipeline.review import worker
 
 WORKING_TREE = "working tree"
 CASES_FILE = Path("tests/golden/cases.yaml")
-TOOLS = Path(config.__file__).resolve().parent  # modules that work on the configs of any revision
+TOOLS = Path(config.__file__).resolve().parent  # its modules work on the configs of any revision
 
 
 class ReviewError(ValueError):
@@ -36,8 +36,8 @@ class ReviewError(ValueError):
 class Tree:
     """The files of one revision. `plugins` is a folder that declares the revision's own entry points.
 
-    The primary config is `name` in the folder `conf`. A project that only uses this library has no code of it:
-    then the library is the one that runs.
+    The primary config is `name` in the folder `conf`. If the project only uses this library and does not contain
+    it, the library that runs now is used.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Tree:
     plugins: Path
     conf: Path
     name: str
-    # The process that answers for it, once something was asked, and the file of what it says on its way down.
+    # The process of the revision's code, started by the first request, and the file with its error messages.
     running: list[tuple[subprocess.Popen[str], list[str]]]
     errors: Path
 
@@ -55,9 +55,9 @@ class Tree:
         return read_cases(file) if file.is_file() else {}
 
     def _start(self) -> tuple[subprocess.Popen[str], list[str]]:
-        """The revision's code, waiting for requests; and the folders that it must not see."""
+        """The process of the revision's code, and the folders from which it must not import."""
         own = Path(worker.__file__).resolve().parents[2]
-        # Of an installed wheel the folder has everything else as well, and what comes first on the path is found.
+        # An installed wheel's folder has all other packages too, so it stays. The first folder on the path wins.
         checkout = (own / "pyproject.toml").is_file()
         other_code = checkout and own != self.root and (self.root / "cosmos3_pipeline").is_dir()
         hidden = [str(own), str(own / "plugins")] if other_code else []
@@ -76,7 +76,7 @@ class Tree:
         return process, hidden
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Have the revision's code answer `request` (see `worker.py`). Raises ReviewError when it cannot start."""
+        """Have the revision's code answer `request` (see `worker.py`). Raises ReviewError if it cannot start."""
         if not self.running:
             self.running.append(self._start())
         process, hidden = self.running[0]
@@ -97,25 +97,25 @@ class Tree:
         return answer
 
     def knows_sources(self) -> bool:
-        """Whether its code can compose other configs than its own; older revisions cannot."""
+        """Whether the revision's code can compose configs of other folders; older revisions cannot."""
         own = self.root / "cosmos3_pipeline"
         return not own.is_dir() or (own / "config" / "source.py").is_file()
 
     def stop(self) -> None:
-        """End the process that answers, if there is one."""
+        """End the process of the revision's code, if it runs."""
         for process, _ in self.running:
             process.terminate()
             process.communicate()
         self.running.clear()
 
     def survey(self) -> dict[str, Any]:
-        """Every case of the revision: what it composes to and plans, or the problems that refuse it."""
+        """Every case of the revision: its config and plan, or the problems that refuse it."""
         answer = self.ask({"cases": self.cases(), "options": True})["cases"]
         assert isinstance(answer, dict)
         return answer
 
     def located(self, survey: Mapping[str, Any], broken: Collection[str]) -> dict[str, Any]:
-        """`survey` with the file or override that set what is wrong, in the cases `broken`."""
+        """`survey`, where problems of the cases `broken` name the file or override with the wrong value."""
         if not broken:
             return dict(survey)
         cases = {name: survey[name]["overrides"] for name in broken}
@@ -123,9 +123,9 @@ class Tree:
         return {name: again[name] if name in cases else case for name, case in survey.items()}
 
     def survey_both(self, base: Tree, touched: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
-        """The cases of `base`, whose code is the same, and of this one, as far as the configs `touched` matter.
+        """The surveys of `base`, whose code is the same, and of this tree; and the number of untouched cases.
 
-        Then the number of cases that are in neither, because they are the same.
+        The surveys contain only cases that the configs `touched` change. All other cases are untouched.
         """
         others = {"conf": str(self.conf), "cases": self.cases()}
         request = {"conf": str(base.conf), "cases": base.cases(), "options": True, "others": others}
@@ -133,7 +133,7 @@ class Tree:
         return answer["sides"], answer["untouched"]
 
     def code(self) -> str:
-        """A digest of everything but the configs that decides what a composition is and plans."""
+        """A digest of the code and the entry points, which together with the configs decide every case."""
         digest = hashlib.sha256()
         for top in sorted(path for path in self.root.iterdir() if path.name in _packages(self.root)):
             for file in sorted(top.rglob("*.py")):
@@ -146,7 +146,7 @@ class Tree:
     ) -> list[dict[str, tuple[str, str]]]:
         """For each (overrides, keys): where each key's value was written, and the key that was written there.
 
-        `by` is another tree with the same code, which is asked in its place.
+        `by` is another tree with the same code, whose process is asked instead.
         """
         if not wanted:
             return []
@@ -156,7 +156,7 @@ class Tree:
 
 
 def touched(base: Tree, head: Tree) -> list[str] | None:
-    """The configs that say something else in `head`; None where its code is another, which may touch any case."""
+    """The configs that differ in `head`; None if the code differs, because code may touch any case."""
     if base.code() != head.code():
         return None
     old, new = contents(base.conf), contents(head.conf)
@@ -172,7 +172,7 @@ def read_cases(file: Path) -> dict[str, list[str]]:
 
 
 def _packages(root: Path) -> set[str]:
-    """The folders at the top of a project that have code which decides what a composition is."""
+    """The top folders of a project whose code decides compositions and plans."""
     own = {"cosmos3_pipeline", "plugins", "conf"}
     others = {file.parent.name for file in root.glob("*/__init__.py")}
     return own if (root / "cosmos3_pipeline").is_dir() else others
@@ -182,10 +182,10 @@ def _packages(root: Path) -> set[str]:
 def checked_out(
     revision: str | None, repository: Path, conf: str = "conf", name: str = "config"
 ) -> Iterator[Tree]:
-    """The tree of `revision`, extracted to a temporary folder; None is the working tree as it stands.
+    """The tree of `revision`, extracted to a temporary folder. None is the working tree itself.
 
     `repository` is any folder inside the project's git repository. Neither its index nor its worktrees change.
-    `conf` is the folder of its configs, and `name` the primary one.
+    `conf` is the folder of the project's configs, and `name` the primary config.
     """
     project = project_root(repository, conf, name)
     with TemporaryDirectory(prefix="cosmos3_review_") as temporary:
@@ -207,7 +207,7 @@ def checked_out(
 
 
 def git(repository: Path, *arguments: str) -> bytes:
-    """What a git command prints. Raises ReviewError when it fails."""
+    """The output of a git command. Raises ReviewError if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True)
     except FileNotFoundError as error:
@@ -241,7 +241,7 @@ def _extract(project: Path, commit: str, target: Path) -> None:
 
 
 def _declare_entry_points(root: Path, folder: Path) -> None:
-    """Write the entry points of the tree's own pyproject.toml as if that revision were the installed one."""
+    """Write the entry points of the tree's pyproject.toml, as if this revision were installed."""
     folder.mkdir()
     declared = root / "pyproject.toml"
     if not declared.is_file():

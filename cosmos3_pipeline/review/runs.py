@@ -19,7 +19,7 @@ RUN = "the run"
 
 
 def side_of_overrides(overrides: Sequence[str]) -> Side:
-    """The composition of `overrides` with the installed configs. Raises ReviewError when it is refused."""
+    """The composition of `overrides` with the installed configs. Raises ReviewError if it is refused."""
     label = " ".join(overrides) or "the default run"
     try:
         composition = compose(overrides)
@@ -37,7 +37,7 @@ def side_of_overrides(overrides: Sequence[str]) -> Side:
 
 
 def saved_config(words: str | None) -> Path | None:
-    """The config.yaml that `words` mean, a file or the folder of a run; None where they can be a revision only."""
+    """The config.yaml that `words` name: the file itself, or in a run's folder. None if they are a revision."""
     if words is None:
         return None
     path = Path(words)
@@ -47,7 +47,7 @@ def saved_config(words: str | None) -> Path | None:
 
 
 def measured(old: Path, new: Path) -> dict[str, tuple[Any, Any]]:
-    """What the runs in two folders measured, by name: (old, new). Empty where one of them left no metrics.json."""
+    """The measurements of the runs in two folders, by name: (old, new). Empty if a metrics.json is missing."""
     sides = [_metrics(folder / "metrics.json") for folder in (old, new)]
     return {name: (sides[0].get(name), sides[1][name]) for name in sides[1]} if all(sides) else {}
 
@@ -63,7 +63,7 @@ def _metrics(file: Path) -> dict[str, Any]:
 
 
 def side_of_file(file: Path) -> Side:
-    """The config that a run saved as `file`. Raises ReviewError when it is none or is refused."""
+    """The config that a run saved as `file`. Raises ReviewError if it is no such config or is refused."""
     try:
         checked = check_composition(Composition.of_file(file))
     except OSError as error:
@@ -74,7 +74,7 @@ def side_of_file(file: Path) -> Side:
 
 
 def _nowhere(wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, tuple[str, str]]]:
-    """A saved config holds values only, not where they came from."""
+    """No places, because a saved config does not tell where its values came from."""
     return [{} for _ in wanted]
 
 

@@ -1,4 +1,4 @@
-"""`cosmos3 sweep-plan`: the jobs that a sweep would run, each with its plan, before anything starts."""
+"""`cosmos3 sweep-plan`: the jobs that a sweep would run, each with its plan. Nothing is started."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Runs inside one revision of the project: composes and plans cases with that revision's own code.
 
-A script, started by `revisions.py` with the revision's tree first on the import path. It reads requests from
-standard input and writes answers to standard output, JSON line by line, and leans on little of the revision:
-`cosmos3_pipeline.compose(overrides)`, and `plan_of(cfg)` of the room that plans, where there is one. What has to
-do with Hydra is done by the caller's own modules in the folder `tools`, which is its `config/`.
+`revisions.py` starts this script with the revision's tree first on the import path. It reads requests from
+standard input and writes answers to standard output, one JSON text per line. It needs only two functions of the
+revision: `cosmos3_pipeline.compose(overrides)`, and `plan_of(cfg)` of the package that plans, if there is one. For
+the work with Hydra it uses the caller's own modules in the folder `tools`, which is the caller's `config/`.
 
     request  {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
-              "cases": {name: overrides}, "options": bool}, and "located": whether to say who set what is wrong
+              "cases": {name: overrides}, "options": bool}, and "located": whether problems name their origin
           or the same with "others": {"conf", "cases"} of another revision with the same code, and "touched":
-              [config], what differs between both: only cases whose config differs are planned
+              [config], the configs that differ: only cases whose composition differs are planned
           or {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
               "trace": [[overrides, keys]]}
     answer   {"cases": {name: {"overrides": [...], "config": flat, "plan": summary or null}, or "problems": [...]}}
@@ -33,7 +33,7 @@ import yaml
 
 def main() -> None:
     """Answer the requests on standard input, one per line."""
-    # Whatever the revision's code prints must not end up inside the answer.
+    # Prints of the revision's code must not mix with the answers.
     answer_to, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         request = json.loads(line)
@@ -64,7 +64,7 @@ def _cases(request: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _both(request: dict[str, Any]) -> dict[str, Any]:
-    """Two revisions with the same code: composes what their configs can touch, plans what then differs."""
+    """Compose the cases of two revisions that `touched` can change, and plan the cases that differ."""
     from cosmos3_pipeline.config.plugins import register
     from cosmos3_pipeline.config.source import Source
 
@@ -100,7 +100,7 @@ Composer = Callable[[list[str]], Any]
 
 
 def _composer(source: Any, known: Any) -> Composer:
-    """What composes overrides over the configs of `source`, whose files say `known`."""
+    """A function that composes overrides over the configs of `source`. `known` has the content of its files."""
     from cosmos3_pipeline.config.compose import compose
 
     try:
@@ -119,7 +119,7 @@ def _composer(source: Any, known: Any) -> Composer:
 
 
 def _composed(overrides: list[str] | None, compose: Composer) -> Any:
-    """The composition of `overrides`, or what kept it from being one."""
+    """The composition of `overrides`, or the error that it raised; None without overrides."""
     try:
         return None if overrides is None else compose(overrides)
     except Exception as error:  # the code of another revision may raise anything
@@ -127,10 +127,10 @@ def _composed(overrides: list[str] | None, compose: Composer) -> Any:
 
 
 def _values(made: Any, plain: Any) -> dict[str, Any] | None:
-    """What a composition says, references followed; None where it cannot be said, which a check explains."""
+    """The values of a composition, references followed; None if it has errors, which a check will report."""
     try:
         found = plain.flat(plain.without_hydra(made.cfg) if hasattr(made, "cfg") else made.typed())
-    except Exception:  # as above
+    except Exception:  # the code of another revision may raise anything
         return None
     assert isinstance(found, dict)
     return found
@@ -152,7 +152,7 @@ def _checked(made: Any) -> Any:
 
 
 def _composing(request: dict[str, Any]) -> Composer:
-    """What composes and checks overrides: the revision's own `compose`, or the same in less time."""
+    """A function that composes and checks overrides: the revision's `compose`, or a faster equivalent."""
     import cosmos3_pipeline
 
     conf = Path(request["conf"])
@@ -167,7 +167,7 @@ def _composing(request: dict[str, Any]) -> Composer:
 
 
 def _real_models(conf: Path) -> set[str]:
-    """The options of `model` whose weights are published, so that no laptop runs them."""
+    """The options of `model` with published weights, which are too large for a laptop."""
     found = set()
     for file in (conf / "model").glob("*.yaml"):
         said = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -177,12 +177,12 @@ def _real_models(conf: Path) -> set[str]:
 
 
 def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
-    """What an option is planned with: by itself it would be a 16B model on a laptop, or a toy on eight GPUs."""
+    """Further overrides for planning `option`. Alone it could be a 16B model on a laptop, or a toy on 8 GPUs."""
     group, _, name = option.partition("=")
     if group == "model" and name in real:
         others = [other for other in options if other.startswith("topology=h")]
         return ["topology=h200_x4"] if "topology=h200_x4" in others else others[:1]
-    if group == "weights" and "topology=h200_x4" in options:  # where there is something to share out and to save
+    if group == "weights" and "topology=h200_x4" in options:  # placement matters for large models
         return [*["model=nano"] * ("nano" in real), "topology=h200_x4"]
     if group == "topology" and not name.startswith("cpu") and "nano" in real:
         return ["model=nano"]
@@ -191,9 +191,9 @@ def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
 
 @contextmanager
 def _mistakes_told(*, located: bool) -> Iterator[None]:
-    """Say which file or override is to blame for a mistake once for all cases that have it, or not at all.
+    """Look up the file or override behind a mistake once for all cases that have it, or never if not `located`.
 
-    Finding out takes Hydra a quarter of a second.
+    The look-up is slow: Hydra needs a quarter of a second for it.
     """
     try:
         from cosmos3_pipeline.config.shortcut import read_each_file_once
@@ -218,7 +218,7 @@ def _mistakes_told(*, located: bool) -> Iterator[None]:
 
 
 def _tool(request: dict[str, Any], name: str) -> Any:
-    """The caller's own module `name`, whatever the revision has under that name."""
+    """The caller's module `name`, even if the revision has a module of that name."""
     spec = importlib.util.spec_from_file_location(f"_{name}", Path(request["tools"]) / f"{name}.py")
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
@@ -228,11 +228,11 @@ def _tool(request: dict[str, Any], name: str) -> Any:
 
 
 def _case(asked: Any, flat: Callable[[Any], dict[str, Any]], checked: Callable[[Any], Any]) -> dict[str, Any]:
-    """Check with `checked` and plan what is asked for; what refuses it becomes the answer."""
+    """The answer for one case: its config and plan after `checked`, or the problems that refuse it."""
     try:
         cfg = checked(asked)
         return {"config": flat(cfg), "plan": _plan(cfg)}
-    # The code of another revision may raise anything: that it does is the answer for this case.
+    # The code of another revision may raise anything, and the error is the answer for this case.
     except Exception as error:
         problems = getattr(error, "problems", None) or [getattr(error, "problem", None)]
         return {"problems": [_words(problem, error) for problem in problems]}
@@ -248,7 +248,7 @@ def _words(problem: Any, error: Exception) -> dict[str, str]:
 
 
 def _raised_in(error: Exception) -> list[str]:
-    """The last line of the revision's own code that the error came through, if it did."""
+    """The last line of the revision's own code in the error's traceback, if there is one."""
     import cosmos3_pipeline
 
     root = Path(cosmos3_pipeline.__file__).parents[1]
@@ -263,7 +263,7 @@ def _raised_in(error: Exception) -> list[str]:
 
 
 def _plan(cfg: Any) -> dict[str, Any] | None:
-    for room in ("planning", "plan"):  # as it is called, and as it was called in older revisions
+    for room in ("planning", "plan"):  # the name today, and the name in older revisions
         try:
             plan_of = getattr(importlib.import_module(f"cosmos3_pipeline.{room}"), "plan_of", None)
         except ModuleNotFoundError:
@@ -288,7 +288,7 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(overrides: list[str], conf: Path, name: str, known: Any) -> Any:
-    """What overrides compose to where that is quick; else None."""
+    """The composed config of `overrides` if the shortcut can compose it; else None."""
     try:
         from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
         from cosmos3_pipeline.config.source import Source
