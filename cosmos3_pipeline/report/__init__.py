@@ -1,4 +1,4 @@
-"""A page for a sweep or a run: it opens from disk and shows what was made. Imports no torch."""
+"""Write a page about a sweep or a run, with its pictures. It opens from disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from cosmos3_pipeline.review.runs import RUN
 from cosmos3_pipeline.stages.files import write_whole
 
 PAGE, TABLE = "index.html", "jobs.csv"
-# Pictures go into the page up to so many bytes, all together: a page of more would open slowly. The others stay
-# beside it, in their jobs' folders.
+# The most bytes of embedded pictures in all, because a larger page would open slowly. The page links to the other
+# pictures in their jobs' folders.
 EMBEDDED_BYTES = 24 * 2**20
-# Pairs of jobs whose configs are compared; with more, each is compared with the baseline alone.
+# The most pairs of jobs whose configs are compared. With more pairs, each job is compared with the baseline only.
 PAIRS = 200
 TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 
 
 def sweep_page(folder: Path) -> Path:
-    """Write the page of the sweep in `folder`, which has a sweep.json, and its table as CSV; returns the page."""
+    """Write the page of the sweep in `folder`, which has a sweep.json, and its table as CSV. Returns the page."""
     found = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     jobs = table.merged(found["jobs"])
     return _write(folder, f"sweep {folder.name}", jobs, baseline=found["baseline"])
 
 
 def run_page(folder: Path, overrides: Sequence[str]) -> Path:
-    """Write the page of the one run that left its files in `folder`; returns it."""
+    """Write the page of the run whose files are in `folder`. Returns the page."""
     runs = {folder: list(overrides)}
     if (folder / INDEX_FILE).is_file():  # a clip for each line of a prompt file
         lines = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["lines"]
@@ -91,14 +91,14 @@ def _write(folder: Path, title: str, jobs: Sequence[Mapping[str, Any]], *, basel
 
 
 def name_of(job: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """What a job is called: its number, and what it has of its own."""
+    """The name of a job: its number, and its values of the `keys` that vary."""
     given = table.assignments(job["overrides"])
     own = " ".join(f"{key}={given[key]}" for key in keys if key in given)
     return f"{job['job']}: {own}" if own else str(job["job"])
 
 
 def cells(jobs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[tuple[str, Any]]]]:
-    """The heads of the columns, and for each job the text of each cell and what it is sorted by."""
+    """The column heads, and for each job the text and the sort key of each cell."""
     keys = table.varied(jobs)
     columns = table.columns(jobs)
     rows = []
@@ -119,7 +119,7 @@ def _sortable(text: str) -> Any:
 
 
 def as_csv(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """Every job with all that is known of it, one column per key; a list is one cell."""
+    """All data of every job, one column per key. A list is one cell."""
     rows = []
     for job in jobs:
         row = {key: value for key, value in _leaves(job) if not key.startswith(("planned.", "problems"))}
@@ -143,7 +143,7 @@ def _leaves(job: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def pictures(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The videos and images of all jobs that have one: in the page while there is room, else by their path."""
+    """The videos and images of all jobs. They are embedded while there is room, else linked by path."""
     left, found = EMBEDDED_BYTES, []
     for job in jobs:
         if not job.get("picture"):
@@ -163,7 +163,7 @@ def pictures(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def diffs(jobs: Sequence[Mapping[str, Any]], baseline: int) -> dict[str, str]:
-    """For pairs of jobs, as "1-2": what differs in their configs, and what that does, in words."""
+    """For pairs of jobs, as "1-2", the report on the differences of their configs, in words."""
     sides = {}
     for job in jobs:
         file = None if job["folder"] is None else Path(job["folder"]) / "config.yaml"

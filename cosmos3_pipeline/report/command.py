@@ -1,4 +1,4 @@
-"""`cosmos3 report`: the page of a sweep or of a run, written anew."""
+"""`cosmos3 report`: write the page of a sweep or of a run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots of a page, as SVG that takes its colours from the page: pygal draws them."""
+"""The plots of a page, drawn by pygal as SVG. The page decides the colours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STYLE = Style(
     legend_font_size=16,
     title_font_size=18,
 )
-# Of pygal's own script nothing is used: it would come from the network.
+# pygal's script is left out, because it would be loaded from the network.
 FIXED = {
     **{"style": STYLE, "js": [], "disable_xml_declaration": True, "explicit_size": False},
     **{"width": 760, "height": 320, "legend_at_bottom": True, "truncate_legend": -1},
@@ -34,7 +34,7 @@ FIXED = {
 
 
 def plots(jobs: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[str]:
-    """Seconds and memory of every job that is done, measured beside planned; none where there are not two."""
+    """Plots of seconds and memory of finished jobs, measured and planned; none for fewer than two such jobs."""
     done = [job for job in jobs if job["status"] == "done" and job.get("planned")]
     if len(done) < 2:
         return []

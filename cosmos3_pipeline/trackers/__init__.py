@@ -1,9 +1,9 @@
-"""Hydra callbacks that hand a job's numbers to a tracker, each in a file of its own. Off unless chosen:
+"""Hydra callbacks that send a job's numbers to a tracker. Each is in a file of its own, and off unless chosen:
 
     launch.py hydra/callbacks=csv
     launch.py -m 'hydra/callbacks=[csv,tensorboard]' sampler.steps=10,20
 
-A tracker that fails is told and costs no run. Imports no torch.
+An error of a tracker is printed and does not end the run. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cosmos3_pipeline.jobs.measured import measured
 
 
 class Tracker(Callback):
-    """Calls `track` with what a job has left, once it is done."""
+    """Calls `track` with the config and the numbers of a finished job."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Hydra calls it, in the process that ran the job."""
+        """Called by Hydra, in the process that ran the job."""
         if job_return.status != JobStatus.COMPLETED:
             return
         folder = Path(config.hydra.runtime.output_dir)
@@ -37,7 +37,7 @@ class Tracker(Callback):
         }
         try:
             self.track(folder, flat(without_hydra(config)), numbers)
-        except Exception as error:  # the work that it would tell of is done
+        except Exception as error:  # the work itself is done
             print(f"{type(self).__name__} failed: {type(error).__name__}: {error}", file=sys.stderr)
 
     @abstractmethod

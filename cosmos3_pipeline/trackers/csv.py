@@ -11,9 +11,9 @@ from cosmos3_pipeline.trackers import Tracker
 
 
 class Csv(Tracker):
-    """A row per job in `file`: its folder, then config, then numbers. Jobs may end at the same time.
+    """A row per job in `file`: its folder, then its config, then its numbers. Jobs may end at the same time.
 
-    A column that a later job brings is added, and empty for those before it.
+    A later job may add a column, which is then empty in earlier rows.
     """
 
     def __init__(self, file: str) -> None:

@@ -9,7 +9,7 @@ from cosmos3_pipeline.trackers import Tracker
 
 
 class WandB(Tracker):
-    """A run of `project`; with `mode` offline it stays in the job's folder until `wandb sync`."""
+    """A run of `project`. With `mode` offline, the run stays in the job's folder until `wandb sync`."""
 
     def __init__(self, project: str, mode: str) -> None:
         self._project = project

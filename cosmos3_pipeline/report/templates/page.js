@@ -1,7 +1,7 @@
 "use strict";
 const byId = (id) => document.getElementById(id);
 
-// The table: a click on a head sorts by it, another one the other way round. Cells without a value come last.
+// The table: a click on a head sorts by its column, a second click reverses the order. Empty cells come last.
 const table = byId("jobs");
 table.querySelectorAll("th").forEach((head, column) => {
   head.querySelector("button").addEventListener("click", () => {
@@ -19,7 +19,7 @@ table.querySelectorAll("th").forEach((head, column) => {
   });
 });
 
-// Videos play in step: the first one leads, and who is more than half a frame away from it is set to its time.
+// Videos play in step: the first video leads, and a video more than half a frame away is set to its time.
 const HALF_FRAME = 1 / 60;
 const videos = [...document.querySelectorAll("video")];
 const [play, time, at] = [byId("play"), byId("time"), byId("at")];
@@ -77,7 +77,7 @@ if (videos.length) {
   });
 }
 
-// All pictures are enlarged alike, around the place under the pointer.
+// All pictures are enlarged by the same factor, around the place under the pointer.
 const zoom = byId("zoom");
 const root = document.documentElement.style;
 if (zoom) {
@@ -89,7 +89,7 @@ if (zoom) {
   }));
 }
 
-// The difference is made by the canvas itself and amplified by a filter: pixels of a file from disk may not be read.
+// The canvas computes the difference and a filter amplifies it, because a page from disk may not read pixels.
 const [one, other, amplify, canvas] = [byId("one"), byId("other"), byId("amplify"), byId("difference")];
 
 function drawDifference() {
@@ -112,7 +112,7 @@ if (canvas) {
   window.addEventListener("load", drawDifference);
 }
 
-// What differs between two jobs was compared when the page was written.
+// The differences between two jobs were written into the page.
 const [from, to, diff] = [byId("from"), byId("to"), byId("diff")];
 if (diff) {
   const known = JSON.parse(byId("diffs").textContent);
