@@ -1,1 +1,1 @@
-"""A checkpoint on disk: whose it is, whether it is whole and ours, before anything heavy. Imports no torch."""
+"""Checks of a checkpoint on disk before weights are read: its origin and its completeness. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Replaces the numbers of the model option by those of the checkpoint that it names."""
+"""Replace the numbers of the model option by the numbers of the checkpoint that it names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cosmos3_pipeline.errors import Refusal
 
 @dataclass(frozen=True)
 class Adopted:
-    """A checkpoint, and its `numbers` by the dotted keys of the config in whose place they go.
+    """A checkpoint, and its `numbers` by the dotted key of the config that each replaces.
 
-    `changed` has a line for each that is another one than the model option's.
+    `changed` has a line for each number that differs from the model option's.
     """
 
     checkpoint: CheckpointInfo
@@ -26,13 +26,13 @@ class Adopted:
 
 
 def adopt_checkpoint(cfg: Config) -> Adopted | None:
-    """The numbers of the checkpoint `cfg.model.path`, to be put in the place of the model option's.
+    """The numbers of the checkpoint `cfg.model.path`, which replace the model option's.
 
-    Checks, plans and the saved config are then about the model that runs. None without a checkpoint here: no path,
-    or a hub id that is not in the hub's cache.
+    Checks, plans and the saved config then describe the model that runs. Returns None without a local checkpoint:
+    there is no path, or the path is a hub id that is not in the hub's cache.
 
     Raises:
-        Refusal: see `inspect_checkpoint`; or an option of a distilled checkpoint with one that is none.
+        Refusal: see `inspect_checkpoint`; or the model option is distilled, and the checkpoint is not.
     """
     model = cfg.model
     if model.path is None:
@@ -55,7 +55,7 @@ def adopt_checkpoint(cfg: Config) -> Adopted | None:
 
 
 def _numbers(cfg: Config, info: CheckpointInfo) -> Iterator[tuple[str, Any]]:
-    """Key and value of what the checkpoint says."""
+    """Dotted key and value of each number of the checkpoint."""
     model = cfg.model
     for name, node, values in (("transformer", model.transformer, info.transformer), ("vae", model.vae, info.vae)):
         for field in fields(node):

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files so that a broken one ends in a refusal: no pipe blocks, nothing endless is read."""
+"""Read a checkpoint's files safely: a broken file is refused, and a pipe or an endless file does not block."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 
 from cosmos3_pipeline.errors import Refusal
 
-# The files of a checkpoint that lie outside of its components' folders.
+# The files of a checkpoint outside its components' folders.
 INDEX = "model_index.json"
 MODULAR_INDEX = "modular_model_index.json"
 NEGATIVE_PROMPT = "assets/negative_prompt.json"
 
-# The largest real one is an index of some 2,000 tensors, 0.2 MB, or a tokenizer.json, 12 MB.
+# Bytes. The largest published files are an index of some 2,000 tensors, 0.2 MB, and a tokenizer.json, 12 MB.
 LARGEST_JSON = 256 * 2**20
 
 
 def not_whole(file: Path, why: str) -> Refusal:
-    """The refusal of a file that a download broke off, or that something wrote over."""
+    """The refusal of a file that is incomplete after a download, or was overwritten."""
     return Refusal(what=f"{file} is not whole", why=why, works="downloading it again (git-lfs: `git lfs pull`)")
 
 
 def is_regular(file: Path) -> bool:
-    """Whether `file` is there as a regular file; a pipe or a device would never end.
+    """Whether `file` exists as a regular file. Reading a pipe or a device might never end.
 
     Raises:
-        Refusal: it is there as something else, or its folder cannot be searched.
+        Refusal: it is not a regular file, or its folder cannot be searched.
     """
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
         return False
-    # A loop of links, a name too long, a folder without permission; or a name that no file can have.
+    # A loop of links, a folder without permission, or a name that is too long or impossible.
     except (OSError, ValueError) as error:
         raise unreadable(file, error) from error
     if stat.S_ISREG(mode):
@@ -49,7 +49,7 @@ def read_text(file: Path, *, largest: int = LARGEST_JSON) -> str:
     """The UTF-8 text in `file`.
 
     Raises:
-        Refusal: it is not there, larger than `largest` bytes, unreadable, or no UTF-8.
+        Refusal: the file is missing, larger than `largest` bytes, unreadable, or not UTF-8.
     """
     if not is_regular(file):
         raise Refusal(
@@ -71,11 +71,11 @@ def read_json(file: Path, *, largest: int = LARGEST_JSON) -> dict[str, Any]:
     """The settings in the JSON file `file`, of at most `largest` bytes.
 
     Raises:
-        Refusal: as `read_text`, or it is not JSON, or holds no settings.
+        Refusal: as `read_text`; or the text is not JSON, or not an object.
     """
     try:
         content = json.loads(read_text(file, largest=largest))
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError as well
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits is a ValueError too
         if isinstance(error, Refusal):
             raise
         raise not_whole(file, f"it is not JSON: {error}") from error
@@ -85,12 +85,12 @@ def read_json(file: Path, *, largest: int = LARGEST_JSON) -> dict[str, Any]:
 
 
 def printable(words: str) -> str:
-    """Words of a file as any terminal can show them."""
+    """`words`, from a file, as any terminal can show them."""
     return words.encode("utf-8", "backslashreplace").decode()
 
 
 def unreadable(file: Path, error: OSError | ValueError) -> Refusal:
-    """The refusal of a file that is there, or may be, but cannot be read."""
+    """The refusal of a file that cannot be read, whether or not it exists."""
     return Refusal(
         what=f"{printable(str(file))} cannot be read",
         why=(error.strerror if isinstance(error, OSError) else None) or str(error),

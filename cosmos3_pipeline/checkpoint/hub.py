@@ -1,7 +1,7 @@
-"""A checkpoint on the Hugging Face hub: which of its files a run reads, and how they get onto this machine.
+"""A checkpoint on the Hugging Face hub: the files that a run reads, and their download.
 
-`huggingface_hub` resolves, downloads and caches. This module adds which files are wanted, when the cache is
-enough, whether the disk has room, and for every way to fail an error with what would work. Imports no torch.
+`huggingface_hub` resolves, downloads and caches. This module decides which files are needed, whether the cache is
+enough and whether the disk has room. It turns every failure into an error with what would work. Imports no torch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ COMPONENTS = ("transformer", "vae", "scheduler", "text_tokenizer")
 COMPONENTS_WITH_SOUND = (*COMPONENTS, SOUND_TOKENIZER)  # 1.9 GB more
 SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
 
-# Downloaded at once. When a download breaks off, huggingface_hub keeps the whole files and drops the partial ones;
-# with its own eight at once these would be all shards of a checkpoint.
+# Files that are downloaded in parallel. After a failed download huggingface_hub keeps complete files and drops
+# partial files. With its default of eight files, all shards of a checkpoint could be partial.
 FILES_AT_ONCE = 2
 
 BUILTIN = "builtin:"
@@ -50,7 +50,7 @@ _AGAIN = "the same command again: files that are whole are kept"
 
 @dataclass(frozen=True)
 class HubCheckpoint:
-    """A repository of the hub at one commit (40 hex digits), on this machine; `revision` as it was asked for."""
+    """A hub repository at one commit (40 hex digits), on this machine. `revision` is what was asked for."""
 
     repo: str
     revision: str | None
@@ -59,7 +59,7 @@ class HubCheckpoint:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` names a repository of the Hugging Face hub, `owner/name`, and no folder here."""
+    """Whether `path` has the form `owner/name` of a hub repository, and is no local path."""
     return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
@@ -76,17 +76,16 @@ def _builtin(path: str) -> Path:
 
 
 def components_for(*, sound: bool) -> tuple[str, ...]:
-    """The components that a run reads; those of sound only if it is asked for."""
+    """The components that a run reads; the sound tokenizer only if sound is asked for."""
     return COMPONENTS_WITH_SOUND if sound else COMPONENTS
 
 
 def local_folder(path: str, revision: str | None, *, components: Sequence[str] = COMPONENTS) -> Path | None:
-    """Where `path` is on this machine without asking the hub: a folder itself, or a hub id's in the hub's cache.
+    """The folder of the checkpoint `path` on this machine, without a request to the hub.
 
-    `builtin:toy` is the checkpoint that is part of this package.
-
-    None for a hub id that is not in the cache, or not wholly. A folder need not exist. Raises Refusal for a
-    checkpoint that is no part of this package.
+    `path` is a folder, which need not exist, a hub id, or `builtin:toy` for the checkpoint in this package.
+    Returns None for a hub id that is not completely in the hub's cache. Raises Refusal for an unknown `builtin:`
+    name.
     """
     if path.startswith(BUILTIN):
         return _builtin(path)
@@ -101,12 +100,12 @@ def local_folder(path: str, revision: str | None, *, components: Sequence[str] =
 def cached_checkpoint(
     repo: str, revision: str | None, *, components: Sequence[str] = COMPONENTS, why: str = "the hub is not asked"
 ) -> HubCheckpoint:
-    """The hub repository `repo` as it is in the hub's cache, without a request.
+    """The hub repository `repo` in the hub's cache, without a request to the hub.
 
-    `why` says in the error why the hub is not asked.
+    `why` is the reason why the hub is not asked, for the error.
 
     Raises:
-        Refusal: the cache does not have it, or not all files of `components`.
+        Refusal: the cache lacks the repository, or some files of `components`.
     """
     from huggingface_hub import constants
 
@@ -118,7 +117,7 @@ def cached_checkpoint(
             works=f"a run with access to {constants.ENDPOINT}, HF_HOME=FOLDER of a cache that has it, or {_COPY}",
         )
     missing = held.missing
-    if missing is None:  # a run without one of the components has left this copy, perhaps
+    if missing is None:  # perhaps an earlier run did not need a component
         missing = tuple(name for name in components if not (held.checkpoint.folder / name).is_dir())
     if missing:
         raise Refusal(
@@ -131,14 +130,14 @@ def cached_checkpoint(
 
 
 def fetch_checkpoint(repo: str, revision: str | None, *, components: Sequence[str] = COMPONENTS) -> HubCheckpoint:
-    """The hub repository `repo` at `revision` (branch, tag or commit; None: its main branch), with its files here.
+    """Download the hub repository `repo` at `revision` (branch, tag or commit; None: its main branch).
 
-    Files in the hub's cache are not downloaded again, and a complete commit in the cache costs no request.
-    Without network a complete copy in the cache is used. Several processes may call it at once: one downloads,
-    the others wait. In one process the same question has one answer, so a run that asks twice means one commit.
+    Files in the hub's cache are not downloaded again, and a complete commit in the cache needs no request. Without
+    a network, a complete copy in the cache is used. Several processes may call this at once: one downloads, the
+    others wait. Within one process the answer is cached, so a run that asks twice gets the same commit.
 
     Raises:
-        Refusal: it is not to be had; nothing that was whole is lost, so the next call goes on from there.
+        Refusal: the download failed. Complete files are kept, so the next call continues from there.
     """
     return _fetched(repo, revision, tuple(components))
 
@@ -191,13 +190,13 @@ def _download(
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
             held = _held(repo, revision, patterns)
-            if held is not None and held.has(commit, files):  # another process has downloaded it meanwhile
+            if held is not None and held.has(commit, files):  # another process has downloaded the files meanwhile
                 return held.checkpoint
             left = _bytes_left(storage, files)
             _refuse_full_disk(repo, revision, left, storage)
             _say(f"downloading {_named(repo, revision)}: {_gb(left)} to {storage}")
             folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=FILES_AT_ONCE)
-    # Besides HTTP and disk: hf_xet, which moves large files, raises RuntimeError.
+    # hf_xet, which transfers large files, raises RuntimeError.
     except (HTTPError, OSError, RuntimeError) as error:
         raise _explained(error, repo, revision) from error
     return HubCheckpoint(repo, revision, Path(folder).name, Path(folder))
@@ -205,7 +204,7 @@ def _download(
 
 @dataclass(frozen=True)
 class _Held:
-    """A snapshot in the cache. `missing` of its wanted files; None where the cache has no list of its files."""
+    """A snapshot in the cache. `missing` are needed files; None if the cache has no list of the files."""
 
     checkpoint: HubCheckpoint
     missing: tuple[str, ...] | None
@@ -216,7 +215,7 @@ class _Held:
 
 
 def _held(repo: str, revision: str | None, patterns: list[str]) -> _Held | None:
-    """The files of `repo` at `revision` that are in the cache, as far as the cache itself can tell."""
+    """The snapshot of `repo` at `revision` in the cache and its missing files; None if there is no snapshot."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (
         CachedRepoTreeNotFoundError,
@@ -264,7 +263,7 @@ def _storage(repo: str) -> Path:
 
 
 def _bytes_left(storage: Path, files: dict[str, RepoSibling]) -> int:
-    """Bytes of `files` that the cache does not have; a file is stored under its checksum, for all commits."""
+    """Bytes of `files` that the cache lacks. The cache stores a file under its checksum, once for all commits."""
     left = 0
     for file in files.values():
         blob = file.blob_id if file.lfs is None else file.lfs.sha256
@@ -287,19 +286,19 @@ def _refuse_full_disk(repo: str, revision: str | None, needed: int, storage: Pat
 
 
 def _explained(error: Exception, repo: str, revision: str | None) -> Refusal:
-    """An error of huggingface_hub in the words of a person who asked for `repo`."""
+    """The refusal that explains an error of huggingface_hub to a person who asked for `repo`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for cause in _chain(error):
         if isinstance(cause, HfHubHTTPError):
             return _of_answer(cause, repo, revision)
-    if _is_of_network(error):  # first, because an SSLError has the errno of EPERM
+    if _is_of_network(error):  # before the disk, because an SSLError has the errno EPERM
         return _of_network(error, repo, revision)
     return _of_disk(error, repo, revision) or _of_anything(error, repo, revision)
 
 
 def _of_answer(error: HfHubHTTPError, repo: str, revision: str | None) -> Refusal:
-    """The hub answered, and said no."""
+    """The refusal if the hub answered with an error."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
         DisabledRepoError,
@@ -367,7 +366,7 @@ def _of_answer(error: HfHubHTTPError, repo: str, revision: str | None) -> Refusa
 
 
 def _of_network(error: Exception, repo: str, revision: str | None) -> Refusal:
-    """The hub did not answer."""
+    """The refusal if the hub did not answer."""
     from huggingface_hub import constants
 
     chain, host = list(_chain(error)), constants.ENDPOINT
@@ -396,7 +395,7 @@ def _of_network(error: Exception, repo: str, revision: str | None) -> Refusal:
 
 
 def _of_disk(error: Exception, repo: str, revision: str | None) -> Refusal | None:
-    """The cache folder is full, or cannot be read or written; None for other errors."""
+    """The refusal if the cache folder is full, or cannot be read or written; None for other errors."""
     from huggingface_hub import constants
 
     codes = {cause.errno for cause in _chain(error) if isinstance(cause, OSError)}
@@ -424,7 +423,7 @@ def _of_anything(error: Exception, repo: str, revision: str | None) -> Refusal:
 
 
 def _unanswered(error: Exception) -> bool:
-    """Whether the hub said nothing of the repository: no connection, too many requests, a fault of its own."""
+    """Whether the hub told nothing about the repository: no connection, too many requests, a server error."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -448,7 +447,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _refs(repo: str) -> list[str]:
-    """The branches and tags of `repo`, empty where the hub does not tell."""
+    """The branches and tags of `repo`; empty if the hub does not tell them."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # httpx's or httpx2's
 
@@ -475,7 +474,7 @@ def _environment(name: str) -> str | None:
     return os.environ.get(name) or os.environ.get(name.lower())
 
 
-@cache  # the one rank of a run may ask in the process that has fetched; a person needs to read it once
+@cache  # the same process may ask again, but a person needs to read the message once
 def _say(words: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(words, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Looking at a checkpoint before anything heavy: whose it is, whether it is whole, and whether it is run here.
+"""Inspect a checkpoint before weights are read: whether it is Cosmos3, complete, and can run here.
 
 A Cosmos3 checkpoint is a diffusers folder: `model_index.json` and one subfolder per component.
 """
@@ -31,36 +31,36 @@ from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.program import program_for
 
-# The published Nano and Super carry the first name, everything converted since July 2026 the second.
+# The published Nano and Super have the first name. Checkpoints converted since July 2026 have the second name.
 PIPELINES = ("Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline")
 DISTILLED_CLASSES = {"Cosmos3DistilledModularPipeline", "Cosmos3DistilledBlocks"}
-# How the names of the tokenizer classes begin that the checkpoints are published and saved with.
+# Beginnings of the names of the tokenizer classes with which checkpoints are published and saved.
 TOKENIZERS = ("Qwen2Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 LARGEST_NEGATIVE_PROMPT = 2**18
-# Folder of each component -> its config file and the class that the file must name; None: another check does it.
+# Folder of each component -> its config file, and the class that the file must name (None: checked elsewhere).
 COMPONENTS = {
     "transformer": ("config.json", "Cosmos3OmniTransformer"),
     "vae": ("config.json", "AutoencoderKLWan"),
     "scheduler": ("scheduler_config.json", None),
     "text_tokenizer": ("tokenizer_config.json", None),
 }
-# Read only where sound is asked for.
+# Read only if sound is asked for.
 SOUND_COMPONENT = ("config.json", "Cosmos3AVAEAudioTokenizer")
-# diffusers' Cosmos3 blocks count latents with these where the VAE is not loaded yet.
+# diffusers' Cosmos3 blocks compute latent sizes with these factors while the VAE is not loaded.
 SPATIAL, TEMPORAL = 16, 4
-# Files that show quantized weights, in the folder or beside the transformer, and the tool that wrote them.
+# Files that prove quantized weights, in the folder or in a component's folder, and the tool that wrote them.
 QUANTIZED_FILES = {
     "hf_quant_config.json": "ModelOpt",
     "modelopt_state.pth": "ModelOpt",
     "quantization_config.json": "by the method that the file names",
 }
-# How quantizers name what belongs to a weight.
+# Names that quantizers give to the tensors that belong to a weight.
 QUANTIZED_NAMES = ("weight_scale", "input_scale", "weight_scale_2", "qweight", "qzeros", "scales", "absmax")
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor of the model and where its bytes are."""
+    """A tensor of the model, and the place of its bytes."""
 
     weight: Weight
     stored: StoredTensor
@@ -70,9 +70,9 @@ class Placed:
 class CheckpointInfo:
     """The contents of a checkpoint folder. Config values are complete: a key that a file lacks has its default.
 
-    negative_prompt: the checkpoint's own text; None if it has none, or if it was distilled and nothing reads one.
+    negative_prompt: the checkpoint's text; None if it has none, or if it is distilled and nothing reads a text.
     sound_tokenizer: None if it was not asked for.
-    tensors: by component with weights.
+    tensors: for each component with weights.
     not_read: keys and components that change no picture here, as "file: key".
     strangers: keys that this library does not know, as "file: key".
     adapters: LoRA adapters that are added to the tensors as they are read.
@@ -95,7 +95,7 @@ class CheckpointInfo:
         return tuple(placed for placed in self.tensors[component] if placed.weight.part in parts)
 
     def with_adapters(self, adapters: Sequence[Adapter]) -> CheckpointInfo:
-        """The same with `adapters` added to the transformer, in their order.
+        """This checkpoint with `adapters` added to the transformer, in their order.
 
         Raises:
             Refusal: an adapter that does not fit.
@@ -110,11 +110,11 @@ class CheckpointInfo:
 def inspect_checkpoint(path: str | Path, *, sound: bool = False) -> CheckpointInfo:
     """Inspect the diffusers folder at `path`. Reads configs and the headers of weight files only.
 
-    sound: the checkpoint must make sound, so its transformer needs a head for sound, and a sound tokenizer must be
-    beside it.
+    sound: whether the checkpoint must make sound. Its transformer then needs a head for sound, and the folder
+    needs a sound tokenizer.
 
     Raises:
-        Refusal: no folder, no Cosmos3 checkpoint, a checkpoint that cannot run here, or incomplete files.
+        Refusal: there is no folder or no Cosmos3 checkpoint, it cannot run here, or files are incomplete.
     """
     folder = Path(path).expanduser()
     index_file = _find_index(path, folder)
@@ -182,7 +182,7 @@ def inspect_checkpoint(path: str | Path, *, sound: bool = False) -> CheckpointIn
 
 
 def _sound_tokenizer(folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> rules.Read:
-    """The config of the sound tokenizer, which must have the latents of `transformer`."""
+    """The config of the sound tokenizer, whose latents must be those of `transformer`. Raises Refusal."""
     if not transformer["sound_gen"]:
         raise Refusal(
             what=f"task.sound=true with {folder}",
@@ -248,7 +248,7 @@ def _component_config(folder: Path, name: str, index: Mapping[str, Any]) -> dict
 
 
 def _check_entry(file: Path, name: str, entry: Any, class_name: Any) -> None:
-    """Raise Refusal unless the index names library and class of the component as its own config does."""
+    """Raise Refusal unless the index names the same library and class as the component's config."""
     library = "transformers" if name == "text_tokenizer" else "diffusers"
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or not isinstance(entry[1], str):
         raise _other_class(f"{file} says {name}: {clipped(entry)}", name, f"[{library}, {class_name or '...'}]")
@@ -275,7 +275,7 @@ def _refuse_quantized_files(folder: Path) -> None:
 
 
 def _refuse_distilled(folder: Path, index: Mapping[str, Any], modular: Mapping[str, Any]) -> None:
-    """Raise Refusal if an index names a distilled checkpoint, and its scheduler takes any number of steps."""
+    """Raise Refusal if an index says that the checkpoint is distilled, because its scheduler is not."""
     for name, config in ((INDEX, index), (MODULAR_INDEX, modular)):
         classes = {config.get("_class_name"), config.get("_blocks_class_name")}
         if config.get("is_distilled") or "distilled_sigmas" in config or classes & DISTILLED_CLASSES:

@@ -1,4 +1,4 @@
-"""LoRA adapters as `Cosmos3OmniTransformer` of diffusers saves them, and the weights that each of them changes.
+"""LoRA adapters as diffusers' `Cosmos3OmniTransformer` saves them, and the weights that each adapter changes.
 
 Names and metadata: diffusers 0.42 `loaders/peft.py`, `utils/peft_utils.py`. The scale of a module and the meaning
 of patterns: peft 0.21 `tuners/lora/layer.py`, `utils/other.py`. Imports no torch.
@@ -24,10 +24,10 @@ from cosmos3_pipeline.config.schema import LoraConfig
 from cosmos3_pipeline.errors import Refusal, did_you_mean
 
 FILE = "pytorch_lora_weights.safetensors"  # as `save_lora_adapter` calls it
-PREFIX = "transformer."  # before every name where a pipeline has saved the adapter
+PREFIX = "transformer."  # before every name if a pipeline saved the adapter
 METADATA = "lora_adapter_metadata"
 DOWN, UP, ALPHA = "down", "up", "alpha"
-# peft's names, and names of older trainers that diffusers converts for every model.
+# peft's names, and older trainers' names that diffusers converts for every model.
 SUFFIXES = {
     ".lora_A.weight": DOWN,
     ".lora_B.weight": UP,
@@ -46,12 +46,12 @@ OTHERS = {
     "hada_": "it belongs to a LoHa, which is no product of two matrices",
     "base_model.": "it is named as peft names what it saves by itself, with the scale in another file",
 }
-# Keys of the metadata that change the sum or the weights themselves.
+# Metadata keys of methods whose result is not a scaled matrix product added to the weight.
 VARIANTS = (
     *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
     *("monteclora_config", "velora_config"),
 )
-# Other ways to begin a training leave their mark in the weights that the adapter is added to.
+# Values of init_lora_weights. Any other start of a training changes the model's weights too, so it is refused.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 SAVED_AGAIN = "the adapter as diffusers' `transformer.save_lora_adapter(FOLDER)` writes it"
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
@@ -59,9 +59,9 @@ NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's file and its products, by the name of the weight: `layers.0.self_attn.to_q.weight`.
+    """An adapter's file and its products by name of the weight, such as `layers.0.self_attn.to_q.weight`.
 
-    key: the key of the config that names the adapter. The scales include the weight that the config gives it.
+    key: the config key of the adapter. The scales of `added` include the adapter's weight in the config.
     """
 
     key: str
@@ -91,16 +91,16 @@ class Adapter:
 
 
 def read_adapters(asked: Sequence[LoraConfig]) -> tuple[Adapter, ...]:
-    """The adapters of `model.lora`, in its order; reads headers, and the numbers called alpha.
+    """The adapters of `model.lora`, in its order. Reads headers, and the numbers called alpha.
 
     Raises:
-        Refusal: no file, none of an adapter, or an adapter that is no sum of matrix products.
+        Refusal: there is no file, it holds no adapter, or the adapter is no sum of matrix products.
     """
     return tuple(read_adapter(one, number) for number, one in enumerate(asked))
 
 
 def read_adapter(asked: LoraConfig, number: int) -> Adapter:
-    """The adapter that stands at `number` in `model.lora`. Raises Refusal as `read_adapters` does."""
+    """The adapter at position `number` of `model.lora`. Raises Refusal as `read_adapters` does."""
     key = _key(number)
     if not math.isfinite(asked.weight):
         raise Refusal(
@@ -119,7 +119,7 @@ def read_adapter(asked: LoraConfig, number: int) -> Adapter:
 
 
 def with_added(stored: StoredTensor, adapters: Iterable[Adapter]) -> StoredTensor:
-    """`stored` with what `adapters` add to it."""
+    """`stored` with the products that `adapters` add to it."""
     added = tuple(adapter.added[stored.name] for adapter in adapters if stored.name in adapter.added)
     return replace(stored, added=added) if added else stored
 
@@ -151,7 +151,7 @@ def _key(number: int) -> str:
 
 
 def _file(path: str, key: str) -> Path:
-    """The file of an adapter that is a file itself, or in a folder."""
+    """The file of the adapter at `path`, which is a file or a folder. Raises Refusal."""
     given = Path(path).expanduser()
     if is_hub_id(path) and not given.parent.is_dir():
         raise Refusal(
@@ -218,7 +218,7 @@ def _modules(header: Header, file: Path, key: str) -> dict[str, dict[str, Stored
 def _pairs(
     modules: Mapping[str, Mapping[str, StoredTensor]], file: Path, key: str
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """The matrices down and up of each module, which can be multiplied."""
+    """The matrices down and up of each module. Raises Refusal if one is missing or they cannot be multiplied."""
     found = {}
     for name, parts in modules.items():
         missing = [part for part in (DOWN, UP) if part not in parts]
@@ -245,7 +245,7 @@ class _Scales:
     """The scale of an adapter's products: alpha / rank, or alpha / sqrt(rank) if it is rank-stabilised.
 
     alphas: by module. patterns: regular expressions for the end of a module's name; the first match counts.
-    Without both, `alpha` None stands for the rank.
+    For other modules `alpha` counts; None means the rank.
     """
 
     alphas: Mapping[str, float]
@@ -313,7 +313,7 @@ class _Scales:
 
 
 def _settings(words: Any, modules: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """peft's LoraConfig in the metadata `words`, whose keys have the prefix where a pipeline has saved them."""
+    """peft's LoraConfig in the metadata `words`. The keys have a prefix if a pipeline saved them."""
     try:
         said = json.loads(words)
         prefixed = {key.removeprefix(PREFIX): value for key, value in said.items() if key.startswith(PREFIX)}
@@ -323,12 +323,12 @@ def _settings(words: Any, modules: Mapping[str, Any], file: Path) -> dict[str, A
 
 
 def _of_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that the end of `module` is, as peft matches it."""
+    """The value of the first pattern that matches the end of `module`, as in peft; else `otherwise`."""
     return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
 
 
 def _number(tensor: StoredTensor, file: Path) -> float:
-    """The one number that `tensor` is. Raises Refusal for several, or one that is no scale."""
+    """The value of a tensor with one element. Raises Refusal for more elements, or a value that is not finite."""
     if math.prod(tensor.shape) != 1:
         raise not_whole(file, f"{tensor.name} is of shape {list(tensor.shape)}, not one number")
     try:
@@ -346,7 +346,7 @@ def _number(tensor: StoredTensor, file: Path) -> float:
 
 
 def _is_linear(weight: Weight) -> bool:
-    """Whether it is the matrix of a linear layer. Embeddings, also of actions, are matrices but not linear."""
+    """Whether `weight` is the matrix of a linear layer. Embeddings, also of actions, are no linear layers."""
     return len(weight.shape) == 2 and weight.part is not Part.ACTION and weight.name != "embed_tokens.weight"
 
 

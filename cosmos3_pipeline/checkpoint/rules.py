@@ -1,6 +1,6 @@
-"""The keys of a checkpoint's config files: which decide the picture, within which bounds, and which do not.
+"""The keys of a checkpoint's config files: those that decide the picture, with bounds, and those that do not.
 
-This is the only list of both. A key that no list has is reported (`Read.strangers`) and never ignored silently.
+This is the only list of both kinds. A key in neither list is reported (`Read.strangers`), never silently ignored.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from cosmos3_pipeline.checkpoint.files import printable
 from cosmos3_pipeline.checkpoint.sound import CHANNELS, HOP, MULTIPLES, SAMPLE_RATE, STRIDES
 from cosmos3_pipeline.errors import Refusal
 
-# Why a value is not one that is run here, or None where it is.
+# Why a value cannot run here, or None if it can.
 Check = Callable[[Any], str | None]
 REQUIRED = object()
 LONGEST_LIST = 1024
 
 
 def whole(at_least: int, at_most: int = 10**6) -> Check:
-    """A whole number of that range; True is none."""
+    """A check for a whole number in this range. True is no number."""
 
     def check(value: Any) -> str | None:
         if type(value) is int and at_least <= value <= at_most:
@@ -31,7 +31,7 @@ def whole(at_least: int, at_most: int = 10**6) -> Check:
 
 
 def number(at_least: float, at_most: float) -> Check:
-    """A number of that range; NaN is in none."""
+    """A check for a number in this range. NaN is in no range."""
 
     def check(value: Any) -> str | None:
         if type(value) in (int, float) and at_least <= value <= at_most:
@@ -42,7 +42,7 @@ def number(at_least: float, at_most: float) -> Check:
 
 
 def one_of(*values: Any) -> Check:
-    """One of `values`, of the same type: 1 is not True."""
+    """A check for one of `values`, with the same type: 1 is not True."""
 
     def check(value: Any) -> str | None:
         if any(type(value) is type(known) and value == known for known in values):
@@ -56,12 +56,12 @@ flag = one_of(True, False)
 
 
 def optional(check: Check) -> Check:
-    """As `check`, or null."""
+    """A check for null, or a value that passes `check`."""
     return lambda value: None if value is None else check(value)
 
 
 def numbers(check: Check, *, at_least: int = 0) -> Check:
-    """A list of this length, of which each item passes `check`."""
+    """A check for a list of this length, each item of which passes `check`."""
 
     def check_all(value: Any) -> str | None:
         if not isinstance(value, list) or not at_least <= len(value) <= LONGEST_LIST:
@@ -72,18 +72,18 @@ def numbers(check: Check, *, at_least: int = 0) -> Check:
 
 
 def settings(value: Any) -> str | None:
-    """Keys with values, which are checked by rules of their own."""
+    """A check for an object, whose keys are checked by rules of their own."""
     return None if isinstance(value, dict) else "it must be keys with values"
 
 
 def anything(value: Any) -> str | None:
-    """Any value: the code that uses it checks it."""
+    """No check, because the code that uses the value checks it."""
     return None
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key that decides the picture. Without `default` the file must have it."""
+    """A key that decides the picture. Without a `default`, the file must have the key."""
 
     check: Check
     default: Any = REQUIRED
@@ -91,7 +91,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Rules:
-    """The keys of one config file. `not_read` maps keys that change no picture here to why they do not."""
+    """The keys of one config file. `not_read` maps each key that changes no picture here to the reason."""
 
     read: Mapping[str, Key]
     not_read: Mapping[str, str]
@@ -135,8 +135,7 @@ TRANSFORMER = Rules(
         "sound_gen": Key(flag, False),
         "sound_dim": Key(optional(whole(1)), None),
         "sound_latent_fps": Key(number(1, 1000), 25.0),
-        # These keys decide the picture in NVIDIA's framework. diffusers supports only one value, which is built
-        # in.
+        # These keys decide the picture in NVIDIA's framework. diffusers supports only one value of each.
         "qk_norm_for_diffusion": Key(one_of(True), True),
         "use_moe": Key(one_of(True), True),
         "video_temporal_causal": Key(one_of(False), False),
@@ -294,9 +293,9 @@ DISTILLED_SCHEDULER = Rules(
         "fixed_step_requires_explicit_sigmas": "the noise levels are always given",
     },
 )
-# Noise levels are fractions of noise, from the first step's to the last step's.
+# Noise levels are fractions of noise, from the first step to the last step.
 NOISE_LEVELS = numbers(number(1e-4, 1), at_least=1)
-# The keys that NVIDIA's framework writes beside them.
+# The keys in which NVIDIA's framework writes the noise levels of fixed steps.
 FIXED_STEPS = Rules(
     read={"sample_type": Key(one_of("sde")), "t_list": Key(optional(numbers(number(0, 1), at_least=1)), None)},
     not_read={"num_train_timesteps": "the scheduler's own says it"},
@@ -321,7 +320,7 @@ INDEX = Rules(
 
 @dataclass(frozen=True)
 class Read:
-    """A config as it is used: the value of every key of the rules, and the keys of the file that are not read."""
+    """A config as it is used: the value of every key of the rules, and the file's keys that are not read."""
 
     values: Mapping[str, Any]
     not_read: tuple[str, ...]
@@ -329,10 +328,10 @@ class Read:
 
 
 def apply(rules: Rules, config: Mapping[str, Any], file: object) -> Read:
-    """The values of `config`, the content of `file`, with defaults in the place of keys that it lacks.
+    """The values of `config`, the content of `file`, with defaults for keys that it lacks.
 
     Raises:
-        Refusal: a value that the code does not support, a key that must be there, or a quantized checkpoint.
+        Refusal: a value is not supported, a required key is missing, or the checkpoint is quantized.
     """
     refuse_quantized(config, file)
     values = {}
@@ -362,13 +361,13 @@ def apply(rules: Rules, config: Mapping[str, Any], file: object) -> Read:
 
 
 def clipped(value: Any) -> str:
-    """`value` as Python writes it, cut where it is long."""
+    """`value` as Python writes it, cut if it is long."""
     words = repr(value)
     return words if len(words) <= 80 else f"{words[:77]}..."
 
 
 def refuse_quantized(config: Mapping[str, Any], file: object) -> None:
-    """Raise Refusal for a config that speaks of quantized weights, naming the method."""
+    """Raise Refusal if `config` describes quantized weights. The refusal names the method."""
     for name in ("quantization_config", "quantization", "compression_config", "hf_quant_config"):
         if config.get(name):
             raise quantized(f"{file} has a {name}", _method(config[name]))
@@ -391,7 +390,7 @@ def _method(config: Any) -> str:
 
 
 def check_transformer(values: Mapping[str, Any], file: object) -> None:
-    """Raise Refusal where the values of a transformer's config do not fit each other."""
+    """Raise Refusal if the values of a transformer's config contradict each other."""
     for what, why in _misfits(values):
         raise Refusal(what=f"{file} says {what}", why=why, works="the file as it was published")
 
@@ -432,7 +431,7 @@ def _misfits(v: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def rope_axes(values: Mapping[str, Any]) -> tuple[int, ...]:
-    """Rotary frequencies of time, rows and columns, found as diffusers finds them."""
+    """How many rotary frequencies time, rows and columns have, by the keys that diffusers reads."""
     scaling = values["rope_scaling"] or {}
     return tuple(values["rope_axes_dim"] or scaling.get("mrope_section", (24, 20, 20)))
 

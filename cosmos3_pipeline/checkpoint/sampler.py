@@ -1,4 +1,4 @@
-"""Which sampler a checkpoint ships, and the schedule that it means by it. Imports no torch.
+"""The sampler that a checkpoint ships, and its schedule. Imports no torch.
 
 Source: diffusers `UniPCMultistepScheduler` and `Cosmos3SetTimestepsStep`; NVIDIA's converter for Edge; for a
 distilled checkpoint diffusers `Cosmos3DistilledSetTimestepsStep`.
@@ -17,15 +17,15 @@ from cosmos3_pipeline.checkpoint.files import MODULAR_INDEX
 from cosmos3_pipeline.errors import Refusal
 
 UNIPC = "UniPCMultistepScheduler"
-# NVIDIA's converter writes this class for Edge. It is UniPC over the native grid, which begins at 1 - 1/1000 where
-# UniPC's own begins at 1; the pipeline's `use_native_flow_schedule` gives UniPC that grid.
+# NVIDIA's converter writes this class for Edge. It is UniPC over the native grid, which begins at 1 - 1/1000.
+# UniPC's own grid begins at 1. The pipeline's `use_native_flow_schedule` gives UniPC the native grid.
 EDGE_UNIPC = "Cosmos3EdgeUniPCMultistepScheduler"
-# The sampler of the checkpoints that were distilled to a few fixed steps, of which each draws noise of its own.
+# The sampler of checkpoints that were distilled to a few fixed steps. Each step draws its own noise.
 DISTILLED = "FlowMatchEulerDiscreteScheduler"
-# The published Edge says nothing of its shift: its scheduler_config.json is Nano's, whose flow_shift of 1.0 is
-# UniPC's default. NVIDIA's converter has written 3.0 for it since, and so do TensorRT-LLM, vLLM-Omni and SGLang.
+# The published Edge does not tell its shift: its scheduler_config.json is Nano's, whose flow_shift of 1.0 is
+# UniPC's default. NVIDIA's converter now writes 3.0 for Edge, and TensorRT-LLM, vLLM-Omni and SGLang use 3.0 too.
 NATIVE_FLOW_SHIFT = 3.0
-# Two files may have written the same noise level with more and with fewer digits.
+# Largest difference between two files' values of one noise level, which may be written with fewer digits.
 ROUNDED = 1e-4
 
 
@@ -33,10 +33,10 @@ ROUNDED = 1e-4
 class Sampler:
     """The sampler of a checkpoint. `settings` are the arguments of the diffusers class `class_name`.
 
-    `native_grid`: the sigmas before the shift are linspace(1 - 1/1000, 0), as Edge was trained with.
-    `native_flow_shift` is the shift that the checkpoint asks for, None where it leaves it to the task.
-    `distilled_sigmas` are the noise levels of the fixed steps of a distilled checkpoint, one for each step, from 1
-    downwards. None: the checkpoint runs with any number of steps.
+    native_grid: whether the sigmas before the shift are linspace(1 - 1/1000, 0), with which Edge was trained.
+    native_flow_shift: the shift that the checkpoint asks for; None if it leaves the shift to the task.
+    distilled_sigmas: the noise level of each fixed step of a distilled checkpoint, from 1 downwards; None if the
+    checkpoint runs with any number of steps.
     """
 
     class_name: str
@@ -46,14 +46,14 @@ class Sampler:
     distilled_sigmas: tuple[float, ...] | None = None
 
     def settings_for(self, flow_shift: float | None) -> dict[str, Any]:
-        """The settings with the run's `flow_shift`; with None the checkpoint's own schedule.
+        """The settings with the run's `flow_shift`; None keeps the checkpoint's own schedule.
 
-        Karras sigmas know neither shift nor grid, and Nano, Super and Edge are all published with them. So a
-        shift, asked for or the checkpoint's own, switches them off, as NVIDIA's recommended call does. Source:
+        Nano, Super and Edge are all published with Karras sigmas, which have neither shift nor grid. So any shift,
+        the run's or the checkpoint's, switches Karras sigmas off, as NVIDIA's recommended call does. Source:
         diffusers' page on Cosmos3.
         """
         shift = self.native_flow_shift if flow_shift is None else flow_shift
-        if shift is None:  # as for a distilled checkpoint, with which a run's shift is refused
+        if shift is None:  # also for a distilled checkpoint, because a run's shift is refused with it
             return dict(self.settings)
         return {**self.settings, "use_karras_sigmas": False, "flow_shift": shift}
 
@@ -61,12 +61,12 @@ class Sampler:
 def sampler_of(
     config: Mapping[str, Any], index: Mapping[str, Any], modular: Mapping[str, Any], file: Path
 ) -> tuple[Sampler, rules.Read]:
-    """The sampler that a scheduler's `config`, the content of `file`, and the values of the `index` describe.
+    """The sampler by a scheduler's `config`, which is the content of `file`, and the values of the `index`.
 
-    `modular` is what the folder's modular index says, which has the steps of a distilled checkpoint.
+    `modular` is the content of the folder's modular index, which has the steps of a distilled checkpoint.
 
     Raises:
-        Refusal: a class that is not run here, settings that it is not run with, or steps that contradict.
+        Refusal: the class or its settings cannot run here, or two files contradict each other about the steps.
     """
     class_name = config.get("_class_name")
     if class_name == DISTILLED:
@@ -88,13 +88,13 @@ def sampler_of(
 
 
 def _distilled(config: Mapping[str, Any], modular: Mapping[str, Any], file: Path) -> tuple[Sampler, rules.Read]:
-    """The sampler of fixed steps. diffusers reads them in the modular index, NVIDIA's framework in `config`."""
+    """The sampler of fixed steps. diffusers reads the steps in `modular`, NVIDIA's framework in `config`."""
     read = rules.apply(rules.DISTILLED_SCHEDULER, config, file)
     fixed = read.values["fixed_step_sampler_config"]
     framework = None
     if fixed is not None:
         t_list = rules.apply(rules.FIXED_STEPS, fixed, f"fixed_step_sampler_config of {file}").values["t_list"]
-        # NVIDIA's framework ends the list with the clean picture or leaves that out.
+        # NVIDIA's framework may end the list with 0, the noise level of the clean picture.
         framework = t_list if t_list is None or t_list[-1] != 0 else t_list[:-1]
     found = modular.get("distilled_sigmas", framework)
     if why := _not_steps(found):
@@ -118,7 +118,7 @@ def _distilled(config: Mapping[str, Any], modular: Mapping[str, Any], file: Path
 
 
 def _not_steps(sigmas: Any) -> str | None:
-    """Why `sigmas` are not the noise levels of fixed steps, or None where they are."""
+    """Why `sigmas` are not the noise levels of fixed steps, or None if they are."""
     if why := rules.NOISE_LEVELS(sigmas):
         return why
     falls = all(before > after for before, after in pairwise(sigmas))

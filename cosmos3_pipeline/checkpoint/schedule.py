@@ -14,7 +14,7 @@ from typing import Any
 TRAIN_TIMESTEPS = 1000
 BETAS = (0.0001, 0.02)  # of the first and the last training timestep
 RHO = 7.0  # of Karras et al., https://arxiv.org/abs/2206.00364
-EPSILON = 1e-6  # the first step has so much less noise than 1, where the solver would divide by zero
+EPSILON = 1e-6  # subtracted from a first noise level of 1, at which the solver would divide by zero
 
 
 def timesteps_of(schedule: Mapping[str, Any], steps: int) -> tuple[int, ...]:
@@ -41,13 +41,13 @@ def _evenly(first: float, last: float, count: int) -> list[float]:
 
 
 def _rounded(value: float) -> float:
-    """In float32, in which diffusers keeps these numbers."""
+    """`value` rounded to float32, because diffusers keeps these numbers in float32."""
     found: float = struct.unpack("f", struct.pack("f", value))[0]
     return found
 
 
 def _karras(sigma_min: float | None, sigma_max: float | None, steps: int) -> list[float]:
-    """Flow noise levels for Karras sigmas, whose seventh roots fall evenly."""
+    """Flow noise levels of Karras sigmas. The seventh roots of the sigmas fall in equal steps."""
     kept, levels = 1.0, []
     for beta in _evenly(*BETAS, TRAIN_TIMESTEPS):
         kept *= _rounded(1 - _rounded(beta))

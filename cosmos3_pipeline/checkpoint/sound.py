@@ -1,7 +1,8 @@
-"""The decoder of the sound tokenizer, by its config alone: its layers, its tensors, its work. Imports no torch.
+"""The decoder of the sound tokenizer by its config alone: layers, tensors and work. Imports no torch.
 
 Sound latents [C, T] become a waveform [2, 1920 T] at 48 kHz: a convolution, five upsampling blocks, a convolution.
-Only the width `dec_dim` may be another than the published one. The encoder is never read: no task hears anything.
+Only the width `dec_dim` may differ from the published value. The encoder is never read, because no task has sound
+as an input.
 Source: `Cosmos3AudioDecoder` in diffusers `models/autoencoders/autoencoder_cosmos3_audio.py`.
 """
 
@@ -16,7 +17,7 @@ from cosmos3_pipeline.checkpoint.weights import Part, Weight
 SOUND_TOKENIZER = "sound_tokenizer"
 SAMPLE_RATE = 48000  # samples per second
 CHANNELS = 2
-STRIDES = (2, 4, 5, 6, 8)  # as the config has them; the decoder goes through them from the last to the first
+STRIDES = (2, 4, 5, 6, 8)  # in the config's order; the decoder uses them from the last to the first
 MULTIPLES = (1, 2, 4, 8, 16)  # of `dec_dim`: channels after each block, from the last block to the first
 HOP = 1920  # samples of one latent frame, the product of the strides
 EDGE_KERNEL, RESIDUAL_KERNEL = 7, 7
@@ -25,7 +26,7 @@ RESIDUAL_UNITS = 3
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution with weight norm. A transposed one makes `stride` samples of each, others one."""
+    """A convolution with weight norm. A transposed convolution makes `stride` samples of each input sample."""
 
     name: str
     inputs: int
@@ -41,7 +42,7 @@ class Conv:
         return self.inputs * self.outputs * self.kernel
 
     def weights(self) -> Iterator[Weight]:
-        """Direction and length of each filter are stored apart: `weight_v` and `weight_g`."""
+        """The tensors. Direction and length of each filter are stored apart, as `weight_v` and `weight_g`."""
         first, second = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
         if self.bias:
             yield Weight(f"{self.name}.bias", (self.outputs,), Part.DECODER)
@@ -80,6 +81,6 @@ def sound_decoder(dec_dim: int, sound_dim: int) -> Iterator[Conv | Snake]:
 
 
 def sound_weights(config: Mapping[str, Any], sound_dim: int) -> tuple[Weight, ...]:
-    """The decoder's tensors, by the values of a sound tokenizer's config and the channels of its latents."""
+    """The decoder's tensors, by a sound tokenizer's config and the channels of its latents."""
     layers = sound_decoder(int(config["dec_dim"]), sound_dim)
     return tuple(weight for layer in layers for weight in layer.weights())

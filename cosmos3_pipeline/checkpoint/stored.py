@@ -1,4 +1,4 @@
-"""The tensors that a component's safetensors files hold, told from their headers alone.
+"""The tensors in a component's safetensors files, by the headers alone.
 
 Source: the safetensors format: 8 bytes of header length, a JSON header, then the tensors without gaps.
 """
@@ -25,21 +25,21 @@ ELEMENT_BITS = {
     **{"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
-FLOATS = ("F32", "BF16", "F16")  # what weights are read from
-LARGEST_HEADER = 100 * 2**20  # as safetensors has it
-_LFS_POINTER = b"version "  # as a length it would be absurd
+FLOATS = ("F32", "BF16", "F16")  # dtypes from which weights are read
+LARGEST_HEADER = 100 * 2**20  # the limit of safetensors
+_LFS_POINTER = b"version "  # first 8 bytes; as a header length they would be absurd
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.gguf", "*.bin.index.json")
 
 
-# Stands for the file of a tensor of which only the shape is known; reading it leaves memory as it is.
+# The file of a tensor whose shape alone is known. Reading it leaves memory unchanged.
 NO_FILE = Path()
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: `dtype` as safetensors spells it, `start` counted from the beginning of the file.
+    """One tensor in a file. `dtype` is spelt as in safetensors, and `start` is its first byte in the file.
 
-    `added` are what a reader adds to its values, in this order.
+    `added` are the products that a reader adds to its values, in this order.
     """
 
     name: str
@@ -61,10 +61,10 @@ class LowRank:
 
 
 def stored_tensors(component: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the component in this folder, by name: of one file, or of the shards that its index names.
+    """Every tensor of the component in this folder, by name, from one file or from the shards of its index.
 
     Raises:
-        Refusal: files that are missing, cut, of another format, or that do not agree with each other.
+        Refusal: files are missing, cut or of another format, or they contradict each other.
     """
     if not is_regular(component / INDEX):
         if not is_regular(component / WEIGHTS):
@@ -117,7 +117,7 @@ def read_header(file: Path) -> Header:
     """The header of a safetensors file.
 
     Raises:
-        Refusal: a file that is cut, unreadable or of another format.
+        Refusal: the file is cut, unreadable or of another format.
     """
     size = file.stat().st_size
     try:

@@ -1,4 +1,4 @@
-"""Checks that the files of a text tokenizer exist and look like one. Loading it shows the rest."""
+"""Check that the files of a text tokenizer exist and have the right form. Loading checks the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cosmos3_pipeline.checkpoint.files import LARGEST_JSON, is_regular, not_whol
 from cosmos3_pipeline.checkpoint.rules import clipped
 from cosmos3_pipeline.errors import Refusal
 
-# A fast tokenizer is one file, a slow one of Qwen's kind two.
+# A fast tokenizer has one file of vocabulary, a slow tokenizer of Qwen two.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 LARGEST_TEMPLATE = 2**20
 TEMPLATE_FILE = "chat_template.jinja"
@@ -19,7 +19,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 def check_tokenizer_files(folder: Path, config: Mapping[str, Any], classes: tuple[str, ...]) -> None:
     """Raise Refusal unless `folder` has a vocabulary and a chat template.
 
-    `config` is its tokenizer_config.json, which must name a class that begins like one of `classes`.
+    `config` is the content of tokenizer_config.json. The name of its class must begin with one of `classes`.
     """
     named = config.get("tokenizer_class")
     if not str(named).startswith(classes):

@@ -1,9 +1,9 @@
 """The tensors of a model, from its config alone: name, shape, and the part of a run that reads it.
 
-This table is the only one. The plan counts bytes with it, a folder's files are checked against it, the loader
-reads by it, and checkpoints of random weights are written from it. Tests compare it with diffusers' own modules.
+This is the only table of tensors. The plan counts bytes with it, the checks compare a folder's files with it, the
+loader reads by it, and random checkpoints are written from it. Tests compare it with diffusers' own modules.
 
-Source: diffusers 0.42 `models/transformers/transformer_cosmos3.py`; the VAE's are those of its programs.
+Source: diffusers 0.42 `models/transformers/transformer_cosmos3.py`. The VAE's tensors are those of its programs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Part(StrEnum):
     ACTION = "action"
     ENCODER = "encoder"
     DECODER = "decoder"
-    # `lm_head`, which writes words, and what the last layer makes of the text after its keys and values.
+    # `lm_head`, which writes words, and the text pathway of the last layer after its keys and values.
     NOTHING = "nothing"
 
 
@@ -38,13 +38,13 @@ VISION_ALONE = frozenset({"vision"})
 
 
 def generation_parts(modalities: Collection[str]) -> tuple[Part, ...]:
-    """The parts of a transformer that denoising these modalities reads. Else only the text pathway is loaded."""
+    """The parts of a transformer that denoising these modalities reads. Only the text pathway is read besides."""
     return tuple(part for part in (Part.VISION, Part.SOUND, Part.ACTION) if part.value in modalities)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a diffusers module's `state_dict()`. `keeps_fp32`: whatever the dtype of the model."""
+    """One tensor of a diffusers module's `state_dict()`. `keeps_fp32` is true if it stays fp32 in any model."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,12 +57,12 @@ class Weight:
 
     @property
     def layer(self) -> int | None:
-        """The number of the transformer's layer that it belongs to; None for one outside of the layers."""
+        """The number of the transformer's layer with this tensor; None for a tensor outside the layers."""
         first, _, rest = self.name.partition(".")
         return int(rest.partition(".")[0]) if first == "layers" else None
 
     def bytes_in(self, element_bytes: int) -> int:
-        """Bytes as loaded into a model whose elements have `element_bytes`."""
+        """Bytes of the tensor in a model whose elements have `element_bytes`."""
         return self.elements * (4 if self.keeps_fp32 else element_bytes)
 
 
@@ -134,7 +134,7 @@ def _transformer_weights(d: _Dimensions) -> tuple[Weight, ...]:
     linear(Part.NOTHING, "lm_head", d.vocabulary, d.hidden, bias=False)
     linear(Part.VISION, "proj_in", d.hidden, d.patch, bias=True)
     linear(Part.VISION, "proj_out", d.patch, d.hidden, bias=True)
-    # diffusers keeps it in fp32 (`_keep_in_fp32_modules`).
+    # diffusers keeps the time embedder in fp32 (`_keep_in_fp32_modules`).
     linear(Part.VISION, "time_embedder.linear_1", d.hidden, TIMESTEP_CHANNELS, bias=True, keeps_fp32=True)
     linear(Part.VISION, "time_embedder.linear_2", d.hidden, d.hidden, bias=True, keeps_fp32=True)
     if d.action:
@@ -182,15 +182,15 @@ def _layer(d: _Dimensions, layer: str, add: Any, linear: Any, *, last: bool) -> 
     add(Part.VISION, f"{layer}.post_attention_layernorm_moe_gen.weight", d.hidden)
 
 
-# Elements. A tensor in a slab begins where memory of its own would, on a boundary of 64 bytes in any dtype.
+# Elements. Each tensor in a slab begins at a boundary of at least 64 bytes in any dtype, as an allocation would.
 SLAB_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class Slab:
-    """The weights of one pathway through one layer, side by side in one piece of memory of `elements`.
+    """The weights of one pathway in one layer, side by side in one piece of memory of `elements` elements.
 
-    `starts` says where each weight begins, in elements.
+    `starts` has the first element of each weight.
     """
 
     weights: tuple[Weight, ...]
@@ -206,7 +206,7 @@ class Slab:
         return cls(inside, tuple(starts), end)
 
     def share(self, ranks: int) -> int:
-        """The elements that each of `ranks` holds of it, the last ones less than they could."""
+        """The elements that each of `ranks` holds. The last ranks hold some padding."""
         return _aligned(-(-self.elements // ranks), SLAB_ALIGNMENT)
 
 
@@ -227,7 +227,7 @@ def vae_weights(config: Mapping[str, Any]) -> tuple[Weight, ...]:
     """The tensors of an `AutoencoderKLWan`, encoder first, by its config's values.
 
     Raises:
-        ProgramError: a config that no VAE can be made of.
+        ProgramError: no VAE can have this config.
     """
     return tuple(_vae_weights(config))
 
