@@ -6,7 +6,7 @@
     made = run(["topology=cpu_x2", "task.prompt='A red circle moves up over a white background.'"])
     made.picture, made.metrics["seconds"]
 
-None of them imports torch before a run starts.
+None of these functions imports torch before a run starts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """Compose `overrides` (as on the command line) on top of the default run, and check the result.
 
     Returns the config as dataclasses, enums and lists: `compose(["task=i2v"]).sampler.steps`.
-    Raises `cosmos3_pipeline.errors.ConfigError` (a ValueError) that holds every problem found.
+    Raises `cosmos3_pipeline.errors.ConfigError` (a ValueError) with every problem found.
     Imports no torch and reads no weight.
     """
     from cosmos3_pipeline.config.shortcut import composition_of

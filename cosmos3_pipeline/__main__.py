@@ -4,7 +4,7 @@ from cosmos3_pipeline import stopping
 
 
 def main() -> None:
-    """Run the command. A signal ends this process in order from here on, also while the rest is imported."""
+    """Run the command. Signals end this process in order from the start, also while the rest is imported."""
     stopping.on_signals()
     from cosmos3_pipeline.cli import main as command
 

@@ -1,4 +1,4 @@
-"""The way in from a shell: what `launch.py` and the `cosmos3` command share. Imports no torch."""
+"""The entry point from a shell, shared by `launch.py` and the `cosmos3` command. Imports no torch."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ from cosmos3_pipeline.planning.checks import check_composition
 
 __all__ = ["launch", "main", "run"]
 
-REFUSED = 2  # exit code of a composition that is refused before any work starts
+REFUSED = 2  # exit code if the composition is refused before any work starts
 FAILED = 1
-# Flags of Hydra whose next argument is theirs, and what may follow --info.
+# Flags of Hydra that take the next argument as their value. `INFOS` are the values that may follow --info.
 FLAGS_WITH_VALUE = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     "--experimental-rerun",
@@ -75,16 +75,17 @@ COMMANDS = {
 }
 
 
-# How often a thread of OpenMP looks whether others are ready before it sleeps; read when torch is imported.
-# GNU's default takes longer than a time slice: where another program had a core, two threads waited for each
-# other, and the toy's second of work took 54. So it takes 6 there, and as long as before where nothing else runs.
+# How often an OpenMP thread checks whether the others are ready before it sleeps; read when torch is imported.
+# GNU's default spins longer than a time slice. When another program used a core, two threads waited for each
+# other, and one second of the toy's work took 54 s. With this value it takes 6 s. Nothing changes on an idle
+# machine.
 SPIN = ("GOMP_SPINCOUNT", "10000")
 
 
 def main() -> None:
     """The `cosmos3` command: `launch.py` with the installed configs, runnable from any directory.
 
-    `COMMANDS` are of their own, with arguments that are not Hydra's.
+    `COMMANDS` are separate commands, whose arguments Hydra does not read.
     """
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         stopping.on_signals()
@@ -98,17 +99,17 @@ def main() -> None:
 
 
 def _command() -> int:
-    """One of `COMMANDS`, with the arguments of this process."""
+    """Run one of `COMMANDS` with the arguments of this process; returns the exit code."""
     module = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}")
     code: int = module.main(sys.argv[2:])
     return code
 
 
 def launch(hydra_main: Callable[[], None]) -> None:
-    """Run a `@hydra.main` function with errors a person can act on, alone or as one rank of torchrun's world.
+    """Run a `@hydra.main` function with errors that a person can act on, alone or as one rank of torchrun.
 
-    Exits with 2 when the composition is refused, with 1 when a run or a job of a sweep failed, and with 128 plus
-    the number of the signal when one has ended it.
+    Exits with 2 if the composition is refused, with 1 if a run or a job of a sweep failed, and with 128 plus the
+    signal number if a signal ended it.
     """
     stopping.on_signals()
     if code := stopping.stoppable(partial(_code_of, hydra_main)):
@@ -116,7 +117,7 @@ def launch(hydra_main: Callable[[], None]) -> None:
 
 
 def _code_of(hydra_main: Callable[[], None]) -> int:
-    """The exit code of `launch`, after what there is to say."""
+    """The exit code of `launch`. Prints the errors."""
     sys.argv[1:] = overrides_first(sys.argv[1:])
     if dashed := _dashed(sys.argv[1:]):
         return _refused(ConfigError([_without_dashes(argument) for argument in dashed]))
@@ -156,17 +157,17 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
         code = FAILED
     except sweep.NotStarted:
         code = REFUSED
-    except (OSError, MemoryError) as error:  # before the job or after it: what it raises is a Fault
+    except (OSError, MemoryError) as error:  # raised outside the job; the job itself raises a Fault
         problem = machine_problem(error)
         if asked_for_traceback or problem is None:
             raise
         print(f"the run has stopped\n\n{problem}", file=sys.stderr)
         code = FAILED
     except Exception as error:
-        # Of a rank that torchrun has started: another one has gone. Its error is in a module that imports torch.
+        # A rank under torchrun: another rank has ended. The error's class is in a module that imports torch.
         if isinstance(getattr(error, "problem", None), Problem):
             code = _stopped(error)
-        # At the end Hydra's sweeper raises what the first failed job has raised, which was told then.
+        # Hydra's sweeper ends by raising the error of the first failed job, which was printed before.
         elif asked_for_traceback or not sweep.was_told(error):
             raise
         code = FAILED
@@ -176,14 +177,14 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
 
 
 def _stopped(error: Exception) -> int:
-    """Say what has ended a run that had begun."""
+    """Print the error that ended a run, unless a sweep has printed it. Returns the exit code."""
     if not sweep.was_told(error):
         print(f"the run has stopped\n\n{error}", file=sys.stderr)
     return FAILED
 
 
 def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
-    """Do the job that Hydra composed, in Hydra's output directory: one of a sweep, or one with other configs.
+    """Do the job that Hydra runs, in Hydra's output directory.
 
     Returns the numbers that `objective` names, for a sweeper.
     """
@@ -194,7 +195,7 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
         if (done := sweep.done_before(folder, hydra_config.job.num, hydra_config.overrides.task)) is not None:
             return cast(float | tuple[float, ...] | None, done.objective)
     output = running.output_directory()
-    # With hydra.job.chdir this process is in `output` by now; paths were typed where it was started.
+    # With hydra.job.chdir this process is in `output` already, but relative paths are meant for where it started.
     with told_as_fault(str(output)), chdir(_where_started()), claimed(output):
         clear(output)
         with kept(output):
@@ -205,12 +206,12 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
     return result
 
 
-# What `launch` has composed and prepared before Hydra made a folder for it.
+# The job that `launch` composed and prepared before Hydra made its folder.
 _ahead: tuple[Composition, Prepared] | None = None
 
 
 def _prepared(cfg: DictConfig) -> tuple[Composition, Prepared]:
-    """The job of `cfg`: as it was prepared ahead, unless the program has changed it since."""
+    """The job of `cfg`: the one that was prepared ahead, unless the program has changed `cfg` since."""
     global _ahead
     ahead, _ahead = _ahead, None
     if ahead is not None and cfg == OmegaConf.masked_copy(ahead[0].cfg, list(cfg)):
@@ -220,7 +221,7 @@ def _prepared(cfg: DictConfig) -> tuple[Composition, Prepared]:
 
 
 def _where_started() -> Path:
-    """The folder that relative paths are typed for; where a launcher has no such folder, the one it chose."""
+    """The folder for relative paths: where the command started, or the launcher's if that does not exist here."""
     started = Path(HydraConfig.get().runtime.cwd)
     return started if started.is_dir() else Path.cwd()
 
@@ -241,7 +242,7 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
             ]
         )
     if rank not in (None, "0"):
-        # Only the root may make an output directory, so the other ranks compose without Hydra's run.
+        # Only rank 0 may make an output directory, so the other ranks compose without Hydra's run.
         jobs.follow(prepare(compose(args.overrides, source or BUILTIN)))
         return
     folders_exist(args)
@@ -251,7 +252,7 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
         what = "--resolve without --cfg"
         raise ConfigError([Problem(what, "it says how --cfg prints a config", "--cfg job --resolve")])
     if resumed := [o.partition("=")[2] for o in args.overrides if o.startswith(f"{table.RESUME}=")]:
-        sys.argv.insert(1, f"hydra.sweep.dir={resumed[-1]}")  # where Hydra has its files and the jobs have theirs
+        sys.argv.insert(1, f"hydra.sweep.dir={resumed[-1]}")  # the folder for the files of Hydra and of the jobs
     sweeps = args.multirun or asks_for_sweep(args.overrides)
     if args.shell_completion and any(override.startswith("query=") for override in args.overrides):
         with redirect_stdout(StringIO()) as choices:
@@ -276,13 +277,13 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
         folder = Path(OmegaConf.select(composition.cfg, "hydra.run.dir"))
         if found := [*output_problems(folder, "hydra.run.dir")]:
             raise ConfigError(found)
-        _ahead = composition, prepare(composition)  # before there is an output directory
+        _ahead = composition, prepare(composition)  # before Hydra makes an output directory
         with claimed(Path(composition.cfg.hydra.run.dir)):  # before Hydra writes into it
             running.run(composition, getattr(hydra_main, "__wrapped__"))  # noqa: B009 - untyped
 
 
 def _repeat(args: Namespace) -> None:
-    """Sweep over the repeats of `sweep.repeats` first: all jobs have their turn before one's next."""
+    """Sweep over the repeats of `sweep.repeats` outermost, so that every job runs once before any runs again."""
     counts = [o.partition("=")[2] for o in args.overrides if o.startswith(f"{table.REPEATS}=")]
     if counts and counts[-1].isdecimal() and int(counts[-1]) > 1:
         turns = f"{table.REPEAT}={','.join(map(str, range(int(counts[-1]))))}"
@@ -291,14 +292,14 @@ def _repeat(args: Namespace) -> None:
 
 
 def folders_exist(args: Namespace) -> None:
-    """Refuse folders of configs that are not there: Hydra would say that a config is missing, without its name."""
+    """Refuse config folders that do not exist, because Hydra's error would not name the folder."""
     found = [
         Problem(
             what=f"--{name.replace('_', '-')} {folder}",
             why=f"{place / folder} is no folder",
             works="the path of a folder with YAML files",
         )
-        # Hydra takes a path of configs from the script on, a further folder from where it was started.
+        # Hydra resolves --config-path from the script's folder, and --config-dir from the current folder.
         for name, place in (("config_path", Path(sys.argv[0]).absolute().parent), ("config_dir", Path.cwd()))
         if (folder := getattr(args, name)) is not None and "://" not in folder and not (place / folder).is_dir()
     ]
@@ -307,13 +308,13 @@ def folders_exist(args: Namespace) -> None:
 
 
 def _dashed(arguments: list[str]) -> list[str]:
-    """Keys as other programs want them, with a value: --sampler.steps=4."""
+    """Keys with dashes and a value, as other programs want them: --sampler.steps=4."""
     flags = get_args_parser()._option_string_actions
     return [
         argument
         for argument in arguments
         if argument.startswith("--") and "=" in argument
-        # argparse takes the beginning of a flag for the flag
+        # argparse accepts an abbreviated flag
         if not any(flag.startswith(argument.partition("=")[0]) for flag in flags)
     ]
 
@@ -327,9 +328,9 @@ def _without_dashes(argument: str) -> Problem:
 
 
 def overrides_first(arguments: list[str]) -> list[str]:
-    """The same arguments, flags last: argparse takes overrides only where they stand together.
+    """The same arguments with the flags last, because argparse wants all overrides in one place.
 
-    So `hydra/launcher=joblib -m sampler.steps=1,2` is what it looks like.
+    So `hydra/launcher=joblib -m sampler.steps=1,2` works.
     """
     overrides, flags, takes_value = list[str](), list[str](), False
     for argument in arguments:
@@ -344,15 +345,15 @@ def overrides_first(arguments: list[str]) -> list[str]:
     return [*overrides, *flags]
 
 
-# What a sweep holds on to until this process ends.
+# Context managers of a sweep, held until this process ends.
 _sweeps = ExitStack()
 
 
 class SweepReport(Callback):
-    """Hydra calls it, see conf/config.yaml: says where a sweep is, and at once when a job of it failed."""
+    """A Hydra callback (see conf/config.yaml) that reports the progress of a sweep, and failed jobs at once."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Plan all jobs before the first starts, as far as they are known: another sweeper chooses as it goes."""
+        """Plan all jobs before the first starts, if Hydra's own sweeper runs; others choose jobs as they go."""
         resume, basic = config.sweep.resume is not None, config.hydra.sweeper._target_.endswith(".BasicSweeper")
         if "optuna" in config.hydra.sweeper._target_:
             let_a_grid_end_with_a_refusal()
@@ -371,11 +372,11 @@ class SweepReport(Callback):
             raise sweep.not_started(str(error)) from error
         started = sweep.start(folder, baseline=config.sweep.baseline, resume=resume)
         if basic:
-            with suppress(ConfigError):  # which Hydra's sweeper raises itself in a moment
+            with suppress(ConfigError):  # Hydra's sweeper will raise the same error
                 started.look_ahead(compositions_of(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Called in the process that ran the job, which a launcher may have put elsewhere."""
+        """Record the job, in the process that ran it. A launcher may have started that process elsewhere."""
         if config.hydra.mode == RunMode.MULTIRUN:
             sweep.record(
                 _sweep_folder(config),
@@ -388,10 +389,11 @@ class SweepReport(Callback):
 
 
 def let_a_grid_end_with_a_refusal() -> None:
-    """Optuna's grid sampler stops its study after the last trial, which it may not do where Hydra drives it.
+    """Suppress the error when Optuna's grid sampler stops its study after the last trial.
 
-    hydra-optuna-sweeper 1.3.0 forgives that after a trial that was done, and ends with a traceback and without a
-    result after one that failed. It counts the trials itself, so nothing needs to be stopped.
+    The stop is an error because Hydra drives the study. hydra-optuna-sweeper 1.3.0 ignores the error after a
+    finished trial. After a failed trial it ends with a traceback and without a result. The sweeper counts the
+    trials itself, so the study need not be stopped.
     """
     grid = import_module("optuna.samplers").GridSampler
     stops = grid.after_trial
@@ -404,12 +406,12 @@ def let_a_grid_end_with_a_refusal() -> None:
 
 
 def _sweep_folder(config: DictConfig) -> Path:
-    """Where the sweep is; a job may have changed to its own folder since."""
+    """The folder of the sweep, as an absolute path, because a job may have changed the current folder."""
     return Path(config.hydra.runtime.cwd) / str(config.sweep.resume or config.hydra.sweep.dir)
 
 
 def _report(ended: sweep.Sweep) -> bool:
-    """The table and the page of a sweep; returns whether jobs that must be done are not."""
+    """Write the table and the page of a sweep. Returns whether a job that must be done is not done."""
     failed = ended.report()
     if (ended.folder / sweep.INDEX).is_file():
         page(lambda: import_module("cosmos3_pipeline.report").sweep_page(ended.folder))
@@ -417,7 +419,7 @@ def _report(ended: sweep.Sweep) -> bool:
 
 
 def page(write: Callable[[], Path]) -> None:
-    """Write a page and say where it is. What goes wrong with it is told: the work that it shows is done."""
+    """Write a page and print its path. An error is printed only, because the work that the page shows is done."""
     try:
         print(f"{write()}")
     except Exception as error:
@@ -425,9 +427,9 @@ def page(write: Callable[[], Path]) -> None:
 
 
 def _set_up_terminal() -> None:
-    """Give tables that go to a file or a pipe more than a small window's width, and print any words.
+    """Make tables in a file or a pipe wide, and make every character printable.
 
-    A terminal of ASCII shows others as escapes: a table with a prompt in it must not end a run that is done.
+    An ASCII terminal shows other characters as escapes, because printing a prompt must not end a finished run.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -437,7 +439,7 @@ def _set_up_terminal() -> None:
 
 def _refused(error: ConfigError) -> int:
     rank = os.environ.get("RANK", "0")
-    # Without torchrun around it nobody may be rank 0.
+    # Only under torchrun a rank 0 surely exists and prints the problems.
     if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ and not [*world_problems(os.environ)]:
         print(f"rank {rank}: refused, as rank 0 says", file=sys.stderr)
         return REFUSED

@@ -1,4 +1,4 @@
-"""Errors a person can act on: what is wrong, why it cannot work, what would. Standard library only."""
+"""Errors that a person can act on: what is wrong, why it cannot work, what would. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a composition: `what` (with keys and values in it), `why`, and `works` (what would).
+    """One problem of a composition.
 
-    `set_by` says for each key in `what` which file or override set it, as far as that is known.
+    what: what is wrong, with keys and values.
+    why: why it cannot work.
+    works: what would work.
+    set_by: the file or override that set each key in `what`, as far as it is known.
     """
 
     what: str
@@ -26,7 +29,7 @@ class Problem:
 
 
 class Portable(Exception):
-    """An exception whose copy in another process has its text and its fields, whatever its constructor takes."""
+    """An exception that can be pickled with its text and its fields, whatever arguments its constructor has."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied, (type(self), self.args, self.__dict__)
@@ -40,7 +43,7 @@ def _copied(kind: type[Portable], args: tuple[Any, ...], fields: dict[str, Any])
 
 
 class Refusal(ValueError):
-    """What cannot be honoured, found below the config: the three parts of a Problem, as an error."""
+    """An error with the three parts of a Problem, for code that does not know the config's keys."""
 
     def __init__(self, what: str, why: str, works: str) -> None:
         self.problem = Problem(what=what, why=why, works=works)
@@ -51,11 +54,11 @@ class Refusal(ValueError):
 
 
 class Fault(Refusal):
-    """A Refusal that is found while ranks work together, such as weights that are NaN: it ends the run on all."""
+    """A Refusal while ranks work together, for example NaN in the weights. It ends the run on all ranks."""
 
 
 class ConfigError(Portable, ValueError):
-    """A composition that is refused before any work starts. Holds every problem found, not only the first."""
+    """The refusal of a composition before any work starts, with every problem found, not only the first."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -63,13 +66,13 @@ class ConfigError(Portable, ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that a typo most likely meant, or None."""
-    # one swapped pair of letters in a short name already costs a third of the likeness
+    """The word of `known` that is nearest to `word`, or None if none is near."""
+    # in a short name, two swapped letters already reduce the similarity by a third
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6 if len(word) < 5 else 0.75)
     return found[0] if found else None
 
 
 def did_you_mean(word: str, known: Iterable[str], *, otherwise: str) -> str:
-    """`did you mean X?` for the nearest of `known`, or `otherwise` where nothing is near."""
+    """`did you mean X?` for the nearest of `known`, or `otherwise` if none is near."""
     near = nearest(word, known)
     return f"did you mean {near}?" if near else otherwise

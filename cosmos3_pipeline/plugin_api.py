@@ -1,7 +1,8 @@
-"""All that a strategy package imports from this library; what is here stays. Imports no torch.
+"""The public API for strategy packages. Names are not removed. Imports no torch.
 
-A strategy returns an `Assignment` of `Block`s for a `Program` and a clip of `LatentShape`; docs/plugins.md teaches
-it. `OwnRunner` is for one whose work no blocks describe; what its runner needs imports torch when it is asked for.
+A strategy returns an `Assignment` of `Block`s for a `Program` and a clip of `LatentShape`; see docs/plugins.md.
+`OwnRunner` is for a strategy whose work cannot be described by blocks. The names that its runner needs import
+torch when they are first used.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from cosmos3_pipeline.vae.pixels import Pixels, as_pixels, latent_chunk, picture_chunk
     from cosmos3_pipeline.vae.weights import BoundVae
 
-# Of runners: these modules import torch.
+# Names for runners, from modules that import torch.
 _RUNNING = {
     "BoundVae": "vae.weights",
     "Comm": "distributed.comm",

@@ -1,8 +1,8 @@
-"""How a process ends before its work is done: by a signal, or with the process that started it.
+"""End a process in order before its work is done: after a signal, or after its parent process has ended.
 
-A signal raises `Stopped` in the main thread, so that every `finally` tidies up. Code that swallows it, or a call
-into a library that does not return, must not keep the process: a thread hears of the signal as well, and ends the
-process after `GRACE_SECONDS`. Standard library only, because it is imported before anything that takes time.
+A signal raises `Stopped` in the main thread, so that every `finally` cleans up. The main thread may swallow this
+exception, or may be in a library call that does not return. So a second thread also receives the signal, and ends
+the process after `GRACE_SECONDS`. Standard library only, because this module is imported before slow imports.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What the main thread gets to end in order; a scheduler often kills after ten seconds.
+# The time for the main thread to end in order. A scheduler often kills after ten seconds.
 GRACE_SECONDS = 4.0
-# How often a process looks whether its parent has ended, where the system does not tell.
+# The interval at which a process checks whether its parent has ended.
 LOOK_SECONDS = 0.5
 
 _stopped_by: int | None = None  # the signal that has arrived
 _listens = False
-_unwinds = False  # whether the main thread is where an exception ends the process in order
+_unwinds = False  # whether an exception in the main thread now ends the process in order
 _told = False
 _leftovers = set[Path]()
 
-# The other ranks of this machine, and the processes that they are, as far as they are known. They end with the
-# same parent, but one that is stopped cannot see to it itself.
+# Process ids of the other ranks on this machine, by rank, as far as they are known. All end with the same parent,
+# but a suspended process cannot end itself.
 neighbours = dict[int, int]()
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the process. Libraries treat it as the interrupt that it often is."""
+    """A signal ends the process. It is a KeyboardInterrupt, so that libraries let it pass."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -46,10 +46,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def on_signals() -> None:
-    """From now on a signal ends this process as the module says; called in the main thread.
+    """Make signals end this process as the module's docstring says. Called in the main thread.
 
-    A signal that is ignored stays so: `nohup` and shells ask for that. Under torchrun the process ends with its
-    agent, too.
+    A signal that is ignored stays ignored, because `nohup` and shells ask for that. Under torchrun the process
+    also ends with its agent.
     """
     global _listens
     if _listens:
@@ -67,7 +67,7 @@ def on_signals() -> None:
 
 
 def stoppable(main: Callable[[], int]) -> int:
-    """What `main` returns, an exit code; or that of a process that a signal has ended, told in one line."""
+    """Run `main` and return its exit code. If a signal arrives, print one line and end the process."""
     global _unwinds
     _unwinds = True
     try:
@@ -77,7 +77,7 @@ def stoppable(main: Callable[[], int]) -> int:
         tell_stopped(number)
         with suppress(OSError, ValueError):
             sys.stdout.flush()
-        # Not through the interpreter's own end, which on a busy machine takes longer than a scheduler waits.
+        # The interpreter's own shutdown is skipped: on a busy machine it takes longer than a scheduler waits.
         end(128 + number)
     finally:
         _unwinds = False
@@ -85,19 +85,19 @@ def stoppable(main: Callable[[], int]) -> int:
 
 
 def tell_stopped(number: int) -> None:
-    """Say once, on the root alone, that a signal has ended the run."""
+    """Print once, on rank 0 only, that a signal has ended the run."""
     global _told
     if _told or os.environ.get("RANK", "0") != "0":
         return
     _told = True
-    with suppress(OSError, ValueError):  # the terminal may be what has gone
+    with suppress(OSError, ValueError):  # the terminal may be gone
         print(f"\nstopped by {signal.Signals(number).name}; nothing half-written is left", file=sys.stderr)
         sys.stderr.flush()
 
 
 @contextmanager
 def leftover(path: Path) -> Iterator[None]:
-    """A file or folder that is of no use outside the block: it is removed when the process ends inside it."""
+    """Remove the file or folder `path` if the process ends inside the block, because it would be half-written."""
     _leftovers.add(path)
     try:
         yield
@@ -106,17 +106,17 @@ def leftover(path: Path) -> Iterator[None]:
 
 
 def add_leftover(path: Path) -> None:
-    """A file or folder that is of no use once this process has ended early."""
+    """Remove the file or folder `path` if this process ends early."""
     _leftovers.add(path)
 
 
 def leftovers() -> list[Path]:
-    """What `end` would remove now."""
+    """The files and folders that `end` would remove now."""
     return list(_leftovers)
 
 
 def reset_signals() -> None:
-    """Let a signal end this process at once, as the system does: its parent sees which, and tidies up."""
+    """Let a signal end this process at once. Its parent sees the signal, and cleans up."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -126,9 +126,9 @@ def reset_signals() -> None:
 
 @contextmanager
 def inherited_blocked() -> Iterator[None]:
-    """Processes that are started in the block hear of no signal before they call `reset_signals`.
+    """Block signals in processes that are started in the block, until they call `reset_signals`.
 
-    Without, one that has only begun to import would print a traceback.
+    Otherwise a process that is still importing would print a traceback.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -140,16 +140,16 @@ def inherited_blocked() -> Iterator[None]:
 def end_with_parent(
     others: Callable[[], Iterable[int]] = neighbours.values, leftovers: Iterable[Path] = ()
 ) -> None:
-    """End this process soon after the one that started it, however that has ended.
+    """End this process soon after its parent, however the parent ended.
 
-    `others` are the processes with the same fate. `leftovers` are the parent's, which could not remove them.
+    `others` are processes to end too. `leftovers` are the parent's files to remove, if the parent could not.
     """
     arguments = (os.getppid(), others, leftovers)
     threading.Thread(target=_watch_parent, args=arguments, name="cosmos3-parent", daemon=True).start()
 
 
 def end(code: int, others: Iterable[int] = ()) -> NoReturn:
-    """End this process now, and `others` with it, and remove what is of no use without it."""
+    """End this process and `others` now, and remove the leftovers."""
     for path in list(_leftovers):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -165,7 +165,7 @@ def end(code: int, others: Iterable[int] = ()) -> NoReturn:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _stopped_by
     if _stopped_by is not None:
-        return  # it is ending already
+        return  # the process is ending already
     _stopped_by = number
     if not _unwinds:
         tell_stopped(number)
@@ -182,7 +182,7 @@ def _end_in_time(heard: int) -> None:
 
 
 def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: Iterable[Path]) -> None:
-    # multiprocessing knows who has started it: its parent is the server from which it was forked.
+    # The system's parent of a forked child is the fork server. multiprocessing knows which process started it.
     starter = parent_process()
     while os.getppid() == parent:
         if starter is None:
@@ -191,6 +191,6 @@ def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: I
             break
     doomed = list(others())
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(LOOK_SECONDS)  # the first one has files to remove, so it is not killed unless it is stopped
+        time.sleep(LOOK_SECONDS)  # local rank 0 has files to remove, so it gets time to end itself
     _leftovers.update(leftovers)
     end(1, doomed)
