@@ -108,8 +108,8 @@ def _command() -> int:
 def launch(hydra_main: Callable[[], None]) -> None:
     """Run a `@hydra.main` function with errors that a person can act on, alone or as one rank of torchrun.
 
-    Exits with 2 if the composition is refused, with 1 if a run or a job of a sweep failed, and with 128 plus the
-    signal number if a signal ended it.
+    Exit codes: 2 if the composition is refused, 1 if a run or a job of a sweep failed, 128 plus the signal number
+    if a signal ended it.
     """
     stopping.on_signals()
     if code := stopping.stoppable(partial(_code_of, hydra_main)):
@@ -195,7 +195,7 @@ def run(cfg: DictConfig) -> float | tuple[float, ...] | None:
         if (done := sweep.done_before(folder, hydra_config.job.num, hydra_config.overrides.task)) is not None:
             return cast(float | tuple[float, ...] | None, done.objective)
     output = running.output_directory()
-    # With hydra.job.chdir this process is in `output` already, but relative paths are meant for where it started.
+    # hydra.job.chdir has moved this process to `output`, but relative paths are meant for the first folder.
     with told_as_fault(str(output)), chdir(_where_started()), claimed(output):
         clear(output)
         with kept(output):

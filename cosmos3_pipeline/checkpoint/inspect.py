@@ -182,7 +182,7 @@ def inspect_checkpoint(path: str | Path, *, sound: bool = False) -> CheckpointIn
 
 
 def _sound_tokenizer(folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> rules.Read:
-    """The config of the sound tokenizer, whose latents must be those of `transformer`. Raises Refusal."""
+    """The config of the sound tokenizer. Raises Refusal if its latents do not fit `transformer`."""
     if not transformer["sound_gen"]:
         raise Refusal(
             what=f"task.sound=true with {folder}",

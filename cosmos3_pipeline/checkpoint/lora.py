@@ -245,7 +245,7 @@ class _Scales:
     """The scale of an adapter's products: alpha / rank, or alpha / sqrt(rank) if it is rank-stabilised.
 
     alphas: by module. patterns: regular expressions for the end of a module's name; the first match counts.
-    For other modules `alpha` counts; None means the rank.
+    `alpha` counts for other modules; None means the rank.
     """
 
     alphas: Mapping[str, float]

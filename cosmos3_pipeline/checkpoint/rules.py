@@ -61,7 +61,7 @@ def optional(check: Check) -> Check:
 
 
 def numbers(check: Check, *, at_least: int = 0) -> Check:
-    """A check for a list of this length, each item of which passes `check`."""
+    """A check for a list of this length whose items all pass `check`."""
 
     def check_all(value: Any) -> str | None:
         if not isinstance(value, list) or not at_least <= len(value) <= LONGEST_LIST:
@@ -295,7 +295,7 @@ DISTILLED_SCHEDULER = Rules(
 )
 # Noise levels are fractions of noise, from the first step to the last step.
 NOISE_LEVELS = numbers(number(1e-4, 1), at_least=1)
-# The keys in which NVIDIA's framework writes the noise levels of fixed steps.
+# NVIDIA's framework writes the noise levels of fixed steps into these keys.
 FIXED_STEPS = Rules(
     read={"sample_type": Key(one_of("sde")), "t_list": Key(optional(numbers(number(0, 1), at_least=1)), None)},
     not_read={"num_train_timesteps": "the scheduler's own says it"},

@@ -38,7 +38,7 @@ VISION_ALONE = frozenset({"vision"})
 
 
 def generation_parts(modalities: Collection[str]) -> tuple[Part, ...]:
-    """The parts of a transformer that denoising these modalities reads. Only the text pathway is read besides."""
+    """The parts of a transformer that denoising these modalities reads. A run also reads the text pathway."""
     return tuple(part for part in (Part.VISION, Part.SOUND, Part.ACTION) if part.value in modalities)
 
 

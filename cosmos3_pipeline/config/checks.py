@@ -60,7 +60,7 @@ def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:
 
 
 def _leaves(node: DictConfig, name: str, key: str) -> Iterator[str]:
-    """The dotted keys at and below `name` of `node` that hold a value; `key` is that of `name` itself."""
+    """The dotted keys at and below `name` of `node` that hold a value; `key` is the dotted key of `name`."""
     inner = None if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name) else node[name]
     if not isinstance(inner, DictConfig) or not inner:
         yield key

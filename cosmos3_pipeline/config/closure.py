@@ -1,8 +1,8 @@
 """The files that a composition can be made of, read from the defaults lists alone.
 
-Composing takes a tenth of a second, and reading the lists takes almost no time. So a review composes only the
-cases that a change can touch. In doubt, a file is included. This module imports nothing from the rest of the
-library, so a review can use it on the configs of another revision.
+Composing with Hydra takes 0.2 s, and reading the lists takes almost no time. So a review composes only the
+cases that a change can touch. A file that may not be needed is included. This module imports nothing from the rest
+of the library, so a review can use it on the configs of another revision.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _folder(place: str) -> Path | None:
 def contents(conf: Path) -> Contents:
     """The parsed content of every file in the folder `conf`, without comments and the order of keys.
 
-    For a file that cannot be parsed it is the text.
+    A file that cannot be parsed is represented by its text.
     """
     found: dict[str, Any] = {}
     for file in sorted(conf.rglob("*.yaml")):

@@ -31,9 +31,9 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
 
     The problem suggests the nearest key, or lists the node's keys if none is near. The search looks in the same
     node, or in the node with the nearest name, and then for the last part of the key everywhere. So `task.promt`,
-    `taks.prompt` and `sampler.prompt` find `task.prompt`. For a strategy's setting it looks in the strategy's
-    settings alone. Of several keys with the same last part, the least nested is suggested: `sampler.steps`, not
-    `model.recommended.image.steps`.
+    `taks.prompt` and `sampler.prompt` find `task.prompt`. The search for a strategy's setting looks only in the
+    strategy's settings. If several keys have the same last part, the least nested is suggested: `sampler.steps`,
+    not `model.recommended.image.steps`.
     """
     node, _, leaf = key.rpartition(".")
     if node.partition(".")[0] == "extras":

@@ -53,7 +53,7 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def flat(config: object) -> dict[str, Any]:
-    """Dotted keys and plain values, sorted; lists stay whole. Takes OmegaConf's own configs too."""
+    """Dotted keys and plain values, sorted; lists stay whole. `config` may also be an OmegaConf config."""
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     return dict(sorted(_leaves(plain(config), "")))

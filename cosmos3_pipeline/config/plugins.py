@@ -40,7 +40,7 @@ def register() -> Plugins:
 
 
 def build_strategy(node: Mapping[str, Any]) -> Any:
-    """The strategy of a config node: its `_target_`, which an installed plugin must own, with its settings.
+    """Build the strategy of a config node from `_target_`, which an installed plugin must own, and its settings.
 
     Raises ConfigError if no installed plugin owns the target. Errors of the strategy about its settings pass.
     """

@@ -31,9 +31,9 @@ def ranged(
 ) -> Any:
     """A field whose value must lie in [at_least, at_most] and be a multiple of `multiple_of`.
 
-    In a list this holds for each value, and `items` is the least and the most number of values. The upper limits
-    are far above published sizes. They refuse a typing error that would make a plan take hours; within all of them
-    a plan takes about a second.
+    In a list this holds for each value, and `items` is the smallest and the largest number of values. The upper
+    limits are far above published sizes, and only refuse typing errors that would make a plan take hours. Within
+    all limits a plan takes about a second.
     """
     limits = {"at_least": at_least, "at_most": at_most, "multiple_of": multiple_of, "items": items}
     return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
@@ -245,7 +245,7 @@ class TrainedConfig:
 class LoraConfig:
     """An adapter that is added to the transformer's weights, multiplied by `weight`.
 
-    `sha256` is that of the adapter's file. A run fills it in. If it is set already, the run refuses another file.
+    `sha256` is the checksum of the adapter's file. A run fills it in, or refuses another file if it is set.
     """
 
     path: str = MISSING
@@ -407,7 +407,7 @@ class RehearseConfig:
 
 @dataclass
 class CacheConfig:
-    """Which passes are spared, see `denoise.cache`; the fields are those of diffusers' `SeaCacheConfig`."""
+    """The settings of the cache that spares passes, see `denoise.cache`. The names are `SeaCacheConfig`'s."""
 
     name: CacheName = CacheName.none
     threshold: float = ranged(0.25, at_least=0.000001, at_most=1e6)

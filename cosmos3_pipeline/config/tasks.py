@@ -37,10 +37,10 @@ EITHER: dict[TaskName, tuple[Given, ...]] = {
     TaskName.policy: (PHOTOGRAPH, CLIP),
     TaskName.forward_dynamics: (PHOTOGRAPH, CLIP),
 }
-# Files that a task may have besides.
+# Optional files of a task.
 OPTIONAL: dict[TaskName, tuple[Given, ...]] = {TaskName.transfer: (CLIP,)}
-# The latent frames that a task's files condition; a negative index counts from the end. For other tasks the user
-# chooses.
+# The latent frames that a task's files condition; a negative index counts from the end. The user of any other task
+# chooses them.
 FRAMES: dict[TaskName, list[int]] = {
     TaskName.t2v: [],
     TaskName.t2i: [],
@@ -62,7 +62,7 @@ def readers(given: Given) -> list[str]:
 
 
 def read_by(task: TaskName) -> tuple[Given, ...]:
-    """The files that a task reads: needed ones, those of which it needs one, and optional ones."""
+    """The files that a task reads: needed files, files of which it needs one, and optional files."""
     return (*GIVEN[task], *EITHER.get(task, ()), *OPTIONAL.get(task, ()))
 
 
@@ -71,7 +71,7 @@ TRANSFER_KEYS = (
     *("edge_threshold", "blur_strength", "control_guidance", "num_video_frames_per_chunk"),
     *("num_conditional_frames", "num_first_chunk_conditional_frames"),
 )
-CONTROLS = ("edge", "blur", "depth", "seg", "wsm")  # in the order in which diffusers packs them
+CONTROLS = ("edge", "blur", "depth", "seg", "wsm")  # in diffusers' order
 FROM_VIDEO = "from_video"  # set instead of a file: the control is made from task.video
 # Controls that can be made from a video, each with the key for its strength.
 MADE = {"edge": "edge_threshold", "blur": "blur_strength"}

@@ -28,7 +28,7 @@ OF_ACTIONS = ("domain", "actions", "chunk_size", "view_point", "resolution_tier"
 def settled(cfg: Config) -> dict[str, Any]:
     """Values that follow from the picture and the actions, by dotted key; empty for a task without actions.
 
-    Without a picture, the picture has the size in the config. Without an action file, the clip is one chunk.
+    If no picture is set, its size is the size in the config. If no action file is set, the clip is one chunk.
 
     Raises:
         ConfigError: the picture or the actions cannot be read, or the keys of the task do not fit each other.

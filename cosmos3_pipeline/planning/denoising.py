@@ -35,13 +35,14 @@ LATENTS_COMPARED = 1
 class Denoising:
     """The denoise stage over the cfg axis and the `grid`. `costs` has one entry per rank, grid ranks fastest.
 
-    latent_elements: of the clip's latents. Each of the `controls` has as many.
+    latent_elements: elements of the clip's latents. Each control clip has the same number.
+    controls: the number of control clips.
     text_tokens: the length of each prompt.
     rows: tokens of each rank of the grid, without text.
     prompts: how many clips a replica makes. Their prompts are encoded together.
     steps: for each set of guidance passes, by number, how many steps have it.
     residuals: how many steps a cache remembers for each pass; 0 without a cache.
-    distilled: the steps are fixed and draw noise of their own.
+    distilled: whether the steps are fixed. Fixed steps draw new noise.
     later: the stage of each chunk after the first, if the clip has several `chunks`.
     """
 

@@ -69,13 +69,13 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a composition will do. The plan is made once, shown, saved, and sent to the ranks, which carry it out.
+    """The plan of a composition. It is made once, shown, saved, and sent to the ranks, which carry it out.
 
     exactness: of each stage, relative to the same run on one rank. A `cache` makes denoising approximate.
     vae: the directions that the task runs, each with its strategy.
     unused: the strategy of a direction that the task does not run. The VAE is built with both strategies.
     other_tokens: the number of control, sound and action tokens.
-    passes: how often each guidance pass is computed in all `steps`, by name. With a `cache` it is an upper bound.
+    passes: how often each guidance pass is computed in all `steps`, by name. A `cache` makes it an upper bound.
     writing: how a video file is written while the clip is decoded.
     chunks: the parts of a clip that are made one after the other. `clip` is one chunk.
     clips: how many clips one replica makes. The other numbers are of one clip, except those of the text stage.

@@ -15,7 +15,7 @@ from cosmos3_pipeline.planning.vae import ELEMENT_BYTES
 # Reads and writes of an input by the five kernels of a snake activation: scale, sine, square, scale, add.
 SNAKE_PASSES = 11
 # Tensors that a residual unit holds at once: its input, its first convolution's output, and two of an activation.
-# The input of the unit's block is held besides.
+# The input of the unit's block is held as well.
 UNIT_TENSORS = 4
 
 

@@ -51,7 +51,7 @@ def steps_in_words(steps: int, passes: Mapping[str, int], cache: str) -> str:
 
 
 def placement(weights: Mapping[str, Any]) -> str:
-    """Where the transformer's layers are: `resident`, or `streamed, 12 layers stay`."""
+    """The placement of the transformer's layers: `resident`, or `streamed, 12 layers stay`."""
     words = [str(weights["placement"])]
     if weights["resident_layers"]:
         words.append(f"{weights['resident_layers']} layers stay")

@@ -104,7 +104,7 @@ def _owns(stage: Mapping[str, Any]) -> str:
 
 
 def _moving(ops: Sequence[int], runs: Sequence[Sequence[int]]) -> str:
-    """The words for those of `ops` that the rank does not run on every chunk; "" if it runs all."""
+    """Text that names the `ops` which the rank does not run on every chunk; "" if there are none."""
     if not runs:
         return ""
     starts, stops = zip(*runs, strict=True)

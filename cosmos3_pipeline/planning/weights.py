@@ -114,7 +114,7 @@ def passing(slabs: tuple[Slab, ...], ranks: int) -> int:
 def choices(cfg: Config) -> list[WeightsPlan]:
     """The placements from which `weights=auto` chooses, fastest first, or the one that is asked for.
 
-    `resident_layers` -1 stands for as many as fit.
+    `resident_layers` -1 means as many as fit.
     """
     asked = cfg.weights
     layers = -1 if asked.resident_layers is None else asked.resident_layers

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from cosmos3_pipeline.config.schema import Config, Device, Encoder
 from cosmos3_pipeline.planning.geometry import chunks_of
 
-# Threads of one x264 encoder. With another number the same frames give a file of other bytes.
+# Threads of one x264 encoder. Another number of threads gives other bytes for the same frames.
 X264_THREADS = 4
 # Frames that x264 looks ahead; its presets have up to 60. This many frames are not encoded yet when the last frame
-# arrives. With 10 the tested clips became no larger at the same PSNR.
+# arrives. At 10, the tested clips became no larger at the same PSNR.
 LOOKAHEAD = 10
 # The most frames that wait in x264 besides: in its threads, and for frames that are shown later. Preset veryslow
 # is an exception: 33 frames were left in all.
@@ -41,7 +41,7 @@ OWN_MEGAPIXELS_PER_S = 200.0
 
 @dataclass(frozen=True)
 class Writing:
-    """How a video of `frames` is written: in `parts`, of which `encoders` encode one each at a time.
+    """How a video of `frames` is written: in `parts`. Each of the `encoders` encodes one part at a time.
 
     `seconds` is the time of all encoding. `exposed_seconds` of it come after the last frame or make decoding wait.
     The rest is hidden behind decoding.

@@ -29,7 +29,7 @@ PAGE, TABLE = "index.html", "jobs.csv"
 # The most bytes of embedded pictures in all, because a larger page would open slowly. The page links to the other
 # pictures in their jobs' folders.
 EMBEDDED_BYTES = 24 * 2**20
-# The most pairs of jobs whose configs are compared. With more pairs, each job is compared with the baseline only.
+# The most pairs of jobs whose configs are compared. If there are more, only pairs with the baseline are compared.
 PAIRS = 200
 TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 
@@ -163,7 +163,7 @@ def pictures(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def diffs(jobs: Sequence[Mapping[str, Any]], baseline: int) -> dict[str, str]:
-    """For pairs of jobs, as "1-2", the report on the differences of their configs, in words."""
+    """The report on the differences between two jobs' configs, in words, for each pair such as "1-2"."""
     sides = {}
     for job in jobs:
         file = None if job["folder"] is None else Path(job["folder"]) / "config.yaml"

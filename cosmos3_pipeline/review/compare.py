@@ -196,7 +196,7 @@ def _effects(pairs: Iterable[_Pair], numbers: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _kind(pair: tuple[Any, Any]) -> Any:
-    """Cases that agree in this value are told together: the direction of a number, or the values themselves."""
+    """The key by which cases are reported together: the direction of a number, or the values themselves."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
     return growth(pair) > 0 if numbers else pair
 

@@ -37,7 +37,7 @@ def renamed_keys(pairs: Sequence[tuple[Config, Config]]) -> dict[str, str]:
 
 
 def _related(old: str, new: str, gone: Sequence[str], came: Sequence[str]) -> float:
-    """How much two names have in common. From 1 on they are taken for the same key, whatever its values."""
+    """How much two names have in common. Names with 1 or more are the same key, whatever its values."""
     old_node, _, old_leaf = old.rpartition(".")
     new_node, _, new_leaf = new.rpartition(".")
     if old_leaf == new_leaf:

@@ -74,7 +74,7 @@ def _show(jobs: Sequence[dict[str, Any]]) -> None:
     table.add_column("overrides", overflow="fold")
     for column in ("ranks", "layout", "memory per rank", "fits", "sent", "decode", "exactness", "about"):
         table.add_column(column, justify="right")
-    refused: dict[tuple[str, ...], list[str]] = {}  # the same problem is told once
+    refused: dict[tuple[str, ...], list[str]] = {}  # each problem is printed once
     for number, job in enumerate(jobs):
         plan, head = job["plan"], (str(number), " ".join(job["overrides"]))
         if plan is None:

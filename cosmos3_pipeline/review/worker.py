@@ -1,9 +1,9 @@
-"""Runs inside one revision of the project: composes and plans cases with that revision's own code.
+"""A script that runs inside one revision of the project: it composes and plans cases with the revision's code.
 
 `revisions.py` starts this script with the revision's tree first on the import path. It reads requests from
 standard input and writes answers to standard output, one JSON text per line. It needs only two functions of the
-revision: `cosmos3_pipeline.compose(overrides)`, and `plan_of(cfg)` of the package that plans, if there is one. For
-the work with Hydra it uses the caller's own modules in the folder `tools`, which is the caller's `config/`.
+revision: `cosmos3_pipeline.compose(overrides)`, and `plan_of(cfg)` of the package that plans, if there is one. The
+work with Hydra is done by the caller's modules in the folder `tools`, which is the caller's `config/`.
 
     request  {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
               "cases": {name: overrides}, "options": bool}, and "located": whether problems name their origin
