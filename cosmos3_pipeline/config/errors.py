@@ -153,7 +153,7 @@ def explain(
         return unknown_key(key, keys, where=where)
     if "missing mandatory value" in cause:
         return Problem(
-            what=f"{full_key} is not set{where}", why="nothing stands in for it", works=f"a value for {full_key}"
+            what=f"{full_key} is not set{where}", why="it has no default", works=f"a value for {full_key}"
         )
     if match := re.search(r"Key '[^']+' not in|Key '[^']+' is not in struct", cause):
         return unknown_key(full_key or match.group(0), keys, where=where)

@@ -89,7 +89,7 @@ def check_actions(cfg: Config) -> Iterator[Problem]:
     elif not model.transformer.action_gen:
         yield Problem(
             what=f"task={task.name.value} with model={model.name}, whose model.transformer.action_gen is false",
-            why="it has no weights that actions go through",
+            why="it has no weights for actions",
             works="model=nano, model=edge, or model=toy_random to try it on a laptop",
         )
     else:
