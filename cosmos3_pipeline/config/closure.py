@@ -32,9 +32,9 @@ class Loader(yaml.CSafeLoader):
 
 
 def contents_around(conf: Path, config_name: str = "config") -> Contents:
-    """The `contents` of `conf` and of the folders that its primary config puts into the search path after it.
+    """The `contents` of `conf`, and of the folders that its primary config adds to the search path.
 
-    A place that is not a folder here is left out: Hydra says so when it composes.
+    An entry without a local folder is left out, because Hydra reports it when it composes.
     """
     found = contents(conf)
     primary = found.get(config_name)
