@@ -118,12 +118,12 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Of the whole clip."""
+        """The seconds of the whole clip."""
         return sum(count * self._best[shape] for shape, count in self.counts.items())
 
     @property
     def flops(self) -> int:
-        """Of the whole clip."""
+        """The FLOPs of the whole clip."""
         return sum(count * shape.flops for shape, count in self.counts.items())
 
 

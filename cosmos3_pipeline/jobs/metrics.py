@@ -40,7 +40,7 @@ class Meter:
     def __init__(self, device: torch.device, stages: Sequence[str], ledgers: Sequence[Ledger]) -> None:
         self.device = device
         self.stages = {name: StageMeasure() for name in stages}
-        self._ledgers = ledgers  # may grow while a stage runs: the VAE brings its own
+        self._ledgers = ledgers  # may grow while a stage runs, because the VAE adds its ledger
 
     @contextmanager
     def stage(self, name: str, /, *, portion: bool = False) -> Iterator[StageMeasure]:

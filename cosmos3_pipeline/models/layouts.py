@@ -1,7 +1,7 @@
 """The folder layouts of published Cosmos3 checkpoints, as data: configs, components and names.
 
 The model option (`conf/model`) has the numbers of the transformer and the VAE. This file has the rest of each
-published file. Read in November 2026 from fixtures, model cards and NVIDIA's converter.
+published file, as read in November 2026 from fixtures, model cards and NVIDIA's converter.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def load_vae(
     """The autoencoder in `dtype`. Without `encoder`, its `encoder` and `quant_conv` are None and never read.
 
     Raises:
-        Refusal: see `read_tensors`.
+        Fault: see `read_tensors`.
     """
     model = empty_vae(checkpoint, encoder=encoder)
     parts = (Part.ENCODER, Part.DECODER) if encoder else (Part.DECODER,)
@@ -322,7 +322,7 @@ class CheckpointVae:
         self.read_bytes = 0  # in memory, in the dtype that was asked for
 
     def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Raises Refusal, see `read_tensors`."""
+        """Read the named tensors. Raises Fault, see `read_tensors`."""
         found = read_tensors((self._tensors[name] for name in names), dtype=dtype, device=device)
         self.read_bytes += sum(tensor.nbytes for tensor in found.values())
         return found

@@ -35,7 +35,7 @@ def load_sound_tokenizer(
     each weight is in memory once.
 
     Raises:
-        Refusal: see `read_tensors`.
+        Fault: see `read_tensors`.
     """
     assert checkpoint.sound_tokenizer is not None  # inspected with `sound`
     with without_weights():

@@ -71,7 +71,7 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
 
 
 def check_tokens(tokens: list[int], checkpoint: CheckpointInfo) -> None:
-    """Raise Refusal for tokens that the transformer of `checkpoint` has no embedding for."""
+    """Raise Refusal if the transformer of `checkpoint` has no embedding for a token."""
     largest, vocabulary = max(tokens), checkpoint.transformer["vocab_size"]
     if largest >= vocabulary:
         raise _broken(

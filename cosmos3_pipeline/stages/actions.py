@@ -44,7 +44,7 @@ class ActionTextStage(TextStage):
         self._action = action
 
     def words(self, context: RunContext, prompt: str, negative: str | None) -> Words:
-        """The caption in JSON. Nothing is appended to it, and nothing to the negative prompt."""
+        """The caption in JSON. No sentences are appended to it or to the negative prompt."""
         assert self._action.canvas is not None
         height, width = self._action.canvas
         caption = context.components.pipeline._build_action_json_prompt(
@@ -111,7 +111,7 @@ def leave_latents(context: RunContext, action: ActionTask, latents: Tensor) -> N
 
 
 class ActionDenoiseStage(DenoiseStage):
-    """As `DenoiseStage`; leaves `action_latents` [chunk_size, action_dim] in fp32 beside the latents.
+    """As `DenoiseStage`. It also leaves `action_latents` [chunk_size, action_dim] in fp32.
 
     A clip may be made in several chunks. The stage then makes chunk number `chunk`, with the `denoiser` that all
     chunks share. Each chunk has different noise, because its seed is the seed of the previous chunk plus one.

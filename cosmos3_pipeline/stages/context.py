@@ -85,13 +85,13 @@ class RunContext:
     state: PipelineState = field(default_factory=PipelineState)
     # The changes that reading made to each input picture, by the config key of the input. Set by encode.
     inputs: dict[str, list[Change]] = field(default_factory=dict)
-    # The words that the tokenizer was given. Set by text.
+    # The words that the tokenizer got. Set by text.
     words: Words | None = None
     # The passes through the transformer, added up over all ranks. Counted by denoise.
     passes: PassCounts = field(default_factory=PassCounts)
     # uint8 chunks [frames, H, W, 3] in order, on the root. Other ranks take part and get no chunk. Set by decode.
     frames: Iterator[Tensor] | None = None
-    # The waveform [channels, samples] at 48 kHz, on the root, where the task has sound. Set by sound.
+    # The waveform [channels, samples] at 48 kHz, on the root, if the task has sound. Set by sound.
     waveform: Tensor | None = None
     # Set by export, on the root. A task makes a picture, actions or both.
     picture: Picture | None = None

@@ -27,7 +27,7 @@ PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path` to write to; it becomes `path` at the end, and vanishes when the block raises.
+    """A new file beside `path` to write to. It is renamed to `path` at the end, and removed if the block raises.
 
     The temporary name is unique. A link at `path` is replaced, not followed.
     """
@@ -52,6 +52,6 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`: it could not tidy up after itself."""
+    """Remove the half-written files that a killed process left in `folder`."""
     for leftover in folder.glob(f"*{PARTIAL}"):
         leftover.unlink(missing_ok=True)

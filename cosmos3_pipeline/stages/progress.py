@@ -25,7 +25,7 @@ class Reporter(Protocol):
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
-        """A block of work of `total` units, called `what` for a person."""
+        """A block of work of `total` units, which the user sees as `what`."""
         ...
 
 

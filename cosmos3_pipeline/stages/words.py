@@ -26,7 +26,7 @@ ASPECT_RATIOS = {"1,1": 1.0, "4,3": 4 / 3, "3,4": 3 / 4, "16,9": 16 / 9, "9,16":
 
 @dataclass(frozen=True)
 class Words:
-    """What the tokenizer gets. `sentences`: whether diffusers appends size and duration to both prompts."""
+    """The words for the tokenizer. `sentences`: whether diffusers appends size and duration to both prompts."""
 
     prompt: str
     negative_prompt: str

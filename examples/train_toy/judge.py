@@ -21,7 +21,7 @@ from torch import Tensor
 from cosmos3_pipeline import run
 from cosmos3_pipeline.stages.media import read_frames, write_video
 
-UNSEEN = 2 * 10**9  # seeds from here on are for judging alone
+UNSEEN = 2 * 10**9  # seeds from here on are only for judging
 GIVEN_FRAMES = 5  # frames of the input clip of v2v
 FRAMES = {"t2v": 17, "i2v": 17, "v2v": 17, "t2i": 1}
 SIZES = {"t2v": (96, 160), "i2v": (96, 160), "v2v": (96, 160), "t2i": (160, 160)}

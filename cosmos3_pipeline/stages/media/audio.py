@@ -24,7 +24,7 @@ LOUDEST = 32767
 
 @dataclass(frozen=True)
 class Sound:
-    """What metrics.json says about a sound: its length, its loudest sample in 0..1, the SHA-256 of its samples.
+    """The entry of a sound in metrics.json: its length, its loudest sample in 0..1, the SHA-256 of its samples.
 
     The samples are hashed as little-endian float32, one channel after the other, before any compression.
     """

@@ -52,7 +52,7 @@ class _Timed:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a file says about its frames.
+    """Properties of the frames of a file, as the file states them.
 
     ends: the end of the last frame, in seconds. rate: frames per second on average. timed: the packets say when
     frames are shown. counted_rate: frames per second of a file without such times. pixel: width over height of a
@@ -143,7 +143,7 @@ class Look:
 
 
 def look_at(path: str | Path, *, fps: float | None, key: str = "task.video") -> Look:
-    """What `each_frame` will yield for a clip. One frame is decoded; the others are counted by their packets.
+    """The number and shape of the frames that `each_frame` yields. One frame is decoded; packets are counted.
 
     Raises:
         Refusal: no such file, not a video, or colours that cannot be converted.

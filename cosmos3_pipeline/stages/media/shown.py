@@ -50,7 +50,7 @@ def laid_on(picture: Image.Image, background: RGB) -> tuple[Image.Image, Change 
 
 
 def cut_off(stored: tuple[int, int], size: tuple[int, int], pixel: Fraction = Fraction(1)) -> Change | None:
-    """What `filling` cuts off from a picture of `stored` width and height. None if it cuts off nothing."""
+    """The cut that `filling` makes in a picture of `stored` width and height. None if it cuts off nothing."""
     left, top, right, bottom = _kept(stored, size, pixel)
     width, height = 1 - (right - left) / stored[0], 1 - (bottom - top) / stored[1]
     if max(width, height) < LEAST_CUT:
@@ -72,7 +72,7 @@ def filling(picture: Image.Image, size: tuple[int, int], pixel: Fraction = Fract
 
 
 def _kept(stored: tuple[int, int], size: tuple[int, int], pixel: Fraction) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the largest part in the middle that has the shape of `size`."""
+    """Left, top, right and bottom of the largest centred box that has the shape of `size`."""
     width, height = stored
     ratio = Fraction(*size) / pixel
     kept_width, kept_height = min(Fraction(width), height * ratio), min(Fraction(height), width / ratio)

@@ -121,12 +121,12 @@ class VideoWriter:
         self._container = container
         self._stream = stream
         self._audio = audio
-        self._options = options  # of each part's encoder
-        self._ends = ends  # of each part but the last, in frames
+        self._options = options  # for the encoder of each part
+        self._ends = ends  # numbers of the frames at which the next part begins
         self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="encoder")
         self._parts: list[_Part] = []
         self._finished = False
-        self._ended = 0  # parts whose last frame has come
+        self._ended = 0  # number of parts whose last frame has come
         self._packets: list[Future[list[av.Packet]]] = []
 
     @property
