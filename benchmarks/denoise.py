@@ -1,17 +1,18 @@
-"""Denoising against diffusers: 35 steps of text-to-video, one thread per rank, runs interleaved, medians.
+"""Compares denoising with diffusers: 35 steps of text-to-video, one thread per rank, runs interleaved, medians.
 
     python benchmarks/denoise.py [--model small|medium|wide] [--clip 75|490|960] [--repeats 5] [--out DIR]
 
 Random weights, fp32. Two baselines, both diffusers on one rank, because they answer different questions:
   loop      its modular denoising workflow with its own denoiser block: the same work as ours and nothing else
   pipeline  `Cosmos3OmniPipeline` up to the latents: it also encodes a blank clip through the VAE, even for
-            text-to-video, and how much that weighs depends on the VAE and the number of steps
-A gain over the pipeline beyond that over the loop is a VAE encode not done, no faster denoising.
+            text-to-video. The share of this encode depends on the VAE and the number of steps
+If the ratio to the pipeline is larger than the ratio to the loop, the reason is the VAE encode that is not done,
+not faster denoising.
 
-Prints the seconds on the clock and the ratio to each baseline (median of the rounds, with the spread to the
-loop), and the same in CPU seconds of the busier rank. CPU seconds leave out waiting, for messages as for other
-programs: on a busy machine they are steadier, but for two ranks only the clock says what is gained. With --out the
-seconds of every round go to denoise.json there, which benchmarks/performance.py reads.
+Prints wall-clock seconds and the ratio to each baseline (median of the rounds, with the range for the loop), and
+the same in CPU seconds of the busier rank. CPU seconds do not count waiting for messages or other programs. On a
+busy machine they vary less, but for two ranks only wall-clock seconds show the gain. With --out the seconds of
+every round are written to denoise.json, which benchmarks/performance.py reads.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WAYS = ("diffusers loop", "diffusers pipeline", "ours, 1 rank", "ours, 2 ranks")
 
 
 def one_run(way: str, pipeline: Any, negative: str, clip: int, steps: int, mesh: RankMesh) -> torch.Tensor:
-    """The final latents by one of the ways, from the prompt on."""
+    """The final latents that one of the WAYS makes from the prompt."""
     height, width, num_frames = CLIPS[clip]
     words = {"prompt": PROMPT, "negative_prompt": NEGATIVE[negative], "use_system_prompt": False}
     size = {"height": height, "width": width, "num_frames": num_frames}
@@ -71,9 +72,9 @@ def one_run(way: str, pipeline: Any, negative: str, clip: int, steps: int, mesh:
 def measure(
     model: str, clips: list[int], repeats: int, steps: int, out: Path | None, head: dict[str, Any]
 ) -> None:
-    """On two ranks: every round runs each way once; the second rank waits where it is not needed.
+    """Measure on two ranks. Every round runs each way once; the second rank waits if a way needs only one.
 
-    out: the folder of denoise.json, which begins with `head`.
+    out: the folder for denoise.json, which begins with `head`.
     """
     runs: list[dict[str, Any]] = []
     with joined_world(device="cpu", threads=1):
@@ -118,7 +119,7 @@ def report(
     cpu: dict[str, list[float]],
     made: dict[str, torch.Tensor],
 ) -> str:
-    """Print the ratios of one clip; returns the lengths of its two texts in tokens."""
+    """Print the ratios of one clip. Returns the lengths of its two texts in tokens."""
     height, width, num_frames = CLIPS[clip]
     words = {"prompt": PROMPT, "negative_prompt": NEGATIVE[negative], "use_system_prompt": False}
     ids = pipeline.tokenize_prompt(**words, height=height, width=width, num_frames=num_frames)
@@ -149,6 +150,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-    os.environ["TQDM_DISABLE"] = "1"  # diffusers' bars, in the ranks, which read it when they start
+    os.environ["TQDM_DISABLE"] = "1"  # no bars of diffusers; ranks read the variable when they start
     clips = [given.clip] if given.clip else list(CLIPS)
     run_ranks(measure, given.model, clips, given.repeats, given.steps, given.out, heading("denoise.py"), ranks=2)

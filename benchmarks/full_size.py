@@ -1,12 +1,12 @@
-"""A checkpoint of the published size on this machine: one picture with each placement of its weights.
+"""Runs a checkpoint of the published size on this machine: one picture with each placement of its weights.
 
     python benchmarks/full_size.py --layout nano --folder /data/nano      # an image of 256x256 in two steps
     python benchmarks/full_size.py --layout edge --folder /data/edge      # five frames of 832x480 in two steps
 
-Writes random bf16 weights in the layout to --folder (29 GB for Nano, 7 GB for Edge) unless it is there, then runs
-`launch.py` with each placement, one after the other. Prints and writes to --out, as JSON and as a table: the most
-memory that the process had resident, planned beside measured, the seconds of each stage, and whether the latents
-have the same bits.
+Writes random bf16 weights in the layout to --folder (29 GB for Nano, 7 GB for Edge), unless the folder has them.
+Then it runs `launch.py` with each placement, one after the other. The results are printed, and written to --out as
+JSON and as a table: planned and measured peaks of resident memory, the seconds of each stage, and whether the
+latents are bitwise the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make_checkpoint(layout: str, folder: Path) -> None:
 
 
 def run(layout: str, folder: Path, placement: str, out: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run; what it measured."""
+    """Do one run. Returns its measurements."""
     said = [
         f"model={layout}",
         f"model.path={folder}",
@@ -63,7 +63,7 @@ def run(layout: str, folder: Path, placement: str, out: Path, overrides: list[st
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was found as markdown."""
+    """The results as a Markdown table."""
     stages = list(found["runs"][0]["seconds"])
     columns = ["weights", "peak GB", "planned GB", *(f"{name} s" for name in stages), "latents"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]

@@ -1,6 +1,7 @@
-"""The seconds of each op of the decoder on this machine, in their place in a decode by one rank.
+"""Measures the seconds of each op of the decoder on this machine, within a decode by one rank.
 
-`layer_pipeline.op_seconds` divides a line by them, and the clock of benchmarks/simulate.py can take them.
+`layer_pipeline.op_seconds` balances pipeline stages with them, and the clock of benchmarks/simulate.py can use
+them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from cosmos3_pipeline.vae.ops import LatentShape, Op, Room
 from cosmos3_pipeline.vae.pixels import latent_chunk
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 
-CHUNKS = 4  # of the clip that is timed: a first one, and three later ones
+CHUNKS = 4  # of the clip that is timed: a first chunk, and three later chunks
 
 
 class TimedOp(BoundOp[Op]):
-    """A bound op that notes its seconds. A later chunk passes it in so many `portions`."""
+    """A bound op that records its seconds. It computes a later chunk in `portions` portions."""
 
     def __init__(self, bound: BoundOp[Op], portions: int) -> None:
         super().__init__(bound.number, bound.op, {})
@@ -41,11 +42,11 @@ class TimedOp(BoundOp[Op]):
 
     @property
     def later(self) -> list[float]:
-        """Of each later chunk."""
+        """The seconds of each later chunk."""
         return [sum(self._later[i : i + self._portions]) for i in range(0, len(self._later), self._portions)]
 
     def forget(self) -> None:
-        """Note no more what was noted so far."""
+        """Drop the seconds that were recorded so far."""
         self.first, self._later = [], []
 
     def room(self, shape: Sequence[int], like: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
@@ -60,10 +61,10 @@ class TimedOp(BoundOp[Op]):
 def op_seconds(
     model: AutoencoderKLWan, alone: ProcessGroup, rows: int, cols: int, rounds: int, *, image: bool
 ) -> list[dict[str, Any]]:
-    """Medians over `rounds` decodes of float32 latents of `rows` x `cols`, for the report: one entry for each op.
+    """One entry for each op: medians over `rounds` decodes of float32 latents of `rows` x `cols`, for the report.
 
-    alone: a group of this rank only. image: the first chunk is that of a clip of one frame, of which nothing is
-    kept for a next one.
+    alone: a group of this rank only. image: the first chunk is that of a clip of one frame, which keeps no
+    temporal caches.
     """
     vae = BoundVae(model.config, ModuleWeights(model), dtype=torch.float32, device=torch.device("cpu"))
     program = vae.program("decode")

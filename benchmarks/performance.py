@@ -18,7 +18,7 @@ from typing import Any
 from vae import ROOT, exactness, spread, table
 
 RESULTS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "performance.md"
-BESIDE = ("diffusers", "distvae", "one_rank")  # the contestants that ours are divided into
+BESIDE = ("diffusers", "distvae", "one_rank")  # the contestants whose seconds are divided by ours
 
 HEAD = """<!-- Written by benchmarks/performance.py from docs/results. Do not edit. -->
 # Performance
@@ -81,7 +81,7 @@ def by_hand(name: str) -> str:
 
 
 def about(report: Mapping[str, Any]) -> str:
-    """When, where and by which command a result was measured."""
+    """The date, machine and command of a result."""
     machine = report["machine"]
     return (
         f"{report['date']}, commit {report['revision']}, `{report['command']}`. {machine['processor']}, "
@@ -90,7 +90,7 @@ def about(report: Mapping[str, Any]) -> str:
 
 
 def vae_rows(report: Mapping[str, Any]) -> Iterator[Sequence[str]]:
-    """Each of our contestants divided into each of the others, case by case."""
+    """The ratios of each of our contestants to each of the others, case by case."""
     yield "case", "ours", "ranks", "beside", "times as fast", "processor", "peak", "result"
     for name, case in report["cases"].items():
         rows = case["contestants"]
@@ -113,7 +113,7 @@ def peak_bytes(row: Mapping[str, Any]) -> int:
 
 
 def denoising_rows(report: Mapping[str, Any]) -> Iterator[Sequence[str]]:
-    """Each way beside diffusers' loop and beside its whole pipeline."""
+    """The ratios of each way to diffusers' loop and to its whole pipeline."""
     yield "model", "vision tokens", "text tokens", "way", "seconds", "beside the loop", "beside the pipeline"
     for run in report["runs"]:
         for way, row in run["ways"].items():

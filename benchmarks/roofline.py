@@ -1,10 +1,12 @@
-"""The convolution roofline: the convolutions of a program alone, each as fast as the library ever did it.
+"""The convolution roofline: the convolutions of a program alone, each at the best time of the convolution library.
 
-For every shape of convolution in the program (first and later chunks apart) the machine's convolution library is
-called with weights that are reordered already and channels-last activations, and its best time is kept. The
-seconds of the roofline are those times, each as often as the clip needs it: no norm, no copy, no other op.
-It is independent of this library's own kernels. Every tap of every frame is computed, so that ours, which make two
-frames with a third fewer products, can be faster.
+Each shape of convolution in the program is timed, separately for first and later chunks. The machine's convolution
+library is called with weights that are reordered already and with channels-last activations, and its best time is
+kept. The roofline adds up these times, each as often as the clip needs it. It has no norm, no copy and no other
+op.
+
+The roofline does not use this library's own kernels. It computes every tap of every frame. This library's kernels
+compute two frames with a third fewer products, so they can be faster.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.ops import LatentShape, Op
 from cosmos3_pipeline.vae.program import Program
 
-RUNS = 3  # of each shape in each round
+RUNS = 3  # runs of each shape in each round
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ConvShape:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions."""
+        """The number of multiplications and additions."""
         b, *size, channels = self.source
         padded = (size[0], size[1] + 2 * self.padding[0], size[2] + 2 * self.padding[1])
         outputs = [(n - k) // s + 1 for n, k, s in zip(padded, self.kernel, self.stride, strict=True)]
@@ -48,7 +50,7 @@ class ConvShape:
 
 
 def convolutions(op: Op, latent: LatentShape, *, first: bool, portions: int = 1) -> list[ConvShape]:
-    """The convolutions of `op` on one portion of a chunk, as many and as large as `op.flops` counts."""
+    """The convolutions of `op` on one portion of a chunk, in the numbers and sizes that `op.flops` counts."""
     b, t, h, w, c = op.source.shape(latent, first=first)
     t //= portions
     if isinstance(op, ops.Conv):
@@ -70,7 +72,7 @@ def convolutions(op: Op, latent: LatentShape, *, first: bool, portions: int = 1)
 
 
 def shapes_of(program: Program, latent: LatentShape) -> Counter[ConvShape]:
-    """How often each convolution occurs in a clip of `latent`."""
+    """The number of times that each convolution occurs in a clip of `latent`."""
     found: Counter[ConvShape] = Counter()
     later = program.chunks(latent) - 1
     for number, op in enumerate(program.ops):
@@ -93,7 +95,7 @@ class Roofline:
         self._dtype = dtype
 
     def measure(self) -> None:
-        """Run every shape a few times in each way that the library knows."""
+        """Run every shape a few times in each of its `ways`."""
         for shape in self.counts:
             if shape not in self._ways:
                 self._ways[shape] = ways(shape, self._dtype, self._device)
@@ -109,27 +111,27 @@ class Roofline:
         return time.perf_counter() - started
 
     def about(self) -> dict[str, Any]:
-        """For the report: its seconds, and what they are of."""
+        """For the report: the seconds, and the rate and dtype of the convolutions."""
         dtype = str(arithmetic_dtype(self._dtype, self._device)).removeprefix("torch.")
         rate = self.flops / self.seconds / 1e9
         return {"seconds": self.seconds, "note": f"{rate:.0f} GFLOP/s over all of its convolutions, in {dtype}"}
 
     @property
     def seconds(self) -> float:
-        """Of the whole clip."""
+        """The seconds of the whole clip."""
         return sum(count * self._best[shape] for shape, count in self.counts.items())
 
     @property
     def flops(self) -> int:
-        """Of the whole clip."""
+        """The FLOPs of the whole clip."""
         return sum(count * shape.flops for shape, count in self.counts.items())
 
 
 def ways(shape: ConvShape, dtype: torch.dtype, device: torch.device) -> list[Callable[[], Tensor]]:
-    """The ways in which the library can do one convolution: as it is, and as one of pictures where it has one tap.
+    """The ways to compute one convolution: in 3D, and if it has one temporal tap, also as a 2D convolution.
 
-    On CPU oneDNN is called directly, as PyTorch would not for every size, and in float32 where it has no `dtype`;
-    elsewhere what PyTorch calls.
+    On CPU oneDNN is called directly, because PyTorch does not call it for every size. If oneDNN has no `dtype`, it
+    computes in float32. On other devices PyTorch chooses the library.
     """
     b, t, h, w, c = shape.source
     dtype = arithmetic_dtype(dtype, device)

@@ -1,12 +1,13 @@
-"""What the clock says of ranks that are not there: each strategy's seconds, and what lowering and clock take.
+"""Estimates by the clock the seconds of each strategy on ranks that are not there, and the CPU cost of planning.
 
     python benchmarks/simulate.py                                             # sglang's 27037 on 1 to 16 H200
     python benchmarks/simulate.py --ranks 72 --strategies spatial_shard --trace trace.json    # for Perfetto
     python benchmarks/simulate.py experiment=sglang_27037 task.num_frames=61 --costs outputs/bench/vae.json
 
-Nothing runs on the accelerator: an op takes the longer of its FLOPs and its memory traffic by the data sheet in
-conf/topology, or its share of what it took in --costs. --serial sets what one rank takes for the clip; the default
-is 8.93 s, published for that experiment. docs/plan.md says what the clock leaves out. Needs no torch.
+Nothing runs on an accelerator. By default an op takes the time of its FLOPs or of its memory traffic by the data
+sheet in conf/topology, whichever is longer. With --costs it takes its measured share of the time. --serial sets
+the seconds of one rank for the clip. Its default is 8.93 s, published for that experiment. docs/plan.md says what
+the clock leaves out. Needs no torch.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ SERIAL_S = 8.93  # published: the decode of experiment=sglang_27037 on one H200
 
 
 class MeasuredCosts:
-    """Seconds of ops out of a report of benchmarks/vae.py, in proportion to rows, times `factor`.
+    """Seconds of ops from a report of benchmarks/vae.py, in proportion to rows, times `factor`.
 
-    costs: those of one case.
+    costs: the costs of one case of the report.
     """
 
     def __init__(self, costs: Mapping[str, Any], factor: float = 1.0) -> None:
@@ -61,12 +62,12 @@ class MeasuredCosts:
 def clip_seconds(
     program: Program, shape: LatentShape, assignment: Assignment, costs: OpCosts, links: Links | None
 ) -> float:
-    """By the clock; chunks that are alike are lowered once."""
+    """The seconds of a clip by the clock. Chunks that are alike are lowered once."""
     return lower_repeated(program, shape, assignment).total(lambda low: timeline(low, costs, links).seconds)
 
 
 def serial_seconds(program: Program, shape: LatentShape, costs: OpCosts) -> float:
-    """What one rank takes."""
+    """The seconds of one rank for the clip."""
     later = program.chunks(shape) - 1
     return sum(
         costs.seconds(op, shape.rows, first=True) + later * costs.seconds(op, shape.rows, first=False)
@@ -75,7 +76,7 @@ def serial_seconds(program: Program, shape: LatentShape, costs: OpCosts) -> floa
 
 
 class Experiment:
-    """The clip of a composition, its decoder, and the accelerators on which it is to run."""
+    """The clip of a composition, its decoder, and the accelerators for which it is estimated."""
 
     def __init__(self, overrides: list[str], node_ranks: int) -> None:
         cfg = compose(overrides).typed()
@@ -89,7 +90,10 @@ class Experiment:
         self._node_ranks = node_ranks
 
     def estimated(self, serial_s: float, fixed_share: float) -> OpCosts:
-        """By the data sheet; one rank takes `serial_s`. `fixed_share` of an op does not shrink with its tile."""
+        """Costs by the data sheet, scaled so that one rank takes `serial_s`.
+
+        `fixed_share` of an op's time does not shrink with its tile.
+        """
 
         def costs(slower: float) -> OpCosts:
             rates = self._rate / slower, self._accelerator.memory_bytes_per_s / slower
@@ -98,9 +102,9 @@ class Experiment:
         return costs(serial_s / serial_seconds(self.program, self.shape, costs(1.0)))
 
     def measured(self, report: Mapping[str, Any], serial_s: float) -> OpCosts:
-        """In shares as in the largest case of a report; one rank takes `serial_s`.
+        """Costs in the proportions of the largest case of a report, scaled so that one rank takes `serial_s`.
 
-        Raises ValueError for a report of another VAE.
+        Raises ValueError if the report is of another VAE.
         """
         if program_for("decode", report["vae"]) != self.program:
             raise ValueError(
@@ -108,11 +112,11 @@ class Experiment:
                 "has another, whose ops take other shares of the time; run benchmarks/vae.py --width full"
             )
         case = max(report["costs"]["cases"].values(), key=lambda case: case["latent_rows"] * case["latent_cols"])
-        whole = {**case, "latent_rows": self.shape.rows}  # shares of the whole picture, whatever its size
+        whole = {**case, "latent_rows": self.shape.rows}  # the measured seconds count for the whole picture
         return MeasuredCosts(whole, serial_s / serial_seconds(self.program, self.shape, MeasuredCosts(whole)))
 
     def link(self, source: int, target: int) -> Link:
-        """Within a node, or between two."""
+        """The link between two ranks, within a node or between nodes."""
         a = self._accelerator
         apart = source // self._node_ranks != target // self._node_ranks
         return Link(a.latency_s, a.network_bytes_per_s if apart else a.link_bytes_per_s)
@@ -138,7 +142,7 @@ class Experiment:
 
 
 def main() -> None:
-    """Print the table, and write a trace if one is asked for."""
+    """Print the table, and write a trace with --trace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", default=["experiment=sglang_27037"], help="a composition of conf")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])

@@ -1,11 +1,11 @@
-"""The parallel VAE against one rank, diffusers, DistVAE and the convolutions alone, interleaved on the same ranks.
+"""Compares the parallel VAE with one rank, diffusers, DistVAE and convolutions alone, in interleaved rounds.
 
     python benchmarks/vae.py                                              # every case at the small width: minutes
     python benchmarks/vae.py --width full --cases layer_pipeline          # the Wan2.2 VAE itself
     python benchmarks/vae.py --cases spatial_shard --frames 5 --rows 45 --cols 80
     python benchmarks/vae.py --old ../before                              # beside another checkout of this project
 
-Writes vae.json and vae.md into --out, anew after each case. docs/bench.md says how it is measured.
+Writes vae.json and vae.md into --out after each case. docs/bench.md says how the numbers are measured.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"small": "toy_random", "full": "nano"}  # options of conf/model with these widths
 PEERS = ("diffusers", "diffusers_tiled", "distvae", "roofline")
 ALONE = ("diffusers", "diffusers_tiled", "one_rank", "roofline")  # these work on the root while the others wait
-ROUNDING_DB = 100  # from so many decibels on, two float32 results differ in the order of sums only
+ROUNDING_DB = 100  # at this PSNR or more, two float32 results differ only in the order of sums
 EXACTNESS = ("bitwise", "rounding", "approximate")
-MOST_TIMES_ROUNDS = 4  # more rounds than so many times those asked for say little more
+MOST_TIMES_ROUNDS = 4  # at most so many times the rounds that were asked for; more rounds say little more
 
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work. `small` and `full`: latent rows and columns at these widths."""
+    """One case to measure. `small` and `full`: latent rows and columns at these widths."""
 
     call: str
     frames: int
@@ -55,7 +55,7 @@ class Case:
     dtype: str = "float32"
 
 
-# DistVAE shares out pairs of latent rows and refuses an odd number of them.
+# DistVAE splits latent rows in pairs and refuses an odd number of rows.
 CASES = {
     "decode": Case("decode", 8, (23, 20), (3, 2), ("diffusers", "diffusers_tiled", "one_rank", "roofline")),
     "decode_bf16": Case("decode", 8, (23, 20), (3, 2), ("diffusers", "one_rank", "roofline"), "bfloat16"),
@@ -74,7 +74,7 @@ CASES = {
 
 
 class Ranks:
-    """The ranks of one checkout. Who has nothing to do waits on stdin, which takes no processor time."""
+    """The ranks of one checkout. A rank without work waits on stdin, which takes no processor time."""
 
     def __init__(self, checkout: Path, dimensions: Mapping[str, Any], ranks: int, threads: int) -> None:
         with socket.socket() as free:
@@ -102,7 +102,10 @@ class Ranks:
         ]
 
     def tell(self, do: str, *, root: bool = False, **command: Any) -> list[dict[str, Any]]:
-        """What all ranks answer to a command, or the root alone. Raises RuntimeError if one fails."""
+        """Send a command to all ranks, or to the root alone, and return their answers.
+
+        Raises RuntimeError if a rank fails.
+        """
         told = self._processes[:1] if root else self._processes
         for process in told:
             assert process.stdin is not None
@@ -122,7 +125,7 @@ class Ranks:
         return answer
 
     def end(self, *, failed: bool) -> None:
-        """Let them go, or kill them if they may be waiting for each other."""
+        """Let the ranks end, or kill them if they may wait for each other."""
         for process in self._processes:
             if failed:
                 process.kill()
@@ -134,7 +137,7 @@ class Ranks:
 
 @contextmanager
 def started(checkout: Path, dimensions: Mapping[str, Any], ranks: int, threads: int) -> Iterator[Ranks]:
-    """The ranks of `checkout`, which end with the block. Raises RuntimeError if they run another one's code."""
+    """The ranks of `checkout`. They end with the block. Raises RuntimeError if they run other code."""
     group, failed = Ranks(checkout, dimensions, ranks, threads), True
     try:
         package = Path(group.tell("hello", root=True)[0]["package"])
@@ -149,9 +152,9 @@ def started(checkout: Path, dimensions: Mapping[str, Any], ranks: int, threads: 
 def run_case(
     case: Case, size: tuple[int, int], groups: Mapping[str, Ranks], given: argparse.Namespace, link: Link | None
 ) -> dict[str, Any]:
-    """Every contestant of a case in every round. `groups`: the ranks of the checkouts `new` and `old`.
+    """Run every contestant of a case in every round. `groups`: the ranks of the checkouts `new` and `old`.
 
-    link: between two ranks here, if it was measured.
+    link: the measured link between two ranks here, or None.
     """
     rows, cols = size
     shape: dict[str, Any] = dict(call=case.call, frames=case.frames, rows=rows, cols=cols, dtype=case.dtype)
@@ -177,7 +180,7 @@ def run_case(
             elif not absent:
                 taking_part.append((side, name))
     times = rounds(taking_part, groups, given.rounds, given.seconds)
-    # One rank's result first: the others are held against it.
+    # The result of one rank comes first, because the other results are compared with it.
     for side, name in sorted(taking_part, key=lambda each: each[1] != "one_rank"):
         answers = groups[side].tell("check", root=name in ALONE, name=name)
         row = {"ranks": len(answers), **times[side, name], "checked": answers}
@@ -185,7 +188,7 @@ def run_case(
         if side == "new" and "costs" in found and link is not None:
             row["clock_s"] = by_the_clock(name, found, given, seconds_file, link)
     line = found["contestants"].get("roofline")
-    if line is not None:  # the same in every round: what the library can do is the best that it ever did
+    if line is not None:  # the roofline is the best time of all rounds, so it is the same in every round
         line["seconds"] = line["checked"][0]["seconds"]
         line["rounds"] = [line["seconds"]] * len(line["rounds"])
     return found
@@ -194,9 +197,10 @@ def run_case(
 def rounds(
     taking_part: Sequence[tuple[str, str]], groups: Mapping[str, Ranks], least: int, seconds: float
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Seconds of each in every round, in an order that rotates, and backwards every other round.
+    """The seconds of each contestant in every round. The order rotates, and every other round is backwards.
 
-    `least` rounds, or as many as fit into `seconds` going by the first, up to MOST_TIMES_ROUNDS times that.
+    There are `least` rounds, or as many as fit into `seconds` by the time of the first round, but at most
+    MOST_TIMES_ROUNDS times `least`.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {key: {"rounds": [], "processor": []} for key in taking_part}
     began, count, index = time.perf_counter(), least, 0
@@ -216,7 +220,7 @@ def rounds(
 
 
 def exactness(checked: Mapping[str, Any]) -> str:
-    """How a result relates to one rank's, as far as can be told."""
+    """The exactness of a result against one rank's result: a level, or a PSNR. "" if it was not compared."""
     if "equal" not in checked:
         return ""
     if checked["equal"]:
@@ -226,7 +230,7 @@ def exactness(checked: Mapping[str, Any]) -> str:
 
 
 def broken_promises(report: Mapping[str, Any]) -> list[str]:
-    """Strategies whose float32 result is less exact than they declare."""
+    """Messages for strategies whose float32 result is less exact than they declare."""
     found = []
     for case, measured in report["cases"].items():
         for name, row in measured["contestants"].items():
@@ -240,7 +244,7 @@ def broken_promises(report: Mapping[str, Any]) -> list[str]:
 def by_the_clock(
     name: str, case: Mapping[str, Any], given: argparse.Namespace, seconds_file: str, link: Link
 ) -> float | None:
-    """Seconds that the clock gives an installed strategy, from the op seconds and messages that were measured."""
+    """Seconds of an installed strategy by the clock, from measured seconds of ops and messages."""
     cls = discover().strategies.get(name)
     if cls is None or issubclass(cls, OwnRunner):
         return None
@@ -253,7 +257,7 @@ def by_the_clock(
 
 # ------------------------------------------------------------------------------------------------------ the report
 def table(rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown; the first of `rows` are its headings."""
+    """A Markdown table. The first of `rows` has the headings."""
     heading, *body = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([heading, "|" + "---|" * heading.count(" | ") + "---|", *body])
 
@@ -263,7 +267,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def case_table(report: Mapping[str, Any], case: Mapping[str, Any]) -> str:
-    """The contestants of one case."""
+    """The table of the contestants of one case."""
     rows = [["contestant", "ranks", "seconds", "times one rank", "by the clock", "result", "peak MB", "sent MB"]]
     alone = case["contestants"].get("one_rank")
     for name, row in case["contestants"].items():
@@ -287,7 +291,7 @@ def case_table(report: Mapping[str, Any], case: Mapping[str, Any]) -> str:
 
 
 def old_table(report: Mapping[str, Any]) -> str:
-    """The old checkout beside this one, in the same rounds."""
+    """The table of the old checkout beside this checkout, in the same rounds."""
     rows = [["case", "contestant", "old seconds", "new seconds", "new / old", "of the processor", "result"]]
     for case, measured in report["cases"].items():
         for name, old in measured["old"].items():
@@ -304,7 +308,7 @@ def old_table(report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report for a person."""
+    """The report as Markdown."""
     machine, parts = report["machine"], [f"# The VAE on {report['ranks']} ranks"]
     parts.append(
         f"{report['date']}, {report['revision']}"
@@ -328,13 +332,13 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def revision(checkout: Path) -> str:
-    """The git commit of a checkout, with what it says of changes beyond it."""
+    """The git commit of a checkout, with a suffix if files differ from it."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "no git"
 
 
 def heading(program: str) -> dict[str, Any]:
-    """When, where and by which command a program of this folder measures; what a report begins with."""
+    """The beginning of a report: date, machine and command of a program of this folder."""
     import torch
 
     return {
@@ -352,14 +356,14 @@ def heading(program: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name; on Linux as the kernel has it."""
+    """The name of the processor, on Linux as the kernel has it."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
 
 
 def options() -> argparse.Namespace:
-    """The command line; `chosen` are the cases as it wants them, `dimensions` those of the VAE."""
+    """The command line. `chosen` are the cases with their overrides, `dimensions` those of the VAE."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES)
@@ -401,7 +405,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the cases; 1 if a strategy's result is less exact than it declares."""
+    """Run the cases. Returns 1 if a strategy's result is less exact than it declares, else 0."""
     given = options()
     given.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {

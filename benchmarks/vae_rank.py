@@ -1,7 +1,8 @@
-"""One rank of benchmarks/vae.py: it is told what to do on stdin, one JSON a line, and answers on stdout.
+"""One rank of benchmarks/vae.py. It reads commands from stdin, one JSON a line, and answers on stdout.
 
-Of this project it uses what is published, so that the same file runs an older checkout, which PYTHONPATH names.
-What only the newest has (the roofline, the seconds of ops, live bytes) is imported where it is used.
+It uses only published names of this project, so that the same file can run an older checkout (see PYTHONPATH).
+Modules that only newer checkouts have (the roofline, the seconds of ops, live bytes) are imported where they are
+used.
 """
 
 from __future__ import annotations
@@ -37,29 +38,29 @@ from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.strategy import StrategyError
 from cosmos3_plugins.replicated import Replicated
 
-ALONE = ("one_rank", "one_rank_each")  # ours in a group of one
-# What a peer raises for what it cannot do: its row says so, and the others go on.
+ALONE = ("one_rank", "one_rank_each")  # our VAE in a group of one rank
+# Errors that a peer raises for work that it cannot do. The report names the error, and other contestants go on.
 PEER_ERRORS = (AssertionError, ValueError, RuntimeError)
-PEER_TIMEOUT = 600  # seconds after which a rank that waits for DistVAE's other ranks gives up
-# Where a picture is smaller than one of diffusers' tiles: tiles of two thirds of it, three quarters apart as its
-# own are, if that is more than one tile.
+PEER_TIMEOUT = 600  # seconds after which a rank stops waiting for DistVAE's other ranks
+# If a picture is smaller than one of diffusers' tiles, tiles have two thirds of its size. They begin three
+# quarters of a tile apart, as diffusers' tiles do. The picture must give more than one tile.
 TILE_PART, STRIDE_PART, FEWEST_TILED = 2 / 3, 3 / 4, 4
-# PyTorch did 0.8 to 1.6 GFLOP/s a core in bfloat16 where the processor has no instructions for it. A peer that
-# would take more than so many seconds a run is not waited for.
+# PyTorch reached 0.8 to 1.6 GFLOP/s a core in bfloat16 on processors without instructions for it. A peer that
+# would take more than MOST_PLAIN_S seconds a run is left out.
 PLAIN_FLOPS_PER_S, MOST_PLAIN_S = 1e9, 60
 SMALL_MESSAGE, LARGE_MESSAGE, PINGS = 8, 1 << 22, 50  # bytes, bytes, how often
 
 
 class Absent(Exception):
-    """A contestant that cannot take part, and why."""
+    """The reason why a contestant cannot take part."""
 
 
 @dataclass
 class Contestant:
-    """`run(keep)` does the work once, and returns the result on the root if it is kept.
+    """`run(keep)` does the work once. With `keep` it returns the result on the root.
 
-    known: tensors that are not its memory. vae: of ours. declared: the exactness that our strategy promises.
-    about: what the report says of it besides, once it has run.
+    known: tensors that do not count as its memory. vae: only for our VAE. declared: the exactness that our
+    strategy declares. about: further entries for the report, after a run.
     """
 
     run: Callable[[bool], Tensor | None]
@@ -71,7 +72,7 @@ class Contestant:
 
 
 class Rank:
-    """What a rank holds between commands: the VAE, the case's input, its contestants and one rank's result."""
+    """The state of a rank between commands: the VAE, the case's input, its contestants and one rank's result."""
 
     def __init__(self, dimensions: Mapping[str, Any]) -> None:
         self._dimensions = dimensions
@@ -82,13 +83,13 @@ class Rank:
         self._reference: Tensor | None = None
 
     def hello(self) -> dict[str, Any]:
-        """Which checkout this is."""
+        """The folder of the package that this rank imports."""
         return {"package": str(Path(cosmos3_pipeline.__file__).parent)}
 
     def case(self, *, call: str, frames: int, rows: int, cols: int, dtype: str) -> dict[str, Any]:
-        """Forget the case before, and draw the input of this one: the same on every rank and checkout."""
+        """Drop the previous case, and draw the input of this case, the same on every rank and checkout."""
         self._contestants, self._reference = {}, None
-        gc.collect()  # modules refer to themselves, and at full width each has gigabytes
+        gc.collect()  # modules have reference cycles, and at full width each holds gigabytes
         self._call, self._dtype = call, getattr(torch, dtype)
         self._models = {kept: m for kept, m in self._models.items() if kept in (self._dtype, torch.float32)}
         self._program = program_for("encode" if call == "encode" else "decode", self._dimensions)
@@ -104,7 +105,7 @@ class Rank:
         return {}
 
     def make(self, *, name: str, op_seconds: str) -> dict[str, Any]:
-        """The contestant `name`, warmed up by one run; or why there is none."""
+        """Make the contestant `name` and warm it up with one run. Answers the reason if it is absent."""
         try:
             contestant = self._made(name, op_seconds)
             contestant.run(False)
@@ -118,7 +119,7 @@ class Rank:
         return {}
 
     def run(self, *, name: str) -> dict[str, Any]:
-        """Once, by the clock and in seconds of this rank's processor."""
+        """Run a contestant once. Answers wall-clock seconds and CPU seconds of this rank."""
         contestant = self._contestants[name]
         if contestant.everywhere:
             dist.barrier()
@@ -127,7 +128,7 @@ class Rank:
         return {"seconds": time.perf_counter() - began, "processor_s": time.process_time() - processor}
 
     def check(self, *, name: str) -> dict[str, Any]:
-        """Run it untimed: its memory and messages, and on the root how its result relates to one rank's."""
+        """Run it untimed. Answers its memory and messages, and on the root the distance from one rank's result."""
         contestant = self._contestants[name]
         found: dict[str, Any] = {"declared": contestant.declared, **contestant.about()}
         if name == "roofline":
@@ -164,7 +165,7 @@ class Rank:
         return found | {"max_abs": float(off.max()), "psnr_db": psnr_db, "equal": torch.equal(result, expected)}
 
     def ops(self, *, rounds: int) -> dict[str, Any]:
-        """Seconds of each op of the decoder on this rank alone, on frames of the case's size."""
+        """The seconds of each op of the decoder on this rank alone, on frames of the case's size."""
         from op_seconds import op_seconds
 
         frames, rows, cols = self._latent
@@ -172,7 +173,7 @@ class Rank:
         return {"latent_rows": rows, "latent_cols": cols, "alone": alone}
 
     def link(self) -> dict[str, Any]:
-        """What a message between the first two ranks takes, one way: the arguments of `clock.Link`."""
+        """The cost of a message between the first two ranks, one way: the arguments of `clock.Link`."""
         from cosmos3_pipeline.distributed.comm import Comm
 
         comm = Comm()
@@ -211,7 +212,7 @@ class Rank:
         return Contestant(self._call_of(vae), name != "one_rank", known, vae, str(strategy.exactness))
 
     def _call_of(self, vae: Any) -> Callable[[bool], Tensor | None]:
-        """What the case calls, of `AutoencoderKLWan` or of what has the same methods."""
+        """The call of the case, on an `AutoencoderKLWan` or a VAE with the same methods."""
         given = self._given
         if self._call == "encode":
             return lambda keep: vae.encode(given).latent_dist.mode()
@@ -225,7 +226,7 @@ class Rank:
         return lambda keep: vae.decode(given).sample
 
     def _model(self) -> AutoencoderKLWan:
-        """The VAE in the case's dtype, not to be changed."""
+        """The VAE in the case's dtype. Callers must not change it."""
         if self._dtype not in self._models:
             self._models[self._dtype] = _view(self._models[torch.float32], self._dtype)
         return self._models[self._dtype]
@@ -290,7 +291,7 @@ def _strategy(name: str) -> Any:
 
 
 def _view(model: AutoencoderKLWan, dtype: torch.dtype) -> AutoencoderKLWan:
-    """A VAE with modules of its own and the weights of `model`, which it shares if they are in `dtype`."""
+    """A VAE with separate modules and the weights of `model`. It shares weights that are already in `dtype`."""
     with torch.device("meta"):
         other = AutoencoderKLWan.from_config(model.config)
     other.load_state_dict({k: v.to(dtype) for k, v in model.state_dict().items()}, assign=True)
@@ -302,7 +303,7 @@ def _digest(result: Tensor) -> str:
 
 
 def _one_way(comm: Any, size: int) -> tuple[float, float]:
-    """Half of there and back, of `size` bytes: by the clock (median), and of this rank's processor (mean)."""
+    """Half of a round trip of `size` bytes: wall-clock seconds (median) and CPU seconds of this rank (mean)."""
     if comm.rank > 1:
         return 0.0, 0.0
     ball, peer = torch.zeros(size, dtype=torch.uint8), 1 - comm.rank
@@ -317,9 +318,10 @@ def _one_way(comm: Any, size: int) -> tuple[float, float]:
 
 
 def _pin(threads: int) -> None:
-    """Keep this process to cores of its own, if there are enough.
+    """Pin this process to its own cores, if there are enough.
 
-    Linux wakes a rank on the core of the one whose message it waited for: on two cores they would take turns.
+    Linux wakes a rank on the core of the rank whose message it waited for. On two cores the ranks would take
+    turns.
     """
     local, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if hasattr(os, "sched_setaffinity"):
@@ -329,9 +331,9 @@ def _pin(threads: int) -> None:
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # text that libraries print goes to stderr, because stdout is for answers
     threads = int(sys.argv[2])
     _pin(threads)
     diffusers_logging.set_verbosity_error()

@@ -1,9 +1,9 @@
-"""What streaming and sharding cost: denoising with each placement of the weights, interleaved, medians.
+"""Measures the cost of streaming and sharding: denoising with each placement of the weights, interleaved, medians.
 
     python benchmarks/weights.py [--ranks 2] [--hidden 512] [--clip 320x512x21] [--steps 4] [--repeats 5]
 
-A checkpoint of random bf16 weights is written for it. Every round runs each placement once on the same ranks, one
-thread each, from loaded weights on. Writes weights.json and weights.md to --out.
+It writes a temporary checkpoint of random bf16 weights. Every round runs each placement once on the same ranks,
+with one thread per rank. Loading is not timed. Writes weights.json and weights.md to --out.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu.sh` verifies, measures and compares on a machine with one GPU or more; see docs/gpu.md."""
+"""The steps of `benchmarks/gpu.sh`, which verify and measure on a machine with GPUs; see docs/gpu.md."""

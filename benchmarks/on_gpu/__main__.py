@@ -1,7 +1,7 @@
 """Verifies, measures and compares on this machine's GPUs, and writes one report: `benchmarks/gpu.sh` runs it.
 
-Every step is a process with a time limit. What it has found is on disk when the next begins, and a step that fails
-or hangs stops no other. `--device cpu --small` rehearses every line on a CPU.
+Every step is a process with a time limit. Its results are on disk before the next step begins, and a step that
+fails or hangs does not stop the others. `--device cpu --small` rehearses every line on a CPU.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from on_gpu.step import STEPS
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 ROOT = BENCHMARKS.parent
-# Seconds of each step at most, the most important step first, and of all of them: 8 minutes with the installation.
+# The most seconds for each step, the most important step first, and for all steps. With the installation all steps
+# take at most 8 minutes.
 LIMITS = {"machine": 45, "exact": 135, "decode": 75, "kernels": 45, "denoise": 90, "whole": 100}
 SECONDS = 430.0
-# A rehearsal on a CPU that others use too may take so many times as long.
+# A rehearsal on a busy CPU may take this many times as long.
 SLOWER_ON_CPU = 10
 LOG_LINES = 25
 DONE = "done"
@@ -34,7 +35,7 @@ DONE = "done"
 
 @dataclass
 class Outcome:
-    """How a step went: in words, after how many seconds, what it found, and the end of its log if it failed."""
+    """The outcome of a step: a status in words, its seconds, its results, and the end of its log if it failed."""
 
     name: str
     status: str
@@ -48,12 +49,12 @@ class Outcome:
 
 
 def carry_out(name: str, command: Sequence[str], out: Path, *, limit: float, env: Mapping[str, str]) -> Outcome:
-    """Run the step `name` by `command`, which leaves what it finds in `out`, for `limit` seconds at most."""
+    """Run the step `name` with `command`, for `limit` seconds at most. The step leaves its results in `out`."""
     file, log = out / f"{name}.json", out / f"{name}.log"
     file.unlink(missing_ok=True)
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
-        # In a session of its own, so that its ranks are ended with it.
+        # The step gets its own session, so that its ranks are ended together with it.
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True
         )
@@ -69,23 +70,23 @@ def carry_out(name: str, command: Sequence[str], out: Path, *, limit: float, env
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a step: its ranks too."""
+    """End a step and all of its ranks."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        return  # they have all ended
+        return  # all processes have ended
     process.wait()
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """In Markdown, with the columns of all rows in the order in which they first come."""
+    """A Markdown table. It has the columns of all rows, in the order of their first occurrence."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in line)} |" for line in lines)
 
 
 def markdown(about: str, outcomes: Sequence[Outcome], *, waiting: Sequence[str]) -> str:
-    """The report: how the steps went, what is wrong, and then every step's tables."""
+    """The report: the status of each step, what is wrong, and then every step's tables."""
     parts = ["# On this machine", about]
     rows = [{"step": o.name, "went": o.status, "seconds": f"{o.seconds:.0f}"} for o in outcomes]
     rows += [{"step": name, "went": "not run yet", "seconds": ""} for name in waiting]
@@ -104,7 +105,7 @@ def markdown(about: str, outcomes: Sequence[Outcome], *, waiting: Sequence[str])
 
 
 def revision() -> str:
-    """The git commit, with what it says of changes beyond it."""
+    """The git commit, with a suffix if files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -114,11 +115,11 @@ def revision() -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What the steps are started with."""
+    """The environment variables of the steps."""
     path = [str(BENCHMARKS), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     if device == "cpu":
-        found["COSMOS3_ACCELERATOR_PATH"] = "1"  # an accelerator's branches, see distributed/host_path.py
+        found["COSMOS3_ACCELERATOR_PATH"] = "1"  # take the accelerator's branches, see distributed/host_path.py
     return found
 
 
@@ -136,7 +137,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """1 if a step failed, or found something wrong."""
+    """Run the steps. Returns 1 if a step failed or found something wrong, else 0."""
     given = options()
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Decoding and encoding beside diffusers at Nano's sizes, and beside the convolutions alone."""
+"""Compares decoding and encoding at Nano's sizes with diffusers, and with the convolutions alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED_OUT = ("layer_pipeline", "spatial_shard", "pipeline_of_shards")
 
 
 def vae_clips(*, small: bool) -> list[Clip]:
-    """The most important first: 720p, in float32 a quarter of it."""
+    """The clips, the most important first: 720p, and in float32 a quarter of it."""
     if small:
         return [Clip("decode", torch.float32, 3, 4, 4), Clip("encode", torch.float32, 2, 4, 4)]
     return [
@@ -31,7 +31,7 @@ def vae_clips(*, small: bool) -> list[Clip]:
 
 
 def decode(setting: Setting) -> None:
-    """Both directions."""
+    """Measure both directions."""
     found = Found(setting.file)
     with on_rank(setting) as device:
         vaes = Vaes(vae_dimensions(setting.model), device)
@@ -46,7 +46,7 @@ def decode(setting: Setting) -> None:
 
 
 def vae_ways(vaes: Vaes, clip: Clip, given: Tensor) -> dict[str, Way]:
-    """diffusers, one rank, and with several ranks what shares a clip out."""
+    """The ways: diffusers, one rank, and with several ranks the strategies that share a clip."""
     theirs, alone = vaes.models[clip.dtype], vaes.alone(clip.dtype)
     ways = {
         DIFFUSERS: Way(lambda: result_of(theirs, clip.direction, given)),
@@ -63,7 +63,7 @@ def vae_ways(vaes: Vaes, clip: Clip, given: Tensor) -> dict[str, Way]:
 
 
 def convolutions_alone(found: Found, vaes: Vaes, clip: Clip, own: Sequence[float]) -> None:
-    """How far one rank is from its convolutions, each shape at its best time in the library, and nothing else."""
+    """Compare one rank with its convolutions alone, each shape at the best time of the convolution library."""
     program = vaes.programs[clip.direction]
     line = Roofline(program, LatentShape(1, clip.frames, clip.rows, clip.cols), clip.dtype, vaes.device)
     line.measure()

@@ -1,4 +1,4 @@
-"""Denoising steps of the whole transformer beside diffusers at Nano's sizes."""
+"""Compares denoising steps of the whole transformer at Nano's sizes with diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL_CLIP, CLIP = (96, 160, 17), (720, 1280, 61)  # height, width (pixels), fra
 
 
 def denoise(setting: Setting) -> None:
-    """Denoising steps of the whole transformer."""
+    """Measure denoising steps of the whole transformer."""
     found = Found(setting.file)
     with on_rank(setting) as device:
         model, ranks = model_config(setting.model), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""A transformer of a published size, drawn on the device, and a checkpoint whose reading draws numbers."""
+"""A transformer of a published size with random weights, and a checkpoint whose weights are drawn, not read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cosmos3_pipeline.models.reading import Piece
 def drawn_transformer(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, *, layers: int | None = None
 ) -> Cosmos3OmniTransformer:
-    """The whole transformer of a model option, or its first `layers`; all ranks draw the same numbers."""
+    """The whole transformer of a model option, or its first `layers`. All ranks draw the same numbers."""
     values = form_of(model).transformer
     values = values if layers is None else {**values, "num_hidden_layers": layers}
     with without_weights():
@@ -39,7 +39,7 @@ def drawn_transformer(
         module = transformer.get_submodule(owner)
         weight.normal_(mean, scale, generator=generator)
         module._parameters[last] = nn.Parameter(weight, requires_grad=False)
-    # diffusers computes its frequencies on the host, which decides their last bit.
+    # diffusers computes its frequencies on the host. Other devices would give other last bits.
     axes = transformer.config.rope_axes_dim
     rotary = type(transformer.rotary_emb)(values["head_dim"], values["rope_theta"], axes)
     transformer.rotary_emb = rotary.to(device)
@@ -48,7 +48,7 @@ def drawn_transformer(
 
 @contextmanager
 def drawn_in_place_of_files() -> Iterator[None]:
-    """Whatever the block reads of a checkpoint without files is drawn where it stays."""
+    """In the block, weights of a checkpoint without files are drawn directly into their memory."""
     with ExitStack() as stack:
         for module in (reading, placement, passing):
             stack.enter_context(patch.object(module, "read_pieces", _draw))
@@ -56,7 +56,7 @@ def drawn_in_place_of_files() -> Iterator[None]:
 
 
 def _draw(pieces: Iterable[Piece], **settings: Any) -> None:
-    """In the place of `reading.read_pieces`, and with its promise: what is read is there when this returns."""
+    """Replaces `reading.read_pieces` and keeps its promise: the values are complete when it returns."""
     for piece in pieces:
         scale, mean = scale_and_mean(piece.stored.name, piece.stored.shape)
         piece.target.normal_(mean, scale)
@@ -64,14 +64,14 @@ def _draw(pieces: Iterable[Piece], **settings: Any) -> None:
             torch.cuda.current_stream(piece.target.device).synchronize()
 
 
-PROMPT_TOKENS = (120, 60)  # of the prompt and of the negative prompt
+PROMPT_TOKENS = (120, 60)  # numbers of tokens of the prompt and of the negative prompt
 GUIDANCE_SCALE = 6.0
 
 
 def latents_by(denoiser: Any, transformer: Any, clip: tuple[int, int, int], *, steps: int) -> Tensor:
-    """Latents by diffusers' modular workflow with its own denoiser block, or `denoiser` in its place.
+    """Latents by diffusers' modular workflow, with `denoiser` or by default diffusers' denoiser block.
 
-    `clip` is height and width in pixels, and frames. The prompts are tokens drawn at random.
+    `clip` is height and width in pixels, and the number of frames. The prompts are random tokens.
     """
     generator, vocabulary = torch.Generator().manual_seed(0), transformer.config.vocab_size
     tokens = [torch.randint(0, vocabulary, (count,), generator=generator).tolist() for count in PROMPT_TOKENS]

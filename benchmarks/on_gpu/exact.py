@@ -1,4 +1,4 @@
-"""Whether every strategy is as exact on the device as it declares, beside one rank and beside diffusers."""
+"""Checks that every strategy is as exact on the device as it declares, against one rank and against diffusers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from on_gpu.found import Found
 from on_gpu.setting import Setting, free, is_root, on_rank, synchronize
 from on_gpu.vaes import PATIENCE, Clip, Vaes, in_words, model_config, result_of, vae_dimensions
 
-# Of denoising: the first layers of the full width, so that every rank on one GPU has its own; pixels and frames.
+# For denoising: the number of layers at full width, so few that every rank on one GPU can have a copy, and the
+# steps.
 LAYERS, STEPS = 4, 2
-SMALL_CLIP, CLIP = (80, 48, 5), (480, 832, 13)
-# Settings that change who runs what, by the strategy's name.
+SMALL_CLIP, CLIP = (80, 48, 5), (480, 832, 13)  # height, width (pixels), frames
+# Settings that change the assignment of work to ranks, by the strategy's name.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "layer_pipeline": ({}, {"moving_cuts": False}),
     "spatial_shard": ({}, {"axis": "width"}, {"axis": "grid"}),
@@ -34,7 +35,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def clips(*, small: bool) -> Iterator[Clip]:
-    """The most important first. The long one has the latent frames of Nano's 189, the large one its 720p."""
+    """The clips, the most important first. The long clips have the latents of 189 frames. The large is 720p."""
     sizes = (2, 4, 4) if small else (48, 8, 8)
     for direction in ("decode", "encode"):
         for dtype in (torch.bfloat16, torch.float32):
@@ -44,7 +45,7 @@ def clips(*, small: bool) -> Iterator[Clip]:
 
 
 def strategies(clip: Clip, program: Program) -> Iterator[tuple[str, Strategy]]:
-    """Every installed strategy with its settings; `replicated`, which takes longest on one GPU, last."""
+    """Every installed strategy with its settings. `replicated` is last, because it takes longest on one GPU."""
     for name, cls in sorted(discover().strategies.items(), key=lambda item: item[0] == "replicated"):
         for settings in [tiles(clip, program)] if name == "tiled" else SETTINGS.get(name, ({},)):
             shown = "" if name == "tiled" else "".join(f" {key}={value}" for key, value in settings.items())
@@ -52,7 +53,7 @@ def strategies(clip: Clip, program: Program) -> Iterator[tuple[str, Strategy]]:
 
 
 def tiles(clip: Clip, program: Program) -> dict[str, int]:
-    """Tiles of half the picture, half of which overlaps: diffusers' own are larger than some clips here."""
+    """Tiles of half the picture that overlap by half. diffusers' default tiles are larger than some clips here."""
     unit = program.spatial // (1 if program.direction == "decode" else program.patch)
     sizes: dict[str, int] = {}
     for axis, count in (("height", clip.rows), ("width", clip.cols)):
@@ -61,12 +62,12 @@ def tiles(clip: Clip, program: Program) -> dict[str, int]:
 
 
 def reach(program: Program) -> int:
-    """Latent frames back from one to the first that it depends on: what each op keeps, in latent frames."""
+    """How many latent frames back a latent frame depends on: the temporal caches of all ops, in latent frames."""
     return math.ceil(sum(op.cached_frames * program.latents_per_chunk / op.source.frames for op in program.ops))
 
 
 def check_all(setting: Setting) -> None:
-    """All clips by all strategies, then the transformer's layouts; the root writes."""
+    """Check all clips with all strategies, then the transformer's layouts. The root writes the results."""
     found = Found(setting.file)
     with on_rank(setting, shares=setting.shares) as device:
         if is_root():
@@ -82,7 +83,7 @@ def check_all(setting: Setting) -> None:
 
 
 def check_clip(found: Found, vaes: Vaes, clip: Clip) -> None:
-    """One row for diffusers and one for each strategy, held against one rank's result."""
+    """Write one row for diffusers and one for each strategy. Results are compared with one rank's result."""
     given = vaes.given(clip)
     judge = Judge(vaes, clip, given) if is_root() else None
     if judge is not None:
@@ -100,7 +101,7 @@ def check_clip(found: Found, vaes: Vaes, clip: Clip) -> None:
             sent = vae.ledger.sent_bytes
         except StrategyError as error:
             problem = f"refused: {error}"
-        # Whatever a strategy raises here is what this step is for; the next one has connections of its own.
+        # Any exception of a strategy is a result of this step. The next strategy gets new connections.
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         if judge is not None:
@@ -110,7 +111,7 @@ def check_clip(found: Found, vaes: Vaes, clip: Clip) -> None:
 
 
 class Judge:
-    """On the root: the result of one rank, that of diffusers, and that of one rank in float32."""
+    """On the root: the results of one rank, of diffusers, and of one rank in float32."""
 
     def __init__(self, vaes: Vaes, clip: Clip, given: Tensor) -> None:
         self.clip, self._given, self._model = clip, given.to(clip.dtype), vaes.models[clip.dtype]
@@ -129,7 +130,7 @@ class Judge:
         return found
 
     def reached(self, result: Tensor, beside: Tensor) -> Exactness | None:
-        """The exactness of a result beside `beside`, which is as near to float32 as the dtype lets it be."""
+        """The exactness of a result against `beside`. `beside` is as near to float32 as its dtype allows."""
         distance = self.distance(beside, result)
         if self.clip.dtype == torch.float32:
             return exactness_of(distance)
@@ -137,7 +138,7 @@ class Judge:
         return exactness_of(distance, float32=wide, reference_float32=self.distance(self.wide, beside))
 
     def diffusers(self, found: Found) -> None:
-        """One rank beside diffusers: the same to rounding."""
+        """Compare one rank with diffusers: they must be equal up to rounding."""
         self._row(found, "one rank", Exactness.ROUNDING, self.alone, self.theirs, "diffusers")
         reached = self.reached(self.alone, self.theirs)
         if reached is None or not reached.satisfies(Exactness.ROUNDING):
@@ -157,7 +158,7 @@ class Judge:
         seconds: float,
         sent: int,
     ) -> None:
-        """A strategy's row, and whether it keeps what it declares for this clip."""
+        """Write a strategy's row, and check that it keeps the exactness that it declares for this clip."""
         if made is None:
             found.row(self.clip.name, strategy=name, expected=str(strategy.exactness), result=problem)
             if not problem.startswith("refused"):
@@ -166,7 +167,7 @@ class Judge:
         declared = strategy.plan(self._program, self._shape, dist.get_world_size()).exactness
         beside, whose = self.alone, "one rank"
         if isinstance(strategy, Tiled):
-            # How far tiles are from the whole picture is a matter of their size; diffusers' are the same ones.
+            # The distance of tiles from the whole picture depends on their size, so diffusers runs the same tiles.
             beside, whose, declared = self.diffusers_tiled(strategy), "diffusers' tiles", Exactness.ROUNDING
         reached = self.reached(made, beside)
         self._row(
@@ -205,7 +206,7 @@ class Judge:
 
 # ----------------------------------------------------------------------------------------------------- transformer
 def check_transformer(found: Found, setting: Setting, device: torch.device) -> None:
-    """Latents by guidance and sequence over all ranks beside one rank's and diffusers'."""
+    """Compare the latents of guidance and sequence over all ranks with those of one rank and of diffusers."""
     model = model_config(setting.model)
     dtype = getattr(torch, model.dtype.value)
     transformer = drawn_transformer(model, device, dtype, layers=LAYERS)

@@ -1,4 +1,4 @@
-"""This library's fused kernels against the plain ops of the same op, on the device, at the sizes of Nano."""
+"""Compares this library's fused kernels with plain ops that compute the same, on the device, at Nano's sizes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from on_gpu.vaes import Clip, Vaes, result_of, vae_dimensions
 
 FUSED = "cosmos3_pipeline.fused"
 NAMESPACE = "cosmos3::"
-# Of the tensors of an op: of the VAE [B, T, H, W, C], and for the transformer tokens, hidden size, heads.
+# Sizes of the ops' tensors: for the VAE [B, T, H, W, C], for the transformer tokens, hidden size, heads.
 PICTURE, SMALL_PICTURE = (1, 2, 180, 320, 512), (1, 2, 4, 6, 32)
 TOKENS, SMALL_TOKENS = (11040, 4096, 32), (12, 64, 4)
 EPS = 1e-6
 
 
 def compare_all(setting: Setting) -> None:
-    """Each op by itself, then a decode with all of them."""
+    """Compare each op by itself, then a decode with all of them."""
     found = Found(setting.file)
     if find_spec(FUSED) is None:
         found.note(f"this checkout has no {FUSED}, so there is nothing to compare")
@@ -41,12 +41,12 @@ def compare_all(setting: Setting) -> None:
 
 
 def plain_ops() -> AbstractContextManager[Any]:
-    """Within it the ops run as on an accelerator without Triton."""
+    """A context in which the ops run as on an accelerator without Triton."""
     return patch.object(import_module(f"{FUSED}.backend"), "triton_kernels", lambda: None)
 
 
 def compare_ops(found: Found, device: torch.device, *, small: bool) -> None:
-    """A row for each op and dtype; an op that no case is known of is named."""
+    """Write a row for each op and dtype. An op without a case is named in a note."""
     for dtype in (torch.bfloat16, torch.float32):
         cases = dict(cases_of(device, dtype, small=small))
         for name in declared():
@@ -55,7 +55,7 @@ def compare_ops(found: Found, device: torch.device, *, small: bool) -> None:
                 continue
             try:
                 compare(found, name, dtype, cases[name], device)
-            # A kernel that is not compiled or launched is what this step is for; the next op is another.
+            # A kernel that cannot be compiled or launched is a result of this step. The next op is still compared.
             except Exception as error:
                 found.wrong(f"{name}, {dtype}: {type(error).__name__}: {str(error)[:400]}")
 
@@ -70,7 +70,7 @@ Case = Callable[[], tuple[Callable[[], Any], list[Tensor]]]
 
 
 def cases_of(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[tuple[str, Case]]:
-    """For each op what makes its arguments anew, the same every time: a call, and the tensors that it changes."""
+    """For each op a `Case`. It makes the same arguments every time: a call, and the tensors that it changes."""
 
     def drawn(*shape: int, wanted: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(wanted)
@@ -130,7 +130,7 @@ def cases_of(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterat
 
 
 def compare(found: Found, name: str, dtype: torch.dtype, case: Case, device: torch.device) -> None:
-    """How far the kernel's results are from the plain ops', and the seconds of both."""
+    """Write a row: the distance of the kernel's results from the plain ops' results, and the seconds of both."""
     made = results(case)
     with plain_ops():
         expected = results(case)
@@ -154,7 +154,7 @@ def compare(found: Found, name: str, dtype: torch.dtype, case: Case, device: tor
 
 
 def results(case: Case) -> list[Tensor]:
-    """What one call returns, and what it changes."""
+    """The tensors that one call returns, and those that it changes."""
     call, changed = case()
     returned = call()
     flat = [] if returned is None else [returned] if isinstance(returned, Tensor) else list(returned)
@@ -162,9 +162,10 @@ def results(case: Case) -> list[Tensor]:
 
 
 def units_apart(made: Tensor, expected: Tensor) -> float:
-    """Units in the last place of the largest number in its row: a sum of a rotation is smaller than its terms.
+    """The largest difference, in units in the last place of the largest number in its row.
 
-    Of bytes their difference.
+    The largest number is the measure, because the sum of a rotation may be smaller than its terms. For bytes the
+    result is their largest difference.
     """
     found, plain = made.double(), expected.double()
     if not expected.is_floating_point():
@@ -175,7 +176,7 @@ def units_apart(made: Tensor, expected: Tensor) -> float:
 
 
 def units_declared(name: str, dtype: torch.dtype) -> int:
-    """By how much the op's module says that a kernel may differ; bytes are the same."""
+    """The units by which a kernel may differ, as the op's module declares. Bytes must be equal."""
     if name == "picture_bytes":
         return 0
     module = "vae" if ("silu" in name and name != "silu_mul") or name == "vae_norm" else "transformer"
@@ -183,7 +184,7 @@ def units_declared(name: str, dtype: torch.dtype) -> int:
 
 
 def compare_decodes(found: Found, setting: Setting, device: torch.device) -> None:
-    """A decode by kernels and by plain ops: picture, seconds, and the kernels that are launched."""
+    """Compare a decode by kernels with a decode by plain ops: picture, seconds, and number of launches."""
     clip = Clip("decode", torch.bfloat16, *((2, 4, 4) if setting.small else (3, 45, 80)))
     vaes = Vaes(vae_dimensions(setting.model), device)
     given, alone = vaes.given(clip).to(clip.dtype), vaes.alone(clip.dtype)

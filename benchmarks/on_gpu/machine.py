@@ -1,4 +1,4 @@
-"""The machine: its versions, what the GPU does at best, and whether messages between accelerators arrive."""
+"""The machine: its versions, the best rates of the GPU, and whether messages between accelerators arrive."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUNS = 5
 
 
 def facts_and_messages(setting: Setting) -> None:
-    """The root says what there is; then all send messages, which the root's row is about."""
+    """The root writes facts and rates. Then all ranks send messages, and the root writes whether they arrive."""
     found = Found(setting.file)
     with on_rank(setting) as device:
         if is_root():
@@ -40,14 +40,14 @@ def facts_and_messages(setting: Setting) -> None:
             for name, rate in rates(device, small=setting.small):
                 found.row("at best", what=name, value=rate)
         dist.barrier()
-        # gloo, which moves the messages of the second, sends nothing to itself.
+        # ThroughHost uses gloo, and a rank of gloo cannot send to itself.
         kinds = [AcceleratorGroup, ThroughHost] if dist.get_world_size() > 1 else [AcceleratorGroup]
         for kind in kinds:
             for name, call in messages(kind, device):
                 arrived = "arrives"
                 try:
                     call()
-                # Whatever it is: the report says so, and later steps do without.
+                # Any exception is a result: the report has it, and later steps do not depend on this message.
                 except Exception as error:
                     arrived = f"{type(error).__name__}: {error}"
                 if is_root():
@@ -57,7 +57,7 @@ def facts_and_messages(setting: Setting) -> None:
 
 
 def facts(device: torch.device) -> Iterator[tuple[str, str]]:
-    """What the numbers of a report depend on."""
+    """The versions and properties on which the numbers of a report depend."""
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     for name in PACKAGES:
         try:
@@ -86,7 +86,7 @@ def nvidia_smi() -> str:
 
 
 def rates(device: torch.device, *, small: bool) -> Iterator[tuple[str, str]]:
-    """What bounds everything else: matrix products, convolutions as the decoder's, memory, launches."""
+    """The rates that limit all other work: matrix products, convolutions like the decoder's, memory, launches."""
     size, picture = (256, (8, 8)) if small else (8192, (180, 320))
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -111,13 +111,13 @@ def rates(device: torch.device, *, small: bool) -> Iterator[tuple[str, str]]:
 
 
 def best(run: Callable[[], object], device: torch.device) -> float:
-    """The fewest seconds of some calls after the first."""
+    """The fewest seconds of RUNS calls, after a call to warm up."""
     run()
     return min(seconds_of(run, device) for _ in range(RUNS))
 
 
 def messages(kind: type[AcceleratorGroup], device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each kind of message between all ranks of the world; it raises where other numbers arrive than were sent."""
+    """Each kind of message between all ranks of the world. A call raises if wrong numbers arrive."""
     rank, size = dist.get_rank(), dist.get_world_size()
     store: Any = PrefixStore(kind.__name__, _get_default_store())
     made: list[AcceleratorGroup] = []
@@ -141,7 +141,7 @@ def messages(kind: type[AcceleratorGroup], device: torch.device) -> Iterator[tup
         return torch.full((1000,), value, dtype=torch.bfloat16, device=device)
 
     def exchange() -> None:
-        """Around a ring; a rank alone sends to itself."""
+        """Send around a ring. A single rank sends to itself."""
         received = full(-1)
         for work in made[0].batch([(received, (rank - 1) % size)], [(full(rank), (rank + 1) % size)]):
             work.wait()
@@ -176,6 +176,6 @@ def messages(kind: type[AcceleratorGroup], device: torch.device) -> Iterator[tup
 
 
 def same(found: Tensor, expected: Tensor) -> None:
-    """Raise ValueError where they differ."""
+    """Raise ValueError if the tensors differ."""
     if not torch.equal(found, expected):
         raise ValueError(f"{found[0].item()} arrived where {expected[0].item()} was sent")

@@ -1,4 +1,4 @@
-"""Ways to do the same work beside diffusers: interleaved, medians, ratios of times in the same round."""
+"""Measures several ways to do the same work: interleaved rounds, medians, ratios to diffusers round by round."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 9
 
 @dataclass(frozen=True)
 class Way:
-    """How to do a piece of work once; `together` by all ranks, otherwise by the root while the others wait."""
+    """One way to do a piece of work: all ranks `together`, or only the root while the other ranks wait."""
 
     run: Callable[[], Tensor]
     together: bool = False
 
 
 def seconds_in_rounds(ways: Mapping[str, Way], device: torch.device, *, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each way in every round, after a first one to warm up.
+    """Seconds of each way in every round, after a first round to warm up.
 
-    The order rotates, and is backwards every other round, so that none always runs after the same other one. There
-    are LEAST_ROUNDS, or as many as fit into `seconds`.
+    The order of the ways rotates, and every other round is backwards, so that no way always follows the same way.
+    There are LEAST_ROUNDS rounds, or as many as fit into `seconds`, but at most MOST_ROUNDS.
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     names, began, count, index = list(ways), time.perf_counter(), LEAST_ROUNDS, -1
@@ -51,7 +51,7 @@ def seconds_in_rounds(ways: Mapping[str, Way], device: torch.device, *, seconds:
 
 
 def once(way: Way, device: torch.device) -> float:
-    """Seconds of the slowest rank."""
+    """Run a way once. Returns the seconds of the slowest rank."""
     dist.barrier()
     took = seconds_of(way.run, device) if way.together or is_root() else 0.0
     slowest = torch.tensor(took)
@@ -60,21 +60,21 @@ def once(way: Way, device: torch.device) -> float:
 
 
 def the_roots(value: int) -> int:
-    """What the root has counted, on every rank."""
+    """The root's `value`, on every rank."""
     shared = torch.tensor(value)
     dist.broadcast(shared, 0)
     return int(shared)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Median, least and most."""
+    """Median, least and most, as text."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def write(
     found: Found, title: str, ways: Mapping[str, Way], device: torch.device, *, seconds: float
 ) -> dict[str, list[float]]:
-    """Run the rounds, and on the root a row for each way: seconds, ratio, memory, and how far from diffusers."""
+    """Run the rounds. The root writes a row for each way: seconds, ratio, memory, and distance from diffusers."""
     measured = seconds_in_rounds(ways, device, seconds=seconds)
     reference: Tensor | None = None
     for name, way in ways.items():

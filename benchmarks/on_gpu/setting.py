@@ -1,4 +1,4 @@
-"""On what a step runs: the one place that knows whether there is a GPU or a CPU in its place."""
+"""The device of a step. Only this module knows whether it is a GPU, or a CPU in its place."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cosmos3_pipeline.jobs.metrics import held_bytes, peak_bytes, reset_peak
 from on_gpu.through_host import ThroughHost
 
 MOST_RANKS = 8
-# Ranks that take turns on a GPU, so that strategies have somebody to share with. A grid needs four.
+# Ranks that share one GPU, so that strategies can be run with several ranks. A grid needs four.
 SHARING_RANKS = 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every step is told. `device` is cuda or cpu, `small` takes sizes for a CPU, `file` gets what is found.
+    """The settings of every step. `device` is cuda or cpu, `small` takes sizes for a CPU, `file` gets the results.
 
-    `topology` is the option of conf/topology whose accelerator plans are made for.
+    `topology` is the option of conf/topology with the accelerator for plans.
     """
 
     device: str
@@ -37,25 +37,25 @@ class Setting:
 
     @property
     def gpus(self) -> int:
-        """The GPUs that are used, a power of two; none on a CPU."""
+        """The number of GPUs that are used, a power of two. It is 0 on a CPU."""
         count = min(torch.cuda.device_count(), MOST_RANKS) if self.device == "cuda" else 0
         return 1 << (count.bit_length() - 1) if count else 0
 
     @property
     def shares(self) -> bool:
-        """Whether several ranks share a device, and their messages go through the host: NCCL refuses that."""
+        """Whether ranks share a device. NCCL refuses two ranks on a GPU, so their messages go through the host."""
         return self.gpus < 2
 
     @property
     def ranks(self) -> int:
-        """The ranks of a step that needs several."""
+        """The number of ranks of a step that needs several."""
         if not self.shares:
             return self.gpus
         return SHARING_RANKS if self.device == "cuda" else 2
 
     @property
     def ranks_with_messages(self) -> int:
-        """One for each GPU, which on one sends to itself; on a CPU two in its place."""
+        """One rank for each GPU; a single rank sends to itself. On a CPU there are two ranks."""
         return self.gpus or 2
 
     @property
@@ -68,39 +68,39 @@ class Setting:
 
     @property
     def model(self) -> str:
-        """The option of conf/model whose sizes are taken."""
+        """The option of conf/model with the sizes of the models."""
         return "toy_random" if self.small else "nano"
 
 
 @contextmanager
 def on_rank(setting: Setting, *, shares: bool = False) -> Iterator[torch.device]:
-    """Join the world of a step as one of its ranks, without gradients; yields the device."""
+    """Join the world of a step as one of its ranks, without gradients. Yields the device."""
     if shares:
-        os.environ["LOCAL_RANK"] = "0"  # the GPU that all of them have
+        os.environ["LOCAL_RANK"] = "0"  # the GPU that all ranks share
     messages = patch.object(comm, "AcceleratorGroup", ThroughHost) if shares else nullcontext()
     with messages, joined_world(device=setting.device, threads=1) as device, torch.no_grad():
         yield device
 
 
 def is_root() -> bool:
-    """Whether this rank writes what is found."""
+    """Whether this rank writes the results."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has computed all that it was asked for."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free(device: torch.device) -> None:
-    """Hand back what the allocator keeps for later, so that other ranks on the device can have it."""
+    """Return the allocator's cached memory, so that other ranks on the device can use it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """What one call takes, until the device has computed it."""
+    """The seconds of one call, until the device has finished."""
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -109,7 +109,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that one call holds beyond those that are held already."""
+    """The peak bytes of one call, beyond the bytes that are held before it."""
     reset_peak(device)
     before = held_bytes(device)
     run()
@@ -119,7 +119,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel by its name, how often it ran, and its seconds in all."""
+    """A kernel: its name, how often it ran, and its total seconds."""
 
     name: str
     count: int
@@ -127,7 +127,7 @@ class Kernel:
 
 
 def kernels_of(run: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """The kernels of one call, copies included, the longest first; on a CPU its ops."""
+    """The kernels of one call with copies, the longest first. On a CPU they are ops."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         run()

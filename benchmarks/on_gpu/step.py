@@ -1,4 +1,4 @@
-"""Runs one step in a process of its own: `python -m on_gpu.step NAME --file FILE`."""
+"""Runs one step in a separate process: `python -m on_gpu.step NAME --file FILE`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from on_gpu.setting import Setting
 
-# Where each step is, the most important first: a module of this package and a function of a `Setting`; and the
-# property of the setting with the number of its ranks.
+# The steps, the most important first. Each has a module of this package with a function that takes a `Setting`,
+# and the property of the setting with its number of ranks.
 STEPS = {
     "machine": ("machine:facts_and_messages", "ranks_with_messages"),
     "exact": ("exact:check_all", "ranks"),
@@ -23,7 +23,7 @@ STEPS = {
 
 
 def main() -> None:
-    # Both import torch, which whoever only reads STEPS does without.
+    # Both modules import torch. Readers of STEPS do not need it.
     from cosmos3_pipeline.distributed.launch import run_ranks
     from on_gpu.setting import Setting
 
@@ -36,13 +36,13 @@ def main() -> None:
     given = parser.parse_args()
     setting = Setting(given.device, given.small, given.file, given.topology)
     place, ranks = STEPS[given.name]
-    # Ranks on a CPU are forked from a process that has imported once what all of them need.
+    # Ranks on a CPU are forked from a process that has imported their modules once for all of them.
     multiprocessing.set_forkserver_preload([f"on_gpu.{place.partition(':')[0]}"])
     run_ranks(on_a_rank, place, setting, ranks=getattr(setting, ranks), device=given.device)
 
 
 def on_a_rank(place: str, setting: Setting) -> None:
-    """Call the function at `place`, whose imports take seconds and are the ranks' alone."""
+    """Call the function at `place`. Only the ranks import its module, because that takes seconds."""
     module, _, function = place.partition(":")
     getattr(import_module(f"on_gpu.{module}"), function)(setting)
 

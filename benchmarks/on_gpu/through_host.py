@@ -1,4 +1,4 @@
-"""Messages of ranks that share one GPU: through the host and by gloo, because NCCL refuses two ranks on a GPU."""
+"""Messages between ranks that share one GPU. They use gloo on the host, because NCCL refuses to share a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Landing = tuple[Tensor, Tensor]  # a tensor of the device, and its bytes on the 
 
 
 class Landed:
-    """Messages in flight to the host, which are copied to the device when they are there."""
+    """Messages in flight to the host. They are copied to the device when they have arrived."""
 
     def __init__(self, works: Sequence[Work], landings: Sequence[Landing]) -> None:
         self._works = works
@@ -30,7 +30,7 @@ class Landed:
 
 
 class ThroughHost(AcceleratorGroup):
-    """In the place of `AcceleratorGroup`, and asked for the same; the tensors may be on any device."""
+    """Replaces `AcceleratorGroup`, with the same methods. The tensors may be on any device."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class ThroughHost(AcceleratorGroup):
         patience: timedelta,
         watch: Watch,
     ) -> None:
-        # With the host as its device it makes gloo's backend, and waits as for gloo.
+        # With the host as its device, the base class makes gloo's backend and waits as for gloo.
         super().__init__(store, rank, members, device=torch.device("cpu"), patience=patience, watch=watch)
         self._accelerator = device
 
@@ -70,7 +70,7 @@ class ThroughHost(AcceleratorGroup):
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A copy of the tensor's bytes on the host, once the device has computed them."""
+    """A copy of the tensor's bytes on the host. It waits until the device has computed them."""
     return tensor.contiguous().cpu().view(-1).view(torch.uint8)
 
 

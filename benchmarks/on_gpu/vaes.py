@@ -1,4 +1,4 @@
-"""The VAE of a published size, drawn on the device, and the clips that are given to it."""
+"""The VAE of a published size with random weights, and its input clips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import program_for
 from cosmos3_plugins.replicated import Replicated
 
-# How long a rank waits for a message before it says who is late.
+# How long a rank waits for a message before it reports which rank is late.
 PATIENCE = timedelta(seconds=40)
 
 
@@ -38,7 +38,7 @@ def vae_dimensions(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of `frames` x `rows` x `cols` latents that goes in `direction`, in `dtype`."""
+    """A clip of `frames` x `rows` x `cols` latents in `dtype`, to decode or encode (`direction`)."""
 
     direction: Direction
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Clip:
 
 
 class Vaes:
-    """The VAE by its dtype, drawn on the device; every rank has the same."""
+    """The VAE in each dtype, with random weights. Every rank has the same weights."""
 
     def __init__(self, dimensions: dict[str, Any], device: torch.device) -> None:
         self.device = device
@@ -67,17 +67,17 @@ class Vaes:
         self._alone = groups[dist.get_rank()]
 
     def alone(self, dtype: torch.dtype) -> ParallelVAE:
-        """By this rank and nobody else."""
+        """The VAE on this rank alone."""
         return ParallelVAE(self.models[dtype], Replicated(), Replicated(), group=self._alone)
 
     def together(self, clip: Clip, strategy: Strategy) -> ParallelVAE:
-        """By all ranks."""
+        """The VAE on all ranks, with `strategy`."""
         encode, decode = (strategy if clip.direction == way else Replicated() for way in ("encode", "decode"))
         messages = Comm(device=self.device, patience=PATIENCE)
         return ParallelVAE(self.models[clip.dtype], encode, decode, comm=messages)
 
     def given(self, clip: Clip) -> Tensor:
-        """The latents or the picture, the same on all ranks; in float32."""
+        """The input latents or picture in float32, the same on all ranks."""
         generator, program = torch.Generator().manual_seed(0), self.programs[clip.direction]
         if clip.direction == "decode":
             drawn = torch.randn(1, program.z_dim, clip.frames, clip.rows, clip.cols, generator=generator)
@@ -88,7 +88,7 @@ class Vaes:
 
 
 def result_of(vae: Any, direction: Direction, given: Tensor) -> Tensor:
-    """What a VAE, ours or diffusers', makes of `given`."""
+    """The result of a VAE, ours or diffusers', for the input `given`."""
     made: Tensor = vae.decode(given).sample if direction == "decode" else vae.encode(given).latent_dist.mode()
     return made
 

@@ -1,7 +1,7 @@
-"""Peak memory, kernels and seconds of each stage, measured beside the plan and the rehearsal of the same run.
+"""Measures peak memory, kernels and seconds of each stage, beside the plan and the rehearsal of the same run.
 
-The stages are those of a run, but for the export. The checkpoint is that of a rehearsal: it has no files, and
-what is read of it is drawn on the device.
+The stages are those of a run without the export. The checkpoint is that of a rehearsal: it has no files, and its
+weights are drawn on the device.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from on_gpu.found import Found
 from on_gpu.setting import Kernel, Setting, kernels_of, on_rank, synchronize
 
 if find_spec("av") is None:
-    # Neither a rehearsal nor what is measured here reads or writes a video, and PyAV is the largest of all wheels.
-    # Only while this module is imported: diffusers shall not take it for installed.
+    # PyAV is the largest of all wheels, and no video is read or written here, so stand-ins are imported instead.
+    # They are removed again, because diffusers must not find PyAV installed.
     names = ("av", "av.error", "av.video", "av.video.reformatter")
     sys.modules.update(dict.fromkeys(names, MagicMock()))
     import_module("cosmos3_pipeline.stages.media")
@@ -46,19 +46,19 @@ from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.progress import Advance
 from on_gpu.drawn import drawn_in_place_of_files
 
-# Of the run whose memory and seconds are measured, and of the one whose kernels are counted: a profile would make
-# the first slower.
+# Overrides of two runs. Memory and seconds are measured in the first run, kernels are counted in the second,
+# because a profile makes a run slower.
 TIMED = ("task.num_frames=189", "sampler.steps=3")
 COUNTED = ("task.num_frames=29", "sampler.steps=2")
 SMALL = ("task.num_frames=5", "task.height=96", "task.width=160", "sampler.steps=2")
 STAGES_MEASURED = ("text", "denoise", "decode")
 LONGEST_KERNELS = 12
-DRAWING = ("distribution", "aten::normal_")  # in the names of what draws the weights
+DRAWING = ("distribution", "aten::normal_")  # parts of the names of kernels that draw the weights
 
 
 @dataclass
 class Clock:
-    """A reporter that notes when each denoising step was computed."""
+    """A reporter that records the time at which each denoising step was computed."""
 
     device: torch.device
     steps: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Clock:
 
 @dataclass
 class Played:
-    """One run on this device: its stages' seconds and peak bytes, and the seconds between denoising steps."""
+    """The measurements of one run: seconds and peak bytes of its stages, and seconds between denoising steps."""
 
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
@@ -83,13 +83,13 @@ class Played:
 
 
 def measure(setting: Setting) -> None:
-    """The rehearsal needs no device, and comes first."""
+    """Rehearse, then measure. The rehearsal is first, because it needs no device."""
     found = Found(setting.file)
     with on_rank(setting) as device:
         config = composed(setting, SMALL if setting.small else TIMED)
         rehearsed = rehearse_ranks(config, [0])
         for finding in rehearsed.findings:
-            # The toy's stages are so small that a few tensors are more than a plan's tolerance.
+            # The toy's stages are so small that a few tensors exceed a plan's tolerance.
             (found.note if setting.small else found.wrong)(f"rehearsal: {finding}")
         write_timed(found, rehearsed, play(config, rehearsed.plan, device, run_at_once))
         counted = composed(setting, SMALL if setting.small else COUNTED)
@@ -104,7 +104,7 @@ def measure(setting: Setting) -> None:
 
 
 def composed(setting: Setting, overrides: Sequence[str]) -> Config:
-    """Text to video on one rank."""
+    """The config of text to video on one rank."""
     return compose([f"model={setting.model}", f"topology={setting.topology}", "task=t2v", *overrides])
 
 
@@ -115,7 +115,7 @@ def run_at_once(name: str, stage: Callable[[], None]) -> None:
 def play(
     config: Config, plan: Plan, device: torch.device, around: Callable[[str, Callable[[], None]], None]
 ) -> Played:
-    """The stages of `plan` but for the export; `around` runs each of them. Weights are drawn where they stay."""
+    """Run the stages of `plan` without the export. `around` runs each stage. Weights are drawn, not read."""
     base, ledgers = held_bytes(device), [Ledger()]
     mesh, clock = RankMesh.build(device=device), Clock(device)
     seconds = {}
@@ -142,7 +142,7 @@ def play(
 
 
 def finish(stage: Callable[[RunContext], None], context: RunContext, device: torch.device) -> None:
-    """The stage, and the frames that it leaves."""
+    """Run the stage, and read all frames that it leaves."""
     stage(context)
     for _ in context.frames or ():
         pass
@@ -150,7 +150,7 @@ def finish(stage: Callable[[RunContext], None], context: RunContext, device: tor
 
 
 def write_timed(found: Found, rehearsed: Rehearsed, played: Played) -> None:
-    """Peak bytes and seconds by plan, rehearsal and measurement."""
+    """Write peak bytes and seconds: planned, rehearsed and measured."""
     plan, clip = rehearsed.plan, rehearsed.plan.clip
     title = f"{plan.model}, {clip.width} x {clip.height}, {clip.num_frames} frames, {plan.steps} steps"
     for name in STAGES_MEASURED:
@@ -174,7 +174,7 @@ def write_timed(found: Found, rehearsed: Rehearsed, played: Played) -> None:
 
 
 def write_counted(found: Found, rehearsed: Rehearsed, kernels: dict[str, list[Kernel]]) -> None:
-    """Kernels by rehearsal and profile, and those that take longest; without those that draw the weights."""
+    """Write the numbers of kernels, rehearsed and profiled, and the longest kernels. Drawing is left out."""
     clip, steps = rehearsed.plan.clip, rehearsed.plan.steps
     title = f"kernels, {clip.num_frames} frames, {steps} steps"
     for name in STAGES_MEASURED:

@@ -1,4 +1,4 @@
-"""What a composition is run for. Importing a job imports no torch; its ranks do."""
+"""The jobs for which a composition can be run. Importing a job imports no torch; its ranks import it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cosmos3_pipeline.jobs.start import Prepared
 
 
 def run(prepared: Prepared, output: Path, *, multirun: bool) -> float | tuple[float, ...] | None:
-    """Do the job of what is `prepared` and leave its files in the directory `output`; `multirun`: for a sweep.
+    """Do the `prepared` job and leave its files in the directory `output`. `multirun`: it is part of a sweep.
 
-    Returns the numbers that `objective` names, None without.
+    Returns the numbers that `objective` names, or None if it names none.
 
     Raises RankFailed when a rank of the run failed, VerifyFailed (exit code 1) when a strategy is not as exact as
-    it declares, RehearsalFailed (exit code 1) when a rehearsal differs from its plan, ConfigError for a job that a
-    sweep cannot have.
+    it declares, RehearsalFailed (exit code 1) when a rehearsal differs from its plan, and ConfigError for a job
+    that cannot be part of a sweep.
     """
     config = prepared.config
     if prepared.adopted is not None:
@@ -37,7 +37,7 @@ def run(prepared: Prepared, output: Path, *, multirun: bool) -> float | tuple[fl
 
 
 def tell(adopted: Adopted, cfg: Config) -> None:
-    """Print where the checkpoint differs from its model option, and what of it nothing here knows."""
+    """Print where the checkpoint differs from its model option, and which of its settings are unknown here."""
     folder = adopted.checkpoint.folder
     if adopted.changed:
         print(
@@ -56,9 +56,9 @@ def _few(changed: Sequence[str]) -> str:
 
 
 def follow(prepared: Prepared) -> None:
-    """Take part in the job of what is `prepared` as a rank that is not the root: nothing is written here.
+    """Take part in the `prepared` job as a rank that is not the root. This rank writes nothing.
 
-    A plan and a rehearsal are made by the root alone.
+    The root alone makes a plan or a rehearsal.
     """
     if prepared.config.job.name == JobName.verify:
         verify.join(prepared)

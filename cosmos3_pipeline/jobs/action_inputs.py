@@ -1,4 +1,4 @@
-"""What a run of a task with actions needs beside its picture, before work starts. Imports no torch."""
+"""Checks, before work starts, the inputs that a run with actions needs beside its picture. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cosmos3_pipeline.planning.actions import EMBODIMENTS, action_of
 
 
 def check_action_inputs(cfg: Config) -> Iterator[Problem]:
-    """Inputs that a run needs and a plan does not; nothing for a task without actions."""
+    """Missing inputs that a run needs and a plan does not. Yields nothing for a task without actions."""
     task, action = cfg.task, action_of(cfg.task)
     if action is None:
         return

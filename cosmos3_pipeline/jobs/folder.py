@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and no file of an older run beside this one's. Imports no torch."""
+"""The folder of a run: one run at a time writes to it, and it has no files of older runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.stages.files import RUN_FILES, remove_partial
 
-# The folders that this process has claimed. A second lock of its own would be refused as another one's is.
+# The folders that this process has claimed. It must not lock one twice: the second lock would be refused.
 _claimed = set[Path]()
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """No other process runs into `folder` in the block; it is made where it is not there.
+    """Lock `folder` during the block, so that no other run writes to it. Makes the folder if it does not exist.
 
-    Raises ConfigError where one does, or where something that is no file has the name of a file of a run.
+    Raises ConfigError if another run has the lock, or if a folder has the name of a file of a run, or the reverse.
     """
     place = folder.resolve()
     if place in _claimed:
@@ -44,13 +44,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an older run has left in `folder`; files of other names stay."""
+    """Remove the files that an older run left in `folder`. Files with other names stay."""
     for place in (*_lines(folder), folder):
         remove_partial(place)
         for name in RUN_FILES:
             (place / name).unlink(missing_ok=True)
     for line in _lines(folder):
-        with suppress(OSError):  # somebody has put something else there
+        with suppress(OSError):  # the folder is not empty: somebody put another file there
             line.rmdir()
 
 
@@ -65,11 +65,11 @@ def _lock(lock: int, folder: Path) -> None:
         )
         raise ConfigError([problem]) from None
     except OSError:
-        return  # a file system without locks; a file that is not whole has a name of its own all the same
+        return  # the file system has no locks; unfinished files have unique names, so runs still do not mix them
 
 
 def _blocked(folder: Path) -> Iterator[Problem]:
-    """What is in the way of a file or a folder of a run."""
+    """Folders with the name of a run's file, and files with the name of a run's folder."""
     names = [place / name for place in (folder, *_lines(folder)) for name in RUN_FILES]
     wrong = [path for path in names if path.is_dir() and not path.is_symlink()]
     wrong += [
@@ -85,5 +85,5 @@ def _blocked(folder: Path) -> Iterator[Problem]:
 
 
 def _lines(folder: Path) -> list[Path]:
-    """The folders of clips of a prompt file."""
+    """The folders of the clips of a prompt file."""
     return [path for path in folder.glob("line_????") if path.is_dir() and not path.is_symlink()]

@@ -1,4 +1,4 @@
-"""`job=generate`: start the ranks, or be one of them, and say at the end where the video is."""
+"""`job=generate`: start the ranks, or be one of them, and print at the end where the video is."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def generate(
     own_process: bool = False,
     stages: Mapping[str, StageFactory] = MappingProxyType({}),
 ) -> None:
-    """Run what is `prepared` and leave its files in `output`. `stages` replace others, see `build_stages`.
+    """Run the `prepared` job and leave its files in `output`. `stages` are replacements, see `build_stages`.
 
-    With one rank the run stays in this process, unless `own_process` asks for a fresh one (the jobs of a
-    sweep: one's memory must not show in the next one's peak). With RANK in the environment this process is
-    the root of a world that exists already.
+    With one rank the run stays in this process, unless `own_process` asks for a fresh process. The jobs of a sweep
+    need fresh processes, because the memory of one job must not show in the next job's peak. With RANK in the
+    environment this process is the root of a world that exists already.
     """
     config, entry = prepared.config, "cosmos3_pipeline.jobs.rank:run_rank"
     on_ranks(config, output, entry, prepared.plan, dict(stages), prepared.origin, own_process=own_process)

@@ -1,4 +1,4 @@
-"""What a run says on the terminal, kept in its folder."""
+"""Keeps the terminal output of a run in its folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """Everything that is printed in the block goes to `folder`/log.txt too, and what ends it with an error."""
+    """Everything that is printed in the block goes to `folder`/log.txt too, and so does an error that ends it."""
     with also_to(folder) as file:
         try:
             yield
@@ -27,7 +27,7 @@ def kept(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def also_to(folder: Path) -> Iterator[TextIO]:
-    """Everything that this process prints in the block goes to `folder`/log.txt too, after what is there."""
+    """Everything that this process prints in the block is also appended to `folder`/log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     with (
         (folder / NAME).open("a", encoding="utf-8") as file,
@@ -38,12 +38,12 @@ def also_to(folder: Path) -> Iterator[TextIO]:
 
 
 def is_kept() -> bool:
-    """Whether what this process prints is kept already."""
+    """Whether the output of this process is already kept in a log."""
     return isinstance(sys.stdout, _Both)
 
 
 class _Both:
-    """A stream whose text goes to a file as well, without colours; of a bar only what stays on the screen."""
+    """A stream whose text also goes to a file, without colours. Only the final state of a bar goes to the file."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self._stream = stream
@@ -51,7 +51,7 @@ class _Both:
 
     def write(self, text: str) -> int:
         plain = _COLOURS.sub("", text)
-        # What moves the cursor is drawn again and again.
+        # Text that moves the cursor is a bar, which is drawn again and again.
         if not _CONTROLS.search(plain) and "\r" not in plain:
             self._file.write(plain)
             self._file.flush()

@@ -1,4 +1,4 @@
-"""What a job has left in its folder, in one shape for all jobs: measured by a run, or planned."""
+"""Reads the results that a job left in its folder, in one form for all jobs: measured by a run, or planned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cosmos3_pipeline.jobs.prompts import INDEX_FILE
 
 
 def measured(folder: Path, job: str) -> dict[str, Any]:
-    """Seconds, bytes and the picture of the `job` that left its files in `folder`; plain values, for JSON.
+    """Seconds, bytes and the picture of the `job` that left its files in `folder`, as plain values for JSON.
 
-    `planned` is the summary of its plan. Of a plan `seconds` and bytes are the planned ones; of a prompt file they
-    are those of all its clips together, and there is no one picture. A clip's own folder may be given as well, and
-    has its plan beside it. Empty where a job leaves none of it.
+    `planned` is the summary of the job's plan. For job=plan, seconds and bytes are the planned ones. For a prompt
+    file they include all its clips, and there is no picture. `folder` may also be the folder of one clip of a
+    prompt file; the plan is then in its parent. Empty if the job leaves no such results.
     """
     if job == JobName.plan.value:
         return _of_plan(_read(folder / "plan.json")["summary"]) if (folder / "plan.json").is_file() else {}
@@ -56,7 +56,7 @@ def _of_plan(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sent(clip: dict[str, Any]) -> int:
-    """Payload bytes that all ranks sent."""
+    """Payload bytes that all ranks sent together."""
     return sum(
         count["bytes"]
         for stage in clip["stages"].values()

@@ -1,4 +1,4 @@
-"""What a run measured: seconds and peak bytes per stage and rank, bytes on the wire, versions; metrics.json."""
+"""The measurements in metrics.json: seconds and peak bytes per stage and rank, bytes on the wire, versions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PACKAGES = ("cosmos3-pipeline", "torch", "diffusers", "transformers", "hydra-cor
 
 @dataclass
 class StageMeasure:
-    """One stage on one rank.
+    """The measurements of one stage on one rank.
 
-    `peak_bytes` is the process's resident memory on cpu, allocated memory on cuda. `wire` counts calls and bytes
-    by kind, as the ledger names them.
+    `peak_bytes` is resident memory of the process on cpu, and allocated memory on cuda. `wire` counts calls and
+    bytes by kind, as the ledger names them.
     """
 
     seconds: float = 0.0
@@ -40,13 +40,14 @@ class Meter:
     def __init__(self, device: torch.device, stages: Sequence[str], ledgers: Sequence[Ledger]) -> None:
         self.device = device
         self.stages = {name: StageMeasure() for name in stages}
-        self._ledgers = ledgers  # may grow while a stage runs: the VAE brings its own
+        self._ledgers = ledgers  # may grow while a stage runs, because the VAE adds its ledger
 
     @contextmanager
     def stage(self, name: str, /, *, portion: bool = False) -> Iterator[StageMeasure]:
-        """Time the block, and take its own peak: what an earlier stage needed does not count.
+        """Measure the time of the block and its peak memory. Peaks of earlier stages do not count.
 
-        A stage ends when its device has computed all of it; after a `portion` of it the device goes on.
+        A stage ends when the device has computed all of it. After a `portion` of a stage the device is not waited
+        for.
         """
         measure = self.stages[name]
         before = {id(ledger): ledger.snapshot() for ledger in self._ledgers}
@@ -65,7 +66,7 @@ class Meter:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that any stage held."""
+        """The largest peak of all stages."""
         return max(stage.peak_bytes for stage in self.stages.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """The bytes that are held now: what every process has, whatever it will be asked to do."""
+    """The bytes that this process holds on `device` now."""
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else host.resident_bytes()
 
 
@@ -92,9 +93,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def combine(per_rank: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per stage, or component: the slowest rank's seconds, and each rank's own measures in the order of the ranks.
+    """For each stage or component: the seconds of the slowest rank, and the measurements of each rank, in order.
 
-    A component that one rank alone loads, such as the sound tokenizer, has that rank's.
+    Some components, such as the sound tokenizer, are loaded by one rank only. They have the values of that rank.
     """
     return {
         name: {
@@ -106,10 +107,10 @@ def combine(per_rank: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What computes attention in `dtype` on `device`, and the ops of one pass: numbers depend on it too."""
+    """The kernels for attention in `dtype` and for norms on `device`. Measurements depend on them."""
     return {"attention": chosen(device, dtype), "norms": fused_by(device)}
 
 
 def versions() -> dict[str, str]:
-    """The versions that a number depends on."""
+    """The package versions on which measurements depend."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

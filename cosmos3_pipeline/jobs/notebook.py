@@ -1,4 +1,4 @@
-"""Planning and running from Python, as in a notebook. Importing it imports no torch."""
+"""Planning and running from Python, for example in a notebook. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from cosmos3_pipeline.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left in `folder`; `objective` is what it returned for the key of that name."""
+    """The files that a run left in `folder`, and the numbers that it returned for the config key `objective`."""
 
     folder: Path
     objective: float | tuple[float, ...] | None
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds. Raises FileNotFoundError where the job leaves none."""
+        """The content of metrics.json. Raises FileNotFoundError if the job leaves none."""
         found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         return found
 
     @property
     def picture(self) -> Path | None:
-        """The video or the image; None where the task makes none."""
+        """The file of the video or the image. None if the task makes neither."""
         name = self.metrics["picture"]
         return None if name is None else self.folder / name
 
     @property
     def actions(self) -> Path | None:
-        """The actions that were found; None where the task finds none."""
+        """The file of the predicted actions. None if the task predicts none."""
         name = self.metrics["actions"]
         return None if name is None else self.folder / name
 
 
 def plan(asked: Asked = ()) -> Plan:
-    """What `asked` will do, without doing it; `print` shows it in a few lines."""
+    """The plan of `asked`, without running it. `print` shows the plan in a few lines."""
     return check_composition(composition_of(asked)).plan()
 
 
 def run(asked: Asked = (), output: str | Path | None = None) -> Run:
-    """Do `asked` and leave its files in the folder `output`, by default one below outputs/ as `launch.py` makes.
+    """Do `asked` and leave its files in the folder `output`, by default a new folder below outputs/.
 
-    Several ranks are processes that this one starts.
+    If there are several ranks, this process starts a process for each.
 
     Raises:
-        ConfigError: what is asked for cannot be done here; nothing was started.
-        RankFailed: a rank failed, with its own reason.
+        ConfigError: `asked` cannot be done here, and nothing was started.
+        RankFailed: a rank failed; the error has the reason of that rank.
     """
     prepared = prepare(composition_of(asked))
     folder = Path(output) if output is not None else Path("outputs", f"{datetime.now():%Y-%m-%d/%H-%M-%S.%f}")
@@ -69,7 +69,7 @@ def run(asked: Asked = (), output: str | Path | None = None) -> Run:
 
 @contextmanager
 def _ranks_without_main() -> Iterator[None]:
-    """Ranks do not run the script that asks for them once more, so it needs no `if __name__ == "__main__"`."""
+    """Ranks do not import the script that starts them, so the script needs no `if __name__ == "__main__"`."""
     told = spawn.get_preparation_data
 
     def told_without_main(name: str) -> dict[str, Any]:

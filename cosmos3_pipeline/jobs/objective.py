@@ -1,4 +1,4 @@
-"""What a job returns to whoever called it: the numbers of `objective`, for a sweeper that looks for the best."""
+"""The numbers that a job returns to its caller: those of `objective`, for a sweeper that seeks the best job."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ EQUAL_DB = 100.0  # stands for the PSNR of equal pictures, which is infinite
 
 
 def names_of(cfg: Config) -> tuple[str, ...]:
-    """The objectives that are asked for; none is the default."""
+    """The objectives that the config asks for. The default is no objective."""
     asked = cfg.objective
     return () if asked is None else tuple(map(str, asked)) if isinstance(asked, list) else (str(asked),)
 
 
 def check_objective(cfg: Config) -> Iterator[Problem]:
-    """Objectives that nothing here knows, or that this job cannot have."""
+    """Objectives that do not exist, or that this job cannot have."""
     for name in names_of(cfg):
         if name not in OBJECTIVES:
             yield Problem(
@@ -56,12 +56,12 @@ def check_objective(cfg: Config) -> Iterator[Problem]:
 
 
 def objective_of(cfg: Config, output: Path) -> float | tuple[float, ...] | None:
-    """The numbers that `cfg.objective` names, of the job that left its files in `output`, measured or planned.
+    """The numbers that `cfg.objective` names, measured or planned by the job that left its files in `output`.
 
-    None without a name, a tuple for a list of them.
+    None if it names none, and a tuple if it is a list.
 
     Raises:
-        Refusal: a plan that does not fit its device has no seconds, nor has a stage that is not planned.
+        Refusal: the plan does not fit its device, or the named stage is not planned, so there are no seconds.
     """
     names = names_of(cfg)
     if not names:

@@ -1,4 +1,4 @@
-"""Where a run came from: what was typed, and the state of the repository in which it was started."""
+"""The origin of a run: the typed command, and the state of the repository in which it was started."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Origin:
-    """`command` starts the run again. `commit` and `dirty` are None outside of a git repository.
+    """How to repeat a run: `command` starts it again. `commit` and `dirty` are None outside of a git repository.
 
-    `dirty`: tracked files differed from the commit.
+    `dirty` says that tracked files differed from the commit.
     """
 
     command: str
@@ -23,9 +23,9 @@ class Origin:
 
 
 def origin_of(overrides: Sequence[str] | None) -> Origin:
-    """Of a run with `overrides` that this process starts where it is."""
+    """The origin of a run with `overrides` that this process starts in its working directory."""
     script = Path(sys.argv[0])
-    # A notebook, or a script that calls `cosmos3_pipeline.run`, has no command line of its own for it.
+    # A notebook, or a script that calls `cosmos3_pipeline.run`, has no command line for the run.
     program = f"python {script.name}" if script.stem == "launch" else "cosmos3"
     commit = _git("rev-parse", "HEAD")
     changes = None if commit is None else _git("status", "--porcelain", "--untracked-files=no")
@@ -35,7 +35,7 @@ def origin_of(overrides: Sequence[str] | None) -> Origin:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, or None where there is no git, no repository or no commit."""
+    """The output of git, or None if there is no git, no repository or no commit."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     except OSError:

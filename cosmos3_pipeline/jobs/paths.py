@@ -1,4 +1,4 @@
-"""The files that a composition names, each by its whole path: whoever reads it later may be in another folder."""
+"""Makes the paths in a composition absolute, because it may be read later by a process in another folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cosmos3_pipeline.config.tasks import FROM_VIDEO, PATHS, WORDS
 
 
 def with_whole_paths(cfg: Config) -> Config:
-    """`cfg` with every path to what is here made absolute; from then on no reader asks where a run was started.
+    """`cfg` with every path to an existing file made absolute, so that no reader depends on the working directory.
 
-    What is no path to something here, such as a hub id or `from_video`, stays as it is.
+    Any other text, such as a hub id or `from_video`, stays as it is.
     """
     task, controls = cfg.task, cfg.task.controls
     found = {key: whole(getattr(task, key)) for key in PATHS}
@@ -32,7 +32,7 @@ def with_whole_paths(cfg: Config) -> Config:
 
 
 def whole(path: str | None) -> str | None:
-    """The absolute path of a file or folder that is there, `~` expanded; any other text as it is."""
+    """The absolute path of a file or folder that exists, with `~` expanded. Any other text is unchanged."""
     if path is None or path == FROM_VIDEO:
         return path
     file = Path(path).expanduser()

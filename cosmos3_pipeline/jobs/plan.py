@@ -1,4 +1,4 @@
-"""`job=plan`: what a composition will do, without doing it. Imports no torch and reads no weight."""
+"""`job=plan`: shows what a run of a composition will do, without running it. Imports no torch, reads no weight."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cosmos3_pipeline.stages.files import write_whole
 
 
 def plan_job(prepared: Prepared, output: Path, *, multirun: bool) -> None:
-    """Print the plan and leave plan.json and plan.md in `output`; or search the layouts of the topology.
+    """Print the plan and leave plan.json and plan.md in `output`. With `plan.search`, search layouts instead.
 
-    `multirun`: in a few lines, because a sweep ends with a table.
+    With `multirun` the plan is printed in a few lines, because a sweep ends with a table.
     """
     if prepared.config.plan.search:
         search_job(prepared.config, output)

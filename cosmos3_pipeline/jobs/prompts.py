@@ -1,4 +1,4 @@
-"""Several prompts in one run: one folder per line of the prompt file, and an index of how each went."""
+"""Several prompts in one run: one folder per line of the prompt file, and an index of the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the prompt file, by its number there from 1. `failed` says why it has no picture."""
+    """One line of the prompt file; numbers count from 1. `failed` says why the line has no picture, else None."""
 
     number: int
     prompt: str
@@ -28,22 +28,22 @@ class Line:
 
 
 class PromptsFailed(RuntimeError):
-    """Some lines of a prompt file have no picture; the others do."""
+    """Some lines of a prompt file have no picture. The other lines have one."""
 
 
 def line_folder(directory: Path, number: int) -> Path:
-    """Where the clip of line `number` of the file (from 1) goes: line_0001 and so on."""
+    """The folder for the clip of line `number` of the file (from 1): line_0001 and so on."""
     return directory / f"line_{number:04d}"
 
 
 def write_index(directory: Path, lines: Mapping[int, Line]) -> None:
-    """Write prompts.json: every line in order, with its folder and, where it failed, why."""
+    """Write prompts.json: every line in order, with its folder and, if it failed, the reason."""
     listed = [asdict(lines[number]) for number in sorted(lines)]
     write_whole(directory / INDEX_FILE, json.dumps({"schema_version": SCHEMA_VERSION, "lines": listed}, indent=2))
 
 
 def show(output: Path) -> None:
-    """Print how each line went; raises PromptsFailed when one has no picture."""
+    """Print the result of each line. Raises PromptsFailed if a line has no picture."""
     lines = json.loads((output / INDEX_FILE).read_text())["lines"]
     table = Table(title=f"{len(lines)} prompts")
     table.add_column("line", justify="right")

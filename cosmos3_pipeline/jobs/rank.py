@@ -49,13 +49,14 @@ from cosmos3_pipeline.vae.parallel_vae import ParallelVAE
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 
-# Seconds, and how many times longer than planned a run may take, before a rank that waits gives up.
+# A rank that waits for another rank gives up after this many seconds, or this many times the planned seconds of
+# the run, whichever is longer.
 LEAST_PATIENCE, SLOWER_THAN_PLANNED = 3600.0, 10
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a rank carries out, and what it keeps from clip to clip: its place, its components, its ledgers."""
+    """The work of one rank, and the objects that it keeps from clip to clip: mesh, components and ledgers."""
 
     config: Config
     plan: Plan
@@ -64,7 +65,7 @@ class Run:
     mesh: RankMesh
     components: Components
     ledgers: list[Ledger]
-    base_bytes: int  # held before anything was loaded
+    base_bytes: int  # the bytes that the process held before loading anything
     origin: Origin | None
 
     @property
@@ -74,17 +75,17 @@ class Run:
 
     @property
     def shows(self) -> bool:
-        """Whether this rank's progress is what a person sees."""
+        """Whether this rank shows its progress to the user."""
         return self.writes and self.mesh.rank("dp") == 0
 
 
 def run_rank(
     config: Config, plan: Plan, stages: Mapping[str, StageFactory], origin: Origin | None, output: str | None
 ) -> None:
-    """Run `plan` of `config` as the rank that the environment says; all ranks call it together.
+    """Run the `plan` of `config` as the rank that the environment names. All ranks call it together.
 
-    `stages` replace others, see `build_stages`. `output` is where the run writes; ranks that compose for
-    themselves under torchrun pass None and learn it from rank 0.
+    `stages` are replacements, see `build_stages`. `output` is the folder of the run. Under torchrun each rank
+    composes its own config; ranks other than rank 0 pass None and get the folder from rank 0.
     """
     with rank_of(config, plan, output) as (device, mesh, directory):
         Life.stage = "load"
@@ -102,11 +103,12 @@ def run_rank(
 def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[torch.device, RankMesh, Path]]:
     """Join the world of `config`: the device of this rank, its place in the mesh, and the directory of the run.
 
-    How long ranks wait for each other follows from `plan`: one with more clips or a slower disk is no fault.
+    The time that ranks wait for each other depends on `plan`, because a rank may have more clips or a slower disk.
 
-    All ranks enter it together. Raises ValueError where one has composed another config.
+    All ranks enter it together. Raises ValueError if a rank has composed another config.
     """
-    # Its blocks log what they raise with a traceback each, and it is told where it is caught.
+    # diffusers' blocks log each exception with a traceback. The code that catches the exception reports it
+    # instead.
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     topology = config.topology
     patience = max(LEAST_PATIENCE, SLOWER_THAN_PLANNED * plan.clips * sum(plan.seconds.values()))
@@ -127,16 +129,16 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
             patience=timedelta(seconds=patience),
         )
         directory = Path(str(agreed[0][0]))
-        # What a process that was started here prints, nobody else keeps; one by torchrun keeps its own.
+        # Nobody else keeps the output of a rank 0 that was started from here. Under torchrun it keeps its own log.
         first = dist.is_initialized() and dist.get_rank() == 0
         with also_to(directory) if first and not is_kept() else nullcontext():
             yield device, mesh, directory
-        everyones(None)  # nobody waits for anybody any more
+        everyones(None)  # a barrier: no rank closes its mesh while another still needs it
         mesh.close()
 
 
 def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
-    """One clip per line of the prompt file, dealt to the replicas in turn; a line that fails stops no other."""
+    """Make one clip per line of the prompt file. Replicas take lines in turn. A failed line stops no other."""
     lines = read_lines(prompt_file)
     done: list[Line] = []
     own = dict(list(lines.items())[run.mesh.rank("dp") :: run.mesh.size("dp")])
@@ -148,8 +150,8 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
         try:
             make_clip(replace(run, config=config), folder)
         except Fault:
-            raise  # of the weights, which no line is to blame for, and other ranks may not see
-        # What is wrong with one line (its words, its latents) is told beside it; a lost rank still ends the run.
+            raise  # a fault of the weights comes from no line, and other ranks may not see it
+        # An error of one line (its words, its latents) is reported with the line. A lost rank still ends the run.
         except ValueError as error:
             failed = str(error)
         done.append(Line(number, prompt, folder.name, failed))
@@ -159,22 +161,22 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
 
 
 def encode_together(run: Run, prompts: Sequence[str]) -> None:
-    """Encode the prompts of all clips in one pass over the text weights; wrong ones fail in their own turn."""
+    """Encode the prompts of all clips in one pass over the text weights. A wrong prompt fails in `make_clips`."""
     found: list[Prompt] = []
     for prompt in prompts:
         config = replace(run.config, task=replace(run.config.task, prompt=prompt))
         text = build_stages(config, run.plan, run.stages)["text"]
         if not isinstance(text, TextStage):
-            return  # another stage, which encodes prompts as it likes
+            return  # a replaced stage encodes prompts in its own way
         context = context_of(run, config, Path())
-        with suppress(ValueError):  # told when it is the line's turn
+        with suppress(ValueError):  # `make_clips` reports it in the turn of this line
             text.tokenize(context)
             found += text.prompts(context)
     run.components.encode_texts(found, wait=True)
 
 
 def context_of(run: Run, config: Config, directory: Path) -> RunContext:
-    """One run of the stages, which writes to `directory`."""
+    """The context for one run of the stages, which writes to `directory`."""
     return RunContext(
         components=run.components,
         clip=run.plan.clip,
@@ -187,7 +189,7 @@ def context_of(run: Run, config: Config, directory: Path) -> RunContext:
 
 
 def make_clip(run: Run, directory: Path) -> None:
-    """Run the stages once, on all ranks of the replica; its root writes the picture and metrics.json."""
+    """Run the stages once, on all ranks of the replica. Its root writes the picture and metrics.json."""
     started = time.perf_counter()
     meter = Meter(run.device, stages_of(run.config, run.plan), run.ledgers)
     if run.writes:
@@ -217,16 +219,16 @@ def make_clip(run: Run, directory: Path) -> None:
 
 
 def keep(chunks: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
-    """The chunks as they come, each also put into `kept`."""
+    """Yield the chunks as they come, and append a copy of each to `kept`."""
     for chunk in chunks:
         kept.append(chunk.cpu())
         yield chunk
 
 
 def against_replicated(context: RunContext, kept: list[Tensor]) -> dict[str, Any] | None:
-    """How the run's frames compare with those of a decode that shares nothing out; on the root, else None.
+    """How alike the run's frames are to the frames of a replicated decode. None on ranks other than the root.
 
-    Decodes the same latents once more, outside the measured stages. All ranks of the replica call it together.
+    Decodes the same latents again, outside of the measured stages. All ranks of the replica call it together.
     """
     vae = context.components.pipeline.vae
     alone, group = reference(), context.mesh.group(REPLICA)
@@ -235,12 +237,12 @@ def against_replicated(context: RunContext, kept: list[Tensor]) -> dict[str, Any
     if not context.is_root:
         return None
     found = likeness(frames, (frame for chunk in kept for frame in chunk.numpy()))
-    assert found is not None  # the same latents
+    assert found is not None  # the same latents give the same sizes
     return asdict(found)
 
 
 def reporter_of(mesh: RankMesh) -> Reporter:
-    """What this rank's progress is shown by: one rank's is what a person sees."""
+    """The reporter for this rank's progress. Only one rank shows its progress."""
     return Bars(Console(stderr=True)) if mesh.rank(REPLICA) == mesh.rank("dp") == 0 else Silent()
 
 
@@ -254,9 +256,9 @@ def components(
     *,
     checkpoint: CheckpointInfo | None = None,
 ) -> Components:
-    """The model that `config` names, or `checkpoint`, its VAE spread over the ranks of the clip as `plan` says."""
+    """The model of `config`, or of `checkpoint`. Its VAE runs on the ranks of the clip as `plan` says."""
     checkpoint = checkpoint or checkpoint_of(config)
-    # A decode by one rank needs the whole model; otherwise a rank reads the weights of its own share only.
+    # A replicated decode needs the whole VAE. Otherwise a rank reads only the weights of its share.
     whole = config.output.against_replicated
     source = None if whole else CheckpointVae(checkpoint)
     vae_dtype = torch_dtype(config.model.vae_dtype)
@@ -274,7 +276,7 @@ def components(
         )
         ledgers.append(parallel.ledger)
         if not whole:
-            # The weights of what comes later are read then: denoising needs their memory.
+            # Weights for a later direction are read later, because denoising needs their memory.
             first: Direction = "encode" if "encode" in plan.vae else "decode"
             parallel.release(**{first: plan.vae[first].shape})
         return parallel
@@ -295,12 +297,12 @@ def components(
 
 
 def strategy_for(plan: Plan, direction: Direction) -> Strategy:
-    """What the VAE is given for `direction`, also where the task does not go that way."""
+    """The VAE's strategy for `direction`, even if the task does not use that direction."""
     return plan.vae[direction].strategy if direction in plan.vae else plan.unused[direction]
 
 
 def checkpoint_of(config: Config) -> CheckpointInfo:
-    """The checkpoint that a rank opens; that of a hub id is here already, as `model.commit`."""
+    """The checkpoint that a rank opens. If it is on the hub, `model.commit` of it is on this machine already."""
     model = config.model
     dimensions = {name: plain(getattr(model, name)) for name in ("transformer", "vae", "sound_tokenizer")}
     return open_checkpoint(
@@ -309,13 +311,13 @@ def checkpoint_of(config: Config) -> CheckpointInfo:
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """The dtype of torch with this name."""
+    """torch's dtype with the name of `dtype`."""
     found: torch.dtype = getattr(torch, dtype.value)
     return found
 
 
 def vae_report(plan: Plan, direction: Direction) -> dict[str, str]:
-    """What metrics.json says of how the VAE did `direction`, or would have: a task need not go both ways."""
+    """The entry of metrics.json for the VAE's `direction`. A task need not use both directions."""
     if direction not in plan.vae:
         strategy = plan.unused[direction]
         return {"strategy": strategy.name, "exactness": strategy.exactness.value}
@@ -326,14 +328,14 @@ def vae_report(plan: Plan, direction: Direction) -> dict[str, str]:
 def metrics(
     config: Config, plan: Plan, context: RunContext, stages: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """What metrics.json says of the run; keys are added in later versions, never renamed."""
+    """The content of metrics.json. Later versions add keys and never rename them."""
     topology, picture = config.topology, context.picture
     return {
         "schema_version": SCHEMA_VERSION,
         "model": config.model.name,
         "task": config.task.name.value,
         "seed": config.sampler.seed,
-        # None where the task makes no picture, no sound or no actions
+        # These are None if the task makes no picture, no sound or no actions.
         "picture": None if picture is None else picture.path.name,
         "num_frames": None if picture is None else picture.num_frames,
         "frames_sha256": None if picture is None else picture.frames_sha256,
@@ -370,7 +372,7 @@ def metrics(
 
 
 def checkpoint_report(components: Components, model: ModelConfig) -> dict[str, Any]:
-    """Which checkpoint ran, by which schedule, and what of it was not read; only the hub's has a commit."""
+    """The checkpoint that ran, its schedule, and its parts that were not read. A local one has no commit."""
     checkpoint, schedule = components.checkpoint, components.scheduler().config
     sampler = checkpoint.sampler
     return {
@@ -393,12 +395,12 @@ def checkpoint_report(components: Components, model: ModelConfig) -> dict[str, A
 
 
 def digest_of(config: Config) -> str:
-    """What is the same for two ranks that composed the same configuration."""
+    """A hash of the config. It is equal on two ranks that composed the same config."""
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
 
 
 def refuse_other_configs(digests: list[str]) -> None:
-    """Stop when a rank composed another config: under torchrun each rank composes its own command line."""
+    """Raise ValueError if a rank composed another config: under torchrun each rank composes its command line."""
     others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if others:
         raise ValueError(
@@ -408,7 +410,7 @@ def refuse_other_configs(digests: list[str]) -> None:
 
 
 def everyones(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The `value` of every rank of `group` (of the world), in the order of the ranks, on every rank."""
+    """The `value` of every rank of `group` (default: the world), in the order of the ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)

@@ -1,4 +1,4 @@
-"""What a rehearsal cannot have, found before it starts. Imports no torch."""
+"""Finds settings that a rehearsal cannot have, before it starts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cosmos3_pipeline.errors import Problem
 
 
 def check_rehearse(cfg: Config) -> Iterator[Problem]:
-    """What keeps the checked `cfg` from being rehearsed, or its settings from being read."""
+    """Reasons why the checked `cfg` cannot be rehearsed, and rehearse settings that another job would ignore."""
     ranks, world = cfg.rehearse.ranks, cfg.topology.nodes * cfg.topology.ranks_per_node
     if cfg.job.name != JobName.rehearse:
         default = RehearseConfig()

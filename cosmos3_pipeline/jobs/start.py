@@ -1,6 +1,7 @@
-"""From a composition to what the ranks are given: its config and its plan. Imports no torch.
+"""From a composition to the config and the plan that the ranks get. Imports no torch.
 
-A plan needs no photograph, no weights and no torchrun; a run does. Files that are named have to be there for both.
+A run needs its photographs, weights and torchrun; a plan does not. Files that the config names must exist for
+both.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from cosmos3_pipeline.planning.geometry import encoded_of
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.units import quantity
 
-SMALL_MACHINE = 64  # threads of a rank that every machine takes
+SMALL_MACHINE = 64  # threads per rank that are allowed on every machine
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A composition that may start here and now. All but `adopted` is plain data that the ranks are given.
+    """A composition that can start on this machine now. All fields but `adopted` are plain data for the ranks.
 
-    verification: what job=verify compares. origin: where a run comes from; a plan has none.
+    verification: the strategies that job=verify compares. origin: the origin of a run; a plan has none.
     """
 
     config: Config
@@ -53,11 +54,11 @@ class Prepared:
 
 
 def prepare(composition: Composition | PlainComposition, *, fetch: bool = True) -> Prepared:
-    """Check `composition` and plan it, once. Raises ConfigError with everything that keeps it from running here.
+    """Check `composition` and plan it. Raises ConfigError with all reasons why it cannot run on this machine.
 
-    A hub id is fetched once nothing else is wrong; `config.model.commit` is then what all ranks open.
-    `fetch` False leaves that, and whether GPUs are here, for later: so a sweep looks at all its jobs before the
-    first starts, which may be on another machine.
+    A hub id is fetched after all other checks. All ranks then open `config.model.commit`.
+    With `fetch` False nothing is fetched, and GPUs and encoder are not looked for. A sweep uses it to check all
+    its jobs before the first job starts, because the jobs may run on other machines.
     """
     checked = check_composition(composition)
     lengths = _lengths(checked.config.task)
@@ -67,9 +68,9 @@ def prepare(composition: Composition | PlainComposition, *, fetch: bool = True) 
     job = checked.config.job.name
     _raise([*check_objective(prepared.config), *check_rehearse(prepared.config)])
     if job == JobName.rehearse:
-        _raise([*_inputs(prepared.config)])  # no weights are read, and other machines than this one are meant
+        _raise([*_inputs(prepared.config)])  # it reads no weights, and the config is for another machine
     elif job == JobName.plan:
-        _raise([*_files(prepared.config)])  # none has to be named, but what is named is looked for
+        _raise([*_files(prepared.config)])  # a plan needs no file, but files that are named must exist
     else:
         _raise(_problems(prepared))
         _raise([*_contents(prepared)])
@@ -90,9 +91,10 @@ def _problems(prepared: Prepared) -> list[Problem]:
 def _with_checkpoint(
     prepared: Prepared, composition: Composition | PlainComposition, changes: Mapping[str, Any]
 ) -> Prepared:
-    """With the commit of a hub id, which is on this machine then.
+    """`prepared` with the commit of a hub id, which is fetched to this machine.
 
-    Where it was not before, its numbers were not known: `composition` is checked and planned anew, with `changes`.
+    If the checkpoint was not here before, its numbers were unknown. `composition` is then checked and planned
+    again, with `changes`.
     """
     fetched = _fetched(prepared.config)
     if fetched is None:
@@ -107,7 +109,7 @@ def _with_checkpoint(
 
 
 def _with_hashes(prepared: Prepared) -> Prepared:
-    """With the SHA-256 of each adapter, so that the run names its contents, and ranks that read others stop."""
+    """`prepared` with the SHA-256 of each adapter. The run records it, and a rank with another file stops."""
     try:
         named = [with_hash(one, number) for number, one in enumerate(prepared.config.model.lora)]
     except Refusal as refusal:
@@ -123,7 +125,7 @@ def _raise(found: list[Problem]) -> None:
 
 def _checkpoint(cfg: Config) -> Iterator[Problem]:
     model = cfg.model
-    if model.path is None and model.repo is not None:  # the toy model has none: it is made on the spot
+    if model.path is None and model.repo is not None:  # without a repo it is a toy model, made on this machine
         yield Problem(
             what=f"model.path is not set with model={model.name}",
             why=f"{model.name} is a real checkpoint, and its weights have to be somewhere",
@@ -133,7 +135,7 @@ def _checkpoint(cfg: Config) -> Iterator[Problem]:
 
 
 def _fetched(cfg: Config) -> HubCheckpoint | None:
-    """The checkpoint of a hub id, now on this machine; None for one that is no hub id. Raises ConfigError."""
+    """Fetch the checkpoint of a hub id. None if `model.path` is no hub id. Raises ConfigError."""
     model = cfg.model
     if model.path is None or not is_hub_id(model.path):
         return None
@@ -146,7 +148,7 @@ def _fetched(cfg: Config) -> HubCheckpoint | None:
 
 
 def _memory(prepared: Prepared) -> Iterator[Problem]:
-    """Weights and activations that the accelerator, or the memory of this machine, cannot hold."""
+    """Weights and activations that do not fit into the accelerator, or into the memory of this machine."""
     cfg, plan = prepared.config, prepared.plan
     waiting = max(rank.host_bytes for rank in plan.ranks) * cfg.topology.ranks_per_node
     if waiting > host.available_bytes():
@@ -177,7 +179,7 @@ def _memory(prepared: Prepared) -> Iterator[Problem]:
 
 
 def _encoder(cfg: Config) -> Iterator[Problem]:
-    """Whether this machine has the encoder of the video that a run writes."""
+    """The video encoder of the run, if this machine does not have it."""
     if cfg.job.name == JobName.generate and cfg.task.modality != "image":
         from cosmos3_pipeline.stages.media import check_encoder
 
@@ -185,10 +187,10 @@ def _encoder(cfg: Config) -> Iterator[Problem]:
 
 
 def _accelerators(cfg: Config) -> Iterator[Problem]:
-    """A rank of this machine for which there is no GPU."""
+    """Missing GPUs for the ranks of this machine."""
     if cfg.topology.device == Device.cpu:
         return
-    from cosmos3_pipeline.distributed.device import gpu  # imports torch, as what follows will
+    from cosmos3_pipeline.distributed.device import gpu  # imports torch, which the run needs anyway
 
     try:
         gpu(cfg.topology.ranks_per_node - 1)
@@ -216,7 +218,7 @@ def _inputs(cfg: Config) -> Iterator[Problem]:
 
 
 def _files(cfg: Config) -> Iterator[Problem]:
-    """Files that are named and are not there."""
+    """Files that the config names and that do not exist."""
     files = {key: file for key, file in paths_of(cfg).items() if key.startswith("task.")}
     if cfg.job.name is not JobName.plan:
         files.pop("task.actions", None)  # see `check_action_inputs`
@@ -234,7 +236,7 @@ def _files(cfg: Config) -> Iterator[Problem]:
 
 
 def _lengths(task: TaskConfig) -> dict[str, Any]:
-    """How many frames a transfer has that is told no number: as many as its first control clip, if it is here.
+    """The default number of frames of a transfer: that of its first control clip, if the clip is on this machine.
 
     Raises ConfigError for a clip that cannot be read.
     """
@@ -250,8 +252,8 @@ def _lengths(task: TaskConfig) -> dict[str, Any]:
 
 
 def _contents(prepared: Prepared) -> Iterator[Problem]:
-    """Words, pictures and clips that cannot be used, before a folder is made and a rank starts."""
-    from cosmos3_pipeline.stages import controls, inputs, words  # what decodes pictures takes a while to import
+    """Words, pictures and clips that cannot be used, found before a folder is made and a rank starts."""
+    from cosmos3_pipeline.stages import controls, inputs, words  # slow: they import decoders of pictures
 
     task, clip = prepared.config.task, prepared.plan.clip
     checks: list[Callable[[], object]] = []
@@ -276,7 +278,7 @@ def _contents(prepared: Prepared) -> Iterator[Problem]:
 
 
 def _threads(cfg: Config) -> Iterator[Problem]:
-    """Threads that would only wait for each other; a few more than processors are no harm."""
+    """Too many threads, which would wait for each other. A few more threads than processors do no harm."""
     threads, here = cfg.topology.threads_per_rank, os.cpu_count() or 1
     if threads > max(here, SMALL_MACHINE):
         yield Problem(

@@ -1,4 +1,4 @@
-"""The closing table of a run: seconds and peak memory per stage, and where the picture is."""
+"""The table at the end of a run: seconds and peak memory per stage, and the file of the picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def show(output: Path) -> None:
     for column in ("stage", "seconds", "peak MB per rank"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, stage in metrics["stages"].items():
-        if not stage["seconds"]:  # a stage that this task does not have
+        if not stage["seconds"]:  # the task does not have this stage
             continue
         peaks = ", ".join(f"{r['peak_bytes'] / 1e6:.0f}" for r in stage["ranks"])
         table.add_row(name, f"{stage['seconds']:.2f}", peaks)
@@ -27,7 +27,7 @@ def show(output: Path) -> None:
     console = Console(markup=False)
     console.print(table)
     words = metrics["words"]
-    if words is not None and words["negative_prompt_from"] != GIVEN:  # None where the stage `text` was replaced
+    if words is not None and words["negative_prompt_from"] != GIVEN:  # None if the stage `text` was replaced
         console.print(f"negative prompt: {words['negative_prompt_from']}", highlight=False)
     for key, changes in metrics["inputs"].items():
         for change in changes:

@@ -1,1 +1,1 @@
-"""The weights of a run: looking at a checkpoint, loading its parts, making the toy model. Imports no torch."""
+"""The weights of a run: inspecting a checkpoint, loading its parts, making the toy model. Imports no torch."""

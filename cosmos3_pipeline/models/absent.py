@@ -13,7 +13,7 @@ _depth = 0
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Tensors that are made in the block have shapes only. They stand for weights that this rank does not hold."""
+    """Tensors that are made in the block have shapes but no memory: weights that this rank does not hold."""
     global _depth
     _depth += 1
     try:
@@ -24,14 +24,14 @@ def without_weights() -> Iterator[None]:
 
 
 def makes_no_weights() -> bool:
-    """Whether this is within `without_weights`: a rehearsal, whose device is meta, counts nothing of it."""
+    """Whether the caller is within `without_weights`. A rehearsal does not count tensors that are made there."""
     return _depth > 0
 
 
 def absent(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The shape of `weight`, in `dtype` if that is another, without its memory.
+    """A tensor without memory in the shape of `weight`, in `dtype` or else the dtype of `weight`.
 
-    Never `weight` itself, also where that has no values: a rehearsal must see that its memory is gone.
+    It is always a new tensor, even if `weight` has no memory: a rehearsal must see that the weight was dropped.
     """
     with without_weights():
         return torch.empty(weight.shape, dtype=dtype or weight.dtype)

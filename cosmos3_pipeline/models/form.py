@@ -1,4 +1,4 @@
-"""A checkpoint of which no weight is read: every tensor has its shape, and none has a file."""
+"""The form of a checkpoint: every tensor has its shape and none has a file, so no weight is read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cosmos3_pipeline.config.schema import ModelConfig
 from cosmos3_pipeline.models.maker import rotary_axes
 from cosmos3_pipeline.planning.text import NEGATIVE_PROMPT_BYTES
 
-# A sentence that is repeated to the length of NVIDIA's negative prompt, for models that have one.
+# This sentence is repeated to the length of NVIDIA's negative prompt, for models that have a negative prompt.
 FILLING = "a red circle moves left over a blue background at night, "
 
 
 def form_of(model: ModelConfig, *, sound: bool = False) -> CheckpointInfo:
-    """The form of the checkpoint that `model` names, or else describes, for a run with `sound`. Reads no weight.
+    """The form of the checkpoint of `model`, with a sound tokenizer if the run has `sound`. Reads no weight.
 
-    A checkpoint on this machine gives its own config, tokenizer and sampler. Otherwise the config has the numbers
-    of `model`, including the fixed steps of a distilled model, and everything else is the toy's.
+    If the checkpoint is on this machine, its config, tokenizer and sampler are used. Otherwise the config has the
+    numbers of `model`, including the fixed steps of a distilled model, and everything else is the toy model's.
     """
     here = folder_of(model, sound=sound)
     if here is not None:
@@ -66,14 +66,14 @@ def form_of(model: ModelConfig, *, sound: bool = False) -> CheckpointInfo:
 
 
 def folder_of(model: ModelConfig, *, sound: bool = False) -> Path | None:
-    """The folder of the checkpoint that `model` names, where all that a run reads of it is on this machine."""
+    """The folder of the checkpoint that `model` names. None if a file that a run reads is not on this machine."""
     if model.path is None:
         return None
     return local_folder(model.path, model.commit or model.revision, components=components_for(sound=sound))
 
 
 def _unread(tensors: Iterable[Placed]) -> tuple[Placed, ...]:
-    """The same with a shape only, so that no file is opened."""
+    """The same tensors without their files, so that no file is opened."""
     return tuple(replace(one, stored=replace(one.stored, file=Path(NO_FILE))) for one in tensors)
 
 

@@ -1,7 +1,7 @@
-"""The folders in which Cosmos3 checkpoints are published, as data: their configs, their components, their names.
+"""The folder layouts of published Cosmos3 checkpoints, as data: configs, components and names.
 
 The model option (`conf/model`) has the numbers of the transformer and the VAE. This file has the rest of each
-published file. Read in November 2026 from fixtures, model cards and NVIDIA's converter.
+published file, as read in November 2026 from fixtures, model cards and NVIDIA's converter.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _TRANSFORMER = {
     "unified_3d_mrope_reset_spatial_ids": True,
     "unified_3d_mrope_temporal_modality_margin": 15000,
 }
-# Keys of the first release that no class of diffusers has.
+# Keys of the first release, most of which no diffusers class takes.
 _LEGACY_TRANSFORMER = {
     **_TRANSFORMER,
     "_diffusers_version": "0.37.1",
@@ -144,9 +144,9 @@ _INT4 = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True
 
 @dataclass(frozen=True)
 class Layout:
-    """One published kind of folder. `option` is the model option whose numbers it has.
+    """One published folder layout. It has the numbers of the model option `option`.
 
-    `quantization` is its quantization_config; the `quant_method` in it, `modelopt` or `auto-round`, decides how
+    `quantization` is its quantization_config, whose `quant_method`, `modelopt` or `auto-round`, decides how
     weights are stored. `root` holds further JSON files by their names.
     """
 
@@ -164,17 +164,17 @@ class Layout:
 
     @property
     def is_run(self) -> bool:
-        """Whether a checkpoint of this layout is run here, or only refused by its name."""
+        """Whether a checkpoint of this layout can be run. A quantized checkpoint is recognised and refused."""
         return self.quantization is None
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the number of its steps is its own."""
+        """Whether the checkpoint fixes the number of steps."""
         return self.scheduler is _DISTILLED
 
     @property
     def edge(self) -> bool:
-        """Whether its text model is Nemotron's, not Qwen's: another chat template, no gate in the MLP."""
+        """Whether the text model is Nemotron, not Qwen. Its chat template differs, and its MLP has no gate."""
         return self.option == "edge"
 
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint's components, each when it is first needed and no more of it than is needed."""
+"""Loads a checkpoint's components. Each is loaded when it is first needed, and only the needed part of it."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def open_checkpoint(
     lora: Sequence[LoraConfig] = (),
     sound: bool = False,
 ) -> CheckpointInfo:
-    """The checkpoint at `path`: a folder, or the hub id of one; without a path the toy model of these dimensions.
+    """The checkpoint at `path`: a folder or a hub id. Without a path it is the toy model of these dimensions.
 
-    `sound` says that it has to make sound.
+    `sound` says that the checkpoint has to make sound.
 
-    `revision` is of a hub id: ranks give the commit that was fetched before they started, which needs no request.
-    The transformer's weights are read with the adapters `lora` added.
+    `revision` is for a hub id. Ranks pass the commit that was fetched before they started, so that they send no
+    request. The adapters `lora` are added to the transformer's weights when they are read.
 
     Raises:
-        Refusal: there is none, it is not a whole Cosmos3 checkpoint, or an adapter does not fit it.
+        Refusal: there is no checkpoint, it is not a whole Cosmos3 checkpoint, or an adapter does not fit it.
     """
     folder: Path | None
     if path is None:
@@ -73,7 +73,8 @@ def open_checkpoint(
 GB = 10**9
 ALONE = RankMesh()
 LONG_LOAD_BYTES = 2 * GB
-# Shows the progress of a block of work: it gets a name, the number of units, and a call for each unit.
+# Shows the progress of a block of work. It takes a name and the number of units, and gives a function to call with
+# the number of new units.
 Track = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -85,8 +86,8 @@ def _untracked(what: str, total: int) -> AbstractContextManager[Callable[[int], 
 class Load:
     """Measurements of loading one component on this rank.
 
-    kept_bytes: stay on the device. host_peak_bytes: the largest growth of the process's host memory while
-    loading. On a CPU it includes the kept bytes.
+    kept_bytes: bytes that stay on the device. host_peak_bytes: the largest growth of the process's host memory
+    while loading. On a CPU it includes the kept bytes.
     """
 
     seconds: float = 0.0
@@ -95,16 +96,17 @@ class Load:
 
 
 class Components:
-    """The components of one checkpoint, held by a diffusers `Cosmos3OmniModularPipeline` as they are loaded.
+    """The components of one checkpoint. A diffusers `Cosmos3OmniModularPipeline` holds those that are loaded.
 
-    `pipeline` is what diffusers' Cosmos3 blocks take. Its safety checker is switched off: it downloads models
-    of its own, and none of this library's settings asks for it.
+    diffusers' Cosmos3 blocks take `pipeline`. Its safety checker is off, because it downloads further models, and
+    no setting of this library asks for it.
 
-    `dtype` is the transformer's, `vae_dtype` that of the VAE and the sound tokenizer; for `flow_shift` see
-    `load_scheduler`. `wrap_vae` turns the loaded autoencoder into what the pipeline holds as its VAE, once per
-    load; with a `vae_source` it is given one on the meta device, and reads from that what it needs. `track` shows
-    the progress of a long load, `loads` says how each went. `weights` says where the transformer's are, `mesh`
-    who shares them, and `modalities` what it denoises.
+    `dtype` is for the transformer, `vae_dtype` for the VAE and the sound tokenizer. For `flow_shift` see
+    `load_scheduler`. `wrap_vae` turns the loaded autoencoder into the VAE of the pipeline, once per load. With a
+    `vae_source` the autoencoder is on the meta device, and the VAE reads the weights that it needs from the
+    source. `track` shows the progress of a long load, and `loads` has the measurements of each load. `weights`
+    says where the transformer's weights are, `mesh` which ranks share them, and `modalities` what the transformer
+    denoises.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Components:
         self._transformer: PlacedTransformer | None = None
         self.texts = Texts(device)
         self.loads: dict[str, Load] = {}
-        disable_progress_bar()  # the run has a display of its own, and every rank would show diffusers' bars
+        disable_progress_bar()  # the run has its own bars, and every rank would show diffusers' bars
         self.pipeline = _DevicePipeline(device, checkpoint.sampler)
         self.pipeline.update_components(default_use_system_prompt=checkpoint.index["default_use_system_prompt"])
         self.pipeline.disable_safety_checker()
@@ -148,7 +150,7 @@ class Components:
         return self._once("text_tokenizer", partial(load_tokenizer, self.checkpoint))
 
     def transformer(self) -> PlacedTransformer:
-        """The transformer, whose weights come as its pathways are gone through."""
+        """The transformer. Its weights are loaded while a pathway is computed, or by `load_vision`."""
         if self._transformer is None:
             self._transformer = PlacedTransformer(
                 self.checkpoint,
@@ -173,7 +175,7 @@ class Components:
             load.kept_bytes = placed.here_bytes[Part.TEXT]
 
     def load_vision(self) -> None:
-        """Bring what denoising keeps of the transformer, unless it is here."""
+        """Load the weights that stay in memory while denoising, unless they are loaded."""
         placed = self.transformer()
         if placed.here_bytes[Part.VISION]:
             return
@@ -187,7 +189,7 @@ class Components:
         return self._once("scheduler", load)
 
     def vae(self, *, encoder: bool) -> Any:
-        """The VAE; its encoder's weights are read only once something asks for the encoder."""
+        """The VAE. Its encoder's weights are read only when a caller first asks for the encoder."""
         if self.pipeline.vae is None or (encoder and not self._vae_has_encoder):
             with self._measured("vae") as load:
                 if self._vae_source is None:
@@ -205,7 +207,7 @@ class Components:
 
     @contextmanager
     def sound_tokenizer(self) -> Iterator[None]:
-        """The sound tokenizer is on the device while the block runs, and leaves it in the end."""
+        """The sound tokenizer is on the device while the block runs, and is removed at its end."""
         with self._measured("sound_tokenizer") as load:
             model = load_sound_tokenizer(self.checkpoint, dtype=self._vae_dtype, device=self.device)
             load.kept_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -218,7 +220,7 @@ class Components:
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[Load]:
-        """Enters `name` into `loads`, with the time and the host's peak of the block."""
+        """Enters `name` into `loads`, with the time of the block and its peak of host memory."""
         load = self.loads[name] = Load()
         started, before = time.perf_counter(), host.resident_bytes()
         host.reset_peak()
@@ -228,7 +230,7 @@ class Components:
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[None]:
-        """Shows a bar that counts the GB read, if they are so many that a person waits."""
+        """Shows a bar that counts the GB read, if the load is so large that a person waits."""
         if total < LONG_LOAD_BYTES:
             yield
             return
@@ -260,7 +262,7 @@ class Components:
 class _DevicePipeline(Cosmos3OmniModularPipeline):  # type: ignore[misc] # diffusers is untyped
     """Knows its device before a model is loaded. diffusers takes the device of the first loaded model instead.
 
-    It has the sampler's blocks, because these decide which settings of the sampler a pipeline has.
+    It is built with the blocks for the sampler, because they decide which settings of the sampler it has.
     """
 
     def __init__(self, device: torch.device, sampler: Sampler) -> None:
@@ -282,14 +284,15 @@ def load_scheduler(
 ) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     """The checkpoint's sampler with the schedule of `flow_shift`, see `Sampler.settings_for`.
 
-    A class that the installed diffusers does not have is UniPC: `Sampler.native_grid` gives it the same sigmas.
+    If the installed diffusers has no such class, UniPC takes its place: `Sampler.native_grid` gives the same
+    sigmas.
     """
     cls = getattr(diffusers, sampler.class_name, UniPCMultistepScheduler)
     return cls.from_config(known_to(cls, sampler.settings_for(flow_shift)))
 
 
 def empty_vae(checkpoint: CheckpointInfo, *, encoder: bool) -> AutoencoderKLWan:
-    """The autoencoder on the meta device; without `encoder` its `encoder` and `quant_conv` are None."""
+    """The autoencoder on the meta device. Without `encoder`, its `encoder` and `quant_conv` are None."""
     with without_weights():
         model = AutoencoderKLWan.from_config(known_to(AutoencoderKLWan, checkpoint.vae))
     for name in () if encoder else ("encoder", "quant_conv"):
@@ -300,10 +303,10 @@ def empty_vae(checkpoint: CheckpointInfo, *, encoder: bool) -> AutoencoderKLWan:
 def load_vae(
     checkpoint: CheckpointInfo, *, dtype: torch.dtype, device: torch.device, encoder: bool
 ) -> AutoencoderKLWan:
-    """The autoencoder in `dtype`; without `encoder` its `encoder` and `quant_conv` are None and never read.
+    """The autoencoder in `dtype`. Without `encoder`, its `encoder` and `quant_conv` are None and never read.
 
     Raises:
-        Refusal: see `read_tensors`.
+        Fault: see `read_tensors`.
     """
     model = empty_vae(checkpoint, encoder=encoder)
     parts = (Part.ENCODER, Part.DECODER) if encoder else (Part.DECODER,)
@@ -312,14 +315,14 @@ def load_vae(
 
 
 class CheckpointVae:
-    """The VAE of a checkpoint as a `WeightSource`: a rank reads the weights of its own share only."""
+    """The VAE of a checkpoint as a `WeightSource`: a rank reads only the weights of its share."""
 
     def __init__(self, checkpoint: CheckpointInfo) -> None:
         self._tensors = {placed.weight.name: placed for placed in checkpoint.tensors["vae"]}
-        self.read_bytes = 0  # as kept, in the dtype that was asked for
+        self.read_bytes = 0  # in memory, in the dtype that was asked for
 
     def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Raises Refusal, see `read_tensors`."""
+        """Read the named tensors. Raises Fault, see `read_tensors`."""
         found = read_tensors((self._tensors[name] for name in names), dtype=dtype, device=device)
         self.read_bytes += sum(tensor.nbytes for tensor in found.values())
         return found

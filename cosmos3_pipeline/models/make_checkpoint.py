@@ -1,4 +1,4 @@
-"""`cosmos3 make-checkpoint`: a checkpoint of random weights in a published layout. Imports torch to write only."""
+"""`cosmos3 make-checkpoint`: a checkpoint of random weights in a published layout. Imports torch only to write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ disks, memory and a cluster before the real one is downloaded.
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `cosmos3 make-checkpoint` with `arguments` and return the exit code: 0, or 2 where it is refused."""
+    """Run `cosmos3 make-checkpoint` with `arguments` and return the exit code: 0, or 2 for a Refusal."""
     parser = argparse.ArgumentParser(
         "cosmos3 make-checkpoint", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,7 +53,7 @@ def make(folder: Path, name: str, *, full_size: bool, dtype: str) -> None:
     """Write the layout `name` into `folder`, whole or not at all, with a bar on stderr.
 
     Raises:
-        Refusal: `folder` holds something or cannot be written, or the disk has no room.
+        Refusal: `folder` is not empty or cannot be written, or the disk is too full.
     """
     layout = LAYOUTS[name]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -109,7 +109,7 @@ def _write(
 
 
 def numbers_of(layout: Layout, *, full_size: bool) -> dict[str, Any]:
-    """`transformer`, `vae` and `sound_tokenizer`: a layout's own numbers, in small with the toy model's sizes."""
+    """Numbers of `transformer`, `vae` and `sound_tokenizer`: the layout's, or in small with the toy's sizes."""
     own, nano, toy = (
         plain(compose([f"model={option}"]).typed().model) for option in (layout.option, "nano", "toy_random")
     )

@@ -1,7 +1,7 @@
-"""Writing a checkpoint of random weights in a published layout, tensor by tensor, at any size.
+"""Writes a checkpoint of random weights in a published layout, tensor by tensor, at any size.
 
-So that a cluster, a disk and a command line can be tried before 33 or 135 GB are downloaded. Prompts go through a
-small tokenizer of the same kind, because the real one cannot be made up.
+A cluster, a disk and a command line can then be tried before 33 or 135 GB are downloaded. The checkpoint has a
+small tokenizer of the same kind, because the real tokenizer cannot be made up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from cosmos3_pipeline.models.random_weights import plain_tensor, sound_tensor, v
 from cosmos3_pipeline.models.sound import new_sound_tokenizer
 from cosmos3_pipeline.models.toy_tokenizer import make_tokenizer, save_tokenizer
 
-# As diffusers cuts a model that is saved; a small one is cut as well, so that it has shards and an index.
+# diffusers cuts saved models into shards of this size. A small model gets smaller shards, so that it has several
+# shards and an index too.
 SHARD_BYTES = 5 * 10**9
 SMALL_SHARD_BYTES = 10**6
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
@@ -41,18 +42,18 @@ NEGATIVE_PROMPT = {
 }
 
 
-# The encoder of the sound tokenizer, which nothing here reads, in small.
+# Small sizes for components that nothing here reads: the sound tokenizer's encoder and the vision encoder.
 SMALL_SOUND = {"enc_dim": 8}
 SMALL_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 SMALL_VISION_DEEPSTACK = [0, 1]
-# Projections that the quantized checkpoints hold in few bits: of attention and MLP, in both pathways.
+# Projections of attention and MLP, in both pathways. The quantized checkpoints store them in few bits.
 QUANTIZED = ("_proj.weight", "to_q.weight", "to_k.weight", "to_v.weight", "to_out.weight", "to_add_out.weight")
 INT4_PER_WORD = 8
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to write: its dtype as safetensors spells it, and how to make its values, block by block."""
+    """One tensor to write. `dtype` is safetensors' name for it. `blocks` makes the values, block by block."""
 
     name: str
     dtype: str
@@ -64,7 +65,7 @@ class Entry:
     def of(
         cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, values: Callable[[], Iterable[Tensor]]
     ) -> Entry:
-        """A tensor in `dtype`, from the fp32 blocks that `values` makes."""
+        """A tensor in `dtype`, converted from the fp32 blocks that `values` makes."""
         nbytes = math.prod(shape) * dtype.itemsize
         return cls(name, DTYPES[dtype], shape, nbytes, lambda: (block.to(dtype) for block in values()))
 
@@ -84,15 +85,15 @@ def write_checkpoint(
     full_size: bool = False,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Write a checkpoint of `layout` into the new `folder`; the same bytes every time.
+    """Write a checkpoint of `layout` into the new `folder`. The bytes are the same every time.
 
-    `transformer`, `vae` and `sound_tokenizer` are plain values, named as diffusers names them; there is a sound
-    tokenizer where the transformer has a head for sound. `full_size` cuts shards as the real
-    ones are, and gives components that nothing here reads their real size as well. `advance` is told the bytes of
-    weights as they are written, one block in memory at a time.
+    `transformer`, `vae` and `sound_tokenizer` are plain values, named as diffusers names them. A sound tokenizer
+    is written if the transformer has a head for sound. With `full_size`, shards have the published size, and so
+    have components that nothing here reads. `advance` is called with the bytes of each block that was written. One
+    block is in memory at a time.
 
     Raises:
-        Refusal: numbers that a VAE of Cosmos3 cannot have, or a vocabulary too small for its tokenizer.
+        Refusal: the VAE's numbers fit no Cosmos3 VAE, or the vocabulary is too small for the tokenizer.
     """
     sizes: dict[str, Any] = {"transformer": transformer, "vae": vae, "sound_tokenizer": sound_tokenizer}
     entries = component_entries(layout, **sizes, dtype=dtype, full_size=full_size)
@@ -116,10 +117,10 @@ def component_entries(
     dtype: torch.dtype,
     full_size: bool,
 ) -> dict[str, list[Entry]]:
-    """The tensors of each component with weights.
+    """The tensors of each component that has weights.
 
     Raises:
-        Refusal: another number of latent channels than the statistics of the Wan2.2 VAE have.
+        Refusal: the number of latent channels is not that of the Wan2.2 VAE's statistics.
     """
     if vae["z_dim"] != len(LATENTS_MEAN):
         raise Refusal(
@@ -151,7 +152,7 @@ def _vae_entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, patch_size
 
 
 def _stored_as(layout: Layout, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Entry]:
-    """The tensors that stand for one weight of the transformer: itself, or what a quantizer made of it."""
+    """The tensors that store one weight of the transformer: the weight itself, or its quantized form."""
     method = (layout.quantization or {}).get("quant_method")
     if method is None or not name.startswith("layers.") or not name.endswith(QUANTIZED):
         return [Entry.plain(name, shape, dtype)]
@@ -179,7 +180,7 @@ def _words(shape: tuple[int, ...]) -> Tensor:
 
 
 def shards_of(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
-    """The entries in order, in shards of at most `shard_bytes`. A larger tensor gets its own shard."""
+    """The entries in order, cut into shards of at most `shard_bytes`. A larger tensor gets its own shard."""
     shards: list[list[Entry]] = [[]]
     held = 0
     for entry in entries:
@@ -212,7 +213,7 @@ def _write_component(
 
 
 def _write_safetensors(file: Path, entries: list[Entry], advance: Callable[[int], None]) -> None:
-    """The format's header needs sizes alone, so that one block of one tensor is in memory at a time."""
+    """Write a safetensors file with one block in memory at a time. Its header needs only the sizes of tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -241,7 +242,7 @@ def _transformer_config(layout: Layout, transformer: Mapping[str, Any], vae: Map
     if layout.edge:
         own["rope_scaling"] = {"mrope_section": axes}
     elif layout.option != "toy_random":
-        # The first release knows neither of these keys; its rotary axes are in rope_scaling alone.
+        # The first release does not have these keys. Its rotary axes are in rope_scaling alone.
         for key in ("rope_axes_dim", "hidden_act", "use_und_k_norm_for_gen"):
             del own[key]
         own["hidden_act"] = transformer["hidden_act"]
@@ -249,9 +250,9 @@ def _transformer_config(layout: Layout, transformer: Mapping[str, Any], vae: Map
 
 
 def rotary_axes(head_dim: int) -> list[int]:
-    """How many rotary frequencies of a head are for time, rows and columns."""
+    """The numbers of rotary frequencies of a head for time, rows and columns."""
     half = head_dim // 2
-    spatial = half * 5 // 16  # 20 of 64 for rows and for columns; time takes the rest
+    spatial = half * 5 // 16  # 20 of 64 for rows and 20 for columns; time takes the rest
     return [half - 2 * spatial, spatial, spatial]
 
 
@@ -312,7 +313,7 @@ def _configs(
 def _sound_tokenizer(
     transformer: Mapping[str, Any], sizes: Mapping[str, Any] | None, full_size: bool
 ) -> Cosmos3AVAEAudioTokenizer:
-    """The sound tokenizer for `transformer`, on the meta device; without `sizes` as large as the published one."""
+    """The sound tokenizer for `transformer`, on the meta device. Without `sizes` it has the published size."""
     own = {**(sizes or {}), **({} if full_size else SMALL_SOUND), "vocoder_input_dim": transformer["sound_dim"]}
     with torch.device("meta"):
         return new_sound_tokenizer(own)

@@ -1,7 +1,7 @@
-"""Layers of a transformer that pass through the device: each is prefetched while the one before it computes.
+"""Layers of a transformer that pass through the device: each is prefetched while the previous layer computes.
 
-All weights of a layer lie in one slab of memory, so that one copy brings the whole layer. The tensors of its
-modules are views of the slab.
+All weights of a layer are in one slab of memory, so that one copy brings the whole layer. The tensors of the
+layer's modules are views of the slab.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Wait = Callable[[], None]
 
 
 class Source(Protocol):
-    """Where slabs come from."""
+    """A source of slabs: files, host memory or other ranks."""
 
     def bring(self, number: int, slab: Tensor) -> Wait:
         """Start to fill `slab` with layer `number`. The returned function waits until kernels may read the slab.
 
-        A copy on an accelerator begins after all earlier kernels that read `slab`.
+        On an accelerator the copy begins after all earlier kernels that read `slab`.
         """
         ...
 
@@ -43,7 +43,7 @@ class SlabFiles:
     stored: dict[str, StoredTensor]
 
     def read(self, number: int, into: Tensor, *, first: int = 0, check: bool, advance: Advance) -> None:
-        """Elements `first` and following of a slab into the memory `into`, as many as it has.
+        """Read elements of slab `number`, from element `first` on, until the memory `into` is full.
 
         Raises Fault, see `read_pieces`.
         """
@@ -58,7 +58,7 @@ class SlabFiles:
 
 
 class FromFiles:
-    """Slabs read from the checkpoint by a thread of its own, over and over where they pass more than once."""
+    """Slabs that a separate thread reads from the checkpoint. A slab that passes again is read again."""
 
     def __init__(self, files: SlabFiles, device: torch.device, advance: Advance) -> None:
         self._files = files
@@ -69,13 +69,13 @@ class FromFiles:
 
     def bring(self, number: int, slab: Tensor) -> Wait:
         free = None if self._stream is None else torch.cuda.current_stream().record_event()
-        # A thread holds its arguments for some time after its result is seen. It therefore gets a list and takes
-        # the slab out of it.
+        # The thread holds its arguments for some time after its result is seen. It gets the slab in a list and
+        # takes it out, so that it does not keep the slab's memory.
         return self._thread.submit(self._read, number, [slab], free).result
 
     def _read(self, number: int, slabs: list[Tensor], free: Any) -> None:
         slab = slabs.pop()
-        with torch.cuda.stream(self._stream):  # on the host alone there is none, and it does nothing
+        with torch.cuda.stream(self._stream):  # without a GPU the stream is None, and this does nothing
             if self._stream is not None:
                 self._stream.wait_event(free)
             seen = number in self._checked
@@ -84,7 +84,7 @@ class FromFiles:
 
 
 class FromHost:
-    """Slabs kept in pinned memory of the host, copied to an accelerator on a stream of their own."""
+    """Slabs that are kept in pinned host memory and copied to an accelerator on a separate stream."""
 
     def __init__(self, kept: dict[int, Tensor], device: torch.device) -> None:
         self._kept = kept
@@ -99,7 +99,7 @@ class FromHost:
 
 
 class FromRanks:
-    """Slabs of which every rank of `comm` keeps a part, gathered from all of them."""
+    """Sharded slabs: every rank of `comm` keeps one shard of each slab, and the shards are gathered."""
 
     def __init__(self, kept: Sequence[Tensor], comm: Comm) -> None:
         self._kept = kept
@@ -111,7 +111,7 @@ class FromRanks:
 
 @dataclass(frozen=True)
 class Binding:
-    """A parameter of a module, and where in a slab its values are."""
+    """A parameter of a module, and the place of its values in a slab."""
 
     module: nn.Module
     name: str
@@ -130,10 +130,11 @@ class Binding:
 
 
 class Passing:
-    """The layers of one pathway in their order, as often as they are gone through.
+    """The layers of one pathway in their order, for any number of passes.
 
-    Those in `staying` are brought once and stay. The others pass through two slabs, so that one is brought while
-    the other computes. `again` says that the first is brought while the last computes, because all pass again.
+    Layers in `staying` are brought once and stay. The other layers pass through two slabs: one slab is filled
+    while the layer in the other computes. With `again` there will be another pass, so the first layer is
+    prefetched while the last computes.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Passing:
         self._moving = [number for number in range(len(slabs)) if number not in self._staying]
         self._again = again
         self._where = {"dtype": dtype, "device": device}
-        # Rounded up to equal parts for `pad` ranks, so that a slab can be gathered into its memory.
+        # Rounded up to equal shards for `pad` ranks, so that a slab can be gathered in place.
         self._elements = [slab.share(pad) * pad for slab in slabs]
         self._free: list[Tensor] = []
         self._coming: tuple[int, Tensor, Wait] | None = None
@@ -170,7 +171,7 @@ class Passing:
             self._bind(number, slab)
 
     def __iter__(self) -> Iterator[int]:
-        """The number of each layer, whose weights are there until the next is asked for."""
+        """The number of each layer. Its weights are on the device until the next number is asked for."""
         self.settle()
         for number in range(len(self._bindings)):
             if number not in self._staying:
@@ -178,7 +179,7 @@ class Passing:
             yield number
 
     def drop(self) -> None:
-        """Leave the device: what comes next brings every layer again."""
+        """Remove all layers from the device. The next pass brings every layer again."""
         self._recall()
         self._here = None
         self._free.clear()
@@ -189,9 +190,9 @@ class Passing:
 
     def _arrive(self, number: int) -> None:
         if self._here is not None and self._here[0] == number:
-            return  # the only one that moves, and so it need not
+            return  # only one layer moves, so it is still here from the previous pass
         if self._coming is not None and self._coming[0] != number:
-            self._recall()  # an earlier passage was left in the middle
+            self._recall()  # an earlier pass was stopped in the middle
         if self._coming is None:
             self._begin(number)
         assert self._coming is not None
@@ -216,7 +217,7 @@ class Passing:
         if self._coming is not None:
             _, slab, wait = self._coming
             self._coming = None
-            with suppress(Exception):  # nobody asked for it yet; the next caller gets the error
+            with suppress(Exception):  # no caller waits for this slab; whoever asks for it again gets the error
                 wait()
             self._free.append(slab)
 
@@ -234,7 +235,7 @@ def _bindings(modules: nn.Module, slab: Slab) -> list[Binding]:
 
 
 def spread(count: int, layers: int) -> frozenset[int]:
-    """`count` of `layers` numbers with equal gaps between them, so that the others come at an even pace."""
+    """`count` of the `layers` layer numbers, evenly spaced, so that the moving layers come at an even pace."""
     return frozenset(number * layers // count for number in range(count))
 
 

@@ -1,6 +1,7 @@
-"""A transformer whose weights are where `weights` says: on the device, shared out, or on their way to it.
+"""A transformer whose weights are where `weights` says: on the device, sharded over the ranks, or streamed to it.
 
-The text pathway always passes through the device layer by layer and is gone; `lm_head` is never read.
+The text pathway passes through the device layer by layer and is then dropped, unless `weights.keep_text` keeps it.
+`lm_head` is never read.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ EMBEDDING = "embed_tokens.weight"
 
 
 class PlacedTransformer:
-    """diffusers' transformer without weights, and its `Layers`, which bring them.
+    """diffusers' transformer without weights, and its `Layers`, which load them.
 
-    `model` has no weight at first: `load_vision` brings what the generation pathway has outside of its layers and
-    the layers that stay, `release` lets all of it go. `advance` is told the bytes that are read for the first
-    time. `modalities` are what it denoises, vision and what goes with it. All ranks of `comm`, which share the
-    weights, make the same calls.
+    `model` has no weight at first. `load_vision` loads the generation pathway's weights that stay in memory: those
+    outside of its layers, and the layers that stay. `release` drops them. `advance` is called with the bytes that
+    are read for the first time. The transformer denoises the `modalities`, vision and others together with it. The
+    ranks of `comm` share the weights, so all of them must make the same calls.
 
     Raises:
-        Fault: see `read_pieces`, where a file cannot be read or its values are no weights.
+        Fault: a file cannot be read or its values are no weights, see `read_pieces`.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class PlacedTransformer:
 
     @property
     def shared(self) -> bool:
-        """Whether the generation pathway's layers are gathered from all ranks of `comm`."""
+        """Whether the generation pathway's layers are sharded over the ranks of `comm` and gathered for use."""
         return self._plan.placement is Placement.sharded
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """The embedded words. Only the rows of words that occur are read."""
+        """The embeddings of `input_ids` [n], as [n, width]. Only the rows of tokens that occur are read."""
         stored = next(p.stored for p in self._checkpoint.tensors["transformer"] if p.weight.name == EMBEDDING)
         width, words = stored.shape[1], input_ids.tolist()
         rows = {word: torch.empty(width, dtype=self._dtype) for word in sorted(set(words))}
@@ -90,13 +91,13 @@ class PlacedTransformer:
         yield from map(self._vision_modules.__getitem__, self._vision)
 
     def load_vision(self) -> None:
-        """Bring what the generation pathway needs throughout."""
+        """Load the weights of the generation pathway that stay in memory while denoising."""
         if self._vision is not None:
             return
         try:
             self._load_vision()
         except BaseException:
-            self.release()  # half of it would be taken for all
+            self.release()  # otherwise the next call would take half of the weights for all of them
             raise
 
     def _load_vision(self) -> None:
@@ -123,19 +124,19 @@ class PlacedTransformer:
         self._vision.settle()
 
     def release(self) -> None:
-        """Let the generation pathway go; the next `load_vision` brings it again."""
+        """Drop the generation pathway from the device. The next `load_vision` loads it again."""
         if self._vision is not None:
             self._vision.drop()
             self._vision = None
         if self._plan.placement is Placement.sharded:
-            self._kept = []  # what waits on the host takes nothing of the device, and the next clip needs it
+            self._kept = []  # shards are on the device; pinned layers stay on the host for the next clip
         for name, parameter in list(self.model.named_parameters()):
             if name.partition(".")[0] != "layers":
                 _set(self.model, name, absent(parameter))
 
     @property
     def here_bytes(self) -> dict[Part, int]:
-        """Bytes of the weights that are on the device now, by what reads them."""
+        """Bytes of the weights that are on the device now, by the part of the model that reads them."""
         parts = {p.weight.name: p.weight.part for p in self._checkpoint.tensors["transformer"]}
         found = dict.fromkeys((Part.TEXT, *self._generation), 0)
         for name, parameter in self.model.named_parameters():
@@ -145,12 +146,12 @@ class PlacedTransformer:
 
     @property
     def text_read_bytes(self) -> int:
-        """Bytes of the files that encoding prompts reads, but for single words."""
+        """Bytes that encoding prompts reads from the files, without the rows of the embedding."""
         return sum(stored.nbytes for stored in self._files(Part.TEXT).stored.values())
 
     @property
     def vision_read_bytes(self) -> int:
-        """About the bytes of the files that `load_vision` reads."""
+        """Bytes that `load_vision` reads from the files, approximately."""
         total: int = sum(p.stored.nbytes for p in self._checkpoint.parts("transformer", self._generation))
         if self._plan.placement is Placement.sharded:
             return total // self._comm.size
@@ -160,7 +161,7 @@ class PlacedTransformer:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the generation pathway that this rank keeps between two layers, wherever they are."""
+        """Bytes of the generation pathway that this rank keeps between two layers, on the device or the host."""
         here = self.here_bytes
         return sum(here[part] for part in self._generation) + sum(tensor.nbytes for tensor in self._kept)
 
@@ -189,7 +190,7 @@ class PlacedTransformer:
         )
 
     def _read_share(self, files: SlabFiles) -> list[Tensor]:
-        """This rank's part of every layer."""
+        """This rank's shard of every layer."""
         kept = []
         for number, slab in enumerate(files.slabs):
             share = slab.share(self._comm.size)
@@ -205,7 +206,7 @@ class PlacedTransformer:
 
 
 class _Either:
-    """Slabs that stay, from one source, and those that move from another."""
+    """Brings slabs that stay from one source, and slabs that move from another source."""
 
     def __init__(self, stay: Source, staying: Collection[int], move: Source) -> None:
         self._stay, self._staying, self._move = stay, staying, move
@@ -217,10 +218,10 @@ class _Either:
 def empty_transformer(
     checkpoint: CheckpointInfo, parts: Collection[Part], *, dtype: torch.dtype, device: torch.device
 ) -> Cosmos3OmniTransformer:
-    """The transformer in `dtype` on the meta device, and on `device` what no file has: the rotary frequencies.
+    """The transformer in `dtype` on the meta device. Its rotary frequencies, which no file has, are on `device`.
 
-    What is in none of `parts` is None in it, such as `lm_head` and, of the last layer's text pathway, all but keys
-    and values.
+    Weights that are in none of `parts` are None. `lm_head` is None, and in the last layer's text pathway all
+    weights except those for keys and values.
     """
     values = checkpoint.transformer
     with without_weights():
@@ -233,7 +234,7 @@ def empty_transformer(
             _leave_out(model, name)
         else:
             _set(model, name, absent(parameter, torch.float32 if weights[name].keeps_fp32 else dtype))
-    # diffusers computes its frequencies on the host, which decides their last bit.
+    # diffusers computes its frequencies on the host. Other devices would give other last bits.
     rotary = type(model.rotary_emb)(values["head_dim"], values["rope_theta"], model.config.rope_axes_dim)
     model.rotary_emb = rotary.to(device)
     return model.eval().requires_grad_(False)
@@ -245,7 +246,7 @@ def _set(model: nn.Module, name: str, values: Tensor) -> None:
 
 
 def _leave_out(model: nn.Module, name: str) -> None:
-    """Put None in the place of the parameter `name`, or of the module that it belongs to."""
+    """Replace the module of parameter `name` by None, or the parameter itself if no module holds it."""
     owner, _, parameter = name.rpartition(".")
     above, _, module = owner.rpartition(".")
     setattr(model.get_submodule(above), module or parameter, None)

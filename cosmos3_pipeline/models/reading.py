@@ -1,7 +1,7 @@
-"""Reads a checkpoint's tensors from files straight into the memory of the device where they stay.
+"""Reads a checkpoint's tensors from files directly into the memory of the device where they stay.
 
-A rank holds the tensors that it keeps and one block more. No file is mapped, and no whole model passes through the
-host. Adapters are added here, so every placement holds weights that include them.
+A rank holds the tensors that it keeps and one more block. No file is mapped, and the model does not pass through
+host memory as a whole. Adapters are added here, so the weights include them in every placement.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cosmos3_pipeline.checkpoint.stored import NO_FILE, LowRank, StoredTensor
 from cosmos3_pipeline.errors import Fault, Refusal
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Large enough that calls do not limit reading, and small compared with any model.
+# Large enough that the number of calls does not limit reading, and small compared with any model.
 BLOCK_BYTES = 16 * 2**20
-# Elements of an adapter's product that are there at once: 16 MiB, and still hundreds of rows of the widest weight.
+# Elements of an adapter's product that are in memory at once: 16 MiB, or hundreds of rows of the widest weight.
 MERGED_ELEMENTS = 4 * 2**20
-# A trained weight is not near it; a few of such size, one after the other, leave the range of any dtype.
+# Trained weights are far smaller. A few factors of this size in a row overflow any dtype.
 LARGEST_VALUE = 1e6
 AS_PUBLISHED = "the file as it was published, downloaded again"
-Advance = Callable[[int], None]  # is called with the bytes of the file that were read
+Advance = Callable[[int], None]  # called with the number of bytes that were read from a file
 
 
 def _unseen(nbytes: int) -> None: ...
@@ -35,7 +35,7 @@ def _unseen(nbytes: int) -> None: ...
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements of a stored tensor from `first` on, and the memory that they are read into.
+    """Elements of a stored tensor, from element `first` on, and the memory for them.
 
     `target` [n] is contiguous; the elements are converted to its dtype.
     """
@@ -48,7 +48,7 @@ class Piece:
 def read_tensors(
     placed: Iterable[Placed], *, dtype: torch.dtype, device: torch.device, advance: Advance = _unseen
 ) -> dict[str, Tensor]:
-    """The tensors, in `dtype` on `device`, but for those that their model keeps in float32.
+    """The tensors in `dtype` on `device`. Tensors that the model keeps in float32 are in float32.
 
     Raises:
         Fault: see `read_pieces`.
@@ -66,13 +66,13 @@ def read_tensors(
 
 
 def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance = _unseen) -> None:
-    """Read each piece into its memory, and add what adapters add to it.
+    """Read each piece into its memory, and add the adapters of its tensor.
 
-    `check` False is for what has been read and looked at before.
-    A tensor of `NO_FILE` has a shape and no values, and its memory stays as it is.
+    `check` False skips the check of values, for pieces that were read and checked before.
+    A tensor of `NO_FILE` has a shape and no values, so its memory is not changed.
 
     Raises:
-        Fault: a file that cannot be read or has become shorter, or a value that is NaN or overflows.
+        Fault: a file cannot be read or has become shorter, or a value is NaN or too large.
     """
     staging: Tensor | None = None
     file, stream = Path(), None
@@ -105,7 +105,7 @@ def read_pieces(pieces: Iterable[Piece], *, check: bool = True, advance: Advance
 
 
 def _staging(staging: Tensor | None, piece: Piece, itemsize: int) -> Tensor:
-    """Memory on the host for as much of `piece` as is read at once; `staging` where it is large enough."""
+    """Host memory for the largest block of `piece`. It is `staging` again, if that is large enough."""
     needed = min(piece.target.numel() * itemsize, BLOCK_BYTES)
     if staging is not None and len(staging) >= needed:
         return staging
@@ -113,7 +113,7 @@ def _staging(staging: Tensor | None, piece: Piece, itemsize: int) -> Tensor:
 
 
 def _in_place(stream: BinaryIO, piece: Piece, advance: Advance) -> Iterator[Tensor]:
-    """Read into the memory of the target; yields what was read, block by block."""
+    """Read into the memory of the target. Yields the blocks that were read."""
     for block in piece.target.split(max(BLOCK_BYTES // piece.target.element_size(), 1)):
         _fill(stream, block.view(torch.uint8), piece.stored)
         advance(block.nbytes)
@@ -121,7 +121,7 @@ def _in_place(stream: BinaryIO, piece: Piece, advance: Advance) -> Iterator[Tens
 
 
 def _through(staging: Tensor, stream: BinaryIO, piece: Piece, advance: Advance) -> Iterator[Tensor]:
-    """Read block by block into `staging` and from there, converted, into the target; yields what was written."""
+    """Read each block into `staging`, convert it and copy it to the target. Yields the blocks of the target."""
     source = DTYPES[piece.stored.dtype]
     for part in piece.target.split(len(staging) // source.itemsize):
         raw = staging[: part.numel() * source.itemsize]
@@ -132,12 +132,11 @@ def _through(staging: Tensor, stream: BinaryIO, piece: Piece, advance: Advance) 
 
 
 def _add(added: LowRank, piece: Piece, *, check: bool) -> None:
-    """Add to the target what an adapter adds to this piece of its weight.
+    """Add an adapter to the target, for this piece of the adapter's weight.
 
-    The arithmetic is that of diffusers' `fuse_lora` on a CPU, in all placements and on all devices: the matrices
-    in the model's dtype, their product and its scale in float32, the sum in the model's dtype again. The product
-    is made of the same whole rows for every piece, all blocks of about as many, because a product of few rows has
-    other last bits.
+    The arithmetic is that of diffusers' `fuse_lora` on a CPU, in all placements and on all devices. The matrices
+    are in the model's dtype, their scaled product is in float32, and the sum is in the model's dtype again. The
+    last bits of a product depend on its number of rows. Every piece therefore uses the same blocks of whole rows.
     """
     (outputs, columns), first, last = piece.stored.shape, piece.first, piece.first + piece.target.numel()
     down, up = (_matrix(one, piece.target.dtype, check=check) for one in (added.down, added.up))
@@ -180,7 +179,7 @@ def _named(stored: StoredTensor) -> str:
 
 
 def _refuse_overflow(values: Tensor, what: str, works: str) -> None:
-    """Raise Fault where one of `values` is NaN, or too large: smallest and largest tell, in one pass."""
+    """Raise Fault if a value is NaN or too large. One pass finds the smallest and the largest value."""
     if not values.numel() or all(abs(end.item()) <= LARGEST_VALUE for end in values.aminmax()):
         return
     bad = int((~(values.abs() <= LARGEST_VALUE)).sum())

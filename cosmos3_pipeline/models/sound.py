@@ -1,4 +1,4 @@
-"""The sound tokenizer of a checkpoint: diffusers' class, of which only the decoder is made and read."""
+"""The sound tokenizer of a checkpoint: diffusers' class, with only its decoder made and read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cosmos3_pipeline.models.reading import read_tensors
 
 
 def new_sound_tokenizer(config: Mapping[str, Any]) -> Cosmos3AVAEAudioTokenizer:
-    """The model of a config, as its constructor makes it."""
+    """The model that diffusers' constructor makes from a config."""
     with _old_weight_norm():
         return Cosmos3AVAEAudioTokenizer(**known_to(Cosmos3AVAEAudioTokenizer, config))
 
@@ -28,14 +28,14 @@ def new_sound_tokenizer(config: Mapping[str, Any]) -> Cosmos3AVAEAudioTokenizer:
 def load_sound_tokenizer(
     checkpoint: CheckpointInfo, *, dtype: torch.dtype, device: torch.device
 ) -> Cosmos3AVAEAudioTokenizer:
-    """The decoder in `dtype`; the encoder is None and never read.
+    """The decoder in `dtype`. The encoder is None and never read.
 
-    A convolution keeps direction and length of its filters apart. diffusers multiplies them in each call and keeps
-    the product besides. Here they are multiplied once, one convolution after the other: the same bits, and each
-    weight is held once.
+    A convolution stores direction and length of its filters separately. diffusers multiplies them in each call and
+    also keeps the product. Here they are multiplied once, convolution by convolution. The bits are the same, and
+    each weight is in memory once.
 
     Raises:
-        Refusal: see `read_tensors`.
+        Fault: see `read_tensors`.
     """
     assert checkpoint.sound_tokenizer is not None  # inspected with `sound`
     with without_weights():
@@ -52,7 +52,7 @@ def load_sound_tokenizer(
 
 @contextmanager
 def _old_weight_norm() -> Iterator[None]:
-    """diffusers uses the weight norm that PyTorch would have replaced by another."""
+    """Hides PyTorch's warning that the weight norm which diffusers uses is deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -1,4 +1,4 @@
-"""The text tokenizer of a checkpoint, tried on two words before it is used: a broken one still makes a picture."""
+"""Loads a checkpoint's text tokenizer and tries it on two prompts: a broken one would still make a picture."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import AutoTokenizer
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.errors import Refusal
 
-# A tokenizer of 150,000 words loads in a second or two and writes a sentence in milliseconds.
+# A tokenizer with 150,000 tokens loads in a second or two and encodes a sentence in milliseconds.
 LOAD_SECONDS = 120.0
 WRITE_SECONDS = 10.0
-# Two prompts long enough that a template which cuts them is seen.
+# Two prompts, long enough to notice a chat template that cuts prompts.
 WORDS = tuple(
     " ".join(f"{noun} number {count} of {count + 7}," for count in range(1, 9)) + " and that is all."
     for noun in ("kite", "harbour")
 )
-# The longest text that the transformer was given in training, which a sentence of plain words never reaches.
+# The longest text, in tokens, on which the transformer was trained. No sentence of plain words is so long.
 LONGEST_SENTENCE = 4096
 START_OF_PICTURE = "<|vision_start|>"
 MARKERS = ("<|im_start|>", "<|im_end|>")
@@ -31,8 +31,7 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
     """The tokenizer of `checkpoint`.
 
     Raises:
-        Refusal: it does not load, does not end, writes the same whatever the prompt is, or writes tokens that the
-            transformer does not have.
+        Refusal: the tokenizer does not load, does not end, ignores the prompt, or writes unknown tokens.
     """
     folder = checkpoint.folder / "text_tokenizer"
     tokenizer = _within(
@@ -72,7 +71,7 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
 
 
 def check_tokens(tokens: list[int], checkpoint: CheckpointInfo) -> None:
-    """Raise Refusal for tokens that the transformer of `checkpoint` has no embedding for."""
+    """Raise Refusal if the transformer of `checkpoint` has no embedding for a token."""
     largest, vocabulary = max(tokens), checkpoint.transformer["vocab_size"]
     if largest >= vocabulary:
         raise _broken(
@@ -82,7 +81,7 @@ def check_tokens(tokens: list[int], checkpoint: CheckpointInfo) -> None:
 
 
 def _write(tokenizer: Any, words: str, folder: Path, *, tokenize: bool = True) -> Any:
-    """A conversation that asks for `words`, as diffusers' pipeline writes a prompt: its tokens, or its text."""
+    """A conversation that asks for `words`, as diffusers' pipeline builds it. Returns its tokens, or its text."""
     conversation = [{"role": "system", "content": "You help."}, {"role": "user", "content": words}]
     settings = {"add_generation_prompt": True, "add_vision_id": False, "return_dict": tokenize}
     written = _within(
@@ -94,7 +93,7 @@ def _write(tokenizer: Any, words: str, folder: Path, *, tokenize: bool = True) -
 
 
 def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:
-    """The result of `action`, in a thread that is stopped when it does not end: a template may loop."""
+    """The result of `action`. It runs in a thread that is stopped after `seconds`, because a template may loop."""
     result: list[Any] = []
     failed: list[Exception] = []
 
@@ -105,7 +104,7 @@ def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:
         except Exception as error:
             failed.append(error)
         except SystemExit:
-            pass  # `_stop` has ended it
+            pass  # `_stop` has ended this thread
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
@@ -121,7 +120,7 @@ def _within(seconds: float, action: Callable[[], Any], *, what: str) -> Any:
 
 
 def _stop(thread: threading.Thread) -> None:
-    """Raise SystemExit in `thread`, which ends it. A loop in a template would take ever more memory."""
+    """End `thread` by raising SystemExit in it. A loop in a template would take more and more memory."""
     assert thread.ident is not None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
     thread.join(1.0)

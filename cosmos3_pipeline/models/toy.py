@@ -1,8 +1,7 @@
 """The toy model: Cosmos3's own classes and folder layout at a small width, with random weights from a fixed seed.
 
-It stands in for a real checkpoint wherever the numbers do not matter but everything else does: diffusers
-loads the folder like any other. The weights are scaled so that the decoded picture is lively, neither flat
-nor clamped.
+It replaces a real checkpoint where the values of the weights do not matter: diffusers loads the folder like any
+other. The weights are scaled so that the decoded picture is lively, neither flat nor clamped.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from cosmos3_pipeline.models.layouts import LATENTS_MEAN, LATENTS_STD, LAYOUTS
 from cosmos3_pipeline.models.maker import write_checkpoint
 from cosmos3_pipeline.models.random_weights import CPU, vae_tensor
 
-RECIPE = 3  # increase it with any change of the weights, so that no older toy in a cache is used
+RECIPE = 3  # increase it with any change of the weights, so that no older toy model in a cache is used
 
 
 def toy_checkpoint(
     *, transformer: Mapping[str, Any], vae: Mapping[str, Any], sound_tokenizer: Mapping[str, Any]
 ) -> Path:
-    """The folder of the toy model of these dimensions, made now unless it is in the cache already.
+    """The folder of the toy model of these dimensions. It is made now, unless the cache has it already.
 
     `transformer`, `vae` and `sound_tokenizer` are plain values, named as `Cosmos3OmniTransformer`,
     `AutoencoderKLWan` and `Cosmos3AVAEAudioTokenizer` name them. Several processes may call it at once: each
-    writes a folder of its own, the first to finish wins.
+    writes a separate folder, and the folder of the first to finish is kept.
 
     Raises:
         Refusal: dimensions that the toy cannot have, or a cache folder that cannot be written.
@@ -80,7 +79,7 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
     try:
         partial.rename(folder)
     except OSError:
-        # Another process renamed the same files there first: a folder is never replaced by another.
+        # If another process was first, its folder has the same files. `rename` never replaces a folder with files.
         if not folder.is_dir():
             raise
 
@@ -88,14 +87,14 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
 def write_toy(
     folder: Path, *, transformer: Mapping[str, Any], vae: Mapping[str, Any], sound_tokenizer: Mapping[str, Any]
 ) -> None:
-    """Write the toy model of these dimensions into `folder`; the same bytes every time."""
+    """Write the toy model of these dimensions into `folder`. The bytes are the same every time."""
     sizes: dict[str, Any] = {"transformer": transformer, "vae": vae, "sound_tokenizer": sound_tokenizer}
     write_checkpoint(folder, LAYOUTS["toy"], **sizes, dtype=torch.float32)
 
 
 def make_vae(dimensions: Mapping[str, Any], device: torch.device = CPU) -> AutoencoderKLWan:
-    """The random VAE of these dimensions, in memory: on the CPU that which `write_toy` writes."""
-    with torch.random.fork_rng(devices=[]), device:  # what the constructor draws is replaced
+    """The random VAE of these dimensions, in memory. On the CPU it has the values that `write_toy` writes."""
+    with torch.random.fork_rng(devices=[]), device:  # the values that the constructor draws are replaced
         model = AutoencoderKLWan(**dimensions, latents_mean=list(LATENTS_MEAN), latents_std=list(LATENTS_STD))
     patch_size = int(dimensions["patch_size"])
     with torch.no_grad():

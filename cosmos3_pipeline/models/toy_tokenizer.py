@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Nemotron's, as Cosmos3-Edge ships it: there is always a turn of the system, and the answer begins by thinking.
+# Nemotron's layout, as Cosmos3-Edge ships it: there is always a system turn, and the answer begins with <think>.
 EDGE_CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n<|im_end|>\n{% endif %}"
     "{% for message in messages %}"
@@ -66,7 +66,7 @@ def make_tokenizer(vocab_size: int, *, edge: bool = False, text: str = TEXT) -> 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # More words than the text has are not found; a real vocabulary has room for all of them.
+    # The text may give fewer tokens than `vocab_size`. A real vocabulary has room for all of them.
     backend.train_from_iterator(text.strip().splitlines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -77,7 +77,7 @@ def make_tokenizer(vocab_size: int, *, edge: bool = False, text: str = TEXT) -> 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, *, class_name: str) -> None:
-    """Write `tokenizer` as the published checkpoints have it, under the name of the class that they name."""
+    """Write `tokenizer` in the files that published checkpoints have, with `class_name` in its config."""
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

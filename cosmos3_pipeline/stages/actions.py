@@ -1,4 +1,4 @@
-"""The stages of tasks with actions, where they are other ones than those of a video."""
+"""The stages of a task with actions that differ from the stages of a video task."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from cosmos3_pipeline.stages.text import TextStage
 from cosmos3_pipeline.stages.words import Words
 
 HOST = torch.device("cpu")
-HERE = Image.new("RGB", (1, 1))  # stands for the picture where diffusers wants one that was encoded already
+HERE = Image.new("RGB", (1, 1))  # given to diffusers in place of the picture, which was encoded already
 
 
 class ActionTextStage(TextStage):
-    """As `TextStage`, with the caption that the model was trained with on actions: size, rate, length, view."""
+    """As `TextStage`, with the caption on which the model was trained for actions: size, rate, length, view."""
 
     def __init__(self, task: TaskConfig, sampler: SamplerConfig, action: ActionTask) -> None:
         super().__init__(task, sampler)
         self._action = action
 
     def words(self, context: RunContext, prompt: str, negative: str | None) -> Words:
-        """The caption in JSON. Nothing is appended to it, and nothing to the negative prompt."""
+        """The caption in JSON. No sentences are appended to it or to the negative prompt."""
         assert self._action.canvas is not None
         height, width = self._action.canvas
         caption = context.components.pipeline._build_action_json_prompt(
@@ -62,9 +62,10 @@ class ActionTextStage(TextStage):
 class ActionEncodeStage:
     """Leaves `x0_tokens_vision`, `vision_condition_frames` and `action_condition_frame_indexes` in the state.
 
-    The picture is padded to the canvas of its tier and encoded, and the padding is taken off the latents. That is
-    what `Cosmos3ActionVisionVaeEncoderStep` does; but the picture is scaled on the host, so that a photograph of
-    any size takes no memory of the device, and only frames that condition are encoded (see `EncodeStage`).
+    The picture is padded to the canvas of its tier and encoded, and the padding is removed from the latents.
+    `Cosmos3ActionVisionVaeEncoderStep` does the same, with two differences. Here the picture is scaled on the
+    host, so that a large photograph takes no device memory. Only the conditioning frames are encoded (see
+    `EncodeStage`).
     """
 
     def __init__(self, task: TaskConfig, action: ActionTask) -> None:
@@ -93,7 +94,7 @@ class ActionEncodeStage:
 
 
 def content_latents(context: RunContext, pixels: Tensor, size: Tensor) -> Tensor:
-    """The latents of pictures [1, 3, F, H, W] without their padding; `size` is their size with it and without."""
+    """The latents of pictures [1, 3, F, H, W] without padding. `size` is their size with padding and without."""
     pipeline = context.components.pipeline
     latents = pipeline._encode_video(pixels).contiguous().float()
     found: Tensor = pipeline._remove_action_video_padding_from_latent(latents, size)
@@ -101,7 +102,7 @@ def content_latents(context: RunContext, pixels: Tensor, size: Tensor) -> Tensor
 
 
 def leave_latents(context: RunContext, action: ActionTask, latents: Tensor) -> None:
-    """Leave what conditions the clip in the state: `latents` of its first frames, and which actions are given."""
+    """Leave the clip's condition in the state: `latents` of its first frames, and which actions are inputs."""
     state, clip = context.state, context.clip
     state.set("x0_tokens_vision", lengthen(latents, clip.latent_frames))
     state.set("vision_condition_frames", action.conditioned(clip.temporal))
@@ -110,10 +111,10 @@ def leave_latents(context: RunContext, action: ActionTask, latents: Tensor) -> N
 
 
 class ActionDenoiseStage(DenoiseStage):
-    """As `DenoiseStage`; leaves `action_latents` [chunk_size, action_dim] in fp32 beside the latents.
+    """As `DenoiseStage`. It also leaves `action_latents` [chunk_size, action_dim] in fp32.
 
-    Of a clip that is made in several chunks it makes `chunk`, with the `denoiser` of all of them. Each chunk has
-    noise of its own, because the seed of the next is one more.
+    A clip may be made in several chunks. The stage then makes chunk number `chunk`, with the `denoiser` that all
+    chunks share. Each chunk has different noise, because its seed is the seed of the previous chunk plus one.
     """
 
     def __init__(
@@ -133,15 +134,15 @@ class ActionDenoiseStage(DenoiseStage):
         self._denoiser = denoiser
 
     def title(self, context: RunContext) -> str:
-        """As `DenoiseStage.title`, with the chunk."""
+        """As `DenoiseStage.title`, with the number of the chunk."""
         return super().title(context) + ("" if context.chunks is None else of_chunks(self._chunk, context.chunks))
 
     def denoiser(self, context: RunContext, *, keep_texts: bool = False) -> ParallelLoopDenoiser:
-        """As `DenoiseStage.denoiser`, or the one that it was given."""
+        """The denoiser that the constructor was given, else as `DenoiseStage.denoiser`."""
         return self._denoiser or super().denoiser(context, keep_texts=keep_texts)
 
     def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
-        """As `DenoiseStage.workflow`; only in the first step the host waits for what does not change."""
+        """As `DenoiseStage.workflow`, with the action mask on the host: only the first step waits for its copy."""
         workflow = super().workflow(context, advance)
         workflow.sub_blocks["denoise"].sub_blocks.insert("mask", _HostMaskStep(), 0)
         return workflow
@@ -160,7 +161,7 @@ class ActionDenoiseStage(DenoiseStage):
                 )
             own = rows[self._chunk * action.chunk_size :][: action.chunk_size]
             raw_actions = torch.tensor(own, dtype=torch.float32)
-        # Its picture is read by nothing that follows the encoder.
+        # No block after the encoder reads the picture.
         source: dict[str, Any] = {"image": HERE} if action.shows else {"video": [HERE]}
         assert action.domain is not None
         condition = CosmosActionCondition(
@@ -177,7 +178,7 @@ class ActionDenoiseStage(DenoiseStage):
 
 
 class _HostMaskStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped
-    """Keeps the mask of given actions on the host, where diffusers asks it in every step whether any is noisy."""
+    """Keeps the action mask on the host, because diffusers asks in every step whether any action is noisy."""
 
     model_name = "cosmos3-omni"
 
@@ -187,7 +188,7 @@ class _HostMaskStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is
 
 
 class ActionExportStage(ExportStage):
-    """Writes actions.json where the task finds actions, and what `ExportStage` writes where it makes a video."""
+    """Writes actions.json if the task predicts actions, and the files of `ExportStage` if it makes a video."""
 
     def __init__(self, output: OutputConfig, action: ActionTask, writing: Writing | None) -> None:
         super().__init__(output, modality="video", writing=writing)
@@ -207,7 +208,7 @@ class ActionExportStage(ExportStage):
 
 
 def found_actions(context: RunContext, action: ActionTask) -> list[list[float]]:
-    """The denoised actions, [chunk_size][width of the domain]."""
+    """The denoised actions, [chunk_size][action width of the domain]."""
     context.state.set("action_mode", action.mode.value)
     Cosmos3ActionOutputStep()(context.components.pipeline, context.state)
     (actions,) = context.state.get("action")
@@ -216,7 +217,7 @@ def found_actions(context: RunContext, action: ActionTask) -> list[list[float]]:
 
 
 def action_stages(action: ActionTask) -> dict[str, Callable[[Config, Plan], Stage]]:
-    """What makes the stages of a task with actions that are other ones, by their names."""
+    """The factories of the stages that a task with actions replaces, by stage name."""
     return {
         "text": lambda config, plan: ActionTextStage(config.task, config.sampler, action),
         "encode": lambda config, plan: ActionEncodeStage(config.task, action),

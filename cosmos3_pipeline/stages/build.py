@@ -22,7 +22,8 @@ from cosmos3_pipeline.stages.sound import SoundStage
 from cosmos3_pipeline.stages.text import TextStage
 from cosmos3_pipeline.stages.transfer import TransferStage
 
-# Makes a stage of what a run is given. One that is sent to ranks must pickle: a function or class of a module.
+# Makes a stage from the config and the plan. A factory that is sent to ranks must pickle, so it must be a function
+# or class of a module.
 StageFactory = Callable[[Config, Plan], Stage]
 NO_OTHERS: Mapping[str, StageFactory] = MappingProxyType({})
 
@@ -30,11 +31,11 @@ NO_OTHERS: Mapping[str, StageFactory] = MappingProxyType({})
 def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] = NO_OTHERS) -> dict[str, Stage]:
     """The stages by their names in `STAGES`, in the order in which they run.
 
-    A clip in chunks, that of transfer or of more actions than a chunk has, is encoded, denoised and decoded in
-    turns, as the stage `decode`, and has no other stages of these names.
+    A transfer, and a task with more actions than one chunk has, are made chunk after chunk. Their stage `decode`
+    encodes, denoises and decodes each chunk in turn, so they have no stages `encode` and `denoise`.
 
-    A stage is replaced from Python, never from a composition: `others` maps its name to what makes another one.
-    `jobs.generate.generate(prepared, output, stages=others)` hands it to every rank.
+    Stages can be replaced from Python, never from a composition: `others` maps a stage's name to its new factory.
+    `jobs.generate.generate(prepared, output, stages=others)` sends the factories to every rank.
 
     Raises:
         Refusal: `others` has a name that no stage has.
@@ -71,18 +72,18 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
 
 
 def stages_of(config: Config, plan: Plan) -> tuple[str, ...]:
-    """The names in `STAGES` under which a run does and measures its work: without what the task does not make."""
+    """The names in `STAGES` under which a run does and measures its work; a task without sound has no `sound`."""
     makes = {"sound": config.task.sound, "decode": "decode" in plan.vae}
     return tuple(name for name in STAGES if makes.get(name, True))
 
 
 def transfer(config: Config, plan: Plan) -> Stage:
-    """The stage that makes a clip of controls chunk after chunk."""
+    """The stage that makes a clip from control clips, chunk after chunk."""
     return TransferStage(config.task, config.sampler, config.output, plan.chunks, stays=plan.weights.stays)
 
 
 def rollout(config: Config, plan: Plan) -> Stage:
-    """The stage that makes a clip of given actions chunk after chunk."""
+    """The stage that makes a clip from input actions, chunk after chunk."""
     action = action_of(config.task)
     assert action is not None
     return RolloutStage(config.task, config.sampler, config.output, action, plan.chunks, stays=plan.weights.stays)

@@ -1,7 +1,7 @@
 """A clip that is made chunk after chunk: encode, denoise and decode take turns.
 
-Frames of one chunk leave while the next is made. Those with which the next one begins go to every rank, because
-every rank takes part in encoding them.
+The frames of one chunk are written while the next chunk is made. The next chunk begins with the last frames of
+this one. These frames are sent to every rank, because every rank takes part in encoding them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class ChunkMaker(Protocol):
     """Makes the latents of one chunk after the other."""
 
     def encode(self, context: RunContext, number: int, seed: Tensor | None) -> None:
-        """Leave what conditions chunk `number` in the state. It begins with `seed`, None for the first chunk.
+        """Leave the condition of chunk `number` in the state. The chunk begins with the frames `seed`.
 
-        `seed` are frames as `Chunks.passed` says: [frames, 3, H, W] in [-1, 1] in the VAE's dtype, where its
-        decoder clamps them, or bytes [frames, H, W, 3].
+        `seed` is None for the first chunk. `Chunks.passed` says which form it has. "float" is [frames, 3, H, W] in
+        the VAE's dtype, clamped to [-1, 1] by its decoder; "uint8" is bytes [frames, H, W, 3].
         """
 
     def denoise(self, context: RunContext, number: int) -> None:
@@ -36,10 +36,10 @@ class ChunkMaker(Protocol):
 
 
 class ChunkedStage(ABC):
-    """Leaves `context.frames`, an iterator of uint8 frames [frames, H, W, 3]; all work happens as it is read.
+    """Leaves `context.frames`, an iterator of uint8 frames [frames, H, W, 3]. Reading the iterator does all work.
 
-    Every rank must read its own to the end: those that are not the root take part and get nothing. With
-    `keep_latents` those of all chunks are in the state then, as [chunks, C, T, h, w].
+    Every rank must read its iterator to the end, because all ranks share the work; only the root gets frames. With
+    `keep_latents` the latents of all chunks are in the state afterwards, as [chunks, C, T, h, w].
     """
 
     def __init__(self, chunks: Chunks, *, keep_latents: bool) -> None:
@@ -51,10 +51,10 @@ class ChunkedStage(ABC):
 
     @abstractmethod
     def begin(self, context: RunContext, stack: ExitStack) -> ChunkMaker:
-        """Prepare what all chunks share; what is entered in `stack` is left after the last one."""
+        """Prepare what all chunks share. Contexts that are entered in `stack` are exited after the last chunk."""
 
     def first_chunk(self, context: RunContext, *, denoise: bool = True) -> None:
-        """Leave in the state what conditions the first chunk, and its latents [1, C, T, h, w]; decodes nothing."""
+        """Leave the first chunk's condition and latents [1, C, T, h, w] in the state. Decodes nothing."""
         with ExitStack() as stack:
             maker = self.begin(context, stack)
             maker.encode(context, 0, None)
@@ -75,7 +75,7 @@ class ChunkedStage(ABC):
             context.state.set("latents", torch.cat(kept))
 
     def _decode(self, context: RunContext, number: int) -> Generator[Tensor, None, Tensor | None]:
-        """Yield the new frames of the chunk; returns those with which the next one begins, on every rank."""
+        """Yield the new frames of the chunk. Returns, on every rank, the first frames of the next chunk."""
         chunks = self._chunks
         new, seeds = chunks.written(number), number + 1 < chunks.count and chunks.overlap > 0
         pixels: Pixels = chunks.passed if seeds else "uint8"
@@ -110,7 +110,7 @@ class ChunkedStage(ABC):
         return seed
 
     def _room(self, context: RunContext, dtype: torch.dtype) -> Tensor:
-        """Room for the frames with which the next chunk begins."""
+        """An empty tensor for the frames with which the next chunk begins."""
         clip, frames, device = context.clip, self._chunks.overlap, context.components.device
         if self._chunks.passed == "uint8":
             return torch.empty(frames, clip.height, clip.width, 3, dtype=torch.uint8, device=device)
@@ -118,5 +118,5 @@ class ChunkedStage(ABC):
 
 
 def of_chunks(number: int, chunks: Chunks) -> str:
-    """Which chunk is worked on, for a person."""
+    """Words for the title of a progress bar: which chunk is made."""
     return f", chunk {number + 1} of {chunks.count}" if chunks.count > 1 else ""

@@ -1,4 +1,4 @@
-"""What flows from stage to stage, and what every stage may use."""
+"""The data that flows from stage to stage, and the tools that every stage may use."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cosmos3_pipeline.stages.words import Words
 
 @dataclass(frozen=True)
 class Written:
-    """How a video was written: so many `encoders` at a time, each with one of `parts`.
+    """How a video was written: in `parts`, by `encoders` that work at the same time, one part each.
 
-    The encoders worked `encoder_seconds` together, most of it beside decoding. The file was there
-    `seconds_after_last_frame` had come.
+    `encoder_seconds` are the encoders' seconds added up; most of them overlap with decoding. The file was complete
+    `seconds_after_last_frame` after the last frame had come.
     """
 
     encoders: int
@@ -37,9 +37,9 @@ class Written:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a run has made: its file, and the SHA-256 of the uint8 RGB frames before any compression.
+    """The image or video that a run made: its file, and the SHA-256 of its uint8 RGB frames before compression.
 
-    `sound` is the one of its file, and `written` how a video was.
+    `sound` describes the sound in the file, and `written` says how a video was written.
     """
 
     path: Path
@@ -50,9 +50,10 @@ class Picture:
 
 
 class Measure(Protocol):
-    """Entered for the time that a stage works.
+    """A context that is entered for the time that a stage works.
 
-    `portion` says that decode and export take turns: then the device is not waited for.
+    A `portion` is one turn of a stage, while decode and export take turns. The host does not wait for the device
+    at the end of a portion.
     """
 
     def __call__(self, stage: str, /, *, portion: bool = False) -> AbstractContextManager[object]: ...
@@ -66,8 +67,8 @@ def _not_measured(stage: str, /, *, portion: bool = False) -> AbstractContextMan
 class RunContext:
     """One run on one rank. The stages are called with it one after the other, on every rank of the replica.
 
-    `components`, `clip` and `fps` (frames per second) say what to make, `chunks` that the clip is one of several;
-    `mesh` says where this rank stands and `directory` where the root writes. `measure` is entered by the stages.
+    `components`, `clip` and `fps` (frames per second) say what to make. With `chunks`, `clip` is one chunk of the
+    video. `mesh` says where this rank stands and `directory` where the root writes. The stages enter `measure`.
     """
 
     components: Components
@@ -79,26 +80,26 @@ class RunContext:
     reporter: Reporter = field(default_factory=Silent)
     measure: Measure = _not_measured
 
-    # What diffusers' blocks leave for each other: the prompts' tokens, the clean latents of the condition, then
-    # `latents`, the denoised latents [1, C, T, h, w].
+    # Values that diffusers' blocks pass to each other: the prompts' tokens, the clean latents of the condition,
+    # then `latents`, the denoised latents [1, C, T, h, w].
     state: PipelineState = field(default_factory=PipelineState)
-    # What was changed of each input's own picture, by the input's key. Set by encode.
+    # The changes that reading made to each input picture, by the config key of the input. Set by encode.
     inputs: dict[str, list[Change]] = field(default_factory=dict)
-    # The words that the tokenizer was given. Set by text.
+    # The words that the tokenizer got. Set by text.
     words: Words | None = None
-    # The passes through the transformer, of all ranks. Counted by denoise.
+    # The passes through the transformer, added up over all ranks. Counted by denoise.
     passes: PassCounts = field(default_factory=PassCounts)
-    # uint8 chunks [frames, H, W, 3] in order, on the root; other ranks take part and get none. Set by decode.
+    # uint8 chunks [frames, H, W, 3] in order, on the root. Other ranks take part and get no chunk. Set by decode.
     frames: Iterator[Tensor] | None = None
-    # The waveform [channels, samples] at 48 kHz, on the root, where the task has sound. Set by sound.
+    # The waveform [channels, samples] at 48 kHz, on the root, if the task has sound. Set by sound.
     waveform: Tensor | None = None
-    # Set by export, on the root. A task may make one of them alone.
+    # Set by export, on the root. A task makes a picture, actions or both.
     picture: Picture | None = None
     actions: Path | None = None
 
     @property
     def num_frames(self) -> int:
-        """Of the whole video."""
+        """The number of frames of the whole video, not of one chunk."""
         return self.clip.num_frames if self.chunks is None else self.chunks.total
 
     @property

@@ -1,4 +1,4 @@
-"""The control clips of a transfer, of which no more than a chunk is in memory. Imports no torch."""
+"""The control clips of a transfer. At most one chunk of a clip is in memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cosmos3_pipeline.stages.inputs import background_of
 from cosmos3_pipeline.stages.made_controls import maker, missing_opencv
 from cosmos3_pipeline.stages.media import Change, each_frame, look_at
 
-# Width over height of two clips that show the same differ by less than this, by rounding to whole pixels.
+# Two clips of the same scene differ by less than this in width over height, because sizes are rounded to pixels.
 SAME_SHAPE = 0.02
 
 
 class ControlClip:
-    """One control, read once from its beginning to the last frame that is needed.
+    """One control clip, read once, from its first frame to the last frame that is needed.
 
-    `changes` are what was done to the file's own pictures so far.
+    `changes` are the changes that reading has made to the file's pictures so far.
     """
 
     def __init__(self, name: str, task: TaskConfig, clip: Clip, chunks: Chunks) -> None:
@@ -42,7 +42,7 @@ class ControlClip:
         return list(self._changes.values())
 
     def chunk(self, number: int) -> list[Image.Image]:
-        """The pictures that chunk `number` follows, one for each of its frames. Chunks are asked for in order.
+        """The pictures that chunk `number` follows, one for each of its frames. Call it with chunks in order.
 
         Raises:
             Refusal: the clip has fewer frames.
@@ -62,7 +62,7 @@ class ControlClip:
 
 
 def first_frames(task: TaskConfig, clip: Clip, count: int) -> tuple[list[Image.Image], list[Change]]:
-    """The first `count` frames of `task.video`, and what was changed of them."""
+    """The first `count` frames of `task.video`, and the changes that reading made to them."""
     changes: dict[str, Change] = {}
     return list(islice(_frames_of(task, clip, task.video, "task.video", changes), count)), list(changes.values())
 
@@ -84,17 +84,17 @@ def _rate(task: TaskConfig) -> float | None:
 
 
 def length_of(task: TaskConfig) -> int:
-    """The frames of the first control clip.
+    """The number of frames of the first control clip.
 
     Raises:
-        Refusal: it is no video.
+        Refusal: the clip is no video.
     """
     key, file = next(iter(clips_of(task).items()))
     return look_at(file, fps=_rate(task), key=key).frames
 
 
 def control_problems(task: TaskConfig) -> Iterator[Problem]:
-    """What keeps the control clips of a transfer from being followed together; their files are there."""
+    """Reasons why the control clips of a transfer cannot be followed together. Their files must exist."""
     for name, file in controls_of(task).items():
         if file == FROM_VIDEO and (problem := missing_opencv(f"task.controls.{name}")):
             yield problem

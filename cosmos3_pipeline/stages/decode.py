@@ -1,4 +1,4 @@
-"""Latents to frames, chunk by chunk: frames leave as they are decoded and no rank holds the whole video."""
+"""Latents to frames, chunk by chunk. A decoded chunk is exported at once, so no rank holds the whole video."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _END = object()
 
 
 class DecodeStage:
-    """Leaves `context.frames`, an iterator of uint8 chunks [frames, H, W, 3]; decoding happens as it is read.
+    """Leaves `context.frames`, an iterator of uint8 chunks [frames, H, W, 3]. Reading the iterator decodes.
 
-    Every rank must read its own to the end: those that are not the root take part and get nothing.
+    Every rank must read its iterator to the end, because all ranks share the work; only the root gets chunks.
     """
 
     def __call__(self, context: RunContext) -> None:
@@ -36,7 +36,7 @@ class DecodeStage:
 
 
 def vae_latents(context: RunContext) -> Tensor:
-    """The latents [1, C, T, h, w] as the VAE has them, in its dtype: what diffusers' decode block computes."""
+    """The latents [1, C, T, h, w] in the VAE's own scale and dtype, as diffusers' decode block computes them."""
     pipeline = context.components.pipeline
     latents, dtype = context.state.get("latents"), pipeline.vae.dtype
     mean = pipeline._vae_latents_mean.to(device=latents.device, dtype=dtype)

@@ -22,12 +22,13 @@ from cosmos3_pipeline.denoise.denoiser import ParallelLoopDenoiser
 from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.progress import Advance
 
-# diffusers' workflow of what is denoised together. A distilled checkpoint has one for vision alone.
+# diffusers' workflow for each set of modalities that are denoised together. A distilled checkpoint has another
+# workflow, for vision alone.
 WORKFLOWS: Mapping[frozenset[str], type[SequentialPipelineBlocks]] = {
     VISION_ALONE: Cosmos3VisionCoreDenoiseStep,
     frozenset({"vision", "sound"}): Cosmos3VisionSoundCoreDenoiseStep,
 }
-# What the workflows leave in the state, and nothing reads any more.
+# Tensors that the workflows leave in the state and that no later stage reads.
 LEFT_OVER = (
     *("vision_tokens", "velocity_vision", "vision_conditioning_latents"),
     *("sound_tokens", "velocity_sound", "sound_scheduler"),
@@ -37,17 +38,17 @@ LEFT_OVER = (
 class DenoiseStage:
     """Leaves `latents`, the denoised latents [1, C, T, h, w] in fp32, in the state.
 
-    With `sound` among the `modalities` it leaves `sound_latents` [C, T] besides, whose noise is drawn after the
-    picture's.
+    With `sound` among the `modalities` it also leaves `sound_latents` [C, T]. The noise of the sound is drawn
+    after the noise of the picture.
 
-    `sampler.guidance_scale` 1.0 runs the prompt alone, without guidance; outside of `sampler.guidance_interval` so
-    does every step. `sampler.cache` spares passes whose latents hardly change. The noise is drawn from
-    `sampler.seed` on the CPU, in fp32 and whole, so it is the same on every rank, device and layout. So is the
-    noise that each step of a distilled checkpoint adds, because the steps go on with the same generator.
+    With `sampler.guidance_scale` 1.0, and in steps outside of `sampler.guidance_interval`, only the prompt is run,
+    without guidance. `sampler.cache` skips passes whose latents hardly change. The noise is drawn from
+    `sampler.seed` on the CPU, in fp32 and whole, so it is the same on every rank, device and layout. The noise
+    that each step of a distilled checkpoint adds is also the same, because the steps use the same generator.
 
-    Packing, schedule and solver are diffusers' workflow, for a distilled checkpoint its workflow of fixed steps.
-    Its denoiser block is replaced by one that computes the text once and splits guidance and sequence over the
-    mesh. The transformer leaves the device in the end, unless it `stays` for a next clip.
+    Packing, schedule and solver are diffusers' workflow. A distilled checkpoint uses diffusers' workflow of fixed
+    steps. Its denoiser block is replaced by a block that computes the text once and splits guidance and sequence
+    over the mesh. The transformer is removed from the device in the end, unless it `stays` for a next clip.
     """
 
     def __init__(
@@ -67,15 +68,15 @@ class DenoiseStage:
             state.set("generator", torch.Generator("cpu").manual_seed(self._sampler.seed))
             with context.reporter.track(self.title(context), self._sampler.steps) as advance:
                 self.workflow(context, advance)(context.components.pipeline, state)
-            # Tensors of the latents' size that nothing reads any more; decoding needs their memory.
-            context.components.scheduler().set_timesteps(1)  # forgets the steps before
+            # These tensors have the size of the latents and are not read again. Decoding needs their memory.
+            context.components.scheduler().set_timesteps(1)  # drops the outputs of earlier steps
             for name in LEFT_OVER:
                 state.set(name, None)
             if not self._stays:
                 context.components.transformer().release()
 
     def title(self, context: RunContext) -> str:
-        """What is done, for a person."""
+        """The title of the progress bar."""
         return "denoising steps"
 
     def workflow(self, context: RunContext, advance: Advance) -> SequentialPipelineBlocks:
@@ -88,12 +89,12 @@ class DenoiseStage:
         return workflow
 
     def blocks(self, context: RunContext) -> SequentialPipelineBlocks:
-        """diffusers' workflow of what is denoised, with diffusers' denoiser."""
+        """diffusers' workflow for the modalities of this run, with diffusers' denoiser."""
         distilled = context.components.checkpoint.sampler.distilled_sigmas is not None
         return Cosmos3DistilledVisionCoreDenoiseStep() if distilled else WORKFLOWS[self._modalities]()
 
     def denoiser(self, context: RunContext, *, keep_texts: bool = False) -> ParallelLoopDenoiser:
-        """The block that predicts the velocity of one step; with `keep_texts` that of all chunks of a clip."""
+        """The block that predicts the velocity of one step. With `keep_texts` it serves all chunks of a clip."""
         parts = context.components
         return ParallelLoopDenoiser(
             context.mesh,
@@ -107,7 +108,7 @@ class DenoiseStage:
 
 
 def sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
-    """diffusers' settings of the cache, or None without one."""
+    """diffusers' settings of the cache, or None if there is no cache."""
     if settings.name is CacheName.none:
         return None
     return SeaCacheConfig(
@@ -121,7 +122,7 @@ def sea_cache(settings: CacheConfig) -> SeaCacheConfig | None:
 
 
 class ReportStep(ModularPipelineBlocks):  # type: ignore[misc] # diffusers is untyped
-    """The last block of the loop: says that a step is done."""
+    """The last block of the loop: reports that a step is done."""
 
     model_name = "cosmos3-omni"
 

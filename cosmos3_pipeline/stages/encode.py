@@ -1,4 +1,4 @@
-"""The condition to latents: photographs, or the frames of a clip that the video goes on from."""
+"""The condition to latents: photographs, or the frames of a clip that the video continues."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class EncodeStage:
     """Leaves `x0_tokens_vision`, clean latents [1, C, T, h, w], and `vision_condition_frames` in the state.
 
     With neither `task.image` nor `task.video` (paths) it does nothing and the VAE's encoder is not loaded. A video
-    gives the latent frames `task.condition_latent_frames`, from its first or last frames (`task.condition_keep`);
-    with `task.last_image` two photographs give the first and the last one.
-    What was changed of the file's own picture is left in `context.inputs`.
+    gives the latent frames `task.condition_latent_frames`, from its first or last frames (`task.condition_keep`).
+    With `task.last_image` two photographs give the first and the last latent frame.
+    `context.inputs` gets the changes that reading made to the file's picture.
 
-    diffusers encodes the whole length of the output, padded with copies of the last frame. The encoder is
-    causal, latent frame k sees frames up to 4k only, so encoding that far gives the same latents; those after
-    it are noise in the end and stay zero here.
+    diffusers encodes the whole length of the output, padded with copies of the last frame. Here only the frames up
+    to the last conditioning latent frame are encoded. The latents are the same, because the encoder is causal:
+    latent frame k sees frames up to 4k only. Later latent frames become noise, so they stay zero here.
     """
 
     def __init__(self, task: TaskConfig) -> None:
@@ -45,7 +45,7 @@ class EncodeStage:
         inputs = PipelineState()
         inputs.set("height", clip.height)
         inputs.set("width", clip.width)
-        # diffusers refuses one frame; of two, the VAE makes one latent frame from the first.
+        # diffusers refuses one frame. From two frames the VAE makes one latent frame, which shows the first.
         inputs.set("num_frames", max(frames, 2))
         if kind == "image":
             block = Cosmos3ImageVaeEncoderStep()
@@ -54,14 +54,14 @@ class EncodeStage:
         else:
             block = Cosmos3VideoVaeEncoderStep()
             if kind == "both ends":
-                # diffusers repeats the last picture to the end, so that the last latent frame shows it at rest.
+                # diffusers repeats the last picture to the end, so the last latent frame shows it without motion.
                 pictures, changes = both_ends(self._task, clip)
                 context.inputs |= changes
             else:
                 pictures, context.inputs["task.video"] = condition_frames(self._task, clip)
             inputs.set("video", pictures)
             inputs.set("condition_frame_indexes_vision", given)
-            inputs.set("condition_video_keep", "first")  # of frames that are taken from the right end already
+            inputs.set("condition_video_keep", "first")  # `condition_frames` took them from the right end
         context.components.vae(encoder=True)
         block(context.components.pipeline, inputs)
         context.state.set("x0_tokens_vision", lengthen(inputs.get("x0_tokens_vision"), clip.latent_frames))

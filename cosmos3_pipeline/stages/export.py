@@ -1,4 +1,4 @@
-"""Frames to a file: a video written chunk by chunk, or an image; and the latents where they are asked for."""
+"""Frames to a file: a video written chunk by chunk, or an image; and the latents, if the config asks for them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cosmos3_pipeline.stages.media import cut_to, frame_rate, sound_of, write_vi
 class ExportStage:
     """Reads `context.frames` to the end and writes them into `context.directory` on the root.
 
-    `modality` `image` makes a PNG, others a video: H.264 at quality `output.crf`, 0 to 51, with `output.preset`,
-    by as many encoders as `writing` says, one without it.
-    A video has the sound of `context.waveform`, if any, cut to its length: sound latents are whole frames of 1920
-    samples. `output.sound` writes it into a WAV file besides, 16 bits a sample.
-    `output.latents` also writes the denoised latents, as tensor `latents` [1, C, T, h, w] in fp32, and with sound
+    `modality` `image` makes a PNG, any other a video: H.264 at quality `output.crf`, 0 to 51, with
+    `output.preset`. `writing` says how many encoders work at the same time; without it there is one.
+    The sound of a video is `context.waveform`, cut to the length of the video because sound latents are whole
+    frames of 1920 samples. `output.sound` also writes it to a WAV file, 16 bits a sample.
+    `output.latents` also writes the denoised latents: tensor `latents` [1, C, T, h, w] in fp32, and with sound
     `sound_latents` [C, T].
     """
 
@@ -63,7 +63,7 @@ class ExportStage:
         )
 
     def write_latents(self, context: RunContext) -> None:
-        """Write the denoised latents where they are asked for."""
+        """Write the denoised latents, if `output.latents` asks for them."""
         if self._output.latents:
             with context.measure("export"), whole_file(context.directory / LATENTS_FILE) as partial:
                 names = ("latents",) if context.waveform is None else ("latents", "sound_latents")
@@ -108,7 +108,7 @@ class ExportStage:
             with FrameQueue(write) as queue:
                 assert context.frames is not None
                 for chunk in context.frames:
-                    # The device has the next portion to compute already, while this process waits for the last.
+                    # Wait for the previous portion. The device stays busy, because it has the next one to compute.
                     with context.measure("decode", portion=True):
                         queue.arrived()
                     with context.measure("export", portion=True):

@@ -1,4 +1,4 @@
-"""Writing a file under a temporary name and renaming it, so that nobody ever sees half of one."""
+"""Writing a file under a temporary name and renaming it, so that no reader sees a half-written file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE_FILE = "image.png"
 SOUND_FILE = "sound.wav"
 LATENTS_FILE = "latents.safetensors"
 CONTROL_FILE = "control.mp4"
-# All that jobs of any kind, and pages of them, leave in the folder of a run: the next run there removes it.
+# All files that jobs and report pages leave in the folder of a run. The next run in that folder removes them.
 RUN_FILES = (
     *(VIDEO_FILE, IMAGE_FILE, SOUND_FILE, LATENTS_FILE, CONTROL_FILE, "actions.json"),
     *("metrics.json", "config.yaml", "plan.json", "plan.md", "search.json", "prompts.json"),
@@ -27,9 +27,9 @@ PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path` to write to; it becomes `path` at the end, and vanishes when the block raises.
+    """A new file beside `path` to write to. It is renamed to `path` at the end, and removed if the block raises.
 
-    Nobody else has its name, and a link at `path` is replaced, not followed.
+    The temporary name is unique. A link at `path` is replaced, not followed.
     """
     partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PARTIAL}")
     with stopping.leftover(partial):
@@ -38,7 +38,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield partial
             partial.replace(path)
         except OSError as error:
-            if error.filename is None:  # of a write, which knows no name
+            if error.filename is None:  # a failed write does not name its file
                 error.filename = str(path)
             raise
         finally:
@@ -52,6 +52,6 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`: it could not tidy up after itself."""
+    """Remove the half-written files that a killed process left in `folder`."""
     for leftover in folder.glob(f"*{PARTIAL}"):
         leftover.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Frames from the device to a thread that writes them, while the next ones are decoded."""
+"""Brings frames from the device to a thread that writes them, while the next frames are decoded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Portions of frames that may wait for the thread: one is written and one arrives.
+# Portions of frames in flight: one is written while one arrives.
 WAITING = 2
 
 
 class Arrival:
-    """uint8 frames on the host, or on their way into `buffer` there: `wait` until they are there."""
+    """uint8 frames on the host, or in flight to `buffer` on the host. `wait` returns when they are complete."""
 
     def __init__(self, frames: Tensor, event: Any = None, buffer: Tensor | None = None) -> None:
         self.frames = frames
@@ -31,14 +31,14 @@ class Arrival:
 
 
 class Landing:
-    """Brings frames to the host, on a GPU through `WAITING` pinned buffers and on a stream of their own."""
+    """Brings frames to the host. From a GPU it uses `WAITING` pinned buffers and a separate stream."""
 
     def __init__(self) -> None:
         self._stream: Any = None
         self._free: Queue[Tensor] = Queue()
 
     def start(self, chunk: Tensor) -> Arrival:
-        """Start to bring `chunk`. Waits while all buffers are in use."""
+        """Start to copy `chunk` to the host. Waits while all buffers are in use."""
         if not chunk.is_cuda:
             return Arrival(chunk.contiguous())
         if self._stream is None:
@@ -56,7 +56,7 @@ class Landing:
             return Arrival(frames, self._stream.record_event(), buffer)
 
     def give_back(self, arrival: Arrival) -> None:
-        """The frames of `arrival` are not needed any more."""
+        """Let the buffer of `arrival` be used again. Its frames must not be needed any more."""
         if arrival.buffer is not None:
             self._free.put(arrival.buffer)
 
@@ -64,8 +64,8 @@ class Landing:
 class FrameQueue:
     """Calls `use` in a thread with each portion of frames, uint8 [frames, H, W, 3], in the order of `put`.
 
-    What `use` raises is raised by the next `put`, or at the end of the block, which waits for all frames. When the
-    block itself raises, those that wait are dropped.
+    An exception of `use` is raised by the next `put`, or at the end of the block, which waits for all frames. When
+    the block itself raises, frames that still wait are dropped.
 
         with FrameQueue(write) as queue:
             for chunk in frames:
@@ -82,12 +82,12 @@ class FrameQueue:
         self._thread = threading.Thread(target=self._run, name="frames", daemon=True)
 
     def arrived(self) -> None:
-        """Wait until the portion that was put last is on the host: then the device has computed it."""
+        """Wait until the last portion that was put is on the host. The device has then computed it."""
         if self._last is not None:
             self._last.wait()
 
     def put(self, chunk: Tensor) -> None:
-        """Hand over a portion, which must not be written any more. Waits while the thread is behind."""
+        """Hand over a portion. The caller must not change it any more. Waits while the thread is behind."""
         self._raise()
         self._last = self._landing.start(chunk)
         self._waiting.put(self._last)
@@ -124,6 +124,6 @@ class FrameQueue:
                 try:
                     arrival.wait()
                     self._use(arrival.frames.numpy())
-                except BaseException as error:  # the other thread raises it
+                except BaseException as error:  # `_raise` raises it in the thread that calls `put`
                     self._error = error
             self._landing.give_back(arrival)

@@ -1,4 +1,4 @@
-"""The pictures that a task goes on from, as its clip needs them. Imports no torch."""
+"""The input pictures that condition a task, read in the form that its clip needs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cosmos3_pipeline.stages.media.shown import RGB, cut_off
 
 
 def photograph(task: TaskConfig, clip: Clip) -> tuple[Image.Image, list[Change]]:
-    """`task.image` in its own size, and what was changed. diffusers scales it to fill `clip` and crops it.
+    """`task.image` in its own size, and the changes made to it. diffusers scales it to fill `clip` and crops it.
 
     Raises:
-        Refusal: it cannot be read, see `read_picture`.
+        Refusal: the picture cannot be read, see `read_picture`.
     """
     assert task.image is not None
     picture, changes = read_picture(task.image, background=background_of(task))
@@ -23,10 +23,10 @@ def photograph(task: TaskConfig, clip: Clip) -> tuple[Image.Image, list[Change]]
 
 
 def both_ends(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], dict[str, list[Change]]]:
-    """`task.image` and `task.last_image` in the size of `clip`, and what was changed of each, by its key.
+    """`task.image` and `task.last_image` in the size of `clip`, and the changes made to each, by its config key.
 
     Raises:
-        Refusal: one cannot be read, see `read_picture`.
+        Refusal: a picture cannot be read, see `read_picture`.
     """
     pictures: list[Image.Image] = []
     changes: dict[str, list[Change]] = {}
@@ -40,10 +40,10 @@ def both_ends(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], dict[str
 
 
 def condition_frames(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], list[Change]]:
-    """The frames of `task.video` that the latent frames up to the last given one show, in the size of `clip`.
+    """The frames of `task.video` that its last conditioning latent frame depends on, in the size of `clip`.
 
     Raises:
-        Refusal: they cannot be read, see `read_frames`.
+        Refusal: the frames cannot be read, see `read_frames`.
     """
     assert task.video is not None
     return read_frames(
@@ -57,10 +57,12 @@ def condition_frames(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], l
 
 
 def observation(task: TaskConfig, frames: int) -> tuple[list[Image.Image], str, list[Change]]:
-    """The first `frames` pictures that a task with actions goes on from, in their own size, and their key.
+    """The pictures that condition a task with actions, in their own size, their config key, and their changes.
+
+    They are `task.image`, or the first or last `frames` frames of `task.video` (`task.condition_keep`).
 
     Raises:
-        Refusal: they cannot be read, or there are fewer.
+        Refusal: the pictures cannot be read, or the video has fewer frames.
     """
     if task.image is not None:
         picture, changes = read_picture(task.image, background=background_of(task))

@@ -16,16 +16,16 @@ WINDOW = 7  # pixels a side of SSIM's uniform window, as scikit-image has it
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of one clip against a reference. `psnr_db` is None where every pixel is equal: it would be infinite."""
+    """How alike a clip is to a reference. `psnr_db` is None if all pixels are equal: it would be infinite."""
 
     identical: bool
     psnr_db: float | None
     ssim: float
-    max_levels: int  # the largest difference of one value, of 255
+    max_levels: int  # the largest difference of one value, in 0..255
 
 
 def likeness(reference: Iterable[NDArray[np.uint8]], other: Iterable[NDArray[np.uint8]]) -> Likeness | None:
-    """Compare frames [H, W, 3] one by one; None when clips differ in size or number of frames."""
+    """Compare frames [H, W, 3] one by one. None if the clips differ in size or number of frames."""
     squares, count, largest, similarities = 0.0, 0, 0, []
     for theirs, ours in zip_longest(reference, other):
         if theirs is None or ours is None or theirs.shape != ours.shape:
@@ -40,7 +40,7 @@ def likeness(reference: Iterable[NDArray[np.uint8]], other: Iterable[NDArray[np.
 
 
 def psnr_db(value_range: float, mean_square: float) -> float:
-    """The peak signal-to-noise ratio in dB of a mean squared error; infinite where nothing differs."""
+    """The peak signal-to-noise ratio in dB of a mean squared error. It is infinite if the error is 0."""
     if mean_square in (0.0, math.inf):
         return math.inf if mean_square == 0.0 else -math.inf
     return 10 * math.log10(value_range**2 / mean_square)
@@ -65,7 +65,7 @@ def ssim(reference: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 
 
 def _means(frame: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean of every window that lies inside the frame, from running sums."""
+    """The mean of every window that lies inside the frame, computed from running sums."""
     for axis in (0, 1):
         sums = np.cumsum(frame, axis=axis)
         zero = np.zeros_like(np.take(sums, [0], axis=axis))

@@ -1,4 +1,4 @@
-"""Control pictures that OpenCV makes of the frames of a clip: edges and blur. Imports no torch.
+"""Control pictures that OpenCV makes from the frames of a clip: edges and blur. Imports no torch.
 
 Source of every number: vllm-omni `vllm_omni/diffusion/models/cosmos3/transfer.py` (EDGE_PRESETS, BLUR_PRESETS,
 BILATERAL_*), ported there from the augmentors that NVIDIA trained with.
@@ -17,7 +17,8 @@ from PIL import Image
 from cosmos3_pipeline.config.schema import TaskConfig
 from cosmos3_pipeline.errors import Problem, Refusal
 
-# Below the first threshold of Canny's there is no edge, above the second there is; higher ones leave fewer edges.
+# Canny's two thresholds: a gradient below the first is no edge, a gradient above the second is an edge. Higher
+# thresholds leave fewer edges.
 EDGE_THRESHOLDS = {
     "very_low": (20, 50),
     "low": (50, 100),
@@ -28,7 +29,7 @@ EDGE_THRESHOLDS = {
 
 
 class Blur(NamedTuple):
-    """How many times smaller a frame is while it is filtered, and once more afterwards."""
+    """How many times smaller a frame is made: `filtered` before the filter, `shrunk` after it."""
 
     filtered: int
     shrunk: int
@@ -41,7 +42,7 @@ BLUR_STRENGTHS = {
     "high": Blur(filtered=1, shrunk=16),
     "very_high": Blur(filtered=4, shrunk=16),
 }
-# The bilateral filter of a picture whose longer side has so many pixels; of another one, in proportion.
+# The bilateral filter for a picture whose longer side has REFERENCE_SIDE pixels. It is scaled for other sizes.
 REFERENCE_SIDE = 720
 DIAMETER, SIGMA_COLOUR, SIGMA_SPACE = 30, 150, 100
 
@@ -49,7 +50,7 @@ Frame = NDArray[np.uint8]
 
 
 def missing_opencv(key: str) -> Problem | None:
-    """What keeps the control `key` from being made of a clip, where something does."""
+    """The reason why the control `key` cannot be made from a clip, or None if it can."""
     if find_spec("cv2") is not None:
         return None
     return Problem(
@@ -60,7 +61,7 @@ def missing_opencv(key: str) -> Problem | None:
 
 
 def maker(name: str, task: TaskConfig) -> Callable[[Image.Image], Image.Image]:
-    """What makes the control `name`, edge or blur, of a frame.
+    """The function that makes the control `name`, edge or blur, from a frame.
 
     Raises:
         Refusal: OpenCV is not installed.

@@ -1,4 +1,4 @@
-"""How far a stage has come: what the stages report to, and the bar that a person sees."""
+"""The progress of a stage: the reporters that stages call, and the bar that a person sees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-# How often a block of work that takes long is told of where its bar cannot move.
+# A console that is no terminal cannot move a bar. It gets a plain line about long work this often.
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -21,16 +21,16 @@ class Advance(Protocol):
 
 
 class Reporter(Protocol):
-    """What a stage reports its progress to."""
+    """Receives the progress of a stage."""
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
-        """A block of work of `total` units, called `what` for a person."""
+        """A block of work of `total` units, which the user sees as `what`."""
         ...
 
 
 class Silent:
-    """Reports nothing: the ranks that are not the root, and tests."""
+    """Reports nothing. Ranks other than the root use it, and tests."""
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
@@ -40,7 +40,7 @@ class Silent:
 class Bars:
     """One line per block of work on `console`, with a bar, the count and the time.
 
-    Where the console is no terminal the bar is there only at the end; meanwhile a plain line comes now and then.
+    If the console is no terminal, the bar is printed only at the end, and plain lines report the progress before.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:

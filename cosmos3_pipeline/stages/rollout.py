@@ -1,8 +1,8 @@
-"""Forward dynamics over more actions than a chunk has: each chunk goes on from the last frame of the one before.
+"""Forward dynamics over more actions than a chunk has: each chunk begins with the last frame of the previous one.
 
-That is how NVIDIA's cookbook calls diffusers' pipeline again and again (`run_rollout` in NVIDIA/cosmos
-`cookbooks/cosmos3/generator/action/run_fd_with_diffusers.ipynb`). The frame is a picture of 8 bits, and a chunk
-has its own actions and noise. The first frame of the first chunk, which is left out there, is kept here.
+NVIDIA's cookbook calls diffusers' pipeline once per chunk in the same way (`run_rollout` in NVIDIA/cosmos
+`cookbooks/cosmos3/generator/action/run_fd_with_diffusers.ipynb`). The frame is a picture of 8 bits. Each chunk has
+its own actions and noise. The cookbook drops the first frame of the first chunk; here the frame is kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cosmos3_pipeline.stages.denoise import DenoiseStage
 
 
 class RolloutStage(ChunkedStage):
-    """As `ChunkedStage`, of a task whose actions are given."""
+    """As `ChunkedStage`, for a task whose actions are inputs."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class RolloutStage(ChunkedStage):
         self._stays = stays
 
     def begin(self, context: RunContext, stack: ExitStack) -> ChunkMaker:
-        """The denoiser, which has the encoded prompts."""
+        """The maker of all chunks. Its denoiser keeps the encoded prompts from chunk to chunk."""
         denoiser = DenoiseStage(self._sampler).denoiser(context, keep_texts=True)
         return _Rollout(self._task, self._sampler, self._action, self._stays, denoiser)
 
@@ -75,9 +75,9 @@ class _Rollout:
     def _latents(self, context: RunContext, seed: Tensor) -> Tensor:
         """The latents of bytes [frames, H, W, 3], on the canvas of the first chunk.
 
-        A pipeline that is given the frame would choose a canvas by its shape, which in small tiers may be another
-        than that of the picture, or even hold less. The arithmetic is that of diffusers' `VideoProcessor` and
-        `_prepare_action_video_conditioning`.
+        diffusers' pipeline would choose the canvas by the shape of the frame. In small tiers that canvas may
+        differ from the first chunk's, or be too small for the frame. The arithmetic is that of diffusers'
+        `VideoProcessor` and `_prepare_action_video_conditioning`.
         """
         assert self.action.canvas is not None
         (height, width), clip = self.action.canvas, context.clip
@@ -92,7 +92,7 @@ class _Rollout:
     def denoise(self, context: RunContext, number: int) -> None:
         """Leave the chunk's latents [1, C, T, h, w] in the state."""
         for name in ("latents", "action_latents"):
-            context.state.set(name, None)  # else they are taken for this chunk's noise
+            context.state.set(name, None)  # otherwise diffusers takes them for this chunk's noise
         stage = ActionDenoiseStage(
             self.task, self.sampler, self.action, chunk=number, denoiser=self.denoiser, stays=self.stays
         )

@@ -11,9 +11,9 @@ from cosmos3_pipeline.stages.context import RunContext
 class SoundStage:
     """Leaves `context.waveform` [channels, samples], each sample in -1..1, on the root.
 
-    Without `task.sound` it does nothing. The waveform is decoded before the picture: the sound tokenizer then has
-    the memory that the VAE's decoder takes later, and the frames need not wait for their sound in the file. The
-    sound tokenizer leaves the device at once, and is read again for the next clip.
+    Without `task.sound` it does nothing. The sound is decoded before the picture, for two reasons. The sound
+    tokenizer can use memory that the VAE's decoder needs later, and frames can be written together with their
+    sound. The sound tokenizer is removed from the device afterwards, and is read again for the next clip.
     """
 
     def __init__(self, task: TaskConfig) -> None:

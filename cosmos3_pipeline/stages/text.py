@@ -16,8 +16,8 @@ class TextStage:
     """Leaves `cond_input_ids` and `uncond_input_ids` in the state, and the encoded prompts in the components.
 
     `task.prompt` and `task.negative_prompt` are the words themselves, or `@` and the path of a file that holds
-    them (a long caption). A caption in JSON is filled in, see `stages.words`. `task.negative_prompt` and
-    `task.system_prompt` None take the checkpoint's own.
+    them (a long caption). A caption in JSON is filled in, see `stages.words`. If `task.negative_prompt` or
+    `task.system_prompt` is None, the checkpoint decides.
     """
 
     def __init__(self, task: TaskConfig, sampler: SamplerConfig) -> None:
@@ -30,9 +30,9 @@ class TextStage:
             context.components.encode_texts(self.prompts(context))
 
     def tokenize(self, context: RunContext) -> None:
-        """Words to tokens alone.
+        """Turn the words into tokens, without encoding them.
 
-        Raises Refusal for words that the model cannot be given.
+        Raises Refusal for words that the model cannot take.
         """
         task = self._task
         prompt = prompt_of(task)
@@ -50,7 +50,8 @@ class TextStage:
         state.set("add_resolution_template", words.sentences)
         state.set("add_duration_template", words.sentences)
         if task.name is TaskName.transfer:
-            # Its blocks have no sentences on size and duration, and a system prompt of their own.
+            # diffusers' block for transfer appends no sentences on size and duration, and has its own system
+            # prompt.
             state.set("use_system_prompt", task.system_prompt is not False)
             Cosmos3TransferTextStep()(context.components.pipeline, state)
         else:
@@ -59,14 +60,14 @@ class TextStage:
             check_tokens(list(state.get(name)), context.components.checkpoint)
 
     def words(self, context: RunContext, prompt: str, negative: str | None) -> Words:
-        """What the tokenizer is given."""
+        """The words that the tokenizer gets."""
         own = context.components.checkpoint.negative_prompt
         return words_for(prompt, negative, clip=context.clip, fps=context.fps, own=own)
 
     def prompts(self, context: RunContext) -> list[Prompt]:
-        """The prompts of this rank's guidance passes, once they are tokens."""
+        """The prompts of this rank's guidance passes. Call `tokenize` first."""
         mesh, pipeline = context.mesh, context.components.pipeline
-        context.components.transformer()  # whose config says how tokens are counted
+        context.components.transformer()  # `_prepare_text_segment` reads its config
         guidance, found = guidance_of(self._task, self._sampler), []
         for name in guidance.prompts(ranks=mesh.size("cfg"), rank=mesh.rank("cfg")):
             ids = context.state.get(f"{name}_input_ids")

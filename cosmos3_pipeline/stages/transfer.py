@@ -1,7 +1,7 @@
 """A video that follows control clips, chunk after chunk.
 
-Packing, schedule, solver and guidance are diffusers' blocks of `Cosmos3TransferCoreDenoiseStep`; its loop over
-chunks is `ChunkedStage`.
+Packing, schedule, solver and guidance are diffusers' blocks of `Cosmos3TransferCoreDenoiseStep`. `ChunkedStage`
+replaces its loop over chunks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cosmos3_pipeline.stages.denoise import ReportStep, sea_cache
 from cosmos3_pipeline.stages.files import CONTROL_FILE
 from cosmos3_pipeline.stages.media.writing import VideoWriter, write_video
 
-# Of a chunk, which nothing reads after it: tensors of the latents' size.
+# Tensors of one chunk, as large as its latents. They are dropped after denoising: nothing reads them again.
 OF_A_CHUNK = (
     *("control_latents", "x0_tokens_vision", "condition_latents", "velocity", "velocity_mask"),
     *("cond_full_static", "cond_no_control_static", "uncond_full_static"),
@@ -42,7 +42,7 @@ OF_A_CHUNK = (
 
 
 class TransferStage(ChunkedStage):
-    """As `ChunkedStage`. `output.control` writes the controls as the model was given them."""
+    """As `ChunkedStage`. `output.control` writes the control pictures that the model gets."""
 
     def __init__(
         self, task: TaskConfig, sampler: SamplerConfig, output: OutputConfig, chunks: Chunks, *, stays: bool
@@ -54,7 +54,7 @@ class TransferStage(ChunkedStage):
         self._stays = stays
 
     def begin(self, context: RunContext, stack: ExitStack) -> ChunkMaker:
-        """What all chunks share: the controls, the prompts' places in their sequences, the generator of noise."""
+        """Prepare what all chunks share: controls, positions of the prompts' tokens, the generator of noise."""
         parts = context.components
         controls = [ControlClip(name, self._task, context.clip, self._chunks) for name in controls_of(self._task)]
         denoiser = ParallelTransferDenoiser(
@@ -78,7 +78,7 @@ class TransferStage(ChunkedStage):
         return _Transfer(self._task, self._sampler, self._chunks, self._stays, controls, writer, denoiser)
 
     def _control_writer(self, context: RunContext, stack: ExitStack, controls: int) -> VideoWriter | None:
-        """What writes the controls side by side, where they are asked for and this rank writes files."""
+        """The writer of the controls side by side. None without `output.control`, or on a rank without files."""
         if not (self._output.control and context.is_root):
             return None
         output = self._output
@@ -96,7 +96,7 @@ class TransferStage(ChunkedStage):
 
 @dataclass(frozen=True)
 class _Transfer:
-    """A `ChunkMaker`. `writer` is given the controls, where they are asked for."""
+    """A `ChunkMaker`. `writer`, if there is one, writes the controls."""
 
     task: TaskConfig
     sampler: SamplerConfig
@@ -107,7 +107,7 @@ class _Transfer:
     denoiser: ParallelTransferDenoiser
 
     def encode(self, context: RunContext, number: int, seed: Tensor | None) -> None:
-        """Leave the latents of the controls, and of the frames with which the chunk begins, in the state."""
+        """Leave latents in the state: of the controls, and of the frames with which the chunk begins."""
         with context.measure("encode"):
             pictures = [control.chunk(number) for control in self.controls]
             if self.writer is not None:
@@ -118,10 +118,11 @@ class _Transfer:
     def _encode(
         self, context: RunContext, number: int, pictures: Sequence[Sequence[Image.Image]], seed: Tensor | None
     ) -> None:
-        """As `encode`, of `pictures` of the controls and frames `seed` [1, 3, frames, H, W].
+        """As `encode`, from the `pictures` of the controls and the frames `seed` [1, 3, frames, H, W].
 
-        The rest of the chunk is noise in the end. diffusers encodes all of it, filled with copies of the last of
-        those frames; the encoder is causal, so the latents that are needed are the same without.
+        diffusers fills the chunk with copies of the last seed frame and encodes the whole chunk. Here only the
+        seed frames are encoded. Their latents are the same, because the encoder is causal; the others become
+        noise.
         """
         parts, clip, chunks = context.components, context.clip, self.chunks
         parts.vae(encoder=True)
@@ -138,7 +139,7 @@ class _Transfer:
             known = chunks.clean_latents(number, clip.temporal)
             encoded = pipeline._encode_video(seed[:, :, : (known - 1) * clip.temporal + 1].contiguous())
             latents[:, :, :known] = encoded.float()
-        # As diffusers has them, in the transformer's dtype.
+        # diffusers gives the encoder controls in the transformer's dtype.
         dtype = pipeline.transformer.dtype
         controls = [pipeline._encode_video(_as_floats(context, control, dtype)).float() for control in pictures]
         context.state.set("control_latents", controls)
@@ -160,7 +161,7 @@ class _Transfer:
             with context.reporter.track(f"denoising steps{of}", self.sampler.steps) as advance:
                 loop.sub_blocks["report"] = ReportStep(advance)
                 loop(parts.pipeline, state)
-            parts.scheduler().set_timesteps(1)  # forgets the steps before
+            parts.scheduler().set_timesteps(1)  # drops the outputs of earlier steps
             for name in OF_A_CHUNK:
                 state.set(name, None)
             if not self.stays:
@@ -168,7 +169,7 @@ class _Transfer:
 
 
 def _as_floats(context: RunContext, pictures: Sequence[Image.Image], dtype: torch.dtype) -> Tensor:
-    """Pictures in the size of the clip as diffusers takes them, [1, 3, F, H, W] in [-1, 1]."""
+    """Pictures in the size of the clip, in the form that diffusers takes: [1, 3, F, H, W] in [-1, 1]."""
     processor, clip = context.components.pipeline.video_processor, context.clip
     video: Tensor = processor.preprocess_video(list(pictures), height=clip.height, width=clip.width)
     return video.to(device=context.components.device, dtype=dtype)

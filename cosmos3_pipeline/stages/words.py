@@ -1,7 +1,7 @@
-"""The words that the model is given: the prompt with its numbers filled in, and the checkpoint's negative prompt.
+"""The words that the model gets: the prompt with its numbers filled in, and the checkpoint's negative prompt.
 
-Cosmos3 was trained on captions in JSON. NVIDIA's framework writes size and duration into such a caption; to plain
-words it appends sentences that say them, which diffusers does as well.
+Cosmos3 was trained on captions in JSON. NVIDIA's framework writes size and duration into a JSON caption. To plain
+words it appends sentences with size and duration; diffusers appends them too.
 
 Source: NVIDIA cosmos-framework `inference/inference.py` and `inference/args.py`.
 """
@@ -20,13 +20,13 @@ from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.planning.geometry import Clip
 from cosmos3_pipeline.planning.text import GIVEN, WORDS_ENCODING, lines_of
 
-# Width over height of each label that NVIDIA's captions have.
+# Width over height of each aspect label in NVIDIA's captions.
 ASPECT_RATIOS = {"1,1": 1.0, "4,3": 4 / 3, "3,4": 3 / 4, "16,9": 16 / 9, "9,16": 9 / 16}
 
 
 @dataclass(frozen=True)
 class Words:
-    """What the tokenizer is given. `sentences`: whether diffusers appends those on size and duration to both."""
+    """The words for the tokenizer. `sentences`: whether diffusers appends size and duration to both prompts."""
 
     prompt: str
     negative_prompt: str
@@ -35,7 +35,7 @@ class Words:
 
 
 def words_for(prompt: str, negative_prompt: str | None, *, clip: Clip, fps: float, own: str | None) -> Words:
-    """The words for a clip. `negative_prompt` None takes the checkpoint's `own`, or "" where that is None."""
+    """The words for a clip. If `negative_prompt` is None, the checkpoint's `own` is taken, or "" without one."""
     caption = _caption(prompt)
     source = GIVEN
     if negative_prompt is None:
@@ -51,7 +51,7 @@ def words_for(prompt: str, negative_prompt: str | None, *, clip: Clip, fps: floa
 
 
 def _caption(prompt: str) -> dict[str, Any] | None:
-    """The caption where `prompt` is one in JSON, else None: a sentence may begin with a brace."""
+    """The caption if `prompt` is a JSON object, else None. A sentence that begins with a brace is no caption."""
     if not prompt.lstrip().startswith("{"):
         return None
     try:
@@ -62,7 +62,7 @@ def _caption(prompt: str) -> dict[str, Any] | None:
 
 
 def _filled(caption: dict[str, Any], clip: Clip, fps: float) -> dict[str, Any]:
-    """The caption with the clip's numbers, over what it says of them itself; an image has no duration."""
+    """The caption with the clip's numbers, which replace numbers of its own. An image has no duration."""
     numbers: dict[str, Any] = {}
     if clip.num_frames > 1:
         numbers = {"duration": f"{int(clip.num_frames / fps)}s", "fps": float(fps)}
@@ -74,10 +74,10 @@ def _filled(caption: dict[str, Any], clip: Clip, fps: float) -> dict[str, Any]:
 
 
 def prompt_of(task: TaskConfig) -> str:
-    """The words of `task.prompt`; a line of a prompt file is words also where it begins with @.
+    """The words of `task.prompt`. In a prompt file a line that begins with @ is words, not the name of a file.
 
     Raises:
-        Refusal: there are none, or their file cannot be read.
+        Refusal: the prompt is empty, or its file cannot be read.
     """
     prompt = read_words(task.prompt) if task.prompt_file is None else task.prompt
     if not prompt.strip():
@@ -90,10 +90,10 @@ def prompt_of(task: TaskConfig) -> str:
 
 
 def read_words(words: str) -> str:
-    """`words`, or what is in the file of `@file`, without the white space around it.
+    """`words`. If they are `@file`, the text of that file without the white space around it.
 
     Raises:
-        Refusal: the file is not there or is no UTF-8 text.
+        Refusal: the file does not exist or is no UTF-8 text.
     """
     return _text_of(words[1:], named=words).strip() if words.startswith("@") else words
 
@@ -110,10 +110,10 @@ def _text_of(file: str, *, named: str) -> str:
 
 
 def read_lines(file: str) -> dict[int, str]:
-    """The prompts of a prompt file, one per line, by the numbers of their lines from 1; blank lines are none.
+    """The prompts of a prompt file by line number, from 1. Each line is a prompt; blank lines are skipped.
 
     Raises:
-        Refusal: the file is not there, is no UTF-8 text, or has no line.
+        Refusal: the file does not exist, is no UTF-8 text, or has only blank lines.
     """
     lines = lines_of(_text_of(file, named=f"task.prompt_file={file}"))
     if not lines:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two machines with eight GPUs each. Run it on both, with the settings of the run behind it:
+# One clip on two machines with eight GPUs each. Run this script on both, with the settings of the run as arguments:
 #   export CHECKPOINT=/data/Cosmos3-Super
 #   NODE_RANK=0 MASTER_ADDR=first-host examples/cluster/torchrun.sh task.prompt='a red kite'
 #   NODE_RANK=1 MASTER_ADDR=first-host examples/cluster/torchrun.sh task.prompt='a red kite'

@@ -1,7 +1,8 @@
 # %% [markdown]
-# # A clip goes on
-# The first frames of a clip stay, the rest is made anew: `task.condition_latent_frames=[0,1]` keeps five frames (a
-# latent frame is one frame at the beginning, then four). `task.condition_keep=last` takes the end of the clip.
+# # Continue a clip
+# The first frames of a clip stay, and new frames follow them. `task.condition_latent_frames=[0,1]` keeps five
+# frames: the first latent frame is one frame, and each later one is four. `task.condition_keep=last` continues the
+# clip's end.
 
 # %%
 from cosmos3_pipeline import run

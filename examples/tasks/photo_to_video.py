@@ -1,6 +1,6 @@
 # %% [markdown]
-# # A photograph goes on
-# Any picture file will do; here one is made from words first. The words for the video say what moves where.
+# # Continue a photograph
+# Any picture file can be used. Here the picture is made from words. The words for the video say what moves where.
 
 # %%
 from cosmos3_pipeline import run

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Words to an image
-# An image is a still of the scene, half way.
+# The image shows the scene at half time of its motion.
 
 # %%
 from cosmos3_pipeline import run

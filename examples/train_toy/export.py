@@ -1,4 +1,4 @@
-"""The trained toy as a checkpoint of the published layout, in bfloat16, with its tokenizer."""
+"""Writes the trained toy as a checkpoint of the published layout, in bfloat16, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cosmos3_pipeline.models.layouts import LAYOUTS
 from cosmos3_pipeline.models.maker import write_checkpoint
 from cosmos3_pipeline.models.toy_tokenizer import make_tokenizer, save_tokenizer
 
-# Around the caption the pipeline writes these; the numbers are those of the sizes that are trained.
+# The sentences that the pipeline adds to a caption, with the numbers of the trained sizes.
 SENTENCES = """
 user assistant system
 The video is 0.7 seconds long and is of 24 FPS. This video is of 96x160 resolution.
@@ -30,7 +30,7 @@ This image is of 160x160 resolution. This image is not of 160x160 resolution.
 
 
 def captions() -> list[str]:
-    """Enough of them that every word is there."""
+    """Enough captions to contain every word."""
     return [draw_scene(seed).caption for seed in range(400)]
 
 
@@ -39,7 +39,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_pipeline(vae: AutoencoderKLWan, transformer: Cosmos3OmniTransformer) -> Cosmos3OmniPipeline:
-    """diffusers' pipeline of both, which writes the prompts and packs the tokens."""
+    """diffusers' pipeline of both models. It writes the prompts and packs the tokens."""
     return Cosmos3OmniPipeline(
         transformer=transformer,
         text_tokenizer=toy_tokenizer(),
@@ -55,7 +55,7 @@ def export(out: Path) -> None:
     vae, transformer = toy_vae.trained_vae(out)[0], flow.make_transformer()
     further = out / "sizes.pt"
     transformer.load_state_dict(torch.load(further if further.exists() else out / "flow.pt"))
-    flow.load_latents(out, make_pipeline(vae, transformer), ())  # their mean and deviation, into the VAE's config
+    flow.load_latents(out, make_pipeline(vae, transformer), ())  # sets mean and deviation in the VAE's config
     folder = out / "toy"
     shutil.rmtree(folder, ignore_errors=True)
     sizes = {"transformer": flow.DIMENSIONS, "vae": toy_vae.DIMENSIONS}
@@ -79,7 +79,7 @@ def _replace_weights(folder: Path, model: nn.Module) -> None:
     save_file(state, str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
 
 
-# Keys of the transformer that the layout asks for beside its dimensions.
+# Keys of the transformer's config that the layout needs beside the dimensions.
 FIXED = {
     "hidden_act": "silu",
     "qk_norm_for_text": True,

@@ -29,44 +29,44 @@ DIMENSIONS = {
     "intermediate_size": 320,
     "vocab_size": 512,
     "latent_patch_size": 1,
-    # Positions of a small picture lie close together, so rotations are fast.
+    # The positions of a small picture are close together, so rotations must be fast.
     "rope_theta": 1000.0,
 }
 LATENT = {"latent_channel": 48, "patch_latent_dim": 48, "rope_axes_dim": [6, 5, 5]}
 FPS = 24
 SHIFT = 3.0  # of the noise levels in the sampler
-NO_WORDS = 0.1  # of the prompts are the empty one, for guidance
-GUIDANCE, SAMPLE_STEPS = 3.0, 20  # when measured
+NO_WORDS = 0.1  # the share of batches with the empty prompt, which guidance needs
+GUIDANCE, SAMPLE_STEPS = 3.0, 20  # of the samples that are measured
 UNSEEN, UNSEEN_PROMPTS = 10**9, 16
 Size = tuple[int, int, int]  # frames, height, width
 TINY, SMALL, LARGE, IMAGE = (9, 64, 64), (17, 96, 96), (17, 96, 160), (1, 160, 160)
-# Scenes of each size, in parts of PART.
+# The number of parts of each size. A part has PART scenes.
 PART = 100
 PARTS = {TINY: 60, SMALL: 40, LARGE: 40, IMAGE: 40}
 
 
 @dataclass(frozen=True)
 class Course:
-    """What the steps of a training see."""
+    """The data that the steps of a training see."""
 
     steps: int
-    # Steps at which a phase begins, how often a batch is of each size, and how many clips it has.
+    # For each phase: its first step, the relative number of batches of each size, and the clips in a batch.
     phases: tuple[tuple[int, Mapping[Size, int], int], ...]
-    shifts: tuple[float, ...]  # of the noise levels, taken in turn by the clips of a batch
+    shifts: tuple[float, ...]  # shifts of the noise levels; the clips of a batch take them in turn
 
     @property
     def sizes(self) -> set[Size]:
         return {size for _, weights, _ in self.phases for size in weights}
 
 
-# The words are learnt on few tokens, a seventh of what the sizes that people ask for have.
+# The words are learnt on small clips, which have a seventh of the tokens of the sizes that users ask for.
 WORDS = Course(
     steps=4200,
     phases=((0, {TINY: 8, SMALL: 1, IMAGE: 1}, 32), (2500, {TINY: 1, SMALL: 3, LARGE: 5, IMAGE: 2}, 16)),
     shifts=(SHIFT,),
 )
-# Then the sizes that people ask for. Which shape it is shows last among what the words decide, at noise levels of
-# 0.85 and more, of which the sampler's shift has one in five; so half of the clips are shifted further.
+# Then the sizes that users ask for. Shape is learnt last. It is decided at noise levels of 0.85 and more, and with
+# the sampler's shift only one level in five is so high. Therefore half of the clips have a larger shift.
 SIZES = Course(steps=7000, phases=((0, {SMALL: 4, LARGE: 4, IMAGE: 3}, 32),), shifts=(SHIFT, 9.0))
 
 
@@ -75,12 +75,12 @@ class Latents:
     """Clips of one size as latents [clips, 48, T, h, w] with mean 0 and deviation 1, and their tokens."""
 
     latents: Tensor
-    tokens: list[Tensor]  # of each prompt
+    tokens: list[Tensor]  # the tokens of each clip's prompt
     nothing: Tensor  # tokens of the empty prompt
-    positions: dict[int, Tensor]  # [3, tokens + T h w] by the number of text tokens
+    positions: dict[int, Tensor]  # [3, tokens + T h w], by the number of text tokens
 
     def by_length(self) -> dict[int, list[int]]:
-        """Clips whose prompts have as many tokens, which can be one batch."""
+        """Clips grouped by the number of tokens of their prompts. A batch is taken from one group."""
         found: dict[int, list[int]] = {}
         for index, tokens in enumerate(self.tokens):
             found.setdefault(len(tokens), []).append(index)
@@ -102,10 +102,10 @@ def make_transformer() -> Cosmos3OmniTransformer:
 def velocity(
     model: Cosmos3OmniTransformer, tokens: Tensor, positions: Tensor, z: Tensor, sigma: Tensor, clean: int = 0
 ) -> Tensor:
-    """What diffusers' forward gives for each clip of a batch, which it has no room for: noise minus clip.
+    """The velocity, noise minus clip, as diffusers' forward computes it for one clip, for each clip of a batch.
 
-    tokens [B, n], positions [3, n + T h w], z [B, 48, T, h, w] of which the first `clean` latent frames are the
-    condition, sigma [B]. `test_train_toy` compares.
+    tokens [B, n], positions [3, n + T h w], z [B, 48, T, h, w], sigma [B]. The first `clean` latent frames of z
+    are the condition. `test_train_toy` compares with diffusers.
     """
     n, shape = tokens.shape[1], z.shape
     text = model.embed_tokens(tokens)
@@ -120,7 +120,7 @@ def velocity(
         und, gen = Pathway.understanding(layer), Pathway.generation(layer)
         q, k, v = und.project(text, model.config.head_dim)
         k = rotate(und.key_norm(k), cos[:, :n], sin[:, :n])
-        if index < len(model.layers) - 1:  # what the last layer makes of the text itself, nothing reads
+        if index < len(model.layers) - 1:  # the last layer's text output is never read
             q = rotate(und.query_norm(q), cos[:, :n], sin[:, :n])
             text = finish(und, text, attend(q, k, v, causal=True))
         gq, gk, gv = gen.project(vision, model.config.head_dim)
@@ -149,7 +149,7 @@ def finish(pathway: Pathway, hidden: Tensor, attended: Tensor) -> Tensor:
 
 
 def tokens_of(pipeline: Cosmos3OmniPipeline, caption: str, size: Size) -> tuple[Tensor, Tensor]:
-    """The tokens of a prompt and of the empty one, as the pipeline writes both."""
+    """The tokens of a prompt and of the empty prompt, as the pipeline writes them."""
     frames, height, width = size
     both = pipeline.tokenize_prompt(
         caption, "", num_frames=frames, height=height, width=width, fps=float(FPS), use_system_prompt=False
@@ -182,9 +182,9 @@ def encode_part(vae: ParallelVAE, size: Size, part: int) -> dict[str, Any]:
 
 
 def load_latents(out: Path, pipeline: Cosmos3OmniPipeline, sizes: Iterable[Size]) -> dict[Size, Latents]:
-    """All latents that were made of `sizes`, with mean 0 and deviation 1 in every channel of those of LARGE.
+    """All latents of `sizes`, scaled so that every channel of the LARGE latents has mean 0 and deviation 1.
 
-    Both, as they were before, are written into the config of the pipeline's VAE, as Cosmos3's has them.
+    Mean and deviation before scaling are written into the config of the pipeline's VAE, as in Cosmos3's.
     """
     made = {
         size: [torch.load(out / f"latents_{'x'.join(map(str, size))}_{part}.pt") for part in range(parts)]
@@ -210,7 +210,7 @@ def load_latents(out: Path, pipeline: Cosmos3OmniPipeline, sizes: Iterable[Size]
 
 
 def loss_of(model: Cosmos3OmniTransformer, sets: Mapping[Size, Latents], course: Course, step: int) -> Tensor:
-    """Flow matching on one batch: of one size, with prompts of one length, or without words."""
+    """The flow-matching loss on one batch, with clips of one size and prompts of one length or without words."""
     rng = random.Random(step)
     _, weights, batch = next(phase for phase in reversed(course.phases) if step >= phase[0])
     data = sets[rng.choices(list(weights), list(weights.values()))[0]]
@@ -222,7 +222,8 @@ def loss_of(model: Cosmos3OmniTransformer, sets: Mapping[Size, Latents], course:
     tokens = torch.stack([data.tokens[index] for index in chosen])
     if rng.random() < NO_WORDS:
         tokens = data.nothing.expand(batch, -1)
-    # A clip in three begins with a photograph, and one in five with five frames: their latents are clean.
+    # One clip in three begins with a photograph, and one in five with five frames of a clip. These latents are
+    # clean.
     clean = 0 if x.shape[2] == 1 else rng.choices((0, 1, 2), (7, 5, 3))[0]
     sigma = torch.sigmoid(torch.randn(batch))
     shift = torch.tensor(course.shifts).repeat(batch)[:batch]
@@ -238,7 +239,7 @@ def loss_of(model: Cosmos3OmniTransformer, sets: Mapping[Size, Latents], course:
 def sample(
     model: Cosmos3OmniTransformer, tokens: Tensor, nothing: Tensor, positions: Sequence[Tensor], noise: Tensor
 ) -> Tensor:
-    """Latents of prompts as long as each other, by Euler steps and guidance; the pipeline's sampler is better."""
+    """Latents of prompts of equal length, by Euler steps with guidance. The pipeline's sampler is better."""
     levels = torch.linspace(1, 0, SAMPLE_STEPS + 1)
     levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     z = noise
@@ -251,7 +252,7 @@ def sample(
 
 @torch.no_grad()
 def measure(pipeline: Cosmos3OmniPipeline, vae: ParallelVAE) -> dict[str, float]:
-    """Which part of UNSEEN_PROMPTS prompts of one thing shows what was said, by day, small."""
+    """For each question, the share of right answers on UNSEEN_PROMPTS prompts of one thing, at the size SMALL."""
     scenes, seed, model = list[Scene](), UNSEEN, pipeline.transformer
     length = None
     while len(scenes) < UNSEEN_PROMPTS:

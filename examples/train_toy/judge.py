@@ -1,8 +1,8 @@
-"""Is what the toy shows what was said? Prompts that training never drew, through the pipeline as its users run it.
+"""Checks whether the toy shows what its prompts say. It runs the pipeline on prompts that training never drew.
 
     .venv/bin/python examples/train_toy/judge.py --task t2v --prompts 100 --size 160x96
 
-It leaves the clips in --out, prints which prompts it got wrong, and how many were right.
+It leaves the clips in --out, prints the prompts that are wrong, and counts those that are right.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from cosmos3_pipeline import run
 from cosmos3_pipeline.stages.media import read_frames, write_video
 
-UNSEEN = 2 * 10**9  # seeds from here on are for judging alone
-GIVEN_FRAMES = 5  # of a clip that goes on
+UNSEEN = 2 * 10**9  # seeds from here on are only for judging
+GIVEN_FRAMES = 5  # frames of the input clip of v2v
 FRAMES = {"t2v": 17, "i2v": 17, "v2v": 17, "t2i": 1}
 SIZES = {"t2v": (96, 160), "i2v": (96, 160), "v2v": (96, 160), "t2i": (160, 160)}
 
@@ -35,7 +35,7 @@ def unseen(prompts: int, seed: int = 0) -> list[Scene]:
 def make(
     task: str, scenes: Sequence[Scene], out: Path, size: tuple[int, int], overrides: Sequence[str]
 ) -> list[Tensor]:
-    """What the pipeline shows for each scene, [3, frames, height, width] in 0..1; files go to `out`."""
+    """The pipeline's clip for each scene, [3, frames, height, width] in 0..1. Files go to `out`."""
     height, width = size
     out.mkdir(parents=True, exist_ok=True)
     asked = [f"task={task}", f"task.height={height}", f"task.width={width}", *overrides]
@@ -56,7 +56,7 @@ def make(
 
 
 def _give(task: str, scene: Scene, folder: Path, size: tuple[int, int]) -> str:
-    """Write what the task goes on from, and return the override that says so."""
+    """Write the input picture or clip of the task, and return the override that names it."""
     clip = ((render(scene, FRAMES[task], *size) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
     if task == "i2v":
         Image.fromarray(clip[0].numpy()).save(folder / "given.png")

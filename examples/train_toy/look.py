@@ -1,4 +1,4 @@
-"""What a clip shows, by simple statistics of its pixels: is it what was said?"""
+"""Checks by simple statistics of pixels whether a clip shows what its caption says."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 from scenes import COLOURS, NIGHT, SHADE, SHAPES, Scene, Thing, outside
 from torch import Tensor
 
-# Of a shape of radius 1.
+# Areas of the shapes of radius 1.
 AREAS = {"circle": math.pi, "square": 3.17, "triangle": 2.85}
-STRAY = 2  # pixels of a row or column at the edge that may be noise
+STRAY = 2  # so many pixels in a row or column at the edge may be noise
 QUESTIONS = ("colour", "background", "shape", "direction")
 
 
 def answers(clip: Tensor, scene: Scene) -> dict[str, bool]:
     """For each question whether `clip`, [3, frames, height, width] in 0..1, shows what `scene` says.
 
-    With two shapes an answer is right if it is for both. An image has no direction, which counts as right.
+    With two shapes an answer is right if it is right for both. An image has no direction, which counts as right.
     """
     ground_name, night, ground = _ground(clip)
     found = dict.fromkeys(QUESTIONS, True)
-    # At night black is as black as by day.
+    # Black looks the same at night and by day.
     found["background"] = ground_name == scene.background and (night == scene.night or ground_name == "black")
     for thing, part in zip(scene.things, _parts(clip, scene), strict=True):
         for question, right in _thing_answers(part, ground, thing).items():
@@ -30,7 +30,7 @@ def answers(clip: Tensor, scene: Scene) -> dict[str, bool]:
 
 
 def _parts(clip: Tensor, scene: Scene) -> list[Tensor]:
-    """The part of the picture that each shape has to itself."""
+    """For each shape, the part of the picture in which it moves alone."""
     if len(scene.things) == 1:
         return [clip]
     axis = 2 if scene.things[0].way in ("left", "right") else 3
@@ -38,7 +38,7 @@ def _parts(clip: Tensor, scene: Scene) -> list[Tensor]:
 
 
 def _ground(clip: Tensor) -> tuple[str, bool, Tensor]:
-    """Name of the background's colour, whether it is night, and the colour itself at the top."""
+    """The name of the background's colour, whether it is night, and the RGB of the background at the top."""
     height = clip.shape[2]
     shade = 1 - SHADE * (torch.arange(height) + 0.5) / height
     flat = clip / shade[None, None, :, None]
@@ -64,7 +64,7 @@ def _thing_answers(clip: Tensor, ground: Tensor, thing: Thing) -> dict[str, bool
     likeness, middles = dict.fromkeys(SHAPES, 0.0), []
     for mask in inside:
         middles.append(torch.nonzero(mask).float().mean(0))
-        # What the picture's edge cuts off would look like another shape.
+        # A shape that the picture's edge cuts off would look like another shape.
         if max(edge.sum().item() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) <= STRAY:
             for name in SHAPES:
                 likeness[name] += _likeness(mask, name, middles[-1])
@@ -77,7 +77,7 @@ def _thing_answers(clip: Tensor, ground: Tensor, thing: Thing) -> dict[str, bool
 
 
 def _likeness(mask: Tensor, shape: str, middle: Tensor) -> float:
-    """How much of `mask` and of that shape, as large and at the same place, is common to both."""
+    """The intersection over union of `mask` and of `shape` with the same area and centre."""
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in mask.shape), indexing="ij")
     radius = (mask.sum().item() / AREAS[shape]) ** 0.5
     ideal = outside(shape, y - middle[0], x - middle[1], radius) < 0

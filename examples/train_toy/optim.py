@@ -1,4 +1,4 @@
-"""Muon for matrices and convolutions, AdamW for the rest, at a rate that rises, stays, and falls at the end."""
+"""Muon for matrices and convolutions, AdamW for the rest. The learning rate rises, stays, and falls at the end."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ORTHOGONALISE = (
     (2.8366, -3.0525, 1.2012),
 )
 WARM_UP = 100  # steps until the full rate
-DECAY = 0.35  # share of all steps at the end during which the rate falls to nothing
+DECAY = 0.35  # the last share of all steps, in which the rate falls to zero
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is made orthogonal: torch.optim.Muon, for convolutions too.
+    """Momentum with orthogonal updates: as torch.optim.Muon, but for convolutions too.
 
-    In trials of equal time it brought this VAE from noise to 21 dB where AdamW came to 17 dB.
+    In trials of equal time this VAE reached 21 dB with Muon, and 17 dB with AdamW.
     Source: Keller Jordan, https://kellerjordan.github.io/posts/muon; the scale of Moonshot's arXiv:2502.16982.
     """
 
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix whose singular values are all 1."""
+    """Approximately the nearest matrix whose singular values are all 1."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-9)
@@ -57,7 +57,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Optimisers:
-    """Both optimisers of a model, under one rate."""
+    """Both optimisers of a model, with one schedule of the rate."""
 
     def __init__(self, model: nn.Module, *, rate: float, small_rate: float, steps: int) -> None:
         matrices, others = [], []
@@ -74,7 +74,7 @@ class Optimisers:
         self._parameters = [*matrices, *others]
 
     def step(self, number: int, part: float = 1.0) -> None:
-        """One update from the gradients that are there, which it drops; `part` of the rate that it has now."""
+        """One update from the gradients, which are then dropped, at `part` times the rate of the schedule."""
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         now = part * min(1.0, (number + 1) / WARM_UP, (1 - number / self._steps) / DECAY)
         for optimiser, rate in self._all:

@@ -1,4 +1,4 @@
-"""The pictures of README.md and docs/toy.md: what the toy makes of some prompts, and the curves of its training.
+"""Makes the pictures of README.md and docs/toy.md: clips of the toy for some prompts, and curves of its training.
 
 .venv/bin/python examples/train_toy/pictures.py samples docs/pictures/toy.png
 .venv/bin/python examples/train_toy/pictures.py moving docs/pictures/toy.webp
@@ -29,10 +29,10 @@ PROMPTS = (
 )
 SHOWN = (0, 4, 8, 12, 16)  # frames of 17
 GAP, WORDS = 4, 22  # pixels between frames, and above a frame for its prompt
-ENLARGED = 2  # times, in the moving picture
-MILLISECONDS = 100  # that a frame is shown: slower than the clip's 24 a second, because a clip lasts 0.7 s
-AT_THE_END = 10  # times as long
-LINE = 54  # letters of a prompt above its clip in the moving picture, which has room for two lines
+ENLARGED = 2  # factor by which frames are enlarged in the moving picture
+MILLISECONDS = 100  # duration of a frame: slower than the clip's 24 a second, because a clip lasts only 0.7 s
+AT_THE_END = 10  # the last frame is shown so many times as long
+LINE = 54  # letters in a line of a prompt in the moving picture, where two lines fit above a clip
 
 
 def clips() -> list[list[np.ndarray]]:
@@ -43,7 +43,7 @@ def clips() -> list[list[np.ndarray]]:
 
 
 def moving(file: Path) -> None:
-    """Two clips beside each other and two below them, each under its prompt, as a picture that moves."""
+    """A moving picture of four clips, two above and two below, each under its prompt."""
     films, font = clips(), ImageFont.load_default(11)
     height, width = (ENLARGED * length for length in films[0][0].shape[:2])
     size = 2 * width + GAP, 2 * (height + 2 * WORDS)
@@ -62,7 +62,7 @@ def moving(file: Path) -> None:
 
 
 def samples(file: Path) -> None:
-    """A row of frames per prompt, with the prompt over it."""
+    """A picture with a row of frames for each prompt, and the prompt above the row."""
     rows = [[frames[index] for index in SHOWN] for frames in clips()]
     height, width = rows[0][0].shape[:2]
     sheet = Image.new("RGB", ((width + GAP) * len(SHOWN) - GAP, (height + WORDS + GAP) * len(rows) - GAP), "white")
@@ -77,9 +77,9 @@ def samples(file: Path) -> None:
 
 
 def curves(out: Path, folder: Path) -> None:
-    """Of the VAE, and its decoder after it, dB; of the transformer the part of prompts that show what was said.
+    """Plot the training curves: dB of the VAE and then of its decoder, and right answers of the transformer.
 
-    Of the parts of the training that have left their numbers in `out`.
+    Only parts of the training that left their numbers in `out` are plotted.
     """
     if (out / "decoder.csv").exists():
         first, then = _rows(out / "vae.csv"), _rows(out / "decoder.csv")

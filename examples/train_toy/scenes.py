@@ -24,7 +24,7 @@ SHAPES = ("circle", "square", "triangle")
 # Radius of a shape, as a share of the shorter side of the picture.
 SIZES = {"small": (0.11, 0.13), "": (0.15, 0.18), "large": (0.21, 0.24)}
 OF_TWO = (0.12, 0.14)
-# Rows and columns that a shape goes, as a direction.
+# Directions as (rows, columns).
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 NIGHT = 0.4  # how bright the background is at night
 SHADE = 0.12  # how much darker the background is at the bottom
@@ -32,15 +32,15 @@ SHADE = 0.12  # how much darker the background is at the bottom
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: what it is, and where it goes as shares of the picture's height and width."""
+    """One shape and its path. Places are shares of the picture's height and width."""
 
     colour: str
     shape: str
     size: str
     way: str
     radius: float  # share of the shorter side
-    middle: tuple[float, float]  # row and column half way
-    travel: float  # share of the side along which it goes
+    middle: tuple[float, float]  # row and column at half time
+    travel: float  # length of the path, as a share of the side along which the shape moves
 
     @property
     def words(self) -> str:
@@ -55,7 +55,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The words of the scene, as a prompt says them."""
+        """The words of the scene, in the form of a prompt."""
         things = " and ".join(_a(thing.words) for thing in self.things)
         text = f"{things[0].upper()}{things[1:]} over {_a(self.background)} background"
         return f"{text} at night." if self.night else f"{text}."
@@ -71,7 +71,7 @@ def _a(words: str) -> str:
 
 
 def draw_scene(seed: int) -> Scene:
-    """The scene of `seed`: one thing in five of six, by day in five of six."""
+    """The scene of `seed`. Five of six scenes have one shape, and five of six are by day."""
     rng = random.Random(seed)
     two, night = rng.random() < 1 / 6, rng.random() < 1 / 6
     background = rng.choice(list(COLOURS))
@@ -80,7 +80,7 @@ def draw_scene(seed: int) -> Scene:
         size = rng.choice(list(SIZES))
         thing = _thing(rng, colours[0], rng.choice(list(DIRECTIONS)), size, SIZES[size], middle=(0.5, 0.5))
         return Scene((thing,), background, night)
-    # Both go along one axis, each in a half of its own: the first above or on the left.
+    # Both shapes move along one axis, each in its own half of the picture. The first is above or on the left.
     along = rng.choice((("left", "right"), ("up", "down")))
     places = ((0.26, 0.5), (0.74, 0.5)) if along[0] == "left" else ((0.5, 0.26), (0.5, 0.74))
     pair = [_thing(rng, colours[i], rng.choice(along), "", OF_TWO, middle=places[i]) for i in range(2)]
@@ -97,7 +97,7 @@ def _thing(
     middle: tuple[float, float],
 ) -> Thing:
     dy, dx = DIRECTIONS[way]
-    # A photograph may show a shape anywhere, so one scene of three begins and ends away from the middle.
+    # A photograph may show a shape anywhere. Therefore in one scene of three the path is away from the middle.
     along = rng.uniform(-0.22, 0.22) if rng.random() < 1 / 3 else rng.uniform(-0.06, 0.06)
     across = rng.uniform(-0.03, 0.03)
     row = middle[0] + (along if dy else across)
@@ -107,7 +107,7 @@ def _thing(
 
 
 def render(scene: Scene, frames: int, height: int, width: int) -> Tensor:
-    """The clip of `scene`, [3, frames, height, width] in -1..1. One frame shows it half way."""
+    """The clip of `scene`, [3, frames, height, width] in -1..1. A single frame shows the scene at half time."""
     when = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
     y = (torch.arange(height) + 0.5).view(1, height, 1)
     x = (torch.arange(width) + 0.5).view(1, 1, width)
@@ -122,7 +122,7 @@ def render(scene: Scene, frames: int, height: int, width: int) -> Tensor:
 
 
 def outside(shape: str, py: Tensor, px: Tensor, radius: float) -> Tensor:
-    """Pixels from the edge of a shape, negative inside. All have their centre at 0 and about the same area."""
+    """Pixels from the edge of a shape, negative inside. All shapes are centred at 0 and have similar areas."""
     if shape == "circle":
         return (py**2 + px**2).sqrt() - radius
     if shape == "square":

@@ -1,7 +1,7 @@
-"""Trains the toy from nothing, on two cores: python examples/train_toy/train.py PART, as README.md has the parts.
+"""Trains the toy on two cores: python examples/train_toy/train.py PART. README.md lists the parts.
 
-Begun again, each part goes on where it was. A step draws its data from its own number, so that the same steps see
-the same scenes however often it was interrupted.
+A part that is started again continues where it was interrupted. The data of a step depend only on the number of
+the step, so the same steps see the same scenes after any number of interruptions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def train(
     steps: int,
     out: Path,
 ) -> None:
-    """Take the steps that `model` has not taken yet: weights end in `out/name.pt`, the curve in `out/name.csv`."""
+    """Take the steps that `model` has not taken yet. Writes `out/name.pt` (weights) and `out/name.csv` (curve)."""
     state_file = out / f"{name}.state.pt"
     step, seconds, shown = 0, 0.0, 0.0
     if state_file.exists():
@@ -72,7 +72,7 @@ def train(
 
 
 def append(file: Path, row: dict[str, float]) -> None:
-    """Add `row` to the curve, in place of those of the same step or later that an interrupted run left."""
+    """Add `row` to the curve. It replaces rows of this step or later, which an interrupted run left."""
     rows = list(csv.DictReader(file.open())) if file.exists() else []
     rows = [old for old in rows if int(old["step"]) < row["step"]]
     with file.open("w", newline="") as stream:
@@ -82,7 +82,7 @@ def append(file: Path, row: dict[str, float]) -> None:
 
 
 def write_whole(content: object, file: Path) -> None:
-    """Save `content`, so that who interrupts it leaves the older file."""
+    """Save `content`. If this is interrupted, the older file stays."""
     partial = file.with_suffix(".partial")
     torch.save(content, partial)
     partial.rename(file)
@@ -123,7 +123,7 @@ def train_decoder(out: Path, steps: int | None) -> None:
 
 
 def make_latents(out: Path) -> None:
-    """The scenes that the transformer learns from, encoded; in parts, of which those that are there stay."""
+    """Encode the scenes on which the transformer is trained, in parts. Parts that exist are not made again."""
     vae = toy_vae.trained_vae(out)[1]
     for size, parts in toy_flow.PARTS.items():
         for part in range(parts):
@@ -136,7 +136,7 @@ def make_latents(out: Path) -> None:
 def train_flow(
     out: Path, name: str, course: toy_flow.Course, *, steps: int | None, start: Path | None = None
 ) -> None:
-    """The transformer, from noise or from the weights in `start`."""
+    """Train the transformer, from random weights or from the weights in `start`."""
     steps = steps or course.steps
     model = toy_flow.make_transformer()
     vae, parallel_vae = toy_vae.trained_vae(out)

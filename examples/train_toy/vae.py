@@ -34,8 +34,8 @@ DIMENSIONS = {
 }
 CROP = 64
 CANVASES = ((64, 64), (96, 96), (96, 160))
-UNSEEN = 10**9  # seeds from here on are for measuring alone
-LATENT_NOISE = 0.05  # of the standard deviation that latents have; it keeps close latents close in pixels
+UNSEEN = 10**9  # seeds from here on are only for measuring
+LATENT_NOISE = 0.05  # share of the latents' standard deviation; with it, similar latents give similar pixels
 
 
 def make_vae() -> AutoencoderKLWan:
@@ -43,14 +43,14 @@ def make_vae() -> AutoencoderKLWan:
     vae = AutoencoderKLWan(**DIMENSIONS)
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
-            # What a block adds is small at first, so that many blocks in a row do not explode.
+            # A block adds little at first, so that activations do not explode over many blocks.
             if name.endswith("conv2.weight"):
                 parameter.mul_(0.2)
     return vae
 
 
 def trained_vae(out: Path) -> tuple[AutoencoderKLWan, ParallelVAE]:
-    """The VAE that was trained in `out`, and the same to encode and decode with, in a third of the time."""
+    """The VAE that was trained in `out`, and the same as a ParallelVAE, which takes a third of the time."""
     vae = make_vae().eval().requires_grad_(False)
     further = out / "decoder.pt"
     vae.load_state_dict(torch.load(further if further.exists() else out / "vae.pt"))
@@ -58,13 +58,13 @@ def trained_vae(out: Path) -> tuple[AutoencoderKLWan, ParallelVAE]:
 
 
 def crops(seed: int, count: int, frames: int) -> Tensor:
-    """Parts of scenes, [count, 3, frames, CROP, CROP], of all the sizes that the pipeline shows."""
+    """Crops of scenes, [count, 3, frames, CROP, CROP], from pictures of all sizes that the pipeline makes."""
     rng = random.Random(seed)
     clips = []
     for _ in range(count):
         height, width = rng.choice(CANVASES)
         top, left = rng.randint(0, height - CROP), rng.randint(0, width - CROP)
-        # A crop of a few frames is a moment of a longer clip, as fast as that is.
+        # A crop of a few frames is a part of a longer clip, so that shapes move at the speed of that clip.
         long = render(draw_scene(rng.getrandbits(40)), 17, height, width) if frames > 1 else None
         if long is None:
             scene = render(draw_scene(rng.getrandbits(40)), 1, height, width)
@@ -77,9 +77,9 @@ def crops(seed: int, count: int, frames: int) -> Tensor:
 
 @contextmanager
 def single_frames_as_2d() -> Iterator[None]:
-    """Causal convolutions of one frame without frames before it, by their last temporal tap alone.
+    """Run causal convolutions of a single frame as 2D convolutions with the last temporal tap.
 
-    The other taps see zeros, and a 2D convolution takes a third of the time.
+    Without frames before it the other taps see zeros. A 2D convolution takes a third of the time.
     """
     whole = autoencoder_kl_wan.WanCausalConv3d.forward
 
@@ -98,15 +98,15 @@ def single_frames_as_2d() -> Iterator[None]:
         autoencoder_kl_wan.WanCausalConv3d.forward = whole
 
 
-# Step at which a phase begins, its part of the full rate, and its batches, taken in turn: (clips, frames).
-# An update of Muon is as large as ever where a gradient is mostly noise, so small batches get less of the rate.
+# For each phase: its first step, its share of the full rate, and its batches (clips, frames), which are taken in
+# turn. Muon's updates are equally large if a gradient is mostly noise, so small batches get a lower rate.
 PHASES = (
     (0, 1.0, ((16, 1),)),
     (2000, 0.5, ((16, 1), (4, 9), (8, 5))),
 )
-STEPS = 4750  # of 6500 that the rate falls over: the encoder need not be better than the latents are used
+STEPS = 4750  # fewer than RATE_STEPS, the schedule of the rate: latents need no better encoder
 RATE_STEPS = 6500
-# Afterwards the decoder alone, while the latents stay what the transformer learns from.
+# Afterwards only the decoder is trained, so that the latents for the transformer do not change.
 DECODER_STEPS = 4000
 DECODER_BATCHES = ((4, 9), (16, 1), (8, 5), (4, 9))
 
@@ -116,20 +116,20 @@ def phase_of(step: int) -> tuple[int, float, tuple[tuple[int, int], ...]]:
 
 
 def training_batch(step: int) -> Tensor:
-    """What step number `step` sees."""
+    """The batch of step number `step`."""
     batches = phase_of(step)[2]
     clips, frames = batches[step % len(batches)]
     return crops(step, clips, frames)
 
 
 def decoder_batch(step: int) -> Tensor:
-    """What step number `step` of the decoder's own training sees."""
+    """The batch of step number `step` of the decoder's training."""
     clips, frames = DECODER_BATCHES[step % len(DECODER_BATCHES)]
     return crops(10**8 + step, clips, frames)
 
 
 def loss_of(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
-    """The squared error of what comes back. No KL term: little noise on the latents does better."""
+    """The squared error of the decoded clips. A little noise on the latents works better than a KL term."""
     with torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
             latents = vae.encode(clips).latent_dist.mean.float()
@@ -140,7 +140,7 @@ def loss_of(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKLWan) -> dict[str, float]:
-    """dB on images and clips that training does not draw."""
+    """PSNR in dB on images and clips that training does not draw."""
     seen = {}
     for name, clips in (("images", crops(UNSEEN, 32, 1)), ("clips", crops(UNSEEN + 1, 6, 9))):
         seen[name] = psnr(vae.decode(vae.encode(clips).latent_dist.mode()).sample, clips)
@@ -148,5 +148,5 @@ def measure(vae: AutoencoderKLWan) -> dict[str, float]:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """dB of two clips in -1..1."""
+    """PSNR in dB of two clips in -1..1."""
     return 10 * math.log10(4 / max(F.mse_loss(a, b).item(), 1e-12))

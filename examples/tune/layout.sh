@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The layout of Nano on four H200 with the least planned seconds that fits: plans only, so no GPU and no weights.
+# Finds the layout of Nano on four H200 that fits and has the least planned seconds. Plans need no GPU and no weights.
 # Further arguments are overrides: ./examples/tune/layout.sh model=super
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The strategy whose decode is the fastest on two ranks of this machine, measured. For medians of several runs instead
-# of one each, sweep without Optuna: launch.py -m vae/decode=layer_pipeline,spatial_shard sweep.repeats=5
+# Measures which strategy decodes fastest on two ranks of this machine, with one run each. For medians of several runs
+# sweep without Optuna: launch.py -m vae/decode=layer_pipeline,spatial_shard sweep.repeats=5
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 exec .venv/bin/python launch.py -m \

@@ -24,10 +24,10 @@ from cosmos3_pipeline.stages.files import write_whole
 
 REPORT_FILE = "rehearsal.json"
 MARKDOWN_FILE = "rehearsal.md"
-# Of what is told where there is no terminal: a rank takes some seconds.
+# Progress lines come this often if the console is no terminal. One rank takes some seconds.
 SECONDS_BETWEEN_LINES = 5.0
 SCHEMA_VERSION = 1
-# Columns of the tables, of which all begin with PLACE.
+# Columns of the tables. Each table begins with the columns PLACE.
 PLACE = ("rank", "stage")
 HELD_AND_SENT = ("holds at most", "planned", "ratio", "sent", "planned", "messages", "planned", "kernels", "moved")
 TIMES = ("at least", "planned", "FLOPs", "planned", *KINDS, "copied from the host")
@@ -39,9 +39,9 @@ class RehearsalFailed(SystemExit):
 
 
 def rehearse(prepared: Prepared, output: Path, *, multirun: bool) -> None:
-    """Rehearse the ranks in this process; leaves rehearsal.json and rehearsal.md in `output`, and prints them.
+    """Rehearse the ranks in this process. Leaves rehearsal.json and rehearsal.md in `output`, and prints them.
 
-    Raises RehearsalFailed when something is wrong, ConfigError in a sweep.
+    Raises RehearsalFailed if the rehearsal has findings, and ConfigError in a sweep.
     """
     if multirun:
         problem = Problem(
@@ -67,7 +67,7 @@ def rehearse(prepared: Prepared, output: Path, *, multirun: bool) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what it is told: at once on a terminal, and now and then elsewhere."""
+    """Shows progress words on stderr: at once on a terminal, else at most every `SECONDS_BETWEEN_LINES`."""
     console, told = Console(stderr=True, markup=False), time.monotonic()
     with console.status("") as status:
 
@@ -82,7 +82,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def as_dict(found: Rehearsed) -> dict[str, Any]:
-    """For rehearsal.json: keys are added, never renamed."""
+    """The content of rehearsal.json. Later versions add keys and never rename them."""
     ranks = []
     for rank in found.ranks:
         planned = found.plan.ranks[rank.rank]
@@ -124,7 +124,7 @@ def _stages_dict(stages: dict[str, StageFound], planned: dict[str, RankStage]) -
 
 
 def headline(found: Rehearsed) -> str:
-    """What was rehearsed, and how it went."""
+    """One line that says what was rehearsed and whether it matched the plan."""
     clip, plan = found.plan.clip, found.plan
     count = len(found.findings)
     verdict = f"{count} thing{'s' * (count > 1)} wrong" if count else "as planned"
@@ -135,7 +135,7 @@ def headline(found: Rehearsed) -> str:
 
 
 def sheets(found: Rehearsed) -> Iterator[Sheet]:
-    """The tables of a rehearsal: each stage of each rank beside its plan, its time, who holds most, who waits."""
+    """The tables of a rehearsal: stages beside the plan, roofline seconds, kernels, held memory, host waits."""
     stages, times, kernels, holders, waits = [], [], [], [], []
     for rank in found.ranks:
         for clip, of_clip in rank.clips:
@@ -199,7 +199,7 @@ def _of_kernel(kernel: KernelFound) -> tuple[str, ...]:
 
 
 def remarks(found: Rehearsed) -> list[str]:
-    """What is wrong, and what has to be known."""
+    """The findings of a rehearsal, and notes that a reader needs."""
     lines = [f"wrong: {finding}" for finding in found.findings]
     lines += [
         f"rank {rank.rank} pins {quantity('bytes', rank.pinned_bytes)} of the host's memory"
@@ -215,7 +215,7 @@ def remarks(found: Rehearsed) -> list[str]:
 
 
 def as_markdown(found: Rehearsed) -> str:
-    """The rehearsal as a page."""
+    """The rehearsal as a Markdown page."""
     lines = ["# Rehearsal", "", f"{headline(found)}.", ""]
     for sheet in sheets(found):
         lines += markdown_of(sheet)

@@ -1,4 +1,4 @@
-"""The ranks of `job=rehearse`, one after the other in this process: the real stages on tensors without values."""
+"""Runs the ranks of `job=rehearse` one after the other in this process: real stages on tensors without values."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ from cosmos3_pipeline.stages.context import RunContext
 from cosmos3_pipeline.stages.text import TextStage
 from cosmos3_pipeline.stages.words import read_lines
 
-# Steps that are run; those between the first and the last do the same. A distilled checkpoint runs all of its own,
-# and so does a guidance interval, because its steps are not alike.
+# Denoising steps that are run, because all steps between the first and the last are alike. Distilled checkpoints
+# and guidance intervals run all steps, because their steps are not alike.
 STEPS = 3
-# Clips of a prompt file that are run; from the second on they find what the one before has left.
+# Clips of a prompt file that are run. Each clip after the first starts with memory that the previous clip left.
 CLIPS = 2
 # Kernels of a stage that the report names.
 COSTLIEST = 5
-# Lines that hold most of what is left after the last frame, as many as are named.
+# Code lines that the report names for memory that is still held after the last frame.
 HELD = 5
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Script:
-    """What every rank rehearses: a config on accelerators, its plan, the form of its checkpoint.
+    """The input of every rehearsed rank: a config on accelerators, its plan, the form of its checkpoint.
 
-    `words` are the prompts of a replica's clips, `tokens` the length that each of them is given.
+    `words` are the prompts of a replica's clips. Each prompt is padded to `tokens` tokens.
     """
 
     config: Config
@@ -65,33 +65,33 @@ class Script:
 
     @property
     def stages(self) -> dict[str, StageFactory]:
-        """The stages that are other ones than a run's."""
+        """The stages that a rehearsal replaces."""
         if self.config.task.prompt_file is None:
             return {}
         return {"text": lambda config, plan: EvenText(config.task, config.sampler, self.tokens)}
 
 
 class EvenText(TextStage):
-    """Gives every clip's prompt `tokens` tokens, so that one plan is true for each of them."""
+    """Pads the prompt of every clip to `tokens` tokens, so that one plan is true for all clips."""
 
     def __init__(self, task: TaskConfig, sampler: SamplerConfig, tokens: int) -> None:
         super().__init__(task, sampler)
         self._tokens = tokens
 
     def tokenize(self, context: RunContext) -> None:
-        """Words to tokens, of which the last is repeated."""
+        """Turn the words into tokens and repeat the last token."""
         super().tokenize(context)
         ids = list(context.state.get("cond_input_ids"))
         context.state.set("cond_input_ids", ids + ids[-1:] * (self._tokens - len(ids)))
 
 
 def rehearse_ranks(config: Config, ranks: Sequence[int] | None, tell: Tell = lambda words: None) -> Rehearsed:
-    """Rehearse `ranks` of a checked config, or those of `rehearsed_ranks`, and hold them against its plan.
+    """Rehearse `ranks` of a checked config, or by default those of `rehearsed_ranks`, and compare with its plan.
 
-    Every topology counts as accelerators. `tell` is told what is being done. Raises Refusal for a strategy that
-    cannot be honoured.
+    Every topology is rehearsed as if it had accelerators. `tell` gets progress words. Raises Refusal for a
+    strategy that cannot be used.
     """
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # what it raises is told as a finding
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # its exceptions are reported as findings
     script = script_of(on_accelerators(config))
     alike = rehearsed_ranks(script.plan, ranks)
     logs = {rank: Log() for rank in alike}
@@ -109,22 +109,23 @@ def _tell_stage(tell: Tell, place: str, stage: str) -> None:
 
 
 def script_of(config: Config) -> Script:
-    """What is rehearsed of `config`; a replica's clips are all as the longest line of its prompt file."""
+    """The script of `config`. All clips of a replica have the longest line of the prompt file as their prompt."""
     plan, checkpoint = make_plan(config), form_of(config.model, sound=config.task.sound)
     words = [config.task.prompt]
     if config.task.prompt_file is not None:
         longest = max(read_lines(config.task.prompt_file).values(), key=len)
-        words = [f"{longest} {number}" for number in range(plan.clips)]  # so that no two are the same
+        words = [f"{longest} {number}" for number in range(plan.clips)]  # so that no two prompts are equal
     lengths = [tokens_of(_with_words(config, each), plan, checkpoint) for each in words]
     tokens, negative = max(prompt for prompt, _ in lengths), lengths[0][1]
-    # With the weights where they are without knowing the tokens, as a run's plan has them.
+    # The placement of the weights is chosen before the tokens are known, as in the plan of a run.
     plan = make_plan(_with_weights(config, plan), text_tokens=(tokens, negative))
     return Script(config, plan, checkpoint, tuple(words), tokens)
 
 
 def on_accelerators(config: Config) -> Config:
-    """`config` as it is rehearsed: on accelerators, and without what follows the last stage."""
-    # What a cache spares depends on values. At threshold 0 it spares nothing, as is planned.
+    """`config` as it is rehearsed: on accelerators, and without the work after the last stage."""
+    # Which passes a cache skips depends on values, and a rehearsal has none. With threshold 0 it skips none, as
+    # planned.
     every = replace(config.sampler.cache, threshold=0.0)
     return replace(
         config,
@@ -146,8 +147,8 @@ def _with_words(config: Config, words: str) -> Config:
 
 
 def tokens_of(config: Config, plan: Plan, checkpoint: CheckpointInfo) -> tuple[int, int]:
-    """The lengths of the prompt and of the negative prompt, as the transformer is given them."""
-    guided = replace(config, sampler=replace(config.sampler, guidance_scale=2.0))  # so that both are asked for
+    """The lengths in tokens of the prompt and of the negative prompt, as the transformer gets them."""
+    guided = replace(config, sampler=replace(config.sampler, guidance_scale=2.0))  # guidance needs both prompts
     script = Script(guided, plan, checkpoint, (), 0)
     run = _run(script, RehearsedMesh(), StageMeter(Tracker(plan.accelerator)))
     context = context_of(run, guided, Path())
@@ -191,14 +192,14 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
                 _play(run, _with_words(short, words), meter.watching(run.ledgers), tell)
                 meter.finish(steps=script.config.sampler.steps, chunks=script.plan.chunks.count)
             left = tracker.live_by_place
-    # Whatever the code raises on a rank is what the rehearsal is for.
+    # Any exception of the code on a rank is a finding of the rehearsal.
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)
         where = [Place(line.filename, line.lineno or 0) for line in last]
         raised = f"{type(error).__name__}: {error} ({_innermost(where)})"
     clips = [_stages_found(meter, script.plan.ranks[rank]) for meter in meters]
     for later in clips[1:]:
-        later.pop("text", None)  # all are encoded before the first clip
+        later.pop("text", None)  # the prompts of all clips are encoded before the first clip
     return RankFound(
         rank=rank,
         stages=clips[0],
@@ -213,7 +214,7 @@ def _rehearse(script: Script, rank: int, log: Log, tell: Tell) -> RankFound:
 
 
 def steps_of(config: Config) -> int:
-    """The denoising steps that are run of `config`."""
+    """The number of denoising steps that a rehearsal of `config` runs."""
     steps = config.sampler.steps
     intervals = config.sampler.guidance_interval, config.task.control_guidance_interval
     differ = config.model.distilled_sigmas is not None or any(one is not None for one in intervals)
@@ -221,7 +222,7 @@ def steps_of(config: Config) -> int:
 
 
 def _play(run: Run, config: Config, meter: StageMeter, tell: Tell) -> None:
-    """The stages as `make_clip` calls them; frames are read and dropped in place of the export."""
+    """Call the stages as `make_clip` does. Frames are read and dropped instead of exported."""
     context = replace(context_of(run, config, Path()), measure=meter.stage, reporter=meter)
     for name, stage in build_stages(config, run.plan, run.stages).items():
         if name != "export":
@@ -269,7 +270,7 @@ def _lines(counted: Iterable[tuple[Place, int]]) -> tuple[Line, ...]:
 
 
 def _notes(config: Config, script: Script) -> Iterable[str]:
-    """What the reader of a rehearsal has to know of it."""
+    """Notes for the reader: how the rehearsal differs from a run."""
     if config.sampler.steps > (steps := steps_of(config)):
         yield f"{steps} of {config.sampler.steps} denoising steps were run; each other one counts as the second"
     if config.task.prompt_file is not None:
@@ -292,7 +293,7 @@ def _notes(config: Config, script: Script) -> Iterable[str]:
 
 
 def _not_replayed(logs: dict[int, Log]) -> Iterable[str]:
-    """What of the messages was not replayed, because some of the ranks that exchange them were not rehearsed."""
+    """A note on messages that were not replayed, because not all ranks that exchange them were rehearsed."""
     missing = not_replayed(logs)
     if missing:
         absent = sorted({rank for ranks in missing.values() for rank in ranks})

@@ -1,8 +1,8 @@
-"""A sweep: its jobs planned before any starts, each one's end written down, and a table of what Hydra ran.
+"""A sweep: plans all jobs before the first starts, records the outcome of each, and prints a table at the end.
 
-Hydra gives the results of its jobs to the sweeper alone, and calls nothing at the end when a job failed. So the
-process of each job writes down how it ended (see `outcome`), wherever a launcher has put it, and who started the
-sweep reads that. Imports no torch.
+Hydra gives the results of jobs only to the sweeper, and it calls no callback at the end if a job failed. Therefore
+the process of each job writes its outcome to a file (see `outcome`), on any machine that a launcher chose. The
+process that started the sweep reads these files. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from cosmos3_pipeline.jobs.sweep.table import RESUME
 from cosmos3_pipeline.planning.summary import summary
 from cosmos3_pipeline.stages.files import write_whole
 
-# The sweep that this process has started; None outside a sweep, and in a process that runs a job of one.
+# The sweep that this process has started. None outside of a sweep, and in processes that only run a job of a
+# sweep.
 current: Sweep | None = None
 
 SCHEMA_VERSION = 2
@@ -33,7 +34,7 @@ INDEX = "sweep.json"
 
 
 def start(folder: Path, *, baseline: int, resume: bool = False) -> Sweep:
-    """This process starts a sweep whose jobs have their folders in `folder`; `resume`: or goes on with one."""
+    """Start a sweep whose jobs have their folders in `folder`. With `resume`, jobs that are done stay done."""
     global current
     for number, outcome in outcomes(folder).items():
         if not (resume and outcome.status == "done" and Path(outcome.folder).is_dir()):
@@ -43,18 +44,18 @@ def start(folder: Path, *, baseline: int, resume: bool = False) -> Sweep:
 
 
 def done_before(folder: Path, job: int, overrides: Sequence[str]) -> Outcome | None:
-    """The outcome of job number `job` in a sweep that is resumed, where it is done."""
+    """The outcome of job number `job`, if a resumed sweep has done this job before."""
     found = outcomes(folder).get(job)
     return found if found is not None and found.overrides == _without_resume(overrides) else None
 
 
 def _without_resume(overrides: Sequence[str]) -> list[str]:
-    """A sweep is the same one whether or not it is resumed."""
+    """`overrides` without `sweep.resume`, because a resumed sweep has the same jobs as before."""
     return [override for override in overrides if not override.startswith(f"{RESUME}=")]
 
 
 def record(sweep: Path, job: int, overrides: Sequence[str], folder: Path, kind: str, result: Any) -> None:
-    """Write down how a job ended: `result` is what it returned, or the exception that it raised."""
+    """Write the outcome of a job. `result` is the return value of the job, or the exception that it raised."""
     failed = result if isinstance(result, BaseException) else None
     problems = [] if failed is None else problems_of(failed)
     Outcome(
@@ -75,15 +76,15 @@ def record(sweep: Path, job: int, overrides: Sequence[str], folder: Path, kind: 
 
 
 def was_told(error: Exception) -> bool:
-    """Whether `error` is how a job of this process' sweep ended, which was said when it did."""
+    """Whether `error` ended a job of this process's sweep. It was printed when the job ended."""
     told = {} if current is None else outcomes(current.folder)
-    # Its traceback grows on the way here; how it ends does not.
+    # The traceback grows on its way here, but its last line does not change.
     ends = (text_of(error), "".join(traceback.format_exception_only(error)))
     return any(outcome.error is not None and outcome.error.endswith(ends) for outcome in told.values())
 
 
 def plan_ahead(overrides: list[str], composition: Composition | ConfigError) -> dict[str, Any]:
-    """One job: its overrides, and its plan's summary or the problems that will refuse it here."""
+    """One job: its overrides, and the summary of its plan, or the problems for which it will be refused here."""
     try:
         if isinstance(composition, ConfigError):
             raise composition
@@ -94,11 +95,14 @@ def plan_ahead(overrides: list[str], composition: Composition | ConfigError) -> 
 
 
 class NotStarted(BaseException):
-    """A sweep is refused as a whole, which was told. Hydra makes a warning of any Exception of a callback."""
+    """A whole sweep is refused, and the reason was printed. Hydra makes a warning of an Exception in a callback.
+
+    Therefore it is a BaseException.
+    """
 
 
 def not_started(why: str) -> NotStarted:
-    """Say why a sweep does not start; what to raise then. The table of an older one stays as it is."""
+    """Print why a sweep does not start, and return the exception to raise. The table of an older sweep stays."""
     global current
     current = None
     print(f"nothing was started: {why}", file=sys.stderr)
@@ -106,7 +110,7 @@ def not_started(why: str) -> NotStarted:
 
 
 def _tell_refused(planned: Mapping[int, Mapping[str, Any]]) -> None:
-    """Say which jobs will be refused, each reason once."""
+    """Print which jobs will be refused, each reason once."""
     refused = {number: job["problems"] for number, job in planned.items() if job["problems"]}
     if refused:
         numbers = ", ".join(map(str, refused))
@@ -120,19 +124,19 @@ def _tell_refused(planned: Mapping[int, Mapping[str, Any]]) -> None:
 
 
 class Sweep:
-    """The folder of a sweep. `planned` has, by number, what is known of each job before it starts."""
+    """A sweep and its folder. `planned` has, by job number, the plan or the problems of each job."""
 
     def __init__(self, folder: Path, baseline: int) -> None:
         self.folder = folder
         self.baseline = baseline
         self.planned: dict[int, dict[str, Any]] = {}
-        # Another sweeper than Hydra's own chooses jobs as it goes, and decides itself how many of them may fail.
+        # A sweeper other than Hydra's own chooses jobs step by step, and decides how many of them may fail.
         self.all_must_be_done = False
 
     def look_ahead(self, jobs: Iterable[tuple[list[str], Composition | ConfigError]]) -> None:
-        """Plan all `jobs` before any starts, and say which of them will be refused, or are done already.
+        """Plan all `jobs` before the first starts, and print which will be refused and which are done already.
 
-        Raises NotStarted where Hydra itself would stop at one of them, or where jobs that are done are others.
+        Raises NotStarted if Hydra itself would stop at a job, or if a job that is done had other overrides.
         """
         self.all_must_be_done = True
         known = list(jobs)
@@ -153,7 +157,7 @@ class Sweep:
             print(f"{len(done)} of {len(known)} jobs are done already: {numbers}", file=sys.stderr)
 
     def report(self) -> bool:
-        """Print the table, write it to sweep.json and return whether jobs that must be done are not."""
+        """Print the table and write it to sweep.json. Returns whether a job that must be done is not done."""
         rows = table.rows(outcomes(self.folder), self.planned, self.baseline)
         if not rows:
             return False

@@ -1,4 +1,4 @@
-"""The rows of a sweep: what its jobs have of their own, planned and measured, and how alike pictures are."""
+"""The rows of a sweep: overrides, planned and measured numbers of each job, and how alike the pictures are."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cosmos3_pipeline.planning.units import quantity
 from cosmos3_pipeline.stages import STAGES
 
 RESUME, REPEATS, REPEAT = "sweep.resume", "sweep.repeats", "sweep.repeat"
-SHOWN_SHARE = 0.05  # of the seconds of a run, above which a stage has a column
-BROKEN_OFF = "broken off"  # what a job is that has begun, or never did, and of whose end nothing is known
+SHOWN_SHARE = 0.05  # a stage has a column if it takes more than this share of a run's seconds
+BROKEN_OFF = "broken off"  # the status of a job without an outcome: it was stopped, or never started
 
 
 def rows(
     ended: Mapping[int, Outcome], planned: Mapping[int, dict[str, Any]], baseline: int
 ) -> list[dict[str, Any]]:
-    """A row for every job that ended or was `planned`, in the order of their numbers; plain values, for JSON."""
+    """A row for every job that ended or was `planned`, in the order of job numbers, as plain values for JSON."""
     found = []
     for number in sorted({*ended, *planned}):
         job, plan = ended.get(number), planned.get(number, {})
@@ -51,10 +51,10 @@ def rows(
 
 
 def merged(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for all repeats of a job: that of the first which is done, with the medians of seconds and memory.
+    """One row for all repeats of a job: the row of the first done repeat, with medians of seconds and memory.
 
-    `spread` has the least and the most total seconds, `repeats` how many are done. A repeat that is not done makes
-    the row so.
+    `spread` has the least and the most total seconds, and `repeats` the number of done repeats. If a repeat is not
+    done, the row has the status of that repeat.
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for job in jobs:
@@ -77,15 +77,15 @@ def merged(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def own_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those that say what a job is, whether or not it is repeated and its sweep resumed."""
+    """The overrides that define a job, without those that repeat it or resume its sweep."""
     return [override for override in overrides if override.partition("=")[0] not in (RESUME, REPEATS, REPEAT)]
 
 
 def likeness(reference: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """How a job's picture relates to the reference's: `kind`, and where frames differ PSNR and SSIM of the files.
+    """How alike a job's picture is to the reference: `kind`, and if frames differ, PSNR and SSIM of the files.
 
-    Equal frames are told by their hash before compression, so the codec hides nothing. Frames may differ so little
-    that the files are equal: then there is no PSNR, which would be infinite.
+    Frames are compared by their hash before compression, so the codec hides no difference. Frames may differ so
+    little that the files are equal. The PSNR is then None, because it would be infinite.
     """
     if row["job"] == reference["job"]:
         return {"kind": "reference"}
@@ -101,7 +101,7 @@ def likeness(reference: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, 
 
 
 def varied(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys and groups whose value is not the same in all jobs, in the order in which they are given."""
+    """The keys and groups whose value is not the same in all jobs, in the order of the overrides."""
     values: dict[str, list[str | None]] = {}
     for place, job in enumerate(jobs):
         for key, value in assignments(job["overrides"]).items():
@@ -110,13 +110,13 @@ def varied(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def assignments(overrides: Sequence[str]) -> dict[str, str]:
-    """Value by key; of `~key` that it is removed."""
+    """The value of each key. A removed key (`~key`) is listed with its `~` and an empty value."""
     pairs = (override.partition("=") for override in overrides)
     return {key.lstrip("+"): value if equals else "" for key, equals, value in pairs}
 
 
 class Column(NamedTuple):
-    """A column of the table: the text of a job's cell, and what it is sorted by; None is no value."""
+    """A column of the table: the text of a job's cell, and the value by which to sort. None is an empty cell."""
 
     name: str
     text: Callable[[Mapping[str, Any]], str]
@@ -124,7 +124,7 @@ class Column(NamedTuple):
 
 
 def columns(jobs: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """What is known of `jobs` beside their overrides: only columns in which some job has a value."""
+    """The columns beside the overrides. A column is shown only if some job has a value in it."""
     stages = [stage for stage in STAGES if any(_counts(job, stage) for job in jobs)]
     known = [_column(f"{stage} s", _seconds_of(stage), "{:.2f}".format) for stage in stages]
     known += [
@@ -149,7 +149,7 @@ def _column(name: str, value: Callable[[Mapping[str, Any]], Any], text: Callable
 
 
 def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows for a terminal."""
+    """The rows as a table for a terminal."""
     keys, shown = varied(jobs), columns(jobs)
     made = Table(title="sweep", title_justify="left")
     made.add_column("job", justify="right")
@@ -168,7 +168,7 @@ def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def reasons(jobs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Why jobs are not done, each reason once with the jobs that have it."""
+    """The reasons why jobs are not done, each reason once, with the numbers of its jobs."""
     told: dict[str, list[str]] = {}
     for job in jobs:
         if job["status"] != "done":
@@ -179,7 +179,7 @@ def reasons(jobs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _counts(job: Mapping[str, Any], stage: str) -> bool:
-    """Whether a stage took enough of a run to be shown: the others are in sweep.json."""
+    """Whether a stage took enough of a run to have a column. Other stages are only in sweep.json."""
     total, seconds = _of_a_run("total_seconds")(job), _seconds_of(stage)(job)
     return total is not None and seconds is not None and bool(seconds > SHOWN_SHARE * total)
 
@@ -189,7 +189,7 @@ def _seconds_of(stage: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def _of_a_run(key: str) -> Callable[[Mapping[str, Any]], Any]:
-    """What was measured: of a plan the same keys hold what is planned, and stand in columns of their own."""
+    """The measured value of `key`. For job=plan the same keys have planned values, which have other columns."""
     return lambda job: job.get(key) if job["kind"] == JobName.generate.value else None
 
 

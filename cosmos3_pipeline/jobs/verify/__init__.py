@@ -1,4 +1,4 @@
-"""`job=verify`: strategies on the same latents, and whether each is as exact as it says. Imports no torch."""
+"""`job=verify`: runs strategies on the same latents and checks their declared exactness. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class VerifyFailed(SystemExit):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A strategy to verify in one direction: its settings, where they are not its defaults, and its plan."""
+    """A strategy to verify in one direction: the settings that are not its defaults, and its plan."""
 
     direction: Direction
     settings: dict[str, Any]
@@ -44,16 +44,17 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a job verifies, and the reference of each direction in it."""
+    """The strategies that a job verifies, and the reference of each direction that they use."""
 
     chosen: tuple[Chosen, ...]
     references: dict[Direction, VaePlan]
 
 
 def check_verify(cfg: Config) -> Verification | None:
-    """What the checked `cfg` asks to verify, planned; None for another job.
+    """The planned strategies that the checked `cfg` asks to verify. None for another job.
 
-    Raises ConfigError with everything that keeps it from being done, or from being read.
+    Raises ConfigError with all reasons why they cannot be verified, and for settings that another job would
+    ignore.
     """
     found = list(_unread(cfg))
     if cfg.job.name != JobName.verify:
@@ -84,9 +85,10 @@ def _raise(found: Sequence[Problem]) -> None:
 
 
 def _picked(cfg: Config) -> list[tuple[Direction, dict[str, Any]]]:
-    """`verify.strategies` in every direction that the task has, or what the flags use: each with its node.
+    """The strategies to verify, each with its direction and its config node.
 
-    A strategy that is the configured one keeps its settings from there, another has its defaults.
+    They are `verify.strategies` in every direction of the task, by default the strategies that the vae flags
+    switch on. A configured strategy has its configured settings; any other strategy has its defaults.
     """
     needed, plugins = directions(cfg), discover()
     if cfg.verify.strategies is None:
@@ -94,7 +96,7 @@ def _picked(cfg: Config) -> list[tuple[Direction, dict[str, Any]]]:
     found: list[tuple[Direction, dict[str, Any]]] = []
     for name in cfg.verify.strategies:
         if name not in plugins.strategies:
-            continue  # which is a problem of its own
+            continue  # `_unknown_names` reports it
         target = plugins.target(name)
         for direction in needed:
             configured = settings_of(cfg.vae, direction)
@@ -114,7 +116,7 @@ def _planned(cfg: Config, direction: Direction, node: dict[str, Any]) -> Chosen:
 
 
 def _unread(cfg: Config) -> Iterator[Problem]:
-    """Settings of this job with another one."""
+    """Settings of job=verify in another job."""
     if cfg.job.name == JobName.verify:
         return
     for key, value in vars(cfg.verify).items():
@@ -159,7 +161,7 @@ def _unknown_names(names: Sequence[str]) -> Iterator[Problem]:
 
 
 def _latents(cfg: Config, latents: str) -> Iterator[Problem]:
-    """What is wrong with the file of latents; looks at its values too, since the ranks would all stop at a NaN."""
+    """Problems of the file of latents. Its values are checked too, because all ranks would stop at a NaN."""
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
@@ -197,7 +199,7 @@ def _latents(cfg: Config, latents: str) -> Iterator[Problem]:
 
 
 def _size_of(shape: Sequence[int], cfg: Config) -> str:
-    """The overrides that ask for a clip of these latents."""
+    """The overrides for a clip whose latents have this `shape`."""
     clip = clip_of(cfg)
     _, _, frames, rows, cols = shape
     num_frames = (frames - 1) * clip.temporal + 1
@@ -205,9 +207,9 @@ def _size_of(shape: Sequence[int], cfg: Config) -> str:
 
 
 def verify(prepared: Prepared, output: Path, *, multirun: bool) -> None:
-    """Verify what is chosen; leaves verify.json and verify.png in `output` and prints the table.
+    """Verify the chosen strategies. Leaves verify.json and verify.png in `output` and prints the table.
 
-    Raises VerifyFailed when a strategy misses its declaration, RankFailed when a rank failed.
+    Raises VerifyFailed if a strategy misses its declaration, and RankFailed if a rank failed.
     """
     if multirun:
         problem = Problem(
@@ -231,7 +233,7 @@ def join(prepared: Prepared) -> None:
 
 
 def show(output: Path) -> None:
-    """Print the report in `output`; raises VerifyFailed when it says that a strategy missed its declaration."""
+    """Print the report in `output`. Raises VerifyFailed if a strategy missed its declaration."""
     report = json.loads((output / REPORT_FILE).read_text())
     ranks = report["topology"]["replica_ranks"]
     table = Table(title=f"{report['task']} with {report['model']} on {ranks} rank{'s' * (ranks > 1)}")

@@ -1,4 +1,4 @@
-"""How far one result of the VAE is from another, and which exactness that is: promises as numbers."""
+"""The distance between two results of the VAE, and the exactness that this distance reaches."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from cosmos3_pipeline.stages.likeness import psnr_db
 from cosmos3_pipeline.vae.strategy import Exactness
 
 PICTURE_RANGE = 2.0  # a float picture lies in [-1, 1]
-# rounding, in float32. The second is the largest difference where values lie in [-1, 1].
+# rounding in float32: at least this PSNR, and at most this difference of one value if values are in [-1, 1].
 ROUNDING_DB = 100.0
 ROUNDING_MAX_ABS = 1e-5
-# rounding, in a narrower dtype: as far from the float32 result as the reference in that dtype, with some room.
+# rounding in a narrower dtype: the RMS distance from the float32 result is at most this factor times the distance
+# of the reference in that dtype from the float32 result.
 ROUNDING_RMS = 1.1
-# approximate: two unrelated lively pictures are 12 dB apart; from here on they show the same.
+# approximate: two pictures show the same from this PSNR on. Two unrelated lively pictures have 12 dB.
 APPROXIMATE_DB = 20.0
 
 
 @dataclass
 class Distance:
-    """Of everything that was added so far. `value_range` is what PSNR relates to, 2 for pictures in [-1, 1]."""
+    """The distance over all tensors that were added. `value_range` is for PSNR, and is 2 for values in [-1, 1]."""
 
     value_range: float = PICTURE_RANGE
     equal: bool = True
@@ -33,7 +34,7 @@ class Distance:
     max_abs: float = 0.0
 
     def add(self, reference: Tensor, other: Tensor) -> None:
-        """Count in two tensors of one shape; a NaN is infinitely far from anything."""
+        """Add two tensors of the same shape. A NaN counts as an infinite difference."""
         assert reference.shape == other.shape
         self.equal = self.equal and torch.equal(reference, other)
         difference = (other.double() - reference.double()).abs().nan_to_num_(nan=math.inf)
@@ -52,18 +53,18 @@ class Distance:
 
     @property
     def psnr(self) -> float:
-        """In dB, infinite where nothing differs, minus infinite where something is NaN."""
+        """The PSNR in dB: infinite if all values are equal, minus infinite if a value is NaN."""
         return psnr_db(self.value_range, self.squares / self.count)
 
 
 def exactness_of(
     found: Distance, *, float32: Distance | None = None, reference_float32: Distance | None = None
 ) -> Exactness | None:
-    """What a result at distance `found` from the reference has reached; None when it is another picture.
+    """The exactness of a result at distance `found` from the reference. None if it is another picture.
 
-    In a dtype narrower than float32 the order of sums shows in every digit, so rounding cannot be told from
-    `found`: then `float32` and `reference_float32`, the distances of the result and of the reference from the
-    result in float32, decide.
+    In a dtype narrower than float32 the order of sums changes every digit, so `found` cannot show rounding. Two
+    other distances decide instead: `float32`, from the float32 result to this result, and `reference_float32`,
+    from the float32 result to the reference.
     """
     if found.equal:
         return Exactness.BITWISE

@@ -1,4 +1,4 @@
-"""verify.png: for each strategy its worst frame beside the reference's, and where they differ, amplified."""
+"""verify.png: for each strategy the reference's frame, its own worst frame, and their difference, amplified."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GAP_PIXELS = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy: the frame, of `index`, that differs most from the reference's; both uint8 [H, W, 3]."""
+    """The frame number `index` of a strategy, which differs most from the reference. Both are uint8 [H, W, 3]."""
 
     strategy: str
     index: int
@@ -28,13 +28,13 @@ class Row:
 
     @classmethod
     def worst(cls, strategy: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
-        """Of pairs of frames, the reference's first."""
+        """The pair of frames that differs most. The first frame of each pair is the reference's."""
         errors = [float((a.double() - b.double()).square().sum()) for a, b in pairs]
         index = int(np.argmax(errors))
         return cls(strategy, index, pairs[index][0].numpy(), pairs[index][1].numpy())
 
     def amplified(self) -> tuple[NDArray[np.uint8], int]:
-        """The difference scaled up until its largest value is white, and by how much; black where it is zero."""
+        """The difference times a whole factor that makes its largest value nearly white, and this factor."""
         difference = np.abs(self.reference.astype(np.int16) - self.frame)
         factor = 255 // max(int(difference.max()), 1)
         return (difference * factor).astype(np.uint8), factor
@@ -44,7 +44,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Write the rows below each other: reference, strategy, difference."""
     height, width, _ = rows[0].frame.shape
     line = CAPTION_PIXELS + height + GAP_PIXELS
-    # A caption needs its room on a small picture too.
+    # The caption needs this width, even if the picture is small.
     sheet = Image.new("RGB", (max(3 * width + 2 * GAP_PIXELS, 420), line * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for place, row in enumerate(rows):

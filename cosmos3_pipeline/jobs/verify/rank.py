@@ -1,4 +1,4 @@
-"""One rank of `job=verify`: take what the run gives the VAE, and put it through one strategy after the other."""
+"""One rank of `job=verify`: takes the input that a run gives the VAE, and runs every strategy on it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ SCHEMA_VERSION = 1
 
 
 def verify_rank(config: Config, plan: Plan, verification: Verification, output: str | None) -> None:
-    """Compare what `verification` chose as the rank that the environment says; all ranks call it together.
+    """Compare the strategies of `verification`, as the rank that the environment names. All ranks call it.
 
-    `output` is where the root writes; ranks that compose for themselves under torchrun pass None.
+    The root writes to `output`. Under torchrun, ranks other than rank 0 pass None.
     """
     with rank_of(config, plan, output) as (device, mesh, directory), torch.no_grad():
         reporter = reporter_of(mesh)
@@ -82,7 +82,7 @@ def verify_rank(config: Config, plan: Plan, verification: Verification, output: 
 
 
 class ListeningVae(ParallelVAE):
-    """The VAE of the stages before decode: encodes with the reference, and keeps the picture that it was given."""
+    """The VAE for the stages before decode. It encodes with the reference, and keeps its input as `picture`."""
 
     picture: Tensor | None = None
 
@@ -94,9 +94,10 @@ class ListeningVae(ParallelVAE):
 def inputs(
     config: Config, plan: Plan, device: torch.device, mesh: RankMesh, reporter: Reporter
 ) -> tuple[ListeningVae, Tensor]:
-    """What a run of `config` gives the VAE: the VAE, with the picture if there is one, and the latents to decode.
+    """The VAE, and the latents that a run of `config` gives it to decode. `vae.picture` is its input to encode.
 
-    Of a clip in chunks they are those of the first one; of the controls of a transfer the last one is the picture.
+    For a clip in chunks, picture and latents are those of the first chunk. For a transfer, the picture is the last
+    control clip.
 
     Raises Refusal for latents that cannot be decoded.
     """

@@ -1,4 +1,4 @@
-"""One input of the VAE through one strategy after the other: what it costs, and its distance from `replicated`."""
+"""Runs strategies on one input of the VAE, and measures the cost of each and its distance from `replicated`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LEVELS = 255.0
 
 @dataclass(frozen=True)
 class Result:
-    """What a strategy made, in CPU memory, and what it cost.
+    """The result of a strategy, in CPU memory, and its cost.
 
-    values: on the root the float frames [B, 3, H, W] of a picture; on every rank the moments of an encode, as one
-    tensor. frames: on the root the bytes [H, W, 3] of a run's stream. cost: the slowest rank's seconds and every
-    rank's own measures.
+    values: for decode the float frames [B, 3, H, W], on the root; for encode the moments as one tensor, on every
+    rank. frames: the uint8 frames [H, W, 3] that a run streams, on the root. cost: the seconds of the slowest
+    rank, and the measurements of every rank.
     """
 
     values: list[Tensor]
@@ -43,9 +43,9 @@ class Result:
 
 
 class Trial:
-    """Strategies on `given`, latents [1, z_dim, T, h, w] or a picture [1, 3, F, H, W]. All ranks call it together.
+    """Runs strategies on `given`: latents [1, z_dim, T, h, w] or a picture [1, 3, F, H, W].
 
-    `alone` is the plan of the strategy that they are compared with, `reference` its result.
+    Strategies are compared with `reference`, the result of the plan `alone`. All ranks call it together.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Trial:
         self.reference = self._run(alone)
 
     def check(self, one: Chosen) -> tuple[dict[str, Any], Row | None]:
-        """What the report says of a strategy, and its row of the picture; both are the root's to use."""
+        """The report's entry for a strategy, and its row of verify.png. Only the root may use them."""
         plan = one.plan.plan
         result = self._run(one.plan)
-        # What other ranks have must be the same: encode gives every rank the latents.
+        # Encode gives every rank the latents, and they must be the same on all ranks.
         digests = self._comm.agree(_digest(result.values) if self._direction == "encode" else "")
         if plan.exactness == Exactness.ROUNDING and self._given.dtype != torch.float32:
             self._make_float32()
@@ -115,7 +115,7 @@ class Trial:
         )
 
     def _make_float32(self) -> None:
-        """The reference in float32, once, on the root: it is what rounding in a narrower dtype is measured by."""
+        """Compute the reference in float32, once. Rounding in a narrower dtype is judged by distances from it."""
         if self._comm.is_root and self._float32 is None:
             bound = self._bound(torch.float32)
             runner = self._alone.strategy.runner(bound, self._comm, self._direction)
@@ -127,12 +127,12 @@ class Trial:
         return BoundVae(self._autoencoder.config, weights, dtype=dtype, device=self._given.device)
 
     def _run(self, planned: VaePlan) -> Result:
-        """Twice: for every digit, which also warms up, and then as a run does it, timed."""
+        """Run a strategy twice: first for float values, which is also the warm-up, and then timed as in a run."""
         bound = self._bound(self._given.dtype)
         runner = planned.strategy.runner(bound, self._comm, self._direction)
         with self._comm.run():
             values = self._values(runner, self._given.dtype)
-        self._comm.agree(None)  # so that nobody's seconds are another's warm-up
+        self._comm.agree(None)  # a barrier, so that no rank's seconds include another rank's warm-up
         device, before = self._given.device, self._comm.ledger.snapshot()
         reset_peak(device)
         started = time.perf_counter()
@@ -166,14 +166,14 @@ class Trial:
         return [frame for chunk in self._stream(runner, given, "float") for frame in chunk.unbind(2)]
 
     def _stream(self, runner: Runner, z: Tensor, pixels: Pixels) -> Iterator[Tensor]:
-        """The chunks on the CPU, on the root; the other ranks take part."""
+        """Yield the chunks on the CPU, on the root. The other ranks take part and yield nothing."""
         for chunk in runner.stream(z, pixels=pixels):
             if self._comm.is_root:
                 yield chunk.cpu()
 
 
 def distance(reference: list[Tensor], other: list[Tensor], value_range: float) -> Distance:
-    """Between two results of the same tensors."""
+    """The distance between two results, tensor by tensor."""
     found = Distance(value_range)
     for theirs, ours in zip(reference, other, strict=True):
         found.add(theirs, ours)
@@ -181,7 +181,7 @@ def distance(reference: list[Tensor], other: list[Tensor], value_range: float) -
 
 
 def _numbers(found: Distance) -> dict[str, float | None]:
-    """For JSON, which has no infinity: null for the PSNR of equal results, and for what is NaN."""
+    """The numbers for JSON, which has no infinity and no NaN. The PSNR of equal results is null, and so is NaN."""
     numbers = {"max": found.max_abs, "mean": found.mean_abs, "psnr_db": found.psnr, "range": found.value_range}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 

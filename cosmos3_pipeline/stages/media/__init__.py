@@ -1,7 +1,7 @@
 """Photographs and clips in, videos out. Imports no torch.
 
-`read_picture` and `read_frames` give RGB pictures as a viewer shows them, and a list of `Change`: what they did to
-the file's own picture, so that no run takes another picture than a person sees without saying so.
+`read_picture` and `read_frames` give RGB pictures as a viewer shows them, and a list of `Change`. Each `Change` is
+one difference from the file's stored picture. The list is reported, so that no picture is changed silently.
 """
 
 from cosmos3_pipeline.stages.media.audio import Sound, cut_to, sound_of, write_wav

@@ -1,4 +1,4 @@
-"""A waveform as long as its clip: as the sound of a video file, and as a WAV file. Imports no torch."""
+"""Writes a waveform that is as long as its clip: as the sound of a video, or as a WAV file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from cosmos3_pipeline.checkpoint.sound import SAMPLE_RATE
 from cosmos3_pipeline.stages.files import whole_file
 
-# Of AAC, for two channels: more than players' own encoders take for music.
+# The bit rate of AAC for two channels together. It is more than usual encoders take for music.
 BITS_PER_SECOND = 192_000
-# A sample of 16 bits is so many times one in -1..1.
+# A sample of 16 bits is a sample in -1..1 times this number.
 LOUDEST = 32767
 
 
 @dataclass(frozen=True)
 class Sound:
-    """What metrics.json says of a sound: its length, its loudest sample in 0..1, and the SHA-256 of its samples.
+    """The entry of a sound in metrics.json: its length, its loudest sample in 0..1, the SHA-256 of its samples.
 
     The samples are hashed as little-endian float32, one channel after the other, before any compression.
     """
@@ -38,12 +38,12 @@ class Sound:
 
 
 def cut_to(waveform: NDArray[np.float32], seconds: Fraction) -> NDArray[np.float32]:
-    """The first `seconds` of a waveform [channels, samples], which is decoded in latent frames of 1920 samples."""
+    """The first `seconds` of a waveform [channels, samples]. A decoded waveform is a multiple of 1920 samples."""
     return np.ascontiguousarray(waveform[:, : round(seconds * SAMPLE_RATE)], dtype="<f4")
 
 
 def sound_of(waveform: NDArray[np.float32]) -> Sound:
-    """What there is to say of a waveform [channels, samples]."""
+    """The description of a waveform [channels, samples]."""
     channels, samples = waveform.shape
     return Sound(
         seconds=samples / SAMPLE_RATE,
@@ -76,7 +76,7 @@ class AudioTrack:
         self._written = 0
 
     def write_until(self, seconds: Fraction) -> None:
-        """Append what is heard before `seconds`."""
+        """Append the samples before `seconds` that are not written yet."""
         stop = min(round(seconds * SAMPLE_RATE), self._waveform.shape[1])
         if stop <= self._written:
             return

@@ -1,4 +1,4 @@
-"""The frames of a clip as a player shows them: upright, in BT.709, with square pixels, at the rate asked for."""
+"""Reads the frames of a clip as a player shows them: upright, in BT.709, square pixels, at the requested rate."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.media.frames import picture_of
 from cosmos3_pipeline.stages.media.shown import RGB, WHITE, Change, cut_off, existing, filling
 
-# No others are opened: playlists and lists of files read other files, and a picture is no clip.
+# No other formats are opened, because playlists and lists of files read other files, and a picture is no clip.
 FORMATS = {
     **{"mov": "MP4 and MOV", "matroska": "WebM and MKV", "avi": "AVI", "mpegts": "TS", "mpeg": "MPEG"},
     **{"ogg": "Ogg", "asf": "WMV", "flv": "FLV", "gif": "GIF", "apng": "APNG", "mxf": "MXF", "dv": "DV"},
     **{"yuv4mpegpipe": "Y4M", "ivf": "IVF", "h264": "H.264", "hevc": "HEVC", "obu": "AV1"},
     **{"mpegvideo": "MPEG video", "m4v": "M4V"},
 }
-MOST_PIXELS = 1 << 27  # of a frame: 16K, beyond which a header is no promise to set memory aside for
+MOST_PIXELS = 1 << 27  # of a frame: 16K. A header that claims more is not trusted with that much memory.
 READING = {
     "format_whitelist": ",".join(FORMATS),
     "protocol_whitelist": "file",
     "max_pixels": str(MOST_PIXELS),
 }
-TIE = 1e-6  # seconds: of two frames that are as near to a moment, the earlier one is taken
-# Their packets carry when they are decoded, not when they are shown.
+TIE = 1e-6  # seconds: if two frames are equally near to a moment, the earlier frame is taken
+# Packets of these formats say when a frame is decoded, not when it is shown.
 WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu")
-# What reads the transparency that WebM keeps beside the frames; FFmpeg's own decoders leave it out.
+# Decoders for the transparency that WebM keeps beside the frames. FFmpeg's own decoders ignore it.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """The `number`-th frame that is decoded, shown from `time` on for `lasts`, both in seconds."""
+    """Decoded frame number `number`. A player shows it at `time` for `lasts`, both in seconds."""
 
     number: int
     time: float
@@ -52,10 +52,11 @@ class _Timed:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a file says of its frames.
+    """Properties of the frames of a file, as the file states them.
 
-    ends: seconds. rate: frames per second on average. counted_rate: those of a file that is not `timed`,
-    whose frames are shown one after the other. pixel: the width of a stored pixel in heights of it.
+    ends: the end of the last frame, in seconds. rate: frames per second on average. timed: the packets say when
+    frames are shown. counted_rate: frames per second of a file without such times. pixel: width over height of a
+    stored pixel.
     """
 
     file: Path
@@ -77,11 +78,11 @@ def read_frames(
     background: RGB = WHITE,
     key: str = "task.video",
 ) -> tuple[list[Image.Image], list[Change]]:
-    """The `first` or `last` (`keep`) `frames` frames of a clip as RGB pictures, and what was changed.
+    """The `first` or `last` (`keep`) `frames` frames of a clip as RGB pictures, and the changes made to them.
 
-    With `fps` they are those that are shown at moments 1/fps seconds apart, by their time stamps; without it they
-    are the file's own, one by one, whatever its rate. With `size`, width and height in pixels, each is scaled and
-    cropped to fill them. No other frames are kept in memory. `key` is what a refusal names.
+    With `fps` the frames are chosen by their time stamps, at moments 1/fps seconds apart. Without `fps` they are
+    consecutive frames of the file, at any rate. With `size`, width and height in pixels, each is scaled and
+    cropped to fill that size. No other frames are kept in memory. A refusal names `key`.
 
     Raises:
         Refusal: no such file, not a video, colours that cannot be converted, or a clip of fewer frames.
@@ -114,10 +115,10 @@ def each_frame(
     background: RGB = WHITE,
     key: str = "task.video",
 ) -> Iterator[tuple[Image.Image, list[Change]]]:
-    """The frames of a clip one after the other, see `read_frames`, each with what was changed of it.
+    """The frames of a clip one after the other, see `read_frames`, each with the changes made to it.
 
     Raises:
-        Refusal: as `read_frames`, but for a clip that is short.
+        Refusal: as `read_frames`, except that a clip may have any length.
     """
     file = existing(path, key=key)
     try:
@@ -135,14 +136,14 @@ def each_frame(
 
 @dataclass(frozen=True)
 class Look:
-    """What a clip shows: how many frames, and their width over their height."""
+    """The number of frames that a clip shows, and their width over their height."""
 
     frames: int
     aspect: Fraction
 
 
 def look_at(path: str | Path, *, fps: float | None, key: str = "task.video") -> Look:
-    """What `each_frame` will find in a clip. One frame is decoded; the others are counted by their packets.
+    """The number and shape of the frames that `each_frame` yields. One frame is decoded; packets are counted.
 
     Raises:
         Refusal: no such file, not a video, or colours that cannot be converted.
@@ -165,7 +166,7 @@ def look_at(path: str | Path, *, fps: float | None, key: str = "task.video") -> 
 
 
 def _packet_times(source: _Source) -> Iterator[tuple[float, float]]:
-    """From when on each frame is shown, and how long, as its packet says it."""
+    """For each frame, when it is shown and for how long, in seconds, as its packet says."""
     with av.open(str(source.file), options=READING) as container:
         number = 0
         for packet in container.demux(_stream(container, source.file, source.key)):
@@ -202,7 +203,7 @@ def _filled(
 
 
 def _other_rate(source: _Source, fps: float) -> Change:
-    """Of a clip of which not every frame is taken once."""
+    """The change of a clip from which some frames are skipped or taken twice."""
     return Change(
         "rate", f"{fps:g} frames per second are taken of it by their time stamps; it has {source.rate:.4g}"
     )
@@ -232,7 +233,7 @@ def _stream(container: Any, file: Path, key: str) -> Any:
 
 
 def _decode(source: _Source, *, start: float | None = None) -> Iterator[_Timed]:
-    """The frames from the key frame before `start` (seconds) on, or all of them."""
+    """The frames of the file, from the key frame before `start` (seconds) on. None: from the first frame on."""
     with av.open(str(source.file), options=READING) as container:
         stream = _stream(container, source.file, source.key)
         stream.thread_type = "AUTO"
@@ -248,7 +249,7 @@ def _decode(source: _Source, *, start: float | None = None) -> Iterator[_Timed]:
 
 
 def _decoder(stream: Any, source: _Source) -> Callable[[Any], list[Any]]:
-    """What makes frames of the packets of `stream`, with their transparency where they have any."""
+    """The function that decodes the packets of `stream` to frames, with their transparency if they have any."""
     name = ALPHA_DECODERS.get(stream.codec_context.name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return cast(Callable[[Any], list[Any]], stream.decode)
@@ -262,7 +263,7 @@ def _decoder(stream: Any, source: _Source) -> Callable[[Any], list[Any]]:
 
 
 def _tail(source: _Source, frames: int) -> list[_Timed]:
-    """The last frames, from as near to the end as the file's key frames allow."""
+    """The last frames. Decoding starts as near to the end as the file's key frames allow."""
     margin = 2 * frames / source.rate
     while source.timed and margin < source.ends:
         last = deque(_decode(source, start=source.ends - margin), maxlen=frames)
@@ -273,7 +274,7 @@ def _tail(source: _Source, frames: int) -> list[_Timed]:
 
 
 def _shown_last(step: float, source: _Source, frames: int) -> Iterator[_Timed]:
-    """As `_shown_every`, ending with the last frame of the file."""
+    """As `_shown_every`, but the last moment is the last frame of the file."""
     last = _tail(source, 1)
     begin = last[0].time - (frames - 1) * step if last else 0.0
     starts = [begin - step] if source.timed and begin > step else []
@@ -289,12 +290,12 @@ def _shown_last(step: float, source: _Source, frames: int) -> Iterator[_Timed]:
 def _shown_every(
     step: float, timed: Iterator[_Timed], frames: int | None = None, *, begin: float | None = None
 ) -> Iterator[_Timed]:
-    """What is shown at `begin`, `step` seconds later and so on; `begin` None: at the time of the first frame.
+    """The frames that are shown at `begin`, `step` seconds later and so on.
 
-    `frames` None: to the end of the clip.
+    `begin` None starts at the time of the first frame. `frames` None goes to the end of the clip.
 
-    That is the frame nearest to a moment, because time stamps are rounded and cameras keep no even pace; but none
-    is shown earlier than half a step before its time, however long the frame before it stays.
+    For each moment the nearest frame is taken, because time stamps are rounded and cameras keep no even pace. No
+    frame is taken more than half a step before its time, even if the previous frame is shown for long.
     """
     now = next(timed, None)
     if now is None:
@@ -305,14 +306,14 @@ def _shown_every(
         moment = begin + count * step
         while following is not None and following.time - moment < min(step / 2, moment - now.time) - TIE:
             now, following = following, next(timed, None)
-        # The last frame stays for its own time and is not repeated beyond it.
+        # The last frame is shown for its own duration and is not repeated after it.
         if following is None and moment - now.time > max(now.lasts - step / 4, step / 4):
             return
         yield now
 
 
 def _reason(error: FFmpegError) -> str:
-    if isinstance(error, av.error.ArgumentError):  # what a format outside of the list ends in
+    if isinstance(error, av.error.ArgumentError):  # FFmpeg's error for a format outside of the list
         return f"it is none of {', '.join(FORMATS.values())}"
     return str(error)
 

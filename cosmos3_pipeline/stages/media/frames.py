@@ -1,4 +1,4 @@
-"""One decoded frame as a player shows it: colours, transparency, and which way up."""
+"""One decoded frame as a player shows it: colours, transparency and orientation."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from PIL import Image
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.media.shown import RGB, Change, laid_on
 
-# Code points of ITU-T H.273. What is coded with these matrices FFmpeg's scaler makes RGB of; 0 is RGB, 2 untold.
+# Code points of ITU-T H.273. FFmpeg's scaler converts frames with these matrices to RGB. 0 is RGB, 2 unspecified.
 MATRICES = {0, 1, 2, 4, 5, 6, 7, 9}
 UNTOLD_MATRIX, BT2020 = 2, 9
-# Curves of SDR, which screens show alike, and those that FFmpeg's scaler converts to them.
+# Transfer curves of SDR, which screens show alike. NAMES has the curves of HDR, which FFmpeg's scaler converts.
 SDR_CURVES = {0, 1, 2, 4, 6, 7, 11, 12, 13, 14, 15}
 NAMES = {16: "PQ", 18: "HLG"}
-# Of what is not told: 0 is reserved and 2 says so.
+# Primaries that are taken as they are: 1 is BT.709, 0 is reserved, 2 is unspecified.
 PRIMARIES_AS_THEY_ARE = {0, 1, 2}
-# Larger frames whose matrix is not told are BT.709, smaller ones BT.601: mpv's rule (`mp_csp_guess_colorspace`).
+# Frames with an unspecified matrix are BT.709 if they are larger than this, else BT.601. This is mpv's rule
+# (`mp_csp_guess_colorspace`).
 SD_WIDTH, SD_HEIGHT = 1279, 576
 ONE = 1 << 16  # of the fixed-point numbers of a display matrix
-# A matrix that turns by a right angle has zeros; this much of one is rounding.
+# A matrix that turns by a right angle has zeros. A value below this is a rounded zero.
 LEAST_TURN = ONE // 64
 
 
 def picture_of(
     frame: Any, *, pixel: Fraction, background: RGB, key: str
 ) -> tuple[Image.Image, Fraction, list[Change]]:
-    """A decoded frame as RGB and upright, `pixel` of it, and what was changed.
+    """A decoded frame as RGB and upright, the shape of its pixels, and the changes made to it.
 
-    `pixel` is the width of a stored pixel in heights of it; the one returned is that of the upright picture.
+    `pixel` is width over height of a stored pixel. The returned value is that of a pixel of the upright picture.
 
     Raises:
         Refusal: colours that cannot be converted, or a picture that is not turned by right angles.
@@ -65,7 +66,8 @@ def _rgb(frame: Any, layout: str, key: str) -> tuple[NDArray[np.uint8], Change |
     name = f"{_curve(curve)} in {_primaries(primaries)}"
     deep = "gbrap16le" if layout == "rgba" else "gbrp16le"
     try:
-        # Before its curve changes it becomes RGB of 16 bits: converted at once, small differences of hue are lost.
+        # The frame becomes RGB of 16 bits before its curve is changed. One conversion would lose small differences
+        # of hue.
         stored = frame.reformat(format=deep, dst_color_range=ColorRange.JPEG, **told)
         stored.color_trc = ColorTrc.BT709 if curve in SDR_CURVES else curve
         stored.color_primaries = ColorPrimaries.BT709 if primaries in PRIMARIES_AS_THEY_ARE else primaries
@@ -107,10 +109,10 @@ def _other_colours(key: str, name: str) -> Refusal:
 
 
 def _upright(array: NDArray[np.uint8], frame: Any, key: str) -> tuple[NDArray[np.uint8], bool]:
-    """`array` as the display matrix says (ISO 14496-12, 8.3.2), and whether rows have become columns.
+    """`array` turned as the display matrix says (ISO 14496-12, 8.3.2), and whether rows have become columns.
 
-    A stored pixel (x, y) is shown at (ax + cy, bx + dy). Phones store the sensor's rows and columns, front cameras
-    mirrored ones, and say here how to turn them.
+    A stored pixel (x, y) is shown at (ax + cy, bx + dy). Phones store rows and columns as the sensor has them, and
+    front cameras store them mirrored. The display matrix says how to turn them.
     """
     data = frame.side_data.get(Type.DISPLAYMATRIX)
     if data is None:

@@ -11,17 +11,19 @@ from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.stages.media.shown import RGB, WHITE, Change, cut_off, existing, filling, laid_on
 
-# No others are opened: EPS is drawn by a program that Pillow starts, and nobody has photographs in the rest.
+# No other formats are opened. For EPS Pillow would start another program, and the others are not for photographs.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 WORKS = f"one of {', '.join(FORMATS)}; a video goes to task=v2v task.video=FILE"
-# Workflows and edit histories in a PNG are larger than Pillow's 1 MiB; this is its own limit for all of them.
+# Workflows and edit histories in a PNG may be larger than Pillow's 1 MiB for one text. This is Pillow's own limit
+# for all texts together.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 ORIENTATION = 0x0112  # EXIF
 # Colour spaces of ICC profiles (ICC.1, 7.2.6) and Pillow's modes for them.
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-# A profile that moves no channel further is sRGB under another name, and its picture stays bit for bit.
+# A profile that changes no channel by more than this is sRGB under another name. The picture is then not
+# converted.
 SAME_COLOUR = 2
-# Code points of ITU-T H.273 that 8 bits per channel are shown in as they are: those of SDR, and unspecified.
+# Code points of ITU-T H.273 for SDR, and unspecified. 8-bit pictures with these codes are shown as they are.
 SDR_TRANSFERS = {1, 2, 4, 5, 6, 7, 11, 12, 13, 14, 15}
 SDR_PRIMARIES = {1, 2, 5, 6, 7}
 SRGB_GAMMA = 1 / 2.2  # as the PNG chunk gAMA states it
@@ -30,10 +32,10 @@ SRGB_GAMMA = 1 / 2.2  # as the PNG chunk gAMA states it
 def read_picture(
     path: str | Path, *, size: tuple[int, int] | None = None, background: RGB = WHITE, key: str = "task.image"
 ) -> tuple[Image.Image, list[Change]]:
-    """The picture in `path` as RGB in sRGB, the way up that its EXIF orientation says, and what was changed.
+    """The picture in `path` in sRGB, turned as its EXIF orientation says, and the changes made to it.
 
-    With `size`, width and height in pixels, it is scaled and cropped to fill them. Of several pictures in a file
-    the first is taken. `key` is what a refusal names.
+    With `size`, width and height in pixels, the picture is scaled and cropped to fill that size. If the file has
+    several pictures, the first is taken. A refusal names `key`.
 
     Raises:
         Refusal: no such file, not a picture of 8 bits per channel, or colours that cannot be converted.
@@ -41,7 +43,7 @@ def read_picture(
     file = existing(path, key=key)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large pictures and broken metadata
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures and broken metadata
             with Image.open(file, formats=FORMATS) as image:
                 _refuse_other_depths(image, file)
                 _refuse_other_codings(file, image.format)
@@ -76,7 +78,7 @@ def _refuse_other_depths(image: Image.Image, file: Path) -> None:
 
 
 def _refuse_other_codings(file: Path, kind: str | None) -> None:
-    """HDR and wide gamuts that are stated without a profile, which Pillow does not read."""
+    """Refuse HDR and wide gamuts that are stated without a profile, because Pillow does not read them."""
     found = None
     head = file.open("rb").read(1 << 16) if kind in ("AVIF", "PNG") else b""
     if kind == "PNG" and (at := head.find(b"cICP")) >= 0:
@@ -117,7 +119,7 @@ def _as_shown(image: Image.Image, background: RGB) -> tuple[Image.Image, list[Ch
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """What is stored, without transparency, in a mode that profiles know."""
+    """The stored colours without transparency, in a mode that profiles know."""
     gray = image.mode in ("1", "L", "LA", "La")
     return image.convert("RGBA").convert("L" if gray else "RGB")
 
@@ -125,13 +127,13 @@ def _opaque(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> tuple[Image.Image, Change | None]:
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception as error:  # whatever reading a block of bytes that is no EXIF ends in
+    except Exception as error:  # bytes that are no EXIF raise errors of many kinds
         return image, Change("orientation", f"its EXIF cannot be read ({error}), so it is taken as it is stored")
     return (image if orientation == 1 else ImageOps.exif_transpose(image)), None
 
 
 def _converted(image: Image.Image, profile: bytes) -> tuple[Image.Image, Change | None]:
-    """`image`, whose colours are those of an ICC profile, in sRGB."""
+    """`image` converted to sRGB from the colours of its ICC `profile`."""
     try:
         theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = PROFILE_MODES[theirs.profile.xcolor_space.strip()]
@@ -153,7 +155,7 @@ def _converted(image: Image.Image, profile: bytes) -> tuple[Image.Image, Change 
 
 
 def _with_gamma(image: Image.Image, gamma: float) -> tuple[Image.Image, Change | None]:
-    """A PNG that states a gamma and neither a profile nor sRGB (PNG, 13.13: a display's exponent of 2.2)."""
+    """Convert a PNG that states a gamma, but no profile and no sRGB (PNG, 13.13: a display's exponent of 2.2)."""
     corrected = image.point([round(255 * (v / 255) ** (SRGB_GAMMA / gamma)) for v in range(256)] * 3)
     if _furthest(image, corrected) <= SAME_COLOUR:
         return image, None

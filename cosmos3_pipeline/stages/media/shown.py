@@ -1,4 +1,4 @@
-"""What pictures and the frames of clips have in common: how they are laid on a background and fill a frame."""
+"""Used for pictures and for the frames of clips: laying them on a background and filling a frame."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cosmos3_pipeline.errors import Refusal
 
 RGB = tuple[int, int, int]
 WHITE: RGB = (255, 255, 255)
-# Less of a side than this is cut off by rounding to whole latent rows alone, and nobody misses it.
+# A cut of less than this share of a side is not reported: rounding to whole latent rows alone can cause it.
 LEAST_CUT = 0.001
 
 
 @dataclass(frozen=True)
 class Change:
-    """What reading did to the picture of a file: `said` in words, and `kind` for programs.
+    """One change that reading made to the picture of a file: `said` in words, and `kind` for programs.
 
     Kinds: background, colours, cropped, first_picture, interlaced, orientation, pixels, rate.
     """
@@ -28,7 +28,7 @@ class Change:
 
 
 def existing(path: str | Path, *, key: str) -> Path:
-    """The file that `path` names. Raises Refusal, which names `key`, where there is none."""
+    """The file that `path` names. Raises Refusal, which names `key`, if there is no such file."""
     file = Path(path).expanduser().absolute()
     if not file.is_file():
         kind = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "does not exist"
@@ -50,7 +50,7 @@ def laid_on(picture: Image.Image, background: RGB) -> tuple[Image.Image, Change 
 
 
 def cut_off(stored: tuple[int, int], size: tuple[int, int], pixel: Fraction = Fraction(1)) -> Change | None:
-    """What `filling` cuts off a picture of `stored` width and height; None where that is nothing."""
+    """The cut that `filling` makes in a picture of `stored` width and height. None if it cuts off nothing."""
     left, top, right, bottom = _kept(stored, size, pixel)
     width, height = 1 - (right - left) / stored[0], 1 - (bottom - top) / stored[1]
     if max(width, height) < LEAST_CUT:
@@ -63,16 +63,16 @@ def cut_off(stored: tuple[int, int], size: tuple[int, int], pixel: Fraction = Fr
 
 
 def filling(picture: Image.Image, size: tuple[int, int], pixel: Fraction = Fraction(1)) -> Image.Image:
-    """`picture` scaled to fill `size`, width and height in pixels; what stands out is cut off on both sides alike.
+    """`picture` scaled to fill `size`, width and height in pixels, with equal cuts on both sides.
 
-    `pixel` is the width of a stored pixel in heights of it. A picture of the right shape is resized as diffusers'
+    `pixel` is width over height of a stored pixel. A picture of the right shape is resized as diffusers'
     `VideoProcessor` resizes it. NVIDIA's `load_conditioning_video` crops in the same way.
     """
     return picture.resize(size, Image.Resampling.BILINEAR, box=_kept(picture.size, size, pixel))
 
 
 def _kept(stored: tuple[int, int], size: tuple[int, int], pixel: Fraction) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the largest part in the middle that has the shape of `size`."""
+    """Left, top, right and bottom of the largest centred box that has the shape of `size`."""
     width, height = stored
     ratio = Fraction(*size) / pixel
     kept_width, kept_height = min(Fraction(width), height * ratio), min(Fraction(height), width / ratio)

@@ -1,4 +1,4 @@
-"""The video that is written, and how alike two files are."""
+"""Writing a video, and comparing two video or image files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cosmos3_pipeline.stages.files import whole_file
 from cosmos3_pipeline.stages.likeness import Likeness, likeness
 from cosmos3_pipeline.stages.media.audio import AudioTrack
 
-# Frames of a part that may wait for its encoder.
+# How many frames of a part may wait for its encoder.
 WAITING = 48
 COLOUR = ("colorspace", "color_range", "color_primaries", "color_trc")
 
@@ -38,10 +38,10 @@ def frame_rate(fps: float) -> Fraction:
 
 
 def options_of(encoder: Encoder, *, crf: int, preset: str) -> dict[str, str]:
-    """What libav's `encoder` is told: `crf` is x264's quality, 0 (lossless) to 51, and `preset` its speed."""
+    """The options for libav's `encoder`: `crf` is x264's quality, 0 (lossless) to 51, and `preset` its speed."""
     if encoder is Encoder.libx264:
         found = {"crf": str(crf), "preset": preset, "threads": str(X264_THREADS), "rc-lookahead": str(LOOKAHEAD)}
-        # With AVX-512, x264 gave the same frames other bytes each time (five of five runs at 96 x 160).
+        # With AVX-512, x264 made different bytes from the same frames in each run (five of five runs at 96 x 160).
         return {**found, "x264-params": "asm=avx2"} if _has_avx512() else found
     return {"rc": "constqp", "qp": str(crf), "preset": preset}
 
@@ -55,7 +55,7 @@ def _has_avx512() -> bool:
 
 
 def check_encoder(encoder: Encoder) -> None:
-    """Raise Refusal where this machine has no such encoder."""
+    """Raise Refusal if this machine has no such encoder."""
     codec: Any = av.CodecContext.create(encoder.value, "w")
     codec.width, codec.height, codec.pix_fmt = 256, 256, "yuv420p"
     codec.framerate, codec.time_base = Fraction(24), Fraction(1, 24)
@@ -70,7 +70,7 @@ def check_encoder(encoder: Encoder) -> None:
 
 
 class _Part:
-    """Frames that an encoder of their own makes packets of, beginning with one that refers to none before it."""
+    """A part of the video with its own encoder. Its first frame refers to no frame of an earlier part."""
 
     def __init__(self, codec: Any) -> None:
         self.seconds = 0.0
@@ -93,7 +93,7 @@ class _Part:
                 try:
                     found += self._codec.encode(frame)
                 except BaseException as raised:
-                    # Raised at the end: `put` waits until the frames that follow are taken.
+                    # Raise the error at the end only, because `put` waits until this loop takes the next frames.
                     error = raised
                 self.seconds += time.perf_counter() - begun
             if frame is None:
@@ -105,7 +105,7 @@ class _Part:
 class VideoWriter:
     """Appends frames to an open H.264 stream; made by `write_video`.
 
-    They are encoded in parts, by several encoders at a time, whose packets follow each other in the stream.
+    The frames are encoded in parts, several at a time. The packets of the parts follow each other in the stream.
     """
 
     def __init__(
@@ -121,17 +121,17 @@ class VideoWriter:
         self._container = container
         self._stream = stream
         self._audio = audio
-        self._options = options  # of each part's encoder
-        self._ends = ends  # of each part but the last, in frames
+        self._options = options  # for the encoder of each part
+        self._ends = ends  # numbers of the frames at which the next part begins
         self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="encoder")
         self._parts: list[_Part] = []
         self._finished = False
-        self._ended = 0  # parts whose last frame has come
+        self._ended = 0  # number of parts whose last frame has come
         self._packets: list[Future[list[av.Packet]]] = []
 
     @property
     def encoder_seconds(self) -> float:
-        """Seconds in which the encoders worked or waited for each other's threads, together."""
+        """The seconds in which encoders worked, or waited for each other's threads, added up over the encoders."""
         return sum(part.seconds for part in self._parts)
 
     def write(self, frames: NDArray[np.uint8]) -> None:
@@ -153,7 +153,7 @@ class VideoWriter:
             self.num_frames += 1
 
     def finish(self) -> None:
-        """Write the frames, and the samples, that the encoders still hold. More than one call does no more."""
+        """Write the frames and the samples that the encoders still hold. A second call does nothing."""
         if self._finished:
             return
         self._finished = True
@@ -165,7 +165,7 @@ class VideoWriter:
             self._audio.finish()
 
     def close(self) -> None:
-        """End the encoders, also where not all frames have come."""
+        """End the encoders, even if some frames have not come."""
         for part in self._parts:
             part.dropped = True
         self._end_part()
@@ -211,17 +211,17 @@ def write_video(
     parts: int = 1,
     waveform: NDArray[np.float32] | None = None,
 ) -> Iterator[VideoWriter]:
-    """An H.264 MP4 that browsers play, written frame by frame; it is there when the block ends without error.
+    """An H.264 MP4 that browsers play, written frame by frame. The file exists after the block ends without error.
 
-    Its `frames`, whose number is needed for more than one, are cut in `parts`, of which `encoders` are encoded at
-    a time. The same frames in as many parts give the same bytes. `crf` is x264's quality, 0 (lossless) to 51, and
-    `preset` its speed. Colours are BT.709, as players assume for HD.
-    `waveform` [channels, samples], at 48 kHz, is its sound, in AAC.
+    Its `frames` are cut in `parts`, and `encoders` of the parts are encoded at the same time. More than one part
+    needs the number of `frames`. The same frames in the same number of parts give the same bytes. `crf` is x264's
+    quality, 0 (lossless) to 51, and `preset` its speed. Colours are BT.709, as players assume for HD.
+    `waveform` [channels, samples] at 48 kHz is the sound of the video. It is written as AAC.
     """
-    # The index goes in front of the frames, so that a browser starts before it has all of them.
+    # The index goes in front of the frames, so that a browser starts to play before it has all frames.
     options = {"movflags": "+faststart"}
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
-        # Its own encoder makes the header, which those of all parts share, and no frame.
+        # The encoder of the stream makes only the header, which all parts share. It encodes no frame.
         how = options_of(encoder, crf=crf, preset=preset)
         stream = container.add_stream(encoder.value, rate=frame_rate(fps), options=dict(how))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
@@ -240,7 +240,7 @@ def write_video(
 
 
 def likeness_of_files(reference: Path, other: Path) -> Likeness | None:
-    """How alike two video or image files are; None when they differ in size or number of frames."""
+    """How alike two video or image files are. None if they differ in size or number of frames."""
     return likeness(_pixels(reference), _pixels(other))
 
 

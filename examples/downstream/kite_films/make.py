@@ -8,13 +8,13 @@ from cosmos3_pipeline.cli import launch, run
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="kite_films")
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
-    """One film. What stands here beside `run` is this project's own."""
+    """Make one film. The code before `run` belongs to this project."""
     print(f"film {cfg.extras.film}")
     return run(cfg)
 
 
 def command() -> None:
-    """What the console script calls."""
+    """The function that the console script calls."""
     launch(main)
 
 

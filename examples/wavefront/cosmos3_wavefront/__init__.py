@@ -1,7 +1,7 @@
-"""The ranks take the chunks of a clip in turn, one following the other through the layers like a wave.
+"""The ranks take the chunks of a clip in turn, and the chunks follow each other through the layers like a wave.
 
-What the causal convolutions remember of a chunk goes from each rank to the next; that this is so, when, and in how
-many bytes, the library finds by itself. Imports no torch.
+Each rank sends the temporal caches of its causal convolutions to the next rank. The library derives these
+messages, their times and their bytes by itself. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ __all__ = ["Wavefront"]
 
 @dataclass
 class Wavefront(Strategy):
-    """Chunks dealt to the ranks in turn, `in_a_row` of them at a time.
+    """The ranks take chunks in turn, `in_a_row` of them at a time.
 
-    1 lets the next rank follow most closely; more means fewer frames to hand on, at a longer distance.
+    With 1 the next rank follows most closely. With more, fewer temporal caches are sent, but the next rank starts
+    later.
     """
 
     in_a_row: int = 1
@@ -36,7 +37,7 @@ class Wavefront(Strategy):
     exactness: ClassVar[Exactness] = Exactness.BITWISE
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        """Who runs which chunks. Raises StrategyError for more ranks than turns."""
+        """Assign chunks to ranks. Raises StrategyError for more ranks than turns."""
         if self.in_a_row < 1:
             raise StrategyError(
                 f"wavefront.in_a_row={self.in_a_row}", "a turn is one chunk or more", "give 1 or more"
