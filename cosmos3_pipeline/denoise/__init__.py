@@ -1,4 +1,4 @@
-"""Denoising in parallel: guidance passes and sequence over ranks, the text computed once. Imports no torch."""
+"""Parallel denoising: ranks share guidance passes and the sequence; text is computed once. Imports no torch."""
 
 from __future__ import annotations
 

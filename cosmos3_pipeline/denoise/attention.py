@@ -1,7 +1,7 @@
-"""Attention over the heads that this rank holds, by PyTorch's fused kernels: no S x S matrix, grouped keys.
+"""Attention over this rank's heads with PyTorch's fused kernels: no S x S matrix, grouped key/value heads.
 
-The arithmetic is that of diffusers' `Cosmos3AttnProcessor`, operation by operation, so that the result has
-its bits; what differs is what is stored and when.
+The arithmetic follows diffusers' `Cosmos3AttnProcessor` operation by operation, so the result is the same to the
+last bit. Only which tensors are stored, and when, differs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Rotary(NamedTuple):
 
 
 class TextKeyValue(NamedTuple):
-    """One layer's keys and values of the prompt, each [tokens, own key/value heads, D], positions applied."""
+    """One layer's keys and values of the prompt, each [tokens, this rank's key/value heads, D], rotated."""
 
     key: Tensor
     value: Tensor
 
     def to(self, device: torch.device) -> TextKeyValue:
-        """The same on `device`; itself where it is there."""
+        """These keys and values on `device`; this object itself if they are there already."""
         return self if self.key.device == device else TextKeyValue(self.key.to(device), self.value.to(device))
 
     @property
@@ -42,7 +42,7 @@ class TextKeyValue(NamedTuple):
 
 
 def norm_and_rotate(norm: Any, x: Tensor, rotary: Rotary, out: Tensor | None = None) -> Tensor:
-    """The heads x [tokens, heads, D] normed and turned by their positions, into `out` when given."""
+    """Norm the heads `x` [tokens, heads, D] and rotate them by their positions; write to `out` unless None."""
     if not is_fused(norm, x):
         return rotated(normalise(norm, x), *rotary, out)
     if out is None:
@@ -54,8 +54,8 @@ def norm_and_rotate(norm: Any, x: Tensor, rotary: Rotary, out: Tensor | None = N
 def attend(query: Tensor, key: Tensor, value: Tensor, share: HeadShare, *, causal: bool) -> Tensor:
     """Attention of query [n, heads, D] over key and value [m, key/value heads, D]; returns [n, heads, D].
 
-    The kernels know equal groups alone. Where the heads of a rank cut through a group, an accelerator attends with
-    each run of equal groups apart; a CPU gives each query head its own copy of its key/value head.
+    The kernels need groups of equal size. A rank may hold only some query heads of a group. Then an accelerator
+    calls the kernel once per run of equal groups, and a CPU copies the key/value head for each query head.
     """
     if share.grouped:
         return attention(query, key, value, causal=causal)
@@ -80,8 +80,8 @@ def attend_with_text(
 ) -> tuple[Tensor, Tensor | None]:
     """Full attention of vision's queries [n, heads, D] over the prompt and vision's keys and values [m, heads, D].
 
-    Queries and keys are as they were projected; they are normed and rotated here, each by their own of `rotary`.
-    Where these are some of the keys only (`partially`), what merges the parts comes besides.
+    Queries and keys arrive as projected, and are normed and rotated here. `rotary` has the queries' angles first,
+    then the keys'. With `partially` the keys are a subset: the second result [n, heads] merges partial results.
     """
     query, key, value = heads
     prompt = text.key.shape[0]
@@ -99,7 +99,7 @@ def attend_with_text(
 
 
 def rotary_of(transformer: Cosmos3OmniTransformer, position_ids: Tensor) -> Rotary:
-    """The angles of tokens at `position_ids` [3, tokens], in the dtype of `transformer`."""
+    """Rotary cosines and sines of tokens at `position_ids` [3, tokens], in the dtype of `transformer`."""
     cos, sin = transformer.rotary_emb(
         position_ids=position_ids.unsqueeze(1), device=position_ids.device, dtype=transformer.dtype
     )

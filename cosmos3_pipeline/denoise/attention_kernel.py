@@ -1,4 +1,4 @@
-"""Which kernel computes attention: chosen here for each kind of accelerator, and told to a run's records."""
+"""The choice of the attention kernel for each kind of accelerator, and its name for a run's records."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HALF = (torch.bfloat16, torch.float16)
 HOPPER = 9  # major compute capability
-FLASH_3 = "flash_attn_interface"  # the module of FlashAttention-3, which is for Hopper alone
-# PyTorch's kernels in the order in which they are tried; the first that takes the shapes runs. From Hopper on
-# cuDNN's uses the matrix instructions of the chip, while FlashAttention-2 uses those of Ampere.
+FLASH_3 = "flash_attn_interface"  # the module of FlashAttention-3, which runs on Hopper only
+# PyTorch's kernels in the order in which they are tried; the first that accepts the shapes runs. cuDNN comes first
+# since Hopper, because cuDNN uses Hopper's matrix instructions, while FlashAttention-2 uses Ampere's.
 _SINCE_HOPPER = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 _BEFORE_HOPPER = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 _OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    """Attention of query [n, heads, D] over key and value [m, groups, D], heads a multiple; returns [n, heads, D].
+    """Attention of query [n, heads, D] over key and value [m, groups, D]; returns [n, heads, D].
 
-    `causal` is for n == m.
+    `heads` is a multiple of `groups`. `causal` requires n == m.
     """
     flash = flash_attention_3() if _takes_flash_3(query.device, query.dtype) else None
     if flash is not None:
         found = flash(query[None], key[None], value[None], causal=causal)
-        attended: Tensor = found[0] if isinstance(found, tuple) else found  # earlier versions give the lengths too
+        attended: Tensor = found[0] if isinstance(found, tuple) else found  # older versions also return lengths
         return attended[0]
     with sdpa_kernel(list(order(query.device)), set_priority=True) if query.is_cuda else nullcontext():
         attended = F.scaled_dot_product_attention(
@@ -46,18 +46,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Ten
 
 
 def partial_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """As `attention`, over a part of the keys: the result, and what merges it with those over the others.
+    """Attention over a subset of the keys: the result [n, heads, D] and its log-sum-exp [n, heads].
 
-    That is [n, heads], the logarithm of the sum of each query's exponentials, in float32 (float64 of float64).
-    They are PyTorch's own kernels, by the names by which its context parallelism calls them, because the public
-    function keeps the sums to itself. cuDNN's and FlashAttention-3 are not asked for theirs.
+    `merged` combines results over several subsets by their log-sum-exp, which is float32 (float64 for float64).
+    The public PyTorch function does not return the log-sum-exp. Therefore the kernels are called by the internal
+    names that PyTorch's context parallelism uses. cuDNN and FlashAttention-3 are not used here.
     """
     heads = [one.transpose(0, 1)[None] for one in (query, key, value)]
     if query.device.type == "cpu":
         attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
     elif query.dtype in HALF:
         attended, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*heads)
-    else:  # it knows no groups, and pads its rows of sums
+    else:  # this kernel has no grouped keys, and pads the rows of its log-sum-exp
         each = query.shape[1] // key.shape[1]
         heads[1:] = (one.repeat_interleave(each, 1) for one in heads[1:])
         attended, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads, None, True)
@@ -65,9 +65,9 @@ def partial_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 
 
 def merged(parts: Tensor, sums: Tensor) -> Tensor:
-    """Attention [..., D] over all keys out of `parts` [parts, ..., D], each over some of them.
+    """Attention [..., D] over all keys, merged from `parts` [parts, ..., D], each over a subset of the keys.
 
-    `sums` [parts, ...] are those of `partial_attention`, in whose dtype the parts are weighed and added.
+    `sums` [parts, ...] is the log-sum-exp of each part, from `partial_attention`. Its dtype is used for the sum.
     """
     weights = sums.softmax(0).unsqueeze(-1)
     total = weights[0] * parts[0]
@@ -77,11 +77,11 @@ def merged(parts: Tensor, sums: Tensor) -> Tensor:
 
 
 def chosen(device: torch.device, dtype: torch.dtype) -> str:
-    """What computes attention in `dtype` on `device`, for a run's records."""
+    """The name of the attention kernel for `dtype` on `device`, for a run's records."""
     if _takes_flash_3(device, dtype) and flash_attention_3() is not None:
         try:
             return f"{FLASH_3} {version('flash_attn_3')}"
-        except PackageNotFoundError:  # built where it lies
+        except PackageNotFoundError:  # used from its source folder, without installation
             return FLASH_3
     if device.type != "cuda":
         return "scaled_dot_product_attention"
@@ -91,7 +91,7 @@ def chosen(device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def flash_attention_3() -> Callable[..., Any] | None:
-    """FlashAttention-3 where it is installed: queries, keys, values [B, n, heads, D] and `causal`."""
+    """FlashAttention-3's function of query, key, value [B, n, heads, D] and `causal`; None if not installed."""
     try:
         found: Callable[..., Any] = import_module(FLASH_3).flash_attn_func
     except ImportError:
@@ -101,7 +101,7 @@ def flash_attention_3() -> Callable[..., Any] | None:
 
 @cache
 def order(device: torch.device) -> tuple[SDPBackend, ...]:
-    """PyTorch's kernels for an accelerator, in the order in which they are tried."""
+    """PyTorch's kernels for the accelerator `device`, in the order in which they are tried."""
     first = _SINCE_HOPPER if _capability(device) >= HOPPER else _BEFORE_HOPPER
     return (*first, *_OTHERS)
 

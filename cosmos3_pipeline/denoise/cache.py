@@ -1,9 +1,9 @@
-"""SeaCache: a pass whose latents have hardly changed is not computed, but recalled from the steps before.
+"""SeaCache: if the latents have hardly changed, a pass is recalled from earlier steps instead of computed.
 
-Which steps these are, diffusers decides: its own gate is asked. It filters the noisy vision latents, compares them
-with those of the step before, and adds up the distances of the steps that were spared. Here is what its hooks
-cannot do, because a step here runs without the text and over ranks: each rank keeps the sum of all layers of its
-own tokens. Source: diffusers `hooks/sea_cache.py`; https://huggingface.co/papers/2602.18993.
+diffusers' own gate decides in which steps. It filters the noisy vision latents, compares them with the previous
+step's latents, and adds up the distances over the skipped steps. diffusers' hooks cannot be used, because a step
+here runs without the text and over several ranks. Instead, each rank keeps the sum of what all layers added to its
+tokens. Source: diffusers `hooks/sea_cache.py`; https://huggingface.co/papers/2602.18993.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ from cosmos3_pipeline.distributed.comm import Comm
 
 
 class StepCache:
-    """The cache of one loop. Passes are known by their numbers, see `guidance.Guidance`.
+    """The cache of one loop. A pass is identified by its number in `guidance.Guidance`.
 
-    Passes that have been in the same steps share a state: all see the same latents, so diffusers' gates would find
-    the same of each, and the device is waited for once.
+    Passes that run in the same steps share one gate state, because all of them see the same latents. The host
+    waits for the device once per gate state.
 
-    The first rank of `comm`, which has all ranks that share layers or tokens, decides for all of them: ranks that
-    decided differently would wait for each other for ever. The agreement goes between the hosts, once per step.
+    `comm` connects all ranks that share layers or tokens. Rank 0 of `comm` decides for all of them, because ranks
+    that decided differently would wait for each other for ever. The ranks agree between hosts, once per step.
     """
 
     def __init__(self, settings: SeaCacheConfig, comm: Comm | None) -> None:
         self._settings = settings
         self._comm = comm
         self._gate = SeaCacheSharedState()
-        # By pass: the step since which it is in every step; and by that step, what its passes share.
+        # Pass number -> the first step of its present run of consecutive steps. That step -> the gate state that
+        # all passes which began there share.
         self._since: dict[int, int] = {}
         self._states: dict[int, SeaCacheContextState] = {}
-        # By pass: the steps in which it was computed last, and what all layers added to own tokens [n, hidden].
+        # Pass number -> its last computed steps, each with what all layers added to the rank's tokens [n, hidden].
         self._added: defaultdict[int, list[tuple[int, Tensor]]] = defaultdict(list)
 
     def spared(
         self, numbers: Sequence[int], vision: list[Tensor], *, step: int, steps: int, sigma: float
     ) -> frozenset[int]:
-        """Those of the passes `numbers` that are not computed in `step` of `steps`, the same on every rank.
+        """Which of the passes `numbers` are not computed in `step` of `steps`; every rank gets the same answer.
 
         `vision` are the noisy latents [1, C, T, h, w], which are the same for every pass; `sigma` is their noise
-        level. Waits for the device, whose latents decide.
+        level. The host waits for the device here, because the gate reads the latents.
         """
-        # A pass that misses a step begins anew, so nothing of it is kept.
+        # A pass that was absent from a step starts with an empty cache.
         self._since = {number: self._since.get(number, step) for number in numbers}
         for number in self._added.keys() - self._since.keys():
             del self._added[number]
@@ -74,12 +75,12 @@ class StepCache:
         return frozenset(number for number, since in self._since.items() if since not in computed)
 
     def keep(self, number: int, step: int, embedded: Tensor, hidden: Tensor) -> None:
-        """Keep what the layers and the last norm have made of own tokens `embedded` [n, hidden] in `step`."""
+        """Keep `hidden`, after the last norm, minus `embedded`; both are this rank's tokens [n, hidden]."""
         self._added[number].append((step, hidden - embedded))
         del self._added[number][: -self._settings.residual_order - 1]
 
     def recall(self, number: int, step: int, embedded: Tensor) -> Tensor:
-        """What the layers would make of own tokens `embedded` in `step`, from the steps in which they did."""
+        """Estimate `hidden` in `step` from the last computed steps; `embedded` [n, hidden] is the rank's input."""
         *before, (last, added) = self._added[number]
         if before:
             ((first, added_first),) = before

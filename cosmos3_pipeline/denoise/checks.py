@@ -1,4 +1,4 @@
-"""Which layouts of the denoising ranks can be honoured, from numbers alone. Imports no torch."""
+"""Which layouts of the denoising ranks are possible, decided from numbers only. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ class CpLayoutError(Refusal):
 
 
 def check_tokens(tokens: int, grid: Grid) -> None:
-    """Refuse a grid in which a group has none of the `tokens` of a sequence: it would attend with or to nothing.
+    """Refuse a grid in which a whole group would have no tokens, because its attention would be empty.
+
+    `tokens` is the length of the sequence. If there is only one group, single ranks may have no tokens.
 
     Raises:
-        CpLayoutError: there are too few; a single group may have ranks without tokens.
+        CpLayoutError: there are too few tokens.
     """
     held = even_rows(tokens, grid.ranks)
     if grid.groups > 1 and not held[-grid.ulysses]:
@@ -38,10 +40,10 @@ def check_tokens(tokens: int, grid: Grid) -> None:
 def check_layout(
     *, num_attention_heads: int, num_key_value_heads: int, cfg: int, ulysses: int, guidance_scale: float
 ) -> None:
-    """Refuse a layout that the model or the guidance cannot be split into; return when it can.
+    """Refuse a layout for which the model has too few heads or the guidance too few passes.
 
-    Any number of tokens splits (unevenly), and key/value heads are sent to every rank that needs them, so
-    only the query heads and the number of guidance passes limit the layout.
+    Only query heads and guidance passes limit the layout: any number of tokens can be split (unevenly), and
+    key/value heads are sent to every rank that needs them.
 
     Raises:
         CfgLayoutError: more than two ranks on `cfg`, or two without guidance.

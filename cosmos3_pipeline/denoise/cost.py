@@ -1,9 +1,9 @@
 """What parallel denoising costs each rank: arithmetic, text cache, bytes on the wire. Imports no torch.
 
-Exact: tests hold it against counted operations and against the ledgers of real ranks. FLOPs are those of the
-matrix products, a multiplication and an addition each counted; attention counts whole, as `FlopCounterMode`
-counts it, also where it is causal. Not counted: one rank alone on a CPU with several threads embeds the timestep
-for every noisy token instead of once (see `ParallelTransformer.embed`).
+The costs are exact: tests compare them with counted operations and with the ledgers of real ranks. FLOPs are those
+of matrix products; a multiplication and an addition count one each. Causal attention counts as full attention, as
+in `FlopCounterMode`. One case is not counted: a single rank on a CPU with several threads embeds the timestep for
+every noisy token instead of once (see `ParallelTransformer.embed`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Protocol
 from cosmos3_pipeline.denoise.guidance import shares_of
 from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, Grid, HeadShare, even_rows, head_shares, start_of
 
-TIMESTEP_CHANNELS = 256  # of the sinusoidal embedding that enters the model's `time_embedder`
+TIMESTEP_CHANNELS = 256  # width of the sinusoidal embedding that enters the model's `time_embedder`
 COMBINED_BYTES = 4  # the guided velocity is combined in fp32 before the sequence is gathered
-SUM_BYTES = 4  # of the sum, in fp32, that travels behind each head of a partial result
+SUM_BYTES = 4  # an fp32 log-sum-exp is sent behind each head of a partial attention result
 
 
 ALONE = Grid()
@@ -47,7 +47,7 @@ class Dimensions(Protocol):
 
 @dataclass(frozen=True)
 class Wire:
-    """Payload that a rank sends to others, and how much of it leaves the node, where that is told apart."""
+    """Payload that a rank sends to others; `far_bytes` leave the node (0 if nodes are not distinguished)."""
 
     bytes: int = 0
     messages: int = 0
@@ -62,9 +62,9 @@ class Wire:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens of one item that stand one after the other: a clip, a sound, or actions.
+    """The consecutive tokens of one item: a clip, a sound, or actions.
 
-    `channels` are the values of a token, `clean` the frames that condition and are not denoised.
+    `channels` is the number of values per token. `clean` are the frames that condition and are not denoised.
     """
 
     modality: str  # vision, sound or action
@@ -88,7 +88,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class PassTokens:
-    """What one guidance pass goes over: `text` tokens of a prompt, then `stretches`, in their order."""
+    """The tokens of one guidance pass: `text` tokens of a prompt, then `stretches` in order."""
 
     text: int
     stretches: tuple[Stretch, ...]
@@ -96,13 +96,13 @@ class PassTokens:
 
     @property
     def rows(self) -> int:
-        """All tokens but the text's."""
+        """The number of tokens without the text's."""
         return sum(stretch.tokens for stretch in self.stretches)
 
 
 @dataclass(frozen=True)
 class TextCost:
-    """One rank's share of encoding one prompt; the negative prompt of many clips is encoded once."""
+    """One rank's share of encoding one prompt. A negative prompt that many clips share is encoded once."""
 
     negative: bool
     tokens: int
@@ -113,7 +113,7 @@ class TextCost:
 
 @dataclass(frozen=True)
 class PassCost:
-    """One rank's share of one guidance pass in one step, by the number of the pass, see `guidance.Guidance`."""
+    """One rank's share of one guidance pass in one step. `number` is the pass's number in `guidance.Guidance`."""
 
     number: int
     flops: int
@@ -122,7 +122,7 @@ class PassCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One rank's share of one or more steps, in which it computes so many `passes`."""
+    """One rank's share of one or more steps. `passes` is how many passes it computes in them."""
 
     passes: int
     flops: int
@@ -132,12 +132,13 @@ class StepCost:
 
 @dataclass(frozen=True)
 class DenoiseCost:
-    """One rank's share, by its place over guidance and sequence.
+    """One rank's share of denoising. `cfg_rank` and `sequence_rank` are its ranks on these two axes.
 
-    `texts` has the prompts of its guidance passes, which two may share, `passes` what each pass costs.
-    `clip_flops` (the angles of all tokens but the text's) is once per clip, `embed_flops` once per step for all
-    passes over the tokens of the first. `velocity` is one pass's velocity for the other ranks of `cfg`, `gather`
-    the guided velocity for those of the sequence; where each pass's is gathered, that is among the pass's own.
+    `texts` has one entry per prompt; two passes may share a prompt. `passes` has one entry per pass of this rank.
+    `clip_flops` (rotary angles of all tokens without the text's) is paid once per clip. `embed_flops` is paid once
+    per step, for all passes over the same tokens as the first pass. `velocity` is what one pass sends to the other
+    ranks of `cfg`. `gather` is the guided velocity sent to the other ranks of the sequence. It is zero for nested
+    passes: each of these gathers its velocity by itself, so the gather counts in its `PassCost`.
     """
 
     cfg_rank: int
@@ -150,18 +151,18 @@ class DenoiseCost:
     gather: Wire
 
     def step(self, numbers: Collection[int]) -> StepCost:
-        """A step that has the passes `numbers`."""
+        """The cost of a step with the passes `numbers`."""
         own = [one for one in self.passes if one.number in numbers]
         return StepCost(
             passes=len(own),
             flops=sum(one.flops for one in own) + (self.embed_flops if own else 0),
             sequence=_sum(one.sequence for one in own) + self.gather,
-            # All of them go in one message.
+            # The velocities of all passes are sent in one message.
             cfg=Wire(self.velocity.bytes * len(own), self.velocity.messages if own else 0),
         )
 
     def steps(self, counted: Mapping[tuple[int, ...], int]) -> StepCost:
-        """All steps of a clip: `counted` says how many have which passes."""
+        """The cost of all steps of a clip: `counted` maps the passes of a step to how many steps have these."""
         passes, flops, sequence, cfg = 0, 0, Wire(), Wire()
         for numbers, times in counted.items():
             one = self.step(numbers)
@@ -173,7 +174,7 @@ class DenoiseCost:
 
     @property
     def full_step(self) -> StepCost:
-        """A step with all passes."""
+        """The cost of a step with all passes."""
         return self.step([one.number for one in self.passes])
 
 
@@ -187,14 +188,15 @@ def denoise_costs(
     per_node: int | None = None,
     nested: bool = False,
 ) -> tuple[DenoiseCost, ...]:
-    """The cost of each rank of a replica, those of the `grid` varying fastest; ranks to spare repeat one of these.
+    """The cost of each rank of a replica; the rank in the `grid` varies fastest. Spare ranks repeat one of these.
 
-    With `per_node` ranks on a node, what a rank sends others of its sequence is told apart by whether it leaves
-    the node. A replica begins with a node.
+    `per_node` is the number of ranks on a node. With it, sequence messages that leave the node are counted apart.
+    The first rank of a replica must be the first rank of a node.
 
-    `passes` are the guidance passes in diffusers' order; `element_bytes` are those of the transformer's dtype. The
-    layout must pass `check_layout`. `nested` passes may be over different stretches, and each one's velocity is
-    gathered before they are combined (see `ParallelTransferDenoiser`); others are combined first.
+    `passes` are the guidance passes in diffusers' order; `element_bytes` is the size of the transformer's dtype.
+    The layout must pass `check_layout`. With `nested`, passes may have different stretches. Then the velocity of
+    each pass is gathered before the passes are combined (see `ParallelTransferDenoiser`). Otherwise the passes are
+    combined before the gather.
     """
     shares = head_shares(model.num_attention_heads, model.num_key_value_heads, grid.ulysses) * grid.groups
     owned, costs = shares_of(len(passes), cfg), []
@@ -202,7 +204,7 @@ def denoise_costs(
         own_passes = [(number, passes[number]) for number in owned[cfg_rank]]
         places = range(cfg_rank * grid.ranks, (cfg_rank + 1) * grid.ranks)
         nodes = tuple(place // (per_node or cfg * grid.ranks) for place in places)
-        once = model.num_hidden_layers - 1  # the last layer's text is read by nothing: keys and values suffice
+        once = model.num_hidden_layers - 1  # the text's last layer needs only keys and values
         clip_flops, texts, costed = 0, dict[bool, TextCost](), []
         first, embed_flops, predicted, whole = own_passes[0][1].stretches, 0, 0, 0
         for number, one in own_passes:
@@ -225,7 +227,7 @@ def denoise_costs(
             )
             kept = grid.text(one.text, rank)
             text = kept.stop - kept.start
-            angles = 3 * model.head_dim  # of the rotary embedding, of one token
+            angles = 3 * model.head_dim  # FLOPs of one token's rotary embedding
             layer = prompt.project_flops + prompt.finish_flops + prompt.attend_flops(0)
             cache = model.num_hidden_layers * 2 * text * shares[rank].num_keys * model.head_dim
             texts[one.negative] = TextCost(
@@ -263,7 +265,7 @@ def denoise_costs(
 
 @dataclass(frozen=True)
 class _Part:
-    """One rank's part of a sequence in one layer of its pathway."""
+    """One rank's shard of a sequence in one layer of its pathway."""
 
     model: Dimensions
     grid: Grid
@@ -279,12 +281,12 @@ class _Part:
 
     @property
     def asking(self) -> int:
-        """The tokens whose queries it attends with."""
+        """How many tokens' queries this rank attends with: those of its grid row."""
         return sum(self.rows[rank] for rank in self.grid.row(self.rank))
 
     @property
     def asked(self) -> int:
-        """The tokens whose keys and values it attends to, but for those before them."""
+        """How many tokens' keys and values this rank attends to: those of its grid column, without the text's."""
         return sum(self.rows[rank] for rank in self.grid.column(self.rank))
 
     @property
@@ -303,13 +305,13 @@ class _Part:
         return 2 * self.own * self.model.hidden_size * (attention + mlp)
 
     def attend_flops(self, before: int) -> int:
-        """Attention over `before` tokens of text too."""
+        """FLOPs of attention; `before` is the number of text tokens that are attended to as well."""
         keys = before + self.asked
         return 4 * self.shares[self.rank].num_queries * self.model.head_dim * self.asking * keys
 
     @property
     def to_heads(self) -> Wire:
-        if self.grid.groups == 1:  # all in one message
+        if self.grid.groups == 1:  # queries, keys and values in one message
             return self._of_own_rows(lambda share: share.sent_heads, self.grid.row(self.rank))
         queries = self._of_own_rows(lambda share: share.num_queries, self.grid.row(self.rank))
         return queries + self.keys_to_heads
@@ -329,7 +331,7 @@ class _Part:
         return _sum(self._to(peer, width * heads(self.shares[peer])) for peer in ranks if peer != self.rank)
 
     def to_all(self, nbytes: int) -> Wire:
-        """So much to each other rank."""
+        """`nbytes` to each other rank of the sequence."""
         return _sum(self._to(peer, nbytes) for peer in range(len(self.rows)) if peer != self.rank)
 
     def _to(self, peer: int, nbytes: int) -> Wire:
@@ -338,7 +340,7 @@ class _Part:
 
 
 def _own_tokens(stretches: Sequence[Stretch], first: int, count: int) -> list[tuple[Stretch, int, int]]:
-    """Which tokens of each stretch are among the `count` of the sequence from `first` on."""
+    """(stretch, start, stop): each stretch's tokens that lie in the sequence's rows [first, first + count)."""
     found, before = [], 0
     for stretch in stretches:
         start, stop = (min(max(edge - before, 0), stretch.tokens) for edge in (first, first + count))
@@ -348,9 +350,9 @@ def _own_tokens(stretches: Sequence[Stretch], first: int, count: int) -> list[tu
 
 
 def _noise_level_flops(model: Dimensions, stretches: Sequence[Stretch]) -> int:
-    """Embedding a step's noise level: a small matrix, which serves all tokens, of some rows.
+    """FLOPs of embedding a step's noise level: one small matrix of at most `BLOCK_ROWS` rows for all tokens.
 
-    Modalities with so few noisy tokens that they take fewer rows have one of their own.
+    A modality with fewer noisy tokens than `BLOCK_ROWS` needs a smaller matrix, which is computed in addition.
     """
     noisy: Counter[str] = Counter()
     for stretch in stretches:

@@ -1,6 +1,6 @@
-"""The block that predicts velocities inside diffusers' Cosmos3 denoising loop, over guidance and sequence.
+"""The block that predicts velocities in diffusers' Cosmos3 denoising loop, parallel over guidance and sequence.
 
-It takes the place of `Cosmos3LoopDenoiser` in the loops of all modalities; noise, schedule and solver stay
+The block replaces `Cosmos3LoopDenoiser` in the loops of all modalities. Noise, schedule and solver stay
 diffusers'. Source: diffusers `modular_pipelines/cosmos/denoise.py`.
 """
 
@@ -28,7 +28,7 @@ from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 
 @dataclass
 class Loop:
-    """What does not change between the steps of one loop. `own` are this rank's passes by their numbers."""
+    """Everything that stays the same in all steps of one loop. `own` maps numbers to this rank's passes."""
 
     transformer: ParallelTransformer
     guidance: Guidance
@@ -39,13 +39,13 @@ class Loop:
 
     @property
     def any_pass(self) -> PreparedPass:
-        """Where it does not matter which: all passes predict the same values."""
+        """Any pass of this rank, for uses where the choice does not matter: all passes predict the same values."""
         return next(iter(self.own.values()))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its place among all, the numbers of its passes, and those of them that a cache spares."""
+    """One step: its index, the numbers of its passes, and the numbers of the passes that the cache skips."""
 
     place: int
     passes: tuple[int, ...]
@@ -53,17 +53,18 @@ class Step:
 
 
 class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffusers is untyped
-    """Predicts the guided velocity of one step; all ranks of a replica call it together and get the same.
+    """Predicts the guided velocity of one step; all ranks of a replica call it together and get the same result.
 
-    With two ranks on `cfg`, the first runs the conditional pass and the second the unconditional one; they
-    swap velocities and each combines both, in diffusers' arithmetic and order. Without a mesh this rank does
-    everything alone. `layers` is where the transformer's layers come from, `texts` has prompts that are encoded
-    already; without them the transformer is whole, and the text is encoded before the first step.
+    With two ranks on `cfg`, the first runs the conditional pass and the second the unconditional pass. They
+    exchange velocities, and each rank combines both with diffusers' arithmetic in diffusers' order. Without a mesh
+    this rank computes everything.
 
-    With `keep_texts` it serves all chunks of a clip: it takes the prompts out of `texts` once and keeps them.
+    `layers` is the source of the transformer's layers; without it the transformer must be loaded as a whole.
+    `texts` has prompts that are encoded already; without it the text is encoded before the first step. With
+    `keep_texts` one object serves all chunks of a clip: it takes the prompts from `texts` once and keeps them.
 
-    `guidance_interval` are the timesteps between which the unconditional pass is computed; None: in every step.
-    With `cache` passes are spared as diffusers' SeaCache spares them. Passes are counted in `counts`.
+    The unconditional pass is computed at timesteps within `guidance_interval`; None means in every step.
+    With `cache` passes are skipped as diffusers' SeaCache skips them. Passes are counted in `counts`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         self._texts = texts
         self._interval = guidance_interval
         self._cache = cache
-        # All that share layers or tokens, and so have to spare the same passes.
+        # All ranks that share layers or tokens: these ranks must skip the same passes.
         self._replica = None if mesh is None or cache is None else mesh.comm(REPLICA)
         self._counts = PassCounts() if counts is None else counts
         self._guidance = Exchange(None if mesh is None else mesh.comm("cfg"))
@@ -91,7 +92,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         self._taken: dict[str, EncodedText] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelLoopDenoiser:
-        """The block itself: diffusers copies a workflow's blocks, and process groups cannot be copied."""
+        """Return this object: diffusers copies a workflow's blocks, but process groups cannot be copied."""
         return self
 
     @torch.no_grad()
@@ -101,7 +102,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         loop: Loop = block_state.parallel_loop
         latents = self._latents(block_state)
         step = self._step(loop, lambda: _noisy(loop, latents), i)
-        # Its value stays on the device: reading it on the host would wait for all that was launched before.
+        # The timestep stays on the device: if the host read it, the host would wait for all kernels in flight.
         timestep = t.reshape(1).to(latents["vision"][0].device)
         own = self._velocities(loop, step, latents, timestep)
         velocity = loop.guidance.combine(self._exchanged(loop, step, own))
@@ -113,7 +114,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         return components, block_state
 
     def _step(self, loop: Loop, noisy: Callable[[], list[Tensor]], place: int) -> Step:
-        """Which passes the step at `place` has and computes; counts them. `noisy` are the latents with noise."""
+        """The step with index `place`; counts its passes. `noisy` returns the vision latents that have noise."""
         passes, spared = loop.guidance.at(loop.timesteps[place]), frozenset[int]()
         if loop.cache is not None:
             spared = loop.cache.spared(
@@ -131,17 +132,17 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
     def _velocities(
         self, loop: Loop, step: Step, latents: Mapping[str, list[Tensor]], timestep: Tensor
     ) -> dict[int, Tensor]:
-        """The velocity of own tokens, flat, of each pass of a step that is this rank's, in their order."""
+        """This rank's passes of a step, in order: the flat velocity of this rank's tokens in each."""
         own = [number for number in step.passes if number in loop.own]
         embedded = dict.fromkeys(own, loop.transformer.embed(loop.any_pass, latents, timestep)) if own else {}
         return self._computed(loop, step, embedded)
 
     def _computed(self, loop: Loop, step: Step, embedded: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The velocity of own tokens, flat, of the passes whose tokens are `embedded`."""
+        """The flat velocity of this rank's tokens, by pass number; `embedded` has these passes' tokens."""
         transformer, found = loop.transformer, dict[int, Tensor]()
         computed = [number for number in embedded if number not in step.spared]
         if len(step.spared) < len(step.passes):
-            # Also without a pass of its own, because other ranks may gather the layers with this one.
+            # This rank takes part even if it has no pass here, because other ranks may gather the layers with it.
             passes = [loop.own[number] for number in computed], [embedded[number] for number in computed]
             for hidden, number in zip(transformer.hidden(*passes), computed, strict=True):
                 if loop.cache is not None:
@@ -154,7 +155,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         return {number: found[number] for number in embedded}
 
     def _exchanged(self, loop: Loop, step: Step, own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """The velocities of all passes of a step by their numbers, from those of the `own` ones of each rank."""
+        """Gather the velocities of all passes of a step, by number; `own` has those of this rank's passes."""
         if self._guidance.ranks == 1:
             return own
         values = loop.any_pass.predicted[self._sequence.rank]
@@ -166,7 +167,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         return dict(zip(step.passes, every.view(len(step.passes), values).unbind(), strict=True))
 
     def _latents(self, block_state: Any) -> dict[str, list[Tensor]]:
-        """What is denoised and what it is conditioned on, by modality."""
+        """The latents by modality: noisy ones, and the clean ones that condition them."""
         found = {one.name: getattr(block_state, f"{one.name}_tokens", None) for one in MODALITIES}
         return {name: latents for name, latents in found.items() if latents is not None}
 
@@ -175,7 +176,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
         return Guidance.of_prompt(block_state.guidance_scale, self._interval)
 
     def _begin(self, components: Any, block_state: Any) -> Loop:
-        """Prepare this rank's passes; the schedule is read here, once, because that waits for the device."""
+        """Prepare this rank's passes. The schedule is read only here, because the read waits for the device."""
         whole, scheduler = components.transformer, components.scheduler
         guidance, transformer = self.guidance(block_state), self._accelerate(whole, block_state)
         numbers = guidance.shares(self._guidance.ranks)[self._guidance.rank]
@@ -200,7 +201,7 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
     def _prepared(
         self, whole: Any, transformer: ParallelTransformer, guidance: Guidance, fields: Mapping[int, Any]
     ) -> dict[int, PreparedPass]:
-        """Own passes by their numbers, from their `fields` of diffusers. Two with one prompt share its text."""
+        """This rank's passes by number, from diffusers' `fields` of each. Two with one prompt share its text."""
         prompts = {
             guidance.passes[number].prompt: (one["input_ids"], one["text_mrope_ids"])
             for number, one in fields.items()
@@ -230,14 +231,14 @@ class ParallelLoopDenoiser(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffuse
 
 
 def _noisy(loop: Loop, latents: Mapping[str, list[Tensor]]) -> list[Tensor]:
-    """The vision latents that have noise, in one frame at least."""
+    """The vision latents in which at least one frame has noise."""
     vision = next(share.items for share in loop.any_pass.shares if share.items.modality.name == "vision")
     clips = zip(latents["vision"], vision.noisy_frames, strict=True)
     return [clip for clip, noisy in clips if len(noisy)]
 
 
 def _fields(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What diffusers' packing steps have left for the guidance pass `name`: its own, and those of all passes."""
+    """What diffusers' packing steps provide for the guidance pass `name`, including fields of all passes."""
     found = {field: value for field, value in inputs.items() if field.partition("_")[0] not in (COND, UNCOND)}
     for field, value in inputs.items():
         whose, _, own = field.partition("_")

@@ -1,7 +1,7 @@
-"""What the ranks of a sequence send each other while they denoise: rows for heads, heads for rows, predictions.
+"""Messages between the ranks of a sequence during denoising: rows to heads, heads to rows, and predictions.
 
-Everything is one kind of collective, an all-to-all with uneven parts, so any token count travels unpadded. What a
-token's queries go through is one hop: to the row of the grid and to the heads of a rank at once, and back.
+Every exchange is an all-to-all with uneven shards, so no token count needs padding. One message takes a query both
+to its row of the grid and to its head's rank, and one message brings the result back.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from cosmos3_pipeline.distributed.mesh import SEQUENCE, RankMesh
 
 
 class Exchange:
-    """Ranks that talk through `comm`; alone (None), a rank sends and copies nothing.
+    """The ranks that exchange messages through `comm`; with None, this rank is alone and sends and copies nothing.
 
-    They are its `members`, by default all of them. `grid` says how they share a sequence, by default as one group.
+    `members` are ranks of `comm`, by default all of its ranks. `grid` is the layout of these ranks over the
+    sequence, by default one group.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class Exchange:
         return Exchange(self._comm, members=[self._members[rank] for rank in self.grid.group(self.rank)])
 
     def _start(self, parts: Mapping[int, Tensor], received: Mapping[int, int]) -> Callable[[], Tensor]:
-        """Start to send `parts[r]` (any shape) to rank r, this one among them.
+        """Start to send `parts[r]` (any shape) to each rank r; this rank's own entry is copied.
 
-        What is returned waits for the elements from all of them, in their order, flat. `received[r]` is the number
-        of elements that rank r sends here: every rank can compute it.
+        The returned function waits, and returns the elements from all ranks, flat, in the order of `received`.
+        `received[r]` is the number of elements that rank r sends to this rank: every rank can compute it.
         """
         assert self._comm is not None
         out = parts[self.rank].new_empty(sum(received.values()))
@@ -71,7 +72,7 @@ class Exchange:
         return arrived
 
     def gather_rows(self, own: Tensor, rows: Sequence[int]) -> Tensor:
-        """The rows [n, ...] of every rank, in rank order, on every rank; rank r holds `rows[r]` of them."""
+        """All rows [sum(rows), ...] in rank order, on every rank; rank r passes its `rows[r]` rows as `own`."""
         if self.ranks == 1:
             return own
         width = own.shape[1:].numel()
@@ -82,10 +83,12 @@ class Exchange:
     def heads_for_rows(
         self, projected: Iterable[Tensor], rows: Sequence[int], shares: Sequence[HeadShare]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From all heads of own rows to own heads: queries of this rank's row of the grid, keys of its column.
+        """Exchange all heads of this rank's rows for this rank's heads of many rows.
 
-        `projected` makes queries, keys and values [n, heads, D] one after the other. In one group they go to the
-        same ranks, in one message. In a grid they do not, and the queries travel while the others are projected.
+        Queries arrive from this rank's row of the grid, keys and values from its column. `projected` yields
+        queries, keys and values [n, heads, D] in this order. In one group all three go to the same ranks, in one
+        message. In a larger grid they go to different ranks. Then queries are in flight while keys and values are
+        projected.
         """
         if self.ranks == 1:
             query, key, value = projected
@@ -110,7 +113,7 @@ class Exchange:
     def keys_for_rows(
         self, key: Tensor, value: Tensor, rows: Sequence[int], shares: Sequence[HeadShare]
     ) -> tuple[Tensor, Tensor]:
-        """As `heads_for_rows`, where nothing asks: key/value heads alone."""
+        """As `heads_for_rows`, for keys and values only."""
         if self.ranks == 1:
             return key, value
         heads = self._start_heads(
@@ -129,17 +132,18 @@ class Exchange:
         rows: Sequence[int],
         shares: Sequence[HeadShare],
     ) -> Callable[[], Tensor]:
-        """Start to send `cut(shares[r])` [n, heads, D] of own rows to `ranks`; own heads of theirs come."""
+        """Start to send each r of `ranks` the heads `cut(shares[r])` [n, heads, D], and to receive theirs."""
         parts = {rank: cut(shares[rank]) for rank in ranks}
         heads, head_dim = parts[self.rank].shape[1:]
         arrived = self._start(parts, {rank: rows[rank] * heads * head_dim for rank in ranks})
         return lambda: arrived().view(-1, heads, head_dim)
 
     def rows_for_heads(self, attended: Tensor, rows: Sequence[int], sums: Tensor | None = None) -> Tensor:
-        """From own heads of the row of the grid [rows of it, own heads, D] to all heads of own rows [n, heads, D].
+        """Exchange this rank's heads of its grid row for all heads of this rank's rows [n, heads, D].
 
-        Over several columns each rank has attended to a part of the keys only. `sums` [rows of it, own heads],
-        with which the parts are merged (see `partial_attention`), travel behind the heads.
+        `attended` is [tokens of the grid row, this rank's heads, D]. With several columns each rank has attended
+        to a subset of the keys only. Then `sums` [tokens of the grid row, this rank's heads] is the log-sum-exp
+        that merges the partial results (see `partial_attention`). It is sent behind the heads in the same message.
         """
         if self.ranks == 1:
             return attended
@@ -162,7 +166,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class OwnHeads:
-    """The heads of every rank of the exchange, and this rank's; groups of the grid have the same ones."""
+    """The head share of every rank of the exchange, and of this rank; groups of the grid have equal shares."""
 
     shares: tuple[HeadShare, ...]
     own: HeadShare

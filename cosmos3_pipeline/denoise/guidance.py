@@ -1,7 +1,7 @@
-"""The guidance passes of a step: which are computed, by which rank, and how their velocities become one.
+"""The guidance passes of a step: which are computed, by which rank, and how their velocities are combined.
 
-A pass is one run of the tokens through the transformer. Imports no torch: a plan counts the passes by the same
-lines by which a run decides. Source: `Cosmos3LoopDenoiser` and `Cosmos3TransferLoopDenoiser` in diffusers
+A pass is one run of the tokens through the transformer. A plan counts passes with the same code that decides in a
+run, so this module imports no torch. Source: `Cosmos3LoopDenoiser` and `Cosmos3TransferLoopDenoiser` in diffusers
 `modular_pipelines/cosmos/denoise.py`.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COND, UNCOND = "cond", "uncond"
 NO_CONTROL = f"{COND}_no_control"
-WITH_CONTROLS = "_full"  # ends the name of a pass over control clips and the clip
+WITH_CONTROLS = "_full"  # suffix of the name of a pass over control clips and the clip
 Interval = tuple[float, ...]  # the lowest and the highest timestep, from 0 to 1000, both included
 
 
@@ -26,8 +26,8 @@ Interval = tuple[float, ...]  # the lowest and the highest timestep, from 0 to 1
 class GuidancePass:
     """One pass. `name` is the prefix of its fields in diffusers.
 
-    The velocity moves away from this pass's by `scale`: own + scale * (velocity - own). The first pass is where it
-    begins, so its scale is not read. `interval` None: the pass is computed in every step.
+    This pass changes the combined velocity v to own + scale * (v - own), where `own` is the velocity of this pass.
+    The first pass is the initial v, so its scale is not read. With `interval` None the pass is in every step.
     """
 
     name: str
@@ -36,27 +36,27 @@ class GuidancePass:
 
     @property
     def prompt(self) -> str:
-        """Which prompt it reads: `COND` or `UNCOND`, with which its name begins."""
+        """The prompt that the pass reads, `COND` or `UNCOND`: the prefix of its name."""
         return self.name.partition("_")[0]
 
     @property
     def controls(self) -> bool:
-        """Whether control clips stand in front of its clip, where a run has some."""
+        """Whether the pass has control clips in front of the clip, if the run has control clips."""
         return self.name.endswith(WITH_CONTROLS)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """The passes of a run in diffusers' order. They have numbers: their places in `passes`.
+    """The passes of a run in diffusers' order. The number of a pass is its index in `passes`.
 
-    The first one, of the prompt, is computed in every step.
+    Pass 0, of the prompt, is computed in every step.
     """
 
     passes: tuple[GuidancePass, ...]
 
     @classmethod
     def of_prompt(cls, scale: float, interval: Sequence[float] | None = None) -> Guidance:
-        """A prompt and its negative prompt; at scale 1.0 the negative one cancels out, so it is no pass."""
+        """Passes of the prompt and the negative prompt. At scale 1.0 the latter cancels out and is left out."""
         prompt = GuidancePass(COND)
         if scale == 1.0:
             return cls((prompt,))
@@ -70,10 +70,10 @@ class Guidance:
         interval: Sequence[float] | None = None,
         control_interval: Sequence[float] | None = None,
     ) -> Guidance:
-        """A prompt and its negative prompt where control clips are followed.
+        """Passes of a run that follows control clips.
 
-        The controls are amplified between a pass with the prompt alone and one with both. At a control scale of
-        1.0 the former is no pass, and the negative prompt is none at scales up to 1.0.
+        `control_scale` amplifies the difference between a pass without and a pass with controls. At 1.0 the pass
+        without controls is left out. The pass of the negative prompt is left out if `scale` is 1.0 or less.
         """
         passes = [GuidancePass(f"{COND}{WITH_CONTROLS}")]
         if control_scale != 1.0:
@@ -83,7 +83,7 @@ class Guidance:
         return cls(tuple(passes))
 
     def at(self, timestep: float) -> tuple[int, ...]:
-        """The numbers of the passes that a step at `timestep` has."""
+        """The numbers of the passes in a step at `timestep`."""
         return tuple(
             number
             for number, one in enumerate(self.passes)
@@ -91,18 +91,18 @@ class Guidance:
         )
 
     def shares(self, ranks: int) -> list[range]:
-        """The passes of each of `ranks` on the `cfg` axis, the same in every step, so a rank keeps its texts only.
+        """The passes of each of `ranks` on the `cfg` axis, the same in every step: a rank keeps only their texts.
 
-        In a step that has none of its passes a rank waits for the velocities of the others.
+        If a step has none of a rank's passes, this rank only waits for the velocities of the other ranks.
         """
         return shares_of(len(self.passes), ranks)
 
     def prompts(self, *, ranks: int, rank: int) -> list[str]:
-        """The prompts that the passes of the rank at `rank` of the `cfg` axis read, each once."""
+        """The prompts that rank `rank` of the `cfg` axis needs for its passes, without duplicates."""
         return list(dict.fromkeys(self.passes[number].prompt for number in self.shares(ranks)[rank]))
 
     def combine(self, velocities: Mapping[int, Tensor]) -> Tensor:
-        """The guided velocity in fp32, of a step that has the passes of `velocities`, by their numbers."""
+        """The guided velocity of one step in fp32; `velocities` has the velocity of each pass, by number."""
         (_, first), *others = sorted(velocities.items())
         velocity = first.float()
         for number, other in others:
@@ -116,14 +116,14 @@ def _between(interval: Sequence[float] | None) -> Interval | None:
 
 
 def shares_of(passes: int, ranks: int) -> list[range]:
-    """The numbers of `passes` passes that each of `ranks` computes: contiguous, the first ranks the odd ones."""
+    """Divide pass numbers 0 to `passes` - 1 over `ranks`: contiguous; the first ranks take the remainder."""
     edges = [-(-passes * rank // ranks) for rank in range(ranks + 1)]
     return [range(*edge) for edge in pairwise(edges)]
 
 
 @dataclass
 class PassCounts:
-    """The passes of a run by their names, over all ranks: computed ones, and those that a cache has spared."""
+    """How many passes of each name a run has computed, and how many the cache has skipped, over all ranks."""
 
     computed: Counter[str] = field(default_factory=Counter)
     cached: Counter[str] = field(default_factory=Counter)

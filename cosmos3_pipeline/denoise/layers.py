@@ -1,6 +1,7 @@
-"""Where `ParallelTransformer` gets its layers from: one after the other, each whole until the next is asked for.
+"""The sources of `ParallelTransformer`'s layers. A source yields layers in order.
 
-So a pathway need not be on the device as a whole: its layers may be read, copied or gathered one ahead.
+A layer stays whole only until the next layer is asked for. Therefore not all layers of a pathway have to be on the
+device at once: a source may read, copy or gather one layer ahead.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from cosmos3_pipeline.denoise.pathway import Pathway
 class Layers(Protocol):
     """The layers of both pathways.
 
-    `shared` says that every rank keeps a part of each layer. Then all go through a pathway together, also a rank
-    that computes nothing in it.
+    `shared` says that every rank keeps a shard of each layer. Then all ranks iterate over a pathway together, even
+    a rank that computes nothing in it.
     """
 
     @property

@@ -1,8 +1,8 @@
-"""What the generation pathway is given besides the prompt: vision, sound and actions.
+"""The modalities of the generation pathway: vision, sound and actions.
 
-The tokens of all modalities stand in one sequence, vision first, and pass through the same layers. What differs
-between them is here: how latents become tokens, how tokens enter and leave the model, and how predictions become
-latents again. Source: `Cosmos3OmniTransformer.forward` in diffusers `models/transformers/transformer_cosmos3.py`.
+The tokens of all modalities form one sequence, vision first, and pass through the same layers. This module has the
+differences: how latents become tokens, how tokens enter and leave the model, and how predictions become latents
+again. Source: `Cosmos3OmniTransformer.forward` in diffusers `models/transformers/transformer_cosmos3.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TokenShape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Items:
-    """The items of one modality in a sequence: clips, control clips in front, one sound, or one list of actions.
+    """The items of one modality in a sequence: clips (control clips first), one sound, or one list of actions.
 
-    `shapes` are the tokens (frames, rows, columns) of each, `noisy_frames` the frames that are denoised. `noisy`
-    counts the denoised tokens through the joint sequence, which begins with the prompt. `domain` is the embodiment
-    whose weights the actions go through.
+    `shapes` has the tokens (frames, rows, columns) of each item, and `noisy_frames` the frames that are denoised.
+    `noisy` has the positions of all denoised tokens in the joint sequence, which begins with the prompt. `domain`
+    is the embodiment whose weights project the actions.
     """
 
     modality: Modality
@@ -48,7 +48,7 @@ class Modality(Protocol):
         ...
 
     def project_in(self, model: Cosmos3OmniTransformer, tokens: Tensor, items: Items) -> Tensor:
-        """Tokens [n, channels] as the layers take them, [n, hidden], before the noise level is added."""
+        """Project tokens [n, channels] to the layers' input [n, hidden], before the noise level is added."""
         ...
 
     def project_out(self, model: Cosmos3OmniTransformer, hidden: Tensor, items: Items) -> Tensor:
@@ -58,16 +58,16 @@ class Modality(Protocol):
     def unpack(
         self, model: Cosmos3OmniTransformer, velocity: Tensor, items: Items, latents: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The velocity of each of `latents` from that of all noisy tokens [n, channels]; clean frames are zero."""
+        """Unpack `velocity` [n, channels] of all noisy tokens into one tensor per latent; clean frames are 0."""
         ...
 
     def channels(self, model: Cosmos3OmniTransformer) -> int:
-        """The values of one token."""
+        """The number of values per token."""
         ...
 
 
 class Vision:
-    """Latents [1, C, T, h, w], in patches."""
+    """Latents [1, C, T, h, w], one token per patch."""
 
     name = "vision"
 
@@ -101,7 +101,7 @@ class Vision:
 
 
 class Sound:
-    """Latents [C, T] of a waveform, one token a frame."""
+    """Latents [C, T] of a waveform, one token per frame."""
 
     name = "sound"
 
@@ -129,7 +129,7 @@ class Sound:
 
 
 class Action:
-    """Vectors [T, D], one token a vector, through the weights of one embodiment."""
+    """Vectors [T, D], one token per vector, projected with the weights of one embodiment."""
 
     name = "action"
 
@@ -155,9 +155,10 @@ class Action:
 
 
 def _of_domain(linear: Any, x: Tensor, items: Items) -> Tensor:
-    """x [n, inputs] through the one domain's weights.
+    """Project x [n, inputs] with the weights of the items' domain.
 
-    diffusers' module looks a domain up for each token and waits for the device to check them all.
+    diffusers' module is not called, because it looks up the domain of each token and waits for the device to check
+    all of them.
     """
     weight = linear.fc.weight[items.domain].view(linear.input_size, linear.output_size)
     projected: Tensor = torch.bmm(x.unsqueeze(1), weight.expand(len(x), -1, -1)).squeeze(1)
@@ -168,7 +169,7 @@ MODALITIES: tuple[Modality, ...] = (Vision(), Sound(), Action())  # in the order
 
 
 def items_of(fields: Mapping[str, Any]) -> tuple[Items, ...]:
-    """What a sequence holds, by the fields that diffusers' packing steps leave for the model's `forward`."""
+    """The items of a sequence, from the `fields` that diffusers' packing steps make for the model's `forward`."""
     found = []
     for modality in MODALITIES:
         shapes = fields.get(f"{modality.name}_token_shapes")

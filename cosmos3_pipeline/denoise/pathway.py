@@ -1,6 +1,6 @@
 """One pathway (understanding or generation) through one decoder layer of a diffusers `Cosmos3OmniTransformer`.
 
-The layer's own modules do the work; the attention between `project` and `finish` is the caller's.
+The layer's own modules compute. The caller computes the attention between `project` and `finish`.
 Source: `Cosmos3VLTextMoTDecoderLayer.forward` in diffusers `models/transformers/transformer_cosmos3.py`.
 """
 
@@ -20,15 +20,15 @@ from cosmos3_pipeline.fused import transformer as _fused  # noqa: F401 # declare
 
 
 def is_fused(norm: Any, x: Tensor) -> bool:
-    """Whether an accelerator's kernel takes the norm of x: not one that is switched off, nor in another dtype."""
+    """Whether the fused accelerator kernel can compute `norm`: it must not be an identity or of another dtype."""
     return not takes_host_path(x) and not isinstance(norm, nn.Identity) and bool(norm.weight.dtype == x.dtype)
 
 
 def normalise(norm: Any, x: Tensor) -> Tensor:
-    """RMS norm over the last dim, in one pass where there is one.
+    """RMS norm over the last dim, in one pass over memory if a kernel exists. `nn.Identity` means no norm.
 
-    On a CPU in fp32 PyTorch's kernel computes what diffusers' modules do in six passes. In half precision they
-    round in between, so there the module runs. A norm that is switched off is an `nn.Identity`.
+    On a CPU in fp32 PyTorch's kernel computes in one pass what diffusers' module does in six. In half precision
+    diffusers' module also rounds between its passes, so this module is called there.
     """
     if isinstance(norm, nn.Identity):
         return x
@@ -54,8 +54,8 @@ class Pathway:
     key_norm: nn.Module
     output: nn.Module
     mlp_norm: nn.Module
-    mlp: Any  # its linear layers are read, not only called
-    # Of the text alone, in some models: the norm of its keys as vision sees them.
+    mlp: Any  # not nn.Module, because the code also reads its linear layers
+    # Only in the text pathway of some models: the norm of the text's keys when vision attends to them.
     key_norm_for_vision: nn.Module | None = None
 
     @classmethod
@@ -90,11 +90,11 @@ class Pathway:
         )
 
     def project(self, hidden: Tensor, head_dim: int) -> Iterator[Tensor]:
-        """Queries, keys, values [n, heads, D] of `hidden` [n, hidden], before their norms, each when asked for."""
+        """Yield queries, keys, values [n, heads, D] of `hidden` [n, hidden], before their norms, one by one."""
         return self._project(hidden, head_dim, self.query, self.key, self.value)
 
     def project_keys(self, hidden: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Keys and values alone; the modules of the queries and of what follows them may be missing."""
+        """Only keys and values; the modules of queries, output and MLP may be missing."""
         key, value = self._project(hidden, head_dim, self.key, self.value)
         return key, value
 
@@ -104,19 +104,19 @@ class Pathway:
             yield project(normed).unflatten(-1, (-1, head_dim))
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """`hidden` after the output projection of `attended` [n, heads, D] and the MLP, each with its residual."""
+        """Output projection of `attended` [n, heads, D], then MLP, each added to `hidden` [n, hidden]."""
         hidden, normed = self._add_and_norm(hidden, self.output(attended.flatten(-2)))
         if not takes_host_path(hidden):
             return hidden.add_(self._gated(normed) if self._has_gate else self.mlp(normed))
         parts = mlp_parts(hidden.shape[0], self.mlp.up_proj.out_features * hidden.element_size())
         rows = list(even_rows(hidden.shape[0], parts))
-        # Row by row the MLP is one function, so its parts can be added where they belong.
+        # The MLP treats each row alone, so it can run on blocks of rows, which are added in place.
         for residual, part in zip(hidden.split(rows), normed.split(rows), strict=True):
             residual += self.mlp(part)
         return hidden
 
     def _add_and_norm(self, hidden: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of both [n, hidden], and the norm of the sum that the MLP is given."""
+        """The sum of both [n, hidden], and the norm of this sum, which is the MLP's input."""
         norm: Any = self.mlp_norm
         if is_fused(norm, hidden):
             total, normed = torch.ops.cosmos3.add_rms_norm(hidden, branch, norm.weight, norm.eps)
@@ -129,7 +129,7 @@ class Pathway:
         return hasattr(self.mlp, "gate_proj")
 
     def _gated(self, normed: Tensor) -> Tensor:
-        """The MLP of `normed` [n, hidden], whose product takes the memory of its gate."""
+        """The MLP of `normed` [n, hidden]; the product of gate and up overwrites the gate's memory."""
         gate, up = self.mlp.gate_proj(normed), self.mlp.up_proj(normed)
         torch.ops.cosmos3.silu_mul(gate, up)
         del up

@@ -1,7 +1,8 @@
-"""Who holds what: tokens over all ranks of a sequence outside attention, heads and a grid inside it. No torch.
+"""Which rank holds which tokens and heads. Imports no torch.
 
-DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv:2309.14509), with uneven tokens and grouped key/value heads, within
-Attention2D (arXiv:2503.15758).
+Outside attention the tokens of a sequence are sharded over all its ranks. Inside attention, heads are sharded over
+a group, and groups form a grid over queries and keys. This is DeepSpeed-Ulysses (Jacobs et al., 2023,
+arXiv:2309.14509) with uneven tokens and grouped key/value heads, inside Attention2D (arXiv:2503.15758).
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-# Rows that stay together. On a CPU a BLAS multiplies fewer rows by another kernel, which sums in another order,
-# and an activation over fewer elements falls out of the vector loop: with whole blocks, a token has the same
-# bits in a shard as among all tokens.
+# Tokens are sharded in blocks of this many rows, so that a token has the same bits in a shard as in the whole
+# sequence. With fewer rows, a BLAS on CPU would use a kernel that sums in another order, and an activation
+# function would leave its vector loop.
 BLOCK_ROWS = 4
 
 
 def even_rows(rows: int, ranks: int) -> tuple[int, ...]:
-    """Rows per rank, contiguous and in order: whole blocks, as even as they go, the last share the odd rows.
+    """Rows per rank, contiguous and in rank order: whole blocks, as even as possible.
 
-    No share is smaller than a block: with fewer blocks than ranks, the last ranks hold none.
+    The last rank that has rows also takes the rows that fill no block. With fewer blocks than ranks, the last
+    ranks have no rows.
     """
     blocks = max(rows // BLOCK_ROWS, 1)
     shares = [BLOCK_ROWS * (blocks // ranks + (rank < blocks % ranks)) for rank in range(ranks)]
@@ -26,15 +28,15 @@ def even_rows(rows: int, ranks: int) -> tuple[int, ...]:
     return tuple(shares)
 
 
-# On a CPU, an MLP intermediate of several MB is mapped, zeroed and unmapped by the allocator in every call,
-# which costs up to a sixth of the MLP. Parts of about this size stay in the heap and the cache; parts of fewer
-# rows would pay as much again for packing the weights.
+# On a CPU, the allocator maps, zeroes and unmaps an MLP intermediate of several MB in every call, which costs up
+# to a sixth of the MLP's time. Intermediates of about MLP_PART_BYTES stay in the heap and the cache. Fewer rows
+# than MLP_PART_ROWS at once would cost as much again, because each call packs the weights.
 MLP_PART_BYTES = 2**20
 MLP_PART_ROWS = 128
 
 
 def mlp_parts(rows: int, intermediate_bytes: int) -> int:
-    """In how many parts a CPU computes the MLP of `rows` tokens, each with so many bytes of an intermediate."""
+    """In how many parts a CPU computes the MLP of `rows` tokens; `intermediate_bytes` is the size per token."""
     return max(min(rows * intermediate_bytes // MLP_PART_BYTES, rows // MLP_PART_ROWS), 1)
 
 
@@ -45,12 +47,13 @@ def start_of(rows: tuple[int, ...], rank: int) -> int:
 
 @dataclass(frozen=True)
 class Grid:
-    """The ranks of one sequence: `rows` x `columns` groups of `ulysses` ranks, which vary fastest, then columns.
+    """The ranks of one sequence: `rows` x `columns` groups of `ulysses` ranks.
 
-    The tokens are cut over all ranks in this order. A rank attends with its own heads: those of the queries that
-    its row holds, over the keys and values that its column holds and its column's part of the text. So each row
-    has met each key once, and the partial results of a row's columns are merged on whoever holds the token.
-    With one column nothing is merged, with one row every rank asks for the whole sequence.
+    In rank order `ulysses` varies fastest, then columns, then rows. Tokens are sharded over all ranks in this
+    order. For its own heads, a rank attends with the queries of its grid row, over the keys and values of its grid
+    column and the column's share of the text. The partial results of a row's columns are then merged on the rank
+    that holds the token. With one column nothing needs merging. With one row every rank has the queries of the
+    whole sequence.
     """
 
     ulysses: int = 1
@@ -86,22 +89,22 @@ class Grid:
         return divmod(rank // self.ulysses, self.columns)
 
     def text(self, tokens: int, rank: int) -> slice:
-        """Which of the `tokens` of a prompt `rank` attends to."""
+        """The slice of a prompt of `tokens` tokens that `rank` attends to."""
         parts, column = even_rows(tokens, self.columns), self.place(rank)[1]
         return slice(start_of(parts, column), start_of(parts, column + 1))
 
 
 @dataclass(frozen=True)
 class HeadShare:
-    """The heads with which one rank attends: its query heads and the key/value heads that those need.
+    """The heads with which one rank attends: its query heads, and the key/value heads that its query heads need.
 
-    Query heads divide evenly. A key/value head goes to every rank with a query head of its group, so with
-    fewer key/value heads than ranks several ranks get the same one.
+    Query heads divide evenly over ranks. A key/value head goes to every rank that has a query head of its group.
+    With fewer key/value heads than ranks, several ranks get the same key/value head.
     """
 
     queries: slice
     keys: slice
-    key_of_query: tuple[int, ...]  # for each own query head, its key/value head counted within `keys`
+    key_of_query: tuple[int, ...]  # for each query head of the rank, the index of its key/value head within `keys`
 
     @property
     def num_queries(self) -> int:
@@ -113,12 +116,12 @@ class HeadShare:
 
     @property
     def sent_heads(self) -> int:
-        """Heads in the message that brings this share: queries, keys, values."""
+        """Heads in a message of queries, keys and values for this share."""
         return self.num_queries + self.sent_keys
 
     @property
     def sent_keys(self) -> int:
-        """Heads in a message of keys and values alone."""
+        """Heads in a message of only keys and values for this share."""
         return 2 * self.num_keys
 
     @property
@@ -129,7 +132,7 @@ class HeadShare:
 
     @property
     def equal_groups(self) -> tuple[tuple[slice, slice], ...]:
-        """The query heads in runs of equal groups, each with its key/value heads: one run if `grouped`."""
+        """(query heads, key/value heads) of each run of equally large groups: one run if `grouped`."""
         sizes = [self.key_of_query.count(key) for key in range(self.num_keys)]
         runs, query, key = [], 0, 0
         for size, alike in groupby(sizes):

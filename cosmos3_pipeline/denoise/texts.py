@@ -1,4 +1,4 @@
-"""Prompts to keys and values: the text pathway, once per prompt, and what waits for the clips that it is for."""
+"""Prompts to keys and values: the text pathway runs once per prompt, and its results are kept for later clips."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cosmos3_pipeline.denoise.pathway import Pathway, normalise
 from cosmos3_pipeline.denoise.shards import even_rows, start_of
 from cosmos3_pipeline.fused.transformer import rotated
 
-Prompt = tuple[Tensor, Tensor]  # its tokens [n] and their positions [3, n]
+Prompt = tuple[Tensor, Tensor]  # token ids [n] and position ids [3, n]
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """What a prompt is for the vision pathway: its keys and values in every layer, for the heads of this rank.
+    """A prompt as the vision pathway reads it: its keys and values in every layer, for the heads of this rank.
 
-    Where several columns of a grid attend, each has its own part of the prompt.
+    If the grid has several columns, each column has a different slice of the prompt.
     """
 
     layers: tuple[TextKeyValue, ...]
@@ -34,12 +34,12 @@ class EncodedText:
         return sum(layer.nbytes for layer in self.layers)
 
     def to(self, device: torch.device) -> EncodedText:
-        """The same on `device`; itself where it is there."""
+        """A copy with all tensors on `device`; tensors that are there already are shared."""
         return EncodedText(tuple(layer.to(device) for layer in self.layers))
 
 
 class TextEncoder:
-    """The text pathway of `transformer`, whose layers come from `layers`, for the ranks of `sequence`."""
+    """Runs the text pathway of `transformer`, with layers from `layers`, over the ranks of `sequence`."""
 
     def __init__(self, transformer: Cosmos3OmniTransformer, *, sequence: Exchange, layers: Layers) -> None:
         self._model = transformer
@@ -50,10 +50,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], *, keep_on: torch.device | None = None) -> list[EncodedText]:
-        """The keys and values of `prompts`, each its tokens [n] and their positions [3, n].
+        """The keys and values of `prompts`, in their order.
 
-        The text pathway's layers pass once, whatever the number of prompts. What is found goes to the device
-        `keep_on` layer by layer; without one it stays where it is computed.
+        All prompts go through a layer before the next layer is asked for, so each layer is read once. The result
+        of each layer is moved to the device `keep_on`; with None it stays where it is computed.
         """
         texts = [self._start(input_ids, position_ids) for input_ids, position_ids in prompts]
         last = self._model.config.num_hidden_layers - 1
@@ -61,7 +61,7 @@ class TextEncoder:
             for text in texts:
                 found = self._run_text(layer, text, last=number == last)
                 text.found.append(found if keep_on is None else found.to(keep_on))
-                del found  # else it is still on the device while the next prompt needs the memory
+                del found  # frees its device memory before the next prompt needs it
         return [EncodedText(tuple(text.found)) for text in texts]
 
     def _start(self, input_ids: Tensor, position_ids: Tensor) -> _RunningText:
@@ -71,7 +71,7 @@ class TextEncoder:
         return _RunningText(rows, rotary_of(self._model, position_ids), self._layers.embed(own))
 
     def _run_text(self, layer: Pathway, text: _RunningText, *, last: bool) -> TextKeyValue:
-        """The keys and values of own heads; nothing reads what else the last layer makes."""
+        """Keys and values of this rank's heads. In the `last` layer only these: nothing reads its other output."""
         head_dim = self._model.config.head_dim
         if last:
             keys = layer.project_keys(text.hidden, head_dim)
@@ -91,7 +91,7 @@ class TextEncoder:
             query = norm_and_rotate(layer.query_norm, query, text.rotary)
             attended = attend(query, key, value, self._heads.own, causal=True)
             text.hidden = layer.finish(text.hidden, self._exchange.rows_for_heads(attended, text.rows))
-        # A view would keep the whole received message alive.
+        # Copies, because a view would keep the whole received message in memory.
         if self._sequence.grid.columns == 1:
             return TextKeyValue(key_for_vision, value.contiguous())
         kept = self._sequence.grid.text(len(key), self._sequence.rank)
@@ -100,7 +100,7 @@ class TextEncoder:
 
 @dataclass
 class _RunningText:
-    """A prompt on its way through the layers: `hidden` are own tokens, `found` the layers that it has passed."""
+    """A prompt between two layers: `hidden` [n, hidden] of this rank's tokens; `found` has the layers done."""
 
     rows: tuple[int, ...]
     rotary: Rotary
@@ -109,9 +109,9 @@ class _RunningText:
 
 
 class Texts:
-    """Encoded prompts by their tokens, on `device` or, while they wait for a later clip, on the host.
+    """Encoded prompts, by their tokens. They are on `device`, or on the host while they wait for a later clip.
 
-    Prompts that are asked for several times, such as the negative prompt of every clip, are encoded once.
+    A prompt that several clips share, such as the negative prompt, is encoded once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -120,9 +120,9 @@ class Texts:
         self._wanted: Counter[tuple[int, ...]] = Counter()
 
     def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], *, wait: bool = False) -> None:
-        """Encode those of `prompts` that are not here, in one pass over the text pathway.
+        """Encode the missing ones of `prompts` in one pass over the text pathway.
 
-        `wait` says that they are for later clips, which `take` them; until then they are kept on the host.
+        `wait` says that `prompts` are for later clips; they stay on the host until `take`.
         """
         missing = {key: prompt for key, prompt in ((_key(p), p) for p in prompts) if key not in self._kept}
         if missing:
@@ -132,23 +132,23 @@ class Texts:
         self._wanted.update(key for key in map(_key, prompts) if wait or key in missing)
 
     def take(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[EncodedText]:
-        """The encoded prompts on the device; one that no later clip waits for is forgotten here."""
+        """The encoded prompts on the device. A prompt that no later clip needs is dropped from this store."""
         if self.lacks(prompts):
             self.encode(encoder, prompts)
         keys = [_key(prompt) for prompt in prompts]
-        self._kept |= {key: self._kept[key].to(self._device) for key in keys}  # two that are equal share one
+        self._kept |= {key: self._kept[key].to(self._device) for key in keys}  # equal prompts share one copy
         found = [self._kept[key] for key in keys]
         self._wanted.subtract(keys)
         self._kept = {key: text for key, text in self._kept.items() if self._wanted[key] > 0}
         return found
 
     def lacks(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether one of `prompts` is not encoded."""
+        """Whether at least one of `prompts` is not encoded yet."""
         return any(_key(prompt) not in self._kept for prompt in prompts)
 
     @property
     def nbytes(self) -> int:
-        """What is kept here."""
+        """Bytes of all encoded prompts in this store."""
         return sum(text.nbytes for text in self._kept.values())
 
 

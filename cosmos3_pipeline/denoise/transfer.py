@@ -1,8 +1,8 @@
-"""The block that predicts the velocity where control clips are followed: up to three passes over two sequences.
+"""The block that predicts the velocity of a clip that follows control clips, with up to three guidance passes.
 
-The passes with controls go over [controls, clip], the one without over the clip alone, so a rank's own rows of the
-clip are others in each. The velocity of a pass is therefore gathered before passes are combined. Source: diffusers
-`Cosmos3TransferLoopDenoiser` in `modular_pipelines/cosmos/denoise.py`.
+Passes with controls run over [controls, clip], the pass without controls over the clip only. A rank therefore
+holds different rows of the clip in different passes, and each pass's velocity is gathered before passes are
+combined. Source: diffusers `Cosmos3TransferLoopDenoiser` in `modular_pipelines/cosmos/denoise.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cosmos3_pipeline.denoise.transformer import ParallelTransformer
 class ParallelTransferDenoiser(ParallelLoopDenoiser):
     """As `ParallelLoopDenoiser`, in the loop of `Cosmos3TransferDenoiseStep`.
 
-    `control_interval` are the timesteps between which the pass without controls is computed; None: in every step.
+    The pass without controls is computed at timesteps within `control_interval`; None means in every step.
     """
 
     def __init__(self, *args: Any, control_interval: Sequence[float] | None = None, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class ParallelTransferDenoiser(ParallelLoopDenoiser):
     def _own(
         self, loop: Loop, step: Step, tokens: Mapping[bool, list[Tensor]], timestep: Tensor
     ) -> dict[int, Tensor]:
-        """The velocity of all tokens, flat, of each pass of a step that is this rank's."""
+        """This rank's passes of a step, by number: the flat velocity of all tokens."""
         transformer = loop.transformer
         own = [number for number in step.passes if number in loop.own]
         embedded: dict[bool, Tensor] = {}
@@ -72,7 +72,7 @@ class ParallelTransferDenoiser(ParallelLoopDenoiser):
         return {number: transformer.gather(loop.own[number], velocity) for number, velocity in found.items()}
 
     def _of_all(self, loop: Loop, passes: tuple[int, ...], own: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """The velocity of every pass of a step, flat, from that of own ones."""
+        """Gather the flat velocity of every pass of a step, by number; `own` has those of this rank's passes."""
         if self._guidance.ranks == 1:
             return own
         values = sum(loop.any_pass.predicted)
@@ -83,7 +83,7 @@ class ParallelTransferDenoiser(ParallelLoopDenoiser):
         return dict(zip(passes, every.view(len(passes), values).unbind(), strict=True))
 
     def _begin(self, components: Any, block_state: Any) -> Loop:
-        """Prepare this rank's passes over the present chunk."""
+        """Prepare this rank's passes over the current chunk."""
         whole, guidance = components.transformer, self.guidance(block_state)
         transformer = ParallelTransformer(whole, sequence=self._sequence, layers=self._layers)
         numbers = guidance.shares(self._guidance.ranks)[self._guidance.rank]

@@ -1,11 +1,10 @@
 """`Cosmos3OmniTransformer` over several ranks, with the text pathway computed once per prompt.
 
-In a Cosmos3 layer the text (understanding pathway) attends to itself alone, causally, and what is generated
-(vision, sound and actions, the generation pathway) attends to both. So what the text contributes, its keys and
-values in every layer, does not depend on the noise: it is computed once, a step runs the generation pathway
-only. diffusers' seam for several ranks (`_cp_shard_fn`) sits inside a forward that runs both pathways each
-time, so it is not used; the model's layers, embeddings and packing are, and the diffusers object is left as it
-is.
+In a Cosmos3 layer the text (understanding pathway) attends only to itself, causally. Vision, sound and actions
+(generation pathway) attend to both pathways. The text's keys and values in every layer therefore do not depend on
+the noise: they are computed once, and a step runs only the generation pathway. diffusers' hook for several ranks
+(`_cp_shard_fn`) is not used, because it is inside a forward that always runs both pathways. The model's layers,
+embeddings and packing functions are called, and the diffusers object is not changed.
 
 Source: diffusers `models/transformers/transformer_cosmos3.py`.
 """
@@ -35,9 +34,10 @@ from cosmos3_pipeline.errors import Refusal
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's part of the tokens of one modality, `rows` of their own count.
+    """This rank's shard of the tokens of one modality: `rows` of the modality's tokens.
 
-    `noisy_rows` says how many are denoised on each rank, `own_noisy` which of the own rows; None is all of them.
+    `noisy_rows` says how many tokens are denoised on each rank. `own_noisy` has the indices of this rank's
+    denoised tokens within its shard; None means all of them.
     """
 
     items: Items
@@ -53,26 +53,26 @@ class Share:
 
 @dataclass(frozen=True)
 class PreparedPass:
-    """What one guidance pass over one prompt needs in every step and does not change between them."""
+    """Everything that one guidance pass over one prompt needs and that stays the same in all steps."""
 
     text: EncodedText
-    rotary: tuple[Rotary, Rotary]  # of the queries with which this rank attends, and of the keys but the text's
-    rows: tuple[int, ...]  # the tokens, but for the text's, held by each rank of the sequence
-    shares: tuple[Share, ...]  # of each modality, in the order of the sequence
+    rotary: tuple[Rotary, Rotary]  # of this rank's queries, and of its keys without the text's
+    rows: tuple[int, ...]  # the number of tokens on each rank of the sequence, without the text's
+    shares: tuple[Share, ...]  # one for each modality, in the order of the sequence
 
     @property
     def predicted(self) -> tuple[int, ...]:
-        """The values that each rank predicts: of its noisy tokens."""
+        """The number of values that each rank predicts, which are those of its noisy tokens."""
         ranks = range(len(self.rows))
         return tuple(sum(share.noisy_rows[rank] * share.channels for share in self.shares) for rank in ranks)
 
 
 class ParallelTransformer:
-    """A diffusers `Cosmos3OmniTransformer` whose steps run without the text, split over the ranks of `sequence`.
+    """A diffusers `Cosmos3OmniTransformer` whose steps run without the text, sharded over the ranks of `sequence`.
 
-    Nothing is installed in `transformer`: it stays usable by itself, also between two calls here. All ranks
-    of it must make the same calls with the same arguments. `layers` is where its layers come from; without
-    it they are those of `transformer`, which is then loaded as a whole.
+    `transformer` is not modified and can also be called directly at any time. All ranks of `sequence` must make
+    the same calls with the same arguments. `layers` is the source of the layers; without it `transformer` must be
+    loaded as a whole, and its layers are used.
 
     Raises:
         UlyssesLayoutError: the model's heads do not divide over a group of its grid.
@@ -102,10 +102,10 @@ class ParallelTransformer:
 
     @torch.no_grad()
     def prepare(self, text: EncodedText, *, position_ids: Tensor, items: tuple[Items, ...]) -> PreparedPass:
-        """Lay out the tokens of `items` after `text`.
+        """Shard the tokens of `items`, which follow `text` in the joint sequence, over the ranks.
 
-        The joint sequence is the prompt followed by all other tokens; `position_ids` [3, sequence] and the noisy
-        tokens of `items` count through it. Raises CpLayoutError where a group of the grid would have no tokens.
+        `position_ids` [3, sequence] and the noisy tokens of `items` are indexed by the joint sequence: the prompt,
+        then all other tokens. Raises CpLayoutError if a group of the grid would have no tokens.
         """
         tokens = sum(one.tokens for one in items)
         grid, prompt = self._exchange.grid, position_ids.shape[-1] - tokens
@@ -119,15 +119,15 @@ class ParallelTransformer:
         parts = position_ids[:, prompt:].split(list(rows), dim=1)
         row, column = grid.row(self._exchange.rank), grid.column(self._exchange.rank)
         asking = rotary_of(self._model, torch.cat([parts[rank] for rank in row], dim=1))
-        asked = asking  # the same tokens in one group
+        asked = asking  # in one group, queries and keys are of the same tokens
         if grid.groups > 1:
             asked = rotary_of(self._model, torch.cat([parts[rank] for rank in column], dim=1))
         return PreparedPass(text, (asking, asked), rows, tuple(shares))
 
     def _share(self, items: Items, first: int, edges: Sequence[int]) -> Share:
-        """The share of `items`, whose tokens begin at `first`; rank r holds the sequence from edges[r] on."""
+        """The share of `items`, which begin at token `first`; rank r has tokens edges[r] to edges[r + 1]."""
         last = first + items.tokens
-        noisy = items.noisy.cpu()  # once for a clip; the device has nothing to do yet that would be waited for
+        noisy = items.noisy.cpu()  # waits for the device, but only once per clip, while it is idle
         own = [min(max(edge, first), last) for edge in edges[self._exchange.rank :][:2]]
         mine = noisy[(noisy >= own[0]) & (noisy < own[1])] - own[0]
         counted = [int(((noisy >= start) & (noisy < stop)).sum()) for start, stop in pairwise(edges)]
@@ -141,10 +141,10 @@ class ParallelTransformer:
 
     @torch.no_grad()
     def embed(self, prepared: PreparedPass, latents: Mapping[str, list[Tensor]], timestep: Tensor) -> Tensor:
-        """Own tokens [n, hidden] of `latents`, which has those of each modality by its name.
+        """Embed this rank's tokens [n, hidden] of `latents`, a list of tensors for each modality's name.
 
-        Latents and noise level are the same for every guidance pass over the same tokens, so one call serves
-        them all. `timestep` [1] is the same for all noisy tokens of a step.
+        Latents and noise level are the same for every guidance pass over the same tokens, so one call serves all
+        of these passes. `timestep` [1] is the same for all noisy tokens of a step.
         """
         here = [share for share in prepared.shares if share.own] or prepared.shares[:1]
         levels: dict[int, Tensor] = {}
@@ -152,15 +152,16 @@ class ParallelTransformer:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _embed(self, share: Share, latents: list[Tensor], timestep: Tensor, levels: dict[int, Tensor]) -> Tensor:
-        """As `embed`, of one modality. `levels` keeps the embedded noise level by its rows."""
+        """As `embed`, for one modality. `levels` caches the embedded noise level, by its number of rows."""
         modality, items = share.items.modality, share.items
         tokens = modality.pack(self._model, latents, items)[share.rows]
         hidden = modality.project_in(self._model, tokens, items)
         noisy = sum(share.noisy_rows)
         if not noisy:
             return hidden
-        # One row would do, but diffusers embeds every noisy token: a block of rows has the same bits. Where
-        # threads share a product on a CPU they round its last rows differently: there it takes as many rows.
+        # diffusers embeds the timestep for every noisy token. A block of BLOCK_ROWS rows gives the same bits, but
+        # one row does not. With several threads a CPU also rounds the last rows of a product differently, so that
+        # the same bits need as many rows as diffusers has.
         threaded = self._exchange.ranks == 1 and takes_host_path(hidden) and torch.get_num_threads() > 1
         rows = noisy if threaded else min(noisy, BLOCK_ROWS)
         if rows not in levels:
@@ -180,10 +181,11 @@ class ParallelTransformer:
 
     @torch.no_grad()
     def hidden(self, passes: Sequence[PreparedPass], embedded: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Own tokens [n, hidden] of each pass after all layers and the last norm, one pass after the other.
+        """Yield this rank's tokens [n, hidden] after all layers and the last norm, pass by pass.
 
-        `embedded` are own tokens [n, hidden] of each pass. A layer serves all passes before the next one comes.
-        Without a pass, the layers come only where other ranks gather them with this one.
+        `embedded` has this rank's tokens [n, hidden] of each pass. All passes run through a layer before the next
+        layer is asked for. Without passes the layers are iterated only if they are shared, because other ranks
+        gather them together with this rank.
         """
         if not passes and not self._layers.shared:
             return
@@ -197,9 +199,9 @@ class ParallelTransformer:
 
     @torch.no_grad()
     def velocity(self, prepared: PreparedPass, hidden: Tensor) -> Tensor:
-        """The velocity of own noisy tokens, flat: modality after modality, token after token.
+        """The flat velocity of this rank's noisy tokens, in order of modality, then token.
 
-        `hidden` [n, hidden] are the tokens that `ParallelTransformer.hidden` yields for the pass.
+        `hidden` [n, hidden] is the output of `ParallelTransformer.hidden` for the pass.
         """
         start, found = 0, []
         for share in prepared.shares:
@@ -225,16 +227,16 @@ class ParallelTransformer:
 
     @torch.no_grad()
     def gather(self, prepared: PreparedPass, velocity: Tensor) -> Tensor:
-        """The flat velocity of all ranks' noisy tokens, rank after rank, from that of own ones."""
+        """Gather the flat velocity of all ranks' noisy tokens, in rank order; `velocity` is this rank's."""
         return self._exchange.gather_rows(velocity, prepared.predicted)
 
     @torch.no_grad()
     def assemble(
         self, prepared: PreparedPass, gathered: Tensor, latents: Mapping[str, list[Tensor]]
     ) -> dict[str, list[Tensor]]:
-        """The velocity of each of `latents`, by modality, from what `gather` returns.
+        """The velocity of each of `latents`, by modality; `gathered` is the result of `gather`.
 
-        Clean (conditioned) frames are zero, as diffusers' mask makes them.
+        Clean (conditioning) frames are zero, as with diffusers' mask.
         """
         parts: list[list[Tensor]] = [[] for _ in prepared.shares]
         start = 0
@@ -243,7 +245,7 @@ class ParallelTransformer:
                 stop = start + share.noisy_rows[rank] * share.channels
                 part.append(gathered[start:stop])
                 start = stop
-        # Of one modality, all ranks' values stand one after the other already.
+        # With one modality, the values of all ranks are contiguous already.
         whole = [gathered] if len(parts) == 1 else [torch.cat(part) for part in parts]
         return {
             share.items.modality.name: share.items.modality.unpack(
