@@ -1,4 +1,4 @@
-"""Ranks: mesh axes and groups, starting processes, the few collectives used, and what they cost.
+"""Ranks: mesh axes and groups, the start of processes, the few collectives in use, and their cost.
 
-Importing this package imports no torch; its modules are imported where they are used.
+Importing this package imports no torch, because it imports none of its modules.
 """

@@ -1,8 +1,8 @@
-"""Messages between the accelerators of a `Comm`: a communicator of its own, aborted and made anew with it.
+"""Messages between the accelerators of a `Comm`. Each Comm has its own communicator, which is aborted with it.
 
-On GPUs that is NCCL's. Its messages go one batch after the other in the order in which they were started, and
-waiting for one makes what is computed next wait, not this process. Where the accelerator's path is forced on a CPU
-(`host_path`) gloo moves them, and there this process waits.
+On GPUs the communicator is NCCL's. It sends batches in the order in which they were started. A wait for an NCCL
+message blocks the accelerator's later kernels, not this process. If the accelerator's path is forced on a CPU
+(`host_path`), gloo sends the messages, and a wait blocks this process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch._C._distributed_c10d import Store
 
 from cosmos3_pipeline.distributed.watch import Watch
 
-Region = tuple[Tensor, int]  # a tensor, or part of one, and the rank that it goes to or comes from
+Region = tuple[Tensor, int]  # a tensor or a view of a tensor, and the rank that it is sent to or received from
 
 _TAG = 0
-# How often whoever waits for gloo looks whether the run is over.
+# A rank that waits for gloo checks at this interval whether the run is over.
 LOOK_SECONDS = 0.1
 
 
@@ -32,17 +32,17 @@ class Work(Protocol):
     """A message in flight."""
 
     def wait(self) -> Any:
-        """Return when it has left or arrived, on an accelerator for what is computed next.
+        """Return when the message has left or arrived; on an accelerator, later kernels wait instead.
 
-        Raises RuntimeError when it never will.
+        Raises RuntimeError when the message can never arrive.
         """
         ...
 
 
 class OnHost:
-    """gloo's message in flight, for which this process waits until the watch knows that the run is over.
+    """A gloo message in flight. `wait` blocks this process, until the message is done or the watch ends the run.
 
-    gloo itself may wait for ever: a message to a rank that has died does not fail when nothing of it has left.
+    The watch is necessary, because a gloo message to a dead rank does not fail if none of its bytes has left yet.
     """
 
     def __init__(self, work: Work, peers: Sequence[int], watch: Watch) -> None:
@@ -69,7 +69,7 @@ class OnHost:
 
 
 class OnStream:
-    """NCCL's message in flight, for which the accelerator waits, and this process goes on."""
+    """An NCCL message in flight. `wait` lets the accelerator wait, and this process continues."""
 
     def __init__(self, work: Work, peers: Sequence[int], watch: Watch, device: torch.device) -> None:
         self._work = work
@@ -80,16 +80,16 @@ class OnStream:
     def wait(self) -> None:
         with torch.cuda.device(self._device):
             self._work.wait()
-            # Not the message, which would keep its tensors.
+            # The watch gets an event instead of the message, because the message would keep its tensors alive.
             arrived = torch.cuda.current_stream().record_event().query
         self._watch.waits_for(arrived, self._peers)
 
 
 class AcceleratorGroup:
-    """The communicator of rank `rank` of `members`, which share `store` and make it together.
+    """The communicator between `members`, which are ranks of a Comm. All members create it together in `store`.
 
-    Ranks are numbered within `members`, whose numbers are those of the Comm. `patience` is how long a message may
-    take. `watch` is told for whom this rank waits.
+    `rank`, and all ranks in the methods, are indices into `members`. `patience` is how long a message may take.
+    `watch` is told for which ranks of the Comm this rank waits.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class AcceleratorGroup:
         self._others = [member for number, member in enumerate(members) if number != rank]
         self._watch = watch
         self._aborted = False
-        # Any: PyTorch's stubs leave out the methods that every backend has.
+        # Any, because PyTorch's type stubs lack the methods that every backend has.
         self._backend: Any = _backend(store, rank, len(members), device, patience)
 
     def batch(self, receives: Sequence[Region], sends: Sequence[Region]) -> list[Work]:
-        """Start to receive and to send, both ways at once."""
+        """Start all receives and sends as one batch, so that both directions run at once."""
         backend = self._backend
         together = backend.supports_coalescing
         if together:
@@ -140,17 +140,17 @@ class AcceleratorGroup:
         return self._watched(self._backend._allgather_base(whole, own, options), self._others)
 
     def synchronize(self) -> None:
-        """Wait, on the host, for all that the accelerator was asked to do; an abort ends that too."""
+        """Block the host until all work of the accelerator is done. An abort also ends this wait."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def shutdown(self) -> None:
-        """Give back what the communicator has, when no message is in flight."""
+        """Free the communicator's resources. No message may be in flight."""
         if self._device.type == "cuda":
             self._backend.shutdown()
 
     def abort(self) -> None:
-        """End every wait for its messages on this rank, whichever thread asks; of gloo's each ends by itself."""
+        """End every wait for NCCL's messages on this rank; any thread may call it. gloo's waits ask the watch."""
         if self._device.type == "cuda" and not self._aborted:
             self._aborted = True
             self._backend.abort()
@@ -164,13 +164,14 @@ class AcceleratorGroup:
 def _backend(store: Store, rank: int, size: int, device: torch.device, patience: timedelta) -> Any:
     if device.type == "cpu":
         return dist.ProcessGroupGloo(store, rank, size, timeout=patience)
-    nccl: Any = c10d.ProcessGroupNCCL  # which a build for the CPU does not have
-    # PyTorch's own thread would end the process when a peer aborts, before it could say why: the watch does both.
+    nccl: Any = c10d.ProcessGroupNCCL  # missing in PyTorch builds for CPU
+    # When a peer aborts, PyTorch's own thread would end this process before it could report the reason. The watch
+    # reports the reason and ends the waits instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = nccl.Options()
     options._timeout = patience
     backend = nccl(store, rank, size, options)
     backend._set_sequence_number_for_group()
-    # Now, with all ranks: the first message need not be one in which each of them takes part.
+    # Connect now, while all ranks take part. The first message may involve only some of them.
     backend.eager_connect_single_device(device)
     return backend

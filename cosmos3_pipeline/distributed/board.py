@@ -1,7 +1,7 @@
-"""Where the ranks of a group tell each other why a run is over.
+"""The board on which the ranks of a group tell each other why a run is over.
 
-A rank that fails writes the reason to the store that all ranks share and closes its connections. Its peers, whose
-messages then fail, read the reason there instead of reporting a broken connection.
+A rank that fails writes the reason to the store that all ranks share, and closes its connections. The messages of
+its peers then fail. The peers read the reason from the board instead of reporting a broken connection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PeerError(Portable, RuntimeError):
 
 
 class PeerFailed(PeerError):
-    """Another rank of the group failed, so this one stopped. `rank` is that rank, in the group."""
+    """Another rank of the group failed, so this rank stopped. `rank` is the failed rank, numbered in the group."""
 
     def __init__(self, rank: int, reason: str) -> None:
         self.rank = rank
@@ -35,18 +35,18 @@ class PeerFailed(PeerError):
 
 
 class PeerLost(PeerError):
-    """The connection to another rank broke: its process has died, or the network has."""
+    """The connection to another rank broke: the other process has died, or the network is down."""
 
 
 class RunStopped(Exception):
-    """Another rank ended the run on purpose before its end; nothing is wrong."""
+    """Another rank ended the run early on purpose; nothing is wrong."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What stands on the board: who ended the run, and why; `reason` is None when nothing is wrong.
+    """The entry on the board: `rank` ended the run because of `reason`, which is None when nothing is wrong.
 
-    `lost` says that a rank has died, so that no run can follow.
+    `lost` says that a rank has died, so that no further run is possible.
     """
 
     rank: int
@@ -55,18 +55,18 @@ class Notice:
 
 
 class Board:
-    """The notice of each run, in a store that is the group's own."""
+    """Holds one notice per run, in a store of the group."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def post(self, run: int, notice: Notice) -> None:
-        """Put up `notice`, unless another rank was first."""
+        """Post `notice`, unless another rank has already posted one for this run."""
         try:
             text = json.dumps([notice.rank, notice.reason, notice.lost])
             self._store.compare_set(self._key(run), "", text)
         except RuntimeError:
-            # The store died with the rank that held it, and then every rank sees that for itself.
+            # The store died with the process that held it. Every rank notices this without a notice.
             return
 
     def raise_if_over(self, run: int) -> None:

@@ -1,11 +1,11 @@
-"""The one place that sends tensors between ranks: point-to-point, broadcast, gather; counted, and never hanging.
+"""The only module that sends tensors between ranks: point-to-point, broadcast, gather. Counted; never hangs.
 
-A `Comm` belongs to a group of ranks; ranks are numbered within it and rank 0 is the root. Tensors stay on their
-device. Tensors on CPU, and the agreement between ranks, go through `links` on one machine, and through gloo
-connections of its own between machines. Tensors on an accelerator go through a communicator of its own, while a
-`watch` looks whether another rank has ended the run.
+A `Comm` belongs to a group of ranks; ranks are numbered within the group, and rank 0 is the root. Tensors stay on
+their device. Tensors on CPU, and the agreement between ranks, are sent through `links` within a machine, and
+through gloo between machines. Tensors on an accelerator are sent through an `AcceleratorGroup`, while a `watch`
+checks whether another rank has ended the run. No connection is shared between two Comms.
 
-    with comm.run():            # on every rank of the group; ends together or fails together
+    with comm.run():            # on every rank of the group: all ranks end together or fail together
         comm.agree(...)
         pending = comm.exchange(sends=[(tensor, 1)], receives=[(buffer, 1)])
         ...
@@ -41,18 +41,19 @@ from cosmos3_pipeline.distributed.watch import Watch
 from cosmos3_pipeline.errors import Refusal
 
 T = TypeVar("T")
-Pair = tuple[int, int]  # the rank that sends and the one that receives
+Pair = tuple[int, int]  # (sending rank, receiving rank)
 
-# Each kind of message on CPU has a lane of its own, which is also gloo's tag. So a rank that is out of step never
-# takes payload for an agreement, and a collective passes messages that are still in flight.
+# Each kind of message on CPU has its own lane, whose number is also gloo's tag. A rank that is out of step
+# therefore never mistakes payload for an agreement, and a collective can overtake messages that are still in
+# flight.
 _PAYLOAD, _AGREEMENT, _COLLECTIVE = 0, 1, 2
 
-# Seconds that a broken connection's rank gets to say why, before its loss is reported as such.
+# After a connection broke, its peer has this long to post a reason, before the peer is reported as lost.
 LAST_WORDS_SECONDS = 1.0
 
 
 class Pending:
-    """Messages in flight. Their tensors must not be written (sends) or read (receives) before `wait` returns."""
+    """Messages in flight. Before `wait` returns, sent tensors must not be written and received ones not read."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
@@ -61,12 +62,12 @@ class Pending:
         self._landings: list[tuple[Tensor, Tensor]] = []
 
     def add(self, work: Work, tensors: Sequence[Tensor]) -> None:
-        """Wait for `work` too, which needs the memory of `tensors`."""
+        """Let `wait` also wait for `work`, and keep `tensors` alive until then."""
         self._works.append(work)
         self._tensors += tensors
 
     def landing(self, tensor: Tensor) -> Tensor:
-        """A contiguous tensor for what is received into `tensor`, which gets it in `wait`; itself without gaps."""
+        """A buffer to receive into: `tensor` if contiguous, else a new buffer that `wait` copies to `tensor`."""
         if tensor.is_contiguous():
             return tensor
         landing = torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -74,7 +75,7 @@ class Pending:
         return landing
 
     def wait(self) -> None:
-        """Return when all have arrived. Raises PeerFailed, PeerLost or RunStopped when they never will."""
+        """Return when all messages have arrived. Raises PeerFailed, PeerLost or RunStopped if they never can."""
         while self._works:
             self._comm._translated(self._works.pop(0).wait)
         for tensor, landing in self._landings:
@@ -82,7 +83,7 @@ class Pending:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the messages: nobody will wait for them, and they no longer hold the connections open."""
+        """Forget the messages. Nobody can wait for them after this, and they no longer keep connections open."""
         self._works.clear()
         self._tensors.clear()
         self._landings.clear()
@@ -94,9 +95,9 @@ _Start = Callable[[Sequence[Region], Sequence[Region]], list[Work]]
 class Comm:
     """Messages within a group (None: all ranks of an initialised `torch.distributed`, else this process alone).
 
-    Making one, and the first run after one that broke off, is collective over the group. With one rank nothing is
-    sent. `ledger` counts this rank's messages. Tensors are those of `device`, or of the CPU. `patience` is how
-    long a message may take, by default as long as PyTorch's.
+    The constructor is collective over the group, and so is the first run after a failed run. With one rank nothing
+    is sent. `ledger` counts this rank's messages. Tensors must be on `device` or on CPU. `patience` is how long a
+    message may take; the default is PyTorch's.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Comm:
         self._patience = patience
         self._accelerator: AcceleratorGroup | None = None
         self._pairs: dict[Pair, AcceleratorGroup] = {}
-        self._connected: set[Pair] = set()  # those of all ranks
+        self._connected: set[Pair] = set()  # pairs of all ranks, not only of this rank
         self._watch: Watch | None = None
         self.rank, self.size = 0, 1
         self._board: Board | None = None
@@ -127,17 +128,17 @@ class Comm:
                 self._connect()
 
     def _connect(self) -> None:
-        """Make connections of its own.
+        """Create new connections for this Comm.
 
-        Of its own, so that messages of a run that broke off in the middle are never received by a later one, and
-        made directly: `new_group` names a group after all those that each process has made before, and processes
-        that made different ones would wait for each other for ever.
+        They are new, so that a later run never receives messages of a run that failed in the middle. They are not
+        made with `torch.distributed.new_group`, because it numbers groups by how many a process has made before:
+        processes that made different numbers of groups would wait for each other for ever.
         """
         if self._lost is not None:
             raise self._lost
         name = _unique_name(dist.get_process_group_ranks(self._group))
         store = PrefixStore(name, _get_default_store())
-        # Any: PyTorch's stubs leave out the methods that every backend has.
+        # Any, because PyTorch's type stubs lack the methods that every backend has.
         self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout=self._patience)
         self._links = Links(
             PrefixStore("links", store), self.rank, self.size, lanes=3, patience=self._patience.total_seconds()
@@ -149,11 +150,11 @@ class Comm:
             self._connect_accelerator(store)
 
     def _connect_accelerator(self, store: PrefixStore) -> None:
-        # A client of its own: in the other one this process may wait for long.
+        # The watch gets its own client of the store, because this process may block in the other client for long.
         other: Any = store
         other = other.clone()
         self._store = store
-        # By weak references: a thread that held this Comm would keep it, and itself, for ever.
+        # A weak reference, because the watch's thread would otherwise keep this Comm, and itself, alive for ever.
         mine, board = ref(self), Board(other)
 
         def look() -> None:
@@ -182,35 +183,35 @@ class Comm:
             members.index(self.rank),
             members,
             device=self._device,
-            patience=2 * self._patience,  # the watch is first, and says whose fault it is
+            patience=2 * self._patience,  # longer than the watch's, which can name the rank to blame
             watch=self._watch,
         )
 
     def connect_pairs(self, pairs: Iterable[Pair]) -> None:
-        """Make what `pass_on` needs for messages of these pairs of ranks; all ranks of the group call it together.
+        """Create the connections that `pass_on` needs for `pairs`; all ranks of the group call it together.
 
-        Between accelerators each pair has a communicator of its own. One for all would do one message after the
-        other in the order in which each rank asks for them: two ranks that each send before they receive would
-        wait for each other, and what arrives for a later chunk would hold up what leaves.
+        Between accelerators each pair has its own communicator, because a shared communicator runs messages one by
+        one in the order of each rank's calls. Two ranks that both send before they receive would then deadlock,
+        and a receive for a later chunk would delay a send.
         """
         missing = sorted(set(pairs) - self._connected)
         if not missing or takes_host_path(self._device):
             return
-        # Whoever has failed by now is not waited for below, where nobody would hear of it.
+        # This raises if a rank has already failed. The waits below could not notice that.
         self.agree(missing)
         self._connected |= set(missing)
-        for pair in missing:  # in one order, because both ranks of a pair wait for each other here
+        for pair in missing:  # in the same order on all ranks, because both ranks of a pair wait for each other
             if self.rank in pair:
                 self._translated(partial(self._connect_pair, pair))
         if self._watch is not None:
-            self._translated(self._watch.check)  # it has aborted those that were there then
+            self._translated(self._watch.check)  # an abort before now did not reach the groups made above
 
     def _connect_pair(self, pair: Pair) -> None:
         if self._accelerator is not None:
             self._pairs[pair] = self._new_group("-".join(map(str, pair)), pair)
 
     def _look(self, board: Board) -> None:
-        """Raise when another rank has ended the run, or has died on this machine. The watch's thread calls it."""
+        """Raise if another rank has ended the run, or a rank on this machine has died. Called by the watch."""
         board.raise_if_over(self._run)
         self._links.raise_if_broken()
 
@@ -222,7 +223,7 @@ class Comm:
         return [*self._pairs.values(), *([self._accelerator] if self._accelerator is not None else [])]
 
     def _close(self) -> None:
-        """Close the connections, which ends the waiting of every rank that waits for this one."""
+        """Close the connections. This ends the wait of every rank that waits for this rank."""
         if self._watch is not None:
             self._watch.stop()
             self._abort()
@@ -235,11 +236,11 @@ class Comm:
         self._gloo = None
 
     def close(self) -> None:
-        """Close the connections for good, once no rank of the group waits for another; each rank by itself."""
+        """Close the connections for good. Not collective, but no rank may still wait for another."""
         if self._board is None or self._broken:
             return
         if self._watch is not None:
-            self._watch.stop()  # first: peers that are gone by now are no reason to abort
+            self._watch.stop()  # first, so that peers that have already left cause no abort
         for group in self._groups():
             group.shutdown()
         self._accelerator = None
@@ -253,28 +254,28 @@ class Comm:
 
     def _ready(self) -> None:
         if self._broken:
-            self._close()  # again, unless the run was left in the middle
+            self._close()  # not yet done if the run was left in the middle
             self._connect()
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """A stretch of messages that every rank of the group ends together.
+        """A block of code with messages, which all ranks of the group leave together.
 
-        When the body raises on any rank, every rank raises: that one its own error, the others PeerFailed at
-        their next message. When the body is closed early (GeneratorExit) the others get RunStopped.
+        If the body raises on one rank, this rank raises its error, and every other rank raises PeerFailed at its
+        next message. If the body is closed early (GeneratorExit), the other ranks raise RunStopped.
         """
         if self._board is None:
             yield
             return
         if self._running:
-            self._broken = True  # one was left in the middle: its messages may be in flight
+            self._broken = True  # the last run was left in the middle, so its messages may still be in flight
         self._ready()
         self._run += 1
         self._running = True
         try:
             yield
             if self._accelerator is not None:
-                # Whoever agrees that the run has ended has computed and received all of it.
+                # A rank agrees to the end of a run only after it has computed and received everything.
                 self._accelerator.synchronize()
             self._gather_objects(None)
         except BaseException as error:
@@ -291,7 +292,7 @@ class Comm:
         self._running = False
 
     def agree(self, value: T) -> list[T]:
-        """Every rank's `value`, by rank. Values must pickle; counted as control, not as payload."""
+        """Gather every rank's `value`, in rank order. Values are pickled, and count as control, not as payload."""
         if self._board is None:
             return [value]
         self._ready()
@@ -305,9 +306,9 @@ class Comm:
         return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
     def _gather(self, mine: Tensor, shapes: Sequence[Sequence[int]], lane: int) -> list[Tensor]:
-        """Every rank's tensor on CPU, which have `shapes`.
+        """Gather every rank's CPU tensor; `shapes` has the shape on each rank.
 
-        Each rank sends to each other one: between ranks of one machine that is quicker than gloo's collective.
+        Each rank sends to each other rank, because this is faster than gloo's collective within one machine.
         """
         parts = [mine if rank == self.rank else mine.new_empty(shape) for rank, shape in enumerate(shapes)]
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -318,15 +319,15 @@ class Comm:
     def exchange(self, sends: Sequence[Region] = (), receives: Sequence[Region] = ()) -> Pending:
         """Start sending each tensor to its rank and receiving into each buffer from its rank.
 
-        They may have any strides. Between two ranks messages arrive in the order in which they are sent.
+        Tensors and buffers may have any strides. Messages from one rank to another arrive in the order of sending.
         """
         return self._exchange(sends, receives, self._start_batch)
 
     def pass_on(self, sends: Sequence[Region] = (), receives: Sequence[Region] = ()) -> Pending:
-        """As `exchange`, for messages of which the other end sends or receives when it comes to it.
+        """As `exchange`, but the other end may start its side of a message at any later time.
 
-        Ranks that do not take part in it at the same point wait for nothing but the messages of their own pair.
-        `connect_pairs` comes first. A message between two ranks goes one of the two ways throughout.
+        A rank waits only for the messages of its own pairs. `connect_pairs` must have named these pairs. Both ends
+        of a message must use `pass_on`, or both `exchange`.
         """
         return self._exchange(sends, receives, self._start_in_pairs)
 
@@ -354,14 +355,14 @@ class Comm:
         return works
 
     def _started(self, pending: Pending, start: Callable[[], list[Work]], tensors: Sequence[Tensor]) -> Pending:
-        """Start messages between accelerators, and wait for them in `pending`."""
+        """Start messages between accelerators, and add them to `pending`."""
         if self._watch is not None:
             self._translated(self._watch.check)
         for work in self._translated(start):
             pending.add(work, tensors)
         return pending
 
-    # What an accelerator's group is asked for, and nothing else: a rehearsal has others in their place.
+    # The next methods have all calls of an accelerator's group. A rehearsal replaces these methods.
     def _start_batch(self, landings: Sequence[Region], leaving: Sequence[Region]) -> list[Work]:
         return self._between_accelerators().batch(landings, leaving)
 
@@ -386,7 +387,7 @@ class Comm:
 
     def _exchange_on_cpu(self, sends: Sequence[Region], receives: Sequence[Region], lane: int) -> Pending:
         pending, by_gloo = self._pending(), list[tuple[Work, Tensor]]()
-        # Sends first, because others wait for what leaves while this rank prepares its own receives.
+        # Sends first, because other ranks may wait for them while this rank prepares its receives.
         for tensor, peer in sends:
             leaving = tensor.contiguous()
             if peer in self._links:
@@ -399,16 +400,16 @@ class Comm:
                 pending.add(self._links.receive(landing, peer, lane), [])
             else:
                 by_gloo.append((self._translated(partial(self._gloo.recv, [landing], peer, lane)), landing))
-        # Last, because a rank that sits in gloo's wait moves nothing for the ranks of its own machine.
+        # gloo last, because a rank that blocks in gloo's wait moves no messages of the links on its machine.
         for work, tensor in by_gloo:
             pending.add(work, [tensor])
         return pending
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Overwrite `tensor` on every rank by that of rank `source`; same shape and dtype everywhere.
+        """Overwrite `tensor` on every rank with the tensor of rank `source`; same shape and dtype everywhere.
 
-        On CPU the source sends to each other rank: on one machine that is quicker than gloo's collective. Raises
-        Refusal, a ValueError, for a tensor that is not contiguous.
+        On CPU the source sends to each other rank, because this is faster than gloo's collective within one
+        machine. Raises Refusal, a ValueError, for a tensor that is not contiguous.
         """
         _check_contiguous(tensor)
         if self._board is None:
@@ -424,7 +425,7 @@ class Comm:
         self._started(self._pending(), lambda: [self._start_broadcast(tensor, source)], [tensor]).wait()
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's `tensor`, by rank; same shape and dtype everywhere."""
+        """Gather every rank's `tensor`, in rank order; same shape and dtype everywhere."""
         if self._board is None:
             return [tensor]
         self.ledger.record("all_gather", tensor.nbytes)
@@ -436,9 +437,9 @@ class Comm:
         return parts
 
     def gather_into(self, whole: Tensor, own: Tensor) -> Pending:
-        """Start to gather every rank's `own` [n] into `whole` [ranks x n], by rank; all are contiguous.
+        """Start to gather every rank's `own` [n] into `whole` [ranks x n], in rank order; both are contiguous.
 
-        Counted as what it takes from point to point, each rank sending its own to each other.
+        The ledger counts point-to-point messages: each rank sends `own` to each other rank.
         """
         parts = whole.split(len(own))
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -456,9 +457,10 @@ class Comm:
         return pending
 
     def _translated(self, call: Callable[[], T]) -> T:
-        """The result of `call`; a connection error becomes the reason that the peer left, or PeerLost.
+        """The result of `call`; raises PeerError or RunStopped instead of a connection's RuntimeError.
 
-        Nothing that allocates belongs into `call`: to run out of memory is a RuntimeError as well.
+        The reason is the peer's notice on the board; without a notice it is PeerLost. `call` must not allocate
+        memory, because running out of memory is also a RuntimeError.
         """
         try:
             return call()
@@ -478,7 +480,7 @@ class Comm:
 
 
 def _words(error: RuntimeError) -> str:
-    """What a connection's error says, without where in gloo's sources it was raised."""
+    """The text of a connection error, without its location in gloo's sources."""
     return re.sub(r"^\[\S*gloo\S*\]\s*|\.? GLHF!.*$", "", str(error), flags=re.DOTALL)
 
 
@@ -499,7 +501,7 @@ _made: dict[tuple[int, ...], int] = {}
 
 
 def _unique_name(ranks: Sequence[int]) -> str:
-    """A name for connections between `ranks`, the same on all of them, and never given before."""
+    """A new name for connections between `ranks`; all of these ranks get the same name."""
     key = tuple(ranks)
     _made[key] = _made.get(key, 0) + 1
     return f"cosmos3/{'-'.join(map(str, key))}/{_made[key]}"

@@ -1,4 +1,4 @@
-"""The device of a rank: which it is, and by which settings it computes."""
+"""The choice of a rank's device, and the numerical settings of that device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cosmos3_pipeline.errors import Refusal
 
 
 def gpu(index: int) -> torch.device:
-    """The GPU of the rank `index` of this machine. Raises Refusal where there is none that PyTorch can use."""
+    """The GPU of rank `index` of this machine. Raises Refusal if PyTorch can use no such GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index < count:
         return torch.device("cuda", index)
@@ -33,7 +33,7 @@ def gpu(index: int) -> torch.device:
 
 
 def _driver_problem() -> str:
-    """Why PyTorch, which has CUDA, sees no GPU, in CUDA's words."""
+    """Why a PyTorch with CUDA sees no GPU, in the words of CUDA's error."""
     try:
         torch.cuda.init()
     except Exception as error:  # CUDA raises RuntimeErrors and AssertionErrors of many kinds here
@@ -41,16 +41,17 @@ def _driver_problem() -> str:
     return f"PyTorch {torch.__version__} with CUDA {torch.version.cuda} sees none"
 
 
-# Versions of cuDNN with which PyTorch sends convolutions of bfloat16 clips through its own loops, which take many
+# With these versions of cuDNN, PyTorch computes convolutions of bfloat16 clips in its own loops, which take many
 # times as long and as much memory. Source: pytorch issues 166643, 163581, 166480.
 SLOW_CUDNN = range(90800, 91500)
 
 
 def use(device: torch.device) -> None:
-    """Compute on the GPU `device` in the dtype that was asked for, and with the same kernel for the same shape.
+    """Make `device` the current GPU, without TF32, and with the same kernel for the same shape on all ranks.
 
-    float32 is float32: PyTorch would round the inputs of its convolutions to TF32. A kernel that is chosen by
-    trying could be another one on each rank, and their parts of a picture would not fit together to the last bit.
+    TF32 is off, because PyTorch would otherwise round the float32 inputs of convolutions. cuDNN's benchmark is
+    off, because it could choose different kernels on different ranks. Their parts of a picture would then not
+    match to the last bit.
     """
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -67,7 +68,7 @@ def use(device: torch.device) -> None:
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
-    """What decides the last bits of a result on `device`, beside the versions: for metrics.json."""
+    """The settings that decide the last bits of a result on `device`, for metrics.json."""
     if device.type != "cuda":
         capability = torch.backends.cpu.get_cpu_capability()
         return {"device": device.type, "cpu": capability, "as_accelerator": not takes_host_path(device)}

@@ -1,4 +1,4 @@
-"""What a broken world looks like to whoever started it."""
+"""The error that a launcher raises when one of its ranks fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cosmos3_pipeline.errors import Portable
 
 
 class RankFailed(Portable, RuntimeError):
-    """A rank of a run raised or died; the run is over. The text holds that rank's own traceback."""
+    """A rank of a run raised or died, so the run is over. The text holds the traceback of this rank."""
 
     def __init__(self, rank: int, ranks: int, traceback: str) -> None:
         self.rank = rank

@@ -1,7 +1,7 @@
-"""What the process that ranks are forked from imports first: it ends with the launcher while it imports.
+"""First import of the fork server: Linux is asked to kill the fork server as soon as the launcher ends.
 
-It hears that the launcher has gone once it waits for requests. The imports before take seconds, in which Linux
-ends it; elsewhere it ends after them.
+A fork server notices the end of the launcher only when it waits for requests. Its imports before that take
+seconds. On other systems than Linux it ends after its imports.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a tensor goes the way of a CPU or of an accelerator: the one place that asks."""
+"""The only place that decides whether a tensor takes the code path of a CPU or of an accelerator."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-# As 1 in the environment it makes tensors on a CPU go the way of an accelerator's, so that tests cover that.
+# If this environment variable is 1, CPU tensors take the accelerator's path, so that tests cover this path.
 FORCED = "COSMOS3_ACCELERATOR_PATH"
 
 
 def takes_host_path(where: Tensor | torch.device) -> bool:
-    """Whether what is on `where` goes the way of a CPU: its blocks, kernels and messages."""
+    """Whether `where` takes the CPU's path: CPU block sizes, kernels and messages."""
     device = where.device if isinstance(where, Tensor) else where
     return device.type == "cpu" and os.environ.get(FORCED) != "1"

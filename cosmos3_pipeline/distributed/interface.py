@@ -1,7 +1,7 @@
-"""Which network the ranks of several machines talk through: the one that leads to the store that they share.
+"""The network interface for messages between machines: the interface that leads to the shared store.
 
-gloo would take the interface of the machine's own name, which may be one that the other machines do not reach, and
-NCCL the first that it finds.
+Without this choice, gloo uses the interface of the machine's host name, and NCCL the first interface that it
+finds. Other machines may not be able to reach either of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
 def use_interface_of_store(environ: MutableMapping[str, str]) -> None:
-    """Tell gloo and NCCL, where a person has not, the interface that leads to MASTER_ADDR, on several machines."""
+    """On several machines, set the interface to MASTER_ADDR for gloo and NCCL, unless `environ` has a choice."""
     ranks, here = (int(environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if ranks <= here:
         return
@@ -28,7 +28,7 @@ def use_interface_of_store(environ: MutableMapping[str, str]) -> None:
 
 
 def _interface_to(host: str) -> str | None:
-    """The interface from which `host` is reached; None where that is unknown, or is this machine by a name."""
+    """The interface from which `host` is reached; None if it is unknown or `host` is this machine (127.*)."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
         end.connect((host, 1))  # sends nothing
         own: str = end.getsockname()[0]

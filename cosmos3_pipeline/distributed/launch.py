@@ -1,6 +1,6 @@
-"""Starting ranks: processes of multiprocessing that this one watches, or joining a world that exists already.
+"""Start ranks as multiprocessing processes that this process watches, or join a world that already exists.
 
-A rank that raises, or is killed, brings the others down at once, and its own traceback is what the user sees.
+If a rank raises or is killed, the launcher ends the others at once. The user sees the failed rank's traceback.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from cosmos3_pipeline.distributed.links import Links
 from cosmos3_pipeline.distributed.machine import can_fork_ranks
 from cosmos3_pipeline.errors import Fault, Problem
 
-# How long a rank that was killed may take to be gone, which it takes in the middle of a call to the system.
+# How long to wait for a killed rank. A rank in the middle of a system call does not end at once.
 KILLED_SECONDS = 5.0
 
-# What multiprocessing says of a process whose fork server has gone.
+# multiprocessing reports this exit code for a process whose fork server has ended.
 LOST_SERVER = 255
 
-# A rank that fails because of another one lets that one end first.
+# A rank that fails because of another rank waits this long, so that the other rank ends first.
 CONSEQUENCE_SECONDS = 0.5
 
-# What a rank raises because another one has failed.
+# The exceptions that a rank raises because another rank has failed.
 _CONSEQUENCES = (PeerFailed, PeerLost, RunStopped)
-_OF_GLOO = "gloo/transport"  # where its errors say that they come from: a connection is gone
+_OF_GLOO = "gloo/transport"  # gloo's errors about a lost connection name this source folder
 
 
 @dataclass(frozen=True)
 class Raised:
-    """What ended a rank: the name of its exception, what a person is told, and whom it blames."""
+    """What ended a rank: the name of its exception, the text for the user, and the rank to blame."""
 
     rank: int
     kind: str
@@ -61,20 +61,21 @@ class Raised:
 def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str = "cpu") -> None:
     """Run `entry(*payload)` in `ranks` new processes on this machine; both must pickle.
 
-    Ranks on CPU are forked from one process, which may have imported already what they need. An import may touch
-    CUDA, which does not survive a fork: ranks for it are new processes.
-    Raises RankFailed with the first failing rank's own traceback, after every process has ended.
+    Ranks on CPU are forked from a fork server, which may have imported their modules already. Ranks on CUDA are
+    spawned, because an import may touch CUDA, and CUDA does not survive a fork.
+    Raises RankFailed with the traceback of the first failed rank, after every process has ended.
     """
-    # A new process is told this one's start method, and joblib's, which its workers have, Python does not know.
+    # Set as this process's default, because new processes are told the default. In a joblib worker the default is
+    # joblib's own method, which Python does not know.
     start_method = "forkserver" if device == "cpu" and can_fork_ranks() else "spawn"
     multiprocessing.set_start_method(start_method, force=True)
     with TemporaryDirectory(prefix="cosmos3_ranks_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        # The ranks meet at this process, and not at this machine's name, which may have no address.
+        # Ranks connect to localhost, because this machine's host name may have no address.
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         processes: list[BaseProcess] = []
         with stopping.leftover(folder):
-            leftovers = stopping.leftovers()  # the ranks remove them where this process is killed
+            leftovers = stopping.leftovers()  # the ranks remove them if this process is killed
             try:
                 for rank in range(ranks):
                     environ = _environ(rank, ranks, store.port)
@@ -85,7 +86,7 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
 
 
 def _environ(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a rank, whose world meets in the store of its launcher."""
+    """The environment that torchrun would give a rank whose store is kept by its launcher."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -100,8 +101,8 @@ def _environ(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def _started(environ: dict[str, str], *arguments: Any) -> BaseProcess:
     process = multiprocessing.Process(target=_rank, args=(environ, *arguments), name=f"rank {environ['RANK']}")
-    resource_tracker.ensure_running()  # it lets signals through when it has started
-    # The start of a fork takes as long as what the server still imports, and that shall hear of signals.
+    resource_tracker.ensure_running()  # before the block below, because its start unblocks signals
+    # With a fork server, start() waits until the server's imports are done. Signals must not be blocked that long.
     spawned = multiprocessing.get_start_method() == "spawn"
     try:
         with stopping.inherited_blocked() if spawned else nullcontext():
@@ -118,7 +119,7 @@ def _started(environ: dict[str, str], *arguments: Any) -> BaseProcess:
 def _rank(
     environ: Mapping[str, str], folder: Path, leftovers: list[Path], entry: Callable[..., None], payload: Any
 ) -> None:
-    """One rank, in its own process: does `entry` and leaves in `folder` that it has, or what it raised."""
+    """One rank, in its own process: runs `entry`, then writes to `folder` that it is done, or its error."""
     os.environ.update(environ)
     rank, ranks = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     _pid_file(folder, rank).write_text(str(os.getpid()))
@@ -131,7 +132,7 @@ def _rank(
         entry(*payload)
     except BaseException as error:
         if is_consequence(error):
-            # The launcher names whom it sees ended first: that shall be the one who was killed.
+            # The launcher blames the rank that ends first, which should be the rank that was killed.
             time.sleep(CONSEQUENCE_SECONDS)
         _leave(folder, rank, Raised(rank, type(error).__name__, _words(error)))
         raise SystemExit(1) from None
@@ -139,12 +140,12 @@ def _rank(
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether `error` is how a rank ends because another one has."""
+    """Whether `error` is only the consequence of another rank's end."""
     return isinstance(error, (*_CONSEQUENCES, dist.DistNetworkError)) or _OF_GLOO in str(error)
 
 
 def _words(error: BaseException) -> str:
-    """A refusal is the user's to mend, and says how; where in the code it was raised would only hide that."""
+    """The text for the user. A refusal has no traceback, because it says itself what the user can do."""
     if isinstance(getattr(error, "problem", None), Problem):
         return str(error)
     return "".join(traceback.format_exception(error)).strip()
@@ -159,14 +160,14 @@ def _done_file(folder: Path, rank: int) -> Path:
 
 
 def _leave(folder: Path, rank: int, raised: Raised) -> None:
-    """Write down what ended `rank`, whole."""
+    """Write what ended `rank` to its file; a reader never sees half of the file."""
     partial = folder / f"{rank}.partial"
     partial.write_text(json.dumps(asdict(raised)), encoding="utf-8")
     partial.replace(folder / f"{rank}.json")
 
 
 def _watch(processes: list[BaseProcess], folder: Path) -> None:
-    """Return when all ranks have done their work. Raises RankFailed as soon as one has ended without."""
+    """Return when all ranks are done. Raises RankFailed as soon as a rank has ended before it was done."""
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
     while running:
         for sentinel in connection.wait(list(running)):
@@ -179,7 +180,7 @@ def _watch(processes: list[BaseProcess], folder: Path) -> None:
 
 
 def _end(processes: list[BaseProcess]) -> None:
-    """End what still runs. Ranks have nothing to tidy up that their launcher would not."""
+    """Kill all ranks that still run. The launcher cleans up for them."""
     for process in processes:
         process.kill()
     for process in processes:
@@ -187,17 +188,17 @@ def _end(processes: list[BaseProcess]) -> None:
 
 
 def _cause(ended: int, code: int, folder: Path, ranks: int) -> tuple[int, int, str]:
-    """The rank that failed by itself and before any other, of how many, and its words.
+    """The first rank that failed by itself, the number of ranks, and the text for the user.
 
-    `ended` is whose process has ended first, with exit code `code`. That may be one that only lost its peer: a
-    rank that raises takes a while to end, and its connections are closed long before; and one that is killed may
-    end between two looks of the launcher, together with who noticed.
+    `ended` is the rank whose process ended first, with exit code `code`. It may have failed only because it lost a
+    peer, for two reasons. A rank that raises closes its connections long before its process ends. And if a rank is
+    killed, the launcher may see its end and the end of its peers at the same time.
     """
     files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
     raised = {int(file.stem): Raised(**json.loads(file.read_text(encoding="utf-8"))) for file in files}
     for writer, each in raised.items():
         if each.rank == ended != writer:
-            return ended, ranks, each.words  # it gave no sign of life, and was killed for that
+            return ended, ranks, each.words  # another rank killed it, because it gave no sign of life
     if code < 0:
         return ended, ranks, _killed(-code)
     consequences = {kind.__name__ for kind in (*_CONSEQUENCES, dist.DistNetworkError)}
@@ -236,13 +237,12 @@ def joined_world(
 ) -> Iterator[torch.device]:
     """Join the world that RANK and WORLD_SIZE describe, and leave it at the end.
 
-    Without RANK in the environment this process is a world of one and no process group is made. The world is
-    gloo's, also on cuda: in it ranks agree, and each Comm makes the connections of its tensors. `patience` are the
-    seconds that a rank waits for the slowest; without it PyTorch's default. With `silence` the run ends when a
-    rank gives no sign of life for so many seconds.
-    Yields the device of this rank. Raises Refusal where there is no such device, PeerLost where another rank is
-    gone. The process has its own number of threads again afterwards: a notebook that runs a clip goes on with
-    other work.
+    Without RANK in the environment this process is a world of one, and no process group is made. The process group
+    uses gloo even on cuda, because ranks use it only to agree; each Comm makes its own connections for tensors.
+    `patience` is how many seconds a rank waits for the slowest rank; None is PyTorch's default. With `silence` the
+    run ends when a rank gives no sign of life for so many seconds. Yields the device of this rank. Raises Refusal
+    if there is no such device, and PeerLost if another rank is gone. At the end the process gets its former number
+    of threads back, because a notebook may continue with other work.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -274,7 +274,7 @@ def _joined(device: str, patience: float | None, silence: float | None) -> Itera
     with nullcontext() if silence is None else _life(silence):
         dist.init_process_group("gloo", timeout=None if patience is None else timedelta(seconds=patience))
         yield local
-        # Not in a `finally`: after an error the peers may be gone, and leaving would wait for them.
+        # The world is not left after an error, because peers may be gone and leaving would wait for them.
     dist.destroy_process_group()
 
 

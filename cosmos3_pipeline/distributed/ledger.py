@@ -1,16 +1,16 @@
-"""Counts what a rank puts on the wire, so that a plan's bytes and messages can be held against what happened."""
+"""Counts the messages and bytes that a rank sends, for comparison with the plan's prediction."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# Kinds in which this rank hands payload to others; for a collective, the payload that it contributes itself.
+# Kinds of messages in which this rank sends payload. A collective counts the payload that this rank contributes.
 SENDING = ("send", "broadcast", "all_gather")
 
 
 @dataclass
 class Count:
-    """Calls and payload bytes of one kind."""
+    """Number of calls and payload bytes of one kind of message."""
 
     calls: int = 0
     bytes: int = 0
@@ -20,8 +20,8 @@ class Count:
 class Ledger:
     """Calls and bytes of one rank by kind: send, recv, broadcast, all_gather, and control.
 
-    `broadcast` counts on the rank whose tensor it is. `control` is the agreement before and after a run; it holds
-    no tensors, and no plan predicts it.
+    A broadcast is counted on its source rank only. `control` is the agreement before and after a run; it has no
+    tensors, and no plan predicts it.
     """
 
     counts: dict[str, Count] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class Ledger:
 
     @property
     def sent_bytes(self) -> int:
-        """Payload bytes that this rank handed to others."""
+        """Payload bytes that this rank has sent."""
         return sum(self.counts[kind].bytes for kind in SENDING if kind in self.counts)
 
     @property
     def sent_messages(self) -> int:
-        """Messages and collectives in which this rank handed payload to others."""
+        """Messages and collectives in which this rank has sent payload."""
         return sum(self.counts[kind].calls for kind in SENDING if kind in self.counts)
 
     def snapshot(self) -> Ledger:
@@ -46,7 +46,7 @@ class Ledger:
         return Ledger({kind: Count(c.calls, c.bytes) for kind, c in self.counts.items()})
 
     def since(self, before: Ledger) -> Ledger:
-        """What was counted after `before`, a snapshot of this ledger."""
+        """The counts since `before`, a snapshot of this ledger."""
         out = Ledger()
         for kind, count in self.counts.items():
             old = before.counts.get(kind, Count())

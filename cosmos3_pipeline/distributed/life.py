@@ -1,8 +1,8 @@
-"""Signs of life: a rank that is stopped, or never comes, is named after a while, and with it where it was.
+"""Signs of life: a rank that is stopped or never starts is reported after a while, with its last known stage.
 
-A rank that waits for another one's message cannot tell a slow peer from one that will never send. So a thread of
-each rank counts up in the store that all ranks share, also while the rank computes. Rank 0 looks after all others,
-and they look after rank 0.
+A rank that waits for a message cannot tell whether its peer is slow or will never send. Therefore a thread of each
+rank increments a counter in the store that all ranks share, also while the rank computes. Rank 0 watches all other
+ranks, and they watch rank 0.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from cosmos3_pipeline import stopping
 from cosmos3_pipeline.errors import Problem
 
-# How often a rank gives a sign, and looks for those of others; less often where there are very many.
+# A rank gives a sign, and reads the signs of others, every SIGN_SECONDS, but all ranks together give no more than
+# RANKS_PER_SECOND signs per second.
 SIGN_SECONDS, RANKS_PER_SECOND = 1.0, 128
 
 
 def _tell(rank: int, problem: Problem) -> None:
-    """On the terminal, where no launcher of ours collects what ends a rank."""
+    """Print the problem. Used when no launcher of this package collects the errors of ranks."""
     print(f"the run has stopped\n\n{problem}", file=sys.stderr, flush=True)
 
 
 class Life:
-    """Gives this rank's signs until `stop`, and ends this process when another rank gives none for `patience` s.
+    """Gives this rank's signs until `stop`, and ends this process if another rank gives none for `patience` s.
 
-    The world is the one that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. It need not be joined yet.
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe the world. This process need not have joined it yet.
     """
 
-    # How the end of the run is told: the rank that is silent, and the three parts.
+    # Reports the end of the run: called with the silent rank and the problem.
     tell: ClassVar[Callable[[int, Problem], None]] = staticmethod(_tell)
-    # The stage of a run that this process is in; told with the signs.
+    # The stage of the run in which this process is; sent with the signs.
     stage: ClassVar[str] = "start"
 
     def __init__(self, *, patience: float) -> None:
@@ -49,7 +50,7 @@ class Life:
         self._heard = dict.fromkeys(self._watched, time.monotonic())
         self._stages = dict.fromkeys(self._watched, "")
         self._stopped = threading.Event()
-        # Two, because the store may be what does not answer: it may be kept by a rank that is stopped.
+        # Two threads, because the store may not answer: the rank that keeps it may be stopped.
         self._threads = [
             threading.Thread(target=run, name=f"cosmos3-{run.__name__.strip('_')}", daemon=True)
             for run in (self._signs, self._judge)
@@ -58,7 +59,7 @@ class Life:
             thread.start()
 
     def stop(self) -> None:
-        """Give no more signs, and miss none."""
+        """Give no more signs, and no longer watch the signs of others."""
         self._stopped.set()
 
     def _signs(self) -> None:
@@ -66,7 +67,7 @@ class Life:
         counts = dict.fromkeys(self._watched, 0)
         told = ""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        with suppress(RuntimeError):  # the store has gone: the other thread says so in time
+        with suppress(RuntimeError):  # the store has gone; the other thread reports it later
             if store is not None:
                 store.set(f"process/{self._rank}", str(os.getpid()))
             while store is not None and not self._stopped.is_set():
@@ -83,9 +84,9 @@ class Life:
                 self._stopped.wait(self._period)
 
     def _store(self) -> Store | None:
-        """A connection of its own: in that of the world this process may wait for long."""
+        """A separate connection to the store, because this process may block in the world's one for long."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        with suppress(RuntimeError):  # nobody has come who keeps it: the other thread says so
+        with suppress(RuntimeError):  # the rank that keeps it never came; the other thread reports it
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2 * self._patience))
             return PrefixStore(f"cosmos3/life/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         return None
@@ -93,7 +94,7 @@ class Life:
     def _judge(self) -> None:
         looked = time.monotonic()
         while not self._stopped.wait(self._period):
-            # Where this process was stopped itself, with the others or alone, it has heard nobody meanwhile.
+            # If this process itself was stopped for a while, it has heard no signs in this time.
             asleep = max(0.0, time.monotonic() - looked - 2 * self._period)
             looked = time.monotonic()
             for rank in self._watched:
@@ -101,7 +102,7 @@ class Life:
             silent = [rank for rank in self._watched if looked - self._heard[rank] > self._patience]
             if silent and not self._stopped.is_set():
                 Life.tell(silent[0], self._problem(silent))
-                # A launcher that asks a stopped process to end would wait for it.
+                # Kill silent ranks of this machine too, because a launcher would wait for stopped processes.
                 stopping.end(1, [stopping.neighbours[rank] for rank in silent if rank in stopping.neighbours])
 
     def _problem(self, silent: list[int]) -> Problem:

@@ -1,12 +1,12 @@
 """Messages on CPU between ranks of one machine, moved by the threads that wait for them.
 
-gloo passes every message through threads of its own. On a machine whose cores all compute, those get their turn
-late: a halo row took about 1.1 ms between two busy cores, and takes 0.1 ms in this way.
+gloo moves every message in extra threads, which are scheduled late on a machine whose cores all compute. A halo
+row between two busy cores took about 1.1 ms with gloo, and takes 0.1 ms with this module.
 
-A small message goes through a Unix socket. A large one goes through memory that both ranks map. The sender copies
-a piece of the message into a free slot, and sends the slot's number through the socket. The receiver copies the
-piece out, and returns the number. While slots are free the sender waits for nobody, so that it computes the next
-chunk before the receiver has asked for this one.
+A small message is sent through a Unix socket, a large message through shared memory. The sender copies a piece of
+the message into a free slot, and sends the slot's number through the socket. The receiver copies the piece out,
+and returns the number. While slots are free the sender does not wait. It can compute the next chunk before the
+receiver asks for this chunk.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from torch._C._distributed_c10d import Store
 
 from cosmos3_pipeline import stopping
 
-# A socket's buffer takes so many at once, so that a small message leaves without its receiver's help.
+# A socket's buffer takes this many bytes at once, so a small message leaves before its receiver is ready.
 SMALL_BYTES = 192 << 10
-# A piece stays in a core's cache, and a message of several is copied by sender and receiver at the same time.
+# A piece of this size stays in a core's cache. Sender and receiver copy different pieces of a message
+# concurrently.
 SLOT_BYTES = 512 << 10
 SLOTS = 256  # in each direction between two ranks; a slot's number is sent as one byte
 
-# A rank asks its sockets for so long before it sleeps, because a core that idles is woken as slowly as a halo row
-# travels. Decoding 3 latent frames of 24 x 20 in two slabs takes 1% less time with it, of 9 x 8 3%.
+# A rank polls its sockets for this long before it sleeps, because waking an idle core takes as long as sending a
+# halo row. With polling, decoding 3 latent frames in two slabs takes 1% less time at 24 x 20, and 3% less at 9 x
+# 8.
 _AWAKE_SECONDS = 100e-6
 
 _HELLO = struct.Struct("!I")  # the rank that connects
@@ -48,10 +50,10 @@ T = TypeVar("T")
 
 
 class Message:
-    """A contiguous tensor in flight. `rest` is its memory that has not left, or not arrived."""
+    """A contiguous tensor in flight. `rest` is the memory that has not left yet, or not arrived yet."""
 
     def __init__(self, tensor: Tensor, link: Link, links: Links) -> None:
-        self._tensor = tensor  # whose memory `rest` is
+        self._tensor = tensor  # keeps the memory of `rest` alive
         self._link, self._links = link, links
         self.is_small = tensor.nbytes <= SMALL_BYTES
         self.rest = memoryview(b"")
@@ -59,15 +61,15 @@ class Message:
             self.rest = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
     def wait(self) -> None:
-        """Return when it has left or arrived. Raises RuntimeError when it never will."""
+        """Return when the message has left or arrived. Raises RuntimeError if it never can."""
         if self.rest:
-            self._link.move()  # most messages have come by now, and then nobody needs to ask for which to wait
+            self._link.move()  # most messages are complete after this, so that no poll is needed
         while self.rest:
             self._links.move()
 
 
 class Lane(NamedTuple):
-    """A socket, and the messages that have yet to go through it in each direction, in their order."""
+    """A socket, and the queues of messages that wait to be sent and to be received through it."""
 
     end: socket.socket
     leaving: deque[Message]
@@ -75,10 +77,11 @@ class Lane(NamedTuple):
 
 
 class Link:
-    """What connects this rank to `peer`, which is on the same machine: lanes, and slots that they share.
+    """The connection of this rank to `peer` on the same machine: lanes, and shared memory slots for all lanes.
 
-    `ends` are the socket through which slots are returned and one for each lane. The memory in `file`, which is
-    closed, has the slots of `is_first`'s rank in its first half. Nothing blocks.
+    `ends` are sockets: the first returns slot numbers, the others are one per lane. `file` is the shared memory;
+    it is mapped and then closed. The first half of its slots belongs to the rank with `is_first`. No method
+    blocks.
     """
 
     def __init__(self, peer: int, ends: list[socket.socket], file: int, *, is_first: bool) -> None:
@@ -92,12 +95,13 @@ class Link:
         os.close(file)
         halves = memory[: len(memory) // 2], memory[len(memory) // 2 :]
         self._own, self._peers = halves if is_first else reversed(halves)
-        # A heap, because memory is taken only for slots that were used, and the lowest is likely to be in a cache.
+        # A heap, so that the lowest free slot is used first: the system allocates memory only for used slots, and
+        # a slot that was used before may still be in a cache.
         self._free = list(range(len(self._own) // SLOT_BYTES))
-        self._owed = bytearray()  # the peer's slots that were read and not yet returned
+        self._owed = bytearray()  # numbers of the peer's slots that were read and not yet returned
 
     def move(self) -> None:
-        """Move all that can be moved now. Raises RuntimeError when the connection is broken."""
+        """Move all bytes that can be moved now. Raises RuntimeError if the connection is broken."""
         try:
             for end, leaving, arriving in self.lanes:
                 while leaving and _advanced(leaving, self._send(leaving[0], end)):
@@ -110,7 +114,7 @@ class Link:
             self._give_back()
 
     def _send(self, message: Message, end: socket.socket) -> int:
-        """The bytes of `message` that have left: all that the socket takes, or a piece into a slot."""
+        """Send what the socket takes, or one piece through a slot; returns the number of bytes sent."""
         if message.is_small:
             return _tried(end.send, message.rest) or 0
         for number in _tried(self.returns.recv, SLOTS) or b"":
@@ -125,7 +129,7 @@ class Link:
         return len(piece)
 
     def _receive(self, message: Message, end: socket.socket) -> int:
-        """The bytes of `message` that have arrived: all that the socket has, or a piece out of a slot."""
+        """Receive what the socket has, or one piece from a slot; returns the number of bytes received."""
         if message.is_small:
             return _tried(end.recv_into, message.rest) or 0
         number = _tried(end.recv, 1)
@@ -140,11 +144,11 @@ class Link:
     def _give_back(self) -> None:
         try:
             del self._owed[: _tried(self.returns.send, bytes(self._owed)) or 0]
-        except OSError:  # a peer that has left after its last message needs no slots
+        except OSError:  # a peer that has left after its last message needs no slots back
             self._owed.clear()
 
     def awaited(self) -> Iterator[tuple[socket.socket, bool, bool]]:
-        """(socket, until it can be read, until it can be written): what this rank waits for."""
+        """(socket, whether to wait until it is readable, whether to wait until it is writable)."""
         lacks_slot = False
         for end, leaving, arriving in self.lanes:
             is_stuck = bool(leaving) and not leaving[0].is_small and not self._free
@@ -156,8 +160,8 @@ class Link:
         for end, leaving, arriving in (*self.lanes, Lane(self.returns, deque(), deque())):
             leaving.clear()
             arriving.clear()
-            with suppress(OSError):  # the peer was first
-                end.shutdown(socket.SHUT_RDWR)  # closing ends nothing while a fork of this process has it too
+            with suppress(OSError):  # the peer has closed it already
+                end.shutdown(socket.SHUT_RDWR)  # close() alone has no effect while a forked process has the socket
             end.close()
         for half in (self._own, self._peers):
             half.release()
@@ -166,12 +170,12 @@ class Link:
 class Links:
     """Links of one rank to the ranks of its group that are on the same machine, each with `lanes` lanes.
 
-    Making them is collective over the ranks of `store`. Both ends must know the size of a message. A rank that
-    waits for one message moves all that can be moved, and gives up when for `patience` seconds there was nothing.
-    Errors are RuntimeErrors, as those of gloo.
+    The constructor is collective over the ranks of `store`. Both ends must know the size of a message. A rank that
+    waits for one message moves all messages that can be moved. It gives up if nothing could be moved for
+    `patience` seconds. Errors are RuntimeErrors, like gloo's.
     """
 
-    # Where the files are that are gone once the links are made; None: where the system has such files.
+    # The folder for files that exist only while links are made; None is the system's folder for temporary files.
     folder: ClassVar[str | None] = None
 
     def __init__(self, store: Store, rank: int, size: int, *, lanes: int, patience: float) -> None:
@@ -196,14 +200,14 @@ class Links:
                 self._links[link.peer] = link
 
     def __contains__(self, peer: int) -> bool:
-        """Whether messages to and from `peer` go this way; the same on both sides."""
+        """Whether messages to and from `peer` use a link; both ranks get the same answer."""
         return peer in self._links
 
     def __len__(self) -> int:
         return len(self._links)
 
     def send(self, tensor: Tensor, peer: int, lane: int) -> Message:
-        """Start sending a contiguous tensor. It must not be written before the message was awaited."""
+        """Start sending a contiguous tensor. It must not be written before `wait` of the message has returned."""
         link = self._links[peer]
         message = Message(tensor, link, self)
         if message.rest:
@@ -232,7 +236,7 @@ class Links:
         found, until = ready.poll(0), time.perf_counter() + _AWAKE_SECONDS
         while not found and time.perf_counter() < until:
             with suppress(OSError):  # a container may forbid it
-                os.sched_yield()  # where ranks share a core, to the one that is waited for
+                os.sched_yield()  # if ranks share a core, lets the other rank run
             found = ready.poll(0)
         found = found or ready.poll(1000 * self._patience)
         if not found:
@@ -242,22 +246,22 @@ class Links:
             link.move()
 
     def raise_if_broken(self) -> None:
-        """Raise RuntimeError when a rank of this machine has closed its connection, or has died."""
+        """Raise RuntimeError if a rank of this machine has closed its connection, or has died."""
         ends = select.poll()
         for link in self._links.values():
-            ends.register(link.returns, 0)  # the system tells unasked that the other end is gone
+            ends.register(link.returns, 0)  # poll always reports that the other end is gone
         if ends.poll(0):
             raise RuntimeError("another rank of this machine has closed its connection")
 
     def close(self) -> None:
-        """Close the connections, which ends the waiting of every rank that waits for this one."""
+        """Close the connections. This ends the wait of every rank that waits for this rank."""
         for link in self._links.values():
             link.close()
         self._links.clear()
 
 
 def _can_wait() -> bool:
-    """Whether sockets can be waited for as `Links` does, which a container may forbid; gloo has its own way."""
+    """Whether `select.poll` works here; a container may forbid it. Then gloo is used instead of links."""
     try:
         select.poll().poll(0)
     except (AttributeError, OSError):
@@ -266,7 +270,7 @@ def _can_wait() -> bool:
 
 
 def _listening(listener: socket.socket, address: str, size: int) -> str:
-    """Where the listener is; nowhere, if the folder for temporary files has too long a name for a socket."""
+    """The address of the listener; empty if the name of the temporary folder is too long for a Unix socket."""
     try:
         listener.bind(address)
     except OSError:
@@ -276,7 +280,7 @@ def _listening(listener: socket.socket, address: str, size: int) -> str:
 
 
 def _connected(address: str, rank: int, peer: int, lanes: int) -> Link | None:
-    """The link of `rank` to `peer`, which listens at `address`; None if that is on another machine."""
+    """The link of `rank` to `peer`, which listens at `address`; None if `peer` is on another machine."""
     end = socket.socket(socket.AF_UNIX)
     try:
         end.connect(address)
@@ -303,7 +307,7 @@ def _accepted(listener: socket.socket, lanes: int) -> Link:
 
 
 def _unnamed_file(nbytes: int) -> int:
-    """The number of an open file that has no name, and no memory before it is written."""
+    """The descriptor of a new file without a name. It takes memory only where it is written."""
     try:
         file = os.memfd_create("cosmos3")
     except (AttributeError, OSError):  # not Linux, or a container that forbids it
@@ -314,7 +318,7 @@ def _unnamed_file(nbytes: int) -> int:
 
 
 def _advanced(queue: deque[Message], count: int) -> bool:
-    """Note that `count` bytes of the first message have been moved. Returns whether any were."""
+    """Note that `count` bytes of the first message have been moved. Returns whether `count` is positive."""
     message = queue[0]
     message.rest = message.rest[count:]
     if not message.rest:
@@ -323,7 +327,7 @@ def _advanced(queue: deque[Message], count: int) -> bool:
 
 
 def _tried(call: Callable[[A], T], argument: A) -> T | None:
-    """What a socket's `call` returns; None when it can do nothing now. Raises OSError when the peer has gone."""
+    """The result of a socket's `call`; None if it would block. Raises OSError if the peer has gone."""
     try:
         done = call(argument)
     except BlockingIOError:

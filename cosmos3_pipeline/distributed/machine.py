@@ -1,4 +1,4 @@
-"""What a machine refuses while a run works (space, memory, descriptors), in three parts. Imports no torch."""
+"""Errors of the machine during a run (no disk space, memory or descriptors) as `Problem`s. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from cosmos3_pipeline.errors import Fault, Problem
 
 LEAST_FREE_BYTES = 1 << 20  # a picture, its plan and its metrics take less
-MOST_ADDRESS_BYTES = 104  # of a Unix socket: macOS has this many, Linux a few more
+MOST_ADDRESS_BYTES = 104  # limit for the address of a Unix socket on macOS; Linux allows a few more
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|std::bad_alloc")
 _NO_PROCESS = re.compile(r"can't start new thread|Resource temporarily unavailable")
-# Of a library that is written in Rust, and of torch's store.
+# Error numbers in the messages of a library written in Rust, and of torch's store.
 _NUMBER = re.compile(r"\(os error (\d+)\)|code: -(\d+), name: E")
 _CACHES = ("HF_HUB_CACHE", "HF_HOME", "COSMOS3_CACHE", "XDG_CACHE_HOME")
 _MEMORY = "fewer ranks or a smaller clip, or more memory (ulimit -v, the container's limit)"
@@ -26,9 +26,9 @@ _MEMORY = "fewer ranks or a smaller clip, or more memory (ulimit -v, the contain
 
 @contextmanager
 def told_as_fault(place: str) -> Iterator[None]:
-    """What the machine refuses in the block is raised as a Fault, which is shown without a traceback.
+    """Raise errors of the machine in the block as a Fault, which is shown without a traceback.
 
-    `place` is the folder that the block writes to, for errors that name no file.
+    `place` is the folder that the block writes to; it is named for errors that name no file.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def told_as_fault(place: str) -> Iterator[None]:
 
 
 def machine_problem(error: BaseException, place: str = "the folder of the run") -> Problem | None:
-    """What the machine refused with `error`, which was in `place` if it names no file; None for other errors."""
+    """The problem behind `error`; None if it is no error of the machine. `place` is used if it names no file."""
     text = str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return Problem("this machine gives no more memory", text.partition("\n")[0] or "it has none left", _MEMORY)
@@ -91,20 +91,22 @@ def _elsewhere(file: str | None) -> str:
         temporary = tempfile.gettempdir()
     except OSError:
         return "TMPDIR=FOLDER"
-    # An output folder below /tmp was named by the user; what is made there meanwhile has a name of ours.
+    # An output folder below /tmp was named by the user; our own temporary files there have "cosmos3" in their
+    # name.
     return "TMPDIR=FOLDER" if file.startswith(temporary) and "cosmos3" in file else "hydra.run.dir=FOLDER"
 
 
 def can_fork_ranks() -> bool:
-    """Whether Python's fork server can listen: its socket is in the folder for temporary files.
+    """Whether Python's fork server can listen.
 
-    Its name, such as /tmp/pymp-abcdefgh/listener-abcdefgh, must fit in an address of a Unix socket.
+    Its socket is in the folder for temporary files. The socket's name, such as
+    /tmp/pymp-abcdefgh/listener-abcdefgh, must fit in the address of a Unix socket.
     """
     return len(os.fsencode(tempfile.gettempdir())) + len("/pymp-abcdefgh/listener-abcdefgh") < MOST_ADDRESS_BYTES
 
 
 def output_problems(folder: Path, key: str) -> Iterator[Problem]:
-    """Why a run cannot leave its files in `folder`, which `key` names; it need not be there yet."""
+    """Why a run cannot write its files to `folder`, the value of setting `key`. The folder need not exist yet."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     works = f"{key}=FOLDER with one that can be written"
     if not there.is_dir():

@@ -1,9 +1,14 @@
-"""The ranks of a run as one `DeviceMesh` with named axes, and the process groups that each part of a run uses.
+"""The ranks of a run as one `DeviceMesh` with named axes, and the process groups of these axes.
 
-Axes, slowest first: `dp` (replicas: one prompt each), `spare` (ranks of a replica that repeat its denoising
-and only help its VAE), `cfg` (guidance: conditional and unconditional pass), `cp` (sequence, over a grid of rows
-and columns), `ulysses` (sequence, over heads). The sequence's ranks talk in every layer, and those of `ulysses`
-send most, so these are neighbours. Layout as in torchtitan's `ParallelDims`.
+Axes, slowest first:
+    dp       replicas, one prompt each
+    spare    ranks of a replica that repeat its denoising and only help its VAE
+    cfg      guidance: conditional and unconditional pass
+    cp       sequence, over a grid of rows and columns
+    ulysses  sequence, over heads
+
+The ranks of a sequence exchange messages in every layer, and most bytes within `ulysses`. The ranks of these axes
+are therefore neighbours. Layout as in torchtitan's `ParallelDims`.
 """
 
 from __future__ import annotations
@@ -23,20 +28,20 @@ from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.errors import Refusal
 
 AXES = ("dp", "spare", "cfg", "cp", "ulysses")
-SEQUENCE = "sequence"  # the ranks over one sequence: cp x ulysses
-REPLICA = "replica"  # the ranks of one dp replica: spare x cfg x cp x ulysses, the VAE's group
-# Several axes as one, each the last ones of `AXES`.
+SEQUENCE = "sequence"  # the ranks of one sequence: cp x ulysses
+REPLICA = "replica"  # the ranks of one dp replica, which are the VAE's group: spare x cfg x cp x ulysses
+# Flattened axes: each combines the last ones of `AXES`.
 _FLAT = {SEQUENCE: AXES[3:], REPLICA: AXES[1:]}
 
 
 @dataclass(frozen=True)
 class RankMesh:
-    """Where this rank stands on each axis. `device_mesh` is None in a world of one without process groups.
+    """The size of each axis, and the process groups of this rank. `device_mesh` is None in a world of one.
 
-    `cp` has rows and columns; the ranks of a row are neighbours.
+    `cp` is (rows, columns); the ranks of a row are neighbours.
 
-    The groups are gloo's, whatever the `device`: they say who belongs together. Each Comm has connections of its
-    own, in which a message may take as long as `patience`.
+    The process groups use gloo for every `device`, because they only say which ranks belong together. Each Comm
+    has its own connections, in which a message may take as long as `patience`.
     """
 
     dp: int = 1
@@ -62,9 +67,9 @@ class RankMesh:
         device: torch.device | None = None,
         patience: timedelta = default_pg_timeout,
     ) -> RankMesh:
-        """The mesh of the initialised world (one rank when there is none), `spare` taking the ranks left over.
+        """The mesh of the initialised world (one rank when there is none). The remaining ranks form axis `spare`.
 
-        Every rank of the world must call it: making process groups is collective.
+        Every rank of the world must call it, because making process groups is collective.
 
         Raises:
             Refusal: the world's ranks do not divide by dp x cfg x cp x ulysses.
@@ -96,40 +101,40 @@ class RankMesh:
         )
 
     def size(self, axis: str) -> int:
-        """Ranks on `axis`, one of `AXES`, `SEQUENCE` or `REPLICA`."""
+        """The number of ranks on `axis`, which is one of `AXES`, `SEQUENCE` or `REPLICA`."""
         if axis in _FLAT:
             return math.prod(map(self.size, _FLAT[axis]))
         assert axis in AXES
         return math.prod(self.cp) if axis == "cp" else int(getattr(self, axis))
 
     def rank(self, axis: str) -> int:
-        """This rank's place on `axis`, from 0."""
+        """This rank's index on `axis`, from 0."""
         mesh = self._mesh(axis)
         return 0 if mesh is None else mesh.get_local_rank(None if axis in _FLAT else axis)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """The process group of the ranks that differ from this one on `axis` only, or None in a world of one."""
+        """The process group of the ranks that differ from this rank only on `axis`; None in a world of one."""
         mesh = self._mesh(axis)
         return None if mesh is None else mesh.get_group(None if axis in _FLAT else axis)
 
     def comm(self, axis: str) -> Comm:
-        """The counted messages between the ranks of `group(axis)`: one Comm per axis, however often asked for.
+        """The Comm between the ranks of `group(axis)`. Every call for the same axis returns the same Comm.
 
-        The first time is collective over the group.
+        The first call is collective over the group.
         """
         if axis not in self._comms:
             self._comms[axis] = self.new_comm(axis)
         return self._comms[axis]
 
     def new_comm(self, axis: str) -> Comm:
-        """Counted messages between the ranks of `group(axis)` with a ledger of their own; collective over them."""
-        # For Comm no group is everybody; a mesh without one has this rank alone.
+        """A new Comm between the ranks of `group(axis)`, with a new ledger; collective over these ranks."""
+        # Comm(None) means all ranks, but a mesh without process groups has only this rank.
         assert self.device_mesh is not None or not dist.is_initialized(), "use RankMesh.build()"
         self._made.append(Comm(self.group(axis), device=self.device, patience=self.patience))
         return self._made[-1]
 
     def close(self) -> None:
-        """Close the connections of all that were made here, once no rank waits for another."""
+        """Close the connections of all Comms made by this mesh, once no rank waits for another."""
         for comm in self._made:
             comm.close()
 

@@ -1,8 +1,8 @@
-"""A thread that hears of the end of a run while this process waits for an accelerator, or is busy.
+"""A thread that notices the end of a run while this process waits for an accelerator, or is busy.
 
-A message between accelerators does not fail by itself when its peer has gone, and whoever waits for the
-accelerator hears nothing. So a thread looks at the board and at the connections, and when the run is over it
-aborts the communicator, which ends every wait.
+A message between accelerators does not fail when its peer has gone, and a process that waits for the accelerator
+notices nothing. Therefore a thread checks the board and the connections. When the run is over, the thread aborts
+the communicator, which ends every wait.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch._C._distributed_c10d import Store
 
 from cosmos3_pipeline.distributed.board import PeerLost
 
-# How often it looks.
+# Interval between two checks of the board and the connections.
 LOOK_SECONDS = 0.2
-# How often a rank tells the others for whom it waits.
+# A rank tells the others for whom it waits at most once in this time.
 TELL_SECONDS = 1.0
 
 
 class Watch:
-    """Looks until `stop`, or until `look` raises; then it keeps the error in `over` and calls `abort`.
+    """Calls `look` repeatedly until `stop`. If `look` raises, keeps the error in `over` and calls `abort`.
 
-    A message that this rank waits for during more than `patience` seconds ends the run too, with the name of the
-    rank that is to blame: each rank of `size` tells in `store` for whom it waits, and one that is stuck waits for
-    nobody.
+    The run also ends if this rank waits longer than `patience` seconds for a message. The error then names the
+    rank to blame. For this purpose each of the `size` ranks writes to `store` for whom it waits: the rank to blame
+    waits for nobody.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class Watch:
         self._thread.start()
 
     def waits_for(self, arrived: Callable[[], bool], peers: Sequence[int]) -> None:
-        """Note that this rank, or its accelerator, waits for `peers` until `arrived`, which any thread may ask."""
+        """Note that this rank or its accelerator waits for `peers` until `arrived()`, which any thread may call."""
         self._waits = time.monotonic(), arrived, peers
 
     def check(self) -> None:
-        """Raise what has ended the run."""
+        """Raise the error that has ended the run, if there is one."""
         if self.over is not None:
             raise self.over
 
     def stop(self) -> None:
-        """Look no more; returns when the thread has ended."""
+        """Stop checking. Returns when the thread has ended."""
         self._stopped.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -76,7 +76,7 @@ class Watch:
                     told, told_at = now, time.monotonic()
                     self._store.set(_key(self._rank), json.dumps(told))
                 self._refuse_late()
-            except Exception as error:  # whatever it is: nobody else is there to be told
+            except Exception as error:  # any error, because no caller of this thread could handle it
                 self.over = error
                 self._abort()
                 return
@@ -100,7 +100,7 @@ class Watch:
         )
 
     def _who_waits_for_nobody(self, peers: Sequence[int]) -> int | None:
-        """The nearest rank along those that wait for each other which waits for none; None in a circle."""
+        """The first rank that waits for nobody, along the chain of waits from `peers`; None if it is a circle."""
         waiting, seen = list(peers), {self._rank}
         while waiting:
             rank = waiting.pop(0)

@@ -1,4 +1,4 @@
-"""What the environment says of a world that torchrun or a scheduler has started. Imports no torch."""
+"""Checks of the environment variables of a world that torchrun or a scheduler has started. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 
 from cosmos3_pipeline.errors import Problem
 
-# What torch reads to join a world; without the first nothing here reads the others.
+# The variables that torch reads to join a world. Without RANK this package reads none of the others.
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NO_WORLD = "env -u RANK python launch.py ... where no torchrun was started; torchrun itself sets them all"
 MOST_PORT = 65535
 
 
 def world_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    """What in `environ` is half a world, as a shell or another program leaves it; nothing without RANK in it."""
+    """Problems of an incomplete world in `environ`, such as leftovers of another program; none without RANK."""
     if "RANK" not in environ:
         return
     lacking = [name for name in NAMES if not environ.get(name, "").strip()]
