@@ -50,7 +50,7 @@ class Watch:
         self._thread.start()
 
     def waits_for(self, arrived: Callable[[], bool], peers: Sequence[int]) -> None:
-        """Note that this rank or its accelerator waits for `peers` until `arrived()`, which any thread may call."""
+        """Note that this rank or its accelerator waits for `peers` until `arrived()`; any thread may call that."""
         self._waits = time.monotonic(), arrived, peers
 
     def check(self) -> None:

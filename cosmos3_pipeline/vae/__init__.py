@@ -1,6 +1,6 @@
-"""The VAE in parallel: one program of ops, strategies that assign them to ranks, and one lowering of that.
+"""The parallel VAE: one program of ops, strategies that assign ops to ranks, one lowering to actions of each rank.
 
-Importing this package imports no torch; `ParallelVAE` does when it is asked for.
+Importing this package imports no torch. Only the attribute `ParallelVAE` imports it.
 """
 
 from __future__ import annotations

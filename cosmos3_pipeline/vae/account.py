@@ -1,6 +1,6 @@
 """Adds up the actions of each rank: bytes and messages, FLOPs, weights, peak memory. Imports no torch.
 
-It goes through the actions as `execute` does, with sizes in place of tensors.
+It simulates `execute` with sizes instead of tensors.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from cosmos3_pipeline.vae.ops import NO_ROOM, Room, Work
 class Tally:
     """The work of one rank for one clip.
 
-    flops: as `Op.flops`. sent_bytes, sent_messages: the payload that the rank sends, as the ledger counts it. A
-    decode counts the pictures of `decode_stream`, one byte per value. peak_bytes: the most bytes of tensors alive
-    at once, without the weights and without the buffers of the convolution library.
+    flops: as `Op.flops`.
+    sent_bytes, sent_messages: the payload that the rank sends, as the ledger counts it. A decode counts the
+    pictures of `decode_stream`, one byte per value.
+    peak_bytes: the most bytes of tensors alive at once, without weights and buffers of the convolution library.
     """
 
     flops: int = 0
@@ -50,7 +51,7 @@ class Tally:
 
 
 def account_repeated(clip: Repeated) -> list[Tally]:
-    """The tally of every rank, of a clip whose chunks may be alike."""
+    """The tally of every rank for a clip in which equal chunks were lowered only once."""
     short = account(clip.short)
     if clip.long is None:
         return short
@@ -74,9 +75,10 @@ def account(lowered: Lowered) -> list[Tally]:
 
 
 class _Flow:
-    """Sizes of a portion on its way: the activation with its room, and what open shortcuts keep, in elements.
+    """Sizes in elements of a portion between two ops: the activation with its room, and the open shortcuts.
 
-    Each size is in a list of its own, because an identity shortcut shares its memory with the activation.
+    Each size is in a list of length 1, which stands for a tensor: an identity shortcut and the activation are the
+    same list, because they share memory.
     """
 
     def __init__(self, at: list[int], shortcuts: list[list[int]], room: Room = NO_ROOM) -> None:
@@ -92,19 +94,19 @@ class _Flow:
         return sum(self.tensors().values())
 
     def pattern(self) -> tuple[tuple[int, int], ...]:
-        """(which tensor, its elements) of the activation and each shortcut: equal for flows that are alike."""
+        """(tensor number, elements) of the activation and each shortcut; equal for flows of the same form."""
         order: dict[int, int] = {}
         return tuple((order.setdefault(id(t), len(order)), t[0]) for t in (self.at, *self.shortcuts))
 
     def become(self, pattern: tuple[tuple[int, int], ...], room: Room) -> None:
-        """Be like the flow that has such a pattern."""
+        """Take the form of a flow with this pattern and room."""
         tensors: dict[int, list[int]] = {}
         self.at, *self.shortcuts = (tensors.setdefault(which, [elements]) for which, elements in pattern)
         self.room = room
 
 
 class _After(NamedTuple):
-    """The flow that a run of ops leaves, and the peak bytes of the flow and the kept frames during the run."""
+    """The flow after a run of ops, and the peak bytes of the flow and the kept frames during the run."""
 
     pattern: tuple[tuple[int, int], ...]
     room: Room
@@ -114,7 +116,7 @@ class _After(NamedTuple):
 
 
 class _Runs:
-    """Runs of ops on tiles of one size, gone through once for all ranks and chunks that are alike."""
+    """Simulates runs of ops on tiles. Equal runs are simulated once, for all ranks and chunks."""
 
     def __init__(self, lowered: Lowered) -> None:
         self._low = lowered
@@ -131,7 +133,7 @@ class _Runs:
         return self._work[key]
 
     def after(self, run: Run, flow: _Flow, kept: Mapping[int, int], work: Work) -> _After:
-        """The flow behind `run`, which begins with `flow` while the frames `kept` of its ops are alive."""
+        """The flow after `run`, which begins with `flow` while the frames `kept` by its ops are alive."""
         key = (run.start, run.stop, run.forgets, run.goes_on, work, flow.pattern(), flow.room, tuple(kept))
         if key not in self._known:
             walked = _Flow([0], [])
@@ -149,7 +151,7 @@ class _Runs:
     def _op(
         self, flow: _Flow, kept: dict[int, int], number: int, following: int | None, work: Work, *, forgets: bool
     ) -> int:
-        """Run one op on `flow`; returns the most bytes of it and of the frames kept that are alive at once."""
+        """Run one op on `flow`; returns the peak bytes of the flow and of the kept frames together."""
         op, peak = self._program.ops[number], 0
         passes = op.passes(first=work.first)
         alive = flow.tensors()
@@ -190,7 +192,7 @@ class _Runs:
         """The room that op `number` wants around its input."""
         op = self._program.ops[number]
         room = work.room(op)
-        # Pairs of frames are made of kept frames where these are.
+        # An op that computes frames in pairs reads the kept frames in place, so it needs no room in front.
         return Room(0, room.margins) if op.makes_pairs(work) else room
 
     def kept_elements(self, number: int, work: Work) -> int:
@@ -212,7 +214,7 @@ class _Walk:
         self._rank = rank
         self._tally = Tally()
         self._flows: dict[Tile, _Flow] = {}
-        self._portions: dict[Tile, int] = {}  # elements of a chunk of which portions are left
+        self._portions: dict[Tile, int] = {}  # elements of a chunk that has portions left to process
         self._kept: dict[Tile, dict[int, int]] = defaultdict(dict)
         self._arriving: dict[int, int] = {}  # bytes
         self._leaving: deque[list[int]] = deque()  # due, bytes
@@ -307,7 +309,7 @@ class _Walk:
         if portion.part == 1:
             self._portions[tile] = self._flows.pop(tile).at[0]
         if portion.part < portion.parts:
-            # Portions are parts of the chunk's memory, which stays until the last of them has been used.
+            # Portions are views of the chunk's memory, which stays until the last portion has been used.
             self._flows[tile] = _Flow([0], [])
         else:
             self._flows[tile] = _Flow([self._portions.pop(tile)], [])
@@ -370,9 +372,9 @@ class _Walk:
         self._peak(self._beside())
 
     def _hold_chunk_of(self, message: Message, tile: Tile) -> None:
-        """Count the whole chunk while a portion of a shortcut is leaving that lies in its memory."""
+        """Count the whole chunk while a portion of a shortcut is in flight, because it is a view of the chunk."""
         scale = self._low.value_scale(message.value, message.op) if message.value > 0 else 0
-        if not scale or message.rect != tile.at(scale):  # a part of a tile is copied
+        if not scale or message.rect != tile.at(scale):  # a rectangle smaller than the tile is copied
             return
         key, nbytes = (message.chunk, message.value, message.op), self._low.message_bytes(message)
         shortcut = self._flows[tile].shortcuts[self._program.shortcuts(message.op).index(message.value - 1)]
@@ -393,7 +395,7 @@ class _Walk:
         self._results.append(
             0 if local else elements * (self._low.shape.picture_bytes if decodes else self._element)
         )
-        # A picture of its own is there while bytes are made of it.
+        # The float picture is alive while it is converted to bytes.
         made = elements * (self._element + self._low.shape.picture_bytes) if local and decodes else 0
         self._peak(self._beside() + made)
 

@@ -1,14 +1,14 @@
-"""An assignment: which rank runs which ops on which chunks and which part of the picture. Imports no torch.
+"""An assignment: which rank runs which ops on which chunks and which slab of the picture. Imports no torch.
 
-The work of one clip is a box: ops x chunks x picture. A strategy tiles it into blocks, each with a rank:
+The work of one clip is a box: ops x chunks x picture. A strategy tiles this box into blocks, each with a rank:
 
     Block(ops=(0, 54), chunks=(0, 48), rank=3)                          # a run of ops: a pipeline stage
     Block(ops=(0, 84), chunks=(7, 8), rank=1)                           # one chunk: a wavefront
     Block(ops=(0, 84), chunks=(0, 48), rank=2, slab=Rect(4, 8, 0, 60))  # some rows: a shard
     Block(ops=(0, 84), chunks=(0, 48), rank=EVERY)                      # every rank, each for itself
 
-The messages follow from the blocks; `lowering` derives them. A box that is not fully tiled is refused, and so are
-two ranks that do the same work without saying so. The error names the block.
+`lowering` derives the messages from the blocks. Blocks that leave a part of the box out are refused, and so are
+blocks of two ranks that overlap, except with EVERY or warm_up. The error names the block.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Rect(NamedTuple):
         return self.height * self.width
 
     def common(self, other: Rect) -> Rect | None:
-        """The part that both have, if there is one."""
+        """The intersection with `other`; None if it is empty."""
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
         left, right = max(self.left, other.left), min(self.right, other.right)
         return Rect(top, bottom, left, right) if top < bottom and left < right else None
 
     def scaled(self, scale: int, unit: int) -> Rect:
-        """The same part on a grid with `scale` rows where this one has `unit`."""
+        """This rectangle on a grid that has `scale` rows for every `unit` rows of this grid."""
         return Rect(
             self.top * scale // unit,
             self.bottom * scale // unit,
@@ -63,7 +63,7 @@ class Rect(NamedTuple):
         )
 
     def grown(self, margins: Margins, limit: Rect) -> Rect:
-        """With `margins` around it, as far as `limit` reaches."""
+        """This rectangle grown by `margins`, but not beyond `limit`."""
         return Rect(
             max(self.top - margins.top, limit.top),
             min(self.bottom + margins.bottom, limit.bottom),
@@ -77,8 +77,8 @@ class Block:
     """`rank` runs the ops [start, stop) on the chunks [start, stop) of a slab of the picture.
 
     rank: `EVERY` means that each rank computes the block for itself.
-    slab: rows and columns; None is the whole picture. `unit` parts make one latent row, so a cut may lie within a
-    latent row at ops whose picture is larger.
+    slab: rows and columns in units of 1/`unit` latent row; None is the whole picture. With `unit` > 1 a cut may
+    lie within a latent row, at ops whose picture is larger than the latent.
     warm_up: the number of first chunks that only fill the temporal caches. Their results are dropped. The block
     begins with empty caches, like a clip.
     """
@@ -95,8 +95,8 @@ class Block:
 class Assignment:
     """The blocks of one clip over `ranks` ranks.
 
-    note: one line for a human, to which plans add how fast it is at best. speed_up: how many times as fast as one
-    rank that is, if the strategy knows better than the FLOPs say.
+    note: one line for a human. Plans add the best possible speed-up to it.
+    speed_up: the speed relative to one rank, if the strategy has a better estimate than FLOPs.
     """
 
     ranks: int
@@ -111,7 +111,7 @@ class Assignment:
         return cls(ranks, tuple(blocks), note, speed_up)
 
     def first_chunks(self, chunks: int) -> Assignment:
-        """The part of it that is the first `chunks` chunks of the clip."""
+        """The assignment of only the first `chunks` chunks of the clip."""
         blocks = [
             replace(block, chunks=(block.chunks[0], min(block.chunks[1], chunks)))
             for block in self.blocks
@@ -121,26 +121,26 @@ class Assignment:
 
 
 class AssignmentError(Refusal):
-    """The blocks are no assignment: no rank or two ranks compute some work, or an op cannot be cut like this."""
+    """The blocks are no assignment: some work has no rank or two, or an op cannot be cut at a block's edge."""
 
 
 class Tile(NamedTuple):
-    """A part of the picture and who has it, in lowest terms: equal tiles are the same part on the same rank."""
+    """A rectangle of the picture and its rank. `rect` / `unit` is reduced, so equal tiles compare equal."""
 
     rect: Rect
     unit: int
     rank: int | None
 
     def at(self, scale: int) -> Rect:
-        """In rows and columns of which `scale` make a latent one."""
+        """The rectangle on a grid with `scale` rows per latent row."""
         return self.rect.scaled(scale, self.unit)
 
     def on(self, rank: int) -> bool:
-        """Whether `rank` has it."""
+        """Whether `rank` has this tile."""
         return self.rank is EVERY or self.rank == rank
 
     def latent(self, whole: LatentShape) -> LatentShape:
-        """The shape of this part of `whole`."""
+        """The shape of this tile of the latent `whole`."""
         return LatentShape(
             whole.batch, whole.frames, self.rect.height, self.rect.width, whole.element_bytes, self.unit
         )
@@ -149,7 +149,7 @@ class Tile(NamedTuple):
 class Span(NamedTuple):
     """The ops [start, stop) of one chunk, with the tiles that make up the picture.
 
-    warming: tiles of ranks that run these ops too, and whose results nobody takes.
+    warming: tiles of ranks that also run these ops, but only to fill their temporal caches.
     """
 
     start: int
@@ -158,24 +158,24 @@ class Span(NamedTuple):
     warming: tuple[Tile, ...] = ()
 
 
-Layout = tuple[Span, ...]  # of one chunk: its spans follow each other
+Layout = tuple[Span, ...]  # the spans of one chunk, in order of their ops
 
 
 def whole_picture(shape: LatentShape, scale: int = 1) -> Rect:
-    """All rows and columns, `scale` of which make a latent one."""
+    """All rows and columns of the picture, with `scale` rows per latent row."""
     return Rect(0, shape.rows * scale, 0, shape.cols * scale)
 
 
 def read_by(op: Op, part: Rect, whole: Rect) -> Rect:
-    """The part of its input that `op` reads to compute `part`, in rows and columns of its input.
+    """The rectangle that `op` reads to compute `part`, both in rows and columns of its input.
 
-    This is where the size of a halo is decided: `op.margins` around the part. No other code has this geometry.
+    Only this function decides the size of a halo: `op.margins` around `part`.
     """
     return whole if op.reads_whole else part.grown(op.margins, whole)
 
 
 def layouts(program: Program, shape: LatentShape, assignment: Assignment) -> tuple[Layout, ...]:
-    """The layout of every chunk; equal ones are the same object. Raises AssignmentError as `check` says."""
+    """The layout of every chunk; equal layouts are one object. Raises AssignmentError if a block is wrong."""
     chunks = program.chunks(shape)
     _check_numbers(program, shape, assignment)
     edges = sorted({0, chunks, *(e for b in assignment.blocks for e in (*b.chunks, b.chunks[0] + b.warm_up))})
@@ -247,7 +247,7 @@ def _tile(block: Block, shape: LatentShape) -> Tile:
 
 
 def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment) -> None:
-    """Raise AssignmentError for a block that lies outside the box, or parts rows that an op makes of one row."""
+    """Raise AssignmentError for a block outside the box, or with an edge that is no row edge of one of its ops."""
     scales = _scales(program)
     box = {"ops": len(program), "chunks": program.chunks(shape)}
     seen: set[tuple[tuple[int, int], Rect | None, int]] = set()
@@ -302,7 +302,7 @@ def _check_numbers(program: Program, shape: LatentShape, assignment: Assignment)
 
 
 def _is_well_formed(block: Block) -> bool:
-    """Whether its fields have the right types. A dataclass does not check them."""
+    """Whether the fields of `block` have the right types. A dataclass does not check types."""
     pairs = (block.ops, block.chunks)
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs) or not isinstance(
         block.slab, Rect | None
@@ -314,7 +314,7 @@ def _is_well_formed(block: Block) -> bool:
 
 
 def _scales(program: Program) -> list[set[int]]:
-    """For each op the scales of all that it reads and makes, and of the shortcuts that are open across it."""
+    """For each op the scales of its input and output, and of the shortcuts that are open across it."""
     return [
         {op.target.scale, *(spec.scale for cut in (n, n + 1) for spec in program.carried(cut))}
         for n, op in enumerate(program.ops)

@@ -1,6 +1,6 @@
 """Each op of a program with its weights bound: one small class per op type.
 
-An op reads `flow.at`, the activation of the chunk, and replaces it. Layout: [B, T, H, W, C].
+An op reads `flow.at`, the activation of the chunk, and replaces it by its output. Layout: [B, T, H, W, C].
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ NORM_BLOCKS_AT_ONCE = 8
 
 @dataclass
 class Flow:
-    """One portion of a chunk on its way through ops on one tile: the activation and the open shortcuts.
+    """One portion of a chunk between two ops on one tile: the activation and the tensors of open shortcuts.
 
-    cache: the frames that each op keeps for the next chunk, by name.
+    cache: the temporal cache: the frames that each op keeps for the next chunk, by the op's name.
     first: whether this is the clip's first chunk.
-    exchange: None if the tile is the whole picture.
-    whole: the input of an attention, if it is assembled already.
+    exchange: the source of halos; None if the tile is the whole picture.
+    whole: the whole frames that an attention reads, if they are assembled already.
     forgets: the ops whose kept frames are not needed again.
-    following: the next op. follows_at_once: whether nothing happens before it.
+    following: the next op.
+    follows_at_once: whether no other action comes before the next op.
     """
 
     at: Frames
@@ -53,14 +54,14 @@ OpT = TypeVar("OpT", bound=ops.Op)
 
 
 class BoundOp(ABC, Generic[OpT]):
-    """An op of a program and its weights. `number` is its place there."""
+    """An op of a program and its weights. `number` is its index in the program."""
 
     def __init__(self, number: int, op: OpT, weights: Mapping[str, Tensor]) -> None:
         self.number = number
         self.op = op
 
     def room(self, shape: Sequence[int], like: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
-        """The room that `run` wants around its input of `shape`, which is `like` another in dtype and device."""
+        """The room that `run` wants around its input of `shape`, with dtype and device of `like`."""
         if exchange is None:
             return self.op.room(first=first)
         return self.op.room(first=first, cut_rows=exchange.rows, cut_cols=exchange.cols)
@@ -70,7 +71,7 @@ class BoundOp(ABC, Generic[OpT]):
         """Replace `flow.at` by the op's output."""
 
     def pass_by(self, flow: Flow) -> None:
-        """Another rank runs this op on this chunk: only copy the frames that a later chunk needs here."""
+        """Keep the input frames that this rank needs for a later chunk; another rank runs the op on this chunk."""
         name, count = self.op.name, self.op.cached_frames
         if not count:
             return
@@ -108,14 +109,14 @@ def _with_room(flow: Flow, bound: BoundOp[Any], room: Room) -> Frames:
 
 
 def _begin(flow: Flow, frames: Frames, bound: BoundOp[Any]) -> None:
-    """Let the rows of other tiles come into the margins of `frames`, the input of `bound`; this is done once."""
+    """Start the halo exchange into the margins of `frames`, the input of `bound`, unless it was started before."""
     exchange = flow.exchange
     if frames.arrival is None and exchange is not None and bound.op.margins and (exchange.rows or exchange.cols):
         frames.arrival = Arrival(exchange.coming(bound.number), exchange.start(bound.number, frames))
 
 
 def _recall(flow: Flow, name: str, frames: Frames) -> None:
-    """Put the frames kept from the chunk before in front of this one's (zeros when none were kept)."""
+    """Copy the frames kept from the previous chunk in front of this chunk's frames; zeros if none were kept."""
     front = frames.buffer[:, : frames.room.front]
     if name in flow.cache:
         front.copy_(flow.cache[name])
@@ -124,7 +125,7 @@ def _recall(flow: Flow, name: str, frames: Frames) -> None:
 
 
 def _remember(flow: Flow, bound: BoundOp[Any], buffer: Tensor) -> None:
-    """Keep the last frames of `buffer` that the op needs for the next chunk, zeros before the first."""
+    """Keep the last frames of `buffer` that the op needs for the next chunk; missing frames are zeros."""
     name, count = bound.op.name, bound.op.cached_frames
     if bound.number in flow.forgets:
         flow.cache.pop(name, None)
@@ -137,19 +138,19 @@ def _remember(flow: Flow, bound: BoundOp[Any], buffer: Tensor) -> None:
 
 
 def _may_stay(flow: Flow, buffer: Tensor, count: int) -> bool:
-    """Whether `buffer` can be kept for the next chunk as it is: `count` frames, in a memory of their own."""
+    """Whether `buffer` can be kept without a copy: it has `count` frames and shares memory with no tensor."""
     alone = buffer.untyped_storage().nbytes() == buffer.nbytes
     return buffer.shape[1] == count and alone and not any(_same_memory(buffer, kept) for kept in flow.shortcuts)
 
 
 def _closed(flow: Flow) -> Tensor:
-    """The tensor that the innermost shortcut has kept, to be overwritten: a copy if an outer one shares it."""
+    """The tensor of the innermost shortcut, safe to overwrite: a copy if an outer shortcut shares the tensor."""
     kept = flow.shortcuts.pop()
     return kept.clone() if any(_same_memory(kept, outer) for outer in flow.shortcuts) else kept
 
 
 def _is_added_later(flow: Flow) -> bool:
-    """Whether the next op adds this op's result to a shortcut, in the same pass in which it reads the sum."""
+    """Whether the next op adds this op's result to the shortcut, in the pass in which it reads the sum."""
     following = flow.following
     if takes_host_path(flow.at.buffer) or not flow.follows_at_once or following is None:
         return False
@@ -159,12 +160,12 @@ def _is_added_later(flow: Flow) -> bool:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    # Not by the address of the values: a tensor of shapes only has none.
+    # The storage is compared, because a meta tensor has no data address.
     return int(a.untyped_storage()._cdata) == int(b.untyped_storage()._cdata)
 
 
 def _edges_first(height: int, width: int, margins: Margins) -> tuple[list[_Part], list[_Part]]:
-    """A slab in parts (rows, columns): the edges that neighbours read as their halo, and the rest."""
+    """Split a slab into (rows, columns): the edges that neighbours read as their halo, and the rest."""
     top, bottom = min(margins.bottom, height), max(height - margins.top, min(margins.bottom, height))
     left, right = min(margins.right, width), max(width - margins.left, min(margins.right, width))
     everywhere, between = slice(0, width), slice(top, bottom)
@@ -190,7 +191,7 @@ class Conv(BoundOp[ops.Conv]):
         self._conv = Convolution(*self._tensors(weights))
 
     def room(self, shape: Sequence[int], like: Tensor, *, first: bool, exchange: HaloExchange | None) -> Room:
-        """None in front where frames are made in pairs: these read the kept frames where they are."""
+        """No room in front if frames are computed in pairs, because pairs read the kept frames in the cache."""
         room = super().room(shape, like, first=first, exchange=exchange)
         return Room(0, room.margins) if self._conv.makes_pairs(shape, like) else room
 
@@ -205,7 +206,7 @@ class Conv(BoundOp[ops.Conv]):
         before = None
         if apart:
             before = flow.cache.get(name)
-            if before is None:  # a rank that begins to warm up in the middle of a clip
+            if before is None:  # a rank that starts its warm-up in the middle of a clip
                 b, _, h, w, c = frames.buffer.shape
                 before = frames.buffer.new_zeros(b, count, h, w, c)
         shortcut = _closed(flow) if self.op.adds_shortcut else None
@@ -247,7 +248,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for part in edges:
             self._norm(x, owed, out, part)
-        # The halo that other tiles wait for is ready. It is sent while the rest is computed.
+        # The halo that other tiles wait for is ready, so it is sent while the rest is computed.
         if following is not None:
             _begin(flow, frames, following)
         for part in rest:
@@ -259,9 +260,9 @@ class NormSilu(BoundOp[ops.NormSilu]):
         kernels.norm_silu(x[at], self._gamma, out[at], added=None if owed is None else owed[at])
 
     def _recalls(self, flow: Flow, room: Room) -> bool:
-        """Whether it also puts the frames that the next op has kept in front, in the same pass over memory.
+        """Whether the same kernel also copies the next op's kept frames to the front of its input.
 
-        Not on a slab: there the kept frames have margins, which come from other slabs later.
+        Not possible on a slab, because there the kept frames have margins, which arrive from other slabs later.
         """
         return (
             bool(room.front) and not room.margins and flow.follows_at_once and not takes_host_path(flow.at.buffer)
@@ -270,7 +271,7 @@ class NormSilu(BoundOp[ops.NormSilu]):
     def _after_kept(self, flow: Flow, frames: Frames) -> None:
         assert flow.following is not None
         x, name = flow.at.inner, flow.following.op.name
-        if name not in flow.cache:  # a rank that begins to warm up in the middle of a clip
+        if name not in flow.cache:  # a rank that starts its warm-up in the middle of a clip
             b, _, h, w, c = x.shape
             flow.cache[name] = x.new_zeros(b, frames.room.front, h, w, c)
         kept, owed = flow.cache[name], flow.at.owed
@@ -295,7 +296,7 @@ class Attention(BoundOp[ops.Attention]):
     def run(self, flow: Flow) -> None:
         x = flow.at.inner
         normed = whole = torch.ops.cosmos3.vae_norm(x, self._gamma)
-        # Keys and values are of whole frames.
+        # Keys and values need whole frames.
         if flow.whole is not None:
             whole, flow.whole = torch.ops.cosmos3.vae_norm(flow.whole, self._gamma), None
         elif flow.exchange is not None:
@@ -311,7 +312,7 @@ class TimeUp(BoundOp[ops.TimeUp]):
 
     def run(self, flow: Flow) -> None:
         if flow.first:
-            return  # passes unchanged, and is not remembered: the next chunk sees zeros
+            return  # unchanged and not kept: the next chunk sees zeros
         frames = _take(flow, self)
         _recall(flow, self.op.name, frames)
         _remember(flow, self, frames.buffer)
@@ -337,9 +338,9 @@ class TimeDown(BoundOp[ops.TimeDown]):
 
 
 def _reads(row: int, col: int, margins: Margins) -> bool:
-    """Whether the outputs of an upsampling at one offset of its grid are made of `margins` too.
+    """Whether outputs of an upsampling at this offset (row, col) of the doubled grid read a pixel in `margins`.
 
-    Those in even rows read the input's row above theirs, those in odd ones the row below; so do columns.
+    Even output rows also read the input row above, odd output rows the input row below. Columns are alike.
     """
     return bool((margins.bottom if row else margins.top) or (margins.right if col else margins.left))
 
@@ -369,7 +370,7 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
         flow.at = Frames(out.view(b, t, 2 * h, 2 * w, -1))
 
     def _make(self, row: int, col: int, frames: Frames, kept: Tensor | None, *, first: bool, out: Tensor) -> None:
-        """The outputs at one offset of the upsampled grid, into `out` [B, T, H, 2, W, 2, C]."""
+        """Write the outputs at one offset of the upsampled grid to `out` [B, T, H, 2, W, 2, C]."""
         _, _, h, w, _ = frames.inner.shape
         cut = frames.room.margins
         # One output more than needed on each axis: the kernel is even and the padding symmetric.
@@ -381,9 +382,9 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
             self._add(part, kept, row, col, first=first, out=place)
 
     def _add(self, part: Tensor, kept: Tensor, row: int, col: int, *, first: bool, out: Tensor) -> None:
-        """`out` = `part`, the outputs at one offset of the upsampled grid, + their copies of `kept`.
+        """out = part + the copies of `kept` for the same outputs; `part` are those at one offset of the grid.
 
-        All are [B, T, H, W, C] on the small rows and columns.
+        All are [B, T, H, W, C] with the rows and columns before upsampling.
         """
         added = self._duplicates()
         dropped = added.factor_t - 1 if first else 0
@@ -392,7 +393,7 @@ class SpatialUp(BoundOp[ops.SpatialUp]):
             torch.add(part[:, frames], self._copy(kept, time, row, col), out=out[:, frames])
 
     def _copy(self, kept: Tensor, time: int, row: int, col: int) -> Tensor:
-        """The kept channels that fall on the output channels at one offset of the upsampled grid."""
+        """The channels of `kept` for the output channels at one offset of the upsampled grid."""
         added = self._duplicates()
         offset = (time * added.factor_s + row) * added.factor_s + col
         if added.factor % added.copies == 0:

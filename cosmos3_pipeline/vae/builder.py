@@ -1,4 +1,4 @@
-"""Writes a VAE down op by op: the ops of its blocks, and the ops between blocks. Imports no torch."""
+"""Builds a VAE's program op by op: the ops of its blocks, and the ops between blocks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cosmos3_pipeline.vae.ops import (
 
 
 class ProgramError(Refusal):
-    """A VAE config that no program can be made of."""
+    """A VAE config from which no program can be built."""
 
 
 class Builder:
@@ -95,7 +95,7 @@ class Builder:
         self.residual(f"{name}.resnets.1", self.at.channels)
 
     def up(self, name: str, channels: int, *, doubles_time: bool, duplicates: bool) -> None:
-        """Doubles rows and columns, and frames if asked; with `duplicates` it closes the shortcut around it."""
+        """Double rows and columns, and frames with `doubles_time`; `duplicates` closes the shortcut around it."""
         width, kept = self.at.channels, self._open.pop() if duplicates else None
         if doubles_time:
             weights = conv_weights(f"{name}.time_conv", 2 * width, width, (3, 1, 1))

@@ -1,8 +1,8 @@
-"""When the actions of each rank end: the actions of a run with seconds in place of tensors. Imports no torch.
+"""Simulates a run with seconds instead of tensors: when do the actions of each rank end? Imports no torch.
 
-A rank goes on to its next action at once, unless the action needs a message that has not arrived. A message starts
+A rank starts its next action at once, unless the action needs a message that has not arrived. A message starts
 when both ends are ready, as with gloo and NCCL. A rank sends one message at a time and receives one at a time. The
-real convolution computes some rows before its halo arrives; the clock lets it wait for the halo first.
+real convolution computes some rows before its halo arrives; in this model it waits for the halo first.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class OpCosts(Protocol):
     def seconds(self, op: int, rows: float, *, first: bool) -> float:
         """Seconds of op `op` for one chunk of `rows` latent rows of the clip's full width.
 
-        `first`: the clip's first chunk, which has one frame everywhere. A tile of fewer columns counts as fewer
-        rows.
+        `first`: the clip's first chunk, which has one frame everywhere. A narrower tile counts as fewer rows of
+        the full width.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Link:
-    """Messages between two ranks, one way: seconds to the first byte, and bytes per second from then on.
+    """Messages from one rank to another: seconds to the first byte, and bytes per second from then on.
 
-    `busy_s` and `busy_s_per_byte` are what a message takes from the computing of each of its two ranks (on CPU
-    their cores copy it), while it is in flight.
+    `busy_s` and `busy_s_per_byte` are the computing time that a message costs each of its two ranks while it is in
+    flight. On CPU this is the time in which their cores copy the message.
     """
 
     latency_s: float
@@ -66,9 +66,11 @@ Links = Callable[[int, int], Link]  # from rank a to rank b
 
 @dataclass(frozen=True)
 class Timeline:
-    """One clip. Per rank: seconds that it computes. results: when each part of the result is handed out.
+    """The times of one clip, in seconds.
 
-    events: (rank, what, begin, end) of all that a rank computes, if asked for.
+    busy_s: for each rank, how long it computes.
+    results: when each portion of the result is handed out.
+    events: (rank, what, begin, end) of each run of ops, if asked for.
     """
 
     seconds: float
@@ -77,7 +79,7 @@ class Timeline:
     events: tuple[tuple[int, str, float, float], ...] = ()
 
     def trace(self) -> dict[str, Any]:
-        """In the format that Perfetto and chrome://tracing open."""
+        """The events in the format of Perfetto and chrome://tracing."""
         return {
             "traceEvents": [
                 {"ph": "X", "name": what, "pid": 0, "tid": rank, "ts": 1e6 * begin, "dur": 1e6 * (end - begin)}
@@ -87,12 +89,12 @@ class Timeline:
 
 
 def timeline(lowered: Lowered, costs: OpCosts, links: Links | None = None, *, events: bool = False) -> Timeline:
-    """When the actions of all ranks end. Without `links` messages take no time."""
+    """Simulate the actions of all ranks. Without `links`, messages take no time."""
     return _Clock(lowered, costs, links, events=events).run()
 
 
 class FlopCosts:
-    """FLOPs instead of seconds, on the whole picture `shape` or a part of its rows."""
+    """Uses the FLOPs of an op as its seconds, in proportion to the rows of the tile."""
 
     def __init__(self, lowered: Lowered) -> None:
         self._rows = lowered.shape.rows
@@ -105,7 +107,7 @@ class FlopCosts:
 
 
 def flops_until_end(clip: Repeated) -> float:
-    """FLOPs on the critical path: those of the slowest rank, and of the work that it waits for."""
+    """FLOPs on the critical path: those of the slowest rank and of the work for which this rank waits."""
     return clip.total(
         lambda lowered: (
             float(lowered.program.flops(lowered.shape))
@@ -117,7 +119,7 @@ def flops_until_end(clip: Repeated) -> float:
 
 @dataclass(slots=True)
 class _Flight:
-    """A message: when its ends were ready, and when it arrives."""
+    """A message: when its sender and its receiver were ready, and when it arrives. Negative: not yet."""
 
     sent: float = -1.0
     posted: float = -1.0
@@ -125,10 +127,10 @@ class _Flight:
 
 
 class _HaloTimes(NamedTuple):
-    """One exchange of halos: the peers, its seconds once all are ready, and the computing time that it costs.
+    """One halo exchange: the peers, its seconds once all peers are ready, and the computing time that it costs.
 
-    edges: the share of the op before that is computed before the exchange begins. A rank sends its messages one
-    by one.
+    edges: the share of the previous op that must be computed before the exchange begins. A rank sends its messages
+    one by one.
     """
 
     peers: tuple[int, ...]
@@ -186,7 +188,7 @@ class _Clock:
         )
 
     def _process(self, number: int) -> Iterator[str]:
-        """The actions of rank `number`. Yields while the rank waits: "moved" if it did something since then."""
+        """Runs the actions of rank `number`. While it waits it yields; "moved" if it did something before."""
         rank = self._ranks[number]
         for action in self._low.actions[number]:
             if isinstance(action, Run):
@@ -234,7 +236,7 @@ class _Clock:
                 self._posts[run.chunk, run.part, op, number] = rank.now
                 rank.now += last - edges + halo.busy
                 at = op
-                if op == run.stop:  # begun for the run that follows
+                if op == run.stop:  # the exchange belongs to the next run
                     continue
             else:
                 halo = self._halo(number, run, op, portions)
@@ -248,7 +250,7 @@ class _Clock:
             self._events.append((number, f"chunk {run.chunk}: ops {run.start}-{run.stop - 1}", begin, rank.now))
 
     def _sums_of(self, rows: float, portions: int, *, first: bool) -> list[float]:
-        """Seconds before each op, for one portion on this many rows."""
+        """Cumulative seconds before each op, for one portion of `rows` rows."""
         key = (rows, first, portions)
         if key not in self._sums:
             ops = range(len(self._program))
@@ -261,7 +263,7 @@ class _Clock:
         rank.busy += seconds
 
     def _halo_ops(self, run: Run) -> Sequence[int]:
-        """The ops of a run that exchange margins, and the next one if that begins here."""
+        """The ops of a run that exchange halos, and the op after the run if its exchange starts in this run."""
         if not run.halos:
             return ()
         key = (id(run.halos), run.start, run.stop, run.goes_on)
@@ -288,7 +290,7 @@ class _Clock:
         return self._halos[key]
 
     def _edges(self, op: int, tile: Tile, halo: Halo) -> float:
-        """The share of a tile that others wait for: the rows and columns that they read, corners once."""
+        """The share of a tile that other ranks read: rows and columns at its edges; corners count once."""
         core, _ = self._low.input_rect(op, tile)
         rects = [rect for rect, _ in halo.sends]
         top = max((r.height for r in rects if r.top == core.top and r.height < core.height), default=0)
@@ -299,7 +301,7 @@ class _Clock:
         return 1 - inner / core.area
 
     def _neighbours(self, number: int, rank: _Rank, run: Run, op: int, halo: _HaloTimes) -> Iterator[str]:
-        """Wait for what comes from other tiles, and until they have taken what goes to them."""
+        """Wait until the halos of this tile have arrived, and until the other tiles have received theirs."""
         posts, chunk, part = self._posts, run.chunk, run.part
         ready, moved = posts[chunk, part, op, number], True
         for peer in halo.peers:

@@ -1,10 +1,10 @@
-"""Convolution with its weights bound; the only place that picks kernels for it.
+"""Convolution with its weights bound; the only place that chooses kernels for it.
 
-Every strategy and the replicated reference run these, so a faster kernel changes all of them alike and their
-outputs stay comparable bit for bit. Activations are channels-last and contiguous: [B, T, H, W, C].
+Every strategy and the replicated reference use this class. A faster kernel therefore changes all of them alike,
+and their outputs stay comparable bit for bit. Activations are channels-last and contiguous: [B, T, H, W, C].
 
-On CPUs they call oneDNN directly with weights that were reordered once. PyTorch itself falls back to a slow
-kernel for small inputs, and reorders the weights at every call. In float32 they compute two frames with four
+On CPUs this class calls oneDNN directly with weights that were reordered once. PyTorch itself uses a slow kernel
+for small inputs, and reorders the weights at every call. In float32 this class computes two frames with four
 convolutions of one frame each instead of six:
 
     y0 = w0 x0 + w1 x1 + w2 x2        y1 = w0 x1 + w1 x2 + w2 x3
@@ -12,9 +12,9 @@ convolutions of one frame each instead of six:
     y0 = a + b + w0 (x0 - x2)         y1 = a - b + w2 (x3 - x1)
 
 (Winograd's F(2, 3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015). Its error against
-float64 was 0.7 to 1.4 times the error of the plain convolution. bfloat16 does not use it, because the sums of
-frames and of weights would be rounded too. A processor without instructions for bfloat16 computes in float32, in
-bands of rows, and rounds the result once. The reordered weights then take four bytes each.
+float64 was 0.7 to 1.4 times the error of the plain convolution. bfloat16 does not use this method, because the
+sums of frames and of weights would be rounded too. A processor without instructions for bfloat16 computes in
+float32, in bands of rows, and rounds the result once. The reordered weights then take four bytes each.
 """
 
 from __future__ import annotations
@@ -35,44 +35,44 @@ from cosmos3_pipeline.vae.host_memory import long_lived
 from cosmos3_pipeline.vae.kernels import arithmetic_dtype
 from cosmos3_pipeline.vae.ops import Margins
 
-# The shapes of a clip: its first chunk's and the later ones'.
+# A clip has two input shapes: the first chunk's, and the later chunks'.
 _SHAPES = 2
 
-# Elements of a band that is computed in a wider dtype, and the least elements per weight, because each band reads
-# all weights.
+# A band that is computed in a wider dtype has at least _WIDE_ELEMENTS elements, and at least _WIDE_BY_WEIGHTS
+# elements per weight, because each band reads all weights.
 _WIDE_ELEMENTS = 1 << 16
 _WIDE_BY_WEIGHTS = 1
 
-# Parts of a weight that are reordered: all taps, one tap, and the two sums that both frames of a pair use.
+# What is reordered: all taps, the first or last tap, or the two sums of taps that both frames of a pair use.
 _WHOLE, _FIRST, _LAST, _SUM, _DIFFERENCE = "whole", "first", "last", "sum", "difference"
 _OF_PAIRS = (_FIRST, _SUM, _DIFFERENCE, _LAST)
 
-_Key = tuple[str, tuple[int, ...]]  # what is reordered, and for frames [B, C, T, H, W] of which shape
+_Key = tuple[str, tuple[int, ...]]  # one of the names above, and the shape [B, C, T, H, W] of the input frames
 
 
 class Convolution:
     """A 3D convolution over channels-last activations, its weights bound and reordered on first use.
 
-    `weight` is [O, I, kt, kh, kw], `bias` [O]. It is dropped once it can be restored from its reordered parts.
+    `weight` is [O, I, kt, kh, kw], `bias` [O]. The weight is dropped once its reordered forms can restore it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self._shape = tuple(weight.shape)
         if not takes_host_path(weight):
-            # As cuDNN wants it, which would otherwise reorder it at every call. The last tap alone is dense only
-            # after a copy; the one call of a clip that wants it makes it.
+            # cuDNN would otherwise reorder the weight at every call. The last tap alone would need another copy;
+            # it is made in the call that needs it, which is once per clip.
             weight = weight.contiguous(memory_format=torch.channels_last_3d)
         self._given: Tensor | None = weight
-        self._middle: Tensor | None = None  # of three taps, beside the other two of a pair of frames
+        self._middle: Tensor | None = None  # the middle tap, kept beside the reordered first and last
         self._bias = bias
         self._dtype = arithmetic_dtype(weight.dtype, weight.device)
         self._packed: dict[_Key, Tensor] = {}
-        self._used: list[list[_Key]] = []  # by the shapes that were used last
+        self._used: list[list[_Key]] = []  # for each shape, the most recently used last
 
     def makes_pairs(self, shape: Sequence[int], like: Tensor) -> bool:
-        """Whether it makes the frames of an input of `shape` [B, T, H, W, I], `like` another, two at a time.
+        """Whether it computes frames two at a time, for an input like `like` of `shape` [B, T, H, W, I].
 
-        It then wants those before them apart.
+        It then takes the past frames as a separate tensor.
         """
         batch, frames, rows, cols, _ = shape
         outputs, inputs, *kernel = self._shape
@@ -96,11 +96,11 @@ class Convolution:
     ) -> Tensor:
         """[B, T, H, W, I] -> [B, T', H', W', O]; `padding` adds zero rows and columns on both sides.
 
-        The frames of the past are the first of x, or come separately as `before`, so that pairs of frames
-        (`makes_pairs`) need no copy.
+        before: the past frames, if frames are computed in pairs (`makes_pairs`); this saves a copy. Otherwise the
+        past frames are the first frames of x.
         taps: if positive, only the last `taps` temporal taps are computed, which is right if the past is zeros.
         onto: [B, T', H', W', O], contiguous. The result is added to it, and oneDNN rounds the sum once.
-        arrival: of the halo of x. It is waited for as late as possible.
+        arrival: the halo of x that is still in flight. It is waited for as late as possible.
         """
         if before is not None:
             assert not taps and stride == (1, 1, 1), "pairs of frames are made with all taps, and of every frame"
@@ -119,7 +119,7 @@ class Convolution:
         (packed,) = self._pack([_WHOLE if taps == self._shape[2] else _LAST], tuple(frames.shape), pad, stride)
         if onto is None:
             return _convolved(x, packed, self._bias, pad, stride)
-        # Where the sum was is still in a cache when it is written, and no memory is needed for another tensor.
+        # oneDNN adds while the values are in a cache, and no memory is needed for another tensor.
         _convolved_onto(onto, x, packed, self._bias, pad, stride)
         return onto
 
@@ -131,7 +131,7 @@ class Convolution:
         taps: int,
         onto: Tensor | None,
     ) -> Tensor:
-        """The same in a wider dtype than x has, in bands of rows, which take little memory."""
+        """As `__call__`, in a wider dtype than x has. Bands of rows keep the memory for the wide copies small."""
         outputs, inputs, all_taps, height, width = self._shape
         batch, frames, rows, cols, _ = x.shape
         kernel, edges = (taps, height, width), (0, *padding)
@@ -164,14 +164,14 @@ class Convolution:
         onto: Tensor | None,
         arrival: Arrival | None,
     ) -> Tensor:
-        """Two frames at a time, in bands of rows whose sums and differences stay in a core's cache."""
+        """As `__call__`, two frames at a time, in bands of rows whose sums and differences stay in a cache."""
         outputs, inputs, taps, height, width = self._shape
         rows, cols = x.shape[2] + 2 * padding[0] - height + 1, x.shape[3] + 2 * padding[1] - width + 1
         out = x.new_empty(1, x.shape[1], rows, cols, outputs) if onto is None else onto
         size = pair_band(inputs, outputs, (taps, height, width), rows, cols)
         pad, read = (0, *padding), x.shape[2]
         if size < rows:
-            pad, read = (0, 0, padding[1]), size + height - 1  # with rows of zeros at the picture's edge
+            pad, read = (0, 0, padding[1]), size + height - 1  # `space` has the zero rows at the picture's edge
         space = x.new_empty(1, 1, read, *x.shape[3:])
         packed = self._pack(_OF_PAIRS, tuple(space.permute(0, 4, 1, 2, 3).shape), pad, (1, 1, 1))
         pairs = _Pairs((before, x), out, onto is not None, space, packed, self._bias, pad)
@@ -198,8 +198,8 @@ class Convolution:
     ) -> list[Tensor]:
         """The parts `names` of the weight, in the memory order that oneDNN wants for frames of this shape.
 
-        The best order depends on the shape. oneDNN would reorder weights in another order at every call, so the
-        results are kept for the shapes that were used last.
+        The best order depends on the shape, and oneDNN reorders weights at every call that gets another order.
+        Therefore the reordered weights are kept for the most recently used shapes.
         """
         keys = [(name, frames) for name in names]
         if keys not in self._used:
@@ -213,11 +213,11 @@ class Convolution:
                 self._used.append(keys)
                 self._let_go(weight)
         elif self._used[-1] != keys:
-            self._used.append(self._used.pop(self._used.index(keys)))  # the last used is last
+            self._used.append(self._used.pop(self._used.index(keys)))  # the most recently used is last
         return [self._packed[key] for key in keys]
 
     def _let_go(self, weight: Tensor) -> None:
-        """Drop the parts for shapes not used lately, and `weight` itself if it can be restored from the rest."""
+        """Drop reordered parts of shapes not used lately, and `weight` itself if the others can restore it."""
         whole = [keys for keys in self._used if _has_all(keys)]
         self._used = self._used[-_SHAPES:]
         if whole and whole[-1] not in self._used:
@@ -240,7 +240,7 @@ class Convolution:
 
 
 def _has_all(keys: list[_Key]) -> bool:
-    """Whether the whole weight can be restored from these parts and the middle tap."""
+    """Whether the whole weight can be restored from the parts `keys` and the middle tap."""
     return len(keys) > 1 or keys[0][0] == _WHOLE
 
 
@@ -257,22 +257,22 @@ def _part(weight: Tensor, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Band:
-    """Rows of the output, and the rows of the input that they are made of; some may lie beyond the input."""
+    """Rows of the output (`made`), and the rows of the input that they need, which may lie beyond its edges."""
 
     made: slice
     read: slice
 
 
 def _band(top: int, end: int, height: int, padding: int, step: int = 1) -> _Band:
-    """The band of the rows [top, end) of an output, with a kernel of `height` rows and a stride of `step`."""
+    """The band of output rows [top, end), for a kernel of `height` rows and a stride of `step`."""
     return _Band(slice(top, end), slice(top * step - padding, (end - 1) * step - padding + height))
 
 
 def _framed(space: Tensor, band: _Band, rows: int) -> tuple[Tensor, slice, Tensor]:
-    """Where a band puts what it reads of an input of so many `rows`: in `space` [B, T, h, W, I].
+    """Prepare the buffer `space` [B, T, h, W, I] for the rows that a band reads of an input with `rows` rows.
 
-    Returns the rows of `space` that it reads, with zeros in those beyond the input; of the input the rows that it
-    reads, and where they go.
+    Returns three things: the rows of `space` for the convolution, with zeros beyond the edges of the input; the
+    rows to copy from the input; the view of `space` to which they are copied.
     """
     first, last = band.read.start, band.read.stop
     there = slice(max(first, 0), min(last, rows))
@@ -283,7 +283,7 @@ def _framed(space: Tensor, band: _Band, rows: int) -> tuple[Tensor, slice, Tenso
 
 
 def _is_within(band: _Band, x: Tensor, margins: Margins) -> bool:
-    """Whether the band reads nothing of the `margins` of x."""
+    """Whether the band reads no pixel in the `margins` of x."""
     rows = x.shape[2]
     first, last = max(band.read.start, 0), min(band.read.stop, rows)
     across = margins.left or margins.right
@@ -292,10 +292,12 @@ def _is_within(band: _Band, x: Tensor, margins: Margins) -> bool:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Makes the frames y [1, T, H', W', O] of x, [1, 2, H, W, I] and [1, T, H, W, I], two at a time.
+    """Computes the frames y [1, T, H', W', O] two at a time.
 
-    They are added to what y holds if `adds`. `space` [1, 1, h, W, I] is for what is convolved. `packed` are the
-    first tap, the sum, the difference and the last tap.
+    x: the two past frames [1, 2, H, W, I], and the chunk's frames [1, T, H, W, I].
+    adds: whether results are added to y.
+    space: [1, 1, h, W, I], the buffer for the input of each convolution.
+    packed: the reordered first tap, sum, difference and last tap.
     """
 
     x: tuple[Tensor, Tensor]
@@ -307,7 +309,7 @@ class _Pairs:
     pad: tuple[int, int, int]
 
     def make(self, band: _Band) -> None:
-        """Make a band of every frame."""
+        """Compute one band of rows of every frame."""
         space, there, inner = _framed(self.space, band, self.x[1].shape[2])
         x = [frame for part in self.x for frame in part[:, :, there].split(1, dim=1)]
         y = self.y[:, :, band.made].split(1, dim=1)
@@ -315,7 +317,7 @@ class _Pairs:
             self._pair(x[time : time + 4], y[time : time + 2], space, inner)
 
     def _pair(self, x: Sequence[Tensor], y: Sequence[Tensor], space: Tensor, inner: Tensor) -> None:
-        """Two frames of the four that they read. `inner` are the rows of `space` that are not zeros."""
+        """Compute two frames from the four frames that they read. `inner` is the part of `space` without zeros."""
         first, total, difference, last = self.packed
         (x0, x1, x2, x3), (y0, y1) = x, y
         torch.add(x1, x2, out=inner)
@@ -372,10 +374,11 @@ def _onednn(x: Tensor) -> bool:
 
 
 def upsampling_weights(weight: Tensor) -> list[Tensor]:
-    """The four 2 x 2 kernels, [O, I, 1, 2, 2], that equal doubling the picture and a 3 x 3 `weight` [O, I, 3, 3].
+    """Four 2 x 2 kernels [O, I, 1, 2, 2] that equal doubling the picture, then the 3 x 3 `weight` [O, I, 3, 3].
 
-    In order of (row parity, column parity) of the output. An even output row reads the small rows above and at it
-    (taps 0 and 1 + 2), an odd one those at and below it (taps 0 + 1 and 2). Summed in float32.
+    They are in order of (row parity, column parity) of the output. An even output row reads the input rows above
+    and at it (taps 0 and 1 + 2), an odd output row those at and below it (taps 0 + 1 and 2). Taps are summed in
+    float32.
     """
 
     def fold(w: Tensor, dim: int, odd: int) -> Tensor:

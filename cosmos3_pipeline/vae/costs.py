@@ -1,11 +1,11 @@
-"""Relative costs of the ops of a program, in FLOPs, by which strategies divide them. No weight is read.
+"""Relative costs of the ops of a program, in FLOPs, with which strategies balance ranks. No weight is read.
 
 CPU costs are fitted to measured times of ops on one core of an EPYC 9004, in float32, at decoder widths from 16 to
-256 with 8 to 1080 latent pixels (22 shapes). Two checks of the fit: the share of a later chunk that lies before a
-cut in the middle is within 1.2 percentage points of the measured share (1.6 in one shape). The ratio of the first
-chunk to a later one (0.17 to 0.22) is within 0.02.
+256 with 8 to 1080 latent pixels (22 shapes). Two checks of the fit: the share of a later chunk's time before a cut
+in the middle is within 1.2 percentage points of the measured share (1.6 in one shape). The ratio of the first
+chunk to a later chunk (0.17 to 0.22) is within 0.02.
 
-Accelerator costs are a roofline of the FLOPs and bytes of the kernels: a norm there is one pass over memory.
+Accelerator costs are a roofline of the kernels' FLOPs and bytes. A norm is one pass over memory there.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ from typing import NamedTuple
 from cosmos3_pipeline.vae.ops import LatentShape, Op, Work
 from cosmos3_pipeline.vae.program import Program
 
-# From this many latent pixels on (512 x 512 of the video), costs are proportional to the picture's size. Only
-# attention, a thousandth of them, is not. One division of the ops therefore serves all larger clips.
+# With this many latent pixels (512 x 512 of the video) or more, costs are proportional to the picture's size,
+# except for attention, which is a thousandth of the total. One division of the ops therefore serves all larger
+# clips.
 LARGE_PIXELS = 1024
 # FLOPs in the time in which one weight is read from memory. Each portion of a chunk reads the weights again,
-# partly while it computes, so an op takes the root of the sum of both squares. The weights of an op stay in a
-# cache if they are at most this many.
+# partly while it computes, so an op takes sqrt(computing^2 + reading^2). At most _CACHED_WEIGHTS weights of an op
+# stay in a cache.
 _FLOPS_PER_WEIGHT = 60
 _CACHED_WEIGHTS = 1 << 20
 # FLOPs in the time in which one element of an activation is read or written.
 _FLOPS_PER_ELEMENT = 50.0
-# FLOPs in the fixed time of an op, 0.2 ms. This is the time for its calls, and to load its code and small weights,
-# which earlier ops have driven out of the caches.
+# FLOPs in the fixed time of an op, 0.2 ms. In this time the op makes its calls, and loads its code and small
+# weights, because earlier ops have evicted them from the caches.
 _CALL_FLOPS = 20_000_000
-# A convolution computes output channels in blocks of this size; the relative cost if the last block is not full.
+# A convolution computes output channels in blocks of _CHANNEL_BLOCK. If the last block is not full, its cost is
+# multiplied by _PART_OF_A_BLOCK.
 _CHANNEL_BLOCK = 16
 _PART_OF_A_BLOCK = 1.04
-# Where a convolution makes two frames at a time: the part of its products that is left, how many weights it reads
-# for one, its ways through input and output, most of them for sums and differences of frames, and its calls.
+# Factors for a convolution that computes two frames at a time: its products, the weights that it reads, its passes
+# over input and output (most of them for sums and differences of frames), and its calls.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
 # FLOPs in the time in which an accelerator reads or writes one byte. For an H200 of `conf/topology`: 331 TFLOP/s
 # of convolutions and 4.8 TB/s. With 140 instead, a pipeline of four H200 would end 1.5% later.
 _FLOPS_PER_BYTE = 70.0
-# How often an accelerator reads or writes a frame that an op keeps: from its place to the front of the next chunk,
-# and the next one into its place.
+# How often an accelerator reads or writes a frame that an op keeps: it is read, written to the front of the next
+# chunk's buffer, and overwritten by the next kept frame.
 RECALLED_PASSES = 3
-# Kernels that an accelerator launches, about: for an op with products its norm, these, what it keeps and its sum;
-# for another one.
+# Approximate number of kernels that an accelerator launches. An op with products has its norm, the products, the
+# copy of kept frames and its sum; any other op has one kernel.
 _KERNELS_OF_PRODUCTS, _KERNELS = 4, 1
 
 
@@ -61,7 +63,7 @@ def op_costs(
 ) -> ChunkCosts:
     """Cost of each op on chunks of `pixels` latent pixels, in FLOPs; more than LARGE_PIXELS count as LARGE_PIXELS.
 
-    on_host: costs of a CPU, which computes two frames at a time in float32 (4 `element_bytes`); else of an
+    on_host: whether a CPU computes, which makes two frames at a time in float32 (4 `element_bytes`), or an
     accelerator.
     """
     latent = replace(chunks_of(min(pixels, LARGE_PIXELS), element_bytes), on_host=on_host)
@@ -88,7 +90,7 @@ def op_costs(
 
 
 def chunks_of(pixels: int, element_bytes: int = 4) -> LatentShape:
-    """A clip of a first chunk and a later one, of `pixels` latent pixels."""
+    """A clip of one first chunk and one later chunk, of `pixels` latent pixels."""
     return LatentShape(batch=1, frames=2, rows=1, cols=pixels, element_bytes=element_bytes)
 
 
@@ -108,11 +110,11 @@ def _elements_touched(op: Op, latent: LatentShape, passes: float, *, first: bool
 
 
 class RooflineCosts:
-    """The longer of an op's arithmetic and its memory traffic (input and output once), in seconds.
+    """Seconds of an op: the longer of its arithmetic and its memory traffic (input and output once).
 
-    On an accelerator also what its other kernels read and write: copies, norms and sums come after a convolution.
-    `fixed_share` of an op's seconds on the whole picture stays whatever the tile; the rest shrinks with its rows.
-    No op takes less than its kernels' launches of `launch_s` each: the device gets ahead of the host no further.
+    On an accelerator, the memory traffic of its other kernels (copies, norms and sums) is added to that. On a
+    tile, `fixed_share` of an op's seconds stays as on the whole picture, and the rest shrinks in proportion to the
+    rows. An op takes at least `launch_s` per kernel, because the host needs this time to launch a kernel.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""The interface of diffusers' VAE beside `encode` and `decode`: loading, saving, copying, refused switches.
+"""The rest of the interface of diffusers' VAE beside `encode` and `decode`: save, copy, and refused switches.
 
 A pipeline reads `__class__` and `__module__` of each component, writes both into `model_index.json`, and calls the
-component's `save_pretrained`. `DropIn` answers as `AutoencoderKLWan`, with that model's weights under that model's
-names, so what is saved opens with diffusers alone.
+component's `save_pretrained`. `DropIn` presents itself as `AutoencoderKLWan`, with the same weights under the same
+names. diffusers alone can therefore open a saved pipeline.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from cosmos3_pipeline.vae.weights import ModuleWeights, WeightSource
 
-# A modular pipeline takes a component's class from `__class__` only when it has a load id. The four places of this
-# one (repository, subfolder, variant, revision) are empty: nothing is known about where the model came from.
+# A modular pipeline uses a component's `__class__` only if the component has a load id. The four fields of this
+# load id (repository, subfolder, variant, revision) are empty, because the origin of the model is unknown.
 UNKNOWN_LOAD_ID = "null|null|null|null"
 
-# Why a switch of AutoencoderKLWan is refused, and what would work instead.
+# For each switch of AutoencoderKLWan: why it is refused, and what works instead.
 CHOSEN = "a strategy divides the work, and is chosen when the VAE is made"
 TILED = (
     CHOSEN,
@@ -53,7 +53,7 @@ TRAINED = (
 
 
 def _refused(name: str, because: tuple[str, str]) -> Callable[..., Any]:
-    """A method `name` that raises NotImplementedError, saying why it cannot work and what would."""
+    """A method `name` that raises NotImplementedError, which says why it cannot work and what works instead."""
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{name}() of a ParallelVAE; {because[0]}; {because[1]}")
@@ -65,7 +65,7 @@ def _refused(name: str, because: tuple[str, str]) -> Callable[..., Any]:
 
 @contextmanager
 def default_dtype_kept() -> Iterator[None]:
-    """Restore torch's default dtype, which diffusers changes while it loads and leaves so when loading fails."""
+    """Restore torch's default dtype, which diffusers changes while it loads, and leaves changed after an error."""
     dtype = torch.get_default_dtype()
     try:
         yield
@@ -74,7 +74,7 @@ def default_dtype_kept() -> Iterator[None]:
 
 
 class DropIn(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffusers is untyped
-    """Stands in for `autoencoder`. Has its submodules, so parameters and `state_dict()` have the same names.
+    """Replaces `autoencoder`. Has the same submodules, so parameters and `state_dict()` have the same names.
 
     weights: as in `ParallelVAE`.
     """
@@ -84,7 +84,7 @@ class DropIn(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffusers is unty
 
     def __init__(self, autoencoder: AutoencoderKLWan, weights: WeightSource | None) -> None:
         super().__init__()
-        self.__dict__["autoencoder"] = autoencoder  # as a submodule it would give each weight a second name
+        self.__dict__["autoencoder"] = autoencoder  # not a submodule, because each weight would get a second name
         for name, child in autoencoder.named_children():
             self.add_module(name, child)
         self.training = False
@@ -101,13 +101,13 @@ class DropIn(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffusers is unty
 
     @property  # type: ignore[misc] # torch and diffusers only read it
     def __class__(self) -> Any:
-        # isinstance(vae, AutoencoderKLWan) is true through this; SanaVideoPipeline scales the latents only then.
+        # Makes isinstance(vae, AutoencoderKLWan) true, because SanaVideoPipeline scales latents only in this case.
         return AutoencoderKLWan
 
     def _get_name(self) -> str:
-        return type(self).__name__  # torch shows __class__
+        return type(self).__name__  # torch's default would show __class__
 
-    @wraps(AutoencoderKLWan.save_pretrained)  # pipelines look in the signature for what to pass on
+    @wraps(AutoencoderKLWan.save_pretrained)  # pipelines read the signature to decide which arguments to pass
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the folder that the AutoencoderKLWan would write, in the present dtype. On one rank only.
 
@@ -116,7 +116,7 @@ class DropIn(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffusers is unty
         self._whole().save_pretrained(*args, **kwargs)
 
     def _whole(self) -> AutoencoderKLWan:
-        """A model with every weight, in the present dtype on CPU; memory is shared where nothing has to change."""
+        """A model with every weight, in the present dtype on CPU. Weights that need no conversion are shared."""
         if self._released:
             raise RuntimeError(
                 "saving a VAE after release(); this rank has kept only its own share of the weights; save it "
@@ -130,7 +130,7 @@ class DropIn(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffusers is unty
         return whole
 
     def train(self, mode: bool = True) -> Self:
-        """Raises NotImplementedError for True: it is always as after `eval()`."""
+        """Raises NotImplementedError for True, because the VAE is always in eval mode."""
         if mode:
             _refused("train", TRAINED)(self)
         return super().train(False)  # type: ignore[no-any-return]
@@ -168,7 +168,7 @@ class DropIn(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffusers is unty
         """Do nothing: slicing cannot be on."""
 
     def clear_cache(self) -> None:
-        """Do nothing: no call keeps anything for the next one."""
+        """Do nothing, because no call keeps a cache for the next call."""
 
     enable_tiling = _refused("enable_tiling", TILED)
     tiled_encode = _refused("tiled_encode", TILED)

@@ -1,4 +1,4 @@
-"""Does what one rank's actions say, with tensors: runs ops, sends, receives, and puts pieces together."""
+"""Executes the actions of one rank with tensors: runs ops, sends, receives, and assembles pieces."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from cosmos3_pipeline.vae.lowering import (
 from cosmos3_pipeline.vae.ops import NO_MARGINS, Margins, Op
 from cosmos3_pipeline.vae.pixels import Pixels, as_pixels
 
-Clip = Callable[[int, Rect], Tensor]  # a part of one of the clip's chunks, as the program's first op takes it
+Clip = Callable[[int, Rect], Tensor]  # (chunk, rectangle) -> the input of the program's first op
 BoundOps = Mapping[int, BoundOp[Op]]
 
 
-_Regions = list[tuple[tuple[slice, ...], int]]  # parts of a buffer, and the ranks that they go to or come from
+_Regions = list[tuple[tuple[slice, ...], int]]  # (region of a buffer, the rank that it is sent to or comes from)
 
 
 class TileExchange:
-    """Exchanges the halos of a tile with other tiles, as `halos` says."""
+    """Exchanges the halos of a tile with other tiles; `halos` has the halo of each op."""
 
     rows: bool
     cols: bool
@@ -63,7 +63,7 @@ class TileExchange:
 
     @property
     def cuts(self) -> bool:
-        """Whether the tile is less than the picture."""
+        """Whether the tile is smaller than the picture."""
         return self.rows or self.cols
 
     def coming(self, op: int) -> Margins:
@@ -74,11 +74,11 @@ class TileExchange:
 
     def start(self, op: int, frames: Frames) -> Callable[[], None]:
         halo = self.halos.get(op)
-        if halo is None:  # its input has been put together with all that lies beyond the tile
+        if halo is None:  # the input was assembled together with its margins
             return _nothing
         margins = frames.room.margins
         known = self._regions.get((op, margins))
-        if known is None:  # kept, because a halo's journey takes hardly longer than finding out where it begins
+        if known is None:  # cached, because computing the regions takes nearly as long as sending a halo
             core, _ = self._lowered.input_rect(op, self._tile)
             top, left = core.top - margins.top, core.left - margins.left
             known = self._regions[op, margins] = (
@@ -107,10 +107,11 @@ class TileExchange:
 
 
 class Execution:
-    """One clip on rank `rank` of `lowered`: its actions with tensors, once.
+    """One execution of one clip's actions on rank `rank` of `lowered`.
 
-    ops: by its number each op that the rank runs. source: gives the clip, chunk by chunk. pixels: how the
-    decoder's picture is handed out; the encoder's moments come as [B, T, h, w, 2 * z_dim].
+    ops: each op that the rank runs, by its number.
+    source: returns the input of a chunk.
+    pixels: the format of the decoder's picture. The encoder's moments are [B, T, h, w, 2 * z_dim].
     """
 
     def __init__(
@@ -133,8 +134,8 @@ class Execution:
         self._like: Tensor | None = None
 
     def results(self) -> Iterator[Tensor]:
-        """The finished picture or moments in order, where they are handed out."""
-        # Not kept in the execution, which would then hold itself, and with it the clip, until it is collected.
+        """The finished picture or moments in order, on the ranks that hand them out."""
+        # A local variable, because an attribute would be a reference cycle that keeps the clip until collected.
         do: dict[type[Action], Callable[[Any], None]] = {
             Enter: self._enter,
             Emit: self._emit,
@@ -237,10 +238,10 @@ class Execution:
         flow.whole = whole
 
     def _assembled(self, pieces: Sequence[Piece], wanted: Rect, enter: Enter) -> Tensor:
-        """`wanted` of a value, out of its pieces, in memory that ops may overwrite."""
+        """The rectangle `wanted` of a value, assembled from its pieces, in memory that ops may overwrite."""
         if len(pieces) == 1:
             taken = self._taken(pieces[0], enter)
-            # Others may be reading it, out of the tile that it was made on.
+            # A tile's tensor is copied, because other readers of the tile still need it.
             return (
                 taken.clone(memory_format=torch.contiguous_format) if isinstance(pieces[0].origin, Tile) else taken
             )
@@ -252,7 +253,7 @@ class Execution:
         return whole
 
     def _taken(self, piece: Piece, enter: Enter) -> Tensor:
-        """A piece of what op `enter.op` reads."""
+        """The tensor of one piece of the input of op `enter.op`."""
         origin = piece.origin
         if isinstance(origin, Message):
             return self._received(origin)
@@ -262,7 +263,7 @@ class Execution:
         return _crop(self._value(origin, piece.value, enter.op), origin.at(scale), piece.rect)
 
     def _value(self, tile: Tile, value: int, op: int) -> Tensor:
-        """The activation before op `op` on `tile`, or what open shortcuts keep there."""
+        """The activation before op `op` on `tile` (value 0), or the tensor of an open shortcut."""
         flow = self._flows[tile]
         if value == 0:
             return flow.at.inner
@@ -345,11 +346,11 @@ class Execution:
         return _crop(self._value(tile, message.value, message.op), tile.at(scale), message.rect)
 
     def _kept_part(self, tile: Tile, op: int, rect: Rect) -> Tensor:
-        """`rect` of the frames that op `op` has kept on `tile`, which have margins around them."""
+        """The rectangle `rect` of the frames that op `op` has kept on `tile`. Kept frames include margins."""
         return _crop(self._caches[tile][self._program.ops[op].name], self._around_kept(op, tile), rect)
 
     def _around_kept(self, op: int, tile: Tile) -> Rect:
-        """The rectangle of the frames that `op` keeps on `tile`, with the zeros beyond the edge of the picture."""
+        """The rectangle of the frames that `op` keeps on `tile`, including zeros beyond the picture's edge."""
         exchange = self._exchange_of(tile)
         core, _ = self._low.input_rect(op, tile)
         room = self._program.ops[op].room(first=False, cut_rows=exchange.rows, cut_cols=exchange.cols)
@@ -387,7 +388,7 @@ class Execution:
 
 
 def _picture(like: Tensor, shape: tuple[int, int, int, int, int], pixels: Pixels) -> Tensor:
-    """An uninitialised picture of `shape` [B, T, H, W, C]: as it is in bytes, channels first in floats."""
+    """An uninitialised picture of `shape` [B, T, H, W, C]; floats are stored as [B, C, T, H, W]."""
     b, t, h, w, c = shape
     if pixels == "uint8":
         return torch.empty(shape, dtype=torch.uint8, device=like.device)
@@ -395,7 +396,7 @@ def _picture(like: Tensor, shape: tuple[int, int, int, int, int], pixels: Pixels
 
 
 def _crop(tensor: Tensor, whole: Rect, part: Rect, dim: int = 2) -> Tensor:
-    """`part` of a tensor that covers `whole`, whose rows are in `dim` and columns in the next one."""
+    """The view `part` of a tensor that covers `whole`; its rows are in `dim`, its columns in `dim` + 1."""
     if part == whole:
         return tensor
     rows = tensor.narrow(dim, part.top - whole.top, part.height)
@@ -403,13 +404,13 @@ def _crop(tensor: Tensor, whole: Rect, part: Rect, dim: int = 2) -> Tensor:
 
 
 def _region(rect: Rect, top: int, left: int) -> tuple[slice, ...]:
-    """`rect` of a buffer [B, T, H, W, C] that begins at `top` and `left`."""
+    """The index of `rect` in a buffer [B, T, H, W, C] whose first pixel is at (`top`, `left`)."""
     rows, cols = slice(rect.top - top, rect.bottom - top), slice(rect.left - left, rect.right - left)
     return slice(None), slice(None), rows, cols
 
 
 def _around(core: Rect, m: Margins) -> Rect:
-    """With all of its margins, also beyond the edge of the picture."""
+    """`core` with all of its margins, even beyond the edge of the picture."""
     return Rect(core.top - m.top, core.bottom + m.bottom, core.left - m.left, core.right + m.right)
 
 

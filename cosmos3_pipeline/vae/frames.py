@@ -1,7 +1,7 @@
 """Activations in buffers with room around them, and the interface through which a slab gets its halo.
 
-A convolution reads frames before its chunk and, on a slab, a halo. The op before therefore writes its output into
-a buffer that has room for both, so that no copy is needed later.
+A convolution reads frames before its chunk and, on a slab, a halo. The previous op therefore writes its output
+into a buffer that has room for both, so that no copy is needed later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
 class HaloExchange(Protocol):
-    """Gives the ops on a tile their halo, and whole frames for attention. Ops are named by their numbers.
+    """Gives the ops on a tile their halo, and whole frames for attention. `op` is the number of an op.
 
     `rows` and `cols`: whether the tile has fewer rows or columns than the picture.
     """
@@ -38,13 +38,13 @@ class HaloExchange(Protocol):
         ...
 
     def gather(self, op: int, part: Tensor) -> Tensor:
-        """The whole frames [B, T, H, W, C] of the input of `op`, of which `part` is the tile."""
+        """The whole frames [B, T, H, W, C] of the input of `op`; `part` is this tile's rectangle of them."""
         ...
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """Rows and columns of others on their way into `margins` of an activation; `wait` until they are there."""
+    """A halo in flight into the `margins` of an activation; `wait` returns when it has arrived."""
 
     margins: Margins
     wait: Callable[[], None]
@@ -54,9 +54,8 @@ class Arrival:
 class Frames:
     """An activation inside its buffer: `inner` [B, T, H, W, C] is a view of `buffer`.
 
-    arrival: the halo that is on its way into the margins. It was sent early, while the rest of the activation was
-    computed.
-    recalled: the kept frames are in front already, and the frames for the next chunk are stored.
+    arrival: the halo in flight into the margins. It was sent early, while the rest of the activation was computed.
+    recalled: the kept frames are in front already, and the frames for the next chunk are kept already.
     owed: a tensor that the next norm adds to `buffer` before it reads `buffer`.
     """
 
@@ -79,11 +78,11 @@ class Frames:
 
 
 def with_room(like: Tensor, shape: tuple[int, ...], room: Room, coming: Margins = NO_MARGINS) -> Frames:
-    """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, `like` another in dtype.
+    """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, in dtype and device of `like`.
 
-    Its margins are zero but, on CPU, for those that are `coming`: a convolution that does not wait for these reads
-    them all the same, for outputs that nobody uses, and on an accelerator not every kernel computes each output
-    by itself.
+    Its margins are zero, except that on CPU the margins that are `coming` stay uninitialised. A convolution that
+    does not wait for the halo reads these margins only for outputs that nobody uses. On an accelerator they are
+    zeroed too, because some kernels do not compute each output independently.
     """
     b, t, h, w, c = shape
     m = room.margins

@@ -1,8 +1,8 @@
 """Lets the C library keep the freed memory of a CPU rank for the next op, instead of returning it to the system.
 
-The system maps new memory page by page at the first write, which may take as long as computing the values. Ops
-free and allocate buffers of the same sizes all the time, and glibc by default returns large buffers at once. On an
-accelerator PyTorch's own allocator keeps freed memory.
+Ops free and allocate buffers of the same sizes all the time. glibc by default returns large buffers to the system
+at once. The system then maps new memory page by page at the first write, which may take as long as computing the
+values. On an accelerator PyTorch's own allocator keeps freed memory.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 
-# Constants of <malloc.h>; glibc's largest threshold, the largest int, and how many buffers it maps by default.
+# Option numbers of <malloc.h>; then glibc's largest threshold, the largest int, and glibc's default of M_MMAP_MAX.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _MAPPED_BYTES = 32 << 20
 _MOST_KEPT_BYTES = (1 << 31) - 1
 _MAPPED_BUFFERS = 65536
 
-# Whoever sets one of these has decided for themselves.
+# A user who sets one of these variables has chosen the allocator's settings, so they are not changed.
 SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
-# The C library, once it keeps freed buffers; and the blocks that are open now, in any thread.
+# The C library, once it keeps freed buffers. The number of open blocks of each kind, over all threads.
 _keeping: ctypes.CDLL | None = None
 _open = {"large": 0, "long-lived": 0}
 _lock = Lock()
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed buffers of up to 32 MiB for its next ones, up to 2 GiB in total.
+    """Let this process keep freed buffers of up to 32 MiB each for later buffers, up to 2 GiB in total.
 
-    Does nothing if the C library is not glibc or the environment has one of `SETTINGS`. Returns whether it did.
+    Does nothing if the C library is not glibc, or the environment has one of `SETTINGS`. Returns whether freed
+    buffers are kept.
     """
     global _keeping
     if any(name in os.environ for name in SETTINGS) or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
@@ -56,7 +57,7 @@ def _block(kind: str) -> Iterator[None]:
 
 
 def _count(libc: ctypes.CDLL, kind: str, by: int) -> None:
-    """Buffers of more than 32 MiB are mapped on their own, but in a block where large ones are kept."""
+    """Count open blocks. Buffers over 32 MiB are mapped one by one, unless a block keeps large buffers."""
     with _lock:
         _open[kind] += by
         kept = _open["large"] and not _open["long-lived"]
@@ -73,9 +74,9 @@ def keeping_large_buffers() -> AbstractContextManager[None]:
 
 
 def long_lived() -> AbstractContextManager[None]:
-    """Return buffers of the block to the system when they are freed, although the process keeps others.
+    """Return buffers of the block to the system when they are freed, although the process keeps other buffers.
 
-    It holds for buffers of 32 MiB and more that fit into no freed buffer. Used for weights, because a kept buffer
-    of their size would be a hole.
+    This applies to buffers of 32 MiB and more that fit into no freed buffer. Used for weights, because a kept
+    buffer of their size would be a hole.
     """
     return _block("long-lived")

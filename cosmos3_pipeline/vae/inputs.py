@@ -1,4 +1,4 @@
-"""Checks of a latent or a picture before the VAE takes it."""
+"""Checks of a latent or a picture before the VAE uses it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class VaeInputError(Refusal):
 
 
 def latent_shape(program: Program, tensor: Tensor) -> LatentShape:
-    """The latent's shape for the input of `program`: latents [B, C, T, h, w] or a picture [B, 3, F, H, W]."""
+    """The latent's shape for an input of `program`: latents [B, C, T, h, w] or a picture [B, 3, F, H, W]."""
     batch, _, frames, rows, cols = tensor.shape
     if program.direction == "encode":
         frames = 1 + (picture_chunks(frames) - 1) * program.latents_per_chunk

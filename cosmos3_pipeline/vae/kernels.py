@@ -1,7 +1,8 @@
 """The arithmetic of the VAE beside its convolutions (`convolution.py`): norm and activation, attention.
 
-Every strategy and the replicated reference run these, so a faster kernel changes all of them alike and their
-outputs stay comparable bit for bit. Activations are channels-last and contiguous: [B, T, H, W, C].
+Every strategy and the replicated reference use these functions. A faster kernel therefore changes all of them
+alike, and their outputs stay comparable bit for bit. Activations are channels-last and contiguous: [B, T, H, W,
+C].
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
 def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which activations of `dtype` are convolved and multiplied by matrices, and then rounded once.
 
-    float32 for bfloat16 on a processor without instructions for it, where PyTorch's own loops are some fifty times
-    as slow; otherwise `dtype`.
+    It is float32 for bfloat16 on a processor without bfloat16 instructions, because PyTorch's own loops are some
+    fifty times as slow there. Otherwise it is `dtype`.
     """
     if dtype != torch.bfloat16 or not takes_host_path(device) or not torch.backends.mkldnn.is_available():
         return dtype
@@ -27,7 +28,7 @@ def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def norm_weight(gamma: Tensor) -> Tensor:
-    """A norm's weight, with C elements, as norms take it: [C], wide, times sqrt(C)."""
+    """A norm's weight with C elements as the norm kernels take it: [C], float32 or wider, times sqrt(C)."""
     weight: Tensor = widened(gamma).flatten() * gamma.numel() ** 0.5
     return weight
 
@@ -35,9 +36,9 @@ def norm_weight(gamma: Tensor) -> Tensor:
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, *, added: Tensor | None = None) -> None:
     """SiLU of the RMS norm of x [B, T, H, W, C], written into `out` (same shape, any strides), rounded once.
 
-    `gamma` is a `norm_weight`. On an accelerator `added` may be added to x first. A CPU works through the picture
-    in blocks of rows or frames that fit a core's cache, because each of its passes would otherwise go through
-    memory. The result of a pixel does not depend on the blocks.
+    `gamma` is a `norm_weight`. On an accelerator `added`, if not None, is added to x first. A CPU computes in
+    blocks of rows or frames that fit in a core's cache, because otherwise each of its passes would read memory.
+    The result of a pixel does not depend on the blocks.
     """
     if not takes_host_path(x):
         if added is None:
@@ -58,14 +59,14 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, *, added: Tensor | None = N
                     torch.ops.aten.silu.out(normed, out=block)
                 else:
                     block.copy_(F.silu(normed, inplace=True))
-                del normed  # before the next block's takes memory
+                del normed  # frees its memory before the next block is computed
 
 
 def attention(own: Tensor, whole: Tensor, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]) -> Tensor:
     """Single-head self-attention within each frame, without residual, for the pixels `own` [B, T, h, w, C].
 
-    `whole` [B, T, H, W, C] are the frames of which they are part. `qkv` and `proj` are (weight, bias) of linear
-    maps C -> 3C and C -> C. Source: `WanAttentionBlock`.
+    `whole` [B, T, H, W, C] has the whole frames, for keys and values. `qkv` and `proj` are (weight, bias) of
+    linear maps C -> 3C and C -> C. Source: `WanAttentionBlock`.
     """
     b, t, _, _, c = own.shape
     dtype, of_frames = arithmetic_dtype(own.dtype, own.device), (b * t, 1, -1, c)

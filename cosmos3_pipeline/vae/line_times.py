@@ -1,6 +1,6 @@
-"""When chunks pass a line of stages, each with a run of ops, if messages take no time. No torch here.
+"""Times at which chunks leave the stages of a pipeline, if messages take no time. Imports no torch.
 
-The clock says it for any assignment; this says it for one stage in microseconds, for those who look for cuts.
+`clock` computes times for any assignment. This module computes one stage in microseconds, for the search for cuts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _OfChunk = tuple[float, int, float, int]  # see `LineTimes._seconds`
 
 
 class LineTimes:
-    """When the portions of chunks leave the stages of a line. In units of `costs`."""
+    """Computes when the portions of chunks leave the stages of a pipeline, in units of `costs`."""
 
     def __init__(self, program: Program, costs: ChunkCosts) -> None:
         self.program = program
@@ -24,19 +24,19 @@ class LineTimes:
         self._known_later: dict[tuple[int, int], _OfChunk] = {}
 
     def of_clip(self, chunks: int) -> float:
-        """Time of one rank for a clip of `chunks`."""
+        """Time that one rank alone takes for a clip of `chunks` chunks."""
         return self._first[-1] + (chunks - 1) * self._later[-1]
 
     def before(self, cut: int) -> float:
-        """Time of the ops before `cut` for a later chunk."""
+        """Time of the ops before `cut`, for one chunk other than the first."""
         return self._later[cut]
 
     def departures(self, runs: Iterable[tuple[int, int]], arrivals: Sequence[float] | None = None) -> list[float]:
-        """When each portion leaves a stage that runs the ops `runs` on the chunks.
+        """When each portion leaves a stage. `runs` has the ops [start, stop) of the stage on each chunk.
 
-        They come at `arrivals` (None: all are there).
+        Portions arrive at the stage at `arrivals`; None means that all have arrived at the start.
         """
-        # A search calls this very often, so it makes few calls itself.
+        # The search calls this very often, so the loop makes few function calls.
         known, first = self._known_first, True
         coming = arrivals or ()
         now, leaving, at, count = 0.0, [], 0, len(coming)
@@ -54,7 +54,10 @@ class LineTimes:
         return leaving
 
     def _seconds(self, run: tuple[int, int], *, first: bool) -> _OfChunk:
-        """For a chunk: time of the early ops and number of their portions; the same of the late ops."""
+        """(early time, portions in, late time, portions out per portion in) of the ops `run` for one chunk.
+
+        Early ops are those before `portions_from`, late ops are the others. Times are per portion.
+        """
         start, stop = run
         sums, program = self._first if first else self._later, self.program
         early = max(start, min(stop, program.portions_from))

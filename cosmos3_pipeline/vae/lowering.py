@@ -1,19 +1,19 @@
-"""Turns an assignment into the actions of each rank, in order. The only code that decides on messages. No torch.
+"""Turns an assignment into the actions of each rank. No other module decides on messages. Imports no torch.
 
     lowered = lower(program, shape, assignment)
     lowered.actions[rank]       # Run, Send, Post, Enter, Recall, ... of that rank, first to last
 
-The readers of these actions are `execute` (tensors), `account` (bytes, FLOPs, memory) and `clock` (seconds).
+Three modules read these actions: `execute` (tensors), `account` (bytes, FLOPs, memory) and `clock` (seconds).
 
-Three kinds of values are sent, and only if another rank needs them:
+Three kinds of values are sent, and only to ranks that need them:
 
 - Between two ops: the activation with its halo, and the tensors of open shortcuts (`Program.carried`).
 - Between two chunks: the temporal cache of an op whose next chunk runs on another rank.
 - At the end: the finished picture, to rank 0.
 
 All ranks follow one common order: chunk by chunk, portion by portion, op by op. A rank waits for a message only at
-a point of this order where the sender has all of its inputs; this point is `Message.due`. If all ranks go on with
-their tiles, the margins of an op are a `Halo`, which is sent while the op before computes the rest of the tile.
+a point of this order at which the sender has all of its inputs; this point is `Message.due`. If all ranks keep
+their tiles, the margins of an op are a `Halo`. It is sent while the previous op computes the rest of the tile.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ from cosmos3_pipeline.vae.assignment import (
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program
 
-# `Message.value` for a temporal cache and for the finished picture. 0 is the activation, and 1 and more are the
-# shortcuts, as `Program.carried` counts.
+# `Message.value` for a temporal cache and for the finished picture. Other values are indices of `Program.carried`:
+# 0 is the activation, 1 and more are the shortcuts.
 PAST, RESULT = -1, -2
 
-# Groups of messages of one rank that may be in flight while it computes. The second number is for cuts that move:
-# they start early and end late, so the stage before gets further ahead. More groups take memory and gain nothing.
+# How many groups of messages a rank may have in flight while it computes. The second number is for moving cuts,
+# which let the previous stage get further ahead. More groups take memory and gain nothing.
 _IN_FLIGHT, _IN_FLIGHT_MOVING = 2, 4
-# Chunks of a long clip that are lowered if all are assigned alike. Later chunks repeat the last of these.
+# If all chunks of a long clip are assigned alike, only this many are lowered. Later chunks repeat the last of
+# them.
 _ALIKE = 6
-# Clips of at least this many chunks have room for cuts that start early and end late.
+# Clips with fewer chunks are too short for cuts that start early and end late.
 _RAMPS_FROM = 8
 
 
@@ -56,9 +57,10 @@ _RAMPS_FROM = 8
 class Message:
     """One tensor from rank `source` to rank `target`: `rect` of value `value` before op `op`.
 
-    rect: in rows and columns of that value. part: the portion of the chunk, 0 for an undivided chunk. due: the
-    last point of the common order at which the message is received. From this point on the sender may wait for
-    it.
+    rect: in rows and columns of that value.
+    part: the portion of the chunk, 0 for an undivided chunk.
+    due: the latest point of the common order at which its receive is started. From this point on the sender may
+    wait for the message.
     """
 
     source: int
@@ -74,7 +76,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`rect` of value `value`. origin: a message, a tile of this rank, or None for the input of the clip."""
+    """`rect` of value `value`. origin: a message, a tile of this rank, or None for the clip's input."""
 
     value: int
     rect: Rect
@@ -83,7 +85,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Halo:
-    """What an op receives and sends around its tile: (rect, rank), in rows and columns of its input."""
+    """The margins that an op sends and receives for its tile: (rect, rank), in rows and columns of its input."""
 
     sends: tuple[tuple[Rect, int], ...]
     receives: tuple[tuple[Rect, int], ...]
@@ -98,14 +100,14 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Post(Action):
-    """Start receiving `messages`, each into a buffer of its own."""
+    """Start receiving `messages`, each into its own buffer."""
 
     messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Portion(Action):
-    """Go on with portion `part` of a chunk; the first one divides it."""
+    """Continue with portion `part` of `parts` of a chunk. Portion 1 divides the chunk."""
 
     tile: Tile
     part: int
@@ -114,7 +116,7 @@ class Portion(Action):
 
 @dataclass(frozen=True, slots=True)
 class Enter(Action):
-    """Assemble the input of op `op` on `tile`. `fresh`: also the open shortcuts; else the tile keeps its own."""
+    """Assemble the input of op `op` on `tile`. `fresh`: also the open shortcuts; else the tile has them."""
 
     tile: Tile
     op: int
@@ -126,7 +128,7 @@ class Enter(Action):
 
 @dataclass(frozen=True, slots=True)
 class Recall(Action):
-    """Assemble the temporal cache of op `op` on `tile` from the chunk before."""
+    """Assemble the temporal cache of op `op` on `tile` from frames of the previous chunk."""
 
     tile: Tile
     op: int
@@ -138,7 +140,7 @@ class Recall(Action):
 class Run(Action):
     """Run the ops [start, stop) on `tile`.
 
-    forgets: ops whose temporal cache this rank does not need again. goes_on: op `stop` follows here at once.
+    forgets: ops whose temporal cache this rank does not need again. goes_on: op `stop` runs next on this tile.
     """
 
     tile: Tile
@@ -153,7 +155,7 @@ class Run(Action):
 
 @dataclass(frozen=True, slots=True)
 class Pass(Action):
-    """Keep frames for op `op`: another rank runs it on this chunk, and this rank runs it on a later one."""
+    """Keep frames for op `op`: another rank runs `op` on this chunk, and this rank runs `op` on a later chunk."""
 
     tile: Tile
     op: int
@@ -163,9 +165,10 @@ class Pass(Action):
 
 @dataclass(frozen=True, slots=True)
 class Send(Action):
-    """Start sending `messages`, which are parts of `tile`.
+    """Start sending `messages`, which are taken from `tile`.
 
-    copies: the tile stays in use and may be overwritten. forgets: this rank does not need the sent frames again.
+    copies: send copies, because the tile stays in use and may be overwritten. forgets: this rank does not need the
+    sent frames again.
     """
 
     tile: Tile
@@ -176,14 +179,14 @@ class Send(Action):
 
 @dataclass(frozen=True, slots=True)
 class Leave(Action):
-    """Let go of the activation and shortcuts of `tile`."""
+    """Free the activation and shortcuts of `tile`."""
 
     tile: Tile
 
 
 @dataclass(frozen=True, slots=True)
 class Forget(Action):
-    """Let go of the frames of op `op` on `tile`."""
+    """Free the temporal cache of op `op` on `tile`."""
 
     tile: Tile
     op: int
@@ -191,7 +194,7 @@ class Forget(Action):
 
 @dataclass(frozen=True, slots=True)
 class Emit(Action):
-    """Start putting together the result of one portion; what comes from others goes straight into it."""
+    """Start assembling the result of one portion. Pieces of other ranks are received directly into the result."""
 
     chunk: int
     part: int
@@ -208,15 +211,16 @@ class Yield(Action):
 
 @dataclass(frozen=True, slots=True)
 class Share(Action):
-    """The root has all moments of the clip and gives them to every rank."""
+    """Rank 0 broadcasts all moments of the clip to every rank."""
 
 
 @dataclass
 class Lowered:
-    """The actions of each rank for a clip of `shape`, and facts that their readers share.
+    """The actions of each rank for a clip of `shape`, and facts for the modules that read them.
 
-    layouts: of every chunk. everywhere: each rank computes the whole result. in_flight: groups of messages that a
-    rank may still be sending while it computes.
+    layouts: the layout of every chunk.
+    everywhere: whether each rank computes the whole result.
+    in_flight: how many groups of sends a rank may have in flight while it computes.
     """
 
     program: Program
@@ -235,7 +239,7 @@ class Lowered:
 
     @cached_property
     def moves(self) -> bool:
-        """Whether a rank runs other ops on one chunk than on another."""
+        """Whether the chunks have different layouts."""
         return len(set(self.layouts)) > 1
 
     @property
@@ -243,7 +247,7 @@ class Lowered:
         return _IN_FLIGHT_MOVING if self.moves and len(self.layouts) >= _RAMPS_FROM else _IN_FLIGHT
 
     def ops(self, rank: int) -> list[int]:
-        """The ops that `rank` runs on some chunk, in order: those whose weights it needs."""
+        """The ops that `rank` runs on at least one chunk, in order. The rank needs the weights of these ops."""
         return sorted(
             {
                 op
@@ -261,11 +265,11 @@ class Lowered:
         return frozenset((message.source, message.target) for send in sends for message in send.messages)
 
     def portions(self, chunk: int, part: int) -> int:
-        """The number of portions of a chunk of which `part` is one; 1 for an undivided chunk."""
+        """The number of portions of a chunk, of which `part` is one; 1 for an undivided chunk (`part` 0)."""
         return self.program.portions_at(len(self.program), first=chunk == 0) if part else 1
 
     def message_bytes(self, message: Message) -> int:
-        """Payload of a message in bytes, as the ledger counts it; for a picture that of `decode_stream`."""
+        """Payload of a message in bytes, as the ledger counts it. A picture counts as in `decode_stream`."""
         pixels = message.value == RESULT and self.program.direction == "decode"
         return math.prod(self.message_shape(message)) * (
             self.shape.picture_bytes if pixels else self.shape.element_bytes
@@ -274,19 +278,19 @@ class Lowered:
     def must_wait(self, due: Sequence[int], send: Send) -> bool:
         """Whether a rank with too many messages in flight waits for the first before it executes `send`.
 
-        due: the points at which the messages in flight are received. A rank may wait only for a message whose
-        receiver needs nothing that this rank does from `send` on.
+        due: the `Message.due` of the messages in flight. To avoid a deadlock, a rank waits only for a message
+        whose receiver needs nothing from this rank that comes with or after `send`.
         """
         return len(due) >= self.in_flight and due[0] < send.at
 
     def message_shape(self, message: Message) -> tuple[int, int, int, int, int]:
-        """[B, T, H, W, C] of a message; of the finished picture too, whatever its layout."""
+        """[B, T, H, W, C] of a message. This is also the order for a finished picture, whatever its layout."""
         rect = message.rect
         b, t, _, _, c = self.value_shape(message.value, message.op, message.chunk, message.part)
         return b, t, rect.height, rect.width, c
 
     def value_shape(self, value: int, op: int, chunk: int, part: int) -> tuple[int, int, int, int, int]:
-        """[B, T, H, W, C] of a whole value before op `op`; of one portion, where it passes in portions."""
+        """[B, T, H, W, C] of a value before op `op` on the whole picture; of one portion in a divided chunk."""
         program, first = self.program, chunk == 0
         if value == PAST:
             return program.kept_shape(op, self.shape)
@@ -294,11 +298,11 @@ class Lowered:
         return b, t // self.portions(chunk, part), h, w, c
 
     def value_scale(self, value: int, op: int) -> int:
-        """Rows of a value before op `op` that make a latent one."""
+        """Rows per latent row of a value before op `op`."""
         return self.program.carried(op)[max(0, value)].scale
 
     def input_rect(self, op: int, tile: Tile) -> tuple[Rect, Rect]:
-        """The input of `op` for `tile`, (without, with) the halo, in rows and columns of its input."""
+        """The input rectangle of `op` for `tile`: (without halo, with halo), in rows and columns of the input."""
         known = self._inputs.get((op, tile))
         if known is None:
             spec = self.program.ops[op].source
@@ -321,10 +325,10 @@ def lower(program: Program, shape: LatentShape, assignment: Assignment) -> Lower
 
 @dataclass(frozen=True)
 class Repeated:
-    """A clip whose chunks are all assigned alike, as two short clips.
+    """A clip whose chunks are all assigned alike, represented by two short clips.
 
-    long: one chunk longer than `short`. `more` further chunks add as much as this last chunk. None if the chunks
-    differ: then `short` is the clip itself.
+    long: a clip with one chunk more than `short`. Each of the `more` chunks that remain adds as much as this last
+    chunk. `long` is None if the chunks are assigned differently; then `short` is the clip itself.
     """
 
     short: Lowered
@@ -332,13 +336,13 @@ class Repeated:
     more: int
 
     def total(self, measure: Callable[[Lowered], float]) -> float:
-        """`measure` of the clip, which grows by as much with each chunk."""
+        """`measure` of the whole clip, for a measure that grows by the same amount with each chunk."""
         found = measure(self.short)
         return found if self.long is None else found + self.more * (measure(self.long) - found)
 
 
 def lower_repeated(program: Program, shape: LatentShape, assignment: Assignment) -> Repeated:
-    """As `lower`, but chunks that are alike are lowered once and counted. Raises AssignmentError."""
+    """As `lower`, but equal chunks are not lowered again. Raises AssignmentError."""
     chunks = program.chunks(shape)
     alike = all(block.chunks == (0, chunks) and not block.warm_up for block in assignment.blocks)
     if not alike or chunks <= _ALIKE + 1:
@@ -353,7 +357,7 @@ def lower_repeated(program: Program, shape: LatentShape, assignment: Assignment)
 
 
 class _Lowering:
-    """Goes through a clip in the common order and writes down what each rank does."""
+    """Generates the actions of each rank, in the common order of the clip."""
 
     def __init__(self, lowered: Lowered) -> None:
         self._low = lowered
@@ -365,14 +369,14 @@ class _Lowering:
             {op: span for span in layout for op in range(span.start, span.stop)} for layout in self._layouts
         ]
         self._out: list[list[Action]] = [[] for _ in self._ranks]
-        self._sent: dict[tuple[int, int], list[Message]] = defaultdict(list)  # by source and target, in order
+        self._sent: dict[tuple[int, int], list[Message]] = defaultdict(list)  # by (source, target)
         self._halo_pairs: set[tuple[int, int]] = set()
         self._halos_known: dict[tuple[int, tuple[Tile, ...]], dict[Tile, dict[int, Halo]]] = {}
         self._halos_without: dict[tuple[int, int], dict[int, Halo]] = {}
-        self._late: dict[int, list[tuple[int, Send]]] = defaultdict(list)  # of a chunk, for its end, by rank
-        self._pending: list[tuple[Emit, bool]] = []  # results not handed out yet, and whether they were begun
-        # Margins travel as halos unless frames of the chunk before do between the same ranks: receivers have to
-        # take the messages of a pair in the order in which they are sent.
+        self._late: dict[int, list[tuple[int, Send]]] = defaultdict(list)  # by rank, for the chunk's end
+        self._pending: list[tuple[Emit, bool]] = []  # results not handed out yet, and whether their Emit was added
+        # Margins are sent as halos, unless ranks also send each other kept frames of the previous chunk. In this
+        # case the order of messages between two ranks would differ from the order in which they are received.
         self._halos_allowed = not any(
             any(True for _ in self._fetched(chunk)) for chunk in range(1, self._last + 1) if self._cuts_picture
         )
@@ -429,7 +433,7 @@ class _Lowering:
         """Bring the activation from the tiles of the op before `op` to the tiles of `op`."""
         before, after = self._before(chunk, op), self._spans[chunk][op]
         at = self._at(chunk, part, op)
-        if part <= 1:  # before what was kept is added to
+        if part <= 1:  # before `_pass_by` adds to kept frames
             tiles = (*after.tiles, *after.warming)
             self._recalled(
                 chunk, [(rank, recall) for _, rank, recall in self._recalls(chunk, part, op, op + 1, tiles)]
@@ -443,7 +447,7 @@ class _Lowering:
         self._pass_by(chunk, part, op)
         going_on = {tile for tile in before.tiles if tile in after.tiles or tile in after.warming}
         going_on |= {tile for tile in before.warming if tile in after.warming}
-        # A tile that begins to work drops the results of its warm-up.
+        # A tile that ends its warm-up drops the results of the warm-up.
         self._leave(at, [tile for tile in before.warming if tile not in going_on])
         self._exchange(chunk, part, op, before, after, frozenset(going_on))
         self._leave(at, [tile for tile in before.tiles if tile not in going_on])
@@ -456,7 +460,7 @@ class _Lowering:
     def _exchange(
         self, chunk: int, part: int, op: int, before: Span, after: Span, going_on: frozenset[Tile]
     ) -> None:
-        """Send and assemble the input of `op` on every tile that does not have it already."""
+        """Send and assemble the input of `op` for every tile that does not have it already."""
         low, at = self._low, self._at(chunk, part, op)
         sends: dict[tuple[int, Tile], list[Message]] = defaultdict(list)
         enters: list[tuple[int, Enter]] = []
@@ -495,9 +499,10 @@ class _Lowering:
     def _run(
         self, chunk: int, part: int, span: Span, start: int, stop: int, *, final: bool, recalled: bool
     ) -> None:
-        """The ops [start, stop) of one span, on all its tiles.
+        """Run the ops [start, stop) of one span on all its tiles.
 
-        final: this is the last portion of the chunk there. recalled: what op `start` has kept is in its place.
+        final: whether this is the last portion of the chunk for these ops. recalled: whether the temporal cache of
+        op `start` was assembled already.
         """
         tiles = (*span.tiles, *span.warming)
         parts = self._program.portions_at(len(self._program), first=chunk == 0)
@@ -540,7 +545,7 @@ class _Lowering:
         return op == span.start and not self._splits(op)
 
     def _splits(self, op: int) -> bool:
-        """Whether a chunk becomes portions before op `op`; what that reads beyond a tile then comes with each."""
+        """Whether a chunk is divided into portions before op `op`. Its margins are then sent with each portion."""
         return op == self._program.portions_from < len(self._program)
 
     def _entered_rects(self, op: int, tile: Tile) -> tuple[Rect, Rect]:
@@ -565,7 +570,7 @@ class _Lowering:
         return self._halos_allowed and EVERY not in owners and len(set(owners)) == len(owners) and not span.warming
 
     def _halos(self, span: Span) -> dict[Tile, dict[int, Halo]]:
-        """For each tile what its ops exchange with the other tiles."""
+        """For each tile, the halo of each of its ops."""
         known = self._halos_known.get((span.start, span.tiles))
         if known is not None:
             return known
@@ -606,7 +611,7 @@ class _Lowering:
         return tile in span.tiles or tile in span.warming
 
     def _saw(self, chunk: int, op: int, tile: Tile) -> bool:
-        """Whether the input of `op` on `tile` was made where `tile` is, all of it."""
+        """Whether the rank of `tile` computed the whole input of `op` on `tile`, but did not run `op`."""
         core, reads = self._low.input_rect(op, tile)
         return (
             op > 0
@@ -616,11 +621,11 @@ class _Lowering:
         )
 
     def _seen_since(self, chunk: int, op: int, tile: Tile) -> int | None:
-        """The first chunk of those that `op` needs for `chunk`, if this rank has seen all of them; else None."""
+        """The first past chunk that `op` needs for `chunk`, if this rank saw the input from it on; else None."""
         spec, seen = self._program.ops[op], 0
         for before in range(chunk - 1, -1, -1):
             if not self._saw(before, op, tile):
-                # The cache from the time when this rank ran the op itself is still here.
+                # This rank ran the op itself on chunk `before`, and still has its temporal cache.
                 return before + 1 if seen and self._ran(before, op, tile) else None
             seen += spec.source.frames if before else 1
             if seen >= spec.cached_frames:
@@ -628,17 +633,17 @@ class _Lowering:
         return 0 if seen else None
 
     def _kept_here(self, chunk: int, op: int, tile: Tile) -> bool:
-        """Whether `tile`, which runs `op` on `chunk`, has what that needs of the chunk before."""
+        """Whether `tile`, which runs `op` on `chunk`, already has the temporal cache for it."""
         return self._ran(chunk - 1, op, tile) or self._seen_since(chunk, op, tile) is not None
 
     def _nothing_kept(self, chunk: int, op: int, tile: Tile) -> bool:
-        """Whether `op` begins `chunk` without frames: at the clip's start, or where a rank begins to warm up."""
+        """Whether `op` needs no kept frames for `chunk`: at the clip's start, or at the start of a warm-up."""
         if chunk == 0 or not self._program.ops[op].keeps(first=chunk == 1):
             return True
         return tile in self._spans[chunk][op].warming and not self._ran(chunk - 1, op, tile)
 
     def _fetched(self, chunk: int) -> Iterator[tuple[int, Tile]]:
-        """The ops and tiles that need frames which others have kept from the chunk before."""
+        """(op, tile) for each temporal cache of the previous chunk that must be fetched from other tiles."""
         if self._layouts[chunk] is self._layouts[chunk - 1]:
             return
         for op in self._program.keeping(0, len(self._program)):
@@ -694,9 +699,10 @@ class _Lowering:
                     self._out[rank].append(Forget(recall.at, origin, recall.op))
 
     def _handed_on(self, chunk: int, part: int, start: int, stop: int) -> Iterator[tuple[int, int, Send]]:
-        """The frames that ops hand on to other ranks for the next chunk, as soon as they have been kept.
+        """The sends of temporal caches to other ranks for the next chunk, as soon as an op has kept its frames.
 
-        But after all else that goes to such a rank in this chunk: it takes that first.
+        A send waits until the end of the chunk if activations of this chunk follow to the same rank, because that
+        rank receives these activations first.
         """
         for op, moved in self._moved[chunk + 1].items():
             if not start <= op < stop:
@@ -722,7 +728,7 @@ class _Lowering:
                     yield op, maker.rank, send
 
     def _meets(self, chunk: int, op: int, source: int, target: int) -> bool:
-        """Whether an activation goes from `source` to `target` after op `op` of this chunk."""
+        """Whether an activation is sent from `source` to `target` after op `op` of this chunk."""
         layout = self._layouts[chunk]
         return any(
             span.start > op
@@ -732,7 +738,7 @@ class _Lowering:
         )
 
     def _needed_here(self, chunk: int, op: int, tile: Tile, rank: int) -> bool:
-        """Whether what `op` has kept on `tile` after `chunk` is needed again on `rank`."""
+        """Whether `rank` needs the frames that `op` kept on `tile` again after `chunk`."""
         following = chunk + 1
         if following > self._last:
             return False
@@ -746,7 +752,7 @@ class _Lowering:
         )
 
     def _adds_to_kept(self, chunk: int, op: int, tile: Tile) -> bool:
-        """Whether another rank runs `op` on `chunk`, and this rank keeps its input for a later chunk."""
+        """Whether another rank runs `op` on `chunk`, while this rank adds to its kept frames for a later chunk."""
         later = self._passes_for(chunk, op, tile)
         if later is None or self._seen_since(later, op, tile) != chunk:
             return False
@@ -754,7 +760,7 @@ class _Lowering:
         return (later - chunk) * bound.source.frames < bound.cached_frames
 
     def _passes_for(self, chunk: int, op: int, tile: Tile) -> int | None:
-        """For which later chunk `tile`, which sees the input of `op` on `chunk`, will run it with that."""
+        """The later chunk for which `tile` will run `op` with the input that it sees on `chunk`; None if none."""
         if not self._saw(chunk, op, tile):
             return None
         for later in range(chunk + 1, min(self._last, chunk + self._program.chunks_kept(op)) + 1):
@@ -817,13 +823,16 @@ class _Lowering:
             out.append(Yield(at, chunk, part))
 
     def _result(self, emit: Emit) -> bool:
-        """On the root, whether all is there: others' parts are on their way while the next result is computed."""
+        """Add the assembly of a result on rank 0. Returns whether rank 0 has all pieces and can hand it out now.
+
+        Otherwise pieces of other ranks stay in flight while the next result is computed.
+        """
         local = [isinstance(piece.origin, Tile) for piece in emit.pieces]
         sources = [piece.origin.source for piece in emit.pieces if isinstance(piece.origin, Message)]
         if any(local):
             self._hand_out(emit.at)
-        # Rank 0 receives the results of others after its own next result, or when too many wait. It receives at
-        # once from ranks with which it exchanges halos, because messages arrive in the order of their sender.
+        # Rank 0 receives the results of other ranks after its own next result, or when too many of them wait. From
+        # ranks with which it exchanges halos it receives at once, because messages must be received in send order.
         begun = any(local) or any((source, 0) in self._halo_pairs for source in sources)
         if begun:
             self._out[0].append(emit)
@@ -851,7 +860,7 @@ class _Lowering:
     def _posted(self, rank: int) -> list[Action]:
         """The actions of `rank`, with a `Post` for each message that it receives, in the order of its sender.
 
-        What the next op to enter needs is on its way while the last one is at work.
+        Posts come early, so that the messages for the next `Enter` are in flight while the current ops run.
         """
         actions = self._out[rank]
         post_at: dict[int, int] = {}
@@ -882,7 +891,7 @@ class _Lowering:
                 posts[place].append(message)
         out: list[Action] = []
         for index, action in enumerate(actions):
-            # A result is received straight into its place, unless others come at the same time.
+            # A result is received directly into its place, unless other messages are posted at the same time.
             if any(message.value != RESULT or message.group != index for message in posts.get(index, ())):
                 out.append(Post(action.at, tuple(posts[index])))
             out.append(action)

@@ -1,7 +1,8 @@
 """Costs of ops that were measured on a machine, from a report of `benchmarks/vae.py`.
 
-The model of `costs` was fitted to one kind of processor. On a processor with faster arithmetic and equal memory,
-the ranks with the early ops would be busy longer than the others, because these ops have most of the weights.
+The model in `costs` was fitted to one kind of processor. On a processor with faster arithmetic and the same
+memory, the ranks with the early ops would be busy longer than the others, because early ops have most of the
+weights.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ _REMEDY = "run benchmarks/vae.py on this machine with this VAE's width, and give
 
 @dataclass(frozen=True)
 class OpSeconds:
-    """Seconds of each op of `program` on frames of so many latent pixels, and which file says so."""
+    """Measured seconds of each op of `program`, by the number of latent pixels. `digest` identifies the report."""
 
     program: Program
     by_pixels: dict[int, ChunkCosts]
     digest: str
 
     def costs(self, program: Program, pixels: int, element_bytes: int) -> ChunkCosts:
-        """Seconds of each op on chunks of `pixels` latent pixels: as measured, or nearest to that by the model.
+        """Seconds of each op on chunks of `pixels` latent pixels.
 
-        Raises StrategyError for a program or elements of which nothing was measured.
+        They are the seconds of the nearest measured size, scaled by the model's ratio between both sizes. Raises
+        StrategyError for a program or element size without measurements.
         """
         if program.direction != "decode":
             raise StrategyError(
@@ -55,7 +57,7 @@ class OpSeconds:
             )
         nearest = min(self.by_pixels, key=lambda measured: (abs(math.log(measured / pixels)), measured))
         there, here = (op_costs(program, size) for size in (nearest, pixels))
-        # Time that the model does not know is the same for every size.
+        # An op to which the model gives no time keeps its measured time for every size.
         return ChunkCosts(
             *(
                 tuple(s * (b / a if a else 1.0) for s, a, b in zip(seconds, modelled, wanted, strict=True))

@@ -1,10 +1,11 @@
-"""The typed ops of a Wan VAE program: what each computes, needs from its neighbours, remembers and costs.
+"""The typed ops of a Wan VAE program: computation, halo, temporal cache and cost of each op.
 
-Sizes are relative to the latent grid, so that one op describes every clip: `scale` is rows (and columns) per
-latent row, `frames` the frames of a later chunk (the first chunk has one frame everywhere, because the VAE is
-causal and treats its first frame as an image). Layout is channels-last: [B, T, H, W, C].
+Sizes are relative to the latent grid, so that one op describes every clip. `scale` is the number of rows (and
+columns) per latent row. `frames` is the number of frames in a later chunk. The first chunk has one frame
+everywhere, because the VAE is causal and treats its first frame as an image. Layout is channels-last: [B, T, H, W,
+C].
 
-Follows `diffusers.models.autoencoders.autoencoder_kl_wan`; no torch here.
+Follows `diffusers.models.autoencoders.autoencoder_kl_wan`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ Shape = tuple[int, int, int, int, int]
 class LatentShape:
     """The latent of one call, in either direction: frames, rows and columns of the latent grid.
 
-    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab that was
-    cut within latent rows counts rows and columns in parts, `unit` of which make one latent row. `on_host`: a CPU
-    computes it, whose kernels work in smaller pieces than an accelerator's. `picture_bytes` is the size of one
-    value of a decoded picture that is sent to rank 0: one byte, unless floats are asked for.
+    `element_bytes` is the size of one element of the VAE's dtype (4 for float32, 2 for bfloat16). A slab with cuts
+    within latent rows counts rows and columns in units of 1/`unit` latent row. `on_host` says that a CPU computes,
+    whose kernels use smaller blocks than an accelerator's. `picture_bytes` is the size of one value of a decoded
+    picture that is sent to rank 0: one byte, unless floats are asked for.
     """
 
     batch: int
@@ -48,7 +49,7 @@ class LatentShape:
 
 @dataclass(frozen=True)
 class Margins:
-    """Rows above and below, and columns left and right, that an op reads beyond its own slab."""
+    """Rows above and below, and columns left and right, that an op reads beyond its slab."""
 
     top: int = 0
     bottom: int = 0
@@ -68,7 +69,7 @@ NO_MARGINS = Margins()
 
 @dataclass(frozen=True)
 class Room:
-    """Frames before, and rows and columns around, an activation inside its buffer."""
+    """The space in a buffer around an activation: frames in front of it, rows and columns around it."""
 
     front: int = 0
     margins: Margins = NO_MARGINS
@@ -122,9 +123,9 @@ def conv_weights(
 
 @dataclass(frozen=True)
 class Work:
-    """One call of an op: on the tile `latent` of `whole`, for one of `portions` of a chunk.
+    """One call of an op: on the tile `latent` of `whole`, for one of the `portions` of a chunk.
 
-    first: whether that is the clip's first chunk.
+    first: whether the chunk is the clip's first chunk.
     """
 
     latent: LatentShape
@@ -166,11 +167,12 @@ class Work:
 class Op:
     """One step of the program. `name` is the dotted path of its module in `AutoencoderKLWan`.
 
-    takes_room: it copies its input into a buffer with the room that it wants, unless that was left. leaves_room:
-    it writes its output into such a buffer for the op after it. in_place: its output is its input. reads_whole: it
-    reads whole frames, whatever part of them it makes. memory_passes: how often it goes through its input and
-    output; interleaving what was computed and averaging are ways through memory of their own, and a norm's passes
-    but the first and the last find it in a cache.
+    takes_room: it needs its input in a buffer with room, and copies it into one unless the previous op did.
+    leaves_room: it writes its output into a buffer with the room that the next op wants.
+    in_place: its output is its input.
+    reads_whole: it reads whole frames, even if it computes only a tile of them.
+    memory_passes: how often it reads its input and writes its output. Interleaving and averaging are extra passes.
+    Of a norm's passes only the first and the last count, because the others find the data in a cache.
     """
 
     name: str
@@ -186,12 +188,12 @@ class Op:
 
     @property
     def margins(self) -> Margins:
-        """How far it reads beyond its slab, in rows and columns of its input. The halo follows from this."""
+        """How far it reads beyond its slab, in rows and columns of its input. This decides the halo."""
         return NO_MARGINS
 
     @property
     def cached_frames(self) -> int:
-        """Frames of its input that it keeps from one chunk for the next."""
+        """The number of frames of its input that it keeps from one chunk for the next."""
         return 0
 
     def room(self, *, first: bool, cut_rows: bool = False, cut_cols: bool = False) -> Room:
@@ -206,21 +208,21 @@ class Op:
 
     @property
     def opens(self) -> TensorSpec | None:
-        """The tensor that it keeps for the end of a shortcut, if it opens one."""
+        """The tensor that it keeps for the end of a shortcut, if it opens a shortcut."""
         return None
 
     @property
     def closes(self) -> bool:
-        """Whether it adds what the shortcut opened last has kept."""
+        """Whether it adds the tensor of the innermost shortcut, which is then closed."""
         return False
 
     @property
     def writes_onto_shortcut(self) -> bool:
-        """Whether its output takes the memory of what the shortcut that it closes has kept."""
+        """Whether its output overwrites the tensor of the shortcut that it closes."""
         return False
 
     def passes(self, *, first: bool) -> bool:
-        """Whether the first chunk leaves it as it came."""
+        """Whether the chunk passes through it unchanged, which may be true for the first chunk."""
         return False
 
     def keeps(self, *, first: bool) -> bool:
@@ -233,7 +235,7 @@ class Op:
 
     @property
     def moves_memory(self) -> bool:
-        """Whether it does more than to hand on its input."""
+        """Whether it does more than pass on its input."""
         return True
 
     def weights_read(self, *, first: bool) -> float:
@@ -241,11 +243,11 @@ class Op:
         return 1.0
 
     def shortcut_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """Elements of the tensor that it adds while it writes its output."""
+        """Elements of the shortcut's tensor that it adds while it writes its output."""
         return 0
 
     def makes_pairs(self, work: Work) -> bool:
-        """Whether it makes frames two at a time, out of kept frames that are apart from its input."""
+        """Whether it computes frames two at a time, with kept frames in a separate tensor."""
         return False
 
     def scratch_bytes(self, work: Work) -> int:
@@ -253,22 +255,22 @@ class Op:
         return 0
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """Elements that an accelerator reads and writes for it, without its convolutions and matrix products.
+        """Elements that an accelerator reads and writes for it, except in convolutions and matrix products.
 
-        Kept frames apart, see `costs.RECALLED_PASSES`.
+        Kept frames are not counted here, see `costs.RECALLED_PASSES`.
         """
         return self.source.elements(latent, first=first) + self.target.elements(latent, first=first)
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
-        """Multiplications and additions of its convolutions and matrix products as the executor does them.
+        """Multiplications and additions of its convolutions and matrix products, in the executor's algorithm.
 
-        On the tile `latent` of `whole`, if that is not all. Every tap of every frame counts, also where a CPU
-        makes two frames with a third fewer.
+        latent: the tile. whole: the whole latent; None if it is the tile. Every tap of every frame counts,
+        although a CPU that makes two frames at a time needs a third fewer.
         """
         return 0
 
     def module_flops(self, latent: LatentShape, *, first: bool) -> int:
-        """The same as `AutoencoderKLWan` does them: never less, because it multiplies zeros too."""
+        """As `flops`, in the algorithm of `AutoencoderKLWan`. Never less, because it also multiplies zeros."""
         return self.flops(latent, first=first)
 
     def _pixels(self, latent: LatentShape, *, first: bool) -> int:
@@ -279,9 +281,9 @@ class Op:
 class Conv(Op):
     """A causal convolution, stride 1, `kernel` = (frames, rows, columns), zero-padded to keep the size.
 
-    A later chunk reads the last `kernel[0] - 1` frames of the chunk before. On the first chunk those are zeros,
-    so only the last temporal tap is computed. With `adds_shortcut` it closes a shortcut whose kept tensor has its
-    output's shape; one op, because the sum is rounded once.
+    A later chunk reads the last `kernel[0] - 1` frames of the previous chunk. On the first chunk these frames are
+    zeros, so only the last temporal tap is computed. With `adds_shortcut` it also closes a shortcut whose tensor
+    has its output's shape. Both are one op, because the sum is rounded once.
     """
 
     kernel: tuple[int, int, int]
@@ -301,15 +303,15 @@ class Conv(Op):
         return 1 / self.kernel[0] if first else 1.0
 
     def makes_pairs(self, work: Work) -> bool:
-        """In float32 on a CPU; an accelerator makes all frames at once."""
+        """True in float32 on a CPU, if it is worth it. An accelerator computes all frames at once."""
         b, t, h, w, c = work.shape(self.target)
         pairs = makes_frame_pairs(self.source.channels, c, self.kernel, t, h * w)
         return pairs and b == 1 and work.element_bytes == 4 and work.whole.on_host and not work.first
 
     def scratch_bytes(self, work: Work) -> int:
-        """The transformed input, and the sums that both frames of a pair share, if it computes two at a time.
+        """If it computes two frames at a time: the transformed input, and the two sums that both frames share.
 
-        On an accelerator, the sum that is added to a shortcut.
+        On an accelerator: the result before it is added to a shortcut.
         """
         if not work.whole.on_host:
             return work.elements(self.target) * work.element_bytes if self.adds_shortcut else 0
@@ -322,7 +324,7 @@ class Conv(Op):
         return (given + 2 * band * w * c) * work.element_bytes
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """For the shortcut: what it kept is read, and the sum is written, while the next norm is computed."""
+        """For a shortcut: during the next norm, the shortcut's tensor is read and the sum is written."""
         return 2 * self.target.elements(latent, first=first) if self.adds_shortcut else 0
 
     @property
@@ -373,14 +375,14 @@ class Attention(Op):
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         b, t, h, w, c = self.source.shape(latent, first=first)
         _, _, height, width, _ = self.source.shape(whole or latent, first=first)
-        # Queries are of the tile; keys and values are of whole frames.
+        # Queries are computed for the tile, keys and values for whole frames.
         queries, pixels = h * w, height * width
         return b * t * (4 * (queries + pixels) * c * c + 4 * queries * pixels * c)
 
     def scratch_bytes(self, work: Work) -> int:
-        """The normed input, queries and mixed values of the tile; keys and values of whole frames.
+        """The normed input, queries and mixed values of the tile, and keys and values of whole frames.
 
-        Whole frames are gathered where they are more than the tile.
+        If the tile is smaller than the frame, the gathered whole frames are added.
         """
         tile = work.elements(self.target)
         if not (work.cut_rows or work.cut_cols):
@@ -409,7 +411,7 @@ class TimeUp(Op):
         return not first
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """For the buffer that has room for kept frames, and while pairs of frames are interleaved."""
+        """For the copy into a buffer with room for kept frames, and for the interleaving of pairs of frames."""
         return 0 if first else 2 * super().moved_elements(latent, first=False)
 
     def scratch_bytes(self, work: Work) -> int:
@@ -424,7 +426,7 @@ class TimeUp(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class TimeDown(Op):
-    """Halves the frames: a (3, 1, 1) convolution of stride 2 over the last frame before and the chunk.
+    """Halves the frames: a (3, 1, 1) convolution of stride 2 over the last frame of the past and the chunk.
 
     The first chunk passes unchanged.
     """
@@ -432,7 +434,7 @@ class TimeDown(Op):
     takes_room: ClassVar[bool] = True
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """For the buffer that has room for the kept frame."""
+        """For the copy into a buffer with room for the kept frame."""
         return 0 if first else 2 * self.source.elements(latent, first=False)
 
     @property
@@ -463,7 +465,7 @@ class Duplicates:
 
     @property
     def factor(self) -> int:
-        """Outputs of one channel that fall on one place of the kept grid."""
+        """Outputs of one channel per pixel of `kept`."""
         return self.factor_t * self.factor_s**2
 
 
@@ -471,11 +473,11 @@ class Duplicates:
 class SpatialUp(Op):
     """Nearest-neighbour doubling of rows and columns, then a 3 x 3 convolution.
 
-    The executor does both at once as four 2 x 2 convolutions of the small picture, one per output parity, whose
-    taps are sums of the nine: 16 multiplications per small pixel instead of 36.
+    The executor computes both at once as four 2 x 2 convolutions of the small picture, one per output parity.
+    Their taps are sums of the nine taps. This needs 16 multiplications per small pixel instead of 36.
 
-    With `duplicates` it closes a shortcut across itself; one op, because adding while the four are interleaved
-    saves a way through memory.
+    With `duplicates` it also closes a shortcut around itself. Both are one op, because adding while the four
+    outputs are interleaved saves a pass over memory.
     """
 
     duplicates: Duplicates | None = None
@@ -487,7 +489,7 @@ class SpatialUp(Op):
         return self.duplicates.kept.elements(latent, first=first) if self.duplicates else 0
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """While the outputs of four convolutions are interleaved, each with its copy of a kept value."""
+        """For the interleaving of the outputs of four convolutions, each with its copy of a kept value."""
         return (3 if self.duplicates else 2) * self.target.elements(latent, first=first)
 
     @property
@@ -499,7 +501,7 @@ class SpatialUp(Op):
         return Margins(1, 1, 1, 1)
 
     def scratch_bytes(self, work: Work) -> int:
-        """The outputs at one of the four offsets of the doubled grid, and what is added to them unless a view."""
+        """The outputs at one of the four offsets of the doubled grid, and their addend if it needs a copy."""
         b, t, h, w, _ = work.shape(self.source)
         part = b * t * (h + 1) * (w + 1) * self.target.channels
         added = self.duplicates
@@ -526,11 +528,11 @@ class SpatialDown(Op):
         return Margins(0, 1, 0, 1)
 
     def room(self, *, first: bool, cut_rows: bool = False, cut_cols: bool = False) -> Room:
-        """Always the margins: a convolution cannot pad one side only, so the zeros are in the buffer."""
+        """Always with margins, because a convolution cannot pad only one side; the zeros are in the buffer."""
         return Room(0, self.margins)
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """For the buffer with the zeros."""
+        """For the copy into a buffer with the zeros."""
         return 2 * self.source.elements(latent, first=first)
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
@@ -555,7 +557,7 @@ class ShortcutBegin(Op):
         return self.kept
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """None: it hands on its input."""
+        """0, because it passes on its input."""
         return 0
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
@@ -584,16 +586,16 @@ class AverageDown(Op):
 
     @property
     def averages(self) -> bool:
-        """Whether an output has more than one value to average, or takes it from another place."""
+        """Whether an output averages more than one value, or takes the value from another place."""
         return self.factor_t * self.factor_s > 1 or self.kept.channels != self.target.channels
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
-        """For the sum, and for the kept values in groups and their means."""
+        """For the sum, and for the copy of kept values in groups and their means."""
         kept, target = self.kept.elements(latent, first=first), self.target.elements(latent, first=first)
         return 3 * (kept + target) + target if self.averages else 3 * target
 
     def scratch_bytes(self, work: Work) -> int:
-        """The kept values padded in time, then their copy in groups; the unpadded ones are gone by then."""
+        """The kept values padded in time, then their copy in groups; the unpadded values are freed by then."""
         if not self.averages:
             return 0
         kept = work.elements(self.kept)

@@ -1,4 +1,4 @@
-"""A VAE that several ranks run together, in place of `diffusers.AutoencoderKLWan` in any pipeline."""
+"""A VAE that several ranks run together. It replaces `diffusers.AutoencoderKLWan` in any pipeline."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from cosmos3_pipeline.vae.weights import BoundVae, FolderWeights, ModuleWeights,
 
 @dataclass(frozen=True)
 class _Call:
-    """The call that a rank is about to make. Ranks compare it before anything is computed or sent."""
+    """The call that a rank is about to make. Ranks compare their calls before anything is computed or sent."""
 
     direction: str
     shape: tuple[int, ...]
     dtype: str
     strategy: str
-    assignment: int  # a digest of who runs what
+    assignment: int  # a digest of the assignment
 
 
 @dataclass(frozen=True)
 class _Refusal:
-    """Why a rank cannot do it."""
+    """Why a rank cannot make its call."""
 
     problem: Problem
     by_strategy: bool
@@ -66,8 +66,8 @@ class ParallelVAE(DropIn):
     a ValueError on every rank. A rank that fails later raises its own error, and the others raise `PeerFailed` or
     `PeerLost` (both RuntimeError) instead of waiting for it.
 
-    It is for inference: results have no gradient. Input that requires grad is refused while gradients are enabled,
-    and so is `train()`.
+    It is for inference, so results have no gradient. Input that requires grad is refused while gradients are
+    enabled, and `train()` is refused.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ParallelVAE(DropIn):
         self._dtype: torch.dtype = dtype or (autoencoder.dtype if loaded is None else loaded.dtype)
         if device is None:
             device = torch.device("cpu") if loaded is None else loaded.device
-        # With the index of the one that is meant: "cuda" is no tensor's device.
+        # Through a tensor, so that the device has an index: a tensor's device is "cuda:0", never "cuda".
         self._device = torch.empty(0, device=device).device
         self._vae: BoundVae | None = None
         self._runners: dict[Direction, Runner] = {}
@@ -120,7 +120,7 @@ class ParallelVAE(DropIn):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> ParallelVAE:
-        """Open a diffusers VAE folder. Each rank reads the weights that its part needs, when it needs them."""
+        """Open a diffusers VAE folder. Each rank reads only the weights that its ops need, when it needs them."""
         with torch.device("meta"):
             autoencoder = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
         weights = FolderWeights(Path(folder))
@@ -138,8 +138,8 @@ class ParallelVAE(DropIn):
     ) -> Any:
         """As `AutoencoderKLWan.from_pretrained`, which takes `kwargs` (subfolder, torch_dtype, variant ...).
 
-        Every rank reads all weights; with `from_folder` it reads those of its share only. Raises TypeError without
-        `encode` or `decode`.
+        Every rank reads all weights; with `from_folder` a rank reads only the weights of its ops. Raises TypeError
+        without `encode` or `decode`.
         """
         load = partial(AutoencoderKLWan.from_pretrained, pretrained_model_name_or_path, **kwargs)
         return cls._loaded("from_pretrained", load, encode, decode, group)
@@ -181,7 +181,7 @@ class ParallelVAE(DropIn):
         decode: Strategy | None,
         group: ProcessGroup | None,
     ) -> Any:
-        """The result of `load` with its model wrapped. A tuple if more than the model is asked for."""
+        """The result of `load` with its model wrapped. It is a tuple if `load` returns more than the model."""
         if encode is None or decode is None:
             missing = " and ".join(name for name, s in (("encode", encode), ("decode", decode)) if s is None)
             raise TypeError(
@@ -212,13 +212,13 @@ class ParallelVAE(DropIn):
 
     @property
     def comm(self) -> Comm:
-        """The messages of its group. Made on first use, which is collective over the group."""
+        """The Comm of its group. It is made on first use, which is collective over the group."""
         if self._comm is None:
             self._comm = Comm(self._group, self._ledger, device=self._device)
         return self._comm
 
     def plan(self, direction: Direction, shape: LatentShape) -> StrategyPlan:
-        """The work of each rank for a clip of `shape`. Raises StrategyError if the strategy cannot do it."""
+        """The work of each rank for a clip of `shape`. Raises StrategyError if the strategy refuses the clip."""
         program = self._bound().program(direction)
         return self._strategies[direction].plan(program, shape, self.comm.size)
 
@@ -244,13 +244,14 @@ class ParallelVAE(DropIn):
         return DecoderOutput(sample=picture) if return_dict else (picture,)
 
     def decode_stream(self, z: Tensor, *, pixels: Pixels = "uint8") -> Iterator[Tensor]:
-        """Latents [1, z_dim, T, h, w] -> bytes [frames, H, W, 3], chunk by chunk as they are ready, on the root.
+        """Latents [1, z_dim, T, h, w] -> bytes [frames, H, W, 3] on the root, chunk by chunk as they are ready.
 
-        With `pixels` "float" the chunks are [3, frames, H, W] in [-1, 1], as `decode` has them.
+        With `pixels` "float" the chunks are [3, frames, H, W] in [-1, 1], as in `decode`.
 
-        A generator. The other ranks take part by iterating theirs, which yields nothing, to its end. Nothing
-        happens before the first `next`. Closing the root's generator early ends the others' too; leaving it
-        neither exhausted nor closed makes them wait. Memory does not grow with the number of frames.
+        This is a generator, and nothing happens before the first `next`. The other ranks must iterate their
+        generators to the end, although these yield nothing. Closing the root's generator early also ends the other
+        ranks' generators. They wait while the root's generator is neither exhausted nor closed. Memory does not
+        grow with the number of frames.
         """
         self._agree("decode", z, one_clip=True)
         try:
@@ -282,7 +283,7 @@ class ParallelVAE(DropIn):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode to the most likely latents, or with `sample_posterior` to random ones, and decode them.
+        """Encode to the most likely latents, or with `sample_posterior` to random latents, and decode them.
 
         Ranks draw the same random latents if their generators are in the same state.
         """
@@ -291,12 +292,12 @@ class ParallelVAE(DropIn):
         return self.decode(latents, return_dict=return_dict)
 
     def release(self, *, decode: LatentShape | None = None, encode: LatentShape | None = None) -> None:
-        """Bind what this rank needs for clips of these shapes, and drop every other weight of the model.
+        """Bind the weights that this rank needs for clips of these shapes, and drop all other weights.
 
-        Each rank then holds only its own share. Empties the `autoencoder` that this VAE was made from (its tensors
-        move to the meta device), and fixes dtype and device. A direction without a shape cannot be called any
-        more, nor can clips for which this rank would need other weights, unless there is a source to read them
-        from.
+        Each rank then holds only its own share. This empties the `autoencoder` that this VAE was made from (its
+        tensors move to the meta device), and fixes dtype and device. Unless there is a `weights` source to read
+        from, two kinds of calls fail afterwards: a direction without a shape, and clips for which this rank needs
+        other weights.
         """
         clips: dict[Direction, LatentShape | None] = {"decode": decode, "encode": encode}
         for direction, shape in clips.items():
@@ -314,7 +315,7 @@ class ParallelVAE(DropIn):
                     f"{moved.dtype} on {moved.device} could be made are gone; move it before release()"
                 )
             if moved.device != self._device and self._comm is not None:
-                self._comm.close()  # its connections are those of the device that it was made for
+                self._comm.close()  # its connections were made for the old device
                 self._comm = None
             self._dtype, self._device = moved.dtype, moved.device
             self._unbind()
@@ -322,7 +323,7 @@ class ParallelVAE(DropIn):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's. Raises RuntimeError if it no longer computes with the weights of the model."""
+        """As torch's. Raises RuntimeError if this VAE does not compute with the weights of the model."""
         if self._released or self._weights is not None:
             raise RuntimeError(
                 "load_state_dict() of a VAE that was released or has a source of weights; it does not compute "
@@ -333,7 +334,7 @@ class ParallelVAE(DropIn):
         return keys
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A copy binds its weights anew, because bound weights and messages in flight belong to this object.
+        """For copy and pickle. A copy binds its weights again: bound weights and messages belong to one object.
 
         Raises RuntimeError after release().
         """
@@ -363,7 +364,7 @@ class ParallelVAE(DropIn):
         return self._runners[direction]
 
     def _agree(self, direction: Direction, tensor: Tensor, *, one_clip: bool = False) -> None:
-        """Raise the same ValueError on every rank unless all of them can do, and are about to do, the same."""
+        """Raise the same ValueError on every rank, unless all ranks are about to make the same possible call."""
         refusal, assignment = self._refusal(direction, tensor, one_clip=one_clip)
         strategy = self._strategies[direction]
         call = _Call(direction, tuple(tensor.shape), str(tensor.dtype), f"{type(strategy).__name__}", assignment)
@@ -382,14 +383,14 @@ class ParallelVAE(DropIn):
                 )
 
     def _refusal(self, direction: Direction, tensor: Tensor, *, one_clip: bool) -> tuple[_Refusal | None, int]:
-        """Why this rank cannot do it, if so, and a digest of who runs what."""
+        """Why this rank cannot make the call (None if it can), and the digest of the assignment."""
         program = self._bound().program(direction)
         problem = problem_of(program, tensor, dtype=self._dtype, device=self._device, one_clip=one_clip)
         if problem is not None:
             return _Refusal(problem, by_strategy=False), 0
         shape = latent_shape(program, tensor)
         try:
-            # Making a plan takes milliseconds, which for a small clip is felt.
+            # Cached, because making a plan takes milliseconds, which is noticeable for a small clip.
             honoured = (direction, shape)
             if honoured not in self._honoured:
                 self._honoured[honoured] = self._digest(direction, shape)
@@ -398,17 +399,17 @@ class ParallelVAE(DropIn):
             return _Refusal(error.problem, by_strategy=True), 0
 
     def _digest(self, direction: Direction, shape: LatentShape) -> int:
-        """A digest of the assignment. Raises StrategyError if the strategy cannot do it."""
+        """A digest of the assignment. Raises StrategyError if the strategy refuses the clip."""
         strategy = self._strategies[direction]
         if type(strategy).runner is not Strategy.runner:
-            # Its runner may bind weights at once, so its plan is asked first.
+            # Its runner may bind weights at once, so the plan must accept the clip first.
             return zlib.crc32(repr((strategy, self.plan(direction, shape).shares)).encode())
         runner = self._runner(direction)
         assert isinstance(runner, AssignedRunner)
         return zlib.crc32(repr(runner.lowered(shape).assignment.blocks).encode())
 
     def _everywhere(self, z: Tensor) -> bool:
-        """Whether each rank makes the whole picture by itself."""
+        """Whether each rank computes the whole picture by itself."""
         runner = self._runner("decode")
         if not isinstance(runner, AssignedRunner):
             return False

@@ -1,4 +1,4 @@
-"""A strategy's plan, computed from its assignment: what each rank owns, how exact the result is, how fast."""
+"""A strategy's plan, computed from its assignment: the share of each rank, the exactness, the speed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment
 
 @contextmanager
 def named(strategy: Strategy) -> Iterator[None]:
-    """Blocks that are no assignment become a StrategyError that says whose they are."""
+    """Turn an AssignmentError into a StrategyError that names the strategy."""
     try:
         yield
     except AssignmentError as error:
@@ -67,7 +67,7 @@ def named(strategy: Strategy) -> Iterator[None]:
 
 
 def check(strategy: Strategy, lowered: Lowered) -> None:
-    """Raise DeclarationError for a result less exact than the strategy promises, StrategyError for idle ranks."""
+    """Raise DeclarationError if the result is less exact than declared, StrategyError if a rank is idle."""
     exactness, needed = exactness_of(lowered), reach(lowered.program)
     if not exactness.satisfies(strategy.exactness):
         raise DeclarationError(
@@ -91,7 +91,7 @@ def _note(note: str, speed_up: float, ranks: int) -> str:
 
 
 def exactness_of(lowered: Lowered) -> Exactness:
-    """The exactness of the result, as far as the assignment decides it."""
+    """The exactness of the result that the assignment allows."""
     found = Exactness.BITWISE
     whole = whole_picture(lowered.shape)
     spans = {span for layout in set(lowered.layouts) for span in layout}
@@ -105,12 +105,12 @@ def exactness_of(lowered: Lowered) -> Exactness:
 
 
 def reach(program: Program) -> int:
-    """How many chunks before it a chunk's result depends on: what all its ops remember, one after the other."""
+    """On how many previous chunks a chunk's result depends: the sum over all ops of the chunks in their caches."""
     return ceil(sum(op.cached_frames / op.source.frames for op in program.ops))
 
 
 def _extent(lowered: Lowered, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The latent rows and columns on which a rank works; a cut within one counts it on both sides."""
+    """The latent rows and columns [start, stop) of a rank. A latent row with a cut inside counts on both sides."""
     tiles = {tile for layout in set(lowered.layouts) for span in layout for tile in span.tiles if tile.on(rank)}
     tops = (min(t.rect.top // t.unit for t in tiles), max(-(-t.rect.bottom // t.unit) for t in tiles))
     sides = (min(t.rect.left // t.unit for t in tiles), max(-(-t.rect.right // t.unit) for t in tiles))
@@ -118,7 +118,7 @@ def _extent(lowered: Lowered, rank: int) -> tuple[tuple[int, int], tuple[int, in
 
 
 def _runs(lowered: Lowered, rank: int) -> tuple[tuple[int, int], ...]:
-    """The ops of a rank on each chunk, where they are not always the same."""
+    """The ops [start, stop) of a rank on each chunk; empty if they are the same on all chunks."""
     if not lowered.moves:
         return ()
     by_layout = {id(layout): _run(layout, rank) for layout in lowered.layouts}

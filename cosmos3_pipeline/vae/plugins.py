@@ -1,7 +1,7 @@
-"""The strategies that are installed, by name. Imports no torch.
+"""The installed strategies, by name. Imports no torch.
 
-A plugin is an installed package that declares an entry point in the group `cosmos3_pipeline.plugins`; the object
-behind it is a `Strategy`: a dataclass of its own settings.
+A plugin is an installed package that declares an entry point in the group `cosmos3_pipeline.plugins`. The entry
+point names a `Strategy`, which is a dataclass of its settings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ENTRY_POINT_GROUP = "cosmos3_pipeline.plugins"
 
 @dataclass(frozen=True)
 class Plugins:
-    """`strategies` maps a plugin's name to its class, `broken` to why it could not be used."""
+    """`strategies` maps a plugin's name to its class; `broken` maps it to the reason why it cannot be used."""
 
     strategies: dict[str, type[Strategy]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
@@ -31,18 +31,18 @@ class Plugins:
         return path_of(self.strategies[name])
 
     def by_target(self, target: str) -> type[Strategy] | None:
-        """The strategy class that owns `_target_: target`, or None."""
+        """The strategy class whose path is `target`, or None."""
         return next((cls for cls in self.strategies.values() if path_of(cls) == target), None)
 
 
 def path_of(cls: type) -> str:
-    """Where a class is imported from."""
+    """The dotted import path of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @functools.cache
 def discover() -> Plugins:
-    """Load every declared plugin once. One that fails to import is reported by name and does not stop the rest."""
+    """Load every declared plugin once. A plugin that fails to import is listed in `broken`."""
     plugins = Plugins()
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
         problem = _load(point, plugins.strategies)
@@ -54,7 +54,7 @@ def discover() -> Plugins:
 def _load(point: EntryPoint, into: dict[str, type[Strategy]]) -> str | None:
     try:
         cls = point.load()
-    # A third party's module may raise anything at import; it is reported by name, never swallowed.
+    # A third party's module may raise any exception at import. It is reported under the plugin's name.
     except Exception as error:
         return f"importing {point.value} raised {type(error).__name__}: {error}{_where(error)}"
     if not (isinstance(cls, type) and issubclass(cls, Strategy) and dataclasses.is_dataclass(cls)):
@@ -64,7 +64,7 @@ def _load(point: EntryPoint, into: dict[str, type[Strategy]]) -> str | None:
 
 
 def _where(error: Exception) -> str:
-    """The line of the plugin, or of what it imports, that raised `error`; nothing if no line of it has run."""
+    """The line of the plugin, or of its imports, that raised `error`; empty if none of its lines has run."""
     importing = {__file__, metadata.__file__, importlib.__file__}
     lines = [
         frame

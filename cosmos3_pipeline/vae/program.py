@@ -1,10 +1,10 @@
-"""The Wan VAE as a flat list of ops, built from a config alone: one program, many schedules.
+"""The Wan VAE as a flat list of ops, built only from a config: one program, many schedules.
 
-A strategy is a schedule of these ops over ranks: it cuts the list (each rank a run of ops), or the picture (each
-rank a slab of rows), or both. Shortcuts are opened and closed by ops, so a cut may fall inside a
-residual block; `Program.carried` says which tensors cross it.
+A strategy is a schedule of these ops over ranks. It cuts the list (each rank has a run of ops), or the picture
+(each rank has a slab of rows), or both. Because ops open and close shortcuts, a cut may be inside a residual
+block. `Program.carried` says which tensors cross the cut.
 
-Follows `diffusers.AutoencoderKLWan` 0.42: Wan2.1 and the residual Wan2.2 layout. No torch here.
+Follows `diffusers.AutoencoderKLWan` 0.42: Wan2.1 and the residual Wan2.2 layout. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,23 +19,28 @@ from cosmos3_pipeline.vae.ops import LatentShape, Op, Shape, TensorSpec, TimeUp,
 
 Direction = Literal["decode", "encode"]
 
-# Frames of a picture that diffusers gives the encoder at once, after the first frame.
+# After the first frame, diffusers gives the encoder this many picture frames at once.
 ENCODE_CHUNK = 4
 
-# Frames in which a later chunk passes the ops after the last doubling of frames, where most of the arithmetic and
-# the largest activations are. Half of the four that the VAEs have there; one frame costs time for copying the two
-# that each convolution keeps.
+# Frames of one portion of a later chunk, in the ops after the last doubling of frames, which have most of the
+# arithmetic and the largest activations. It is half of the VAEs' four frames there. Portions of one frame would
+# take longer, because each convolution copies its two kept frames for every portion.
 _PORTION = 2
 
 
 @dataclass(frozen=True)
 class Program:
-    """The ops of one direction, with what does not depend on the clip.
+    """The ops of one direction, with facts that do not depend on the clip.
 
-    z_dim: latent channels; picture_channels: 3 for RGB; patch: pixels a side that patchify folds into channels;
-    spatial: pixels per latent row; temporal: picture frames per latent frame after the first;
-    latents_per_chunk: latent frames of a later chunk; portions: in how many equal parts, one after the other, a
-    later chunk passes the ops from `portions_from` on. Parts need less memory, and who waits for them waits less.
+    z_dim: latent channels.
+    picture_channels: 3 for RGB.
+    patch: pixels per side that patchify folds into channels.
+    spatial: pixels per latent row.
+    temporal: picture frames per latent frame after the first.
+    latents_per_chunk: latent frames of a later chunk.
+    portions_from, portions: a later chunk runs through the ops from `portions_from` on in `portions` equal
+    portions, one after the other. Portions need less memory, and the next rank waits for a portion instead of a
+    chunk.
     """
 
     direction: Direction
@@ -53,7 +58,7 @@ class Program:
         return len(self.ops)
 
     def chunks(self, latent: LatentShape) -> int:
-        """Chunks in which a clip of `latent.frames` latent frames passes: one frame, then equal ones."""
+        """The number of chunks of a clip of `latent.frames` latent frames: one of one frame, then equal chunks."""
         later = latent.frames - 1
         if later % self.latents_per_chunk:
             raise ProgramError(
@@ -65,7 +70,7 @@ class Program:
         return 1 + later // self.latents_per_chunk
 
     def picture_frames(self, latent_frames: int) -> int:
-        """Frames of the picture that `latent_frames` latent frames are."""
+        """The number of picture frames that `latent_frames` latent frames decode to."""
         return 1 + (latent_frames - 1) * self.temporal
 
     def flops(self, latent: LatentShape, start: int = 0, stop: int | None = None) -> int:
@@ -86,7 +91,7 @@ class Program:
 
     @cached_property
     def _open(self) -> tuple[tuple[tuple[int, TensorSpec], ...], ...]:
-        """For each cut the open shortcuts, oldest first: which op made what each keeps, and its spec."""
+        """For each cut the open shortcuts, oldest first: (op that made the shortcut's tensor, its spec)."""
         at: list[tuple[tuple[int, TensorSpec], ...]] = []
         shortcuts: list[tuple[int, TensorSpec]] = []
         made = -1  # the op that made the activation
@@ -108,12 +113,12 @@ class Program:
     def carried(self, cut: int) -> tuple[TensorSpec, ...]:
         """The tensors that cross the cut before op `cut`: the activation, then the open shortcuts, oldest first.
 
-        A tensor that two shortcuts keep crosses once: `shortcuts`.
+        A tensor that two shortcuts share is listed once; see `shortcuts`.
         """
         return self._carried[cut]
 
     def shortcuts(self, cut: int) -> tuple[int, ...]:
-        """For each shortcut open at `cut`, oldest first, which of those `carried` after the activation is its."""
+        """For each shortcut open at `cut`, oldest first, the index of its tensor in `carried(cut)[1:]`."""
         made = [number for number, _ in self._open[cut]]
         distinct = list(dict.fromkeys(made))
         return tuple(map(distinct.index, made))
@@ -123,15 +128,15 @@ class Program:
         return 1 if first or cut <= self.portions_from else self.portions
 
     def kept_shape(self, number: int, latent: LatentShape) -> Shape:
-        """[B, T, H, W, C] that op `number`, one of those `keeping` frames, keeps from one chunk for the next."""
+        """[B, T, H, W, C] of the frames that op `number`, one of `keeping`, keeps from one chunk for the next."""
         op = self.ops[number]
         b, _, h, w, c = op.source.shape(latent, first=False)
         return b, op.cached_frames, h, w, c
 
     def may_be_cut(self, number: int) -> bool:
-        """Whether it makes a difference to cut before op `number`: not between ops that cost next to nothing.
+        """Whether a cut before op `number` is useful. Cuts that differ only by ops of nearly no cost are left out.
 
-        No two ops that keep frames are between two such cuts.
+        Between two neighbouring useful cuts there is at most one op that keeps frames.
         """
         scales = [op.source.scale != op.target.scale for op in self.ops[number - 1 : number + 1]]
         return bool(self.ops[number].cached_frames) or any(scales)
@@ -149,7 +154,7 @@ class Program:
 def decoder_program(config: Mapping[str, Any]) -> Program:
     """The decoder's ops: post_quant_conv, decoder, unpatchify and clamp.
 
-    `config` holds the values of `AutoencoderKLWan.config` by their names there. Raises ProgramError.
+    `config` has the names and values of `AutoencoderKLWan.config`. Raises ProgramError.
     """
     c = _Config(config)
     build = Builder(TensorSpec(c.z_dim, 1, 1))
@@ -177,9 +182,9 @@ def decoder_program(config: Mapping[str, Any]) -> Program:
 
 
 def encoder_program(config: Mapping[str, Any]) -> Program:
-    """The encoder's ops: patchify, encoder and quant_conv, which gives the moments (mean and log-variance).
+    """The encoder's ops: patchify, encoder and quant_conv, which computes the moments (mean and log-variance).
 
-    `config` holds the values of `AutoencoderKLWan.config` by their names there. Raises ProgramError.
+    `config` has the names and values of `AutoencoderKLWan.config`. Raises ProgramError.
     """
     c = _Config(config)
     steps = c.temporal_steps("encode")
@@ -257,7 +262,8 @@ class _Config:
 
     def picture_channels(self, direction: Direction) -> int:
         """Channels of the picture that the encoder takes or the decoder makes. Raises ProgramError."""
-        # Each direction looks at its own: the encoder of a VAE that only decodes (Bria Fibo) may fit no picture.
+        # Each direction checks only its own channels, because a VAE that only decodes (Bria Fibo) may have an
+        # encoder that fits no picture.
         name = "in_channels" if direction == "encode" else "out_channels"
         channels = self.in_channels if direction == "encode" else self.out_channels
         if channels % self.patch**2:

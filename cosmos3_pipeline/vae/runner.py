@@ -1,4 +1,4 @@
-"""One rank's part of a strategy that assigns: makes the assignment of a clip, binds the weights, executes it."""
+"""Runs a strategy on one rank: makes the assignment of a clip, binds the rank's weights, executes its actions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Strategy
 from cosmos3_pipeline.vae.weights import BoundVae
 
-# The actions of this many shapes of clips are remembered.
+# The lowered actions are cached for this many shapes of clips.
 _SHAPES = 8
 
 
@@ -47,20 +47,20 @@ class AssignedRunner:
     def bind(self, shape: LatentShape) -> Lowered:
         """Load the weights that this rank needs for a clip of `shape`, drop all others, and return the actions.
 
-        It also makes the connections for its messages, so all ranks call it together.
+        It also makes the connections for the rank's messages, so all ranks must call it together.
         """
         lowered = self.lowered(shape)
         needed = lowered.ops(self._comm.rank)
         for op in set(self._ops) - set(needed):
-            del self._ops[op]  # their weights go before others come
+            del self._ops[op]  # frees weights before others are loaded
         missing = [op for op in needed if op not in self._ops]
-        if missing:  # listing the weights of a model takes as long as several ops of a small picture
+        if missing:  # skipped if empty, because listing a model's weights takes as long as several small ops
             self._ops |= self._vae.bind(self._direction, missing)
         self._comm.connect_pairs(lowered.pairs)
         return lowered
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
-        """Yields the picture in order: on the root, or where each rank makes it, on each."""
+        """Yields the picture in order, on the root; on every rank if each rank computes the whole picture."""
         lowered, rank = self.bind(latent_shape(self._vae.program("decode"), z)), self._comm.rank
         execution = Execution(lowered, rank, self._ops, self._comm, partial(latent_chunk, z), pixels=pixels)
         yield from execution.results()

@@ -1,4 +1,4 @@
-"""The fastest assignment of a clip: of every strategy that is exact enough, timed by the clock. No torch here."""
+"""The fastest assignment of a clip among all strategies that are exact enough, by the clock. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cosmos3_pipeline.vae.strategy import Exactness, OwnRunner, Strategy
 
 @dataclass(frozen=True)
 class Found:
-    """One assignment that was tried: whose it is, how exact, and about how many seconds it takes."""
+    """One assignment that was tried: its strategy, its exactness, and its predicted seconds."""
 
     strategy: Strategy
     assignment: Assignment
@@ -26,9 +26,9 @@ class Found:
 
 
 def variants(strategies: Iterable[type[Strategy]], program: Program, ranks: int) -> Iterator[Strategy]:
-    """Each strategy that can go this way, with each of its settings that are worth trying.
+    """Each strategy that supports the program's direction, with each of its settings that are worth trying.
 
-    One with a runner of its own computes another picture, so it has to be asked for by its name.
+    A strategy with its own runner is left out, because it computes another picture; users must choose it by name.
     """
     for cls in strategies:
         if program.direction in cls.directions and not issubclass(cls, OwnRunner):
@@ -45,7 +45,7 @@ def search(
     links: Links | None,
     required: Exactness,
 ) -> list[Found]:
-    """The assignments of `strategies` for a clip of `shape`, fastest first; of equal ones, the more exact first.
+    """The assignments of `strategies` for a clip of `shape`, fastest first; at equal speed, the more exact first.
 
     Strategies that refuse the clip are left out, and so are results less exact than `required`. Without `costs`
     the time of an op is its FLOPs.

@@ -1,7 +1,7 @@
-"""The contract of a strategy of the VAE, which built-in and third-party plugins implement. Imports no torch.
+"""The contract of a VAE strategy, for built-in and third-party plugins. Imports no torch.
 
-A strategy is a dataclass of its own settings, all with defaults, so that YAML can build it. It says which rank
-runs what, and nothing else:
+A strategy is a dataclass of its settings, which all have defaults, so that YAML can build it. It only says which
+rank runs which ops on which chunks and slabs:
 
     @dataclass
     class Mine(Strategy):
@@ -15,8 +15,8 @@ runs what, and nothing else:
 The library checks the blocks, derives the messages between the ranks, predicts bytes, messages, memory and time
 from them, and runs the assignment.
 
-A strategy that computes another picture than the VAE, such as `tiled`, has work that no blocks describe. It is an
-`OwnRunner`, which declares its plan and does its work itself.
+Blocks cannot describe a strategy that computes another picture than the VAE, such as `tiled`. Such a strategy is
+an `OwnRunner`, which declares its plan and has its own runner.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 class Exactness(StrEnum):
     """How a strategy's output relates to that of one rank, strongest first.
 
-    bitwise: equal in every bit. rounding: the same up to the order of sums (at least 100 dB in float32).
-    approximate: another picture, close to the eye.
+    bitwise: equal in every bit.
+    rounding: equal up to the order of sums (at least 100 dB in float32).
+    approximate: another picture, which looks similar.
     """
 
     BITWISE = "bitwise"
@@ -62,7 +63,7 @@ class StrategyError(Refusal):
 
 
 class DeclarationError(StrategyError):
-    """A strategy declares to be more exact than its blocks are."""
+    """A strategy declares more exactness than its blocks have."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class RankShare:
     ops: [start, stop) from the first op that it runs to the last.
     rows, cols: the latent rows and columns [start, stop) of its tiles.
     flops: as `Op.flops`, over the clip.
-    weight_bytes: weights of all ops that it runs on some chunk.
-    activation_bytes: peak beyond the weights.
+    weight_bytes: weights of all ops that it runs on at least one chunk.
+    activation_bytes: peak memory without the weights.
     sent_bytes, sent_messages: the payload that it sends, as the ledger counts it. A decode counts `decode_stream`;
-    `decode` adds one broadcast of the float picture by the root, unless every rank makes the picture.
-    runs: the ops [start, stop) of each chunk, if they are not always the same.
+    `decode` adds one broadcast of the float picture by the root, unless every rank computes the picture.
+    runs: the ops [start, stop) on each chunk; empty if they are the same on all chunks.
     """
 
     rank: int
@@ -95,11 +96,11 @@ class RankShare:
 class StrategyPlan:
     """The plan of one clip: the shares of all ranks, in rank order.
 
-    exactness: of this clip's result.
+    exactness: the exactness of this clip's result.
     note: one line for a human.
-    assignment: which rank runs what; None for an `OwnRunner`.
-    until_end: FLOPs on the critical path, which decide when the clip ends if messages take no time. They are the
-    FLOPs of the slowest rank and of the work that it waits for.
+    assignment: the assignment; None for an `OwnRunner`.
+    until_end: FLOPs on the critical path, which are those of the slowest rank and of the work for which it waits.
+    They decide when the clip ends if messages take no time.
     """
 
     strategy: str
@@ -112,16 +113,16 @@ class StrategyPlan:
 
 
 class Runner(Protocol):
-    """Does one direction of one strategy on this rank. A runner has the method of its direction only.
+    """Runs one direction of one strategy on this rank. A runner has only the method of its direction.
 
-    Every rank of the group gets the same, already checked input. Work per clip lives in locals, so that a runner
-    can be used again.
+    Every rank of the group gets the same, already checked input. State per clip must be in local variables,
+    because a runner is used for several clips.
     """
 
     def stream(self, z: Tensor, *, pixels: Pixels) -> Iterator[Tensor]:
         """Decode latents [B, z_dim, T, h, w] to the picture in order, some frames at a time, on the root.
 
-        Every rank iterates it to its end. Other ranks yield nothing, unless each makes the whole picture.
+        Every rank iterates it to its end. Other ranks yield nothing, unless each computes the whole picture.
         """
         ...
 
@@ -131,10 +132,10 @@ class Runner(Protocol):
 
 
 class Strategy(ABC):
-    """Decides which rank runs what. Concrete strategies are dataclasses of their settings.
+    """Decides which rank runs which blocks. Concrete strategies are dataclasses of their settings.
 
     name: the key in YAML.
-    exactness: the least that it promises with any settings; a plan has the exactness of one clip.
+    exactness: the least exactness with any settings; a plan has the exactness of one clip.
     directions: decode, encode or both.
     """
 
@@ -144,10 +145,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        """Which of `ranks` ranks runs what of a clip of `shape`. Raises StrategyError. Imports no torch."""
+        """The assignment of a clip of `shape` to `ranks` ranks. Raises StrategyError. Imports no torch."""
 
     def variants(self, ranks: int) -> Iterable[Strategy]:
-        """Itself with each of the settings that are worth trying when the fastest on `ranks` is looked for."""
+        """This strategy with each of the settings that a search for the fastest on `ranks` ranks should try."""
         return [self]
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
@@ -157,7 +158,7 @@ class Strategy(ABC):
         return plan_of(self, program, shape, self.assign(program, shape, ranks))
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
-        """This rank's part of `direction`. Binds weights when there is a clip."""
+        """The runner of `direction` on this rank. It binds weights when it gets the first clip."""
         from cosmos3_pipeline.vae.runner import AssignedRunner
 
         return AssignedRunner(vae, comm, direction, self)
@@ -166,7 +167,7 @@ class Strategy(ABC):
 class OwnRunner(Strategy):
     """A strategy whose work cannot be described by blocks: it declares its plan and has its own runner.
 
-    The runner sends through `comm` only, because the ledger of `comm` is compared with the plan. It does not
+    The runner must send only through `comm`, because the ledger of `comm` is compared with the plan. It must not
     catch the errors of `comm`.
     """
 
@@ -179,22 +180,22 @@ class OwnRunner(Strategy):
 
     @abstractmethod
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
-        """The work of each rank. It is called before a weight is read, and `runner` may rely on it.
+        """The work of each rank. It is called before a weight is read, and before `runner`.
 
-        Raises StrategyError if it cannot honour the clip. Imports no torch.
+        Raises StrategyError if the strategy cannot honour the clip. Imports no torch.
         """
 
     @abstractmethod
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
-        """This rank's part of `direction`, holding only the weights that it needs."""
+        """The runner of `direction` on this rank. It must hold only the weights that it needs."""
 
 
 @dataclass(frozen=True)
 class Planned(Strategy):
-    """An assignment that has been made already, for clips of one shape: what a plan's ranks are given.
+    """An assignment that a plan has made already, for clips of one shape.
 
-    A shorter clip of the same size is done by those who do its chunks in the longer one, so that no rank needs
-    other weights for it.
+    A shorter clip of the same size uses the assignment of the first chunks of the longer clip, so that no rank
+    needs other weights.
     """
 
     made: Assignment
@@ -205,7 +206,7 @@ class Planned(Strategy):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        # In another dtype, or on another device, the same ranks do the same.
+        # The assignment is valid for every dtype and device.
         mine = self.shape
         alike = replace(
             shape, element_bytes=mine.element_bytes, on_host=mine.on_host, picture_bytes=mine.picture_bytes

@@ -1,4 +1,4 @@
-"""Where ops get their weights: from a model in memory, or from a checkpoint of which a rank reads only its own."""
+"""The sources of ops' weights: a model in memory, or a checkpoint from which a rank reads only what it needs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class WeightSource(Protocol):
     """Tensors by their names in `AutoencoderKLWan.state_dict()`."""
 
     def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The named tensors, in `dtype` on `device`. Raises ValueError for one that is not there."""
+        """The named tensors, in `dtype` on `device`. Raises ValueError if a tensor is missing."""
         ...
 
 
 class ModuleWeights:
-    """The weights of an `AutoencoderKLWan`, not copied where dtype and device are as asked."""
+    """The weights of an `AutoencoderKLWan`. They are copied only if dtype or device differ."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -48,7 +48,7 @@ class ModuleWeights:
 
 
 class FolderWeights:
-    """The weights of a diffusers VAE folder (`config.json` and safetensors), each read when it is asked for."""
+    """The weights of a diffusers VAE folder (`config.json` and safetensors). Each is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -69,7 +69,7 @@ class FolderWeights:
             )
 
     def load(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Raises ValueError for a tensor that the checkpoint does not have."""
+        """Raises ValueError if the checkpoint lacks a tensor."""
         from safetensors import safe_open
 
         names = list(names)
@@ -92,9 +92,9 @@ class FolderWeights:
 
 
 class BoundVae:
-    """A VAE as strategies see it: its programs, and their ops with their weights.
+    """A VAE in the form that strategies use: its programs, and ops with their weights.
 
-    `config` holds the values of `AutoencoderKLWan.config`.
+    `config` has the names and values of `AutoencoderKLWan.config`.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class BoundVae:
 
     def program(self, direction: Direction) -> Program:
         """The ops of `direction`."""
-        if direction not in self._programs:  # making it takes as long as several ops of a small picture
+        if direction not in self._programs:  # cached: building it takes as long as several small ops
             self._programs[direction] = program_for(direction, self._config)
         return self._programs[direction]
 
     def bind(self, direction: Direction, numbers: Iterable[int]) -> dict[int, BoundOp[Op]]:
-        """The ops `numbers` of `direction`, holding their weights and no others. Reads those weights."""
+        """The ops `numbers` of `direction`, with their weights, which are read here."""
         if takes_host_path(self.device):
             keep_freed_memory()
         ops = self.program(direction).ops
@@ -122,7 +122,8 @@ class BoundVae:
         weights = self._source.load(names, dtype=self.dtype, device=self.device)
         bound = {}
         for number in numbers:
-            # One after the other, because an accelerator lays them out anew: so they are there twice one by one.
+            # One op at a time, because an accelerator changes the weights' memory layout: only the weights of one
+            # op are then in memory twice.
             own = {weight.name: weights.pop(weight.name) for weight in ops[number].weights}
             bound[number] = bind(number, ops[number], own)
             del own
