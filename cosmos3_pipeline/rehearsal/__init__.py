@@ -1,1 +1,1 @@
-"""Running the real code on tensors that have shapes and no values, and counting what it would do on a device."""
+"""Rehearsals: the real code runs on tensors without values, and its memory, kernels and messages are counted."""

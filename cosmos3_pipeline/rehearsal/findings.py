@@ -1,4 +1,4 @@
-"""What a rehearsal says beside the plan, and what of it is wrong. Imports no torch."""
+"""The results of a rehearsal, and findings where they differ from the plan. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.units import quantity
 
-# How far the peak of a stage may be above its plan, and below: a plan that is too low ends in a run out of memory.
+# How far the peak memory of a stage may be above its plan, and below. The first is smaller, because a plan that is
+# too low lets a run fail with out of memory.
 MEMORY_TOLERANCE = 0.05
 MEMORY_TOLERANCE_BELOW = 0.1
-# How far its FLOPs may be. An upsampling computes one row and one column more than is planned, which adds to the
-# VAE's FLOPs at most a fifth of what a row and a column are of a rank's picture.
+# How far the FLOPs of a stage may differ from the plan. An upsampling computes one row and one column more than is
+# planned. This adds to the VAE's FLOPs at most a fifth of the share that a row and a column have in a rank's
+# picture.
 FLOPS_TOLERANCE = 0.01
 UPSAMPLING_SHARE = 0.2
-# Copies from the host that are not planned, such as the schedule's numbers, may take this share of the least time
-# of the kernels.
+# Unplanned copies from the host, such as the schedule's numbers, may take at most this share of the kernels'
+# roofline time.
 COPIES_SHARE = 0.2
-# Kinds of kernels, as the report adds them up.
+# Kinds of kernels that the report sums up.
 KINDS = ("convolution", "matmul and attention", "everything else")
-# Of a replica of at most so many ranks every one is rehearsed, so that their messages can be replayed.
+# If a replica has at most this many ranks, all of them are rehearsed, so that their messages can be replayed.
 REPLAYED_RANKS = 8
-# Lines of diffusers on which the host waits in every step, by what is written there, and why they may.
+# Lines of diffusers on which the host is allowed to wait in every step: source text -> reason.
 ALLOWED_WAITS = {
     **dict.fromkeys(
         (
@@ -66,7 +68,7 @@ ALLOWED_WAITS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the source, what is written there, and how many bytes or how often."""
+    """A line of the source: its place, its text, and an amount, which is bytes or a count."""
 
     place: str
     text: str
@@ -75,7 +77,7 @@ class Line:
 
 @dataclass(frozen=True)
 class KernelFound:
-    """Kernels that one line launches: how often, what they read and write, and seconds by the roofline."""
+    """Kernels that one line launches: launches, bytes read and written, FLOPs, and seconds by the roofline."""
 
     name: str
     place: str
@@ -90,11 +92,14 @@ class KernelFound:
 class StageFound:
     """One stage of one rank, as rehearsed.
 
-    `holders` are the lines that have allocated most of the peak. `waits` are lines on which the host waits for the
-    accelerator; those of `repeated` do so in every step or chunk. `left` are lines that have allocated what a step
-    leaves on the accelerator for ever. `roofline_seconds` is the least that its kernels
-    take one after the other; `kinds` has that, calls, bytes and FLOPs of each kind of kernel, and `costliest` the
-    kernels that take most. `copied_bytes` go from the host to the accelerator.
+    holders: the lines that have allocated most of the peak.
+    waits: lines on which the host waits for the accelerator.
+    repeated: lines on which the host waits in every step or chunk.
+    left: lines whose allocations a step never frees on the accelerator.
+    roofline_seconds: the least time of its kernels, one after the other.
+    kinds: roofline seconds, calls, bytes and FLOPs for each kind of kernel.
+    costliest: the kernels with the most roofline seconds.
+    copied_bytes: bytes copied from the host to the accelerator.
     """
 
     peak_bytes: int
@@ -115,11 +120,14 @@ class StageFound:
 
 @dataclass(frozen=True)
 class RankFound:
-    """One rank, as rehearsed. `left_bytes` are held after the last frame, most of them by the lines
-    `left`; `raised` is what ended it early.
+    """One rank, as rehearsed.
 
-    `second_clip` has the stages of the second clip, where there is one. `pinned_bytes` is the most that it has of
-    the host's pinned memory. `waits_between` are lines outside of all stages on which the host waits.
+    second_clip: the stages of the second clip; empty if there is none.
+    left_bytes: bytes held after the last frame; the lines `left` have allocated most of them.
+    pinned_bytes: the peak of the host's pinned memory.
+    waits_between: lines outside of all stages on which the host waits.
+    misplaced: lines on which an accelerator's op reads a tensor of the host.
+    raised: the error that ended the rehearsal early.
     """
 
     rank: int
@@ -134,7 +142,7 @@ class RankFound:
 
     @property
     def clips(self) -> Iterator[tuple[str, dict[str, StageFound]]]:
-        """The stages of each clip, and what to say after the rank's number."""
+        """(suffix for the stage's name, stages) of each clip."""
         yield "", self.stages
         if self.second_clip:
             yield ", second clip", self.second_clip
@@ -142,7 +150,7 @@ class RankFound:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong; `rank` and `stage` None where it is of several."""
+    """Something that is wrong. `rank` and `stage` are None if several are concerned."""
 
     kind: str
     text: str
@@ -157,9 +165,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A rehearsal: its ranks, the plan that they are held against, and what is wrong.
+    """A rehearsal: the rehearsed ranks, the plan that they are compared with, and the findings.
 
-    `alike` says for each rehearsed rank which ones of the topology it stands for.
+    `alike` says for each rehearsed rank which ranks of the topology it represents.
     """
 
     plan: Plan
@@ -170,10 +178,10 @@ class Rehearsed:
 
 
 def rehearsed_ranks(plan: Plan, ranks: Sequence[int] | None) -> dict[int, list[int]]:
-    """Which ranks are rehearsed, each with those that it stands for.
+    """The ranks to rehearse, each with the ranks that it represents.
 
-    Those of `ranks`; else every rank of the first replica, each for its like in the others, where these are few;
-    else one of each kind.
+    These are `ranks` if given. Otherwise they are all ranks of the first replica, each representing the same rank
+    of the other replicas, if a replica has at most `REPLAYED_RANKS`. Otherwise they are one rank of each kind.
     """
     if ranks is not None:
         return {rank: [rank] for rank in ranks}
@@ -184,7 +192,7 @@ def rehearsed_ranks(plan: Plan, ranks: Sequence[int] | None) -> dict[int, list[i
 
 
 def ranks_of_a_kind(plan: Plan) -> dict[int, list[int]]:
-    """Ranks whose plans differ in their number only, by the first of them; who writes is a kind of its own."""
+    """Ranks with equal plans, by the first of them. The first rank of a replica writes, so it is its own kind."""
     size = sum(rank.dp == 0 for rank in plan.ranks)
     kinds: dict[str, list[int]] = {}
     for rank in plan.ranks:
@@ -194,7 +202,7 @@ def ranks_of_a_kind(plan: Plan) -> dict[int, list[int]]:
 
 
 def findings_of(plan: Plan, ranks: Sequence[RankFound], faults: Sequence[str]) -> Iterator[Finding]:
-    """Everything that is wrong with `ranks`; `faults` are those of their messages, in words."""
+    """All findings about `ranks`; `faults` describes what is wrong with their messages."""
     for found in ranks:
         if found.raised is not None:
             yield Finding("raised", f"ended early: {found.raised}", found.rank)
@@ -217,15 +225,16 @@ def findings_of(plan: Plan, ranks: Sequence[RankFound], faults: Sequence[str]) -
 
 
 def _of_stage(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Iterator[tuple[str, str]]:
-    """What is wrong with one stage of one clip: kind and words."""
+    """The findings about one stage of one clip: (kind, text)."""
     planned = plan.ranks[found.rank].stages[name]
     if found.raised is None:
-        # The plan has the most that any clip holds. Later clips find what the first one does not.
+        # The plan has the peak over all clips. In the first of two clips the peak may be lower, so only the last
+        # clip is checked for too little.
         lasts = stage is found.second_clip.get(name, stage)
         yield from _held(stage, planned, at_least=1 - MEMORY_TOLERANCE_BELOW if lasts else 0)
         yield from _computed(stage, planned)
         yield from _sent(stage, _to_send(found, plan, name, stage))
-        if name in ("denoise", "decode"):  # the others have their words and pictures from the host
+        if name in ("denoise", "decode"):  # other stages copy words and pictures from the host
             yield from _copied(stage, plan, planned)
     for line in stage.left:
         bytes_left = quantity("bytes", line.amount)
@@ -237,7 +246,7 @@ def _of_stage(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Ite
 
 
 def _to_send(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Wire:
-    """What is planned to be sent in the stage of one clip; a later clip has what came ahead for it."""
+    """The planned sends of a stage in one clip. A second clip needs no sends that were made ahead for it."""
     planned = plan.ranks[found.rank].stages[name]
     if not plan.weights.stays or stage is not found.second_clip.get(name):
         return planned.sent
@@ -247,7 +256,8 @@ def _to_send(found: RankFound, plan: Plan, name: str, stage: StageFound) -> Wire
 def _copied(stage: StageFound, plan: Plan, planned: RankStage) -> Iterator[tuple[str, str]]:
     """Copies from the host that take time and are not planned.
 
-    Planned are streamed weights, prompts that waited, and the noise that the steps of a distilled checkpoint draw.
+    Three kinds of copies are planned: streamed weights, prompts that waited on the host, and the noise of the
+    steps of a distilled checkpoint.
     """
     rate = plan.accelerator.host_bytes_per_s
     streamed = plan.weights.placement is Placement.streamed
@@ -266,10 +276,10 @@ def _pinned(found: RankFound, planned: int) -> Iterator[Finding]:
 
 
 def _left(found: RankFound, planned: Mapping[str, RankStage]) -> Iterator[Finding]:
-    """What stays after the last frame: the weights and, small beside what decoding held, the latents.
+    """Memory still held after the last frame, beyond the weights and the latents, which are small.
 
-    Nothing is looked for where a task makes no frames, because no stage is planned with what is left then.
-    Kernels of an upsampling are folded into four smaller ones, which take 16/9 of what is planned for them.
+    A task without frames is not checked, because no stage's plan says what should be left. The kernel of an
+    upsampling becomes four smaller kernels, which take 16/9 of their planned bytes.
     """
     decode = planned.get("decode")
     if decode is None:
@@ -285,7 +295,7 @@ def _left(found: RankFound, planned: Mapping[str, RankStage]) -> Iterator[Findin
 
 
 def _held(stage: StageFound, planned: RankStage, *, at_least: float) -> Iterator[tuple[str, str]]:
-    """A peak that is less than `at_least` of its plan, or more than MEMORY_TOLERANCE beyond it."""
+    """A peak that is less than `at_least` times its plan, or more than MEMORY_TOLERANCE above it."""
     if not at_least <= stage.peak_bytes / planned.peak_bytes <= 1 + MEMORY_TOLERANCE:
         held = ", ".join(f"{quantity('bytes', line.amount)} by {line.place}" for line in stage.holders)
         yield (

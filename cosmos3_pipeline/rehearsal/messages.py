@@ -1,4 +1,4 @@
-"""Messages that go nowhere: what a rank would send and receive, and when it would wait, written down."""
+"""Messages that are not sent: a log of what a rank would send and receive, and where it would wait."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cosmos3_pipeline.rehearsal.places import Place, asker, askers
 from cosmos3_pipeline.rehearsal.tracker import ACCELERATOR
 
 T = TypeVar("T")
-AGREEMENTS = ", agreements"  # after the name of a group: what its hosts tell each other
+AGREEMENTS = ", agreements"  # suffix of a group's name for the agreements between its hosts
 
 
 @dataclass(frozen=True)
 class Event:
     """One message of a rank, or its part in a collective. `peer` is a rank of the world, None in a collective.
 
-    `place` asks for it, on behalf of `caller`.
+    `place` is the line that asks for the message, and `caller` the line in another file that called it.
     """
 
     kind: str  # send, recv, or a collective's name
@@ -40,9 +40,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Start:
-    """A rank hands `events` to the communicator of `group`, which goes on with what comes after once all are done.
+    """A rank starts `events` on the communicator of `group`: one collective, or one batch of messages.
 
-    It is one collective, or a batch of messages from point to point.
+    The communicator begins the next start only when all of these events are done.
     """
 
     number: int
@@ -52,7 +52,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Wait:
-    """A rank does nothing more before start `number` is done."""
+    """A rank waits until start `number` is done."""
 
     number: int
     place: Place
@@ -60,9 +60,9 @@ class Wait:
 
 @dataclass
 class Log:
-    """What one rank starts and waits for, in its order. `members` are the ranks of each group, by its name.
+    """The starts and waits of one rank, in order. `members` maps a group's name to its ranks.
 
-    `on_host` are places that give a message a tensor of the host.
+    `on_host` are lines that wrongly send a tensor of the host.
     """
 
     acts: list[Start | Wait] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Log:
     on_host: list[Place] = field(default_factory=list)
 
     def start(self, group: str, *events: Event) -> _Arrived:
-        """Write down that `events` begin; what is returned writes down that they are waited for."""
+        """Log the start of `events`. The `wait` of the returned object logs a wait for them."""
         number = len(self.acts)
         self.acts.append(Start(number, group, events))
         return _Arrived(self, number)
@@ -82,7 +82,7 @@ class Log:
 
 
 class _Arrived:
-    """A message that is there already."""
+    """A message in flight whose wait is only logged."""
 
     def __init__(self, log: Log, number: int) -> None:
         self._log = log
@@ -93,7 +93,7 @@ class _Arrived:
 
 
 class _Silence:
-    """A board on which nobody writes."""
+    """A board without notices."""
 
     def raise_if_over(self, run: int) -> None: ...
 
@@ -101,15 +101,15 @@ class _Silence:
 
 
 class _NoLinks:
-    """The connections of a rank whose peers are not there."""
+    """Links without peers."""
 
     def raise_if_broken(self) -> None: ...
 
 
 class RehearsedComm(Comm):
-    """The messages of the rank `rank` of the world with `members`, into `log`.
+    """Logs the messages of rank `rank` of the world in the group `members` to `log`.
 
-    Everybody agrees with this rank. What is received has a shape and no values.
+    In an agreement every rank has this rank's value. Received tensors have no values.
     """
 
     def __init__(self, name: str, rank: int, members: Sequence[int], log: Log) -> None:
@@ -127,7 +127,7 @@ class RehearsedComm(Comm):
 
     def _gather_objects(self, value: T) -> list[T]:
         self.ledger.record("control", 0)
-        # Between hosts, beside what the accelerators send each other.
+        # Agreements are between hosts, so their order is independent of messages between accelerators.
         self._log.start(f"{self._name}{AGREEMENTS}", Event("agreement", None, 0, "objects", *askers())).wait()
         return [value] * self.size
 
@@ -141,7 +141,7 @@ class RehearsedComm(Comm):
         return [self._log.start(self._name, *events)]
 
     def _connect_pair(self, pair: Pair) -> None:
-        # Both ranks of it wait for each other, wherever they are.
+        # Making the connection blocks both ranks of the pair until both have come.
         self._pairs[pair] = cast(Any, None)
         source, target = (self._members[rank] for rank in pair)
         name = f"{self._name}, from {source} to {target}"
@@ -173,20 +173,20 @@ class RehearsedComm(Comm):
 
 @dataclass(frozen=True)
 class RehearsedMesh(RankMesh):
-    """The mesh of a world in which only the rank `place` is there; its messages go into `log`."""
+    """The mesh of a world in which only rank `place` exists; its messages are logged in `log`."""
 
     place: int = 0
     log: Log = field(default_factory=Log)
 
     def rank(self, axis: str) -> int:
-        """This rank's place on `axis`, from 0."""
+        """This rank's index on `axis`, from 0."""
         if axis in (REPLICA, SEQUENCE):
             return self.place % self.size(axis)
         stride = self._stride(axis)
         return self.place // stride % self.size(axis)
 
     def new_comm(self, axis: str) -> Comm:
-        """Messages between this rank and those that differ from it on `axis` only."""
+        """The Comm between this rank and the ranks that differ from it only on `axis`."""
         members = self._members(axis)
         made = sum(name.startswith(f"{axis} ") and "," not in name for name in self.log.members)
         name = f"{axis} {'-'.join(map(str, members))} #{made}"

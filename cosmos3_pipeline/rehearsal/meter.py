@@ -1,4 +1,4 @@
-"""What each stage of a rehearsed rank holds, sends and launches, and where the host waits."""
+"""Measures each stage of a rehearsed rank: memory, sends, kernels, and lines on which the host waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cosmos3_pipeline.stages.progress import Advance
 
 @dataclass(frozen=True)
 class Counts:
-    """What grows as a rank works. `copied_bytes` go from the host to the accelerator."""
+    """Counters that grow as a rank works. `copied_bytes` are copied from the host to the accelerator."""
 
     works: Works = field(default_factory=dict)
     sent_bytes: int = 0
@@ -25,7 +25,7 @@ class Counts:
     copied_bytes: int = 0
 
     def plus(self, other: Counts, times: int = 1) -> Counts:
-        """The sum with `times` as much as `other`."""
+        """The sum of this and `times` x `other`."""
         works = dict(self.works)
         for kernel, work in other.works.items():
             works[kernel] = works.get(kernel, NO_WORK).plus(work, times)
@@ -37,12 +37,12 @@ class Counts:
         )
 
 
-# So many steps UniPC takes until it keeps no more of those before: each keeps its own prediction.
+# UniPC keeps the predictions of this many steps, so its memory grows only in the first steps.
 SOLVER_ORDER = 2
 
 
 class Unit(NamedTuple):
-    """What has been done, and what is held by the line that has allocated it, when a unit of a stage is done."""
+    """The state when a unit of a stage is done: counters, waits by line, and live bytes by allocating line."""
 
     counts: Counts
     waits: Counter[Place]
@@ -53,9 +53,9 @@ class Unit(NamedTuple):
 class Measured:
     """One stage of one rank.
 
-    `units` are the steps of denoising, or the portions of frames that the root has had, that are done. `repeated`
-    are waits of the host between the first and the last step, or more than once in all that is decoded. `left` is
-    what a step leaves on the accelerator for ever.
+    units: the finished units, which are denoising steps, or portions of frames on the root.
+    repeated: waits of the host between the first and the last step, or more than once while a clip is decoded.
+    left: bytes that each step leaves on the accelerator for ever.
     """
 
     peak_bytes: int = 0
@@ -68,9 +68,9 @@ class Measured:
 
 
 class StageMeter:
-    """The stages of one clip of a rank, measured by `tracker`; also what the stages report their progress to.
+    """The stages of one clip of a rank, measured by `tracker`. The stages report their progress to this object.
 
-    `between` are waits of the host outside of all stages, once `finish` was called.
+    `between` has the host's waits outside of all stages, after `finish`.
     """
 
     def __init__(self, tracker: Tracker) -> None:
@@ -82,7 +82,7 @@ class StageMeter:
         self.between: Counter[Place] = Counter()
 
     def watching(self, ledgers: Sequence[Ledger]) -> StageMeter:
-        """This meter, which counts what goes into `ledgers` from now on; the VAE adds its own to them."""
+        """Let this meter count the sends in `ledgers` from now on. The VAE adds its ledger to this sequence."""
         self._ledgers = ledgers
         if not self.stages:
             self._waits_before = self._tracker.waits.copy()
@@ -90,7 +90,7 @@ class StageMeter:
 
     @contextmanager
     def stage(self, name: str, /, *, portion: bool = False) -> Iterator[None]:
-        """Add what the block does to the stage `name`."""
+        """Count the work of the block for the stage `name`."""
         measured = self.stages.setdefault(name, Measured())
         before, waits = self._now(), self._tracker.waits.copy()
         self._tracker.restart_peak()
@@ -103,7 +103,7 @@ class StageMeter:
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Advance]:
-        """Follow a block of work: as `stages.progress.Reporter`."""
+        """Follow a block of work, as `stages.progress.Reporter`."""
 
         def advance(units: int = 1) -> None:
             if self._current is not None:
@@ -113,9 +113,10 @@ class StageMeter:
         yield advance
 
     def finish(self, *, steps: int, chunks: int = 1) -> None:
-        """Find what is repeated; what one step does or leaves more often counts `steps` times in all.
+        """Find repeated waits and memory that steps leave, and extrapolate to `steps` denoising steps per chunk.
 
-        That is so in each of the `chunks` that a clip is made in.
+        Only a few steps were rehearsed, so the work of one step is added for each missing step. `chunks` is the
+        number of chunks in which the clip is made.
         """
         if denoise := self.stages.get("denoise"):
             run = len(denoise.units) // chunks

@@ -1,4 +1,4 @@
-"""Where in the source something happens: the innermost line that is neither PyTorch's nor the rehearsal's."""
+"""Finds the source line of an event: the innermost line that is neither PyTorch's nor the rehearsal's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The line as a person is told of it, from its package on."""
+        """The line for a report: the last parts of its path, from its package on."""
         path = Path(self.file)
         parts = path.parts
         for root in (_LIBRARY.parent, _LIBRARY.parent / "plugins"):
@@ -40,12 +40,12 @@ class Place(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Whether it lies neither in PyTorch nor in the rehearsal."""
+        """Whether the file is neither PyTorch's nor the rehearsal's."""
         return not _skipped(self.file)
 
     @property
     def text(self) -> str:
-        """What is written there."""
+        """The source text of the line."""
         return linecache.getline(self.file, self.line).strip()
 
 
@@ -58,12 +58,12 @@ def here() -> Place:
 
 
 def asker() -> Place:
-    """The line that asks `distributed` for a message, or that waits for one."""
+    """The line outside `distributed` that asks for a message or waits for a message."""
     return next(_askers(), NOWHERE)
 
 
 def askers() -> tuple[Place, Place]:
-    """The line that asks `distributed` for a message, and the line in another file that wants it of that one."""
+    """The line outside `distributed` that asks for a message, and the nearest caller of it in another file."""
     places = _askers()
     first = next(places, NOWHERE)
     return first, next((place for place in places if place.file != first.file), NOWHERE)

@@ -1,8 +1,9 @@
-"""The messages of all ranks together: whether each meets its counterpart, and whether their order ends.
+"""Replays the messages of all ranks: does each have a counterpart, and is their order free of deadlocks?
 
-By NCCL's rules a communicator does one start (a batch of messages, or a collective) after the other, in the order
-in which its rank has asked for them; within a batch, messages to different ranks move side by side. A message is
-done once both of its ranks have come to it, because NCCL need not send ahead. A rank that waits starts nothing.
+The replay follows NCCL's rules. A communicator runs one start (a batch of messages, or a collective) after the
+other, in the order of its rank's calls. Within a batch, messages to different ranks are in flight at the same
+time. A message is done once both of its ranks have reached it, because NCCL need not send ahead. A rank that waits
+starts nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from cosmos3_pipeline.rehearsal.messages import Event, Log, Start, Wait
 
 
 def faults_of(logs: Mapping[int, Log]) -> list[str]:
-    """What is wrong with the messages of the ranks in `logs`, in words; ranks that are not in it are not asked.
+    """The faults of the messages of the ranks in `logs`, as text; messages of other ranks are not checked.
 
-    The order is replayed where every message meets its counterpart: else who misses one would wait for ever.
+    The order is replayed only if every message has a counterpart, because a rank without one would wait for ever.
     """
     return list(unmet(logs)) or [*deadlocks(logs), *not_awaited(logs)]
 
 
 def not_replayed(logs: Mapping[int, Log]) -> dict[str, list[int]]:
-    """The groups whose order cannot be replayed, and which of their ranks are missing in `logs`."""
+    """The groups whose order cannot be replayed, each with its ranks that are missing in `logs`."""
     members = {name: ranks for log in logs.values() for name, ranks in log.members.items()}
     missing = {name: [rank for rank in ranks if rank not in logs] for name, ranks in members.items()}
     return {name: ranks for name, ranks in missing.items() if ranks}
@@ -31,10 +32,10 @@ def not_replayed(logs: Mapping[int, Log]) -> dict[str, list[int]]:
 
 # ------------------------------------------------------------ counterparts
 def unmet(logs: Mapping[int, Log]) -> Iterator[str]:
-    """Messages that meet no counterpart.
+    """Messages without a counterpart.
 
-    Messages of a pair arrive in the order in which they are sent, so the n-th send meets the n-th receive. The
-    collectives of a group are the same ones in the same order on all of its ranks.
+    Messages of a pair arrive in the order of sending, so the n-th send must match the n-th receive. All ranks of a
+    group must call the same collectives in the same order.
     """
     for source, log in logs.items():
         for group, members in log.members.items():
@@ -70,7 +71,7 @@ def _pair(group: str, source: int, target: int, mine: list[Event], theirs: list[
 
 
 def _beyond(longer: Sequence[Event], shorter: Sequence[Event]) -> Iterable[Event]:
-    """The first of `longer` that has no counterpart."""
+    """The first event of `longer` that has no counterpart in `shorter`."""
     return longer[len(shorter) : len(shorter) + 1]
 
 
@@ -92,13 +93,13 @@ def _collectives(group: str, one: int, other: int, mine: list[Event], theirs: li
 
 
 def not_awaited(logs: Mapping[int, Log]) -> Iterator[str]:
-    """Of each rank the first message that it receives and never waits for: it may read what is not there yet."""
+    """For each rank the first receive that is never waited for: the rank may read data that has not arrived."""
     for rank, log in logs.items():
         awaited = {act.number for act in log.acts if isinstance(act, Wait)}
         for act in log.acts:
             if not isinstance(act, Start) or act.number in awaited:
                 continue
-            # What a collective brings ahead may be for a clip that does not come.
+            # Collectives are not checked, because a prefetch may be for a clip that does not come.
             received = [event for event in act.events if event.kind == "recv"]
             if received:
                 yield f"{act.group}: rank {rank} never waits for the {received[0]} that it receives"
@@ -108,9 +109,9 @@ def not_awaited(logs: Mapping[int, Log]) -> Iterator[str]:
 # ------------------------------------------------------------ order
 @dataclass
 class _Rank:
-    """How far a rank has come: its next act, what each of its communicators has still to do, and what is done.
+    """The progress of a rank: its next act, each communicator's queue of starts, and the starts that are done.
 
-    `open` are the messages of the first start in each queue that have not met their counterpart yet.
+    `open` has, for each queue, the events of its first start that have not met their counterpart yet.
     """
 
     acts: Sequence[Start | Wait]
@@ -120,7 +121,7 @@ class _Rank:
     done: set[int] = field(default_factory=set)
 
     def go_on(self, known: Mapping[str, object]) -> bool:
-        """Do what can be done before the next wait; starts of groups that are not `known` are done at once."""
+        """Do all acts before the next unfinished wait. Starts of groups that are not `known` are done at once."""
         before = self.next
         while self.next < len(self.acts):
             act = self.acts[self.next]
@@ -136,7 +137,7 @@ class _Rank:
         return self.next > before
 
     def end(self, group: str) -> None:
-        """The first start of the queue of `group` is done."""
+        """Mark the first start in the queue of `group` as done."""
         queue = self.queues[group]
         self.done.add(queue.popleft().number)
         if queue:
@@ -146,7 +147,7 @@ class _Rank:
 
     @property
     def stuck_at(self) -> tuple[Wait | None, str] | None:
-        """The wait that does not end, None for a start that nobody waits for, and its group; None at the end."""
+        """(wait that does not end, its group); the wait is None for a start without wait. None if all is done."""
         if self.next < len(self.acts):
             wait = self.acts[self.next]
             assert isinstance(wait, Wait)
@@ -157,7 +158,7 @@ class _Rank:
 
 
 def deadlocks(logs: Mapping[int, Log]) -> Iterator[str]:
-    """Who waits for whom in a circle, where the messages of `logs` do not end."""
+    """The circle of ranks that wait for each other, if the messages of `logs` do not end."""
     missing = not_replayed(logs)
     known = {
         name: members for log in logs.values() for name, members in log.members.items() if name not in missing
@@ -175,7 +176,7 @@ def deadlocks(logs: Mapping[int, Log]) -> Iterator[str]:
 
 
 def _move(group: str, ranks: Mapping[int, _Rank]) -> bool:
-    """Let what has met within `group` be done; whether there was something."""
+    """Complete the messages within `group` whose both ranks have reached them; returns whether there were any."""
     first = {number: rank.open[group] for number, rank in ranks.items() if group in rank.open}
     kinds = {events[0].kind for events in first.values()}
     if len(first) == len(ranks) and len(kinds) == 1 and not kinds & {"send", "recv"}:
@@ -198,7 +199,7 @@ def _move(group: str, ranks: Mapping[int, _Rank]) -> bool:
 
 
 def _circle(stuck: Mapping[int, _Rank]) -> str:
-    """Ranks that wait for each other, from the first on: each with its line and what it waits for."""
+    """The text of a deadlock: for each rank of the circle, its line and what it waits for."""
     chain: list[int] = []
     words: dict[int, str] = {}
     number: int | None = min(stuck)
@@ -210,7 +211,7 @@ def _circle(stuck: Mapping[int, _Rank]) -> str:
 
 
 def _waits_for(stuck: Mapping[int, _Rank], number: int) -> tuple[int | None, str]:
-    """The rank that rank `number` waits for, if that is stuck too, and both in words."""
+    """The rank for which rank `number` waits (None if it is not stuck too), and the text about this wait."""
     rank = stuck[number]
     assert rank.stuck_at is not None
     wait, group = rank.stuck_at

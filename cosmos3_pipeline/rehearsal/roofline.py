@@ -1,8 +1,8 @@
-"""What a kernel takes at least, told from its shapes: bytes, FLOPs, and the seconds of the roofline.
+"""The least time of a kernel, from its shapes: bytes, FLOPs, and the seconds of the roofline.
 
-A kernel takes at least its FLOPs at the peak of the accelerator, and at least its bytes at the bandwidth of its
-memory (Williams, Waterman and Patterson 2009). The larger one, summed over all kernels, is a bound from below. It
-uses peaks; the plan's seconds use the share of a peak that published runs have reached.
+A kernel needs at least FLOPs / the accelerator's peak, and at least bytes / its memory bandwidth (Williams,
+Waterman and Patterson 2009). The larger of both, summed over all kernels, is a lower bound of the time. It uses
+peaks, while the plan's seconds use the share of a peak that published runs have reached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONVOLUTION, PRODUCT, OTHER = KINDS
 
 
 class Kernel(NamedTuple):
-    """Kernels of one name that one line launches."""
+    """All kernels with one name that one line launches."""
 
     name: str
     kind: str  # one of KINDS
@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Launches, what they read and write in bytes, their FLOPs, and their seconds by the roofline."""
+    """Number of launches, bytes read and written, FLOPs, and seconds by the roofline."""
 
     calls: int = 0
     moved_bytes: int = 0
@@ -40,7 +40,7 @@ class Work(NamedTuple):
     seconds: float = 0.0
 
     def plus(self, other: Work, times: int = 1) -> Work:
-        """The sum with `times` as much as `other`."""
+        """The sum of this and `times` x `other`."""
         return Work(
             self.calls + times * other.calls,
             self.moved_bytes + times * other.moved_bytes,
@@ -54,7 +54,7 @@ Works = Mapping[Kernel, Work]
 
 
 def summed(works: Iterable[Work]) -> Work:
-    """All of `works` together."""
+    """The sum of `works`."""
     total = NO_WORK
     for work in works:
         total = total.plus(work)
@@ -67,7 +67,7 @@ def by_kind(works: Works) -> dict[str, Work]:
 
 
 class Roofline:
-    """Adds up in `works` what is launched on `accelerator`."""
+    """Sums up in `works` the kernels that are launched on `accelerator`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.works: dict[Kernel, Work] = defaultdict(Work)
@@ -75,25 +75,25 @@ class Roofline:
         self._bytes_per_s = accelerator.memory_bytes_per_s
 
     def add(self, kernel: Kernel, moved_bytes: int, flops: int, dtype: torch.dtype) -> None:
-        """Count one launch, whose products are of `dtype`; a narrow one counts as bfloat16."""
+        """Count one launch with products in `dtype`; dtypes narrower than float32 count as bfloat16."""
         rate = self._flops_per_s[Dtype.float32 if dtype in (torch.float32, torch.float64) else Dtype.bfloat16]
         seconds = max(moved_bytes / self._bytes_per_s, flops / rate)
         self.works[kernel] = self.works[kernel].plus(Work(1, moved_bytes, flops, seconds))
 
 
 def kind_of(func: Any) -> str:
-    """The kind of a kernel, by what PyTorch's counter of FLOPs knows of it."""
+    """The kind of a kernel, according to PyTorch's FLOP counter."""
     if func._overloadpacket not in flop_registry:
         return OTHER
     return CONVOLUTION if "conv" in func._overloadpacket.__name__ else PRODUCT
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """FLOPs of products, a multiplication and an addition each counted; 0 where PyTorch knows no formula."""
+    """FLOPs of products; a multiplication and an addition count one each. 0 if PyTorch has no formula."""
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
 def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """FLOPs of attention, counted whole also where it is causal, as the plan and `FlopCounterMode` count it."""
+    """FLOPs of attention. Causal attention counts as full attention, as in the plan and `FlopCounterMode`."""
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))

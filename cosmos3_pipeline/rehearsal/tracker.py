@@ -1,12 +1,12 @@
-"""What ops would do on an accelerator, told from their shapes: memory, kernels, copies, waits of the host.
+"""Counts what ops would do on an accelerator, from their shapes: memory, kernels, copies, waits of the host.
 
-The accelerator is torch's `meta` device: its tensors have a shape, a dtype and strides, and no values. Tensors of
-the host are real, so what computes on the host (words, schedules, solvers' coefficients) runs as ever. A small
-tensor of the accelerator that was made of known values keeps a copy of them on the host (its *values*), which
-goes through the same ops: so `.item()`, masks and `nonzero` have something to say.
+The accelerator is torch's `meta` device: its tensors have a shape, a dtype and strides, but no values. Tensors of
+the host are real, so host code (words, schedules, solvers' coefficients) runs normally. A small accelerator tensor
+that was computed from known values keeps a copy of its values on the host. The same ops run on these copies,
+because `.item()`, masks and `nonzero` need values.
 
-What stands for weights that are not here (`models.absent`) counts for nothing. An op of another library is one
-kernel: it reads its arguments, and writes its results and the arguments that it changes.
+Placeholders for absent weights (`models.absent`) are not counted. An op of another library counts as one kernel.
+It reads its arguments, and writes its results and the arguments that it changes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from cosmos3_pipeline.rehearsal.roofline import (
 )
 
 ACCELERATOR = torch.device("meta")
-# Elements of the largest tensor whose values are kept: the tokens of the longest prompts fit, no activation does.
+# Values are kept for tensors of at most this many elements: the tokens of the longest prompts fit, activations do
+# not.
 LARGEST_KNOWN = 1 << 18
 HOLDERS = 3
 
@@ -55,24 +56,27 @@ _CROSSES = {"copy_", "_to_copy"}
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of an op before it is called."""
+    """Facts about an op that do not depend on its arguments."""
 
     name: str
     kind: str
     is_aten: bool
     is_mutable: bool
     launches: bool
-    written: tuple[tuple[int, str], ...]  # arguments that it changes, by place and name
-    not_read: tuple[tuple[int, str], ...]  # those of them that it does not read
+    written: tuple[tuple[int, str], ...]  # (position, name) of arguments that it changes
+    not_read: tuple[tuple[int, str], ...]  # those of `written` that it does not read
 
 
 class Tracker(TorchDispatchMode):
     """Counts while it is entered.
 
-    `live` and `peak` are bytes of the accelerator; `holders` says which lines have allocated those of the peak.
-    `roofline` has the kernels. `copied_bytes` go from the host to the accelerator. `pinned_bytes` are of pinned
-    memory of the host now, `most_pinned_bytes` at most. `waits` counts by place how often the host waits for the
-    accelerator, `misplaced` tensors of the host that an op of the accelerator reads.
+    live, peak: bytes on the accelerator, now and at most.
+    holders: the lines that have allocated most of the peak.
+    roofline: the kernels.
+    copied_bytes: bytes copied from the host to the accelerator.
+    pinned_bytes, most_pinned_bytes: pinned memory of the host, now and at most.
+    waits: for each line, how often the host waits for the accelerator.
+    misplaced: for each line, how often an accelerator's op reads a tensor of the host.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -93,11 +97,11 @@ class Tracker(TorchDispatchMode):
         return self._by_place.copy()
 
     def restart_peak(self) -> None:
-        """Take the peak from here on."""
+        """Forget the peak so far."""
         self.peak, self.holders = self.live, self._largest()
 
     def hold(self, tensor: Tensor) -> None:
-        """Count the memory of `tensor` until it is gone."""
+        """Count the memory of `tensor` until it is freed."""
         storage = tensor.untyped_storage()
         key, nbytes = _storage(tensor), storage.nbytes()
         if key in self._held:
@@ -125,12 +129,12 @@ class Tracker(TorchDispatchMode):
         self.roofline.add(Kernel(name, kind, here()), moved_bytes, flops, moved[0].dtype)
 
     def wait(self, device: object = None) -> None:
-        """Count that the host waits for all that it has asked the accelerator for."""
+        """Count one wait of the host until the accelerator has done all of its work."""
         self.waits[here()] += 1
 
     def pin(self, memory: Tensor, nbytes: int) -> None:
-        """Count `nbytes` of pinned memory until `memory`, which stands for them, is gone."""
-        # PyTorch's allocator of pinned memory gives powers of two.
+        """Count `nbytes` of pinned memory until their placeholder `memory` is freed."""
+        # PyTorch's allocator rounds pinned memory up to powers of two.
         taken = 1 << max(nbytes - 1, 0).bit_length()
         self.pinned_bytes += taken
         self.most_pinned_bytes = max(self.most_pinned_bytes, self.pinned_bytes)
@@ -153,7 +157,7 @@ class Tracker(TorchDispatchMode):
         if facts.name in _WAITS or (facts.name == "index" and _has_mask(args)):
             return self._waited(facts, inputs, values)
         if facts.name in ("index_put_", "_index_put_impl_") and _has_mask(args):
-            self.wait()  # for the places that the mask names
+            self.wait()  # the host waits for the indices of the mask
         if facts.name in _CROSSES and _leaves(facts, args, kwargs):
             return self._left(facts, args, kwargs, values)
         if facts.name not in _CROSSES and any(not t.is_meta and t.ndim for t in inputs):
@@ -177,19 +181,19 @@ class Tracker(TorchDispatchMode):
                 is_mutable=schema.is_mutable,
                 launches=not func.is_view and name not in _EMPTY,
                 written=written,
-                # Of another library's op only what it calls `out` is surely not read.
+                # For an op of another library, only an argument named `out` is certainly not read.
                 not_read=tuple(one for one in written if overwrites or (not is_aten and one[1] == "out")),
             )
         return self._facts[func]
 
     def _waited(self, facts: _Facts, inputs: list[Tensor], values: Any) -> Any:
-        """The result of an op whose result, or the shape of it, only its values tell."""
+        """The result of an op whose result, or result's shape, depends on values."""
         place = here()
         self.wait()
         if facts.name in ("_local_scalar_dense", "equal"):
             if values is not None:
                 return values
-            # Nobody knows it. Checks ask whether all is well, and what they ask about is not there.
+            # The value is unknown. Most code only checks that values are valid, so the answer is True or 1.
             dtype = inputs[0].dtype
             return True if dtype == torch.bool or facts.name == "equal" else 1.0 if dtype.is_floating_point else 1
         if values is None:
@@ -206,7 +210,7 @@ class Tracker(TorchDispatchMode):
         return made
 
     def _left(self, facts: _Facts, args: Any, kwargs: Any, values: Any) -> Tensor:
-        """A copy on the host, with the values where they are known."""
+        """A copy on the host, with its values if they are known."""
         if not kwargs.get("non_blocking"):
             self.wait()
         source: Tensor = args[1] if facts.name == "copy_" else args[0]
@@ -221,7 +225,7 @@ class Tracker(TorchDispatchMode):
     def _ran(self, func: Any, facts: _Facts, args: Any, kwargs: Any, inputs: list[Tensor], values: Any) -> Any:
         out = func(*args, **kwargs)
         if facts.name == "convolution" and _is_channels_last(args[0]):
-            # As cuDNN answers, which copies an input that has gaps.
+            # As cuDNN, which returns channels-last output, and copies an input that has gaps.
             out = torch.empty_strided(out.shape, _channels_last(out.shape), dtype=out.dtype, device=ACCELERATOR)
             if not args[0].is_contiguous(memory_format=torch.channels_last_3d):
                 dense = torch.empty(args[0].shape, dtype=out.dtype, device=ACCELERATOR)
@@ -236,8 +240,8 @@ class Tracker(TorchDispatchMode):
         if facts.name in _CROSSES and not all(t.is_meta for t in inputs):
             self.copied_bytes += sum(t.nbytes for t in inputs if not t.is_meta)
             if not _goes_on(facts, args, kwargs):
-                self.wait()  # PyTorch waits until the accelerator has come to such a copy, and has made it
-        elif facts.launches and (new or changed):  # without them it is a view of what it was given
+                self.wait()  # PyTorch waits until the accelerator has finished a blocking copy
+        elif facts.launches and (new or changed):  # otherwise the result is a view of an argument
             ids = {id(t) for t in changed}
             not_read = {id(t) for t in _given(facts.not_read, args, kwargs)}
             read = [t for t in inputs if id(t) not in not_read]
@@ -254,11 +258,11 @@ class Tracker(TorchDispatchMode):
 
 
 class NotRehearsed(RuntimeError):
-    """Code that needs values where only shapes are known."""
+    """The rehearsed code needs values, but only shapes are known."""
 
 
 class _Functions(TorchFunctionMode):
-    """What no dispatch mode sees, or sees too late: tensors made of Python's numbers, and fused attention."""
+    """Handles calls that a dispatch mode sees too late or not at all: tensors from Python numbers, attention."""
 
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()
@@ -276,7 +280,7 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As a fused kernel does, [B, H, S, D]: heads lie side by side, and one sum is kept for each row."""
+        """As a fused kernel: returns [B, H, S, D] with contiguous heads per row, and allocates one sum per row."""
         batch, heads, rows, _ = query.shape
         out = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
         sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
@@ -285,7 +289,7 @@ class _Functions(TorchFunctionMode):
         return out
 
     def _pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """What stands for pinned memory of the host: a shape, and the memory of one element."""
+        """A placeholder for pinned memory of the host: the full shape, but the memory of one element."""
         memory = torch.empty(1, dtype=dtype)
         self._tracker.pin(memory, math.prod(shape) * memory.element_size())
         return memory.expand(*shape)
@@ -293,16 +297,16 @@ class _Functions(TorchFunctionMode):
 
 @contextmanager
 def rehearsing(tracker: Tracker) -> Iterator[None]:
-    """Count in `tracker` what the block does on `ACCELERATOR`."""
+    """Let `tracker` count the work of the block on `ACCELERATOR`."""
     autocast, cuda = torch.autocast, torch.cuda
 
     def any_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        # PyTorch knows none for this device; diffusers asks for one only to switch it off.
+        # PyTorch has no autocast for the meta device; diffusers enters autocast only to disable it.
         return nullcontext() if device_type == ACCELERATOR.type else autocast(device_type, *args, **kwargs)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "autocast", any_autocast))
-        # There is one stream: what is copied on another one has arrived when it is asked for.
+        # All streams are one stream, on which every copy is done at once.
         others: dict[str, Any] = {"Stream": _Stream, "current_stream": _Stream, "stream": nullcontext}
         others |= {"Event": _Event, "empty_cache": tracker.wait}
         stack.enter_context(mock.patch.multiple(cuda, **others, synchronize=tracker.wait))
@@ -326,11 +330,11 @@ class _Stream:
         return _Event()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize()  # which is counted
+        torch.cuda.synchronize()  # patched: counts a wait
 
 
 class _Event:
-    """What has been asked for so far, and is done."""
+    """An event of the accelerator that is always done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -346,7 +350,7 @@ class _Event:
 
 
 def _storage(tensor: Tensor) -> int:
-    """What tells the memory of `tensor` from another's; a tensor without values has no address."""
+    """An identifier of the memory of `tensor`. A data pointer would not do, because meta tensors have none."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -355,7 +359,7 @@ def _is_accelerator(device: Any) -> bool:
 
 
 def _known(tensor: Tensor) -> Tensor | None:
-    """The values of `tensor`, where they are known."""
+    """The values of `tensor`; None if they are unknown."""
     if not tensor.is_meta:
         return tensor if tensor.numel() <= LARGEST_KNOWN else None
     found: Tensor | None = getattr(tensor, "_rehearsed_values", None)
@@ -369,15 +373,15 @@ def _know(tensor: Tensor, values: Tensor | None) -> None:
 
 
 def _given(arguments: Iterable[tuple[int, str]], args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an op is given as `arguments`, which are places and names."""
+    """The tensors among the call's arguments with these (position, name)."""
     given = (args[place] if place < len(args) else kwargs.get(name) for place, name in arguments)
     return [leaf for leaf in tree_leaves(list(given)) if isinstance(leaf, Tensor)]
 
 
 def _computed(func: Any, facts: _Facts, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
-    """What the op makes of the values of its inputs; None where one is not known."""
+    """The op's result on the known values of its inputs; None if the values of one input are unknown."""
     if not facts.is_aten:
-        return None  # it may have no kernel for the host
+        return None  # it may have no CPU kernel
     if inputs:
         if any(_known(t) is None for t in inputs):
             return None
@@ -403,7 +407,7 @@ def _has_mask(args: Any) -> bool:
 
 
 def _leaves(facts: _Facts, args: Any, kwargs: Any) -> bool:
-    """Whether a copy goes from the accelerator to the host."""
+    """Whether the op copies from the accelerator to the host."""
     if facts.name == "copy_":
         return not args[0].is_meta and args[1].is_meta
     device = kwargs.get("device")
@@ -411,12 +415,12 @@ def _leaves(facts: _Facts, args: Any, kwargs: Any) -> bool:
 
 
 def _goes_on(facts: _Facts, args: Any, kwargs: Any) -> bool:
-    """Whether the host does not wait for a copy."""
+    """Whether the copy is non-blocking, so that the host continues."""
     return bool(kwargs.get("non_blocking") or (facts.name == "copy_" and len(args) > 2 and args[2]))
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of x [B, C, T, H, W] lie side by side, and its pixels in their order."""
+    """Whether x [B, C, T, H, W] has contiguous channels, and its pixels in the usual order."""
     if x.ndim != 5:
         return False
     _, channel, *pixels = x.stride()
