@@ -1,1 +1,1 @@
-"""Ops that an accelerator computes in one pass over memory, where plain ops would take several."""
+"""Ops that an accelerator computes in one pass over memory instead of the several passes of plain ops."""

@@ -1,4 +1,4 @@
-"""How an op of this package is declared, and which of its two forms an accelerator runs."""
+"""Declares the ops of this package, and chooses on an accelerator between a Triton kernel and plain ops."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 NAMESPACE = "cosmos3"
 KERNELS = "cosmos3_pipeline.fused.triton_kernels"
-# Bytes to which the channels of a pixel must be a multiple: then every view of pixels begins at such an address,
-# and a kernel is compiled in one form only, whose sums have one order.
+# The channels of a pixel must take a multiple of this many bytes. Every view of pixels is then aligned, so that a
+# kernel has only one compiled form, and its sums have one order.
 ALIGNMENT = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @cache
 def triton_kernels() -> ModuleType | None:
-    """The kernels in Triton; None where Triton is not installed, which is said once."""
+    """The kernels in Triton; None if Triton is not installed, with one warning."""
     if find_spec("triton") is None:
         _log.warning(
             "Triton is not installed, so norms and activations run as plain ops, which go through memory several "
@@ -47,8 +47,9 @@ def fused_by(device: torch.device) -> str:
 def declare(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Declare `torch.ops.cosmos3.<name>` with a `schema` such as "name(Tensor x) -> Tensor".
 
-    plain: the op out of PyTorch's own, which a CPU runs, and an accelerator without Triton. fake: makes its
-    outputs on tensors without values. The kernel has the op's name in `triton_kernels`.
+    plain: the op made of PyTorch's ops, for CPUs and for accelerators without Triton.
+    fake: makes the outputs for tensors without values.
+    The kernel is the function with the op's name in `triton_kernels`.
     """
     name = schema.partition("(")[0]
     torch.library.define(f"{NAMESPACE}::{name}", schema.removeprefix(name))
@@ -63,12 +64,12 @@ def _on_cuda(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         kernels = triton_kernels() if _has_kernel(x) else None
         if kernels is None:
             return plain(x, *args, **kwargs)
-        with torch.cuda.device(x.device):  # Triton launches on the current one
+        with torch.cuda.device(x.device):  # Triton launches on the current device
             return getattr(kernels, name)(x, *args, **kwargs)
 
     return run
 
 
 def _has_kernel(x: torch.Tensor) -> bool:
-    """Whether a kernel takes x, whose last dim are the channels of a pixel or of a token."""
+    """Whether a kernel accepts x. Its last dim has the channels of a pixel or token."""
     return x.dtype in _DTYPES and x.stride(-1) == 1 and x.shape[-1] * x.element_size() % ALIGNMENT == 0

@@ -1,9 +1,9 @@
-"""The transformer's ops of one pass: RMS norms with the sum before or the rotation after them, and the gate.
+"""The transformer's one-pass ops: an RMS norm, alone or with the sum before it or the rotation after it; the gate.
 
-Exactness. The plain ops here are diffusers', rounded where its modules round: a norm in half precision before and
-after its weight, a rotation after each product and sum, the gate after SiLU. The kernels round in the same places
-and sum squares in an order of their own, so a result may be `ULPS` units of the last place away from the plain
-ops'. It depends on its own token (and head) alone.
+Exactness. The plain ops here are diffusers', and round where its modules round: a norm in half precision before
+and after its weight, a rotation after each product and sum, the gate after SiLU. The kernels round in the same
+places but sum squares in another order, so a result may differ from the plain ops' by `ULPS` units in the last
+place. It depends only on its token (and head).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from cosmos3_pipeline.fused.backend import declare
 
-# Units in the last place, of the largest number on the way to the result: a norm in half precision is rounded
-# twice, and a rotation adds two products of it.
+# Units in the last place of the largest intermediate number: a norm in half precision is rounded twice, and a
+# rotation adds two products of the norm.
 ULPS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dim, as diffusers' `RMSNorm` has it where `weight` has the dtype of x."""
+    """RMS norm over the last dim, equal to diffusers' `RMSNorm` if `weight` has the dtype of x."""
     if x.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     variance = x.float().pow(2).mean(-1, keepdim=True)
@@ -28,9 +28,9 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x * cos + rotate_half(x) * sin` for x [tokens, heads, D] and angles [tokens, 1, D], into `out` when given.
+    """`x * cos + rotate_half(x) * sin` for x [tokens, heads, D] and angles [tokens, 1, D], into `out` unless None.
 
-    Halves instead of a rotated copy: the same products and sums, so the same bits.
+    It computes each half in place of a rotated copy. Products and sums are the same, so the bits are the same.
     """
     half = x.shape[-1] // 2
     out = torch.mul(x, cos) if out is None else torch.mul(x, cos, out=out)
@@ -68,11 +68,11 @@ declare(
     _add_rms_norm,
     lambda x, added, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
-# The RMS norm of every head of x [tokens, heads, D], turned by its token's angles [tokens, 1, D], into `out`.
+# The RMS norm of every head of x [tokens, heads, D], rotated by its token's angles [tokens, 1, D], into `out`.
 declare(
     "norm_rotate(Tensor x, Tensor weight, float eps, Tensor cos, Tensor sin, *, Tensor(a!) out) -> ()",
     _norm_rotate,
     _nothing,
 )
-# SiLU of `gate` times `up`, both [n, C] and contiguous, in the place of `gate`.
+# SiLU(`gate`) x `up`, both [n, C] and contiguous; overwrites `gate`.
 declare("silu_mul(Tensor(a!) gate, Tensor up) -> ()", _silu_mul, _nothing)

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""The kernels of this package's ops, in Triton. Imported where there is a CUDA device, and by tests.
+"""The Triton kernels of this package's ops. Imported only on machines with a CUDA device, and by tests.
 
-Each program computes whole pixels or tokens. Sizes and strides are not specialised on: a kernel has one compiled
-form for each number of channels and dtype, so its sums have one order. A product and a sum are never contracted
-(`enable_fp_fusion`), and products are rounded to the tensor's dtype where the plain ops round them.
+Each program computes whole pixels or tokens. Kernels are not specialised on sizes and strides: a kernel has one
+compiled form for each number of channels and dtype, so its sums have one order. A product and a sum are never
+fused into one instruction (`enable_fp_fusion`), and products are rounded to the tensor's dtype where plain ops
+round them.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of which a program has a row or more in registers, and its warps: half a kilobyte a warp and load.
+# A program has one or more rows in registers, about this many elements, with WARPS warps: each warp then loads
+# half a kilobyte at once.
 _ELEMENTS = 2048
 WARPS = 4
 OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 def block_of(channels: int) -> dict[str, int]:
-    """The number of rows that a program processes at once, for this number of channels."""
+    """The block sizes of a kernel for this number of channels: padded channels, and rows per program."""
     block = triton.next_power_of_2(channels)
     return {"C": channels, "BLOCK_C": block, "ROWS": max(1, _ELEMENTS // block)}
 
 
 @triton.jit
 def _normed(x, gamma):
-    """x [rows, channels] in float32 over its length, times gamma [channels]."""
+    """x [rows, channels] in float32 divided by each row's length, times gamma [channels]."""
     length = tl.sqrt_rn(tl.sum(x * x, axis=1))
     scale = tl.div_rn(1.0, tl.maximum(length, 1e-12))
     return x * scale[:, None] * gamma[None, :]
@@ -70,10 +72,9 @@ def norm_silu_kernel(
     SILU: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """One program per ROWS of the `pixels` = B x H x W, each through its T frames. Strides are in pixels, so that
-    channels divide them.
+    """One program per ROWS of the `pixels` = B x H x W; it loops over their T frames.
 
-    `added` has the strides of x.
+    Strides are in pixels, so that element strides are multiples of C. `added` has the strides of x.
     """
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -84,7 +85,7 @@ def norm_silu_kernel(
     weight = tl.load(gamma + channel, mask=channel < C, other=0.0)
     if KEPT:
         memory = kept + (b * kb + h * kh + w * kw)[:, None] * C + channel[None, :]
-        # A program has its pixels to itself: it reads a kept frame before it writes another in its place.
+        # No other program has these pixels, so a kept frame can be read and then overwritten by another frame.
         for k in tl.static_range(KEPT):
             old = tl.load(memory + k * kt.to(tl.int64) * C, mask=there)
             tl.store(target + k * ot.to(tl.int64) * C, old, mask=there)
@@ -101,7 +102,7 @@ def norm_silu_kernel(
             y = _silu(y)
         y = y.to(out.dtype.element_ty)
         tl.store(target + (KEPT + t) * ot.to(tl.int64) * C, y, mask=there)
-        if KEPT:  # noqa: SIM102 # the outer one is known when the kernel is compiled
+        if KEPT:  # noqa: SIM102 # the outer condition is a compile-time constant
             if t + KEPT >= T:
                 tl.store(memory + (t + KEPT - T) * kt.to(tl.int64) * C, y, mask=there)
 
@@ -169,7 +170,7 @@ def add_norm_silu_after(x: Tensor, added: Tensor, gamma: Tensor, kept: Tensor, *
 
 @triton.jit
 def _rms_normed(x, weight, length, eps, dtype: tl.constexpr):
-    """x [rows, channels] in float32 over its root mean square, rounded to `dtype`, times the weight, rounded."""
+    """x [rows, channels] in float32 / its root mean square, rounded to `dtype`, times the weight, rounded."""
     scale = tl.div_rn(1.0, tl.sqrt_rn(length + eps))
     return ((x * scale[:, None]).to(dtype).to(tl.float32) * weight[None, :]).to(dtype).to(tl.float32)
 
@@ -189,7 +190,7 @@ def add_rms_norm_kernel(
     ROWS: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Rows of x are `stride` x C apart, those of the others side by side."""
+    """The rows of x are `stride` x C elements apart; the rows of the other tensors are contiguous."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
     there = (row < rows)[:, None] & (channel < C)[None, :]
@@ -243,7 +244,7 @@ def norm_rotate_kernel(
     cos_b = tl.load(cos + angle + HALF, mask=there, other=0.0).to(tl.float32)
     sin_a = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
     sin_b = tl.load(sin + angle + HALF, mask=there, other=0.0).to(tl.float32)
-    # Each product is rounded, and then the sum, as PyTorch's ops do one after the other.
+    # Each product is rounded, then the sum is rounded, as by PyTorch's separate ops.
     left = (a * cos_a).to(dtype).to(tl.float32) - (b * sin_a).to(dtype).to(tl.float32)
     right = (b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)
     tl.store(target, left.to(dtype), mask=there)
@@ -252,7 +253,7 @@ def norm_rotate_kernel(
 
 @triton.jit(do_not_specialize=["units"])
 def picture_bytes_kernel(x, out, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Three planes of `units` x UNIT pixels of each clip to bytes that lie pixel by pixel."""
+    """Convert each clip's three planes of `units` x UNIT pixels to bytes, interleaved by pixel."""
     pixels = units.to(tl.int64) * UNIT
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < pixels
@@ -262,13 +263,13 @@ def picture_bytes_kernel(x, out, units, UNIT: tl.constexpr, BLOCK: tl.constexpr)
         y = (y * 0.5).to(x.dtype.element_ty).to(tl.float32)
         y = (y + 0.5).to(x.dtype.element_ty).to(tl.float32)
         y = tl.minimum(tl.maximum(y, 0.0), 1.0) * 255.0
-        y = (y + 8388608.0) - 8388608.0  # 2^23: rounds to the nearest, a half to the even one
+        y = (y + 8388608.0) - 8388608.0  # 2^23: rounds to the nearest integer, ties to even
         tl.store(out + (clip * pixels + 3 * at) + colour, y.to(tl.uint8), mask=there)
 
 
 @triton.jit(do_not_specialize=["units"])
 def silu_mul_kernel(gate, up, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """In the place of `gate`, of `units` x UNIT elements: so 16 bytes are loaded at once."""
+    """Overwrites `gate`, which has `units` x UNIT elements, so that 16 bytes are loaded at once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < units.to(tl.int64) * UNIT
     value = _silu(tl.load(gate + at, mask=there, other=0.0).to(tl.float32)).to(gate.dtype.element_ty)

@@ -1,11 +1,11 @@
-"""The VAE's ops of one pass: norm and SiLU into the buffer of the next convolution, and pictures as bytes.
+"""The VAE's one-pass ops: norm and SiLU into the buffer of the next convolution, and pictures as bytes.
 
-Activations are channels-last: [B, T, H, W, C], with any strides but for the channels, which lie side by side.
+Activations are channels-last: [B, T, H, W, C]. Channels must be contiguous; other strides are arbitrary.
 
-Exactness. The plain ops here have the bits of those that a CPU runs. The kernels round where the plain ops do, and
-sum a pixel's squares in an order of their own: a result is within `ULPS` of the last place of its dtype from the
-plain ops'. A pixel's value depends on its own channels alone, and the order of the sum on their number and dtype
-alone. So a pixel has the same bits in every slab, tile and portion, and strategies stay equal bit for bit.
+Exactness. The plain ops here give the same bits as the ops of a CPU. The kernels round where the plain ops round,
+but sum a pixel's squares in another order, so a result may differ by `ULPS` units in the last place of its dtype.
+A pixel's value depends only on its channels, and the order of the sum only on their number and dtype. A pixel
+therefore has the same bits in every slab, tile and portion, and strategies stay equal bit for bit.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from cosmos3_pipeline.fused.backend import declare
 
-# Units in the last place: by how much a kernel's result may differ from the plain ops'. In float32 the norm, the
-# exponential and the division each add some; in half precision all of them together move a rounding.
+# By how many units in the last place a kernel's result may differ from the plain ops'. In float32 the norm, the
+# exponential and the division each add some; in half precision all of them together can change one rounding.
 ULPS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is so already."""
+    """x in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def plain_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """RMS norm over the last dimension: x / ||x|| * gamma, in float32 unless x is float64.
 
-    Source: `WanRMS_norm`. `gamma` is [C], wide, with sqrt(C) in it. Returns float32 or float64.
+    Source: `WanRMS_norm`. `gamma` is [C] in float32 or float64, multiplied by sqrt(C). Returns float32 or float64.
     """
     wide = widened(x)
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
@@ -68,7 +68,7 @@ def _add_norm_silu_after(x: Tensor, added: Tensor, gamma: Tensor, kept: Tensor, 
 def plain_picture_bytes(picture: Tensor) -> Tensor:
     """[B, 3, F, H, W] in [-1, 1] to bytes [B, F, H, W, 3].
 
-    The arithmetic and dtypes of diffusers' `VideoProcessor.postprocess_video`, so the bytes equal its.
+    Arithmetic and dtypes follow diffusers' `VideoProcessor.postprocess_video`, so the bytes are equal.
     """
     halved = (picture * 0.5 + 0.5).clamp_(0, 1).permute(0, 2, 3, 4, 1)
     return halved.float().mul_(255).round_().to(torch.uint8).contiguous()
@@ -85,16 +85,17 @@ def _nothing(*args: Tensor, **kwargs: Tensor) -> None:
 
 # The RMS norm of x [B, T, H, W, C] in the dtype of x; `gamma` [C] is float32.
 declare("vae_norm(Tensor x, Tensor gamma) -> Tensor", _norm, lambda x, gamma: x.new_empty(x.shape))
-# A contiguous picture [B, 3, F, H, W] in [-1, 1] as bytes [B, F, H, W, 3]. The kernel has the plain ops' bits.
+# A contiguous picture [B, 3, F, H, W] in [-1, 1] as bytes [B, F, H, W, 3]. Kernel and plain ops give the same
+# bits.
 declare("picture_bytes(Tensor picture) -> Tensor", plain_picture_bytes, _bytes_of_shape)
-# SiLU of that norm, rounded once, into `out` of the shape of x.
+# SiLU of the RMS norm of x, rounded once, into `out` of the shape of x.
 declare("norm_silu(Tensor x, Tensor gamma, *, Tensor(a!) out) -> ()", _norm_silu, _nothing)
-# The same behind the frames that a causal convolution has `kept` [B, k, H, W, C], into `out` [B, k + T, H, W, C];
-# the last k frames of that are kept then.
+# As `norm_silu`, into the last T frames of `out` [B, k + T, H, W, C]. The first k frames are the temporal cache
+# `kept` [B, k, H, W, C] of a causal convolution. Then `kept` is overwritten by the last k frames of `out`.
 declare(
     "norm_silu_after(Tensor x, Tensor gamma, Tensor(a!) kept, *, Tensor(b!) out) -> ()", _norm_silu_after, _nothing
 )
-# Both of what `added`, of the shape of x and as it lies in memory, is first added to x: the end of a shortcut.
+# As the two ops above, but first x += `added`, which ends a shortcut. `added` has the shape and strides of x.
 declare(
     "add_norm_silu(Tensor(a!) x, Tensor added, Tensor gamma, *, Tensor(b!) out) -> ()", _add_norm_silu, _nothing
 )

@@ -2,5 +2,5 @@
 
     pytest --pyargs cosmos3_pipeline.plugin_kit --strategy package:Class
 
-docs/plugins.md says what is tested. Needs pytest, which the library itself does not.
+docs/plugins.md lists the tests. The kit needs pytest; the library itself does not.
 """

@@ -1,4 +1,4 @@
-"""The clips that a strategy is tested on, and tiny random VAEs of both kinds. Importing it imports no torch."""
+"""The clips on which a strategy is tested, and tiny random VAEs of both kinds. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WAN21: dict[str, Any] = {
 }
 DIRECTIONS: tuple[Direction, ...] = ("decode", "encode")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# Standard deviation of the decoder's output: lively, and hardly ever clamped.
+# Standard deviation of the decoder's output: large, but values are rarely clamped to [-1, 1].
 PICTURE_STD = 0.35
 
 
@@ -69,7 +69,7 @@ class Case:
         return program_for(direction, self.config)
 
     def chunks(self) -> int:
-        """Chunks in which the clip is decoded."""
+        """The number of chunks in which the clip is decoded."""
         return self.program("decode").chunks(self.shape)
 
     def autoencoder(self) -> AutoencoderKLWan:
@@ -81,7 +81,7 @@ class Case:
         config = {**self.config, "latents_mean": [0.0] * self.config["z_dim"]}
         vae = AutoencoderKLWan(**config, latents_std=[1.0] * self.config["z_dim"]).eval().requires_grad_(False)
         for name, p in vae.named_parameters():
-            # Gains and biases are random too, so that one that is dropped or misplaced shows.
+            # Gains and biases are random too, so that tests notice a dropped or misplaced one.
             if name.endswith("gamma"):
                 p.uniform_(0.5, 1.5, generator=generator)
             elif name.endswith("bias"):
@@ -104,7 +104,7 @@ class Case:
         return torch.randn(size, generator=generator).to(getattr(torch, self.dtype))
 
     def picture(self, seed: int) -> Tensor:
-        """[B, 3, F, H, W] in [-1, 1], in as many chunks as the latents; several chunks leave frames over."""
+        """[B, 3, F, H, W] in [-1, 1], with as many chunks as the latents; if several, plus two extra frames."""
         import torch
 
         program = self.program("encode")
@@ -118,12 +118,12 @@ CLIP = Case("clip", WAN22, "float32", batch=1, frames=5, rows=5, cols=4)
 CASES = (
     CLIP,  # five chunks: no number of ranks from 2 to 4 divides them, nor the rows
     Case("image", WAN22, "float32", batch=1, frames=1, rows=7, cols=5),
-    # More than one tile, either way; and large enough for convolutions that make frames in pairs.
+    # More than one tile in both directions, and large enough for convolutions that compute frames in pairs.
     Case("tall", WAN22, "float32", batch=1, frames=2, rows=35, cols=5),
     Case("two clips", WAN21, "float32", batch=2, frames=4, rows=4, cols=7),
     Case("bfloat16", WAN22, "bfloat16", batch=1, frames=4, rows=6, cols=4),
-    # Longer than the ops remember together, which is 30 latent frames. A strategy that drops some of the past
-    # fails here.
+    # Longer than all temporal caches reach together, which is 30 latent frames. A strategy that drops some past
+    # frames fails here.
     Case("long", WAN22, "float32", batch=1, frames=37, rows=2, cols=2),
 )
 
@@ -141,5 +141,5 @@ def refuses(strategy: Strategy, case: Case, ranks: int, direction: Direction) ->
 
 
 def honours(strategy: Strategy, case: Case, ranks: int) -> bool:
-    """Whether the plans of all directions of the strategy take `case` on this number of ranks."""
+    """Whether the plans of all directions of the strategy accept `case` on this number of ranks."""
     return not any(refuses(strategy, case, ranks, d) for d in DIRECTIONS if d in strategy.directions)

@@ -13,7 +13,7 @@ from cosmos3_pipeline.vae.strategy import Strategy
 
 @pytest.fixture(scope="session")
 def subject(request: pytest.FixtureRequest) -> Subject:
-    """The strategy of the command line."""
+    """The strategy that the command line names."""
     try:
         return Subject.parse(request.config.getoption("--strategy"), request.config.getoption("--setting"))
     except SubjectError as error:
@@ -36,7 +36,7 @@ def observed(subject: Subject, strategy: Strategy) -> Observed:
             if not honours(strategy, case, ranks):
                 results[key] = None
             else:
-                # Every test of a case that hangs says so, but only the first waits for it.
+                # If a case hangs, every test of the case fails, but only the first test waits for the time limit.
                 try:
                     results[key] = run_on_ranks(observe, ranks, subject, case)
                 except AssertionError as error:
@@ -50,7 +50,7 @@ def observed(subject: Subject, strategy: Strategy) -> Observed:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`ranks` are 1 to --max-ranks, `several` from 2 on, `case` every case."""
+    """Parametrise `ranks` with 1 to --max-ranks, `several` with 2 to --max-ranks, `case` with every case."""
     most = metafunc.config.getoption("--max-ranks")
     if "ranks" in metafunc.fixturenames:
         metafunc.parametrize("ranks", range(1, most + 1))

@@ -1,4 +1,4 @@
-"""Observations of one rank when a rank raises, a reader leaves, or the plan refuses. Runs in a rank."""
+"""What one rank observes when a rank raises, a reader closes the stream, or the plan refuses. Runs in a rank."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class InjectedFault(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a call: the name of the exception ("" for none), its message, and its three parts if it has them.
+    """The end of a call: the name of the exception ("" for none), its message, and its `Problem` if it has one.
 
-    injected: whether this rank reached the fault. recovered: whether the next call was right; None if there was no
-    next call.
+    injected: whether this rank reached the fault.
+    recovered: whether the next call was right; None if there was no next call.
     """
 
     error: str
@@ -46,8 +46,8 @@ class Outcome:
 
 
 def outcome_of(call: Callable[[], object]) -> Outcome:
-    """Call, and note how it ended."""
-    # Whatever it raises is the finding.
+    """The outcome of `call`."""
+    # Any exception is part of the outcome.
     try:
         call()
     except Exception as error:
@@ -56,7 +56,7 @@ def outcome_of(call: Callable[[], object]) -> Outcome:
 
 
 def break_one_rank(subject: Subject, case: Case, direction: Direction, broken: int) -> Outcome:
-    """Rank `broken` raises when it comes to a chunk after the first (or to the only one); then all try again."""
+    """Rank `broken` raises at its first op on a later chunk (or on the only chunk); then all ranks call again."""
     vae, reference = _vaes(subject, case)
     injected = False
 
@@ -80,7 +80,7 @@ def break_one_rank(subject: Subject, case: Case, direction: Direction, broken: i
 
 
 def leave_early(subject: Subject, case: Case) -> tuple[int, Outcome]:
-    """The root closes the stream after its first chunk; the others' must end too. (Chunks seen, how it ended.)"""
+    """The root closes the stream after its first chunk; the others must end too. (Chunks seen, outcome.)"""
     vae, reference = _vaes(subject, case)
     z = case.latents(SEED)
     seen = 0
@@ -118,7 +118,7 @@ def _vaes(subject: Subject, case: Case) -> tuple[ParallelVAE, ParallelVAE]:
 def _right(
     subject: Subject, vae: ParallelVAE, reference: ParallelVAE, direction: Direction, given: Tensor
 ) -> bool:
-    """Whether a call gives what the strategy promises."""
+    """Whether a call's result is as exact as the strategy declares."""
     expected = _call(reference, direction, given)
     found = Distance(float(expected.max() - expected.min()))
     found.add(expected, _call(vae, direction, given))

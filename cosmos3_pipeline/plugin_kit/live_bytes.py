@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages that ops have made and that are still alive. `known` storages do not count.
+    """Peak bytes of the storages that ops have made and that are still alive. `known` tensors do not count.
 
-    Not counted: what a convolution library keeps for itself, such as its reordered weights and scratch memory.
+    Memory inside a convolution library, such as reordered weights and scratch memory, is not counted.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Observations of one rank on one case: results, messages, weights. Runs in a rank."""
+"""What one rank observes on one case: results, messages, weights. Runs in a rank."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ SEED, OTHER_SEED = 5, 6
 class Part:
     """One call on one rank.
 
-    error: the traceback of the exception. shapes: of the tensors that it returned; `digest`: of their bytes.
-    max_abs and psnr: its distance from what it is held against; equal: in every bit; reached: the exactness that
-    this is, None for another picture. counted, planned: (bytes, messages) sent. wire: (bytes, messages) by kind.
-    collectives: each one that was called, in order.
+    error: the traceback of the exception.
+    shapes, digest: the shapes of the returned tensors, and a digest of their bytes.
+    max_abs, psnr, equal: the distance from the reference, and whether every bit is equal.
+    reached: the exactness of the result; None for another picture.
+    counted, planned: (bytes, messages) sent.
+    wire: (bytes, messages) by kind.
+    collectives: each collective that was called, in order.
     """
 
     error: str | None = None
@@ -53,22 +56,22 @@ class Part:
 
 @dataclass
 class Seen:
-    """Everything of one rank: `parts` are decode, again, stream and encode, as far as the strategy and case go, up
-    to the first that failed.
+    """All observations of one rank.
 
-    `weights`: for each direction the bytes that the strategy took, and what the plan says of them.
+    parts: decode, again, stream and encode, if strategy and case support them; the first failure ends the list.
+    weights: for each direction, (bytes of weights that the strategy loaded, bytes that the plan says).
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-# Given a case and a number of ranks: what every rank has seen of it, or None where the plan refuses it.
+# (case, number of ranks) -> the observations of every rank, or None if the plan refuses the case.
 Observed = Callable[[Case, int], list[Seen] | None]
 
 
 def observe(subject: Subject, case: Case) -> Seen:
-    """All calls of `subject` on `case`, compared with `replicated` on this rank alone."""
+    """All calls of `subject` on `case`, compared with `replicated`, which this rank computes by itself."""
     strategy, seen = subject.build(), Seen()
     model = case.autoencoder()
     narrow = getattr(torch, case.dtype) != torch.float32
@@ -79,18 +82,18 @@ def observe(subject: Subject, case: Case) -> Seen:
     vae = vae_with(strategy, model, weights=weights)
 
     def held(name: str, call: Callable[[ParallelVAE, Tensor], Tensor], given: Tensor) -> Tensor:
-        """Make one call and hold it against the reference."""
+        """Make one call and compare its result with the reference."""
         expected = call(reference, given)
         expected32 = None if exact is None else call(exact, given)
         part, (result,) = _make(seen, name, vae, lambda: [call(vae, given)])
         _hold(part, result, expected, expected32, picture=name != "encode")
         return result
 
-    # After a call that failed the ranks need not be at the same place any more, so nothing is tried after it.
+    # After a failed call the ranks may be at different points, so no further call is made.
     with suppress(_Failed):
         if "decode" in strategy.directions:
             held("decode", decode, case.latents(SEED))
-            # Another clip with the same runner, so that leftovers of the last clip show.
+            # Another clip with the same runner, so that leftovers of the first clip are noticed.
             other = case.latents(OTHER_SEED)
             picture = held("again", decode, other)
             if case.batch == 1:
@@ -114,7 +117,7 @@ def observe(subject: Subject, case: Case) -> Seen:
 
 
 def _weigh(seen: Seen, vae: ParallelVAE, direction: Direction, case: Case) -> None:
-    """Note the most bytes that are alive at once on this rank, and what the plan says of them."""
+    """Record the peak of live bytes on this rank, and the plan's prediction of it."""
     given = (case.latents(SEED) if direction == "decode" else case.picture(SEED)).to(vae.dtype)
     part = seen.parts[f"alive in {direction}"] = Part()
     with LiveBytes([given, *vae.autoencoder.state_dict().values()]) as live:
@@ -128,7 +131,7 @@ def _weigh(seen: Seen, vae: ParallelVAE, direction: Direction, case: Case) -> No
 
 
 def vae_with(strategy: Strategy, model: AutoencoderKLWan, *, weights: WeightSource | None = None) -> ParallelVAE:
-    """The VAE of all ranks: `strategy` for its directions, `replicated` for the other."""
+    """The VAE of all ranks: `strategy` for the directions that it supports, `replicated` for the others."""
     able = {d: strategy if d in strategy.directions else Replicated() for d in DIRECTIONS}
     return ParallelVAE(model, encode=able["encode"], decode=able["decode"], weights=weights)
 
@@ -149,7 +152,7 @@ def encode(vae: ParallelVAE, x: Tensor) -> Tensor:
 
 
 class _Failed(Exception):
-    """A call failed; its part says how."""
+    """A call failed; its `Part` has the error."""
 
 
 def _make(
@@ -161,7 +164,7 @@ def _make(
     with _recorded_collectives() as part.collectives:
         try:
             tensors = list(call())
-        # A strategy may raise anything, and that is the finding.
+        # A strategy may raise any exception, which is part of the observation.
         except Exception as error:
             part.error = traceback.format_exc()
             raise _Failed from error
@@ -179,7 +182,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _hold(part: Part, result: Tensor, expected: Tensor, expected32: Tensor | None, *, picture: bool) -> None:
     if result.shape != expected.shape or result.dtype != expected.dtype:
-        return  # the test sees the shapes; nothing was reached
+        return  # `reached` stays None, and the test reports the shapes
     value_range = PICTURE_RANGE if picture else float(expected.max() - expected.min())
     found = _distance(expected, result, value_range)
     part.max_abs, part.psnr, part.equal = found.max_abs, found.psnr, found.equal
@@ -209,7 +212,7 @@ def _distance(reference: Tensor, other: Tensor, value_range: float) -> Distance:
 
 
 class _CountingWeights(ModuleWeights):
-    """Remembers what was taken."""
+    """Records the bytes of the weights that were loaded."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -221,13 +224,13 @@ class _CountingWeights(ModuleWeights):
         return tensors
 
     def taken(self, names: set[str]) -> int:
-        """Bytes of the tensors in `names` that were read."""
+        """Bytes of the tensors in `names` that were loaded."""
         return sum(size for name, size in self._taken.items() if name in names)
 
 
 @contextmanager
 def _recorded_collectives() -> Iterator[list[tuple[Any, ...]]]:
-    """Every collective that this rank calls in the block: what, the tensor's shape and dtype, who gives."""
+    """Records each collective that this rank calls in the block: name, tensor's shape and dtype, source rank."""
     calls: list[tuple[Any, ...]] = []
     broadcast, all_gather = Comm.broadcast, Comm.all_gather
 

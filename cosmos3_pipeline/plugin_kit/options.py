@@ -1,7 +1,7 @@
 """The kit's command line options, a pytest plugin that the library's entry point `pytest11` names.
 
-They are not in conftest.py, because pytest reads the options of a conftest.py only when its folder is named
-by a path, and with `--pyargs` it is not.
+They are not in conftest.py, because pytest reads the options of a conftest.py only if its folder is given as a
+path. With `--pyargs` it is given as a module name.
 """
 
 from __future__ import annotations

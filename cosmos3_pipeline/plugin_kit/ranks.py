@@ -16,26 +16,26 @@ from typing import Any
 # A process forked from this server has torch and diffusers imported already, and no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed", "diffusers.models.autoencoders.autoencoder_kl_wan"])
-# Seconds of computing that all ranks of the slowest test need together, several times over.
+# Limit for the CPU seconds of all ranks together: several times what the slowest test needs.
 CPU_LIMIT = 240.0
-# Ranks of which none computes for as much as this part of so many seconds wait for each other. With four programs
-# beside it on its core, a rank that works still gets a fifth of the time.
+# If in STILL_SECONDS no rank computes for more than the share STILL_SHARE of the time, the ranks wait for each
+# other. A rank that works gets far more: with four other programs on its core, still a fifth of the time.
 STILL_SECONDS, STILL_SHARE = 20.0, 0.02
 
 
 class RanksHang(AssertionError):
-    """Some ranks did not end in time: they wait for each other, or for a message that nobody sends."""
+    """Some ranks did not end in time: they wait for each other, or for a message that no rank sends."""
 
 
 class RankBroke(AssertionError):
-    """A rank raised what the test does not expect, or its process died."""
+    """A rank raised an exception that the test does not expect, or its process died."""
 
 
 def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
-    """`[function(*args) on each rank]`, in `ranks` processes of one gloo world. All of it must pickle.
+    """`[function(*args) on each rank]`, in `ranks` processes of one gloo world. Arguments and results must pickle.
 
-    Raises RanksHang when they stand still or compute without end, however busy the machine is; RankBroke with the
-    traceback of a rank that raised.
+    Raises RanksHang if the ranks do not progress or compute without end; the limits do not depend on how busy the
+    machine is. Raises RankBroke with the traceback of a rank that raised.
     """
     with tempfile.TemporaryDirectory(prefix="cosmos3_kit_") as folder:
         results = _CONTEXT.Queue()
@@ -70,18 +70,18 @@ def _rank(
             timeout=timedelta(hours=1),
         )
         answer: tuple[int, Any, str | None] = (rank, function(*args), None)
-    # Whatever a rank raises is the parent's to report.
+    # The parent reports any exception of a rank.
     except BaseException:
         answer = (rank, None, traceback.format_exc())
     results.put(answer)
     results.close()
     results.join_thread()
-    # Not through the interpreter's exit, which would wait for connections to ranks that may be gone.
+    # The interpreter's normal exit would wait for connections to ranks that may be gone.
     os._exit(0)
 
 
 class _Watch:
-    """CPU seconds of processes."""
+    """Watches the CPU seconds of processes."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
@@ -89,7 +89,7 @@ class _Watch:
         self._before = [0.0] * len(pids)
 
     def problem(self) -> str:
-        """Why they will not end, if so."""
+        """Why the processes will not end; empty if they may still end."""
         now = time.monotonic()
         used = list(map(_cpu_seconds, self._pids))
         if sum(used) > CPU_LIMIT:
@@ -107,7 +107,7 @@ class _Watch:
 def _cpu_seconds(pid: int) -> float:
     """CPU seconds of a process so far; 0 if it has ended.
 
-    gloo's own threads do not count, because they wake a hundred times a second even if there is nothing to do.
+    gloo's threads do not count, because they wake a hundred times a second even if there is nothing to do.
     """
     process = Path(f"/proc/{pid}")
     try:
@@ -119,7 +119,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _ticks(stat: str) -> int:
-    """utime and stime, fields 12 and 13 after the name, which comes second and may have spaces in it."""
+    """utime + stime of a /proc stat line: fields 12 and 13 after the name. The name may contain spaces."""
     fields = stat.rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 
@@ -131,7 +131,7 @@ def _collect(processes: list[Any], results: Any) -> list[Any]:
         missing = [rank for rank in range(len(processes)) if rank not in found]
         if problem := watch.problem():
             raise RanksHang(f"ranks {missing} of {len(processes)} {problem}")
-        # Before the queue: what a rank put there before it ended is then seen below.
+        # Checked before the queue is read, so that the result of a rank that has just ended is still seen below.
         dead = [rank for rank in missing if not processes[rank].is_alive()]
         try:
             rank, value, error = results.get(timeout=0.2)

@@ -42,7 +42,7 @@ class Subject:
         return cls(spec, values)
 
     def load(self) -> type[Any]:
-        """The class, whatever it is. Raises ImportError or AttributeError when it is not there."""
+        """The object that `spec` names, without a check. Raises ImportError or AttributeError if it is missing."""
         module, _, name = self.spec.partition(":")
         loaded: type[Any] = getattr(importlib.import_module(module), name)
         return loaded

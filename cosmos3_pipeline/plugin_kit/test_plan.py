@@ -24,7 +24,7 @@ MANY_RANKS = (16, 1000)
 
 
 def plans(strategy: Strategy, case: Case, ranks: int) -> list[tuple[Direction, StrategyPlan]]:
-    """The plans of `case` that the strategy does not refuse; a refusal must be a StrategyError."""
+    """The plans of `case` that the strategy does not refuse. A refusal must be a StrategyError."""
     found: list[tuple[Direction, StrategyPlan]] = []
     for direction in DIRECTIONS:
         if direction not in strategy.directions:
@@ -37,7 +37,7 @@ def plans(strategy: Strategy, case: Case, ranks: int) -> list[tuple[Direction, S
 
 
 def assert_three_parts(problem: Problem) -> None:
-    """Fails if a refusal lacks one of its parts: what is wrong, why it cannot work, what would work."""
+    """Fail if a refusal lacks one of its parts: what is wrong, why it cannot work, what would work."""
     assert problem.what and problem.why and problem.works, (
         f"a refusal says what, why and what would work: {problem}"
     )
@@ -75,7 +75,7 @@ def test_planning_imports_no_torch(subject: Subject) -> None:
         "plans(strategy, CLIP, 2)\n"
         "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])\n"
     )
-    # It is found where this process finds it.
+    # The new process must find the strategy where this process finds it.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", f"planning imports {done.stdout}{done.stderr}"
@@ -125,6 +125,6 @@ def test_more_ranks_than_it_can_use_are_refused(many: int, strategy: Strategy) -
         for direction, plan in plans(strategy, case, many):
             assert len(plan.shares) == many
             program = case.program(direction)
-            # A run of norms counts no FLOPs, and is work all the same.
+            # A rank that runs only norms has no FLOPs, but is not idle.
             idle = [s.rank for s in plan.shares if not s.flops and program.flops(case.shape, *s.ops)]
             assert not idle, f"ranks {idle[:8]} have nothing to do; such a plan is refused with StrategyError"

@@ -13,14 +13,14 @@ from cosmos3_pipeline.plugin_kit.test_plan import assert_three_parts
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness, Strategy
 
-# How far what is alive at most may be above its plan, and below.
+# Peak of live bytes relative to the plan: upper and lower limit.
 MOST_ALIVE, LEAST_ALIVE = 1.1, 0.75
-# Bytes of tensors that are too small to be planned.
+# Small tensors are not planned; they may take this many bytes.
 SMALL_BYTES = 8 << 10
 
 
 def parts_of(observed: Observed, case: Case, ranks: int, *names: str) -> list[list[Part]]:
-    """For each of the parts `names` that were tried, the observations of every rank. Fails if any call raised."""
+    """For each of the parts `names` that exist, the observations of every rank. Fails if any call raised."""
     seen = seen_by(observed, case, ranks)
     for rank, one in enumerate(seen):
         for name, part in one.parts.items():
@@ -108,7 +108,7 @@ def test_it_holds_as_much_as_it_planned(name: str, ranks: int, observed: Observe
 
 
 def largest(strategy: Strategy, most: int) -> int:
-    """The largest number of ranks, up to three, on which the strategy takes the kit's clip."""
+    """The largest number of ranks, up to three, on which the strategy accepts the kit's clip."""
     found = [ranks for ranks in range(2, min(most, 3) + 1) if honours(strategy, CLIP, ranks)]
     if not found:
         pytest.skip("the strategy takes the clip on one rank only")
