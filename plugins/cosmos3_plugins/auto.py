@@ -1,7 +1,7 @@
-"""The fastest assignment for a clip, by the clock, of those of the installed strategies that are exact enough.
+"""Chooses the fastest assignment for a clip, by the clock, among the installed strategies that are exact enough.
 
-The clock knows FLOPs, memory traffic, bytes and messages, not what a machine really does: `job=verify` times
-strategies side by side.
+The clock predicts from FLOPs, memory traffic, bytes and messages. `job=verify` measures strategies on a real
+machine.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from cosmos3_pipeline.plugin_api import (
 __all__ = ["Auto"]
 
 _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
-_LEAST = 1e-6  # of a rate, of memory, and of ranks
+_LEAST = 1e-6  # the least value of a rate, of memory, and of ranks
 
 
 @dataclass
 class Auto(Strategy):
     """`require`: the least exactness to choose from. The rest are the figures of one rank's accelerator and links.
 
-    In the units of `topology.accelerator`; the defaults are those of a CPU core with ranks on one machine.
-    A strategy that computes another picture, such as `tiled`, is never chosen: it has to be asked for. One that
-    needs more than `memory_gb` on a rank is chosen only where all do.
+    The figures have the units of `topology.accelerator`. The defaults are for one CPU core per rank and all ranks
+    on one machine. A strategy that computes another picture, such as `tiled`, is never chosen, so users must name
+    it. A strategy that needs more than `memory_gb` on a rank is chosen only if all strategies do.
     """
 
     require: str = "bitwise"
@@ -55,14 +55,14 @@ class Auto(Strategy):
     name: ClassVar[str] = "auto"
     exactness: ClassVar[Exactness] = (
         Exactness.ROUNDING
-    )  # the least that it ever chooses; a plan says what it chose
+    )  # the least exactness that it ever chooses; a plan has the exactness of the chosen strategy
 
     def variants(self, ranks: int) -> Iterable[Auto]:
-        """None: it is the best of the others'."""
+        """None, because it only chooses among the other strategies."""
         return []
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        """The fastest; its note says why. Raises StrategyError for bad settings."""
+        """The fastest assignment; its note says why. Raises StrategyError for bad settings."""
         if self.require not in list(Exactness):
             raise StrategyError(
                 f"auto.require={self.require}", "it is no exactness", f"use one of {', '.join(Exactness)}"
@@ -97,7 +97,7 @@ class Auto(Strategy):
     def _that_fit(
         self, found: Sequence[Found], program: Program, shape: LatentShape, ranks: int
     ) -> Sequence[Found]:
-        """From the fastest that fits on, or where none does the one that needs least."""
+        """The assignments from the fastest that fits in memory on. If none fits, the smallest one."""
         peaks = []
         for number, one in enumerate(found):
             shares = one.strategy.plan(program, shape, ranks).shares
@@ -113,7 +113,7 @@ class Auto(Strategy):
 
 
 def _called(strategy: Strategy) -> str:
-    """Its name, with the settings that are not its defaults."""
+    """The name of a strategy, with its settings that differ from the defaults."""
     usual = vars(type(strategy)())
     changed = ", ".join(f"{name}={value}" for name, value in vars(strategy).items() if value != usual[name])
     return f"{strategy.name} ({changed})" if changed else strategy.name

@@ -1,8 +1,8 @@
 """Groups of ranks own runs of ops, as in `layer_pipeline`; in a group each rank owns rows, as in `spatial_shard`.
 
-For more ranks than either can use well: a line of many stages fills slowly and balances badly, and a picture has
-only so many rows. Every group has as many bands, so a rank hands its band to one of the next group, and nothing is
-put together before the root does.
+Choose it for more ranks than either strategy can use well: a pipeline of many stages fills slowly and balances
+badly, and a picture has a limited number of rows. Every group has the same number of bands. Each rank therefore
+sends its band to one rank of the next group, and only rank 0 assembles the picture.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class PipelineOfShards(Strategy):
     exactness: ClassVar[Exactness] = Exactness.ROUNDING
 
     def variants(self, ranks: int) -> Iterable[PipelineOfShards]:
-        """Every number of groups of several ranks."""
+        """Every number of groups that divides the ranks, with at least two groups and two ranks per group."""
         return [PipelineOfShards(groups) for groups in range(2, ranks) if ranks % groups == 0]
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        """Who owns which ops and rows. Raises StrategyError for groups or rows that do not suffice."""
+        """The ops and rows of each rank. Raises StrategyError if ranks, rows or ops do not suffice."""
         if self.groups < 1 or ranks % self.groups:
             fitting = [count for count in range(1, ranks + 1) if ranks % count == 0]
             raise StrategyError(

@@ -1,4 +1,4 @@
-"""Every rank does all of it: the reference that the other strategies are held against."""
+"""Every rank computes everything. This is the reference for the other strategies."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class Replicated(Strategy):
     exactness: ClassVar[Exactness] = Exactness.BITWISE
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        """Equal shares of everything; refuses nothing."""
+        """One block for every rank; refuses nothing."""
         note = "" if ranks == 1 else f"{ranks} ranks each do all"
         return Assignment.of(ranks, [Block((0, len(program)), (0, program.chunks(shape)), EVERY)], note)

@@ -1,11 +1,13 @@
 """Each rank owns a slab of latent rows (or columns, or both) and runs every op on it.
 
-Convolutions read a few rows beyond the slab, which neighbours send, and attention reads whole frames, which all
-send to all; the finished bytes go to the root. Where the picture is larger than the latent, a cut may lie within a
-latent row if that makes the largest slab smaller: 11 latent rows are 11 and 11 halves for two ranks. Weights are
-on every rank. A single chunk is as parallel as a long clip, so this is the choice for images. The method is that
-of DistVAE (https://github.com/xdit-project/DistVAE), but frames cached for the next chunk keep their halos, and
-shard sizes are computed, not gathered.
+Convolutions read a few rows beyond the slab (the halo), which neighbours send. Attention reads whole frames, so
+every rank sends its slab to every other rank. Finished bytes are sent to rank 0. Where the picture is larger than
+the latent, a cut may lie within a latent row, if this makes the largest slab smaller. For example, 11 latent rows
+on two ranks become 5.5 and 5.5 rows. Every rank has all weights. A single chunk is as parallel as a long clip, so
+choose this strategy for images.
+
+The method is that of DistVAE (https://github.com/xdit-project/DistVAE), with two differences: frames cached for
+the next chunk keep their halos, and shard sizes are computed instead of gathered.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ __all__ = ["SpatialShard", "shards"]
 class SpatialShard(Strategy):
     """Slabs of latent rows, columns, or both.
 
-    axis: height (bands of rows), width (bands of columns), or grid: bands both ways, as nearly equal in size as
-    the number of ranks allows. Bands have the fewest messages, a grid of many ranks the fewest bytes.
+    axis: height (bands of rows), width (bands of columns), or grid (both, with slabs as equal in size as the
+    number of ranks allows). Bands need the fewest messages, and a grid of many ranks the fewest bytes.
     """
 
     axis: Literal["height", "width", "grid"] = "height"
@@ -43,7 +45,7 @@ class SpatialShard(Strategy):
     exactness: ClassVar[Exactness] = Exactness.ROUNDING
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        """Who owns which rows and columns. Raises StrategyError for more ranks than there are of them."""
+        """One slab for each rank. Raises StrategyError if there are more ranks than rows or columns."""
         down, across = self._grid(shape.rows, shape.cols, ranks)
         blocks = shards(program, shape, down, across)
         finer = "" if len(blocks) == ranks else ", cut finer where the picture is larger"
@@ -55,7 +57,7 @@ class SpatialShard(Strategy):
         return [SpatialShard("height"), SpatialShard("width"), SpatialShard("grid")]
 
     def _grid(self, rows: int, cols: int, ranks: int) -> tuple[int, int]:
-        """(down, across): one slab per rank. Raises StrategyError when one would be empty."""
+        """(down, across): the numbers of slabs. Raises StrategyError if a slab would be empty."""
         choices = {
             "height": [(ranks, 1)],
             "width": [(1, ranks)],
@@ -76,7 +78,7 @@ class SpatialShard(Strategy):
                 "each rank needs a row and a column of its own",
                 f"use {most} ranks or fewer, another axis, or a larger picture",
             )
-        # The smallest largest slab, and of those the one with the shortest cuts.
+        # The grid whose largest slab is smallest. If several are equal, the grid with the shortest cuts.
         return min(
             fitting, key=lambda g: (-(-rows // g[0]) * -(-cols // g[1]), (g[0] - 1) * cols + (g[1] - 1) * rows)
         )
@@ -90,10 +92,10 @@ def shards(
     ops: tuple[int, int] | None = None,
     first_rank: int = 0,
 ) -> list[Block]:
-    """`ops` (None: all) on `down` x `across` slabs, in row-major order on ranks from `first_rank` on.
+    """Blocks of `ops` (None: all) on `down` x `across` slabs, in row-major order on ranks from `first_rank` on.
 
-    From the latent on, slabs stay as they are from one depth of the picture to the next, unless finer cuts make
-    the largest one smaller.
+    The slabs of the latent stay the same at all scales of the picture. They change only where finer cuts make the
+    largest slab smaller.
     """
     start, stop = ops or (0, len(program))
     grid = _grid_of(shape, down, across, 1)
@@ -118,9 +120,9 @@ def shards(
 
 
 def _stretches(program: Program) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, unit) of parts of the program: cuts there lie at multiples of 1/`unit` of a latent row.
+    """(start, stop, unit) of stretches of the program in which cuts lie at multiples of 1/`unit` of a latent row.
 
-    From one part to the next no shortcut is open, so that only the activation changes hands.
+    No shortcut is open between two stretches, so only the activation has to be re-sharded there.
     """
     begin = 0
     for end in range(1, len(program) + 1):
@@ -130,8 +132,8 @@ def _stretches(program: Program) -> Iterator[tuple[int, int, int]]:
 
 
 def _grid_of(shape: LatentShape, down: int, across: int, unit: int) -> tuple[list[Rect], int]:
-    """Slabs whose sizes differ by one part at most, in parts of a latent row, `unit` of which make one."""
-    # Rounding down puts the larger ones last, since the root, which is first, also writes the picture.
+    """Slabs in units of 1/`unit` latent row, whose heights and widths differ by at most one unit."""
+    # Rounding down makes the first slabs smaller, because rank 0 also writes the picture.
     rows, cols = (
         [size * unit * i // parts for i in range(parts + 1)]
         for size, parts in ((shape.rows, down), (shape.cols, across))

@@ -1,11 +1,11 @@
 """Each rank owns a contiguous run of ops (a pipeline stage), and the latent frames stream through the ranks.
 
-The decoder is causal, so a frame can pass through the stages while the next frame follows. There is no halo and no
-gather of feature maps. Every op runs on the same shape as on one rank, so the result is equal bit for bit.
+The decoder is causal, so several frames can be in flight in different stages. There is no halo and no gather of
+feature maps. Every op runs on the same shape as on one rank, so the result is equal bit for bit.
 
 With N ranks and T chunks the pipeline takes T + N - 1 steps. Late stages process a chunk in portions and start
-with the first one, so they add less than a step (`Program.portions_at`). The cuts between neighbours may move
-from chunk to chunk, so that all ranks are busy to the end.
+when the first portion arrives, so each of them adds less than a step (`Program.portions_at`). The cuts between
+neighbours may move from chunk to chunk, so that all ranks are busy to the end.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class LayerPipeline(Strategy):
     """Runs of ops, divided such that a clip ends early.
 
     moving_cuts: cuts between ranks may move from chunk to chunk. They do if this shortens the clip by 1% per 10%
-    of the weights that are then held twice, and by 0.3% at least. op_seconds: the vae.json of benchmarks/vae.py
-    on such a machine, for decode in float32. The ops are then divided by these times instead of by a model that
-    was fitted to one kind of processor.
+    of the weights that are then held twice, and by 0.3% at least.
+    op_seconds: the vae.json of benchmarks/vae.py on this kind of machine, for decode in float32. The stages are
+    then balanced with these times instead of a model that was fitted to one kind of processor.
     """
 
     moving_cuts: bool = True
@@ -48,10 +48,10 @@ class LayerPipeline(Strategy):
     exactness: ClassVar[Exactness] = Exactness.BITWISE
 
     def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-        """The run of each rank. Raises StrategyError for more ranks than ops.
+        """The run of ops of each rank. Raises StrategyError for more ranks than ops.
 
-        Rank 0 has the last ops, so that the finished picture need not be sent. The last rank has the first ops,
-        which costs nothing because every rank has the input.
+        Rank 0 has the last ops, so that the finished picture need not be sent. The last rank has the first ops.
+        This costs nothing, because every rank has the input.
         """
         if ranks > len(program):
             raise StrategyError(
@@ -77,7 +77,7 @@ class LayerPipeline(Strategy):
 
 
 def fixed_runs(program: Program, shape: LatentShape, stages: int) -> list[tuple[int, int]]:
-    """The ops [start, stop) of each of `stages`, first to last, whose cuts do not move."""
+    """The ops [start, stop) of each of `stages` stages, first to last, with cuts that do not move."""
     edges = [0, *fixed_cuts(program, _costs(program, shape), stages), len(program)]
     return list(pairwise(edges))
 
@@ -90,7 +90,7 @@ def _costs(program: Program, shape: LatentShape, measured: str = "") -> ChunkCos
 
 
 def _alike(runs: list[tuple[int, int]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(ops, chunks [start, stop)) of chunks in a row on which the same ops are run."""
+    """(ops, chunks [start, stop)) of consecutive chunks with the same ops."""
     found: list[tuple[tuple[int, int], tuple[int, int]]] = []
     for chunk, ops in enumerate(runs):
         if found and found[-1][0] == ops:

@@ -1,10 +1,10 @@
-"""Where a line of stages is cut, so that a clip ends early.
+"""Chooses the cuts between pipeline stages, so that a clip ends early.
 
-Whole ops do not divide evenly between two ranks. If a cut lies before an op on some chunks and behind it on
-others, both ranks are equally busy. There is a second gain: if every chunk is cut alike, late ranks wait for the
-first chunk and early ranks are idle during the last one. A cut that starts early lets the later rank begin
-sooner, and a cut that ends late lets the earlier rank help at the end. A rank holds the weights of every op that
-it ever runs.
+Whole ops do not divide evenly between two ranks. If a cut lies before an op on some chunks and behind it on other
+chunks, both ranks are equally busy. There is a second gain. If every chunk is cut alike, late ranks wait for the
+first chunk, and early ranks are idle during the last chunk. A cut that starts early lets the later rank begin
+sooner, and a cut that ends late lets the earlier rank help at the end. The cost is memory: a rank holds the
+weights of every op that it runs on any chunk.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from itertools import accumulate, pairwise
 
 from cosmos3_pipeline.plugin_api import ChunkCosts, LatentShape, LineTimes, Program
 
-Cuts = tuple[int, ...]  # the ops before which a line is cut, first to last
-Path = tuple[int, ...]  # of one cut, the op before which it lies on each chunk
-Ramp = tuple[int, int]  # by how many places a cut begins early and ends late
-_Cut = tuple[int, Ramp]  # parts of places before a cut's mean, and its ramp
+# Places are the positions of useful cuts (`Program.may_be_cut`), counted from 0.
+Cuts = tuple[int, ...]  # the ops before which the program is cut, first to last
+Path = tuple[int, ...]  # for one cut, the op before which it lies on each chunk
+Ramp = tuple[int, int]  # by how many places a cut starts early and ends late
+_Cut = tuple[int, Ramp]  # a cut's mean position in 1/_PARTS of a place, and its ramp
 
 _NONE: tuple[float, Cuts] = (math.inf, ())
-# Chunks of the clip that fixed cuts are chosen for: 125 frames of video.
+# Fixed cuts are chosen for a clip of this many chunks: 125 frames of video.
 _CHUNKS = 32
 # Fixed cuts may end a clip this much later than the earliest end, if they send fewer bytes.
 _SLACK = 1.002
@@ -31,21 +32,22 @@ _SLACK = 1.002
 _RAMPS = ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (4, 4))
 # Cuts move only if this shortens the clip by 1% per 10% of the weights that are held twice, and by 0.3% at least.
 _MIN_SPEEDUP_PER_EXTRA_WEIGHT, _MIN_SPEEDUP = 0.1, 0.003
-# Accelerators hold a transformer before, of which the VAE's weights are a twentieth, so extra weights matter less.
+# On accelerators extra weights matter less, because the VAE's weights are only a twentieth of the transformer's,
+# which the device must hold before.
 _MIN_SPEEDUP_PER_EXTRA_WEIGHT_ON_ACCELERATORS = 0.01
 # Steps, in places, by which the search varies the start and the end of one cut.
 _RAMP_STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 # Resolution of the search for a cut's mean position, in steps per place, and the steps by which it is varied.
 _PARTS = 8
 _STEPS = (-8, -4, -2, -1, 1, 2, 4, 8)
-_SOONER = 1e-4  # the least relative gain for which a variation is taken
-# With more ranks, a stage has too few ops for cuts to move over.
+_SOONER = 1e-4  # the search takes a variation only with at least this relative gain
+# Cuts do not move with more than this many ranks, because a stage then has too few ops to move over.
 _MOST_RANKS = 8
 
 
 @cache
 def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
-    """Cuts with which a clip of `_CHUNKS` ends earliest; of nearly equal ones, those that send fewest bytes."""
+    """Cuts with which a clip of `_CHUNKS` ends earliest; if nearly equal, those that send the fewest bytes."""
     latent = LatentShape(1, 2, 1, 1)
     sent = [
         sum(spec.elements(latent, first=False) for spec in program.carried(cut)) for cut in range(len(program))
@@ -75,9 +77,9 @@ def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
 
 
 def _ends(program: Program, costs: ChunkCosts) -> list[list[float]]:
-    """`[start][stop]`: when a clip ends whose slowest rank runs the ops [start, stop).
+    """`[start][stop]`: when a clip ends if its slowest rank runs the ops [start, stop).
 
-    That is the ops before, its own, and one portion after.
+    This time is the ops before on the first chunk, the rank's ops on all chunks, and one portion of the ops after.
     """
     first, later = costs
     portions = [of_op / program.portions_at(op + 1, first=False) for op, of_op in enumerate(later)]
@@ -100,9 +102,9 @@ def _ends(program: Program, costs: ChunkCosts) -> list[list[float]]:
 def moving_cuts(
     program: Program, costs: ChunkCosts, fixed: Cuts, chunks: int, *, on_host: bool = True
 ) -> list[Path] | None:
-    """The path of each cut over a clip of `chunks`; None if moving is not worth it.
+    """The path of each cut over a clip of `chunks`; None if moving cuts are not worth it.
 
-    On accelerators each cut has a ramp of its own, and weights held twice count less.
+    On accelerators the search varies the ramp of each cut separately, and weights held twice count less.
     """
     if len(fixed) >= _MOST_RANKS:
         return None
@@ -131,21 +133,26 @@ def _moved(cut: _Cut, change: _Cut) -> _Cut:
 
 
 def _in_order(before: Path, path: Path) -> bool:
-    """Whether a rank between these cuts has an op on each chunk, and no cut gets behind where the next one was."""
+    """Whether two neighbouring cuts are in order.
+
+    The rank between them must have an op on each chunk. On the next chunk the cut `before` must not lie behind the
+    place of `path` on this chunk.
+    """
     return all(a < b for a, b in zip(before, path, strict=True)) and all(
         a <= b for a, b in zip(before[1:], path, strict=False)
     )
 
 
 class _Line:
-    """Paths of cuts along the places of a program. No two ops that keep frames are between two places."""
+    """Paths of cuts along the places of a program. At most one op between two places keeps frames."""
 
     def __init__(self, program: Program, costs: ChunkCosts, chunks: int) -> None:
         self._program, self._chunks = program, chunks
         self._times = LineTimes(program, costs)
         self._places = [n for n in range(1, len(program)) if program.may_be_cut(n)]
         self._known: dict[tuple[int, int, int, int], Path] = {}
-        # A search comes by the same cuts again and again. `_not_before`: the clip does not end earlier with them.
+        # Caches, because the search tries the same cuts again and again. `_not_before`: lower bounds of the clip's
+        # end.
         self._in_order: dict[tuple[_Cut | None, _Cut], bool] = {}
         self._not_before: dict[tuple[_Cut, ...], float] = {}
 
@@ -154,7 +161,7 @@ class _Line:
         return self._leaving(paths, [], math.inf)[-1][-1]
 
     def _leaving(self, paths: Sequence[Path], known: list[list[float]], limit: float) -> list[list[float]]:
-        """When portions leave each stage, of which the first are `known`; fewer stages if one ends at `limit`."""
+        """When portions leave each stage; the first are `known`. Stops after a stage that ends at `limit`."""
         found = list(known)
         edges = [(0,) * self._chunks, *paths, (len(self._program),) * self._chunks]
         for starts, stops in list(pairwise(edges))[len(known) :]:
@@ -165,12 +172,12 @@ class _Line:
         return found
 
     def held_twice(self, paths: Sequence[Path]) -> float:
-        """The part of the weights over which cuts move."""
+        """The share of the weights over which cuts move, and which two ranks therefore hold."""
         moved = sum(self._program.weight_elements(min(path), max(path)) for path in paths)
         return moved / self._program.weight_elements()
 
     def even(self, cuts: int) -> list[int]:
-        """Parts of places at which every rank has as much to do with a later chunk."""
+        """Mean positions of cuts, in 1/_PARTS of a place, with which ranks take equally long for a later chunk."""
         before = [self._times.before(place) for place in self._places]
         parts = []
         for cut in range(1, cuts + 1):
@@ -181,13 +188,13 @@ class _Line:
         return parts
 
     def near(self, cuts: Cuts) -> list[int]:
-        """Parts of the places that are nearest to `cuts`."""
+        """The positions (in 1/_PARTS of a place) of the places nearest to `cuts`."""
         return [_PARTS * min(range(len(self._places)), key=lambda p: abs(self._places[p] - cut)) for cut in cuts]
 
     def improved(self, parts: list[int], ramp: Ramp, *, apart: bool = False) -> list[Path] | None:
-        """Paths around `parts` or where a clip ends sooner; None if some would leave a rank nothing to do.
+        """Search from mean positions `parts` for paths with which a clip ends sooner.
 
-        apart: the ramp of each cut is varied too.
+        Returns None if the start leaves a rank without ops. apart: the ramp of each cut is varied too.
         """
         at = [(part, ramp) for part in parts]
         best = self._paths(at)
@@ -215,7 +222,7 @@ class _Line:
 
     @staticmethod
     def _variations(which: int, cuts: int, *, apart: bool) -> Iterator[list[_Cut]]:
-        """What is added to each cut, of which `which` is the first that changes."""
+        """The changes to try: what is added to each cut. Cut `which` is the first that changes."""
         for stop in sorted({which + 1, cuts}):
             for step in _STEPS:
                 yield [(step * (which <= i < stop), (0, 0)) for i in range(cuts)]
@@ -240,7 +247,7 @@ class _Line:
         return paths
 
     def _path(self, place: int, on: int, early: int, late: int) -> Path:
-        """A cut whose mean is `on` parts after a place, and which begins and ends with the ramp."""
+        """The path of a cut whose mean is `on`/_PARTS after `place`, with the ramp (`early`, `late`)."""
         if (known := self._known.get((place, on, early, late))) is not None:
             return known
         path: list[int] = []
@@ -252,7 +259,10 @@ class _Line:
         return self._known[place, on, early, late]
 
     def _furthest(self, path: Sequence[int]) -> int:
-        """How far a cut may lie on the next chunk: over one op, whose input the rank before it has then seen."""
+        """The furthest place of a cut on the next chunk: at most one op further.
+
+        The earlier rank has then seen the input of this op on past chunks, so that no temporal cache is sent.
+        """
         if not path:
             return len(self._places)
         seen = path[-max(1, self._program.chunks_kept(self._places[path[-1]])) :]

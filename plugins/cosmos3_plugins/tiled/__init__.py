@@ -1,8 +1,9 @@
-"""Overlapping tiles, run apart from each other on the ranks and faded into each other on the root.
+"""Overlapping tiles, which ranks compute independently and the root blends.
 
-What diffusers does with `enable_tiling()`, and the same picture, which is not that of the untiled VAE: a tile does
-not see its neighbours, so its borders and its attention differ. The overlaps are computed twice. It streams,
-so the tiles of a rank keep their frames side by side; with few ranks that takes about as much memory as no tiles.
+The picture is the same as with diffusers' `enable_tiling()`. It differs from the untiled VAE's picture, because a
+tile does not see its neighbours: its borders and its attention differ. Overlaps are computed twice. Decoding
+streams, so the temporal caches of all tiles of a rank are in memory at once. With few ranks this takes about as
+much memory as no tiles.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["Tiled"]
 class Tiled(OwnRunner):
     """Tiles of `tile_sample_min_*` that start every `tile_sample_stride_*`, with diffusers' names and defaults.
 
-    In pixels for decode. For encode in what diffusers counts there, patches: with patch_size 2 a tile of 256 is
+    The unit is pixels for decode. For encode it is patches, as in diffusers: with patch_size 2 a tile of 256 is
     512 pixels high.
     """
 
@@ -72,7 +73,7 @@ class Tiled(OwnRunner):
         return Axis(size, values["min"] // unit, values["stride"] // unit)
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
-        """Who owns which tiles. Raises StrategyError for more ranks than tiles."""
+        """The work of each rank for its tiles. Raises StrategyError for more ranks than tiles."""
         tiling = self.tiling(program, shape)
         if ranks > len(tiling):
             down, across = len(tiling.rows.spans), len(tiling.cols.spans)
@@ -137,7 +138,7 @@ class Tiled(OwnRunner):
         return max(running + kept + finished, blending if root else 0)
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
-        """This rank's tiles."""
+        """The runner of this rank's tiles."""
         from cosmos3_plugins.tiled.runner import TiledRunner
 
         return TiledRunner(vae, comm, direction, self)

@@ -1,4 +1,4 @@
-"""Joining overlapping tiles, in the order and with the roundings of `AutoencoderKLWan.blend_v` and `blend_h`."""
+"""Blends overlapping tiles in the order and with the rounding of `AutoencoderKLWan.blend_v` and `blend_h`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cosmos3_plugins.tiled.tiles import Tiling
 
 
 def blend(tiles: Sequence[Tensor], tiling: Tiling, scale: int) -> Tensor:
-    """Tiles [B, T, h, w, C] with `scale` rows per latent row to the whole [B, T, H, W, C]. Overwrites `tiles`."""
+    """Blend tiles [B, T, h, w, C] with `scale` rows per latent row into [B, T, H, W, C]. Overwrites `tiles`."""
     b, t, _, _, c = tiles[0].shape
     whole = tiles[0].new_empty(b, t, tiling.rows.size * scale, tiling.cols.size * scale, c)
     across = len(tiling.cols.spans)
@@ -28,10 +28,10 @@ def blend(tiles: Sequence[Tensor], tiling: Tiling, scale: int) -> Tensor:
 
 
 def _fade(before: Tensor, tile: Tensor, extent: int, *, dim: int) -> None:
-    """Fade the start of `tile` from the end of `before`, over at most `extent` rows or columns.
+    """Fade from the end of `before` into the start of `tile`, over at most `extent` rows or columns. In place.
 
-    diffusers multiplies line by line with Python's numbers. PyTorch takes those in float32 and rounds each product
-    to the dtype: as here, for all lines at once.
+    diffusers multiplies line by line with Python numbers, which PyTorch applies in float32 before it rounds each
+    product to the dtype. This function does the same for all lines at once.
     """
     extent = min(before.shape[dim], tile.shape[dim], extent)
     start = tile.narrow(dim, 0, extent)
@@ -41,6 +41,6 @@ def _fade(before: Tensor, tile: Tensor, extent: int, *, dim: int) -> None:
 
 
 def _faded(lines: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """Each row or column times its weight, multiplied in float32 (or float64) and rounded once."""
+    """`lines` x `weights` along `dim`, multiplied in float32 (or float64) and rounded once."""
     ramp = weights.to(torch.promote_types(lines.dtype, torch.float32))
     return (lines * ramp.view(-1, *[1] * (lines.ndim - 1 - dim))).to(lines.dtype)

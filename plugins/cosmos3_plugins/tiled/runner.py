@@ -1,4 +1,4 @@
-"""One rank's tiles; the root puts them together."""
+"""Computes one rank's tiles; the root blends all tiles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cosmos3_plugins.tiled.tiles import Tiling, of_tile, on_tiles
 
 
 class TiledRunner:
-    """All ops on the tiles that are dealt to this rank."""
+    """Runs all ops on the tiles of this rank."""
 
     def __init__(self, vae: BoundVae, comm: Comm, direction: Direction, strategy: Tiled) -> None:
         self._vae = vae
@@ -51,7 +51,7 @@ class TiledRunner:
         leaving: list[Pending] = []
         for index in range(latent.frames):
             if not self._comm.is_root:
-                # One chunk may be in flight while the next is computed; more would pile up in memory.
+                # One chunk may be in flight while the next is computed. More chunks would fill the memory.
                 before, leaving = leaving, []
                 for chunks in own.values():
                     leaving.append(self._comm.exchange(sends=[(next(chunks), 0)]))
@@ -79,7 +79,7 @@ class TiledRunner:
         latent = latent_shape(self._program, x)
         tiling = self._strategy.tiling(self._program, latent)
         dealt = tiling.dealt(self._comm.size)
-        # A tile after the other, so that the frames of one only are kept.
+        # Tile by tile, so that the temporal cache of only one tile is in memory.
         done = {
             tile: torch.cat(list(self._chunks(x, tiling, tile, latent)), dim=1) for tile in dealt[self._comm.rank]
         }
@@ -96,7 +96,7 @@ class TiledRunner:
         return whole.permute(0, 4, 1, 2, 3).contiguous()
 
     def _chunks(self, given: Tensor, tiling: Tiling, tile: int, latent: LatentShape) -> Iterator[Tensor]:
-        """Each chunk of a finished tile [B, T, h, w, C]."""
+        """Yields each chunk of a finished tile [B, T, h, w, C]."""
         scale = self._program.ops[0].source.scale
         (top, bottom), (left, right) = ([edge * scale for edge in span] for span in tiling.spans(tile))
         own = given[:, :, :, top:bottom, left:right]
@@ -110,7 +110,7 @@ class TiledRunner:
     def _receive(
         self, tiling: Tiling, dealt: tuple[tuple[int, ...], ...], latent: LatentShape, *, first: bool | None
     ) -> tuple[dict[int, Tensor], Pending]:
-        """Buffers into which the others' tiles are arriving: one chunk of each, or with `first` None the clip."""
+        """Start to receive the tiles of other ranks: one chunk of each, or the whole clip if `first` is None."""
         buffers, receives = {}, []
         for rank, tiles in enumerate(dealt):
             for tile in tiles if rank else ():

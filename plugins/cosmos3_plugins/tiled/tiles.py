@@ -1,4 +1,4 @@
-"""Where the overlapping tiles of a latent lie, and who runs which. No torch here.
+"""The positions of the overlapping tiles of a latent, and the tiles of each rank. Imports no torch.
 
 The tiles are those of `AutoencoderKLWan.tiled_decode` and `tiled_encode` in diffusers 0.42.
 """
@@ -13,7 +13,7 @@ from cosmos3_pipeline.plugin_api import Assignment, Block, LatentShape, Lowered,
 
 @dataclass(frozen=True)
 class Axis:
-    """The tiles along rows or columns of the latent: one at every multiple of `stride`, at most `tile` long."""
+    """The tiles along rows or columns of the latent, at every multiple of `stride`, each at most `tile` long."""
 
     size: int
     tile: int
@@ -26,7 +26,7 @@ class Axis:
 
     @property
     def overlap(self) -> int:
-        """Latent rows or columns in which a tile fades into the one before."""
+        """Latent rows or columns in which a tile is blended with the previous tile."""
         return self.tile - self.stride
 
 
@@ -39,9 +39,10 @@ class Tiling:
 
     @classmethod
     def of(cls, rows: Axis, cols: Axis, *, patch: int = 1) -> Tiling:
-        """One tile for a latent that diffusers does not tile because it fits into one.
+        """The tiling of a latent; a single tile if diffusers does not tile, because the picture fits into one.
 
-        Of the encoder's picture it compares pixels with a tile that is that many patches, hence `patch`.
+        For the encoder diffusers compares the picture's size in pixels with the tile's size in patches. `patch`
+        reproduces this.
         """
         if rows.size * patch <= rows.tile and cols.size * patch <= cols.tile:
             return cls(*(Axis(axis.size, axis.size, axis.size) for axis in (rows, cols)))
@@ -61,9 +62,9 @@ class Tiling:
         return replace(whole, rows=bottom - top, cols=right - left)
 
     def dealt(self, ranks: int) -> tuple[tuple[int, ...], ...]:
-        """The tiles of each rank, in order: the largest first, each to the rank with the least to do.
+        """The tiles of each rank, in order. They are dealt from the largest on, each to the least busy rank.
 
-        Of equally busy ranks the last one, because the root, which is first, also blends.
+        Among equally busy ranks the last one gets the tile, because rank 0 also blends.
         """
         areas = [
             (bottom - top) * (right - left) for (top, bottom), (left, right) in map(self.spans, range(len(self)))
@@ -77,12 +78,12 @@ class Tiling:
 
 
 def on_tiles(program: Program) -> Program:
-    """What runs on tiles: the decoder's last op, which makes pixels and clamps them, runs on the whole."""
+    """The ops that run on tiles: all but the decoder's last op, which makes and clamps the whole picture."""
     return replace(program, ops=program.ops[:-1]) if program.direction == "decode" else program
 
 
 def of_tile(program: Program, part: LatentShape) -> Lowered:
-    """What a rank does with one tile, by itself."""
+    """The actions of one rank for one tile, without other ranks."""
     runs = on_tiles(program)
     return lower(runs, part, Assignment.of(1, [Block((0, len(runs)), (0, runs.chunks(part)), 0)]))
 
@@ -93,7 +94,7 @@ def tile_elements(program: Program, part: LatentShape, *, first: bool) -> int:
 
 
 def clip_elements(program: Program, part: LatentShape) -> int:
-    """The same over the clip."""
+    """Elements of all chunks of a finished tile, before it is blended."""
     later = program.chunks(part) - 1
     return tile_elements(program, part, first=True) + later * tile_elements(program, part, first=False)
 
