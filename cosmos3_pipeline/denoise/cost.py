@@ -1,4 +1,4 @@
-"""What parallel denoising costs each rank: arithmetic, text cache, bytes on the wire. Imports no torch.
+"""The cost of parallel denoising on each rank: arithmetic, text cache, bytes on the wire. Imports no torch.
 
 The costs are exact: tests compare them with counted operations and with the ledgers of real ranks. FLOPs are those
 of matrix products; a multiplication and an addition count one each. Causal attention counts as full attention, as

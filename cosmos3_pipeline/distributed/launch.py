@@ -240,9 +240,11 @@ def joined_world(
     Without RANK in the environment this process is a world of one, and no process group is made. The process group
     uses gloo even on cuda, because ranks use it only to agree; each Comm makes its own connections for tensors.
     `patience` is how many seconds a rank waits for the slowest rank; None is PyTorch's default. With `silence` the
-    run ends when a rank gives no sign of life for so many seconds. Yields the device of this rank. Raises Refusal
-    if there is no such device, and PeerLost if another rank is gone. At the end the process gets its former number
-    of threads back, because a notebook may continue with other work.
+    run ends when a rank gives no sign of life for this many seconds.
+
+    Yields the device of this rank. At the end the process gets its former number of threads back, because a
+    notebook may continue with other work. Raises Refusal if there is no such device, and PeerLost if another rank
+    is gone.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from cosmos3_pipeline.distributed.board import PeerLost
 
 # Interval between two checks of the board and the connections.
 LOOK_SECONDS = 0.2
-# A rank tells the others for whom it waits at most once in this time.
+# Shortest time between two writes of the list of ranks for which this rank waits.
 TELL_SECONDS = 1.0
 
 

@@ -246,7 +246,7 @@ class _Walk:
         self._tally.weight_bytes = self._element * sum(ops[op].weight_elements for op in self._low.ops(self._rank))
         return self._tally
 
-    # ---------------------------------------------------------------------------------------------- what is alive
+    # ------------------------------------------------------------------------------------------------- live bytes
     def _beside(self, tile: Tile | None = None) -> int:
         """Living bytes other than the flow of `tile`."""
         elements = self._kept_now
@@ -317,7 +317,7 @@ class _Walk:
     def _leave(self, leave: Leave) -> None:
         self._flows.pop(leave.tile, None)
 
-    # ---------------------------------------------------------------------------------------------- what travels
+    # --------------------------------------------------------------------------------------- messages and pieces
     def _enter(self, enter: Enter) -> None:
         undivided = enter.op == self._program.portions_from and enter.fresh
         portions = 1 if undivided else self._low.portions(enter.chunk, enter.part)

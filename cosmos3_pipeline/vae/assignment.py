@@ -5,7 +5,7 @@ The work of one clip is a box: ops x chunks x picture. A strategy tiles this box
     Block(ops=(0, 54), chunks=(0, 48), rank=3)                          # a run of ops: a pipeline stage
     Block(ops=(0, 84), chunks=(7, 8), rank=1)                           # one chunk: a wavefront
     Block(ops=(0, 84), chunks=(0, 48), rank=2, slab=Rect(4, 8, 0, 60))  # some rows: a shard
-    Block(ops=(0, 84), chunks=(0, 48), rank=EVERY)                      # every rank, each for itself
+    Block(ops=(0, 84), chunks=(0, 48), rank=EVERY)                      # each rank for itself
 
 `lowering` derives the messages from the blocks. Blocks that leave a part of the box out are refused, and so are
 blocks of two ranks that overlap, except with EVERY or warm_up. The error names the block.
@@ -24,7 +24,7 @@ from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.vae.ops import LatentShape, Margins, Op
 from cosmos3_pipeline.vae.program import Program
 
-EVERY: Final = None  # instead of a rank: every rank does it for itself
+EVERY: Final = None  # instead of a rank: each rank computes the block for itself
 
 
 class Rect(NamedTuple):

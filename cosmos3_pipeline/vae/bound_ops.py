@@ -319,7 +319,7 @@ class TimeUp(BoundOp[ops.TimeUp]):
         pairs = self._conv(frames.buffer)
         b, t, h, w, c = pairs.shape
         pairs = pairs.view(b, t, h, w, 2, c // 2).permute(0, 1, 4, 2, 3, 5)
-        # `reshape` of one frame is a view whose pixels are not contiguous, as the next convolution needs them.
+        # The next convolution needs contiguous pixels, but `reshape` of one frame is a view without them.
         flow.at = Frames(pairs.reshape(b, 2 * t, h, w, c // 2).contiguous())
 
 

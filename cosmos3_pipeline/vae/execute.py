@@ -198,7 +198,7 @@ class Execution:
     def _leave(self, leave: Leave) -> None:
         self._flows.pop(leave.tile, None)
 
-    # ------------------------------------------------------------------------- what travels between ops of a chunk
+    # ------------------------------------------------------------------------------- values between ops of a chunk
     def _enter(self, enter: Enter) -> None:
         values: dict[int, list[Piece]] = {}
         for piece in enter.pieces:
@@ -269,7 +269,7 @@ class Execution:
             return flow.at.inner
         return flow.shortcuts[self._program.shortcuts(op).index(value - 1)]
 
-    # ------------------------------------------------------------------------------- what travels between chunks
+    # ---------------------------------------------------------------------------- temporal caches between chunks
     def _recall(self, recall: Recall) -> None:
         bound = self._ops[recall.op]
         around = self._around_kept(recall.op, recall.tile)

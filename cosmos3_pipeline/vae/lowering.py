@@ -605,7 +605,7 @@ class _Lowering:
                     self._halo_pairs |= {(source, target), (target, source)}
         return [Halo(tuple(a), tuple(b)) for a, b in zip(sends, receives, strict=True)]
 
-    # ------------------------------------------------------------------------- what an op keeps for the next chunk
+    # --------------------------------------------------------------------------------------------- temporal caches
     def _ran(self, chunk: int, op: int, tile: Tile) -> bool:
         span = self._spans[chunk][op]
         return tile in span.tiles or tile in span.warming

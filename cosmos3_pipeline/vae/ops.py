@@ -199,7 +199,7 @@ class Op:
     def room(self, *, first: bool, cut_rows: bool = False, cut_cols: bool = False) -> Room:
         """The room that it wants around its input: for the kept frames and for margins on sides that are cut.
 
-        At the edge of the picture the convolution pads by itself.
+        At the edge of the picture the convolution itself pads.
         """
         m = self.margins
         top, bottom = (m.top, m.bottom) if cut_rows else (0, 0)
