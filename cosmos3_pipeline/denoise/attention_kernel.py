@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 HALF = (torch.bfloat16, torch.float16)
 HOPPER = 9  # major compute capability
 FLASH_3 = "flash_attn_interface"  # the module of FlashAttention-3, which runs on Hopper only
-# PyTorch's kernels in the order in which they are tried; the first that accepts the shapes runs. cuDNN comes first
-# since Hopper, because cuDNN uses Hopper's matrix instructions, while FlashAttention-2 uses Ampere's.
+# PyTorch's kernels in the order in which they are tried; the first that accepts the shapes runs. On Hopper and
+# later chips cuDNN comes first, because it uses their matrix instructions, while FlashAttention-2 uses Ampere's.
 _SINCE_HOPPER = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 _BEFORE_HOPPER = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 _OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)

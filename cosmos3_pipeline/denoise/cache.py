@@ -1,9 +1,9 @@
 """SeaCache: if the latents have hardly changed, a pass is recalled from earlier steps instead of computed.
 
-diffusers' own gate decides in which steps. It filters the noisy vision latents, compares them with the previous
-step's latents, and adds up the distances over the skipped steps. diffusers' hooks cannot be used, because a step
-here runs without the text and over several ranks. Instead, each rank keeps the sum of what all layers added to its
-tokens. Source: diffusers `hooks/sea_cache.py`; https://huggingface.co/papers/2602.18993.
+diffusers' own gate decides in which steps this happens. It filters the noisy vision latents, compares them with
+the previous step's latents, and adds up the distances over the skipped steps. diffusers' hooks cannot be used,
+because a step here runs without the text and over several ranks. Instead, each rank keeps the sum of what all
+layers added to its tokens. Source: diffusers `hooks/sea_cache.py`; https://huggingface.co/papers/2602.18993.
 """
 
 from __future__ import annotations

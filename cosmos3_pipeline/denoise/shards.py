@@ -50,10 +50,10 @@ class Grid:
     """The ranks of one sequence: `rows` x `columns` groups of `ulysses` ranks.
 
     In rank order `ulysses` varies fastest, then columns, then rows. Tokens are sharded over all ranks in this
-    order. For its own heads, a rank attends with the queries of its grid row, over the keys and values of its grid
-    column and the column's share of the text. The partial results of a row's columns are then merged on the rank
-    that holds the token. With one column nothing needs merging. With one row every rank has the queries of the
-    whole sequence.
+    order. A rank attends only for its own heads: with the queries of its grid row, over the keys and values of its
+    grid column and of the column's slice of the text. The partial results of a row's columns are then merged on
+    the rank that holds the token. With one column nothing needs merging. With one row every rank has the queries
+    of the whole sequence.
     """
 
     ulysses: int = 1

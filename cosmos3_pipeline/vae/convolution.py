@@ -38,7 +38,7 @@ from cosmos3_pipeline.vae.ops import Margins
 # A clip has two input shapes: the first chunk's, and the later chunks'.
 _SHAPES = 2
 
-# A band that is computed in a wider dtype has at least _WIDE_ELEMENTS elements, and at least _WIDE_BY_WEIGHTS
+# A band that is computed in a wider dtype has about _WIDE_ELEMENTS elements, but not fewer than _WIDE_BY_WEIGHTS
 # elements per weight, because each band reads all weights.
 _WIDE_ELEMENTS = 1 << 16
 _WIDE_BY_WEIGHTS = 1

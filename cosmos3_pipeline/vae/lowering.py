@@ -140,7 +140,8 @@ class Recall(Action):
 class Run(Action):
     """Run the ops [start, stop) on `tile`.
 
-    forgets: ops whose temporal cache this rank does not need again. goes_on: op `stop` runs next on this tile.
+    forgets: ops whose temporal cache this rank does not need again.
+    goes_on: op `stop` runs next on this tile.
     """
 
     tile: Tile
@@ -167,8 +168,8 @@ class Pass(Action):
 class Send(Action):
     """Start sending `messages`, which are taken from `tile`.
 
-    copies: send copies, because the tile stays in use and may be overwritten. forgets: this rank does not need the
-    sent frames again.
+    copies: send copies, because the tile stays in use and may be overwritten.
+    forgets: this rank does not need the sent frames again.
     """
 
     tile: Tile
@@ -501,8 +502,8 @@ class _Lowering:
     ) -> None:
         """Run the ops [start, stop) of one span on all its tiles.
 
-        final: whether this is the last portion of the chunk for these ops. recalled: whether the temporal cache of
-        op `start` was assembled already.
+        final: whether this is the last portion of the chunk for these ops.
+        recalled: whether the temporal cache of op `start` was assembled already.
         """
         tiles = (*span.tiles, *span.warming)
         parts = self._program.portions_at(len(self._program), first=chunk == 0)

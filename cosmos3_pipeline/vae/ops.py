@@ -264,8 +264,10 @@ class Op:
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         """Multiplications and additions of its convolutions and matrix products, in the executor's algorithm.
 
-        latent: the tile. whole: the whole latent; None if it is the tile. Every tap of every frame counts,
-        although a CPU that makes two frames at a time needs a third fewer.
+        latent: the tile.
+        whole: the whole latent; None if it is the tile.
+
+        Every tap of every frame counts, although a CPU that makes two frames at a time needs a third fewer.
         """
         return 0
 

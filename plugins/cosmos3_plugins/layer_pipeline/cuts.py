@@ -194,7 +194,7 @@ class _Line:
     def improved(self, parts: list[int], ramp: Ramp, *, apart: bool = False) -> list[Path] | None:
         """Search from mean positions `parts` for paths with which a clip ends sooner.
 
-        Returns None if the start leaves a rank without ops. apart: the ramp of each cut is varied too.
+        Returns None if the start leaves a rank without ops. With `apart`, the ramp of each cut is varied too.
         """
         at = [(part, ramp) for part in parts]
         best = self._paths(at)
