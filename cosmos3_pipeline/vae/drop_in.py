@@ -1,4 +1,4 @@
-"""The rest of the interface of diffusers' VAE beside `encode` and `decode`: save, copy, and refused switches.
+"""The interface of diffusers' VAE without `encode` and `decode`: save, copy, and refused switches.
 
 A pipeline reads `__class__` and `__module__` of each component, writes both into `model_index.json`, and calls the
 component's `save_pretrained`. `DropIn` presents itself as `AutoencoderKLWan`, with the same weights under the same

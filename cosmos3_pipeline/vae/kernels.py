@@ -1,8 +1,8 @@
 """The arithmetic of the VAE beside its convolutions (`convolution.py`): norm and activation, attention.
 
 Every strategy and the replicated reference use these functions. A faster kernel therefore changes all of them
-alike, and their outputs stay comparable bit for bit. Activations are channels-last and contiguous: [B, T, H, W,
-C].
+alike, and their outputs stay comparable bit for bit. Activations are channels-last and contiguous:
+[B, T, H, W, C].
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Sizes are relative to the latent grid, so that one op describes every clip. `scale` is the number of rows (and
 columns) per latent row. `frames` is the number of frames in a later chunk. The first chunk has one frame
-everywhere, because the VAE is causal and treats its first frame as an image. Layout is channels-last: [B, T, H, W,
-C].
+everywhere, because the VAE is causal and treats its first frame as an image. Layout is channels-last:
+[B, T, H, W, C].
 
 Follows `diffusers.models.autoencoders.autoencoder_kl_wan`. Imports no torch.
 """
