@@ -69,7 +69,7 @@ def in_grid(cfg: int, cp: tuple[int, int], ulysses: int) -> None:
         check(mesh, {}, RUNS["two controls"], most=GUIDED)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("cfg", "cp", "ulysses"),
     [

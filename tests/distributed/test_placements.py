@@ -151,7 +151,7 @@ def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype, nam
     return replace(composed, model=model)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "cfg", "ulysses", "dtype", "path"),
     [

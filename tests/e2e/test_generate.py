@@ -174,6 +174,7 @@ def test_the_config_and_the_help_are_shown(flags: list[str]) -> None:
     assert done.returncode == 0 and "parallel_decode" in done.stdout
 
 
+@pytest.mark.thorough
 def test_the_sglang_experiment_runs_in_miniature_and_reports_what_that_pull_request_does(
     generate: Callable[..., Path],
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_rehearsal_without_a_gpu_reports_every_step(tmp_path: Path) -> None:
             assert [row["stage"] for row in rows] == ["text", "denoise", "decode"]
 
 
+@pytest.mark.thorough
 def test_a_step_that_fails_is_reported_and_stops_no_other(tmp_path: Path) -> None:
     done = gpu_sh(tmp_path, "--steps", "whole", "machine", "--topology", "of_nobody")
     assert done.returncode == 1

@@ -64,6 +64,7 @@ def test_configs_and_plugins_come_from_the_installation(installed: Path, tmp_pat
     assert "layer_pipeline" in done.stdout and "replicated" in done.stdout
 
 
+@pytest.mark.thorough
 def test_revisions_are_compared_from_the_installation(installed: Path, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf", ignore=shutil.ignore_patterns("__pycache__"))
     git(tmp_path, "init", "-q")

@@ -79,6 +79,7 @@ def counts(counting: dict[str, str]) -> list[Counter[str]]:
 ONCE = Counter({"compose": 1, "check structure": 1, "check": 1, "plan vae": 1, "plan": 1})
 
 
+@pytest.mark.thorough
 def test_one_rank_runs_where_all_was_decided(tmp_path: Path, counting: dict[str, str]) -> None:
     done = launch(*SMALL, f"hydra.run.dir={tmp_path / 'run'}", **counting)
     assert done.returncode == 0, done.stderr
@@ -117,6 +118,7 @@ def test_a_job_of_a_sweep_is_planned_before_the_first_starts_and_as_it_starts(
     assert launcher == Counter({"compose": 2 + 3 * 2, **{word: 4 for word in ONCE if word != "compose"}})
 
 
+@pytest.mark.thorough
 def test_under_torchrun_each_rank_decides_once_and_one_writes(tmp_path: Path, counting: dict[str, str]) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(

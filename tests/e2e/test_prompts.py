@@ -30,6 +30,7 @@ def test_a_clip_per_line_by_the_lines_number_in_the_file(axes: list[str], prompt
     assert not (output / "line_0002").exists()
 
 
+@pytest.mark.thorough
 def test_a_line_gives_the_clip_that_its_prompt_alone_gives(prompts: Path, tmp_path: Path) -> None:
     launch(
         *SMALL,

@@ -67,6 +67,7 @@ def test_a_cluster_launcher_runs_plans_wherever_their_folders_are(tmp_path: Path
     assert all(row["planned"]["seconds.total"] > 0 for row in jobs_of(tmp_path))
 
 
+@pytest.mark.thorough
 def test_a_sweep_may_be_asked_for_by_its_mode_and_run_where_its_files_go(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a kite\n")
     asked = ("hydra.mode=MULTIRUN", "hydra.job.chdir=true", "task.prompt_file=prompts.txt", "topology=cpu_x2")

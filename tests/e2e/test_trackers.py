@@ -29,6 +29,7 @@ def test_csv_has_a_row_per_job_and_a_run_that_fails_none(tmp_path: Path) -> None
     assert rows[0]["folder"] == str(tmp_path / "run")
 
 
+@pytest.mark.thorough
 def test_a_tracker_that_fails_costs_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     asked = ("hydra/callbacks=csv", f"hydra.callbacks.csv.file={tmp_path / 'file' / 'jobs.csv'}")

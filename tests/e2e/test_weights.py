@@ -91,6 +91,7 @@ def test_weights_that_are_no_numbers_end_the_run_with_their_name(tmp_path: Path)
 THOROUGH = pytest.mark.thorough
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "weights", ["sharded", *(pytest.param(one, marks=THOROUGH) for one in ("resident", "streamed"))]
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ print(did, *measured)
 """
 
 
+@cache
 def _run(code: str = CODE, **environment: str) -> tuple[str, list[float]]:
     plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(

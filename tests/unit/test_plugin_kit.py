@@ -54,18 +54,8 @@ CLIPS = "not image and not tall and not two"
 ONE_CLIP = ("auto", "replicated")
 
 
-# `auto` picks one of the others.
-QUICK = ("auto", "tiled")
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)
-        for name in sorted(discover().strategies)
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", sorted(discover().strategies))
 def test_strategies_that_ship_with_the_library_pass(name: str) -> None:
     chosen = CLIPS + " and not long and not bfloat16" * (name in ONE_CLIP)
     outcomes = run_kit(":".join(discover().target(name).rsplit(".", 1)), "--max-ranks", "2", "-k", chosen)
@@ -98,7 +88,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_strategy_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     selected, words = BROKEN[name]
@@ -135,6 +125,7 @@ def test_a_command_that_names_no_strategy(spec: str | None, settings: list[str],
         Subject.parse(spec, settings)
 
 
+@pytest.mark.thorough
 def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
     """As a plugin's author types it, in a folder of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "--pyargs", "cosmos3_pipeline.plugin_kit"]

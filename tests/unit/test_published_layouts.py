@@ -56,7 +56,7 @@ def reference(folder: Path, *, flow_shift: float) -> Cosmos3OmniPipeline:
     return pipeline
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "task"), RUN)
 def test_latents_are_diffusers_own(name: str, task: str, layouts: Path, tmp_path: Path) -> None:
     folder = layouts / name

@@ -63,7 +63,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.long
 @pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
 def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:

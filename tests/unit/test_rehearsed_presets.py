@@ -122,7 +122,7 @@ def test_a_task_with_a_vae_and_weights(task: str, vae: str, weights: str, tmp_pa
     check([*chosen, *given_to(task, tmp_path), *in_tiles(f"vae={vae}")])
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("cache", ["none", "seacache"])
 def test_transfer_with_a_rank_for_each_pass(cache: str, tmp_path: Path) -> None:
     chosen = ["task=transfer", "topology=cpu_x1", "topology.ranks_per_node=3", "topology.cfg=3", "sampler.steps=5"]
@@ -145,7 +145,7 @@ def test_a_strategy_of_encode(strategy: str, tmp_path: Path) -> None:
     check([*chosen, *given_to("v2v", tmp_path)])
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("topology", options("topology"))
 def test_a_topology(topology: str) -> None:
     """Of more than eight ranks one of each kind would be rehearsed: here two."""
@@ -154,7 +154,7 @@ def test_a_topology(topology: str) -> None:
     check(chosen, ranks=[0, 1] if many.nodes * many.ranks_per_node > 8 else None)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model", options("model"))
 def test_a_model_makes_an_image(model: str) -> None:
     """At its own size, because that takes no longer."""
@@ -193,7 +193,7 @@ def installed(example: Path, into: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(into), str(example)])}
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("example", "command"),
     [

@@ -186,7 +186,7 @@ def ours(
     return context
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_every_chunk_is_that_of_diffusers(
