@@ -68,7 +68,7 @@ def test_several_ranks_are_one(task: str, cfg: int, ulysses: int, others: list[s
         assert (ranks[0].actions - expected.actions).abs().max() < 1e-5
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("cfg", "ulysses"), [(1, 2), (2, 2)], ids=["2 ranks", "4 ranks"])
 def test_chunks_on_several_ranks_are_those_of_one(cfg: int, ulysses: int, tmp_path: Path) -> None:
     """Every rank has the root's last frame, so their latents are the same bits.

@@ -96,6 +96,7 @@ def test_its_configs_are_reviewed(python: Path, tmp_path: Path) -> None:
     assert {"default", "experiment=long", "topology=box", "vae/decode=columns"} <= set(change["cases"])
 
 
+@pytest.mark.thorough
 def test_a_run_is_done_again_from_what_it_saved(tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
     assert launch("model=toy_random", "sampler.steps=2", f"hydra.run.dir={run}").returncode == 0

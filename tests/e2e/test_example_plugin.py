@@ -30,7 +30,7 @@ def test_it_is_not_in_this_environment() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.thorough
 def test_a_run_chooses_it_by_name_and_makes_the_same_frames(python: Path, one_rank: Path, tmp_path: Path) -> None:
     chosen = ("topology=cpu_x2", "vae/decode=wavefront", "vae.decode.in_a_row=2")
     done = launch(python, *chosen, f"hydra.run.dir={tmp_path}")

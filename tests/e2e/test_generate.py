@@ -55,6 +55,7 @@ def test_a_photograph_and_a_clip_change_the_video(
     assert len(hashes) == 3
 
 
+@pytest.mark.thorough
 def test_a_transfer_is_the_same_on_two_ranks(generate: Callable[..., Path], tmp_path: Path) -> None:
     """Guidance and the VAE in both directions over ranks: chunks begin with frames that were decoded elsewhere."""
     control = make_clip(tmp_path / "control.mp4")
@@ -110,6 +111,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path:
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks)
 
 
+@pytest.mark.thorough
 def test_stopping_a_run_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
     run = subprocess.Popen(
         [

@@ -106,6 +106,7 @@ def test_a_config_is_shown_after_one_composition(counting: dict[str, str]) -> No
     assert (found["compose"], found["check"], found["plan"]) == (1, 1, 0)
 
 
+@pytest.mark.thorough
 def test_a_job_of_a_sweep_is_planned_before_the_first_starts_and_as_it_starts(
     tmp_path: Path, counting: dict[str, str]
 ) -> None:

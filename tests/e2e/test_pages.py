@@ -75,6 +75,7 @@ def test_it_fits_the_window_and_shows_every_job(page: Page) -> None:
     assert page.evaluate(f"{style}.color != {style}.backgroundColor")
 
 
+@pytest.mark.sampled(1)
 def test_a_click_sorts_by_a_column_as_numbers(page: Page) -> None:
     def order() -> list[str]:
         return page.locator("#jobs tbody tr td:first-child").all_inner_texts()
@@ -101,6 +102,7 @@ def test_videos_are_in_step_and_enlarged_together(page: Page) -> None:
     assert wide == [4] * JOBS
 
 
+@pytest.mark.sampled(1)
 def test_the_difference_of_two_jobs_is_where_they_differ(page: Page, tmp_path: Path) -> None:
     page.evaluate("seek(0)")
     page.wait_for_function("videos.every((video) => !video.seeking)")
@@ -120,6 +122,7 @@ def reds(page: Page) -> np.ndarray:
     return np.array(page.evaluate(row)).reshape(-1, 4)[:, 0]
 
 
+@pytest.mark.sampled(1)
 def test_any_two_configs_are_compared(page: Page) -> None:
     page.select_option("#from", "2")
     page.select_option("#to", "1")

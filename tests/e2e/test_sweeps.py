@@ -146,6 +146,7 @@ def tune(script: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(bash, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANGS)
 
 
+@pytest.mark.thorough
 def test_optuna_finds_the_layout_that_is_planned_fastest(tmp_path: Path) -> None:
     done = tune("layout.sh", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.ranks
 ONE = (*SMALL, "topology.threads_per_rank=1")
 
 
+@pytest.mark.thorough
 def test_csv_has_a_row_per_job_and_a_run_that_fails_none(tmp_path: Path) -> None:
     file = tmp_path / "below" / "jobs.csv"
     asked = ("hydra/callbacks=csv", f"hydra.callbacks.csv.file={file}")

@@ -73,6 +73,7 @@ def test_the_strategies_of_the_composition_on_two_ranks(tmp_path: Path) -> None:
     assert "layer_pipeline" in printed and "bitwise" in printed
 
 
+@pytest.mark.thorough
 def test_encode_is_verified_where_the_task_has_an_input(tmp_path: Path) -> None:
     photo = make_photo(tmp_path / "photo.png")
     report, _ = verify(

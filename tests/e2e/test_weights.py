@@ -37,6 +37,7 @@ def latents(folder: Path) -> torch.Tensor:
     return load_file(folder / "latents.safetensors")["latents"]
 
 
+@pytest.mark.thorough
 def test_a_streamed_run_is_the_resident_one(generate: Callable[..., Path]) -> None:
     resident, streamed = (generate("output.latents=true", *args) for args in ((), ("weights=streamed",)))
     assert torch.equal(latents(resident), latents(streamed))

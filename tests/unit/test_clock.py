@@ -250,7 +250,7 @@ def test_four_accelerators_share_the_decoder_of_a_full_clip_bit_for_bit(wan22: d
     assert alone / four >= 3.8
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("direction", "ranks", "faster"),
     [("decode", 8, 7.4), ("decode", 16, 13), ("decode", 72, 30), ("encode", 8, 6.4), ("encode", 72, 29)],

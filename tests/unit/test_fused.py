@@ -83,6 +83,7 @@ def kernels() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
         yield "silu_mul_kernel", dict.fromkeys(("gate", "up"), pointer), {"UNIT": 8, "BLOCK": 2048}
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_every_kernel_is_compiled_for_an_h100_without_one() -> None:
     """With loads of 16 bytes, and without a sum that a product is contracted with."""

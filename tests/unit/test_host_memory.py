@@ -20,7 +20,7 @@ from cosmos3_plugins.replicated import Replicated
 
 pytestmark = pytest.mark.ranks
 
-# Shares of what buffers take. Where something small comes to lie among the freed ones a few of the 40 are mapped
+# Shares of what buffers take. Where something small comes to lie among the freed ones a few of the 24 are mapped
 # anew even where all are kept; a page more than theirs may be mapped where none is.
 FEW, ALL = 0.25, 0.95
 
@@ -45,7 +45,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * PAGE / 2**20
 
 def mapped(mebibytes):
-    for times in (3, 10):
+    for times in (2, 6):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(times):
             buffers = [torch.ones(mebibytes << 18) for _ in range(4)]

@@ -23,7 +23,7 @@ from cosmos3_pipeline.vae.builder import ProgramError
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
 
-SETTINGS = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

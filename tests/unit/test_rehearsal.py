@@ -332,6 +332,7 @@ def test_a_deadlock_across_pairs_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert "comm.exchange(receives=[(some.clone(), before)]).wait()" in fault
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_message_that_nobody_waits_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_a_ring(comm: Comm, some: Tensor) -> None:
@@ -402,6 +403,7 @@ def test_a_rank_that_asks_two_groups_in_another_order_is_found(monkeypatch: pyte
     assert "[second]" in fault
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_message_of_another_dtype_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def sends(comm: Comm, some: Tensor) -> None:
