@@ -41,7 +41,7 @@ def load(rank: int, folder: str, dtype: torch.dtype, placement: Placement) -> Lo
     return parts.loads["transformer"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("dtype", "ranks", "placement"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +56,20 @@ LAYOUT = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for name, (layout, changes) in LAYOUT.items():
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def made(name: str) -> Path:
+        layout, changes = LAYOUT[name]
         numbers = numbers_of(LAYOUTS[layout], full_size=False)
         numbers["transformer"] |= changes
-        found[name] = make_layout(tmp_path_factory.mktemp("placed") / layout, layout, **numbers)
-    return found
+        return make_layout(tmp_path_factory.mktemp("placed") / layout, layout, **numbers)
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def folder(folders: dict[str, Path]) -> Path:
-    return folders["nano"]
+def folder(folder_of: Callable[[str], Path]) -> Path:
+    return folder_of("nano")
 
 
 def placements(ranks: int, layers: int) -> dict[str, WeightsPlan]:
@@ -169,10 +173,10 @@ def config_of(plan: WeightsPlan, cfg: int, ulysses: int, dtype: torch.dtype, nam
     ids=str,
 )
 def test_every_placement_has_the_bits_of_the_resident_one(
-    name: str, cfg: int, ulysses: int, dtype: torch.dtype, path: str, folders: dict[str, Path]
+    name: str, cfg: int, ulysses: int, dtype: torch.dtype, path: str, folder_of: Callable[[str], Path]
 ) -> None:
     layers = int(LAYOUT[name][1]["num_hidden_layers"])
-    asked = (str(folders[name]), layers, cfg, ulysses, dtype)
+    asked = (str(folder_of(name)), layers, cfg, ulysses, dtype)
     for measured in run_on_ranks(every_placement, cfg * ulysses, *asked):
         for one in measured:
             plan = placements(cfg * ulysses, layers)[one["name"]]

@@ -74,6 +74,7 @@ def test_a_transfer_is_the_same_on_two_ranks(generate: Callable[..., Path], tmp_
         assert sent == plan[stage]["sent_bytes"], stage
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], one_rank: Path, ranks: int) -> None:
     parallel = generate("vae=parallel_decode", f"topology.ranks_per_node={ranks}", "topology.threads_per_rank=1")

@@ -66,6 +66,7 @@ def page(folder: Path, request: pytest.FixtureRequest) -> Iterator[Page]:
     assert not complaints
 
 
+@pytest.mark.sampled(1)
 def test_it_fits_the_window_and_shows_every_job(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator("#jobs tbody tr").count() == JOBS + 1

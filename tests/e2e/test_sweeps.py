@@ -52,6 +52,7 @@ def test_refused_jobs_do_not_end_a_sweep_of_two_processes(tmp_path: Path) -> Non
     assert not any((tmp_path / "2" / name).exists() for name in ("video.mp4", "metrics.json"))
 
 
+@pytest.mark.thorough
 def test_a_cluster_launcher_runs_plans_wherever_their_folders_are(tmp_path: Path) -> None:
     folders = (
         "hydra.sweep.subdir=n_${hydra.job.num}/x",

@@ -73,6 +73,7 @@ def test_each_is_an_option_that_says_what_it_needs() -> None:
         assert name == "csv" or f"cosmos3-pipeline[{name}]" in text
 
 
+@pytest.mark.thorough
 def test_the_log_says_what_the_terminal_said(tmp_path: Path) -> None:
     done = launch(*ONE, f"hydra.run.dir={tmp_path}")
     log = (tmp_path / "log.txt").read_text()

@@ -68,6 +68,7 @@ def test_every_task_streams(task: str, generate: Callable[..., Path], photo: Pat
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.thorough
 def test_weights_that_are_no_numbers_end_the_run_with_their_name(tmp_path: Path) -> None:
     """On every rank and at once, whatever line of a prompt file it is at, and told once."""
     folder = make_layout(tmp_path / "nano", "nano")

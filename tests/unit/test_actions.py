@@ -267,6 +267,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_work(case: str, folder: Path) -> None:
     others, what, works = REFUSED[case]
@@ -312,6 +313,7 @@ BAD_ACTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", BAD_ACTIONS)
 def test_actions_that_do_not_fit_are_refused(case: str, folder: Path, tmp_path: Path) -> None:
     content, said = BAD_ACTIONS[case]

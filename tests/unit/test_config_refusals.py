@@ -219,6 +219,7 @@ REFUSED_AT_THE_START = [
 ]
 
 
+@pytest.mark.sampled(45)
 @pytest.mark.long
 @pytest.mark.parametrize(("overrides", "what", "works"), REFUSALS)
 def test_refused_in_three_parts(overrides: list[str], what: str, works: str) -> None:

@@ -82,6 +82,7 @@ def test_diffusers_loads_it_as_a_pipeline(folder: Path) -> None:
 
 
 # The default clip first; then another seed, another size, an image.
+@pytest.mark.sampled(2)
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "guidance", "shift", "seed"),

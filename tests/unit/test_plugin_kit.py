@@ -88,7 +88,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_strategy_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     selected, words = BROKEN[name]

@@ -16,6 +16,7 @@ def traced(*overrides: str) -> Provenance:
     return trace(overrides, config_dir())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("overrides", "key", "places"),
     [

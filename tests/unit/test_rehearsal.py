@@ -542,6 +542,7 @@ def test_a_wait_for_every_frame_outside_of_the_decoder_is_found(monkeypatch: pyt
 
 
 # ------------------------------------------------------------ the job
+@pytest.mark.thorough
 @pytest.mark.long
 def test_the_job_leaves_its_report_and_fails_where_something_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -33,6 +33,7 @@ def made(name: str) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
     return case.autoencoder(), case.latents(seed=1), case.picture(seed=2)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_they_are_those_of_diffusers(name: str) -> None:
@@ -49,6 +50,7 @@ def test_they_are_those_of_diffusers(name: str) -> None:
     torch.testing.assert_close(moments, wanted, atol=2e-5, rtol=0)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ranks", [2, 3])
 @torch.no_grad()
 def test_ranks_change_nothing(ranks: int) -> None:
