@@ -37,7 +37,7 @@ def measure(rank: int, cfg: int, cp: tuple[int, int], ulysses: int) -> tuple[int
     return live.peak, sum(ledger.sent_bytes for ledger in ledgers), sum(ledger.sent_messages for ledger in ledgers)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(
     ("cfg", "cp", "ulysses"), [(1, (1, 1), 2), (2, (1, 1), 1), (2, (1, 1), 2), (1, (2, 2), 1)]

@@ -100,7 +100,7 @@ def check_with_a_cache(mesh: RankMesh, model: dict[str, Any]) -> None:
     assert here == alone and here.cached["cond_full"] > 0
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("cfg", "ulysses", "model"),
     [

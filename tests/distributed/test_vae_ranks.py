@@ -71,7 +71,7 @@ def both_ways(rank: int, strategy: Strategy, *, atol: float) -> None:
             assert (ledger.sent_bytes, ledger.sent_messages) == (share.sent_bytes, share.sent_messages)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("strategy", "ranks", "atol"),
     [

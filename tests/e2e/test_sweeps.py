@@ -91,6 +91,7 @@ def test_a_sweep_of_which_a_job_cannot_be_composed_does_not_start(tmp_path: Path
     assert "Traceback" not in done.stderr and not list(tmp_path.rglob("plan.json"))
 
 
+@pytest.mark.thorough
 def test_a_sweep_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     sweep, asked = tmp_path / "sweep", ("-m", "job=plan", "topology=cpu_x1,cpu_x2,cpu_x4", "objective=seconds")
     assert launch(*asked, f"hydra.sweep.dir={sweep}").returncode == 0

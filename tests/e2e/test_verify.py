@@ -90,14 +90,15 @@ def test_encode_is_verified_where_the_task_has_an_input(tmp_path: Path) -> None:
 
 
 def test_a_strategy_that_misses_its_declaration_ends_with_exit_code_1(tmp_path: Path) -> None:
+    latents = tmp_path / "latents.safetensors"
+    drawn = np.random.default_rng(0).standard_normal((1, 48, 3, 5, 6)).astype(np.float32)
+    save_file({"latents": drawn}, latents)
     site = tmp_path / "site"
     info = site / "lying-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lying\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[cosmos3_pipeline.plugins]\nlying = lying_plugin:Lying\n")
     (site / "lying_plugin.py").write_text(LYING_PLUGIN)
-    launch(*SMALL, "output.latents=true", f"hydra.run.dir={tmp_path / 'run'}")
-    latents = tmp_path / "run" / "latents.safetensors"
     report, printed = verify(
         tmp_path / "out",
         "verify.strategies=[layer_pipeline,lying]",

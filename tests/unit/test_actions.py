@@ -197,7 +197,7 @@ def test_one_rank_is_diffusers(
         assert torch.equal(found.frames, ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.thorough
 @pytest.mark.long
 @pytest.mark.parametrize(
     "others",

@@ -50,6 +50,7 @@ class Calls(TorchDispatchMode):
 
 
 # ----------------------------------------------------------------------------------------------------- the kernels
+@pytest.mark.thorough
 @pytest.mark.ranks
 def test_kernels_are_as_near_to_the_plain_ops_as_declared() -> None:
     script = Path(__file__).parents[1] / "interpreted_kernels.py"

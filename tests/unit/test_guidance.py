@@ -174,7 +174,7 @@ PLACED = {
 
 
 @pytest.mark.long
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("cache", ["none", "seacache"])
 @pytest.mark.parametrize("name", PLACED)
 def test_a_rehearsal_is_as_planned(name: str, cache: str) -> None:

@@ -81,6 +81,7 @@ def _run(code: str = CODE, **environment: str) -> tuple[str, list[float]]:
     return did, [float(each) for each in measured]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library than glibc")
 def test_freed_buffers_are_kept() -> None:
     did, (small, larger, large, *_) = _run()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,10 @@ EDGE_CLASS = "Cosmos3EdgeUniPCMultistepScheduler"
 
 
 @pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a layout, which is made when a test first asks for it."""
     root = tmp_path_factory.mktemp("layouts")
-    for name in LAYOUTS:
-        make_layout(root / name, name)
-    return root
+    return cache(lambda name: make_layout(root / name, name))
 
 
 def reference(folder: Path, *, flow_shift: float) -> Cosmos3OmniPipeline:
@@ -58,14 +59,14 @@ def reference(folder: Path, *, flow_shift: float) -> Cosmos3OmniPipeline:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "task"), RUN)
-def test_latents_are_diffusers_own(name: str, task: str, layouts: Path, tmp_path: Path) -> None:
-    folder = layouts / name
+def test_latents_are_diffusers_own(name: str, task: str, layout: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = layout(name)
     shift = 3.0 if name.startswith("edge") else 10.0
     photo = tmp_path / "photo.png"
     Image.effect_noise((70, 50), 90).convert("RGB").save(photo)
     frames = 1 if task == "t2i" else 9
     # diffusers cannot open a folder that names the converter's class; the weights of both layouts are the same.
-    theirs = layouts / "edge" if name == "edge-converted" else folder
+    theirs = layout("edge") if name == "edge-converted" else folder
     expected = reference(theirs, flow_shift=shift)(
         prompt=PROMPT,
         negative_prompt=json.dumps(json.loads((folder / NEGATIVE_PROMPT).read_text())),
@@ -99,16 +100,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_run_is_refused_by_its_true_name(name: str, layouts: Path) -> None:
+def test_what_is_not_run_is_refused_by_its_true_name(name: str, layout: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError) as refused:
-        compose(["model=nano", f"model.path={layouts / name}"])
+        compose(["model=nano", f"model.path={layout(name)}"])
     (problem,) = refused.value.problems
     for said, part in zip(REFUSED[name], (problem.what, problem.why, problem.works), strict=True):
         assert re.search(said, part), part
 
 
 @pytest.mark.parametrize("file", ["transformer/config.json", "hf_quant_config.json", "weights"])
-def test_quantized_weights_are_found_by_any_trace(file: str, layouts: Path, tmp_path: Path) -> None:
+def test_quantized_weights_are_found_by_any_trace(file: str, tmp_path: Path) -> None:
     """Whichever of the three traces of a quantizer is left, the others removed."""
     folder = make_layout(tmp_path / "fp8", "fp8")
     if file != "transformer/config.json":
@@ -155,27 +156,29 @@ def native_schedule(folder: Path, flow_shift: float | None, steps: int) -> Any:
 
 @pytest.mark.parametrize("name", ["edge", "edge-converted"])
 @pytest.mark.parametrize(("shift", "steps"), UPSTREAM_TIMESTEPS)
-def test_the_schedule_of_edge_is_nvidias(name: str, shift: float, steps: int, layouts: Path) -> None:
-    scheduler = native_schedule(layouts / name, shift, steps)
+def test_the_schedule_of_edge_is_nvidias(
+    name: str, shift: float, steps: int, layout: Callable[[str], Path]
+) -> None:
+    scheduler = native_schedule(layout(name), shift, steps)
     assert scheduler.timesteps.tolist() == UPSTREAM_TIMESTEPS[shift, steps]
 
 
 @pytest.mark.parametrize("name", ["edge", "edge-converted"])
-def test_the_schedule_of_edge_without_a_shift_is_its_own(name: str, layouts: Path) -> None:
+def test_the_schedule_of_edge_without_a_shift_is_its_own(name: str, layout: Callable[[str], Path]) -> None:
     """null is the checkpoint's own shift, 3.0, and never the Karras sigmas that the published file switches on."""
-    scheduler = native_schedule(layouts / name, None, 10)
+    scheduler = native_schedule(layout(name), None, 10)
     assert scheduler.timesteps.tolist() == UPSTREAM_TIMESTEPS[3.0, 10]
     torch.testing.assert_close(scheduler.sigmas, torch.tensor(UPSTREAM_SIGMAS), rtol=0, atol=3e-8)
 
 
 def test_the_own_class_of_edge_is_used_where_diffusers_has_it(
-    layouts: Path, monkeypatch: pytest.MonkeyPatch
+    layout: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Cosmos3EdgeUniPC(UniPCMultistepScheduler):
         pass
 
     monkeypatch.setattr(diffusers, EDGE_CLASS, Cosmos3EdgeUniPC, raising=False)
-    sampler = inspect_checkpoint(layouts / "edge-converted").sampler
+    sampler = inspect_checkpoint(layout("edge-converted")).sampler
     assert type(load_scheduler(sampler, flow_shift=None)) is Cosmos3EdgeUniPC
 
 
@@ -187,8 +190,10 @@ def test_the_shift_of_an_index_is_the_default(tmp_path: Path) -> None:
     assert compose(["model=edge", f"model.path={folder}", "sampler.flow_shift=4"]).sampler.flow_shift == 4
 
 
-def test_what_is_not_read_is_listed_and_what_is_unknown_told(layouts: Path, tmp_path: Path) -> None:
-    info = inspect_checkpoint(layouts / "nano")
+def test_what_is_not_read_is_listed_and_what_is_unknown_told(
+    layout: Callable[[str], Path], tmp_path: Path
+) -> None:
+    info = inspect_checkpoint(layout("nano"))
     assert info.strangers == ()
     listed = {"model_index.json: sound_tokenizer", "model_index.json: vision_encoder", "transformer: use_cache"}
     assert listed <= set(info.not_read)

@@ -63,7 +63,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.long
 @pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
 def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:
@@ -89,6 +89,7 @@ def test_a_condition_is_encoded_from_the_real_photograph(tmp_path: Path) -> None
     assert found.findings == ()
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_steps_that_are_alike_are_run_once() -> None:
     few, many = (rehearsed(f"sampler.steps={steps}").ranks[0].stages["denoise"] for steps in (4, 40))
@@ -125,6 +126,7 @@ def test_two_clips_of_a_prompt_file_are_as_planned(weights: str, prompt_file: Pa
     assert any("2 of the 3 clips" in note for note in found.notes)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_what_the_first_clip_leaves_is_found_in_the_second(
     prompt_file: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +204,7 @@ def test_a_wait_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "embedded[0].sum().item()" in finding.text
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_wait_in_every_chunk_is_found_also_where_no_frame_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     run = bound_ops.TimeUp.run
@@ -345,6 +348,7 @@ def test_a_message_that_nobody_waits_for_is_found(monkeypatch: pytest.MonkeyPatc
     assert all(f"rank {rank} never waits for the" in fault for rank, fault in enumerate(found))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.long
 @pytest.mark.parametrize("way", ["tensor", "to", "mask", "event", "cache"])
 def test_waits_that_only_a_gpu_makes_are_found(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +374,7 @@ def test_waits_that_only_a_gpu_makes_are_found(way: str, monkeypatch: pytest.Mon
     assert any("the host waits for the accelerator in every step" in finding.text for finding in found)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_the_same_ring_in_batches_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_a_ring(comm: Comm, some: Tensor) -> None:

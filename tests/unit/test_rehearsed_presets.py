@@ -115,7 +115,7 @@ def every_two() -> list[Any]:
     ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("task", "vae", "weights"), every_two())
 def test_a_task_with_a_vae_and_weights(task: str, vae: str, weights: str, tmp_path: Path) -> None:
     chosen = [*TASK_NEEDS.get(task, []), f"task={task}", "topology=cpu_x2", f"vae={vae}", f"weights={weights}"]
@@ -130,14 +130,14 @@ def test_transfer_with_a_rank_for_each_pass(cache: str, tmp_path: Path) -> None:
     check([*chosen, *given_to("transfer", tmp_path)])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("strategy", options("vae/decode"))
 def test_a_strategy_of_decode(strategy: str) -> None:
     chosen = ["topology=cpu_x2", f"vae/decode={strategy}", "vae.required_exactness=approximate"]
     check([*chosen, *in_tiles(f"vae/decode={strategy}")])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("strategy", options("vae/encode"))
 def test_a_strategy_of_encode(strategy: str, tmp_path: Path) -> None:
     chosen = ["task=v2v", "topology=cpu_x2", "vae=parallel", f"vae/encode={strategy}"]
@@ -145,7 +145,7 @@ def test_a_strategy_of_encode(strategy: str, tmp_path: Path) -> None:
     check([*chosen, *given_to("v2v", tmp_path)])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("topology", options("topology"))
 def test_a_topology(topology: str) -> None:
     """Of more than eight ranks one of each kind would be rehearsed: here two."""
@@ -154,7 +154,7 @@ def test_a_topology(topology: str) -> None:
     check(chosen, ranks=[0, 1] if many.nodes * many.ranks_per_node > 8 else None)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", options("model"))
 def test_a_model_makes_an_image(model: str) -> None:
     """At its own size, because that takes no longer."""

@@ -123,7 +123,7 @@ def denoised(context: RunContext, encode_stage: EncodeStage, denoise_stage: Deno
 
 
 # Latent rows and columns: 5x7 and 3x5 are odd patch grids, padded by the transformer.
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "steps", "guidance", "seed"),
