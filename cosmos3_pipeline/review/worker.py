@@ -18,6 +18,7 @@ work with Hydra is done by the caller's modules in the folder `tools`, which is 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -33,6 +34,7 @@ import yaml
 
 def main() -> None:
     """Answer the requests on standard input, one per line."""
+    gc.disable()  # saves a fifth of a review's time; its few hundred plans take little memory
     # Prints of the revision's code must not mix with the answers.
     answer_to, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
