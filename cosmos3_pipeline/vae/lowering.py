@@ -19,7 +19,7 @@ their tiles, the margins of an op are a `Halo`. It is sent while the previous op
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -43,9 +43,11 @@ from cosmos3_pipeline.vae.program import Program
 # 0 is the activation, 1 and more are the shortcuts.
 PAST, RESULT = -1, -2
 
-# How many groups of messages a rank may have in flight while it computes. The second number is for moving cuts,
-# which let the previous stage get further ahead. More groups take memory and gain nothing.
-_IN_FLIGHT, _IN_FLIGHT_MOVING = 2, 4
+# How many groups of messages a rank may have in flight while it computes, if all chunks are assigned alike. More
+# groups take memory and gain nothing.
+_IN_FLIGHT = 2
+# At least as many if chunks are assigned differently: moving cuts let the previous stage get further ahead.
+_IN_FLIGHT_MOVING = 4
 # If all chunks of a long clip are assigned alike, only this many are lowered. Later chunks repeat the last of
 # them.
 _ALIKE = 6
@@ -243,9 +245,15 @@ class Lowered:
         """Whether the chunks have different layouts."""
         return len(set(self.layouts)) > 1
 
-    @property
+    @cached_property
     def in_flight(self) -> int:
-        return _IN_FLIGHT_MOVING if self.moves and len(self.layouts) >= _RAMPS_FROM else _IN_FLIGHT
+        if not self.moves or len(self.layouts) < _RAMPS_FROM:
+            return _IN_FLIGHT
+        # The next rank asks for the temporal caches of a chunk only when it begins the next chunk. If the sender
+        # waited for that, ranks that take chunks in turn would compute one after the other.
+        sends = (action for own in self.actions for action in own if isinstance(action, Send))
+        caches = Counter((m.source, m.chunk) for send in sends for m in send.messages[:1] if m.value == PAST)
+        return max(_IN_FLIGHT_MOVING, *caches.values(), 0)
 
     def ops(self, rank: int) -> list[int]:
         """The ops that `rank` runs on at least one chunk, in order. The rank needs the weights of these ops."""

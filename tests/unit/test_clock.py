@@ -250,6 +250,20 @@ def test_four_accelerators_share_the_decoder_of_a_full_clip_bit_for_bit(wan22: d
     assert alone / four >= 3.8
 
 
+def test_two_ranks_that_take_chunks_in_turn_work_at_once() -> None:
+    """The caches of a chunk are sent before the next rank asks for them: a rank that waited would be no help."""
+    shape = LatentShape(1, 1 + 19 * ENCODER.latents_per_chunk, 12, 12)
+    chunks, ops = ENCODER.chunks(shape), (0, len(ENCODER))
+    costs = RooflineCosts(ENCODER, shape, 1e11, 1e10)
+
+    def seconds(ranks: int) -> float:
+        blocks = [Block(ops, (chunk, chunk + 1), chunk % ranks) for chunk in range(chunks)]
+        lowered = lower(ENCODER, shape, Assignment.of(ranks, blocks))
+        return timeline(lowered, costs, lambda source, target: Link(1e-5, 1e10)).seconds
+
+    assert seconds(1) / seconds(2) > 1.7
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("direction", "ranks", "faster"),
