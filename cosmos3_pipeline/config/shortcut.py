@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import types
 import typing
@@ -156,6 +157,9 @@ class Shortcut:
                 said = {part: said}
             _merge(values, said)
         for key, value in settings:
+            # Hydra refuses a new key without `+`, and decides how an enum is written into words.
+            if isinstance(value, dict) or "${" in str(value) or not _has(values, key):
+                raise NotPlain
             _set(values, key, value)
         return PlainComposition(values, _config(values), overrides, self._source)
 
@@ -385,6 +389,8 @@ def _has(root: dict[str, Any], key: str) -> bool:
     *above, last = key.split(".")
     for part in above:
         root = root.get(part) or {}
+        if not isinstance(root, dict):
+            return False
     return last in root
 
 
@@ -412,6 +418,8 @@ def _hint(key: str) -> Any:
 def _convert(hint: Any, value: Any) -> Any:
     """`value` as the type `hint`: enums by name, ints as floats. Raises NotPlain for any other conversion."""
     if hint is Any:
+        if "???" in str(value) or (isinstance(value, float) and not math.isfinite(value)):
+            raise NotPlain
         return value
     if dataclasses.is_dataclass(hint):
         return _object(typing.cast(type, hint), value)
@@ -431,7 +439,7 @@ def _convert(hint: Any, value: Any) -> Any:
         raise NotPlain
     if hint is float and type(value) is int:
         return float(value)
-    if value == "???" or type(value) is not hint:
+    if value == "???" or type(value) is not hint or value != value:
         raise NotPlain
     return value
 

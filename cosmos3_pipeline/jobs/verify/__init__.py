@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosmos3_pipeline.config.plugins import build_strategy
 from cosmos3_pipeline.config.schema import Config, JobName
@@ -258,7 +259,7 @@ def show(output: Path) -> None:
         raise VerifyFailed("\n".join([*lines, f"see {output / REPORT_FILE}"]))
 
 
-def _cells(check: dict[str, Any]) -> list[str]:
+def _cells(check: dict[str, Any]) -> list[str | Text]:
     found = check["levels"] if check["direction"] == "decode" else check["values"]
     verdict = check["reached"] or "another picture"
     colour = "green" if check["passed"] else "red"
@@ -266,7 +267,7 @@ def _cells(check: dict[str, Any]) -> list[str]:
         check["direction"],
         check["strategy"],
         check["declared"],
-        f"[{colour}]{verdict}[/{colour}]",
+        Text(verdict, style=colour),
         *("NaN" if found[key] is None else f"{found[key]:.3g}" for key in ("max", "mean")),
         "equal" if found["max"] == 0 else "NaN" if found["psnr_db"] is None else f"{found['psnr_db']:.1f}",
         "" if check["ssim"] is None else f"{check['ssim']:.5f}",
