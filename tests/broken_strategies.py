@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from cosmos3_pipeline.plugin_api import Assignment, Block, LatentShape, Program, StrategyError
+from cosmos3_pipeline.plugin_api import (
+    Assignment,
+    Block,
+    Exactness,
+    LatentShape,
+    Program,
+    StrategyError,
+    StrategyPlan,
+)
 from cosmos3_plugins.layer_pipeline import LayerPipeline
 from cosmos3_plugins.replicated import Replicated
 
@@ -142,6 +150,15 @@ class DropsContext(Broken):
                 for rank, (start, stop) in enumerate(pairwise(edges))
             ],
         )
+
+
+class PromisesTooMuch(DropsContext):
+    """Declares what it is, and plans more than that."""
+
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+
+    def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
+        return replace(super().plan(program, shape, ranks), exactness=Exactness.BITWISE)
 
 
 class KeepsMoreAlive(Broken):

@@ -30,7 +30,8 @@ TARGET = "_target_"
 def problems(composition: Composition) -> list[Problem]:
     """Every structural problem of `composition`, in the order of its keys."""
     cfg = composition.cfg
-    return [*_walk(cfg, Config, ""), *_strategies(cfg, discover()), *_targets(cfg, "")]
+    with composition.hydra_known():
+        return [*_walk(cfg, Config, ""), *_strategies(cfg, discover()), *_targets(cfg, "")]
 
 
 def _walk(node: DictConfig, schema: type, prefix: str) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,22 @@ def contents_around(conf: Path, config_name: str = "config") -> Contents:
     An entry without a local folder is left out, because Hydra reports it when it composes.
     """
     found = contents(conf)
-    primary = found.get(config_name)
-    own = primary[1].get("hydra") if isinstance(primary, list) and isinstance(primary[1], dict) else None
-    places = own.get("searchpath") if isinstance(own, dict) else None
-    for place in places if isinstance(places, list) else []:
-        folder = _folder(str(place))
+    for place in search_path(found, config_name):
+        folder = _folder(place)
         found = {**(contents(folder) if folder is not None else {}), **found}
     return found
 
 
+def search_path(known: Contents, config_name: str) -> list[str]:
+    """The places that the primary config adds to the search path, such as `pkg://cosmos3_pipeline.conf`."""
+    primary = known.get(config_name)
+    own = primary[1].get("hydra") if isinstance(primary, list) and isinstance(primary[1], dict) else None
+    places = own.get("searchpath") if isinstance(own, dict) else None
+    return [str(place) for place in places] if isinstance(places, list) else []
+
+
 def _folder(place: str) -> Path | None:
-    """The folder of an entry of a search path, such as `pkg://cosmos3_pipeline.conf`."""
+    """The folder of an entry of a search path."""
     scheme, _, name = place.partition("://")
     try:
         folder = Path(str(files(name))) if scheme == "pkg" else Path(name or place)
@@ -64,7 +70,9 @@ def contents(conf: Path) -> Contents:
     found: dict[str, Any] = {}
     for file in sorted(conf.rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="replace")
-        header = [line for line in text.splitlines()[:5] if re.match(r"#\s*@package", line)]
+        # Hydra's header ends with the first line that is neither empty nor a directive.
+        lines = takewhile(re.compile(r"\s*(#\s*@|$)").match, text.splitlines())
+        header = [line.strip() for line in lines if "@package" in line]
         try:
             found[file.relative_to(conf).with_suffix("").as_posix()] = [header, yaml.load(text, Loader)]
         except yaml.YAMLError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -78,6 +79,17 @@ class Composition:
             raise ValueError("it holds no keys")
         return cls(cfg, None)
 
+    @contextmanager
+    def hydra_known(self) -> Iterator[None]:
+        """Lets references such as `${hydra:runtime.cwd}` be followed within the block."""
+        running = HydraConfig.instance().cfg
+        if running is None and "hydra" in self.cfg:
+            HydraConfig.instance().cfg = cast(Any, self.cfg)  # `set_config` would lock it
+        try:
+            yield
+        finally:
+            HydraConfig.instance().cfg = running
+
     @property
     def is_sweep(self) -> bool:
         """Whether `hydra.mode` asks for a sweep, which only Hydra can run."""
@@ -106,19 +118,15 @@ class Composition:
         must have no structural problem (see `checks.problems`). Raises ConfigError for a problem inside a list.
         """
         cfg = self.cfg
-        running = HydraConfig.instance().cfg
-        if running is None and "hydra" in cfg:  # for references such as `${hydra:runtime.cwd}`
-            HydraConfig.instance().cfg = cast(Any, cfg)  # `set_config` would lock it
         try:
-            if changes:
-                cfg = OmegaConf.create(cfg)  # a copy, because Hydra shows and saves the original
-                for key, value in changes.items():
-                    OmegaConf.update(cfg, key, value)
-            sections = {f.name: _object(cfg[f.name]) for f in dataclasses.fields(Config)}
+            with self.hydra_known():
+                if changes:
+                    cfg = OmegaConf.create(cfg)  # a copy, because Hydra shows and saves the original
+                    for key, value in changes.items():
+                        OmegaConf.update(cfg, key, value)
+                sections = {f.name: _object(cfg[f.name]) for f in dataclasses.fields(Config)}
         except OmegaConfBaseException as error:
             raise as_config_error(error, self.overrides or (), self.source) from error
-        finally:
-            HydraConfig.instance().cfg = running
         config = Config(**sections)
         config.vae.encode, config.vae.decode = plain(config.vae.encode), plain(config.vae.decode)
         return config

@@ -59,22 +59,29 @@ class PlainComposition:
     source: Source
 
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
-        """The same config as `Composition.typed`. Raises NotPlain if a value of `changes` has the wrong type."""
+        """The same config as `Composition.typed`. Hydra's is asked if `changes` are not plain."""
         if not changes:
             return self.config
         values = deepcopy(self.values)
-        for key, value in changes.items():
-            _set(values, key, value.name if isinstance(value, Enum) else value)
-        return _config(values)
+        try:
+            for key, value in changes.items():
+                _set(values, key, value.name if isinstance(value, Enum) else value)
+            return _config(values)
+        except NotPlain:
+            return self._by_hydra.typed(changes)
 
     def literal(self, key: str) -> Any:
         """The value that was written for the dotted `key`; None if it refers to another key."""
         if not _has(self.values, key):
-            raise NotPlain
+            return self._by_hydra.literal(key)
         node: Any = self.values
         for part in key.split("."):
             node = node[part]
         return None if _refers(node) else _convert(_hint(key), node)
+
+    @functools.cached_property
+    def _by_hydra(self) -> Composition:
+        return compose(self.overrides, self.source)
 
     def merged(self) -> DictConfig:
         """The values as an OmegaConf config, with their references."""

@@ -37,6 +37,9 @@ def check_tokens(tokens: int, grid: Grid) -> None:
         )
 
 
+PASSES = 2  # of guidance: with the prompt, and with the negative prompt
+
+
 def check_layout(
     *, num_attention_heads: int, num_key_value_heads: int, cfg: int, ulysses: int, guidance_scale: float
 ) -> None:
@@ -49,7 +52,7 @@ def check_layout(
         CfgLayoutError: more than two ranks on `cfg`, or two without guidance.
         UlyssesLayoutError: `num_attention_heads` does not divide by `ulysses`.
     """
-    if cfg > 2:
+    if cfg > PASSES:
         raise CfgLayoutError(
             what=f"cfg={cfg} ranks for guidance",
             why="guidance has two passes, one with the prompt and one with the negative prompt",

@@ -27,7 +27,7 @@ from cosmos3_pipeline.config.tasks import (
     controls_of,
     paths_of,
 )
-from cosmos3_pipeline.denoise.checks import check_layout, check_tokens
+from cosmos3_pipeline.denoise.checks import PASSES, check_layout, check_tokens
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
 from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, grid_of, nearest_multiple, replica_ranks
@@ -261,7 +261,8 @@ def _ranks(cfg: Config, clip: Clip) -> Iterator[Problem]:
     ranks = topology.nodes * topology.ranks_per_node
     grid = grid_of(topology)
     split = topology.dp * topology.cfg * grid.ranks
-    if ranks % split:
+    # With more ranks for guidance than passes, other numbers of ranks do not help: `_layout` says what does.
+    if ranks % split and (topology.cfg <= PASSES or _has_own_passes(cfg)):
         cp = f" x topology.cp=[{grid.rows},{grid.columns}]" if grid.groups > 1 else ""
         axes = f"topology.cfg={topology.cfg}{cp} x topology.ulysses={topology.ulysses}"
         axes = axes if topology.dp == 1 else f"topology.dp={topology.dp} x {axes}"

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from cosmos3_pipeline import config
-from cosmos3_pipeline.config.closure import contents
+from cosmos3_pipeline.config.closure import Contents, contents, search_path
 from cosmos3_pipeline.review import worker
 
 WORKING_TREE = "working tree"
@@ -156,11 +156,26 @@ class Tree:
 
 
 def touched(base: Tree, head: Tree) -> list[str] | None:
-    """The configs that differ in `head`; None if the code differs, because code may touch any case."""
-    if base.code() != head.code():
-        return None
+    """The configs that differ in `head`.
+
+    None if any case may be touched: the code differs, or a folder of the project in the search path. Each revision
+    then composes in its own process, which finds its own folder.
+    """
     old, new = contents(base.conf), contents(head.conf)
+    further = [_searched(base, old), _searched(head, new)]
+    if base.code() != head.code() or further[0] != further[1]:
+        return None
     return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+
+
+def _searched(tree: Tree, known: Contents) -> list[Contents]:
+    """The contents of the folders of `tree` itself in the search path of its primary config."""
+    found = []
+    for place in search_path(known, tree.name):
+        scheme, _, name = place.partition("://")
+        folder = tree.root / (name.replace(".", "/") if scheme == "pkg" else name or place)
+        found.append(contents(folder) if folder.is_dir() and folder.is_relative_to(tree.root) else {})
+    return found
 
 
 def read_cases(file: Path) -> dict[str, list[str]]:

@@ -253,7 +253,7 @@ class Lowered:
         # waited for that, ranks that take chunks in turn would compute one after the other.
         sends = (action for own in self.actions for action in own if isinstance(action, Send))
         caches = Counter((m.source, m.chunk) for send in sends for m in send.messages[:1] if m.value == PAST)
-        return max(_IN_FLIGHT_MOVING, *caches.values(), 0)
+        return max([_IN_FLIGHT_MOVING, *caches.values()])
 
     def ops(self, rank: int) -> list[int]:
         """The ops that `rank` runs on at least one chunk, in order. The rank needs the weights of these ops."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import ceil
 
 from cosmos3_pipeline.vae.account import account_repeated
-from cosmos3_pipeline.vae.assignment import Assignment, AssignmentError, Layout, Tile, whole_picture
+from cosmos3_pipeline.vae.assignment import Assignment, AssignmentError, Block, Layout, Tile, whole_picture
 from cosmos3_pipeline.vae.clock import flops_until_end
 from cosmos3_pipeline.vae.lowering import Lowered, lower_repeated
 from cosmos3_pipeline.vae.ops import LatentShape
@@ -22,12 +22,15 @@ from cosmos3_pipeline.vae.strategy import (
 )
 
 
-def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment: Assignment) -> StrategyPlan:
-    """The plan of a clip of `shape` with the `assignment` of `strategy`.
+def plan_of(
+    strategy: Strategy, program: Program, shape: LatentShape, assignment: Assignment, ranks: int
+) -> StrategyPlan:
+    """The plan of a clip of `shape` with the `assignment` of `strategy` for `ranks` ranks.
 
     Raises StrategyError if the blocks are no assignment, if a rank has no work, or if the result is less exact
     than the strategy promises.
     """
+    _is_for(ranks, strategy, assignment)
     with named(strategy):
         clip = lower_repeated(program, shape, assignment)
     lowered = clip.short
@@ -54,6 +57,24 @@ def plan_of(strategy: Strategy, program: Program, shape: LatentShape, assignment
     note = _note(assignment.note, assignment.speed_up or program.flops(shape) / until_end, assignment.ranks)
     exactness = exactness_of(lowered)
     return StrategyPlan(strategy.name, program.direction, exactness, tuple(shares), note, assignment, until_end)
+
+
+def _is_for(ranks: int, strategy: Strategy, assignment: Assignment) -> None:
+    """Raise StrategyError if a plugin has returned something else than an assignment for `ranks` ranks."""
+    is_one = isinstance(assignment, Assignment)
+    if not is_one or assignment.ranks != ranks:
+        given = f"an assignment for {assignment.ranks} ranks" if is_one else repr(assignment)
+        raise StrategyError(
+            f"{strategy.name} returned {given}",
+            f"it was asked for an assignment for {ranks} ranks",
+            f"mend its `assign`: return Assignment.of({ranks}, blocks)",
+        )
+    if wrong := [block for block in assignment.blocks if not isinstance(block, Block)]:
+        raise StrategyError(
+            f"{strategy.name} returned {wrong[0]!r} among its blocks",
+            "an assignment is made of Blocks",
+            "mend its `assign`: give Block((op, op), (chunk, chunk), rank)",
+        )
 
 
 @contextmanager

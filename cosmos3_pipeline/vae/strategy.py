@@ -155,7 +155,7 @@ class Strategy(ABC):
         """The work, memory and messages of each rank. Raises StrategyError."""
         from cosmos3_pipeline.vae.planning import plan_of
 
-        return plan_of(self, program, shape, self.assign(program, shape, ranks))
+        return plan_of(self, program, shape, self.assign(program, shape, ranks), ranks)
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
         """The runner of `direction` on this rank. It binds weights when it gets the first clip."""

@@ -19,6 +19,7 @@ from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.overrides import as_typed, check_overrides
 from cosmos3_pipeline.config.source import BUILTIN
 from cosmos3_pipeline.errors import ConfigError
+from cosmos3_pipeline.planning.checks import check_composition
 
 PROMPTS = st.text(string.ascii_letters + string.digits + string.punctuation + " äß", max_size=30)
 
@@ -78,8 +79,8 @@ def test_a_mistake_is_answered_with_what_to_type(typed: str, works: str) -> None
 
 
 def test_paths_may_refer_to_where_hydra_was_started() -> None:
-    config = compose(["task.prompt_file=${hydra:runtime.cwd}/p.txt"]).typed()
-    assert config.task.prompt_file == f"{Path.cwd()}/p.txt"
+    config = check_composition(compose(["task.prompt=${hydra:runtime.cwd}/p.txt"])).config
+    assert config.task.prompt == f"{Path.cwd()}/p.txt"
 
 
 def test_a_sweep_may_have_commas() -> None:

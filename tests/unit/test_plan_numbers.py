@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +154,28 @@ def test_estimates_are_within_3_percent_of_published_times(gpu, ranks, clip, sec
 
 def test_one_h200_decodes_in_the_published_time() -> None:
     assert plan_of("model=nano", "topology=h200_x1").seconds["decode"] == pytest.approx(8.93, rel=0.01)
+
+
+PRESETS = {"RTX 4090": "rtx4090_x1", "RTX 5090": "rtx5090_x1", "L40S": "l40s_x1", "1 x H100": "h100_x1"}
+PRESETS["8 x H100"] = "h100_x8"
+
+
+@pytest.mark.long
+def test_the_table_of_what_fits_is_the_plans() -> None:
+    """The rows of docs/weights.md: model, cards, placement, memory of a card, seconds."""
+    text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (Nano|Super) \| ([^|]+) \| ([^|]+) \| ([\d.]+) GB \| ([\d,]+) s \|$", text, re.MULTILINE
+    )
+    assert len(rows) == 6
+    for model, cards, placement, memory, seconds in rows:
+        (topology,) = (preset for words, preset in PRESETS.items() if words in cards)
+        weights = "sharded" if "sharded" in placement else "auto"
+        plan = plan_of(f"model={model.lower()}", f"topology={topology}", f"weights={weights}")
+        assert (memory, seconds) == (f"{plan.peak_bytes / 1e9:.1f}", f"{sum(plan.seconds.values()):,.0f}"), cards
+        assert plan.weights.placement.value in placement
+        if stay := plan.weights.resident_layers:
+            assert f"{stay} layers stay" in placement
 
 
 def test_memory_is_not_below_what_was_published() -> None:

@@ -77,6 +77,7 @@ BROKEN = {
     "HoldsMoreThanPlanned": ("weights_that and 2-clip", "taken and planned"),
     "ForgetsThePast": ("as_exact and 1-long", "declared bitwise"),
     "DropsContext": ("as_exact and 2-long", "declares bitwise and its blocks are approximate"),
+    "PromisesTooMuch": ("as_exact and 2-long", "declared bitwise, reached"),
     "KeepsMoreAlive": ("holds_as_much and 1-alive", "bytes alive"),
     "ExtraBroadcast": ("collectives and 2-clip", "call other collectives"),
     "RefusesInItsOwnWords": ("plans_are_whole", "ValueError: too many"),

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from cosmos3_pipeline.config import config_dir
+from cosmos3_pipeline.config import shortcut as shortcut_module
 from cosmos3_pipeline.config.closure import contents, contents_around, files_of
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.shortcut import NotPlain, PlainComposition, Shortcut, composition_of
 from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check_composition
-from cosmos3_pipeline.review.revisions import read_cases
+from cosmos3_pipeline.review.revisions import Tree, read_cases, touched
 
 CASES = read_cases(Path(__file__).parents[1] / "golden" / "cases.yaml")
 
@@ -113,11 +114,38 @@ def test_a_refusal_is_hydras(overrides: list[str]) -> None:
     assert texts[0] == texts[1]
 
 
+def test_a_file_that_is_edited_between_two_calls_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(config_dir(), conf)
+    monkeypatch.setattr(shortcut_module, "config_dir", lambda: conf)
+    assert composition_of([]).typed().sampler.seed == 0
+    file = conf / "sampler" / "unipc.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 11"))
+    assert composition_of([]).typed().sampler.seed == 11
+
+
+def test_a_review_sees_an_edit_in_the_projects_own_search_path(tmp_path: Path) -> None:
+    trees = []
+    for name, seed in (("base", 5), ("same", 5), ("head", 6)):
+        root = tmp_path / name
+        (root / "films" / "more" / "sampler").mkdir(parents=True)
+        (root / "conf").mkdir()
+        (root / "conf" / "films.yaml").write_text("hydra: {searchpath: [pkg://films.more]}\ndefaults: [config]\n")
+        (root / "films" / "more" / "sampler" / "rain.yaml").write_text(f"seed: {seed}\n")
+        trees.append(Tree(name, root, root, root / "conf", "films", [], root / "errors"))
+    base, same, head = trees
+    assert touched(base, same) == []
+    assert touched(base, head) is None  # each revision composes in its own process
+
+
 def test_what_is_set_by_hand_and_what_follows() -> None:
     made = Shortcut(BUILTIN, contents(config_dir())).compose(["sampler.steps=7"])
     assert (made.literal("sampler.steps"), made.literal("sampler.flow_shift")) == (7, None)
     assert made.typed({"model.recommended.video.height": 512}).task.height == 512
-    with pytest.raises(NotPlain):
+    assert made.typed({"model.dtype": "float32"}).model.dtype.name == "float32"
+    with pytest.raises(ConfigError):  # in Hydra's words
         made.typed({"task.height": "tall"})
 
 
@@ -148,6 +176,11 @@ Edit = tuple[str, str, str]  # file, old, new
         pytest.param([], ("sampler/unipc", "cache: none", "cache@_global_.cache: none"), id="another package"),
         pytest.param([], ("sampler/unipc", "cache: none", "override /job: plan"), id="of another package"),
         pytest.param([], ("topology/cpu_x1", "# ", "# @package topology\n# "), id="a header"),
+        pytest.param(
+            ["experiment=sglang_27037"],
+            ("experiment/sglang_27037", "# @package", "# Words.\n# @package"),
+            id="a header that is none, because words are above it",
+        ),
         pytest.param([], ("config", "  - job: generate", "  - optional job: generate"), id="an optional choice"),
         pytest.param(["topology=cpu_x2"], ("config", "  - vae: replicated\n", ""), id="nothing to override"),
         pytest.param([], ("job/generate", "name:", "hydra: {searchpath: []}\nname:"), id="another search path"),

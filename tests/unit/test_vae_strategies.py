@@ -18,6 +18,7 @@ from vae_models import WAN22, make_vae, vae_config
 
 from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.vae.account import account
+from cosmos3_pipeline.vae.assignment import Assignment, Block
 from cosmos3_pipeline.vae.costs import ChunkCosts
 from cosmos3_pipeline.vae.lowering import lower
 from cosmos3_pipeline.vae.ops import LatentShape
@@ -108,6 +109,24 @@ def refusal(strategy: Strategy, shape: LatentShape, ranks: int) -> str:
 )
 def test_what_it_cannot_do_is_refused_with_what_works(strategy: Strategy, ranks: int, says: str) -> None:
     assert says.replace("2 turns", "2 ranks") in refusal(strategy, LatentShape(1, 2, 3, 5), ranks)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (None, "returned None"),
+        ([Block((0, 1), (0, 1), 0)], "returned [Block("),
+        (Assignment.of(1, [Block((0, len(DECODER)), (0, 2), 0)]), "an assignment for 1 ranks"),
+        (Assignment.of(0, []), "an assignment for 0 ranks"),
+        (Assignment.of(2, [(0, 1)]), "returned (0, 1) among its blocks"),  # type: ignore[list-item]
+    ],
+)
+def test_a_plugin_that_returns_something_else_is_named(returned: Any, says: str) -> None:
+    class Careless(Replicated):
+        def assign(self, *asked: Any) -> Any:
+            return returned
+
+    assert says in refusal(Careless(), LatentShape(1, 2, 3, 5), 2)
 
 
 @pytest.mark.parametrize(
