@@ -67,11 +67,11 @@ def account_repeated(clip: Repeated) -> list[Tally]:
 
 def account(lowered: Lowered) -> list[Tally]:
     """The tally of every rank."""
-    runs = _Runs(lowered)
+    runs = Runs(lowered)
     if lowered.everywhere:
-        alone = _Walk(lowered, 0, runs).tally()
+        alone = Walk(lowered, 0, runs).tally()
         return [replace(alone) for _ in range(lowered.ranks)]
-    return [_Walk(lowered, rank, runs).tally() for rank in range(lowered.ranks)]
+    return [Walk(lowered, rank, runs).tally() for rank in range(lowered.ranks)]
 
 
 class _Flow:
@@ -115,7 +115,7 @@ class _After(NamedTuple):
     flops: int
 
 
-class _Runs:
+class Runs:
     """Simulates runs of ops on tiles. Equal runs are simulated once, for all ranks and chunks."""
 
     def __init__(self, lowered: Lowered) -> None:
@@ -203,10 +203,10 @@ class _Runs:
         return b * op.cached_frames * (m.top + h + m.bottom) * (m.left + w + m.right) * c
 
 
-class _Walk:
+class Walk:
     """One rank's actions, and the bytes that are alive."""
 
-    def __init__(self, lowered: Lowered, rank: int, runs: _Runs) -> None:
+    def __init__(self, lowered: Lowered, rank: int, runs: Runs) -> None:
         self._runs = runs
         self._low = lowered
         self._program = lowered.program
@@ -221,7 +221,7 @@ class _Walk:
         # Key: chunk, value and op. Value: bytes of the shortcut's portion that was sent last, and its message.
         self._portions_sent: dict[tuple[int, int, int], tuple[list[int], int]] = {}
         self._results: deque[int] = deque()
-        self._kept_now = 0  # elements
+        self.kept_now = 0  # elements of temporal caches
         self._sent: dict[Any, tuple[int, int]] = {}
         self._do: dict[type[Action], Callable[[Any], None]] = {
             Emit: self._emit,
@@ -249,7 +249,7 @@ class _Walk:
     # ------------------------------------------------------------------------------------------------- live bytes
     def _beside(self, tile: Tile | None = None) -> int:
         """Living bytes other than the flow of `tile`."""
-        elements = self._kept_now
+        elements = self.kept_now
         for other, flow in self._flows.items():
             if other != tile:
                 elements += flow.elements
@@ -284,10 +284,10 @@ class _Walk:
     def _keep_frames(self, tile: Tile, op: int, elements: int) -> None:
         self._forget_frames(tile, op)
         self._kept[tile][op] = elements
-        self._kept_now += elements
+        self.kept_now += elements
 
     def _forget_frames(self, tile: Tile, op: int) -> None:
-        self._kept_now -= self._kept[tile].pop(op, 0)
+        self.kept_now -= self._kept[tile].pop(op, 0)
 
     def _halos(self, run: Run, work: Work) -> None:
         """Count the halos that `run` sends to other tiles."""

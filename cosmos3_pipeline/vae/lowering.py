@@ -720,12 +720,7 @@ class _Lowering:
             for _, _, pieces in moved:
                 for piece in pieces:
                     if isinstance(piece.origin, Message):
-                        maker = next(
-                            t
-                            for t in self._spans[chunk][op].tiles
-                            if t.rank == piece.origin.source
-                            and t.at(self._program.ops[op].source.scale).common(piece.rect)
-                        )
+                        maker = next(t for t in self._spans[chunk][op].tiles if self._has_made(t, piece.origin))
                         by_maker[maker].append(piece.origin)
             for maker, messages in by_maker.items():
                 assert maker.rank is not None
@@ -735,6 +730,11 @@ class _Lowering:
                     self._late[maker.rank].append((op, send))
                 else:
                     yield op, maker.rank, send
+
+    def _has_made(self, tile: Tile, past: Message) -> bool:
+        """Whether a message with a temporal cache comes from `tile`. A rank may have several tiles."""
+        scale = self._program.ops[past.op].source.scale
+        return tile.rank == past.source and tile.at(scale).common(past.rect) is not None
 
     def _meets(self, chunk: int, op: int, source: int, target: int) -> bool:
         """Whether an activation is sent from `source` to `target` after op `op` of this chunk."""
@@ -801,7 +801,7 @@ class _Lowering:
             for op in keeping
             for _, _, pieces in self._moved[chunk + 1].get(op, ())
             for p in pieces
-            if isinstance(p.origin, Message) and tile.rank == p.origin.source
+            if isinstance(p.origin, Message) and self._has_made(tile, p.origin)
         }
         return frozenset(op for op in keeping if op not in sent and not self._needed_here(chunk, op, tile, rank))
 

@@ -16,7 +16,7 @@ from thread_ranks import World, run_on_threads
 from torch import Tensor
 from vae_models import WAN21, WAN22, make_vae, vae_config
 
-from cosmos3_pipeline.vae.account import account
+from cosmos3_pipeline.vae.account import Runs, Walk, account
 from cosmos3_pipeline.vae.assignment import EVERY, Assignment, AssignmentError, Block, Rect
 from cosmos3_pipeline.vae.execute import Execution
 from cosmos3_pipeline.vae.lowering import Lowered, lower
@@ -216,6 +216,35 @@ def test_ops_and_chunks_may_be_anybodys(given: tuple[Clip, Assignment], pixels: 
 def test_so_may_be_rows_and_columns(given: tuple[Clip, Assignment], pixels: Pixels) -> None:
     clip, assignment = given
     check(clip, assignment, "float" if clip.direction == "encode" else pixels, atol=ROUNDING)
+
+
+def kept_at_the_end(clip: Clip, assignment: Assignment) -> int:
+    """Elements of temporal caches that are still alive after the last action of some rank."""
+    lowered = lower(clip.program, clip.shape, assignment)
+    walks = [Walk(lowered, rank, Runs(lowered)) for rank in range(lowered.ranks)]
+    for walk in walks:
+        walk.tally()
+    return max(walk.kept_now for walk in walks)
+
+
+@settings(max_examples=25)
+@given(assigned(slabs=True))
+def test_no_temporal_cache_outlives_its_last_use(given: tuple[Clip, Assignment]) -> None:
+    assert kept_at_the_end(*given) == 0
+
+
+def test_a_temporal_cache_is_forgotten_although_another_of_its_rank_is_sent() -> None:
+    """Rank 0 saw what op 17 read below, but not above: of two caches of rank 1 it needs one."""
+    clip, above, below = Clip("wan22", "encode", LatentShape(1, 2, 2, 1)), Rect(0, 1, 0, 1), Rect(1, 2, 0, 1)
+    end = len(clip.program)
+    blocks = [
+        Block((0, 17), (0, 1), 0, below),
+        Block((17, end), (0, 1), 1, below),
+        Block((0, end), (0, 1), 1, above),
+        Block((0, end), (1, 2), 0, below),
+        Block((0, end), (1, 2), 0, above),
+    ]
+    assert kept_at_the_end(clip, Assignment.of(2, blocks)) == 0
 
 
 def warmed(clip: Clip, warm_up: int) -> Assignment:
