@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos3_pipeline.vae.account import account
 from cosmos3_pipeline.vae.assignment import EVERY, Assignment, Block, Rect
 from cosmos3_pipeline.vae.clock import Link
-from cosmos3_pipeline.vae.costs import ChunkCosts, RooflineCosts, op_costs
+from cosmos3_pipeline.vae.costs import ChunkCosts, RooflineCosts, op_costs, slab_costs
 from cosmos3_pipeline.vae.line_times import LineTimes
 from cosmos3_pipeline.vae.lowering import Lowered, lower
 from cosmos3_pipeline.vae.measured import op_seconds
@@ -94,6 +94,7 @@ __all__ = [
     "op_seconds",
     "picture_chunk",
     "search",
+    "slab_costs",
 ]
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.vae import kernels, ops
-from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS
+from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS, ONE_KERNEL_ELEMENTS
 from cosmos3_pipeline.vae.convolution import Convolution, upsampling_weights
 from cosmos3_pipeline.vae.frames import Arrival, Frames, HaloExchange, with_room
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
@@ -54,7 +54,13 @@ OpT = TypeVar("OpT", bound=ops.Op)
 
 
 class BoundOp(ABC, Generic[OpT]):
-    """An op of a program and its weights. `number` is its index in the program."""
+    """An op of a program and its weights. `number` is its index in the program.
+
+    begins_before_halo: an accelerator's kernel reads margins before they have arrived, for outputs that nobody
+    uses. Margins are zeroed for it, because some kernels do not compute each output independently. A CPU's do.
+    """
+
+    begins_before_halo: ClassVar[bool] = False
 
     def __init__(self, number: int, op: OpT, weights: Mapping[str, Tensor]) -> None:
         self.number = number
@@ -103,8 +109,9 @@ def _take(flow: Flow, bound: BoundOp[Any]) -> Frames:
 
 def _with_room(flow: Flow, bound: BoundOp[Any], room: Room) -> Frames:
     """An activation like that of `flow` with `room`, to be the input of `bound`."""
-    x = flow.at.inner
-    coming = flow.exchange.coming(bound.number) if flow.exchange is not None and room.margins else NO_MARGINS
+    x, coming = flow.at.inner, NO_MARGINS
+    if flow.exchange is not None and room.margins and (takes_host_path(x) or not bound.begins_before_halo):
+        coming = flow.exchange.coming(bound.number)
     return with_room(x, tuple(x.shape), room, coming)
 
 
@@ -244,7 +251,8 @@ class NormSilu(BoundOp[ops.NormSilu]):
             return
         out, margins = frames.inner, frames.room.margins
         edges, rest = _edges_first(x.shape[2], x.shape[3], margins)
-        if takes_host_path(x) and x.numel() <= NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS:
+        at_once = NORM_BLOCKS_AT_ONCE * NORM_BLOCK_ELEMENTS if takes_host_path(x) else ONE_KERNEL_ELEMENTS
+        if x.numel() <= at_once:
             edges, rest = [(slice(0, x.shape[2]), slice(0, x.shape[3]))], []
         for part in edges:
             self._norm(x, owed, out, part)
@@ -346,6 +354,8 @@ def _reads(row: int, col: int, margins: Margins) -> bool:
 
 
 class SpatialUp(BoundOp[ops.SpatialUp]):
+    begins_before_halo: ClassVar[bool] = True
+
     def __init__(self, number: int, op: ops.SpatialUp, weights: Mapping[str, Tensor]) -> None:
         super().__init__(number, op, weights)
         weight, bias = self._tensors(weights)

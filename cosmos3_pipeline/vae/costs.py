@@ -45,9 +45,8 @@ _FLOPS_PER_BYTE = 70.0
 # How often an accelerator reads or writes a frame that an op keeps: it is read, written to the front of the next
 # chunk's buffer, and overwritten by the next kept frame.
 RECALLED_PASSES = 3
-# Approximate number of kernels that an accelerator launches. An op with products has its norm, the products, the
-# copy of kept frames and its sum; any other op has one kernel.
-_KERNELS_OF_PRODUCTS, _KERNELS = 4, 1
+# FLOPs in the time in which a host launches a kernel: 12 us of an H200's convolutions.
+_FLOPS_PER_LAUNCH = 4e9
 
 
 class ChunkCosts(NamedTuple):
@@ -89,6 +88,24 @@ def op_costs(
     return ChunkCosts(*(tuple(cost(number, op, first=first) for number, op in ops) for first in (True, False)))
 
 
+def slab_costs(program: Program, shape: LatentShape, bands: int) -> ChunkCosts:
+    """Cost of each op, in FLOPs, on the largest of `bands` bands of rows of a clip of `shape`."""
+    scales = [min(op.source.scale, op.target.scale) for op in program.ops]
+    rows = [math.ceil(shape.rows * scale / bands) / scale for scale in scales]
+    if shape.on_host:
+        pixels = math.ceil(shape.batch * shape.cols * shape.rows / bands)
+        costs, larger = op_costs(program, pixels, shape.element_bytes), max(1.0, pixels / LARGE_PIXELS)
+        uneven = [larger * of_op * bands / shape.rows for of_op in rows]
+        return ChunkCosts(*(tuple(c * u for c, u in zip(part, uneven, strict=True)) for part in costs))
+    roofline = RooflineCosts(program, shape, 1.0, 1 / _FLOPS_PER_BYTE, launch_s=_FLOPS_PER_LAUNCH)
+    return ChunkCosts(
+        *(
+            tuple(roofline.seconds(op, of_op, first=first) for op, of_op in enumerate(rows))
+            for first in (True, False)
+        )
+    )
+
+
 def chunks_of(pixels: int, element_bytes: int = 4) -> LatentShape:
     """A clip of one first chunk and one later chunk, of `pixels` latent pixels."""
     return LatentShape(batch=1, frames=2, rows=1, cols=pixels, element_bytes=element_bytes)
@@ -128,8 +145,9 @@ class RooflineCosts:
         launch_s: float = 0.0,
     ) -> None:
         self._rows = shape.rows
-        self._launches = [launch_s * self._kernels(op) for op in program.ops]
         self._fixed_share = fixed_share
+        self._program, self._shape, self._launch_s = program, shape, launch_s
+        self._launches = dict[tuple[int, float, bool], float]()  # seconds, by op, rows and first
         self._whole = {}
         for first in (True, False):
             self._whole[first] = [
@@ -158,8 +176,15 @@ class RooflineCosts:
         """As `clock.OpCosts.seconds`."""
         shrinking = (1 - self._fixed_share) * rows / self._rows
         seconds = self._whole[first][op] * (self._fixed_share + shrinking)
-        return max(seconds, self._launches[op]) if seconds else 0.0
+        if not seconds or not self._launch_s:
+            return seconds
+        if (op, rows, first) not in self._launches:
+            self._launches[op, rows, first] = self._launch_s * self._kernels(op, rows, first=first)
+        return max(seconds, self._launches[op, rows, first])
 
-    @staticmethod
-    def _kernels(op: Op) -> int:
-        return _KERNELS_OF_PRODUCTS if op.weight_elements else _KERNELS
+    def _kernels(self, number: int, rows: float, *, first: bool) -> int:
+        """The kernels of one op for one chunk of `rows` latent rows."""
+        op, portions = self._program.ops[number], self._program.portions_at(number + 1, first=first)
+        frames = 1 if first else op.source.frames // portions
+        elements = op.source.elements(self._shape, first=first) / portions * rows / self._rows
+        return portions * op.kernels(frames, elements, first=first, cut=rows < self._rows)

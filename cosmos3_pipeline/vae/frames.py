@@ -12,7 +12,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.vae.ops import NO_MARGINS, NO_ROOM, Margins, Room
 
 
@@ -80,16 +79,13 @@ class Frames:
 def with_room(like: Tensor, shape: tuple[int, ...], room: Room, coming: Margins = NO_MARGINS) -> Frames:
     """An uninitialised activation of `shape` [B, T, H, W, C] with `room`, in dtype and device of `like`.
 
-    Its margins are zero, except that on CPU the margins that are `coming` stay uninitialised. A convolution that
-    does not wait for the halo reads these margins only for outputs that nobody uses. On an accelerator they are
-    zeroed too, because some kernels do not compute each output independently.
+    Its margins are zero, except those that are `coming`, which stay uninitialised until they arrive.
     """
     b, t, h, w, c = shape
     m = room.margins
     buffer = like.new_empty(b, room.front + t, m.top + h + m.bottom, m.left + w + m.right, c)
     frames = Frames(buffer, room)
     chunk = frames.chunk
-    coming = coming if takes_host_path(buffer) else NO_MARGINS
     if m.top > coming.top:
         chunk[:, :, : m.top].zero_()
     if m.bottom > coming.bottom:

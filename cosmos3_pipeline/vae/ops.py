@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS, makes_frame_pairs, pair_band
+from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS, ONE_KERNEL_ELEMENTS, makes_frame_pairs, pair_band
 
 Shape = tuple[int, int, int, int, int]
 
@@ -261,6 +261,14 @@ class Op:
         """
         return self.source.elements(latent, first=first) + self.target.elements(latent, first=first)
 
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """About how many kernels an accelerator launches for `frames` frames with `elements` values of its input.
+
+        cut: whether it computes a slab with another slab above and below. Rows of one frame are sent and received
+        in place. Rows of several frames are not contiguous, so they are copied.
+        """
+        return 1
+
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         """Multiplications and additions of its convolutions and matrix products, in the executor's algorithm.
 
@@ -338,6 +346,11 @@ class Conv(Op):
     def cached_frames(self) -> int:
         return self.kernel[0] - 1
 
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """On a whole picture the norm before it copies the kept frames."""
+        copied = 2 * (frames > 1) * bool(self.margins) + (2 - first) * bool(self.cached_frames)
+        return 1 + copied * cut
+
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         taps = math.prod(self.kernel[1:]) * (1 if first else self.kernel[0])
         return 2 * taps * self.source.channels * self.target.channels * self._pixels(latent, first=first)
@@ -354,6 +367,10 @@ class NormSilu(Op):
     leaves_room: ClassVar[bool] = True
     memory_passes: ClassVar[float] = 2.0
 
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """On a large slab the rows that others read are computed apart. They are copied to be sent."""
+        return (1 if elements <= ONE_KERNEL_ELEMENTS else 3) + 2 * (frames > 1) if cut else 1
+
     def scratch_bytes(self, work: Work) -> int:
         """Float32 bytes of one block of rows or frames on a CPU; an accelerator's kernel needs none."""
         _, t, h, w, c = work.shape(self.source)
@@ -369,6 +386,10 @@ class Attention(Op):
     """Single-head self-attention over the pixels of each frame, with its norm, projections and residual."""
 
     reads_whole: ClassVar[bool] = True
+
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """Its norm, three products, the attention and the sum; on a slab also a copy of the gathered frames."""
+        return 6 + cut
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
         """For the norm, and for the sum with its input."""
@@ -412,6 +433,10 @@ class TimeUp(Op):
     def keeps(self, *, first: bool) -> bool:
         return not first
 
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """Three copies into the buffer and out of it, the convolution, and the interleaving."""
+        return 0 if first else 5
+
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
         """For the copy into a buffer with room for kept frames, and for the interleaving of pairs of frames."""
         return 0 if first else 2 * super().moved_elements(latent, first=False)
@@ -445,6 +470,10 @@ class TimeDown(Op):
 
     def passes(self, *, first: bool) -> bool:
         return first
+
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """Copies into the buffer and out of it, and the convolution."""
+        return 2 if first else 4
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         if first:
@@ -502,6 +531,11 @@ class SpatialUp(Op):
     def margins(self) -> Margins:
         return Margins(1, 1, 1, 1)
 
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """Four convolutions, each with a copy or sum for each frame in time; on a slab also a copy with zeros."""
+        copies = 1 if self.duplicates is None or first else self.duplicates.factor_t
+        return 4 * (1 + copies) + (3 + 4 * (frames > 1)) * cut
+
     def scratch_bytes(self, work: Work) -> int:
         """The outputs at one of the four offsets of the doubled grid, and their addend if it needs a copy."""
         b, t, h, w, _ = work.shape(self.source)
@@ -533,6 +567,10 @@ class SpatialDown(Op):
         """Always with margins, because a convolution cannot pad only one side; the zeros are in the buffer."""
         return Room(0, self.margins)
 
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """The copy into a buffer with zeros, and the convolution."""
+        return 4 if not cut else 3 + 2 * (frames > 1)
+
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
         """For the copy into a buffer with the zeros."""
         return 2 * self.source.elements(latent, first=first)
@@ -557,6 +595,10 @@ class ShortcutBegin(Op):
     @property
     def opens(self) -> TensorSpec:
         return self.kept
+
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """The convolution, if it has one."""
+        return int(self.moves_memory)
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
         """0, because it passes on its input."""
@@ -591,6 +633,10 @@ class AverageDown(Op):
         """Whether an output averages more than one value, or takes the value from another place."""
         return self.factor_t * self.factor_s > 1 or self.kept.channels != self.target.channels
 
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """The sum, and for means the copy in groups and the means."""
+        return 3 if self.averages else 1
+
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
         """For the sum, and for the copy of kept values in groups and their means."""
         kept, target = self.kept.elements(latent, first=first), self.target.elements(latent, first=first)
@@ -618,3 +664,7 @@ class Unpatchify(Op):
     """Channels-last patches to a picture [B, 3, T, H, W] clamped to [-1, 1]; `patch` pixels a side."""
 
     patch: int
+
+    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+        """The copy and the clamping."""
+        return 2

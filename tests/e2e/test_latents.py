@@ -68,4 +68,4 @@ def test_latents_are_diffusers(task: str, folder: Path, generate: Callable[..., 
     latents = load_file(output / "latents.safetensors")["latents"]
     assert latents.shape == expected.shape and latents.std() > 0.3
     # The text's keys and values are computed in a pass of their own, so sums round differently.
-    assert (latents - expected).abs().max() < 1e-5
+    assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -267,7 +267,14 @@ def test_two_ranks_that_take_chunks_in_turn_work_at_once() -> None:
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("direction", "ranks", "faster"),
-    [("decode", 8, 7.4), ("decode", 16, 13), ("decode", 72, 30), ("encode", 8, 6.4), ("encode", 72, 29)],
+    [
+        ("decode", 8, 7.4),
+        ("decode", 16, 13),
+        ("decode", 72, 30),
+        ("encode", 8, 7.1),
+        ("encode", 16, 13),
+        ("encode", 72, 30),
+    ],
 )
 def test_a_rack_shares_a_full_clip(
     direction: Direction, ranks: int, faster: float, wan22: dict[Direction, Program]

@@ -37,6 +37,7 @@ CONFIG = vae_config(WAN22, base_dim=24, decoder_base_dim=24)
 DECODER, ENCODER = decoder_program(vae_config(WAN22)), encoder_program(vae_config(WAN22))
 FULL_CONFIG = vae_config(WAN22, base_dim=160, decoder_base_dim=256, z_dim=48, num_res_blocks=2)
 FULL = decoder_program(FULL_CONFIG)
+FULL_ENCODER = encoder_program(FULL_CONFIG)
 
 
 @pytest.mark.sampled(4)
@@ -100,8 +101,8 @@ def refusal(strategy: Strategy, shape: LatentShape, ranks: int) -> str:
         (SpatialShard("width"), 6, "use 5 ranks or fewer"),
         (SpatialShard("grid"), 16, "use 15 ranks or fewer"),
         (SpatialShard("diagonal"), 2, "give height, width or grid"),  # type: ignore[arg-type]
-        (PipelineOfShards(2), 3, "groups=1"),
-        (PipelineOfShards(0), 4, "groups=1"),
+        (PipelineOfShards(4), 3, "use 1 to 3 groups"),
+        (PipelineOfShards(0), 4, "use 1 to 4 groups"),
         (PipelineOfShards(2), 8, "ranks"),
         (Wavefront(), 3, "use 2 turns"),
         (Wavefront(0), 2, "give 1 or more"),
@@ -152,12 +153,30 @@ def test_rows_that_do_not_divide_become_parts_of_rows(rows: int, ranks: int, uni
     assert sorted({block.unit for block in blocks}) == units
 
 
-def test_one_group_is_spatial_shard_and_one_rank_a_group_is_layer_pipeline() -> None:
+def test_one_group_is_spatial_shard() -> None:
     shape = LatentShape(1, 5, 32, 32)
     for program in (DECODER, ENCODER):
         assert PipelineOfShards(1).plan(program, shape, 3).shares == SpatialShard().plan(program, shape, 3).shares
-        line = LayerPipeline(moving_cuts=False)
-        assert PipelineOfShards(4).plan(program, shape, 4).shares == line.plan(program, shape, 4).shares
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize(("ranks", "groups"), [(8, 2), (8, 3), (7, 3), (37, 5)])
+def test_groups_use_every_rank_once_and_the_slowest_is_no_slower_than_with_equal_groups(
+    ranks: int, groups: int, on_host: bool
+) -> None:
+    shape = LatentShape(1, 9, 45, 80, element_bytes=2, on_host=on_host)
+    for program in (DECODER, ENCODER):
+        plan = PipelineOfShards(groups).plan(program, shape, ranks)
+        assert [share.rank for share in plan.shares] == list(range(ranks))
+        assert len({share.ops for share in plan.shares}) == groups
+        assert plan.shares[0].ops[1] == len(program), "the root has the last ops"
+
+
+def test_where_the_picture_is_small_a_group_has_few_ranks() -> None:
+    shape = LatentShape(1, 9, 45, 80, element_bytes=2, on_host=False)
+    ops = [share.ops for share in PipelineOfShards(2).plan(FULL_ENCODER, shape, 8).shares]
+    first, last = (sum(run[0] == start for run in ops) for start in (0, max(run[0] for run in ops)))
+    assert (first, last) == (6, 2)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
