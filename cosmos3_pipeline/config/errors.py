@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from cosmos3_pipeline.config.kinds import kind_of
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
-from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 
 # The packages of Hydra's plugins, by the option that each provides.
 PACKAGES = {
@@ -216,6 +216,8 @@ def _missing_option(
             why="no installed package declares it, or it failed to import",
             works="installing the package that provides it; `cosmos3 plugins` lists what is found",
         )
+    if name in (f"vae/encode/{REFERENCE}", f"vae/decode/{REFERENCE}"):
+        return divides_nothing(name.replace(f"/{option}", f"={option}"), group.removeprefix("vae/"))
     if group in ("hydra/launcher", "hydra/sweeper") and option in PACKAGES:
         return Problem(
             what=f"{group}={option} is not installed",
@@ -226,6 +228,16 @@ def _missing_option(
         what=f"{group or 'config'}={option} does not exist",
         why=f"{named}the options of {group} are: {', '.join(options)}" if options else f"no file provides {name}",
         works=did_you_mean(option, options, otherwise=f"one of {', '.join(options)}" if options else "see --help"),
+    )
+
+
+def divides_nothing(chosen: str, direction: str) -> Problem:
+    """The problem of `chosen`, which asks for the reference as the strategy of `direction`."""
+    flag = f"vae.parallel_{direction}"
+    return Problem(
+        what=f"{chosen} is no way to divide the VAE",
+        why=f"{flag} decides whether ranks divide the work, and vae/{direction} only how they divide it",
+        works=f"{flag}=false, or vae={REFERENCE} for both directions",
     )
 
 

@@ -14,8 +14,7 @@ from cosmos3_pipeline.planning.checks import check
 from cosmos3_pipeline.planning.geometry import replica_ranks
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.sampling import guidance_of
-from cosmos3_pipeline.planning.vae import REFERENCE
-from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.search import variants
 from cosmos3_pipeline.vae.strategy import OwnRunner, Strategy

@@ -26,8 +26,8 @@ KEPT = {
     "task": {"t2v", "t2i"},
     "model": {"nano", "toy"},
     "vae": {"parallel_decode", "replicated"},
-    "vae/encode": {"layer_pipeline", "replicated"},
-    "vae/decode": {"layer_pipeline", "replicated"},
+    "vae/encode": {"layer_pipeline"},
+    "vae/decode": {"layer_pipeline"},
     "weights": {"resident", "streamed"},
 }
 
