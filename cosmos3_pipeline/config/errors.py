@@ -52,7 +52,7 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
             why=f"{leaf} is a setting of {' and '.join(others)}, not of the strategy that is chosen",
             works=f"{chosen} beside it",
         )
-    siblings = _beside(node, known)
+    siblings = _children(node, known)
     near = _near(node, leaf, known)
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
     size = re.search(rf"{re.escape(key)}=(\d+)[x,*](\d+)", where)
@@ -65,8 +65,8 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     )
 
 
-def _beside(node: str, known: Iterable[str]) -> list[str]:
-    """The names directly below `node`; "" is the root."""
+def _children(node: str, known: Iterable[str]) -> list[str]:
+    """The keys of `node` without their prefix: `_children("task", ...)` has `prompt`. The root is ""."""
     return sorted(
         {k[len(node) + 1 if node else 0 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")}
     )
@@ -76,7 +76,7 @@ def _near(node: str, leaf: str, known: Sequence[str]) -> str | None:
     """The key that `node`.`leaf` most likely means. Leaves are compared with leaves, and nodes with nodes."""
     nodes = {k.rpartition(".")[0] for k in known}
     meant = node if node in nodes else nearest(node, nodes)
-    if meant is not None and (found := nearest(leaf, _beside(meant, known))):
+    if meant is not None and (found := nearest(leaf, _children(meant, known))):
         return f"{meant}.{found}" if meant else found
     return _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known) or None
 
