@@ -41,7 +41,7 @@ MODELS = {"small": "toy_random", "full": "nano"}  # options of conf/model with t
 PEERS = ("diffusers", "diffusers_tiled", "distvae", "roofline")
 ALONE = ("diffusers", "diffusers_tiled", "one_rank", "roofline")  # these work on the root while the others wait
 EXACTNESS = ("bitwise", "rounding", "approximate")
-MOST_TIMES_ROUNDS = 4  # at most so many times the rounds that were asked for; more rounds say little more
+MOST_TIMES_ROUNDS = 4  # the limit is this factor times --rounds, because more rounds say little more
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def settings_of_others(key: str) -> list[str]:
 
 
 def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
-    """The keys of `known` that end in `leaf` with the fewest nodes before it, joined by "or"."""
+    """The least nested keys of `known` whose last part is `leaf`, joined by "or". Empty if there is none."""
     found = [key for key in known if key.rpartition(".")[2] == leaf]
     depth = min((key.count(".") for key in found), default=0)
     return " or ".join(key for key in found if key.count(".") == depth)

@@ -64,7 +64,8 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
 def _choices(cfg: Config) -> Iterator[tuple[int, Grid, Strategy | None]]:
     """Every way to use the ranks of a clip: (ranks on `cfg`, grid of the sequence, decode strategy or None).
 
-    Ranks beyond `cfg` x `ulysses` are spare, or they are groups of the `cp` grid that sends least.
+    If `cfg` x `ulysses` is less than all ranks, the other ranks are left without denoising work, or they form the
+    `cp` grid that sends the fewest bytes.
     """
     ranks = replica_ranks(cfg.topology)
     guidance = range(1, len(guidance_of(cfg.task, cfg.sampler).passes) + 1)
