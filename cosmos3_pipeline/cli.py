@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cosmos3_pipeline import jobs, stopping
+from cosmos3_pipeline import __version__, jobs, stopping
 from cosmos3_pipeline.config import config_dir, running
 from cosmos3_pipeline.config.completion import cleaned
 from cosmos3_pipeline.config.compose import (
@@ -119,6 +119,9 @@ def launch(hydra_main: Callable[[], None]) -> None:
 def _code_of(hydra_main: Callable[[], None]) -> int:
     """The exit code of `launch`. Prints the errors."""
     sys.argv[1:] = overrides_first(sys.argv[1:])
+    if "--version" in sys.argv:  # Hydra's parser would print the version of Hydra
+        print(f"cosmos3_pipeline {__version__}")
+        return 0
     if dashed := _dashed(sys.argv[1:]):
         return _refused(ConfigError([_without_dashes(argument) for argument in dashed]))
     args = get_args_parser().parse_args()

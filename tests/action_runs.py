@@ -87,7 +87,7 @@ def in_chunks(folder: Path, *others: str) -> list[str]:
 def ours(
     overrides: list[str], checkpoint: CheckpointInfo, folder: Path, mesh: RankMesh | None = None, **changes: Any
 ) -> Made:
-    """By the stages; with `mesh` as one of its ranks."""
+    """The result of our stages. With a `mesh`, this process is one of its ranks."""
     config: Config = compose(overrides)
     config = replace(config, task=replace(config.task, prompt=WORDS, negative_prompt="blurry"))
     plan = make_plan(config)
@@ -108,7 +108,7 @@ def ours(
 
 
 def theirs(overrides: list[str], pipeline: Cosmos3OmniPipeline, **call: Any) -> Made:
-    """By `Cosmos3OmniPipeline` with a `CosmosActionCondition`; `call` are inputs of both that are other ones."""
+    """The result of diffusers' pipeline with a `CosmosActionCondition`. `call` replaces inputs of either."""
     config = compose(overrides)
     task = config.task
     source: dict[str, Any] = {}
@@ -144,9 +144,9 @@ def theirs(overrides: list[str], pipeline: Cosmos3OmniPipeline, **call: Any) -> 
 
 
 def theirs_by_hand(overrides: list[str], pipeline: Cosmos3OmniPipeline) -> Made:
-    """By a call for each chunk of `LONG_ACTIONS` with the last picture of the one before, as in NVIDIA's cookbook.
+    """The result of one call of diffusers per chunk of `LONG_ACTIONS`. It begins with the previous last picture.
 
-    The latents are those of all chunks as the VAE decodes them, [chunks, C, T, h, w].
+    NVIDIA's cookbook does the same. The latents are what the VAE decodes in all chunks, [chunks, C, T, h, w].
     """
     decoded: list[Tensor] = []
     decode, seed = type(pipeline.vae).decode, compose(overrides).sampler.seed

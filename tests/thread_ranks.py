@@ -58,7 +58,7 @@ class World:
         return mine
 
     def broadcast(self, rank: int, tensor: Tensor) -> None:
-        """From rank 0 to all."""
+        """Copy the tensor of rank 0 to all ranks."""
         if rank == 0:
             self._shared[0] = tensor
         self._barrier.wait()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, UniPCMultistepSched
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.config.schema import Keep, TaskConfig
 from cosmos3_pipeline.models.loading import Components
@@ -55,12 +58,20 @@ class StreamingVae(nn.Module):
 
 
 def task_config(**changes: Any) -> TaskConfig:
-    """A task that has only what a stage reads: the checkpoint's own words, no condition, and `changes`."""
+    """The task t2v with the checkpoint's own words, no condition, and `changes`.
+
+    A key that a task option adds has its value of conf/task/t2v.yaml, so tests of stages need not name it.
+    """
     nothing: dict[str, Any] = {"negative_prompt": None, "system_prompt": None, "image": None, "last_image": None}
     nothing |= {"prompt_file": None, "video": None}
     nothing |= {"condition_latent_frames": [], "condition_keep": Keep.first}
     nothing |= {"background": [255, 255, 255], "resample": False}
-    return TaskConfig(**{**nothing, **changes})
+    return replace(_default_task(), **{**nothing, **changes})
+
+
+@cache
+def _default_task() -> TaskConfig:
+    return compose(["model=toy_random"]).task
 
 
 def components(checkpoint: CheckpointInfo, **changes: Any) -> Components:

@@ -35,7 +35,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def clips(*, small: bool) -> Iterator[Clip]:
-    """The clips, the most important first. The long clips have the latents of 189 frames. The large is 720p."""
+    """The clips of this step. The most important clips come first, because the step may run out of time.
+
+    Long clips have 48 latent frames, which are 189 frames. The last clip has the 720p size, with 3 latent frames.
+    """
     sizes = (2, 4, 4) if small else (48, 8, 8)
     for direction in ("decode", "encode"):
         for dtype in (torch.bfloat16, torch.float32):

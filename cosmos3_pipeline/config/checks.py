@@ -18,11 +18,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.compose import Composition, schema_keys
-from cosmos3_pipeline.config.errors import STRATEGY_NODES, unknown_key
+from cosmos3_pipeline.config.errors import STRATEGY_NODES, divides_nothing, unknown_key
 from cosmos3_pipeline.config.plugins import settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
-from cosmos3_pipeline.vae.plugins import Plugins, discover
+from cosmos3_pipeline.vae.plugins import REFERENCE, Plugins, discover
 
 TARGET = "_target_"
 
@@ -188,6 +188,9 @@ def _strategies(cfg: DictConfig, plugins: Plugins) -> Iterator[Problem]:
         cls = plugins.by_target(target)
         if cls is None:
             yield unowned(target, f"vae.{direction}")
+            continue
+        if cls is plugins.strategies.get(REFERENCE):
+            yield divides_nothing(f"vae.{direction}.{TARGET}={target}", direction)
             continue
         known = {f.name: f.default for f in dataclasses.fields(settings_schema(cls))}
         for name in node:

@@ -103,7 +103,7 @@ def _defaults(content: Any) -> list[Any]:
 
 
 def _named(entry: Any, folder: str, chosen: Mapping[str, str]) -> list[str]:
-    """The configs that an entry of a defaults list in `folder` names."""
+    """The paths of the configs that `entry` refers to. `entry` is from the defaults list of a file in `folder`."""
     if isinstance(entry, str):
         return [] if entry == "_self_" else [_absolute(entry.partition("@")[0], folder)]
     found = []

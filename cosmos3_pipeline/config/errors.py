@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from cosmos3_pipeline.config.kinds import kind_of
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
-from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 
 # The packages of Hydra's plugins, by the option that each provides.
 PACKAGES = {
@@ -52,7 +52,7 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
             why=f"{leaf} is a setting of {' and '.join(others)}, not of the strategy that is chosen",
             works=f"{chosen} beside it",
         )
-    siblings = _beside(node, known)
+    siblings = _children(node, known)
     near = _near(node, leaf, known)
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
     size = re.search(rf"{re.escape(key)}=(\d+)[x,*](\d+)", where)
@@ -65,8 +65,8 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     )
 
 
-def _beside(node: str, known: Iterable[str]) -> list[str]:
-    """The names directly below `node`; "" is the root."""
+def _children(node: str, known: Iterable[str]) -> list[str]:
+    """The keys of `node` without their prefix: `_children("task", ...)` has `prompt`. The root is ""."""
     return sorted(
         {k[len(node) + 1 if node else 0 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")}
     )
@@ -76,7 +76,7 @@ def _near(node: str, leaf: str, known: Sequence[str]) -> str | None:
     """The key that `node`.`leaf` most likely means. Leaves are compared with leaves, and nodes with nodes."""
     nodes = {k.rpartition(".")[0] for k in known}
     meant = node if node in nodes else nearest(node, nodes)
-    if meant is not None and (found := nearest(leaf, _beside(meant, known))):
+    if meant is not None and (found := nearest(leaf, _children(meant, known))):
         return f"{meant}.{found}" if meant else found
     return _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known) or None
 
@@ -91,7 +91,7 @@ def settings_of_others(key: str) -> list[str]:
 
 
 def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
-    """The keys of `known` that end in `leaf` with the fewest nodes before it, joined by "or"."""
+    """The least nested keys of `known` whose last part is `leaf`, joined by "or". Empty if there is none."""
     found = [key for key in known if key.rpartition(".")[2] == leaf]
     depth = min((key.count(".") for key in found), default=0)
     return " or ".join(key for key in found if key.count(".") == depth)
@@ -216,6 +216,8 @@ def _missing_option(
             why="no installed package declares it, or it failed to import",
             works="installing the package that provides it; `cosmos3 plugins` lists what is found",
         )
+    if name in (f"vae/encode/{REFERENCE}", f"vae/decode/{REFERENCE}"):
+        return divides_nothing(name.replace(f"/{option}", f"={option}"), group.removeprefix("vae/"))
     if group in ("hydra/launcher", "hydra/sweeper") and option in PACKAGES:
         return Problem(
             what=f"{group}={option} is not installed",
@@ -226,6 +228,16 @@ def _missing_option(
         what=f"{group or 'config'}={option} does not exist",
         why=f"{named}the options of {group} are: {', '.join(options)}" if options else f"no file provides {name}",
         works=did_you_mean(option, options, otherwise=f"one of {', '.join(options)}" if options else "see --help"),
+    )
+
+
+def divides_nothing(chosen: str, direction: str) -> Problem:
+    """The problem of `chosen`, which asks for the reference as the strategy of `direction`."""
+    flag = f"vae.parallel_{direction}"
+    return Problem(
+        what=f"{chosen} is no way to divide the VAE",
+        why=f"{flag} decides whether ranks divide the work, and vae/{direction} only how they divide it",
+        works=f"{flag}=false, or vae={REFERENCE} for both directions",
     )
 
 

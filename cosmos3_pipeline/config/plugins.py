@@ -1,6 +1,7 @@
 """Give Hydra the schemas of the installed strategies.
 
-A strategy becomes an option of the config groups `vae/encode` and `vae/decode`, if it can run the direction.
+A strategy becomes an option of the config groups `vae/encode` and `vae/decode`, if it can run the direction. The
+reference is no option, because the flags `vae.parallel_encode` and `vae.parallel_decode` choose it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import ConfigError, Problem
-from cosmos3_pipeline.vae.plugins import Plugins, discover, path_of
+from cosmos3_pipeline.vae.plugins import REFERENCE, Plugins, discover, path_of
 
 # Options in this hidden group carry a plugin's schema; the YAML files in conf/vae/{encode,decode} extend them.
 SCHEMA_GROUP = "_strategy"
@@ -30,6 +31,8 @@ def register() -> Plugins:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, cls in plugins.strategies.items():
+        if name == REFERENCE:
+            continue
         node = settings_schema(cls)
         store.store(group=SCHEMA_GROUP, name=name, node=node)
         for direction in sorted(cls.directions):

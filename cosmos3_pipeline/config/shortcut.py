@@ -38,6 +38,7 @@ from cosmos3_pipeline.config.plugins import SCHEMA_GROUP, register, settings_sch
 from cosmos3_pipeline.config.provenance import NESTED, Provenance, trace_with
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.config.source import BUILTIN, Source
+from cosmos3_pipeline.vae.plugins import REFERENCE
 
 DEEPEST = 20  # a longer chain of references is a circle
 
@@ -200,7 +201,7 @@ def _settings(path: str) -> dict[str, Any]:
     group, _, name = path.rpartition("/")
     cls = register().strategies.get(name)
     directions = () if cls is None else tuple(f"vae/{direction}" for direction in cls.directions)
-    if cls is None or group not in (SCHEMA_GROUP, *directions):
+    if cls is None or name == REFERENCE or group not in (SCHEMA_GROUP, *directions):
         raise NotPlain
     made = {}
     for f in dataclasses.fields(settings_schema(cls)):

@@ -41,7 +41,7 @@ class GuidancePass:
 
     @property
     def controls(self) -> bool:
-        """Whether the pass has control clips in front of the clip, if the run has control clips."""
+        """Whether the pass reads the run's control clips. In a run without control clips no pass reads any."""
         return self.name.endswith(WITH_CONTROLS)
 
 

@@ -153,7 +153,7 @@ def _add(added: LowRank, piece: Piece, *, check: bool) -> None:
 
 
 def _matrix(stored: StoredTensor, dtype: torch.dtype, *, check: bool) -> Tensor:
-    """An adapter's matrix in float32 on the host, rounded to `dtype`."""
+    """A matrix of an adapter, on the host. It is rounded to `dtype` first, and then returned in float32."""
     values = torch.empty(stored.shape, dtype=dtype)
     read_pieces([Piece(stored, 0, values.view(-1))], check=check)
     return values.float()

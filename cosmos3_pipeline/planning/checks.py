@@ -37,7 +37,6 @@ from cosmos3_pipeline.planning.task_checks import TASK_CHECKS
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.transfer import transfer_problems
 from cosmos3_pipeline.planning.vae import (
-    REFERENCE,
     VaePlan,
     directions,
     is_parallel,
@@ -46,6 +45,7 @@ from cosmos3_pipeline.planning.vae import (
     vae_plan,
 )
 from cosmos3_pipeline.planning.writing import PRESETS
+from cosmos3_pipeline.vae.plugins import REFERENCE
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness
 

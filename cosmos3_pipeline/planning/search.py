@@ -14,8 +14,7 @@ from cosmos3_pipeline.planning.checks import check
 from cosmos3_pipeline.planning.geometry import replica_ranks
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.sampling import guidance_of
-from cosmos3_pipeline.planning.vae import REFERENCE
-from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 from cosmos3_pipeline.vae.program import program_for
 from cosmos3_pipeline.vae.search import variants
 from cosmos3_pipeline.vae.strategy import OwnRunner, Strategy
@@ -65,7 +64,8 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
 def _choices(cfg: Config) -> Iterator[tuple[int, Grid, Strategy | None]]:
     """Every way to use the ranks of a clip: (ranks on `cfg`, grid of the sequence, decode strategy or None).
 
-    Ranks beyond `cfg` x `ulysses` are spare, or they are groups of the `cp` grid that sends least.
+    If `cfg` x `ulysses` is less than all ranks, the other ranks are left without denoising work, or they form the
+    `cp` grid that sends the fewest bytes.
     """
     ranks = replica_ranks(cfg.topology)
     guidance = range(1, len(guidance_of(cfg.task, cfg.sampler).passes) + 1)

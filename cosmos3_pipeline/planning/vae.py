@@ -14,11 +14,10 @@ from cosmos3_pipeline.planning.geometry import chunks_of, clean_frames, clip_of,
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.plugins import discover
+from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import Planned, Strategy, StrategyPlan
 
-REFERENCE = "replicated"  # the strategy of a direction whose flag is off
 ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
 

@@ -89,7 +89,10 @@ def kind_of(func: Any) -> str:
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """FLOPs of products; a multiplication and an addition count one each. 0 if PyTorch has no formula."""
+    """FLOPs of a matrix product or convolution, by PyTorch's formula. 0 if PyTorch has no formula for `func`.
+
+    A multiplication counts as one FLOP, and an addition as another.
+    """
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 

@@ -72,7 +72,7 @@ def build_stages(config: Config, plan: Plan, others: Mapping[str, StageFactory] 
 
 
 def stages_of(config: Config, plan: Plan) -> tuple[str, ...]:
-    """The names in `STAGES` under which a run does and measures its work; a task without sound has no `sound`."""
+    """The stages of this run, in order: no `sound` without sound, and no `decode` without a clip."""
     makes = {"sound": config.task.sound, "decode": "decode" in plan.vae}
     return tuple(name for name in STAGES if makes.get(name, True))
 

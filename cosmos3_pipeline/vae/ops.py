@@ -537,12 +537,15 @@ class SpatialUp(Op):
         return 4 * (1 + copies) + (3 + 4 * (frames > 1)) * cut
 
     def scratch_bytes(self, work: Work) -> int:
-        """The outputs at one of the four offsets of the doubled grid, and their addend if it needs a copy."""
+        """Bytes of one quarter of the output, and of the values that are added to it if they must be copied.
+
+        The four quarters are the pixels with even or odd rows and columns. They are computed one after another.
+        """
         b, t, h, w, _ = work.shape(self.source)
         part = b * t * (h + 1) * (w + 1) * self.target.channels
         added = self.duplicates
         if added is not None and added.factor % added.copies:
-            # The kept grid with the output's channels.
+            # As many pixels as the activation that the shortcut keeps, with the channels of the output.
             part += work.elements(added.kept) // added.kept.channels * self.target.channels
         return part * work.element_bytes
 

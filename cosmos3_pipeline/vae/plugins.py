@@ -17,6 +17,8 @@ from importlib.metadata import EntryPoint, entry_points
 from cosmos3_pipeline.vae.strategy import Strategy
 
 ENTRY_POINT_GROUP = "cosmos3_pipeline.plugins"
+# The strategy of a direction whose flag is off. The flag chooses it, so it is no option of the config groups.
+REFERENCE = "replicated"
 
 
 @dataclass(frozen=True)

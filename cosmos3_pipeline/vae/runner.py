@@ -54,7 +54,7 @@ class AssignedRunner:
         for op in set(self._ops) - set(needed):
             del self._ops[op]  # frees weights before others are loaded
         missing = [op for op in needed if op not in self._ops]
-        if missing:  # skipped if empty, because listing a model's weights takes as long as several small ops
+        if missing:  # `bind` lists all weights of the model, which takes as long as several small ops
             self._ops |= self._vae.bind(self._direction, missing)
         self._comm.connect_pairs(lowered.pairs)
         return lowered

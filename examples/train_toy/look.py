@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Areas of the shapes of radius 1.
 AREAS = {"circle": math.pi, "square": 3.17, "triangle": 2.85}
-STRAY = 2  # so many pixels in a row or column at the edge may be noise
+STRAY = 2  # the number of pixels in a row or column at the edge that may be noise
 QUESTIONS = ("colour", "background", "shape", "direction")
 
 

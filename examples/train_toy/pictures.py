@@ -31,7 +31,7 @@ SHOWN = (0, 4, 8, 12, 16)  # frames of 17
 GAP, WORDS = 4, 22  # pixels between frames, and above a frame for its prompt
 ENLARGED = 2  # factor by which frames are enlarged in the moving picture
 MILLISECONDS = 100  # duration of a frame: slower than the clip's 24 a second, because a clip lasts only 0.7 s
-AT_THE_END = 10  # the last frame is shown so many times as long
+AT_THE_END = 10  # how many times as long as others the last frame is shown
 LINE = 54  # letters in a line of a prompt in the moving picture, where two lines fit above a clip
 
 

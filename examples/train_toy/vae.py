@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from diffusers.models.autoencoders import autoencoder_kl_wan
 from scenes import draw_scene, render
 from torch import Tensor
 
+from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE
+from cosmos3_pipeline.stages.likeness import psnr_db
 from cosmos3_pipeline.vae import ParallelVAE
 from cosmos3_plugins.replicated import Replicated
 
@@ -143,10 +144,6 @@ def measure(vae: AutoencoderKLWan) -> dict[str, float]:
     """PSNR in dB on images and clips that training does not draw."""
     seen = {}
     for name, clips in (("images", crops(UNSEEN, 32, 1)), ("clips", crops(UNSEEN + 1, 6, 9))):
-        seen[name] = psnr(vae.decode(vae.encode(clips).latent_dist.mode()).sample, clips)
+        made = vae.decode(vae.encode(clips).latent_dist.mode()).sample
+        seen[name] = psnr_db(PICTURE_RANGE, F.mse_loss(made, clips).item())
     return seen
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """PSNR in dB of two clips in -1..1."""
-    return 10 * math.log10(4 / max(F.mse_loss(a, b).item(), 1e-12))

@@ -76,7 +76,7 @@ def _rank(
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=HANGS)
         )
-        # By value: a tensor that a queue shares is gone when its process has ended before it is fetched.
+        # Results are pickled, because a queue shares tensors, and these are gone when their process has ended.
         results.put((rank, pickle.dumps(function(rank, *args)), None))
         results.close()
         results.join_thread()

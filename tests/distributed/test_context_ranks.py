@@ -44,7 +44,7 @@ def velocities(
 
 
 def exact(cp: tuple[int, int], ulysses: int) -> None:
-    """To rounding in either dtype, at token counts that no axis divides."""
+    """Compare with one rank, up to rounding in each dtype. No axis divides the numbers of tokens evenly."""
     mesh = RankMesh.build(cp=cp, ulysses=ulysses)
     for dtype, most in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         for clip in (

@@ -36,7 +36,7 @@ def _comm(*, apart: tuple[int, ...] = (), slots: int = links.SLOTS) -> Comm:
 
 
 def _messages(source: int, target: int) -> list[torch.Tensor]:
-    """Of all sizes around the limits, the same on both ranks."""
+    """Messages of all sizes around the limits. Both ranks compute the same messages."""
     generator = torch.Generator().manual_seed(10 * source + target)
     sizes = [0, 1, 7, 4096, *(n + d for n in (SMALL_BYTES, SLOT_BYTES, 2 * SLOT_BYTES) for d in (-1, 0, 1))]
     sizes += [(FEW_SLOTS + 2) * SLOT_BYTES + 5, 5]

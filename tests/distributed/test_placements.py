@@ -32,7 +32,7 @@ from cosmos3_pipeline.stages.text import TextStage
 
 SIZE = 80, 112, 9  # 5 x 7 x 3 latents, an odd grid of patches
 STEPS, GUIDANCE = 2, 6.0
-# Of 5 layers, so that some stay and others move at an uneven pace.
+# There are five layers, so that some stay, and the others move at an uneven pace.
 NUMBERS = {"hidden_size": 192, "num_hidden_layers": 5, "intermediate_size": 416}
 PLACEMENTS = {
     "resident": {},

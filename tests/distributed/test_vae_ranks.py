@@ -105,7 +105,7 @@ def released(rank: int) -> tuple[int, int, bool]:
 
 @pytest.mark.sampled(1)
 def test_release_leaves_each_rank_its_own_weights(path: str) -> None:
-    # By an accelerator's costs a line's last rank has most of the ops of so small a picture, and their weights.
+    # With an accelerator's costs, the last rank has most ops of such a small picture, and so most weights.
     most = 0.7 if path == "host" else 0.96
     for planned, left, same in run_on_ranks(released, 3):
         assert planned < most * 4 * decoder_program(CONFIG).weight_elements()

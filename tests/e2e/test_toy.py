@@ -18,7 +18,7 @@ from look import QUESTIONS, answers
 pytestmark = pytest.mark.ranks
 # Prompts of one file are one run; a picture or a clip to begin from is a run each.
 PROMPTS = {"t2v": 6, "t2i": 10, "i2v": 5, "v2v": 5}
-# Of each one may be wrong. Shapes are what the toy is worst at, see docs/toy.md.
+# The number of wrong shapes that is allowed. The toy is worst at shapes, see docs/toy.md.
 WRONG_SHAPES = {"t2v": 1, "t2i": 2, "i2v": 1, "v2v": 1}
 
 

@@ -146,7 +146,7 @@ def cut_up(draw: Any, box: list[tuple[int, int]], ranks: int, unit: int, *, cuts
 
 
 def finer_from(program: Program) -> int:
-    """From which op of a decoder on a latent row is two or more everywhere, also in what shortcuts keep."""
+    """The first op after which every latent row is an even number of rows, also in tensors that shortcuts keep."""
     return 1 + max(
         number
         for number, op in enumerate(program.ops)

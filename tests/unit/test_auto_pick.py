@@ -43,7 +43,7 @@ def test_it_keeps_to_what_is_required_and_says_why(require: Exactness, ranks: in
 
 @pytest.mark.long
 def test_it_estimates_as_the_plan_does() -> None:
-    """With the figures of the topology the pick is the fastest of `plan.search` with the same layout."""
+    """`auto` decodes as fast as the fastest layout of `plan.search` that divides denoising in the same way."""
     cfg = compose(["model=nano", "topology=h200_x4", "vae/decode=auto", "vae.required_exactness=rounding"])
     plan = make_plan(cfg)
     layout = {f"topology.cfg={cfg.topology.cfg}", f"topology.ulysses={cfg.topology.ulysses}"}

@@ -219,7 +219,7 @@ def test_chunks_that_repeat_are_counted(name: str, rows: int, cols: int, program
 
 
 def seconds_on(program: Program, ranks: int, exactness: Exactness) -> float:
-    """Of the fastest assignment of 189 frames of 1280 x 720, with what conf/topology has for an H200."""
+    """Seconds of the fastest assignment for 189 frames of 1280 x 720. The costs are those of topology=h200_x4."""
     config = composition_of(["model=nano", "topology=h200_x4"]).typed()
     clip, accelerator = clip_of(config), accelerator_of(config)
     size = (clip.latent_frames, clip.latent_rows, clip.latent_cols)
@@ -279,6 +279,6 @@ def test_two_ranks_that_take_chunks_in_turn_work_at_once() -> None:
 def test_a_rack_shares_a_full_clip(
     direction: Direction, ranks: int, faster: float, wan22: dict[Direction, Program]
 ) -> None:
-    """With 12 us for every kernel that is launched, and for every message."""
+    """Every kernel that is launched costs 12 us, and so does every message."""
     program = wan22[direction]
     assert seconds_on(program, 1, Exactness.ROUNDING) / seconds_on(program, ranks, Exactness.ROUNDING) >= faster

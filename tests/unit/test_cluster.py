@@ -49,7 +49,7 @@ def container(name: str) -> dict[str, Any]:
 
 
 def topology(arguments: list[str]) -> TopologyConfig:
-    """Of a run with these arguments, without those that need its machine or are Hydra's own."""
+    """The topology of a run with `arguments`, except those that need the cluster or belong to Hydra."""
     assert "model.path=/data/Cosmos3-Super" in arguments
     return compose([each for each in arguments if not each.startswith(("hydra.", "model.path="))]).topology
 

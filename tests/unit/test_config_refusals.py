@@ -117,6 +117,13 @@ REFUSALS = [
     pytest.param(["task.modality=smell"], "task.modality", "video", id="unknown choice"),
     pytest.param(["model=suepr"], "model=suepr", "did you mean super?", id="unknown option"),
     pytest.param(["vae/decode=layerpipeline"], "vae/decode", "layer_pipeline", id="unknown strategy"),
+    pytest.param(["vae/decode=replicated"], "vae/decode=replicated", "vae=replicated", id="reference as strategy"),
+    pytest.param(
+        ["vae.encode._target_=cosmos3_plugins.replicated.Replicated"],
+        "vae.encode._target_",
+        "vae.parallel_encode=false",
+        id="target of the reference",
+    ),
     pytest.param(["experiment=none_such"], "experiment=none_such", "sglang_27037", id="unknown experiment"),
     pytest.param(["+task.zoom=2"], "unknown key task.zoom", "task", id="added key"),
     pytest.param(["++sampler.sed=2"], "unknown key sampler.sed", "did you mean sampler.seed?", id="forced key"),

@@ -119,7 +119,6 @@ def _unread(type_name, code, interpolations):
         (["vae=parallel_decode", "vae.parallel_decode=false"], "vae.parallel_decode", False),
         (["topology=cpu_x2"], "vae.parallel_decode", True),
         (["topology=cpu_x2", "vae=replicated"], "vae.parallel_decode", False),
-        (["vae=parallel_decode", "vae/decode=replicated"], "vae.parallel_decode", True),
         (["model=nano", "task=t2i"], "sampler.flow_shift", 3.0),
         (["model=nano"], "sampler.flow_shift", 10.0),
         (["model=nano"], "task.width", 1280),

@@ -15,7 +15,7 @@ from cosmos3_pipeline.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
-RUN = re.compile(r"(?:\$ )?(?:\.venv/bin/python launch\.py|python launch\.py|launch|torchrun .*launch\.py) (.*)")
+RUN = re.compile(r"(?:\$ )?(?:\.venv/bin/python launch\.py|launch|torchrun .*launch\.py) (.*)")
 OF_A_MACHINE = ("model.path=", "model.lora=", "hydra/", "hydra.")  # files and packages that are not here
 # Flags of Hydra, gaps to fill, files of another run, and a strategy that an example installs.
 NOT_A_RUN = ("--", "<", ">", "task.actions=", "sweep.resume=", "wavefront")

@@ -87,7 +87,7 @@ def kernels() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
 @pytest.mark.thorough
 @pytest.mark.long
 def test_every_kernel_is_compiled_for_an_h100_without_one() -> None:
-    """With loads of 16 bytes, and without a sum that a product is contracted with."""
+    """Loads have 16 bytes. No product is fused with a sum, because the result would be rounded only once."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -35,7 +35,7 @@ from cosmos3_pipeline.review.compare import picture
 
 PROMPTS = ([5] * 19, [7] * 7)
 STEPS = 5
-# Of five steps with shift 3 the timesteps are 999, 923, 818, 666 and 429.
+# The timesteps of five steps with shift 3 are 999, 923, 818, 666 and 429.
 INTERVALS = {"the first steps": (700.0, 1000.0), "the last": (0.0, 429.0), "between": (600.0, 950.0)}
 GUIDED = {"the first steps": 3, "the last": 1, "between": 3}
 

@@ -22,6 +22,7 @@ from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.writing import IN_FLIGHT, LOOKAHEAD
 from cosmos3_pipeline.stages.files import whole_file
+from cosmos3_pipeline.stages.likeness import PEAK, psnr_db
 from cosmos3_pipeline.stages.media import (
     check_encoder,
     clips,
@@ -92,7 +93,7 @@ def test_a_video_comes_back_as_written(fps: float, tmp_path: Path) -> None:
     assert same is not None and same.identical and same.psnr_db is None
     back = decoded(path)
     assert back.shape == frames.shape
-    assert 10 * np.log10(255**2 / np.square(back.astype(float) - frames).mean()) > 35
+    assert psnr_db(PEAK, np.square(back.astype(float) - frames).mean()) > 35
     data = path.read_bytes()
     assert 0 < data.find(b"moov") < data.find(b"mdat")  # starts to play before it is whole
 
@@ -345,7 +346,7 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 def test_likeness_of_two_files(tmp_path: Path) -> None:
     frames = pictures(5)
     best, worse = write(tmp_path / "a.mp4", frames, crf=1), write(tmp_path / "b.mp4", frames, crf=35)
-    expected = 10 * np.log10(255**2 / np.square(decoded(best).astype(float) - decoded(worse)).mean())
+    expected = psnr_db(PEAK, np.square(decoded(best).astype(float) - decoded(worse)).mean())
     found = likeness_of_files(best, worse)
     assert found is not None and found.psnr_db == pytest.approx(expected, abs=1e-3)
     assert likeness_of_files(best, write(tmp_path / "c.mp4", frames[:4])) is None

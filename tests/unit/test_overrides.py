@@ -6,6 +6,7 @@ import shlex
 import string
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,9 @@ def test_what_is_no_flag_and_no_command_is_told_before_anything_else(
 
 def test_a_flag_of_hydras_own_is_no_mistake() -> None:
     assert cli._dashed(["--cfg=job", "--config-na=x", "--multirun", "-m", "sampler.steps=4"]) == []
+
+
+def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["cosmos3", "--version"])
+    assert cli._code_of(pytest.fail) == 0
+    assert capsys.readouterr().out == f"cosmos3_pipeline {metadata.version('cosmos3_pipeline')}\n"

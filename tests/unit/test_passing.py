@@ -23,7 +23,7 @@ WIDTH = 40  # not a multiple of the alignment
 
 
 class Counting:
-    """Layer n is filled with n; says what was begun, and fails where it is told to."""
+    """Fills layer n with the number n. It records the layers that were begun, and fails at the layer `fails`."""
 
     def __init__(self, fails: int | None = None) -> None:
         self.begun: list[int] = []

@@ -205,7 +205,7 @@ def test_what_is_not_read_is_listed_and_what_is_unknown_told(
 
 
 def test_lm_head_and_the_end_of_the_text_are_never_read(tmp_path: Path) -> None:
-    """Of the last layer, the text's queries and all that follows them; NaN there would reach nothing."""
+    """The text's queries of the last layer, and all that follows them, change no result. Even NaN reaches none."""
     from safetensors.torch import load_file, save_file
 
     folder = make_layout(tmp_path / "edge", "nano")

@@ -148,7 +148,7 @@ def test_a_strategy_of_encode(strategy: str, tmp_path: Path) -> None:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("topology", options("topology"))
 def test_a_topology(topology: str) -> None:
-    """Of more than eight ranks one of each kind would be rehearsed: here two."""
+    """A rehearsal of more than eight ranks takes one of each kind. This test takes ranks 0 and 1."""
     chosen = [f"topology={topology}", "task.num_frames=17"]
     many = compose([*SMALL, *chosen]).topology
     check(chosen, ranks=[0, 1] if many.nodes * many.ranks_per_node > 8 else None)

@@ -26,8 +26,8 @@ KEPT = {
     "task": {"t2v", "t2i"},
     "model": {"nano", "toy"},
     "vae": {"parallel_decode", "replicated"},
-    "vae/encode": {"layer_pipeline", "replicated"},
-    "vae/decode": {"layer_pipeline", "replicated"},
+    "vae/encode": {"layer_pipeline"},
+    "vae/decode": {"layer_pipeline"},
     "weights": {"resident", "streamed"},
 }
 
@@ -87,7 +87,7 @@ def test_edits_on_top_of_renames_in_code_and_in_conf(repository: Path) -> None:
     conf, library = repository / "conf", repository / "cosmos3_pipeline"
     edit(conf / "model" / "nano.yaml", "num_frames: 189, steps: 35", "num_frames: 189, steps: 40")
     commit(repository, "more steps")
-    # from here on the guidance scale has another name in schema, code and conf, and a topology another file
+    # The later revision renames the guidance scale in schema, code and conf. It also renames a topology's file.
     edit(
         library / "config" / "schema.py",
         r"^class SamplerConfig:\n((?:.*\n)*?)    guidance_scale",

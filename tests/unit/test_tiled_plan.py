@@ -40,7 +40,7 @@ def test_tiles_of_720p_are_those_of_diffusers() -> None:
     tiling = Tiled().tiling(DECODER, shape)
     assert tiling.rows.spans == ((0, 16), (12, 28), (24, 40), (36, 45))
     assert [start for start, _ in tiling.cols.spans] == list(range(0, 80, 12))
-    # Of the encoder's tiles diffusers counts patches, so they are twice as large.
+    # diffusers counts an encoder's tile in patches of two pixels, so the tile is twice as large.
     assert Tiled().tiling(ENCODER, shape).rows.spans == ((0, 32), (24, 45))
     # But it tiles a picture of more than 256 pixels.
     assert len(Tiled().tiling(ENCODER, LatentShape(1, 1, 16, 16))) == 1

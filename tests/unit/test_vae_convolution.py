@@ -41,7 +41,7 @@ def exact(weight: Tensor, bias: Tensor, x: Tensor, padding: tuple[int, int]) -> 
 
 
 def made_of(convolution: Convolution, x: Tensor, **options: Any) -> Tensor:
-    """Of the frames x [B, T + 2, H, W, I], the first two of which are given apart where pairs are made."""
+    """The result for frames x [B, T + 2, H, W, I]. A convolution of pairs gets the first two frames separately."""
     if not options.get("taps") and convolution.makes_pairs(x[:, 2:].shape, x):
         return convolution(x[:, 2:], before=x[:, :2], **options)
     return convolution(x, **options)

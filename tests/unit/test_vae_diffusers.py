@@ -5,18 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from test_program import attention_in_encoder
-from torch import Tensor
 from vae_models import CONFIGS, make_vae, picture_of
 
+from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, ROUNDING_DB
+from cosmos3_pipeline.stages.likeness import psnr_db
 from cosmos3_pipeline.vae import ParallelVAE, blocking
 from cosmos3_plugins.replicated import Replicated
 
 pytestmark = pytest.mark.long
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Decibels on [-1, 1]."""
-    return float(10 * torch.log10(4 / (a.double() - b.double()).pow(2).mean()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -30,7 +26,7 @@ def test_decode_is_that_of_diffusers(name: str, seed: int, frames: int, rows: in
     assert expected.std() > 0.15
     assert (expected.abs() >= 1).float().mean() < 0.1
     assert (ours - expected).abs().max() <= 1e-5
-    assert psnr(ours, expected) >= 100
+    assert psnr_db(PICTURE_RANGE, (ours - expected).double().square().mean().item()) >= ROUNDING_DB
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -346,7 +346,7 @@ def test_a_strategy_by_name_alone_is_a_type_error() -> None:
 
 
 def test_a_device_without_an_index_is_the_one_that_tensors_name() -> None:
-    """An input on `cuda:0` is on the device of a VAE that was made for "cuda"; told by fake tensors."""
+    """A VAE on "cuda" and its input on "cuda:0" are on the same device. Fake tensors show this without a GPU."""
     with torch.device("meta"):
         autoencoder = AutoencoderKLWan(**CONFIG)
     with FakeTensorMode():

@@ -246,7 +246,7 @@ def test_a_plan_says_how_exact_the_clip_will_be() -> None:
 
 
 def test_auto_leaves_out_what_does_not_fit() -> None:
-    """With less memory it takes the next that fits, and where none does the one that needs least."""
+    """If the fastest does not fit, auto takes the next that fits. If none fits, it takes the smallest."""
     program, shape = decoder_program(vae_config(WAN22)), LatentShape(1, 6, 24, 40, 2)
 
     def peak(strategy: Strategy) -> int:

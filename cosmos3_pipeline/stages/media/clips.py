@@ -203,9 +203,10 @@ def _filled(
 
 
 def _other_rate(source: _Source, fps: float) -> Change:
-    """The change of a clip from which some frames are skipped or taken twice."""
+    """The note that tells the user: frames of the clip are skipped or repeated to reach `fps`."""
     return Change(
-        "rate", f"{fps:g} frames per second are taken of it by their time stamps; it has {source.rate:.4g}"
+        "rate",
+        f"it has {source.rate:.4g} per second, and {fps:g} frames per second are taken by their time stamps",
     )
 
 
