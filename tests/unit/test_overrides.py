@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from cosmos3_pipeline import cli
 from cosmos3_pipeline.cli import overrides_first
 from cosmos3_pipeline.config.compose import compose
-from cosmos3_pipeline.config.overrides import as_typed, check_overrides
+from cosmos3_pipeline.config.mistakes import as_typed
+from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.source import BUILTIN
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check_composition
@@ -46,7 +47,7 @@ def test_the_words_reach_the_config(words: str) -> None:
     ("typed", "works"),
     [
         ("task.prompt=it's", '"task.prompt=\\"it\'s\\""'),
-        ("task.prompt=a|red|kite", "'task.prompt=\"a red kite\"'"),
+        ("task.prompt=a|red|kite", "'task.prompt=a red kite'"),
         ("task.prompt=what: a kite (red)?", "'task.prompt=\"what: a kite (red)?\"'"),
         ("task.prompt=[x", "'task.prompt=\"[x\"'"),
         ("task.prompt=a, b", "'task.prompt=\"a, b\"', or with -m to try each"),
