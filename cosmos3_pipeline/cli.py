@@ -117,19 +117,14 @@ def launch(hydra_main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-# The arguments as they were typed, before `overrides_first`.
-_words: list[str] = []
-
-
 def _code_of(hydra_main: Callable[[], None]) -> int:
     """The exit code of `launch`. Prints the errors."""
-    global _words
-    _words = sys.argv[1:]
+    words = sys.argv[1:]
     try:
-        sys.argv[1:] = overrides_first(_words)
+        sys.argv[1:] = overrides_first(words)
         args = _arguments()
     except ConfigError as error:
-        return _refused(error)
+        return _refused(error, words)
     plugins = register()
     _set_up_terminal()
     os.environ.setdefault(*SPIN)
@@ -144,15 +139,15 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
     try:
         _launch(hydra_main, args, source)
     except ConfigError as error:
-        code = FAILED if sweep.was_told(error) else _refused(error)
+        code = FAILED if sweep.was_told(error) else _refused(error, words)
     except Fault as fault:
         code = _stopped(fault)
     except Refusal as refusal:
-        code = FAILED if sweep.was_told(refusal) else _refused(ConfigError([refusal.problem]))
+        code = FAILED if sweep.was_told(refusal) else _refused(ConfigError([refusal.problem]), words)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if asked_for_traceback:
             raise
-        code = _refused(as_config_error(error, args.overrides, source or BUILTIN))
+        code = _refused(as_config_error(error, args.overrides, source or BUILTIN), words)
     except ValueError as error:
         if not str(error).startswith("Only one of --run"):  # Hydra's own check of its flags
             raise
@@ -339,11 +334,11 @@ def _read(arguments: Sequence[str]) -> list[Reading]:
     return read(arguments, BUILTIN.groups(), flags=_flags(), sweep=sweep)
 
 
-def _corrected() -> str | None:
-    """The command to type instead of this one, if it is known and can be composed."""
-    readings = _read(_words)
+def _corrected(words: Sequence[str]) -> str | None:
+    """The command to type instead of one with the arguments `words`, if it is known and can be composed."""
+    readings = _read(words)
     meant = [argument for each in readings for argument in each.means or ()]
-    if meant == _words or any(each.means is None for each in readings):
+    if meant == words or any(each.means is None for each in readings):
         return None
     if "-m" not in meant and "--multirun" not in meant:
         try:
@@ -472,7 +467,7 @@ def _set_up_terminal() -> None:
         os.environ.setdefault("COLUMNS", "160")
 
 
-def _refused(error: ConfigError) -> int:
+def _refused(error: ConfigError, words: Sequence[str] = ()) -> int:
     rank = os.environ.get("RANK", "0")
     # Only under torchrun a rank 0 surely exists and prints the problems.
     if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ and not [*world_problems(os.environ)]:
@@ -481,6 +476,6 @@ def _refused(error: ConfigError) -> int:
     count = len(error.problems)
     print(f"refused: {count} problem{'s' * (count > 1)} in the configuration\n", file=sys.stderr)
     print(error, file=sys.stderr)
-    if command := _corrected():
+    if command := _corrected(words):
         print(f"\nto copy: {command}", file=sys.stderr)
     return REFUSED
