@@ -122,7 +122,7 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
     words = sys.argv[1:]
     try:
         sys.argv[1:] = overrides_first(words)
-        args = _arguments()
+        args = _arguments(words)
     except ConfigError as error:
         return _refused(error, words)
     plugins = register()
@@ -313,8 +313,8 @@ def _flags() -> dict[str, bool]:
     return {flag: flag in FLAGS_WITH_VALUE for flag in get_args_parser()._option_string_actions}
 
 
-def _arguments() -> Namespace:
-    """Hydra's flags and the overrides of this command line. Raises ConfigError for a flag that Hydra lacks."""
+def _arguments(words: Sequence[str]) -> Namespace:
+    """The flags and overrides of the arguments `words`. Raises ConfigError for a flag that Hydra lacks."""
 
     def refuse(message: str) -> NoReturn:
         why = "Hydra has no such flag, or the flag takes another value"
@@ -322,7 +322,7 @@ def _arguments() -> Namespace:
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    dashed = [each for each in _read(sys.argv[1:]) if each.why and each.typed[0][0] in "-\u2013\u2014"]
+    dashed = [each for each in _read(words) if each.why and each.typed[0][0] in "-\u2013\u2014"]
     if dashed:
         raise ConfigError([mistaken(each) for each in dashed])
     return parser.parse_args()
