@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, chdir, redirect_stdout, suppress
 from functools import partial
 from importlib import import_module
 from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -28,6 +27,7 @@ from yaml import YAMLError
 
 from cosmos3_pipeline import __version__, jobs, stopping
 from cosmos3_pipeline.config import config_dir, running
+from cosmos3_pipeline.config.checks import problems
 from cosmos3_pipeline.config.completion import cleaned
 from cosmos3_pipeline.config.compose import (
     VERSION_BASE,
@@ -36,7 +36,8 @@ from cosmos3_pipeline.config.compose import (
     compose,
 )
 from cosmos3_pipeline.config.help import help_text
-from cosmos3_pipeline.config.overrides import asks_for_sweep, check_no_sweep, check_overrides
+from cosmos3_pipeline.config.mistakes import Reading, in_a_shell, read
+from cosmos3_pipeline.config.overrides import asks_for_sweep, check_no_sweep, check_overrides, mistaken
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.config.source import BUILTIN, Source
@@ -118,20 +119,20 @@ def launch(hydra_main: Callable[[], None]) -> None:
 
 def _code_of(hydra_main: Callable[[], None]) -> int:
     """The exit code of `launch`. Prints the errors."""
-    sys.argv[1:] = overrides_first(sys.argv[1:])
-    if "--version" in sys.argv:  # Hydra's parser would print the version of Hydra
+    words = sys.argv[1:]
+    if "--version" in words:  # Hydra's parser would print the version of Hydra
         print(f"cosmos3_pipeline {__version__}")
         return 0
-    if dashed := _dashed(sys.argv[1:]):
-        return _refused(ConfigError([_without_dashes(argument) for argument in dashed]))
-    args = get_args_parser().parse_args()
+    try:
+        sys.argv[1:] = overrides_first(words)
+        args = _arguments(words)
+    except ConfigError as error:
+        return _refused(error, words)
     plugins = register()
     _set_up_terminal()
     os.environ.setdefault(*SPIN)
     if args.help:
-        script = Path(sys.argv[0])
-        command = f"python {script.name}" if script.suffix == ".py" else script.name
-        print(help_text(command, plugins, Source.of(hydra_main, args) or BUILTIN))
+        print(help_text(_command_name(), plugins, Source.of(hydra_main, args) or BUILTIN))
         return 0
     # Hydra prints its own errors and exits unless asked for the full error; then it raises, and we explain.
     asked_for_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
@@ -141,15 +142,15 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
     try:
         _launch(hydra_main, args, source)
     except ConfigError as error:
-        code = FAILED if sweep.was_told(error) else _refused(error)
+        code = FAILED if sweep.was_told(error) else _refused(error, words)
     except Fault as fault:
         code = _stopped(fault)
     except Refusal as refusal:
-        code = FAILED if sweep.was_told(refusal) else _refused(ConfigError([refusal.problem]))
+        code = FAILED if sweep.was_told(refusal) else _refused(ConfigError([refusal.problem]), words)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if asked_for_traceback:
             raise
-        code = _refused(as_config_error(error, args.overrides, source or BUILTIN))
+        code = _refused(as_config_error(error, args.overrides, source or BUILTIN), words)
     except ValueError as error:
         if not str(error).startswith("Only one of --run"):  # Hydra's own check of its flags
             raise
@@ -310,24 +311,53 @@ def folders_exist(args: Namespace) -> None:
         raise ConfigError(found)
 
 
-def _dashed(arguments: list[str]) -> list[str]:
-    """Keys with dashes and a value, as other programs want them: --sampler.steps=4."""
-    flags = get_args_parser()._option_string_actions
-    return [
-        argument
-        for argument in arguments
-        if argument.startswith("--") and "=" in argument
-        # argparse accepts an abbreviated flag
-        if not any(flag.startswith(argument.partition("=")[0]) for flag in flags)
-    ]
+def _flags() -> dict[str, bool]:
+    """Hydra's flags, each with whether a value follows it."""
+    return {flag: flag in FLAGS_WITH_VALUE for flag in get_args_parser()._option_string_actions}
 
 
-def _without_dashes(argument: str) -> Problem:
-    return Problem(
-        what=f"{argument} begins with a dash",
-        why="a key is set without one; flags such as --help have one",
-        works=shlex.quote(argument.lstrip("-")),
-    )
+def _arguments(words: Sequence[str]) -> Namespace:
+    """The flags and overrides of the arguments `words`. Raises ConfigError for a flag that Hydra lacks."""
+
+    def refuse(message: str) -> NoReturn:
+        why = "Hydra has no such flag, or the flag takes another value"
+        raise ConfigError([Problem(what=message, why=why, works="key=value or group=option; see --help")])
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    dashed = [each for each in _read(words) if each.why and each.typed[0][0] in "-\u2013\u2014"]
+    if dashed:
+        raise ConfigError([mistaken(each) for each in dashed])
+    return parser.parse_args()
+
+
+def _read(arguments: Sequence[str]) -> list[Reading]:
+    """The meaning of the words of a command line."""
+    sweep = any(word in ("-m", "--multirun") for word in arguments) or asks_for_sweep(arguments)
+    return read(arguments, BUILTIN.groups(), flags=_flags(), sweep=sweep)
+
+
+def _corrected(words: Sequence[str]) -> str | None:
+    """The command to type instead of one with the arguments `words`, if it is known and can be composed."""
+    readings = _read(words)
+    meant = [argument for each in readings for argument in each.means or ()]
+    if meant == words or any(each.means is None for each in readings):
+        return None
+    if "-m" not in meant and "--multirun" not in meant:
+        try:
+            if [*problems(compose([each for each in meant if not each.startswith("-") and "=" in each]))]:
+                return None
+        except ConfigError:
+            return None
+    return " ".join([_command_name(), *map(in_a_shell, meant)])
+
+
+def _command_name() -> str:
+    """How this program was called."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return "python -m cosmos3_pipeline"
+    return f"python {script.name}" if script.suffix == ".py" else script.name
 
 
 def overrides_first(arguments: list[str]) -> list[str]:
@@ -440,7 +470,7 @@ def _set_up_terminal() -> None:
         os.environ.setdefault("COLUMNS", "160")
 
 
-def _refused(error: ConfigError) -> int:
+def _refused(error: ConfigError, words: Sequence[str] = ()) -> int:
     rank = os.environ.get("RANK", "0")
     # Only under torchrun a rank 0 surely exists and prints the problems.
     if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ and not [*world_problems(os.environ)]:
@@ -449,4 +479,6 @@ def _refused(error: ConfigError) -> int:
     count = len(error.problems)
     print(f"refused: {count} problem{'s' * (count > 1)} in the configuration\n", file=sys.stderr)
     print(error, file=sys.stderr)
+    if command := _corrected(words):
+        print(f"\nto copy: {command}", file=sys.stderr)
     return REFUSED

@@ -8,6 +8,7 @@ the process after `GRACE_SECONDS`. Standard library only, because this module is
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The time for the main thread to end in order. A scheduler often kills after ten seconds.
@@ -72,6 +73,12 @@ def stoppable(main: Callable[[], int]) -> int:
     _unwinds = True
     try:
         code = main()
+        sys.stdout.flush()  # else the interpreter would print a traceback when it ends
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        # As other programs end when `head` has what it wants: without a word.
+        end(128 + signal.SIGPIPE)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         tell_stopped(number)
@@ -82,6 +89,13 @@ def stoppable(main: Callable[[], int]) -> int:
     finally:
         _unwinds = False
     return code
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether `stream` is a pipe that no process reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)  # an error is told always
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def tell_stopped(number: int) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from cosmos3_pipeline.config.compose import compose, schema_keys
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning import checks

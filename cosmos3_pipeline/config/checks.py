@@ -17,8 +17,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cosmos3_pipeline.config.compose import Composition, schema_keys
+from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, divides_nothing, unknown_key
+from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.config.plugins import settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
+from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import as_said, plain, without_hydra
 from cosmos3_pipeline.config.plugins import register
@@ -206,18 +207,3 @@ def _settings_with(choices: tuple[str, ...], source: Source) -> list[str]:
     except ConfigError:
         return []
     return [f"{node}.{key}" for node in STRATEGY_NODES for key in OmegaConf.select(cfg, node) if key != "_target_"]
-
-
-def schema_keys() -> list[str]:
-    """All dotted keys of the schema, nodes and leaves."""
-    return sorted(_keys(OmegaConf.structured(Config), ""))
-
-
-def _keys(node: DictConfig, prefix: str) -> list[str]:
-    found = []
-    for key in node:
-        dotted = f"{prefix}{key!s}"
-        found.append(dotted)
-        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
-            found.extend(_keys(node[key], f"{dotted}."))
-    return found

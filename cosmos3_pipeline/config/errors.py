@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cosmos3_pipeline.config.kinds import kind_of
-from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
+from cosmos3_pipeline.config.mistakes import beside, keys_meant, written
+from cosmos3_pipeline.errors import Problem, did_you_mean
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 
 # The packages of Hydra's plugins, by the option that each provides.
@@ -29,11 +30,8 @@ STRATEGY_NODES = ("vae.encode", "vae.decode")
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     """The problem of a dotted key that the schema does not have. `where` names the file or override with the key.
 
-    The problem suggests the nearest key, or lists the node's keys if none is near. The search looks in the same
-    node, or in the node with the nearest name, and then for the last part of the key everywhere. So `task.promt`,
-    `taks.prompt` and `sampler.prompt` find `task.prompt`. The search for a strategy's setting looks only in the
-    strategy's settings. If several keys have the same last part, the least nested is suggested: `sampler.steps`,
-    not `model.recommended.image.steps`.
+    The problem suggests the key that is meant (`keys_meant`), or lists the node's keys if none is near. The search
+    for a strategy's setting looks only in the strategy's settings.
     """
     node, _, leaf = key.rpartition(".")
     if node.partition(".")[0] == "extras":
@@ -52,8 +50,8 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
             why=f"{leaf} is a setting of {' and '.join(others)}, not of the strategy that is chosen",
             works=f"{chosen} beside it",
         )
-    siblings = _children(node, known)
-    near = _near(node, leaf, known)
+    siblings = beside(node, known)
+    near = " or ".join(keys_meant(key, known))
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
     size = re.search(rf"{re.escape(key)}=(\d+)[x,*](\d+)", where)
     if size and {f"{node}.width", f"{node}.height"} <= set(known):
@@ -65,22 +63,6 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
     )
 
 
-def _children(node: str, known: Iterable[str]) -> list[str]:
-    """The keys of `node` without their prefix: `_children("task", ...)` has `prompt`. The root is ""."""
-    return sorted(
-        {k[len(node) + 1 if node else 0 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")}
-    )
-
-
-def _near(node: str, leaf: str, known: Sequence[str]) -> str | None:
-    """The key that `node`.`leaf` most likely means. Leaves are compared with leaves, and nodes with nodes."""
-    nodes = {k.rpartition(".")[0] for k in known}
-    meant = node if node in nodes else nearest(node, nodes)
-    if meant is not None and (found := nearest(leaf, _children(meant, known))):
-        return f"{meant}.{found}" if meant else found
-    return _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known) or None
-
-
 def settings_of_others(key: str) -> list[str]:
     """The strategies that have the setting in `key`, such as `vae.decode.groups`; none for any other key."""
     node, _, setting = key.rpartition(".")
@@ -90,13 +72,6 @@ def settings_of_others(key: str) -> list[str]:
     return [name for name, cls in strategies if setting in {f.name for f in fields(typing.cast(Any, cls))}]
 
 
-def _least_nested(leaf: str | None, known: Sequence[str]) -> str:
-    """The least nested keys of `known` whose last part is `leaf`, joined by "or". Empty if there is none."""
-    found = [key for key in known if key.rpartition(".")[2] == leaf]
-    depth = min((key.count(".") for key in found), default=0)
-    return " or ".join(key for key in found if key.count(".") == depth)
-
-
 # Hydra could not merge a value and does not say why.
 _NOT_MERGED = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
 
@@ -104,10 +79,8 @@ _NOT_MERGED = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
 def wrong_kind(key: str, wrong: str, where: str, cause: str = "") -> Problem:
     """The problem of a value of the wrong kind for `key`. `wrong` tells the value, `cause` why it is wrong."""
     kind = kind_of(key)
-    number = re.search(r"Value '(-?\d+(?:\.\d+)?)[^']*' .* (?:Integer|Float)", cause)
-    typed = None if kind is None else kind.example
-    if number is not None:  # `17` for `17frames`
-        typed = number.group(1) if "Float" in cause else str(round(float(number.group(1))))
+    said = re.search(r"\(from \+*[\w.]+=(.*)\)$", where)
+    typed = None if kind is None else (said and written(kind, said.group(1), key)) or kind.example
     works = f"a value of the type that --cfg job shows for {key}"
     if "[" in key:
         works = f"{key.partition('[')[0]}=[...] with such values"

@@ -6,8 +6,9 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from cosmos3_pipeline.config.plugins import settings_schema
@@ -36,6 +37,20 @@ class Kind:
     def is_node(self) -> bool:
         """Whether the value is a node with keys."""
         return dataclasses.is_dataclass(self.hint)
+
+
+@cache
+def schema_keys() -> list[str]:
+    """All dotted keys of the schema, nodes and leaves."""
+    return sorted(_keys(Config, ""))
+
+
+def _keys(node: Any, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(node)
+    for field in dataclasses.fields(node):
+        yield f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _keys(hints[field.name], f"{prefix}{field.name}.")
 
 
 def kind_of(key: str) -> Kind | None:

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException
 
-from cosmos3_pipeline.config.errors import STRATEGY_NODES
 from cosmos3_pipeline.config.kinds import kind_of
+from cosmos3_pipeline.config.mistakes import (
+    ALONE_WHY,
+    DASHES,
+    SPACE,
+    SYNTAX,
+    Groups,
+    Reading,
+    as_typed,
+    in_a_shell,
+    key_meant,
+    parsed,
+    read,
+)
 from cosmos3_pipeline.errors import ConfigError, Problem, nearest
 
-# Characters that a shell changes inside double quotes.
-_OF_THE_SHELL = re.compile(r"[$`\\!]")
 _SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
-
-
-# The options of every config group, see `Source.groups`.
-Groups = Mapping[str, Sequence[str]]
 
 
 def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = False) -> None:
@@ -33,16 +38,13 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
     """
     problems: list[Problem] = []
     chosen: dict[str, str] = {}
-    for first, words in _together(overrides):
-        if words:
-            problems.append(_unquoted(first, words))
+    for reading in read(overrides, groups, flags={}, sweep=sweep):
+        override = parsed(reading.typed[0]) if len(reading.typed) == 1 else None
+        if reading.why or override is None:
+            problems.append(mistaken(reading if reading.why else replace(reading, why=SYNTAX)))
             continue
-        try:
-            override = OverridesParser.create().parse_override(first)
-        except HydraException:
-            problems.append(_no_override(first))
-            continue
-        problems += [*_sweep_alone(override, sweep), *_group_as_key(override, groups)]
+        means = None if reading.means == reading.typed else reading.means
+        problems += [*_sweep_alone(override, sweep, means), *_group_as_key(override, groups)]
         problems += [*_no_option(override, groups), *_nothing_set(override), *_no_truth(override)]
         if override.key_or_group in groups and not override.is_hydra_override():
             problems += _doubled(override, chosen)
@@ -70,59 +72,29 @@ def asks_for_sweep(overrides: Sequence[str]) -> bool:
     return any(override.partition("=")[::2] == ("hydra.mode", "MULTIRUN") for override in overrides)
 
 
-def as_typed(key: str, value: str) -> str:
-    """The argument to type in a shell so that `key` gets the text `value`, whatever characters it has."""
-    # Inside Hydra's quotes a backslash is literal unless a quote follows it. An escaped ${ is no reference.
-    inner = re.sub(r'(\\*)"', lambda found: 2 * found[1] + '\\"', value.replace("${", "\\${"))
-    inner = re.sub(r"\\+$", lambda found: 2 * found[0], inner)
-    argument = f'{key}="{inner}"'
-    if "'" not in argument:
-        return f"'{argument}'"
-    if not _OF_THE_SHELL.search(value) and '"' not in value:
-        return f'"{key}=\\"{value}\\""'
-    return shlex.quote(argument)
+def mistaken(reading: Reading) -> Problem:
+    """The problem of words that Hydra cannot read."""
+    first, *words = reading.typed
+    works = " ".join(in_a_shell(argument) for argument in reading.means or ())
+    why = reading.why
+    if words and why == SPACE:
+        why = f"{SPACE}, so {words[0]!r} stands alone and is no key=value"
+    if not works:
+        key = key_meant(first.lstrip("-~"))
+        works = f"{key}=VALUE" if key is not None else "key=value or group=option; see --help"
+    what = " ".join(reading.typed)
+    if why == SYNTAX:
+        key, _, value = first.partition("=")
+        what = f"the value of {key} cannot be read: {value}"
+    elif why == DASHES:
+        what = f"{what} begins with a dash"
+    elif why == ALONE_WHY:
+        what = f"{what} is no key=value"
+    return Problem(what=what, why=why, works=works)
 
 
-def _together(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each override, with the following words that are no override: a shell has cut them off its value."""
-    found: list[tuple[str, list[str]]] = []
-    for override in overrides:
-        if found and "=" in found[-1][0] and "=" not in override and not override.startswith(("~", "-")):
-            found[-1][1].append(override)
-        else:
-            found.append((override, []))
-    return iter(found)
-
-
-def _unquoted(first: str, words: Sequence[str]) -> Problem:
-    key, _, value = first.partition("=")
-    sentence = " ".join([value, *words])
-    return Problem(
-        what=f"{first} {' '.join(words)}",
-        why=f"a shell ends a value at a space, so {words[0]!r} stands alone and is no key=value",
-        works=as_typed(key, sentence),
-    )
-
-
-def _no_override(text: str) -> Problem:
-    key, equals, value = text.partition("=")
-    if not equals:
-        words = "key=value or group=option"
-        colon, _, said = text.partition(":")
-        if " " in text.strip():
-            words = as_typed("task.prompt", text)
-        elif said and re.fullmatch(r"[\w./]+", colon):
-            words = f"{colon}={said}"
-        return Problem(what=f"{text} is no key=value", why="nothing is set by it", works=words)
-    return Problem(
-        what=f"the value of {key} cannot be read: {value}",
-        why="brackets, quotes, colons and commas have a meaning of their own in a value, unless it is quoted",
-        works=as_typed(key, value),
-    )
-
-
-def _sweep_alone(override: Override, sweep: bool) -> Iterator[Problem]:
-    """A problem of a comma or a sweep function without -m."""
+def _sweep_alone(override: Override, sweep: bool, means: Sequence[str] | None) -> Iterator[Problem]:
+    """A problem of a comma or a sweep function without -m. `means` is how a value with this comma is written."""
     if sweep or not override.is_sweep_override() or override.input_line is None:
         return
     key, _, value = override.input_line.partition("=")
@@ -133,12 +105,14 @@ def _sweep_alone(override: Override, sweep: bool) -> Iterator[Problem]:
             works=f"-m {shlex.quote(override.input_line)}",
         )
         return
+    kind = kind_of(key)
+    said = " ".join(in_a_shell(argument) for argument in means or ())
+    swept = f"-m {shlex.quote(override.input_line)} to try each"
+    works = f"{said}, or {swept}" if said and "-m" not in (means or ()) else swept
+    if kind is not None and kind.hint is str:
+        works = f"{as_typed(key, value)}, or with -m to try each"
     yield Problem(
-        what=f"{key} has a comma in it",
-        why="outside -m a comma could mean a list, a sweep or a text",
-        works=f"{as_typed(key, value)}, or with -m to try each"
-        if " " in value
-        else f"-m {shlex.quote(override.input_line)} to try each, or {as_typed(key, value)} for a text",
+        what=f"{key} has a comma in it", why="outside -m a comma could mean a list, a sweep or a text", works=works
     )
 
 
@@ -151,7 +125,7 @@ def _group_as_key(override: Override, groups: Groups) -> Iterator[Problem]:
         group for group in groups if "/" in group and key in (group.replace("/", "."), group.rpartition("/")[2])
     ]
     meant = [group for group in meant if value in groups[group]] or meant
-    if meant and (key in STRATEGY_NODES or "." not in key):
+    if meant and (key.replace(".", "/") in groups or "." not in key):
         yield Problem(
             what=f"{override.input_line} sets a whole node",
             why=f"{' and '.join(meant)} is a group of options, which are chosen with a slash",

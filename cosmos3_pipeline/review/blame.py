@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cosmos3_pipeline.config.compose import compose, schema_keys
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.config.provenance import Link, Provenance
 from cosmos3_pipeline.errors import ConfigError, did_you_mean
 

@@ -15,7 +15,7 @@ from options import TASK_NEEDS
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose as composition
-from cosmos3_pipeline.config.compose import schema_keys
+from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.vae.plugins import discover
 

@@ -9,7 +9,8 @@ import config_fuzz
 import pytest
 from config_fuzz import VALUES, Case, cases, verdict
 
-from cosmos3_pipeline.config.compose import compose, schema_keys
+from cosmos3_pipeline.config.compose import compose
+from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.planning import checks
 
 SEED, SAMPLE = 36, 25

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from cosmos3_pipeline import cli
 from cosmos3_pipeline.cli import overrides_first
 from cosmos3_pipeline.config.compose import compose
-from cosmos3_pipeline.config.overrides import as_typed, check_overrides
+from cosmos3_pipeline.config.mistakes import as_typed
+from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.source import BUILTIN
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check_composition
@@ -47,7 +48,7 @@ def test_the_words_reach_the_config(words: str) -> None:
     ("typed", "works"),
     [
         ("task.prompt=it's", '"task.prompt=\\"it\'s\\""'),
-        ("task.prompt=a|red|kite", "'task.prompt=\"a red kite\"'"),
+        ("task.prompt=a|red|kite", "'task.prompt=a red kite'"),
         ("task.prompt=what: a kite (red)?", "'task.prompt=\"what: a kite (red)?\"'"),
         ("task.prompt=[x", "'task.prompt=\"[x\"'"),
         ("task.prompt=a, b", "'task.prompt=\"a, b\"', or with -m to try each"),
@@ -127,14 +128,79 @@ def test_what_is_no_flag_and_no_command_is_told_before_anything_else(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == cli.REFUSED
-    assert capsys.readouterr().err.rstrip().endswith(f"works: {works}")
-
-
-def test_a_flag_of_hydras_own_is_no_mistake() -> None:
-    assert cli._dashed(["--cfg=job", "--config-na=x", "--multirun", "-m", "sampler.steps=4"]) == []
+    told = capsys.readouterr().err.rstrip()
+    assert f"works: {works}" in told
+    assert typed[0] != "-" or told.endswith(f"to copy: cosmos3 {works}")
 
 
 def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["cosmos3", "--version"])
     assert cli._code_of(pytest.fail) == 0
     assert capsys.readouterr().out == f"cosmos3_pipeline {metadata.version('cosmos3_pipeline')}\n"
+
+
+def test_output_that_nobody_reads_ends_without_a_word() -> None:
+    command = [sys.executable, "-m", "cosmos3_pipeline", "completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + 13
+
+
+def meant(typed: str) -> str | None:
+    found = cli._read(typed.split("|"))
+    if any(each.means is None for each in found):
+        return None
+    return "|".join(argument for each in found for argument in each.means or ())
+
+
+@pytest.mark.parametrize(
+    ("typed", "right"),
+    [
+        pytest.param("sampler.cache=seacache", "sampler/cache=seacache", id="dot for slash"),
+        pytest.param("task/prompt=kite", "task.prompt=kite", id="slash for dot"),
+        pytest.param("topology.cp=2,2", "topology.cp=[2,2]", id="list without brackets"),
+        pytest.param("topology.cp=[2,2", "topology.cp=[2,2]", id="one bracket"),
+        pytest.param("sampler.steps==4", "sampler.steps=4", id="two equals"),
+        pytest.param("model = nano", "model=nano", id="spaces in an argument"),
+        pytest.param("model|=|nano|sampler.steps=|4", "model=nano|sampler.steps=4", id="spaces in a shell"),
+        pytest.param("job=plan model nano", "job=plan|model=nano", id="no equals"),
+        pytest.param("plan|model.nano", "job=plan|model=nano", id="option alone"),
+        pytest.param("+model=nano", "model=nano", id="plus"),
+        pytest.param("~model", "", id="deleted group"),
+        pytest.param("seed=3|width=160", "sampler.seed=3|task.width=160", id="last part of a key"),
+        pytest.param("num_inference_steps=4|gpus=2", "sampler.steps=4|topology.ranks_per_node=2", id="other tool"),
+        pytest.param("JOB=Plan|tasks=t2i", "job=plan|task=t2i", id="capitals and plural"),
+        pytest.param("topology=CPU-X2|model=model/nano.yaml", "topology=cpu_x2|model=nano", id="spelt option"),
+        pytest.param("vae=layer_pipeline|model=t2i", "vae/decode=layer_pipeline|task=t2i", id="other group"),
+        pytest.param("task.height=1,080|task.fps=24fps", "task.height=1080|task.fps=24", id="numbers"),
+        pytest.param("task.num_frames=5s|task.fps=23,5", "task.num_frames=121|task.fps=23.5", id="seconds"),
+        pytest.param("task.sound=enabled|model.dtype=bf16", "task.sound=true|model.dtype=bfloat16", id="words"),
+        pytest.param("--steps|4|--prompt|a red kite", "sampler.steps=4|task.prompt=a red kite", id="flags"),
+        pytest.param("-help|--multirun=true", "--help|--multirun", id="flag spelt otherwise"),
+        pytest.param("model=\u201cnano\u201d|\u2014cfg|job", "model=nano|--cfg|job", id="typographic"),
+        pytest.param("vae=tiled,replicated", "-m|vae=tiled,replicated", id="sweep without -m"),
+        pytest.param("-m|sampler.seed=1,|2", "-m|sampler.seed=1,2", id="space in a sweep"),
+        pytest.param("output=video.mp4", "hydra.run.dir=video", id="file for a folder"),
+        pytest.param("xyzzy", None, id="no meaning"),
+        pytest.param("vae.decode=none", None, id="no option"),
+    ],
+)
+def test_a_mistyped_command_line_means(typed: str, right: str | None) -> None:
+    assert meant(typed) == right
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        "model=nano|task.prompt=a red kite|topology.cp=[2,2]|task.sound=yes",
+        "-m|vae=tiled,replicated|sampler.steps=range(1,3)|topology=glob(cpu_*)",
+        "~experiment|+extras.tags=[kite]|hydra/launcher=joblib|hydra.run.dir=x",
+        "model.lora=[{path:a,weight:1}]|objective=[seconds,psnr]|task.prompt=${oc.env:HOME}",
+        "--cfg=job|--config-na=x|--multirun|-m|sampler.steps=4|--config-dir|conf",
+        'task.prompt="a, b"|task.image=/tmp/a b.png|vae.decode.moving_cuts=false|sampler.flow_shift=null',
+    ],
+)
+def test_a_right_command_line_means_itself(right: str) -> None:
+    assert meant(right) == right

@@ -51,6 +51,7 @@ def test_a_page_needs_no_network_and_no_other_file(folder: Path) -> None:
 def test_what_was_refused_and_what_failed_is_told(folder: Path) -> None:
     page = page_of(folder)
     assert "job 3 refused: sampler.seed=-1" in page and "works: sampler.seed=0" in page
+    assert "<p>why: seeds count from 0" in page  # the summary has said what is wrong
     assert "job 2 failed: RuntimeError: the disk is full" in page
 
 

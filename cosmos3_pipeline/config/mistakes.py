@@ -1,0 +1,461 @@
+"""What a mistyped command line most likely means.
+
+`read` takes the words of a command line in order, and says which arguments they mean. The rules hold for every
+key, because they know the groups, and the kind of value that each key takes. Two tables have the words of other
+tools. Right arguments stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import PurePath
+from types import MappingProxyType
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from cosmos3_pipeline.config.kinds import Kind, kind_of, schema_keys
+from cosmos3_pipeline.errors import nearest
+
+# The options of every config group, see `Source.groups`.
+Groups = Mapping[str, Sequence[str]]
+
+NO_GROUPS: Groups = MappingProxyType({})
+
+# What other tools call a key of ours, in lower case with underscores.
+OTHER_NAMES = {
+    **dict.fromkeys(("num_inference_steps", "inference_steps", "num_steps", "n_steps"), "sampler.steps"),
+    **dict.fromkeys(("cfg_scale", "guidance", "scale"), "sampler.guidance_scale"),
+    **dict.fromkeys(("shift", "flowshift"), "sampler.flow_shift"),
+    **dict.fromkeys(("frames", "n_frames", "video_length", "duration", "seconds"), "task.num_frames"),
+    **dict.fromkeys(("frame_rate", "framerate", "frames_per_second"), "task.fps"),
+    **dict.fromkeys(("size", "resolution"), "task.height"),
+    **dict.fromkeys(
+        ("gpus", "num_gpus", "n_gpus", "devices", "num_devices", "ranks", "topology.ranks", "nproc_per_node"),
+        "topology.ranks_per_node",
+    ),
+    **dict.fromkeys(("ckpt", "checkpoint", "model_path", "checkpoint_path", "model_id"), "model.path"),
+    **dict.fromkeys(
+        ("output_dir", "output_path", "output_file", "out", "outdir", "save_path", "output.path", "output.dir"),
+        "hydra.run.dir",
+    ),
+}
+# What other tools call an option or a value of ours.
+OTHER_VALUES = {
+    **dict.fromkeys(("bf16", "half", "float16", "fp16"), "bfloat16"),
+    **dict.fromkeys(("fp32", "float", "full"), "float32"),
+    **dict.fromkeys(("offload", "cpu_offload"), "streamed"),
+    **dict.fromkeys(("gpu",), "cuda"),
+    **dict.fromkeys(("nvenc",), "h264_nvenc"),
+    **dict.fromkeys(("fsdp",), "sharded"),
+}
+# A word alone that means a flag or a job.
+ALONE = {"help": "--help", "run": "job=generate", "sweep": "-m", "multirun": "-m"}
+# The sizes that the names of a resolution mean, as width x height.
+SIZES = {"480p": "832x480", "720p": "1280x720"}
+
+TYPOGRAPHIC = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'"})
+_TRUE, _FALSE = ("true", "yes", "on", "y", "enabled", "enable", "1"), ("false", "no", "off", "n", "disabled", "0")
+_ASSIGNMENT = re.compile(r"\s*([\[+~]*[\w./@-]+)\s*(?:=+|:=)\s*(.*?)\s*", re.DOTALL)
+# Characters that a shell changes inside double quotes.
+_OF_THE_SHELL = re.compile(r"[$`\\!]")
+
+SPACE = "a shell ends an argument at a space"
+EQUALS = "a value follows its key after one =, without spaces"
+ALONE_WHY = "a word alone sets nothing"
+DASHES = "a key is set without dashes; flags such as --help have them"
+QUOTES = "a shell knows no curly quotes and no long dashes"
+TILDE = "a shell replaces ~ at the start of an argument only"
+SYNTAX = "brackets, quotes, colons and commas have a meaning of their own in a value, unless it is quoted"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The words `typed`, and the arguments that they mean; `means` is None if that is unknown.
+
+    `why` says why Hydra cannot take the words as they are; "" if it can, or if its own refusal says more.
+    """
+
+    typed: tuple[str, ...]
+    means: tuple[str, ...] | None
+    why: str = ""
+
+
+def read(arguments: Sequence[str], groups: Groups, *, flags: Mapping[str, bool], sweep: bool) -> list[Reading]:
+    """The arguments of a command line in order, each with what it means.
+
+    `flags` are Hydra's flags, with whether a value follows. `sweep` is whether -m was given.
+    """
+    reader = _Reader(groups, flags, sweep)
+    found, rest = [], list(arguments)
+    while rest:
+        found.append(reader.first(rest))
+        del rest[: len(found[-1].typed)]
+    return found
+
+
+def text_argument(key: str, value: str) -> str:
+    """The argument that gives `key` the text `value`, whatever characters it has."""
+    # Inside Hydra's quotes a backslash is literal unless a quote follows it. An escaped ${ is no reference.
+    inner = re.sub(r'(\\*)"', lambda found: 2 * found[1] + '\\"', value.replace("${", "\\${"))
+    return f'{key}="' + re.sub(r"\\+$", lambda found: 2 * found[0], inner) + '"'
+
+
+def in_a_shell(argument: str) -> str:
+    """How `argument` is typed in a shell."""
+    if shlex.quote(argument) == argument:
+        return argument
+    if "'" not in argument:
+        return f"'{argument}'"
+    if not _OF_THE_SHELL.search(argument):
+        return '"' + argument.replace('"', '\\"') + '"'
+    return shlex.quote(argument)
+
+
+def as_typed(key: str, value: str) -> str:
+    """The argument to type in a shell so that `key` gets the text `value`, whatever characters it has."""
+    return in_a_shell(text_argument(key, value))
+
+
+def parsed(argument: str) -> Override | None:
+    """The override that Hydra reads; None if the argument is none."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def key_meant(word: str, groups: Groups = NO_GROUPS) -> str | None:
+    """The one group or key of the schema that `word` means; None if none or several are near."""
+    if kind_of(word) is not None:
+        return word
+    found = keys_meant(word, [*groups, *schema_keys()])
+    return found[0] if len(found) == 1 else None
+
+
+def keys_meant(word: str, known: Sequence[str]) -> list[str]:
+    """The keys of `known` that `word` means; none if none is near.
+
+    Another spelling of the whole key comes first, then a word of another tool, then the last part alone, which
+    finds the least nested keys: `seed` finds `sampler.seed`. After that a similar key is sought in the same node,
+    or in the node with the nearest name, and then everywhere: `task.promt` and `taks.prompt` find `task.prompt`.
+    """
+    snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word.strip()).replace("-", "_").lower()
+    for spelling in (word, snake, snake.replace(".", "/"), snake.replace("/", "."), snake.removesuffix("s")):
+        if spelling in known:
+            return [spelling]
+    node, _, leaf = snake.replace("/", ".").rpartition(".")
+    same = _least_nested(leaf, known)
+    other = OTHER_NAMES.get(snake) or (None if same else OTHER_NAMES.get(leaf))
+    if other is not None and (other in known or other.startswith("hydra.")):
+        return [other]
+    nodes = {k.rpartition(".")[0] for k in known}
+    meant = node if node in nodes else nearest(node, nodes)
+    if (node or not same) and meant is not None and (found := nearest(leaf, beside(meant, known))):
+        return [f"{meant}.{found}" if meant else found]
+    return same or _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known)
+
+
+def beside(node: str, known: Iterable[str]) -> list[str]:
+    """The names directly below `node`; "" is the root."""
+    return sorted(
+        {k[len(node) + 1 if node else 0 :].split(".")[0] for k in known if not node or k.startswith(f"{node}.")}
+    )
+
+
+def _least_nested(leaf: str | None, known: Iterable[str]) -> list[str]:
+    """The keys of `known` that end in `leaf` with the fewest nodes before it."""
+    found = [key for key in known if key.rpartition(".")[2] == leaf]
+    depth = min((key.count(".") for key in found), default=0)
+    return [key for key in found if key.count(".") == depth]
+
+
+def fits(kind: Kind | None, value: object) -> bool:
+    """Whether OmegaConf accepts the parsed `value` for a key of this kind. An unknown kind accepts all."""
+    if kind is None or kind.hint is Any or (isinstance(value, str) and "${" in value):
+        return True
+    if value is None:
+        return kind.optional
+    if "one_of" in kind.limits:
+        return str(value) in kind.limits["one_of"]
+    if isinstance(kind.hint, type) and issubclass(kind.hint, Enum):
+        return str(value) in kind.hint.__members__
+    if typing.get_origin(kind.hint) is list:
+        return isinstance(value, list)
+    if kind.is_node or typing.get_origin(kind.hint) is dict:
+        return isinstance(value, dict)
+    if kind.hint is bool:
+        return str(value).lower() in (*_TRUE[:4], "1", *_FALSE[:4], "0")
+    if kind.hint in (int, float):
+        return isinstance(value, (int, kind.hint)) and not isinstance(value, bool)
+    return not isinstance(value, list | dict)
+
+
+class _Reader:
+    def __init__(self, groups: Groups, flags: Mapping[str, bool], sweep: bool) -> None:
+        self._groups, self._flags, self._sweep = groups, flags, sweep
+
+    def first(self, rest: Sequence[str]) -> Reading:
+        """The reading of the words at the start of `rest`."""
+        word = re.sub("^[\u2014\u2013]", lambda dash: "--" if len(rest[0]) > 2 else "-", rest[0])
+        if word.startswith("-") and word.strip("-"):
+            return self._flag(word, rest)
+        if _is_bare(word) and rest[1:2] and rest[1].startswith("="):
+            count = 2 + (rest[1] == "=" and len(rest) > 2)
+            return self._assigned(rest, count, EQUALS)
+        if word.endswith("=") and rest[1:2] and _is_bare(rest[1]):
+            return self._assigned(rest, 2, EQUALS)
+        if _is_bare(word):
+            return self._alone(rest)
+        return self._assigned(rest, 1, "")
+
+    def _flag(self, word: str, rest: Sequence[str]) -> Reading:
+        name, equals, value = word.partition("=")
+        count = 1
+        # argparse accepts an abbreviated flag
+        known = [flag for flag in self._flags if flag == name or (name[:2] == "--" and flag.startswith(name))]
+        if known and (self._flags[known[0]] or not equals):
+            count += self._flags[known[0]] and not equals and rest[1:2] != []
+            return Reading(tuple(rest[:count]), (word, *rest[1:count]), QUOTES if word != rest[0] else "")
+        bare = name.strip("-").lower()
+        for flag in (f"-{bare}", f"--{bare}"):
+            if flag in self._flags and not self._flags[flag]:
+                return Reading((rest[0],), (flag,), f"the flag is {flag}")
+        words = [value] if equals else []
+        while rest[count:] and _is_bare(rest[count]) and not rest[count].startswith("-"):
+            words.append(rest[count])
+            count += 1
+        key = key_meant(name.strip("-"), self._groups)
+        if key is None or ("." not in key + name and key not in self._groups):
+            return Reading((rest[0],), None, "there is no such flag, and no key of this name")
+        if not words and (kind := kind_of(key)) is not None and kind.hint is bool:
+            words = ["true"]
+        means = self._argument(name.strip("-"), " ".join(words)) if words else None
+        return Reading(tuple(rest[:count]), means, DASHES)
+
+    def _alone(self, rest: Sequence[str]) -> Reading:
+        """A word without =, such as `plan`, `model.nano` or `model` before `nano`."""
+        word = rest[0]
+        if word.startswith("~"):
+            kind = kind_of(word[1:]) if word[1:] in self._groups else None
+            return Reading((word,), (word,)) if kind is None else Reading((word,), (), "every run reads its keys")
+        group = key_meant(word, self._groups)
+        after = rest[1] if rest[1:2] and _is_bare(rest[1]) and group in self._groups else ""
+        if after and (option := self._option(str(group), after)):
+            return Reading(tuple(rest[:2]), option, EQUALS)
+        if " " in word.strip() or re.search(r":\s", word):
+            key, colon, value = word.partition(":")
+            sure = re.fullmatch(r"[\w./]+", key) and (key in self._groups or kind_of(key) is not None)
+            if colon and sure and (means := self._argument(key, value.strip())):
+                return Reading((word,), means, EQUALS)
+            words = word.split()
+            if words[0] in self._groups and len(words) == 2 and (option := self._option(*words)):
+                return Reading((word,), option, EQUALS)
+            return Reading((word,), (text_argument("task.prompt", word),), ALONE_WHY)
+        if word.lower() in ALONE:
+            return Reading((word,), (ALONE[word.lower()],), ALONE_WHY)
+        if option := self._option("", word):
+            return Reading((word,), option, ALONE_WHY)
+        if match := re.fullmatch(r"([\w./]*\w)([./:])(.+)", word):
+            key, mark, value = match.groups()
+            if mark != ":" and (kind_of(word.replace("/", ".")) is not None or key not in self._groups):
+                return Reading((word,), None, ALONE_WHY)
+            if means := self._argument(key, value):
+                return Reading((word,), means, EQUALS)
+        return Reading((word,), None, ALONE_WHY)
+
+    def _assigned(self, rest: Sequence[str], count: int, why: str) -> Reading:
+        """`rest[:count]` is key=value, in one or more words. Words of a text may follow."""
+        typed = "".join(rest[:count])
+        match = _ASSIGNMENT.fullmatch(typed)
+        if match is None:
+            return Reading(tuple(rest[:count]), (typed,))
+        key, value = match.groups()
+        bare = key.lstrip("+[")
+        meant = key_meant(bare, self._groups)
+        kind = None if meant is None or meant in self._groups else kind_of(meant)
+        words = []
+        for word in rest[count:]:
+            if not _is_bare(word) or word.startswith(("~", "-")) or rest[count - 1].endswith("]"):
+                break
+            words.append(word)
+        is_text = kind is not None and kind.hint is str and "one_of" not in kind.limits
+        numbers = all(re.fullmatch(r"[\d.]+,?", word) for word in (value, *words))
+        if words and (is_text or (numbers and kind is not None)):
+            count += len(words)
+            spoken = " ".join([value, *words])
+            if not is_text and self._sweep:  # `sampler.seed=1, 2` with -m
+                return Reading(
+                    tuple(rest[:count]), (f"{meant}={','.join(re.findall(r'[0-9.]+', spoken))}",), SPACE
+                )
+            return Reading(tuple(rest[:count]), self._argument(bare, spoken), SPACE)
+        if meant in self._groups and " " in value:  # "job=plan model nano"
+            inner = read(
+                [f"{key}={value.split()[0]}", *value.split()[1:]], self._groups, flags={}, sweep=self._sweep
+            )
+            if all(one.means for one in inner):
+                return Reading(tuple(rest[:count]), tuple(a for one in inner for a in one.means or ()), EQUALS)
+        if count == 1 and self._is_right(typed, meant, kind):
+            return Reading((typed,), (typed,))
+        if key.startswith("+") and (kind is None and meant not in self._groups):
+            return Reading((typed,), (typed,))
+        if key.startswith("~"):
+            return Reading((typed,), (typed,))
+        means = self._argument(bare, value.rstrip("]") if key.startswith("[") else value)
+        if means is None and meant is not None and re.fullmatch(r"[\w.-]+(,[\w.-]+)+", value) and not self._sweep:
+            means = ("-m", f"{meant}={value}")
+        return Reading(tuple(rest[:count]), means, why or self._why(typed, key, value))
+
+    def _is_right(self, argument: str, meant: str | None, kind: Kind | None) -> bool:
+        """Whether Hydra and OmegaConf accept the argument as it is, as far as names and kinds tell."""
+        override = parsed(argument)
+        if override is None:
+            return False
+        key = override.key_or_group
+        if override.is_hydra_override() or key.split(".")[0] in ("hydra", "extras"):
+            return True
+        if key in self._groups:
+            values = override.value()
+            names = [str(v) for v in values] if isinstance(values, list) else [str(values)]
+            added = override.is_add() or override.is_force_add()
+            swept = override.is_sweep_override()
+            return not added and (self._sweep if swept else all(n in self._groups[key] for n in names))
+        if override.is_sweep_override():
+            return self._sweep and meant == key
+        if isinstance(override.value(), str) and key.replace(".", "/") in self._groups:
+            return False
+        return meant == key and fits(kind, override.value())
+
+    def _why(self, typed: str, key: str, value: str) -> str:
+        if typed.translate(TYPOGRAPHIC) != typed and parsed(typed) is None:
+            return QUOTES
+        if key.startswith("+") and key.lstrip("+") in self._groups:
+            return "a plus adds what is not there yet, and this group has an option already"
+        if parsed(typed) is not None:
+            return ""
+        if not re.match(r"[\w./+~@-]+=(?!=)", typed):
+            return EQUALS
+        return TILDE if value.startswith("~") else SYNTAX
+
+    def _argument(self, key: str, value: str) -> tuple[str, ...] | None:
+        """The right arguments for a key and a value as they were typed."""
+        value = value.translate(TYPOGRAPHIC)
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        if value[:1] in ("'", '"') and value.count(value[0]) == 1:
+            value = value[1:]  # the closing quote is missing
+        leaf = re.split(r"[./]", key)[-1].lower()
+        if leaf in ("size", "resolution"):
+            size = re.fullmatch(r"(\d+)[x,*](\d+)", SIZES.get(value.lower(), value))
+            return (f"task.width={size[1]}", f"task.height={size[2]}") if size else None
+        if leaf in ("duration", "seconds") and re.fullmatch(r"\d+", value):
+            value += "s"
+        meant = key_meant(key, self._groups)
+        if meant is None:
+            return self._option("", value)
+        if meant in self._groups:
+            return self._option(meant, value)
+        if meant == "hydra.run.dir":
+            return (f"{meant}={PurePath(value).with_suffix('')}",)
+        kind = kind_of(meant)
+        if (node := meant.replace(".", "/")) in self._groups:
+            return self._option(node, value)
+        made = None if kind is None else written(kind, value, meant)
+        return None if made is None else (made if made.startswith(f"{meant}=") else f"{meant}={made}",)
+
+    def _option(self, group: str, value: str) -> tuple[str, ...] | None:
+        """The choice of `value` in `group`, else in a group below it, else in the only group that has it."""
+        names = [each for each in value.strip(" ,;\"'").split(",") if each]
+        if len(names) > 1:
+            found = [self._option(group, name) for name in names]
+            if group not in self._groups or None in found:
+                return None
+            choices = ",".join(str(one[0]).partition("=")[2] for one in found if one)
+            return (*([] if self._sweep else ["-m"]), f"{group}={choices}")
+        if not names:
+            return None
+        word = _folded(PurePath(names[0].removesuffix(".yaml")).name.lower().removeprefix("cosmos3"))
+        word = _folded(OTHER_VALUES.get(names[0].lower(), word))
+
+        def exact(where: str) -> str | None:
+            return next((option for option in self._groups[where] if _folded(option) == word), None)
+
+        if group in self._groups and (option := exact(group)):
+            return (f"{group}={option}",)
+        below = [other for other in self._groups if group and other.startswith(f"{group}/") and exact(other)]
+        anywhere = [other for other in self._groups if "/" not in other and exact(other)]
+        for other in [*below[:1], *(anywhere if len(anywhere) == 1 else [])]:
+            return (f"{other}={exact(other)}",)
+        near = nearest(word, self._groups.get(group, ()))
+        if near is not None:
+            return (f"{group}={near}",)
+        return self._argument("output_file", value) if group == "output" else None
+
+
+def written(kind: Kind, text: str, key: str) -> str | None:
+    """How the value `text` is written for a key of this kind, such as [2,2] for `2,2`; None if it cannot be."""
+    text = text.strip()
+    bare = text.rstrip(",;").strip("\"' ")
+    if typing.get_origin(kind.hint) is list:
+        inner = typing.get_args(kind.hint)[0]
+        if dataclasses.is_dataclass(inner):
+            first = dataclasses.fields(inner)[0].name
+            return (
+                None if not kind_of(f"{key}[0].{first}") or re.search(r"[\[{]", bare) else f"[{{{first}:{bare}}}]"
+            )
+        words = re.split(r"[,;x\s]+" if inner in (int, float) else r"[,;\s]+", bare.strip("[](){} "))
+        made = [written(Kind(inner, False, {}), word, key) for word in words if word]
+        return None if None in made or not made else f"[{','.join(map(str, made))}]"
+    names = kind.limits.get("one_of")
+    if isinstance(kind.hint, type) and issubclass(kind.hint, Enum):
+        names = list(kind.hint.__members__)
+    if names is not None:
+        last = bare.rpartition(".")[2].lower()
+        word = OTHER_VALUES.get(last, last)
+        return word if word in names else nearest(word, names)
+    if kind.hint is bool:
+        low = bare.lower()
+        return "true" if low in _TRUE else "false" if low in _FALSE else None
+    if kind.hint in (int, float):
+        return _number(kind, bare, key)
+    if kind.hint is str:
+        if text.startswith("~/"):
+            text = os.path.expanduser(text)
+        override = parsed(f"{key}={text}")
+        if override is not None and not override.is_sweep_override() and fits(kind, override.value()):
+            return text
+        return text_argument(key, text)
+    return None
+
+
+def _number(kind: Kind, text: str, key: str) -> str | None:
+    if re.fullmatch(r"\d{1,3}([,_ ]\d{3})+", text):
+        text = re.sub(r"[,_ ]", "", text)
+    if kind.hint is float:
+        text = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text)
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([a-zA-Z%]*)", text)
+    if match is None:
+        return None
+    number = float(match[1])
+    if key == "task.num_frames" and match[2].lower() in ("s", "sec", "secs", "seconds"):
+        number = round(number * 24) // 4 * 4 + 1  # a clip has 4 n + 1 frames; 24 per second is usual
+    if kind.hint is int:
+        return str(round(number))
+    return f"{number:g}"
+
+
+def _is_bare(word: str) -> bool:
+    return "=" not in word
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[-_.\s]", "", name.lower())
