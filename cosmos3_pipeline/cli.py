@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, chdir, redirect_stdout, suppress
 from functools import partial
 from importlib import import_module
-from io import StringIO, TextIOWrapper
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cosmos3_pipeline import __version__, jobs, stopping
+from cosmos3_pipeline.commands import COMMANDS, set_up_terminal
 from cosmos3_pipeline.config import config_dir, running
 from cosmos3_pipeline.config.checks import problems
 from cosmos3_pipeline.config.completion import cleaned
@@ -65,15 +66,6 @@ FLAGS_WITH_VALUE = {
     "--experimental-rerun",
 }
 INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-COMMANDS = {
-    "diff": "review.command",
-    "blame": "review.blame",
-    "sweep-plan": "review.sweep_plan",
-    "plugins": "review.plugins",
-    "report": "report.command",
-    "completion": "config.completion",
-    "make-checkpoint": "models.make_checkpoint",
-}
 
 
 # How often an OpenMP thread checks whether the others are ready before it sleeps; read when torch is imported.
@@ -84,26 +76,12 @@ SPIN = ("GOMP_SPINCOUNT", "10000")
 
 
 def main() -> None:
-    """The `cosmos3` command: `launch.py` with the installed configs, runnable from any directory.
-
-    `COMMANDS` are separate commands, whose arguments Hydra does not read.
-    """
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        stopping.on_signals()
-        _set_up_terminal()
-        sys.exit(stopping.stoppable(_command))
+    """A run by `cosmos3`: `launch.py` with the installed configs, runnable from any directory."""
     first = next(iter(sys.argv[1:]), "")
     if re.fullmatch(r"[\w-]+", first) and (command := nearest(first, COMMANDS)):
         typed = f"cosmos3 {first}"
         sys.exit(_refused(ConfigError([Problem(typed, "there is no such command", f"cosmos3 {command}")])))
     launch(hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(run))
-
-
-def _command() -> int:
-    """Run one of `COMMANDS` with the arguments of this process; returns the exit code."""
-    module = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}")
-    code: int = module.main(sys.argv[2:])
-    return code
 
 
 def launch(hydra_main: Callable[[], None]) -> None:
@@ -129,7 +107,7 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
     except ConfigError as error:
         return _refused(error, words)
     plugins = register()
-    _set_up_terminal()
+    set_up_terminal()
     os.environ.setdefault(*SPIN)
     if args.help:
         print(help_text(_command_name(), plugins, Source.of(hydra_main, args) or BUILTIN))
@@ -457,17 +435,6 @@ def page(write: Callable[[], Path]) -> None:
         print(f"{write()}")
     except Exception as error:
         print(f"the page could not be written: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def _set_up_terminal() -> None:
-    """Make tables in a file or a pipe wide, and make every character printable.
-
-    An ASCII terminal shows other characters as escapes, because printing a prompt must not end a finished run.
-    """
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if not sys.stdout.isatty():
-        os.environ.setdefault("COLUMNS", "160")
 
 
 def _refused(error: ConfigError, words: Sequence[str] = ()) -> int:

@@ -28,7 +28,9 @@ class Loader(yaml.CSafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         said = super().construct_mapping(node, deep)
         if len(said) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+            keys = [key.value for key, _ in node.value]
+            again = next((key for at, (key, _) in enumerate(node.value) if key.value in keys[:at]), node)
+            raise yaml.constructor.ConstructorError(None, None, f"{again.value} stands twice", again.start_mark)
         return said
 
 
@@ -39,7 +41,7 @@ def contents_around(conf: Path, config_name: str = "config") -> Contents:
     """
     found = contents(conf)
     for place in search_path(found, config_name):
-        folder = _folder(place)
+        folder = folder_of(place)
         found = {**(contents(folder) if folder is not None else {}), **found}
     return found
 
@@ -52,7 +54,7 @@ def search_path(known: Contents, config_name: str) -> list[str]:
     return [str(place) for place in places] if isinstance(places, list) else []
 
 
-def _folder(place: str) -> Path | None:
+def folder_of(place: str) -> Path | None:
     """The folder of an entry of a search path."""
     scheme, _, name = place.partition("://")
     try:
@@ -80,6 +82,14 @@ def contents(conf: Path) -> Contents:
     return found
 
 
+def first_line(file: Path | None) -> str:
+    """The first comment line of an option's `file`, which says when to choose it."""
+    if file is None:  # the option is a strategy's class, not a file
+        return ""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
+
+
 def files_of(overrides: Sequence[str], known: Contents, config_name: str = "config") -> set[str]:
     """The configs that a composition of `overrides` may read, whether or not their files exist."""
     said = (override.lstrip("+").partition("=") for override in overrides)
@@ -91,18 +101,19 @@ def files_of(overrides: Sequence[str], known: Contents, config_name: str = "conf
         if path in found:
             continue
         found.add(path)
-        for entry in _defaults(known.get(path)):
-            waiting += _named(entry, path.rpartition("/")[0], chosen)
+        for entry in defaults(known.get(path)):
+            waiting += named(entry, path.rpartition("/")[0], chosen)
     return found
 
 
-def _defaults(content: Any) -> list[Any]:
+def defaults(content: Any) -> list[Any]:
+    """The entries of the defaults list of a file's content."""
     body = content[1] if isinstance(content, list) else None
     listed = body.get("defaults") if isinstance(body, dict) else None
     return listed if isinstance(listed, list) else []
 
 
-def _named(entry: Any, folder: str, chosen: Mapping[str, str]) -> list[str]:
+def named(entry: Any, folder: str, chosen: Mapping[str, str]) -> list[str]:
     """The paths of the configs that `entry` refers to. `entry` is from the defaults list of a file in `folder`."""
     if isinstance(entry, str):
         return [] if entry == "_self_" else [_absolute(entry.partition("@")[0], folder)]

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain
+from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain, not_yaml
 from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import as_said, plain, without_hydra
@@ -185,7 +185,13 @@ def _has_groups(overrides: Sequence[str], source: Source) -> None:
 
 def as_config_error(error: Exception, overrides: Sequence[str], source: Source = BUILTIN) -> ConfigError:
     """The ConfigError that explains Hydra's `error` while composing. Raises an error that is not Hydra's."""
-    problem = explain(error, [*schema_keys(), *_chosen_settings(overrides, source)], overrides, source.groups())
+    if isinstance(error, yaml.YAMLError):
+        found = [not_yaml(place, one) for place, one in source.unreadable()]
+        if not found:
+            raise error
+        return ConfigError(found)
+    keys = [*schema_keys(), *_chosen_settings(overrides, source)]
+    problem = explain(error, keys, overrides, source.groups(), source.place)
     if problem is None:
         raise error
     return ConfigError([problem])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError
 
 from cosmos3_pipeline.config.kinds import kind_of
 from cosmos3_pipeline.config.mistakes import beside, keys_meant, written
@@ -95,22 +95,46 @@ def wrong_kind(key: str, wrong: str, where: str, cause: str = "") -> Problem:
     )
 
 
+# (path of a config such as `task/t2v`, dotted key) -> the file and line for people: `conf/task/t2v.yaml:14`.
+Place = Callable[[str, str], str]
+
+
+def not_yaml(place: str, error: MarkedYAMLError) -> Problem:
+    """The problem of a file that cannot be parsed. `place` is its path for people.
+
+    A bracket or a quote without its end is shown where it begins, because the parser only notices it further down.
+    """
+    begins = error.context_mark if re.search("flow|quoted", error.context or "") else None
+    mark = begins or error.problem_mark or error.context_mark
+    line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
+    noticed = error.problem_mark
+    words = f", noticed in line {noticed.line + 1}" if begins and noticed and noticed.line + 1 != line else ""
+    return Problem(
+        what=f"{place}:{line}:{column} is not valid YAML",
+        why=" ".join(filter(None, [error.context, error.problem])) + words,
+        works=f"mending line {line}, column {column} of {place}",
+    )
+
+
 def explain(
-    error: Exception, keys: Iterable[str], overrides: Sequence[str], groups: Mapping[str, Sequence[str]]
+    error: Exception,
+    keys: Iterable[str],
+    overrides: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+    place: Place = lambda path, _: f"{path}.yaml",
 ) -> Problem | None:
     """The problem behind an error of Hydra or OmegaConf while composing; None for an error of anything else.
 
     `keys` are all dotted keys of the schema, and `groups` the options of every group. Both are for "did you mean".
     """
     if isinstance(error, MissingConfigException):
-        return _missing_option(error, groups, overrides)
-    if isinstance(error, YAMLError):
-        return Problem(what="a config file is not valid YAML", why=str(error), works="mending the line it names")
+        return _missing_option(error, groups, overrides, place)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     text = str(error)
     cause = f"{text}\n{error.__cause__ or ''}"
-    where = _where(text, overrides)
+    full_key = match.group(1) if (match := re.search(r"full_key: (\S+)", cause)) else ""
+    where = _where(text, overrides, full_key, place)
     if match := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         group = match.group(1).split("@")[0]
         return Problem(
@@ -118,7 +142,6 @@ def explain(
             why="no config group and no key has this name",
             works=did_you_mean(group, [*keys, *_groups(keys)], otherwise="see --help for the groups"),
         )
-    full_key = match.group(1) if (match := re.search(r"full_key: (\S+)", cause)) else ""
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         if full_key not in key:  # the key is in a node of a list
@@ -171,18 +194,17 @@ def explain(
 
 
 def _missing_option(
-    error: MissingConfigException, groups: Mapping[str, Sequence[str]], overrides: Sequence[str]
+    error: MissingConfigException, groups: Mapping[str, Sequence[str]], overrides: Sequence[str], place: Place
 ) -> Problem:
     name = error.missing_cfg_file or ""
     group, _, option = name.rpartition("/")
     # Hydra gives no options if another file's defaults list names the missing one.
     options = [o for o in error.options or groups.get(group, ()) if not o.startswith("_")]
-    # Hydra names the primary config even if the choice was typed.
-    where = _where(str(error), ()).strip(" ()")
     typed = f"{group}={option}" in [override.lstrip("+") for override in overrides]
-    named = f"{where.removeprefix('in ')} names it; "
-    if typed or "/" not in where or where.startswith("in hydra/"):
-        named = ""
+    # Hydra names the primary config even if the choice comes from elsewhere, so its line is looked for.
+    match = None if typed else re.search(r"In '(?!hydra/)([^']+)'", str(error))
+    where = place(match.group(1), f"defaults.{option}") if match else ""
+    named = f"{where} names it; " if ":" in where else ""
     if group == "_strategy":
         return Problem(
             what=f"the strategy plugin {option} is not available",
@@ -214,10 +236,10 @@ def divides_nothing(chosen: str, direction: str) -> Problem:
     )
 
 
-def _where(text: str, overrides: Sequence[str]) -> str:
-    """` (in conf/model/toy.yaml)` or ` (from the override x=y)`, as far as Hydra's message tells."""
+def _where(text: str, overrides: Sequence[str], key: str, place: Place) -> str:
+    """` (in conf/model/toy.yaml:7)` or ` (from the override x=y)`, as far as Hydra's message tells."""
     if match := re.search(r"In '([^']+)'", text):
-        return f" (in {match.group(1)}.yaml)"
+        return f" (in {place(match.group(1), key)})"
     if match := re.search(r"Error merging override (.+)", text):
         return f" (from {match.group(1).strip()})"
     if match := re.search(r"Could not override '([^']+)'", text):

@@ -191,10 +191,43 @@ def _name(config_path: str, repository: CachingConfigRepository) -> str:
     if file is None or loaded is None:
         return f"the schema ({config_path})"
     if loaded.provider == "main":
-        return f"{file.parents[config_path.count('/')].name}/{config_path}.yaml"
+        return for_people(file, file.parents[config_path.count("/")])
     if loaded.path.startswith("pkg://"):
         return f"{loaded.path.removeprefix('pkg://').replace('.', '/')}/{config_path}.yaml"
     return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
+
+
+def for_people(file: Path, conf: Path) -> str:
+    """The path of a `file` in the program's own folder of configs `conf`: from here if the file is below, but
+    `conf/model/toy.yaml` for the library's, which may be installed anywhere.
+    """
+    here = Path.cwd()
+    for one in file.resolve(), file:
+        if one.is_relative_to(here) and "site-packages" not in one.parts:
+            return one.relative_to(here).as_posix()
+    return f"{conf.name}/{file.relative_to(conf).as_posix()}"
+
+
+def place_of(config_path: str, key: str, repository: CachingConfigRepository) -> str:
+    """Where people find `key`: `conf/task/t2v.yaml:14`. There is no line if the file does not have the key.
+
+    `key` may begin with the package of the config. `defaults.t2v` is the entry of the defaults list for `t2v`.
+    """
+    name, file = _name(config_path, repository), file_of(config_path, repository)
+    if file is None:
+        return name
+    root = yaml.compose(file.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    lines = {} if root is None else {**dict(_lines(root, "")), **dict(_chosen(root))}
+    fitting = [known for known in lines if key == known or key.endswith(f".{known}")]
+    return f"{name}:{lines[max(fitting, key=len)]}" if fitting else name
+
+
+def _chosen(root: yaml.Node) -> Iterator[tuple[str, int]]:
+    """The options that the defaults list of a file names, as `defaults.OPTION`, each with its line."""
+    listed = dict((key.value, value) for key, value in root.value).get("defaults")
+    for entry in listed.value if isinstance(listed, yaml.SequenceNode) else ():
+        for option in [entry] if isinstance(entry, yaml.ScalarNode) else [value for _, value in entry.value]:
+            yield f"defaults.{option.value}", option.start_mark.line + 1
 
 
 def _because(default: ResultDefault, defaults: DefaultsList, repository: CachingConfigRepository) -> str:

@@ -44,7 +44,19 @@ DEEPEST = 20  # a longer chain of references is a circle
 
 
 class NotPlain(Exception):
-    """Raised for a composition that Hydra has to make or to refuse."""
+    """Raised for a composition that Hydra has to make or to refuse.
+
+    about: the dotted key, or the path of a config such as `task/t2v`, that is not plain; empty if unknown.
+    said: what was written for the key.
+    """
+
+    def __init__(self, about: str = "", said: object = None) -> None:
+        super().__init__(about)
+        self.about, self.said = about, said
+
+    def below(self, key: str, said: object) -> NotPlain:
+        """The same about `key`, where `said` was written, or about the key below it that `about` names."""
+        return NotPlain(f"{key}.{self.about}", self.said) if self.about else NotPlain(key, said)
 
 
 @dataclass(frozen=True)
@@ -175,7 +187,7 @@ class Shortcut:
         """The values of the config at `path`: a file's without its defaults list, or a plugin's settings."""
         if path not in self._known:
             return _settings(path)
-        body = _body(self._known[path])
+        body = _body(path, self._known[path])
         if path != self._source.name and "searchpath" in (body.get("hydra") or {}):
             raise NotPlain
         return {key: value for key, value in body.items() if key not in ("defaults", "hydra")}
@@ -186,13 +198,13 @@ def _parsed(overrides: tuple[str, ...]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def _body(content: Any) -> dict[str, Any]:
-    """The mapping that a file holds."""
-    if not isinstance(content, list):  # the file cannot be parsed, or does not exist
-        raise NotPlain
+def _body(path: str, content: Any) -> dict[str, Any]:
+    """The mapping that the config at `path` holds."""
+    if not isinstance(content, list):  # the file cannot be parsed
+        raise NotPlain(path)
     body = {} if content[1] is None else content[1]
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
-        raise NotPlain
+        raise NotPlain(path)
     return body
 
 
@@ -202,7 +214,7 @@ def _settings(path: str) -> dict[str, Any]:
     cls = register().strategies.get(name)
     directions = () if cls is None else tuple(f"vae/{direction}" for direction in cls.directions)
     if cls is None or name == REFERENCE or group not in (SCHEMA_GROUP, *directions):
-        raise NotPlain
+        raise NotPlain(path)
     made = {}
     for f in dataclasses.fields(settings_schema(cls)):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -230,7 +242,7 @@ class _DefaultsList:
             if path == "schema" and not package:
                 return []  # the schema has types only, which `_config` checks
             return [(path, package)]  # a plugin's settings
-        body, (header, _) = _body(content), content
+        body, (header, _) = _body(path, content), content
         if header:
             if header != ["# @package _global_"] or path == self._primary:
                 raise NotPlain
@@ -319,11 +331,14 @@ def _merge(into: dict[str, Any], said: Mapping[str, Any]) -> None:
         old = into.get(key)
         if isinstance(value, dict):
             if key == "_target_" or not (old is None or isinstance(old, dict)):
-                raise NotPlain
+                raise NotPlain(key, value)
             into[key] = old = {} if old is None else old
-            _merge(old, value)
+            try:
+                _merge(old, value)
+            except NotPlain as error:
+                raise error.below(key, value) from None
         elif isinstance(old, dict) or (key == "_target_" and old not in (None, value)):
-            raise NotPlain
+            raise NotPlain(key, value)
         else:
             into[key] = value
 
@@ -352,7 +367,10 @@ def _config(values: dict[str, Any]) -> Config:
         cls = register().by_target(node["_target_"]) if isinstance(node, dict) and "_target_" in node else None
         if cls is None or direction not in cls.directions:
             raise NotPlain
-        setattr(made.vae, direction, plain(_convert(settings_schema(cls), node)))
+        try:
+            setattr(made.vae, direction, plain(_convert(settings_schema(cls), node)))
+        except NotPlain as error:
+            raise error.below(f"vae.{direction}", node) from None
     if _names_code({key: value for key, value in values.items() if key != "vae"}):
         raise NotPlain
     return made
@@ -367,7 +385,13 @@ def _names_code(node: Any) -> bool:
 def _followed(value: Any, root: dict[str, Any], depth: int) -> Any:
     """`value` with each reference replaced by the value that it refers to."""
     if isinstance(value, dict):
-        return {key: _followed(inner, root, depth) for key, inner in value.items()}
+        followed = {}
+        for key, inner in value.items():
+            try:
+                followed[key] = _followed(inner, root, depth)
+            except NotPlain as error:
+                raise error.below(key, inner) from None
+        return followed
     if isinstance(value, list):
         return [_followed(inner, root, depth) for inner in value]
     if not _refers(value):
@@ -454,22 +478,29 @@ def _convert(hint: Any, value: Any) -> Any:
 
 def _object(schema: type, said: Any) -> Any:
     fields, hints = _fields(schema), _hints(schema)
-    if not isinstance(said, dict) or not said.keys() <= fields.keys():
+    if not isinstance(said, dict):
         raise NotPlain
+    for name in said:
+        if name not in fields:
+            raise NotPlain(name, said[name])
     made = {}
     for name, one in fields.items():
-        if name in said:
-            made[name] = _convert(hints[name], said[name])
-        elif dataclasses.is_dataclass(hints[name]):
-            made[name] = _object(typing.cast(type, hints[name]), {})
-        elif one.default is not dataclasses.MISSING and one.default != "???":
-            made[name] = one.default
-        elif one.default_factory is not dataclasses.MISSING:
-            made[name] = one.default_factory()
-        else:
-            raise NotPlain
-        _in_range(made[name], one.metadata)
+        try:
+            made[name] = _convert(hints[name], said[name]) if name in said else _default(one, hints[name])
+            _in_range(made[name], one.metadata)
+        except NotPlain as error:
+            raise error.below(name, said.get(name)) from None
     return schema(**made)
+
+
+def _default(one: dataclasses.Field[Any], hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _object(typing.cast(type, hint), {})
+    if one.default is not dataclasses.MISSING and one.default != "???":
+        return one.default
+    if one.default_factory is not dataclasses.MISSING:
+        return one.default_factory()
+    raise NotPlain
 
 
 def _in_range(value: Any, limits: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.hydra import Hydra
@@ -27,7 +28,8 @@ from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig
 
 from cosmos3_pipeline.config import config_dir
-from cosmos3_pipeline.config.provenance import beside_a_running_hydra, file_of
+from cosmos3_pipeline.config.closure import Loader, first_line, folder_of
+from cosmos3_pipeline.config.provenance import beside_a_running_hydra, file_of, for_people, place_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,21 @@ class Source:
         """The configs that `loader` finds, with those that the primary config adds to the search path."""
         return cast(ConfigLoaderImpl, loader)._parse_overrides_and_create_caching_repo(self.name, [])[1]
 
+    def place(self, config_path: str, key: str) -> str:
+        """Where people find `key` of the config at `config_path`: `conf/task/t2v.yaml:14`."""
+        with self.opened() as loader:
+            return place_of(config_path, key, self._repository(loader))
+
+    def unreadable(self) -> Iterator[tuple[str, yaml.MarkedYAMLError]]:
+        """The files of the configs that are not valid YAML: the path for people, and the parser's error."""
+        folders = [folder for place in (self.further, self.main) if place and (folder := folder_of(place))]
+        for folder in folders:
+            for file in sorted(folder.rglob("*.yaml")):
+                try:
+                    yaml.load(file.read_text(encoding="utf-8", errors="replace"), Loader)
+                except yaml.MarkedYAMLError as error:
+                    yield for_people(file, folder), error
+
     def abouts(self) -> dict[str, dict[str, str]]:
         """When to choose each option of each group: the first comment line of its file."""
         found = {}
@@ -92,15 +109,8 @@ class Source:
             repository = self._repository(loader)
             for group, options in self.groups().items():
                 files = {option: file_of(f"{group}/{option}", repository) for option in options}
-                found[group] = {option: _first_line(file) for option, file in files.items()}
+                found[group] = {option: first_line(file) for option, file in files.items()}
         return found
-
-
-def _first_line(file: Path | None) -> str:
-    if file is None:  # the option is a strategy's class, not a file
-        return ""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
 
 
 def _groups(repository: CachingConfigRepository, parent: str) -> Iterator[tuple[str, list[str]]]:

@@ -67,13 +67,18 @@ class Checked:
 
 
 def check_composition(
-    composition: Composition | PlainComposition, changes: Mapping[str, Any] | None = None
+    composition: Composition | PlainComposition,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    plan_vae: bool = True,
 ) -> Checked:
     """The typed and checked config of `composition`. Raises ConfigError with every problem found.
 
     If `model.path` is a local folder, the checkpoint's numbers replace those in the config, see
     `adopt_checkpoint`. `changes` maps dotted keys to values that replace the composition's. Each problem names the
     file or override that set its keys.
+
+    Planning the VAE takes most of the time. Without `plan_vae` nothing is found that its strategies would refuse.
     """
     # The structure of a plain composition has been checked already.
     found = structure.problems(composition) if isinstance(composition, Composition) else []
@@ -95,7 +100,7 @@ def check_composition(
             config = composition.typed(numbers)
             of_picture = settled(config)
             found.extend(by_hand(of_picture, composition.literal))
-            checked = check(composition.typed({**numbers, **of_picture}) if of_picture else config)
+            checked = check(composition.typed({**numbers, **of_picture}) if of_picture else config, plan_vae)
             if not found:
                 return replace(checked, adopted=adopted)
         except ConfigError as error:
@@ -123,13 +128,13 @@ def _unread_settings(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]
                 )
 
 
-def check(cfg: Config) -> Checked:
+def check(cfg: Config, plan_vae: bool = True) -> Checked:
     """Check the arithmetic of `cfg`, whose structure is right. Raises ConfigError with every problem."""
     clip, vae = clip_of(cfg), dict[Direction, VaePlan]()
     found = [problem for one in CHECKS for problem in one(cfg, clip)]
     found += check_actions(cfg)
     found += [] if found else _tokens(cfg)
-    for direction in directions(cfg) if replica_ranks(cfg.topology) else ():
+    for direction in directions(cfg) if plan_vae and replica_ranks(cfg.topology) else ():
         if found and not is_parallel(cfg.vae, direction):
             continue  # the reference works with every valid clip and number of ranks
         try:

@@ -11,11 +11,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cosmos3_pipeline.review import render
+from cosmos3_pipeline.review import files, render
 from cosmos3_pipeline.review.compare import Side, compare
 from cosmos3_pipeline.review.report import Report
 from cosmos3_pipeline.review.revisions import ReviewError, checked_out, touched
-from cosmos3_pipeline.review.runs import measured, saved_config, side_of_file, side_of_overrides
 
 USAGE = 3  # exit code of a comparison that could not be made
 FORMATS = {"text": render.as_text, "markdown": render.as_markdown, "json": render.as_json}
@@ -74,16 +73,29 @@ def _split(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def _report(base: str | None, head: str | None, lists: list[list[str]], conf: str, name: str) -> Report:
+    saved = [path for path in map(saved_config, (base, head)) if path is not None]
+    if not (lists or saved):
+        return diff_revisions(base, head, Path.cwd(), conf, name)
+    # This process composes here. A revision is composed by a process of its own, so Hydra is not imported above.
+    from cosmos3_pipeline.review.runs import measured, side_of_file, side_of_overrides
+
     if lists:
         if len(lists) != 2 or base is not None:
             raise ReviewError("two lists of overrides are compared: cosmos3 diff -- OVERRIDES -- OVERRIDES")
         return compare(*(side_of_overrides(overrides) for overrides in lists))
-    saved = [path for path in map(saved_config, (base, head)) if path is not None]
-    if saved:
-        if len(saved) != 2:
-            raise ReviewError("a run is compared with another one: cosmos3 diff RUN RUN, or two config.yaml")
-        return replace(compare(*map(side_of_file, saved)), measured=measured(*(file.parent for file in saved)))
-    return diff_revisions(base, head, Path.cwd(), conf, name)
+    if len(saved) != 2:
+        raise ReviewError("a run is compared with another one: cosmos3 diff RUN RUN, or two config.yaml")
+    return replace(compare(*map(side_of_file, saved)), measured=measured(*(file.parent for file in saved)))
+
+
+def saved_config(words: str | None) -> Path | None:
+    """The config.yaml that `words` name: the file itself, or in a run's folder. None if they are a revision."""
+    if words is None:
+        return None
+    path = Path(words)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    return path / "config.yaml" if (path / "config.yaml").is_file() else None
 
 
 def diff_revisions(
@@ -108,10 +120,13 @@ def diff_revisions(
         else:
             with ThreadPoolExecutor(len(trees)) as pool:  # each waits for a process of its own
                 surveys = list(pool.map(lambda tree: tree.survey(), trees))
+        old, new = (tree.contents for tree in trees)
+        told = files.compared(old, new, trees[1].conf, Path(conf).as_posix(), name)
         broken = [n for n, c in surveys[1].items() if "problems" in c and "config" in surveys[0].get(n, {})]
         surveys[1] = trees[1].located(surveys[1], broken)
         base_side = Side(trees[0].label, surveys[0], trace_base)
-        return compare(base_side, Side(trees[1].label, surveys[1], trees[1].trace), untouched=untouched)
+        head_side = Side(trees[1].label, surveys[1], trees[1].trace)
+        return compare(base_side, head_side, untouched=untouched, files=told)
 
 
 def _range(words: str, repository: Path) -> tuple[str, str]:

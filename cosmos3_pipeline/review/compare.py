@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cosmos3_pipeline.review.renames import renamed_keys, renamed_options
+from cosmos3_pipeline.review.files import FileChanges
+from cosmos3_pipeline.review.renames import renamed_keys
 from cosmos3_pipeline.review.report import ABSENT, Broken, Change, Effect, Report, growth, strength
 
 Survey = Mapping[str, Mapping[str, Any]]
@@ -17,6 +18,9 @@ Trace = Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], list[dict[str,
 PICTURE = ("model.", "task.", "sampler.")
 NOT_PICTURE = ("model.recommended.", "model.trained.", "model.name", "task.name", "task.modality")
 FILE_ONLY = ("output.crf", "output.preset", "output.encoder", "output.encoders")
+
+
+_Name = tuple[str, str]  # of a change: its key, and its values as text
 
 
 @dataclass
@@ -42,16 +46,22 @@ class Side:
     trace: Trace
 
 
-def compare(base: Side, head: Side, *, untouched: int = 0) -> Report:
-    """The report of differences from `base` to `head`. `untouched` counts cases that are in neither survey."""
-    options = renamed_options(base.survey, head.survey)
-    pairs, broken = _match(base.survey, head.survey, options)
+def compare(base: Side, head: Side, *, untouched: int = 0, files: FileChanges | None = None) -> Report:
+    """The report of differences from `base` to `head`.
+
+    `untouched` counts cases that are in neither survey. `files` has what the files alone tell.
+    """
+    files = files or FileChanges()
+    pairs, broken = _match(base.survey, head.survey, files)
+    refused = _refused_in_both(base.survey, head.survey)
     names = renamed_keys([(p.old["config"], p.new["config"]) for p in pairs])
-    for pair in pairs:
+    for pair in [*pairs, *refused]:
         pair.moved = _moved(pair, names)
-    changes, numbers = _changes(pairs, names, base.trace, head.trace)
+    changes, numbers = _changes([*pairs, *refused], names, files, base.trace, head.trace)
+    changes += tuple(replace(one, number=number) for number, one in enumerate(files.hydra, len(changes) + 1))
     valid = [n for n, case in head.survey.items() if "config" in case]
-    new = [n for n in valid if n not in base.survey and n not in options.values()]
+    came = [n for n in head.survey if n not in base.survey and n not in files.renamed.values()]
+    new = [n for n in came if n in valid]
     return Report(
         base=base.label,
         head=head.label,
@@ -59,9 +69,12 @@ def compare(base: Side, head: Side, *, untouched: int = 0) -> Report:
         broken=tuple(broken),
         mended=tuple(n for n in valid if "problems" in base.survey.get(n, {})),
         refused_in_both=tuple(
-            n for n, c in head.survey.items() if "problems" in c and "config" not in base.survey.get(n, {})
+            n for n, c in head.survey.items() if "problems" in c and "problems" in base.survey.get(n, {})
         ),
-        added=tuple(new),
+        added=(*new, *files.new),
+        added_refused={n: head.survey[n]["problems"][0]["what"] for n in came if n not in valid},
+        abouts=files.abouts,
+        renamed=files.renames,
         plans={n: dict(head.survey[n]["plan"] or {}) for n in new},
         removed=tuple(n for n in base.survey if n not in head.survey and not _is_option(n)),
         changes=changes,
@@ -70,26 +83,47 @@ def compare(base: Side, head: Side, *, untouched: int = 0) -> Report:
     )
 
 
-def _match(base: Survey, head: Survey, options: Mapping[str, str]) -> tuple[list[_Pair], list[Broken]]:
-    pairs, broken = [], []
+def _match(base: Survey, head: Survey, files: FileChanges) -> tuple[list[_Pair], list[Broken]]:
+    pairs, broken = [], [Broken(n, (files.problem_of(n),), files.renamed.get(n, "")) for n in files.gone]
     for name, old in base.items():
+        new, now_called = head.get(name), files.renamed.get(name, "")
+        if new is None and _is_option(name):
+            broken.append(Broken(name, (files.problem_of(name),), now_called))
+            after = head.get(now_called, {})
+            if "config" in old and "config" in after:
+                pairs.append(_Pair(f"{now_called} (was {name})", old, after))
+            elif "config" in old and "problems" in after:
+                broken.append(Broken(f"{now_called} (was {name})", _causes(after, files)))
+            continue
         if "config" not in old:
             continue
-        new, now_called = head.get(name), options.get(name, "")
         if new is not None and _is_option(name) and old["overrides"] != new["overrides"]:
             continue  # the option that it is planned with is gone or renamed, which is reported by itself
-        if new is None and _is_option(name):
-            group, _, option = name.partition("=")
-            gone = {"what": f"{name} does not exist", "why": f"{group} has no option {option} any more"}
-            gone["works"] = now_called or "another option"
-            broken.append(Broken(name, (gone,), now_called))
-        elif new is not None and "problems" in new:
-            broken.append(Broken(name, tuple(new["problems"])))
+        if new is not None and "problems" in new:
+            broken.append(Broken(name, _causes(new, files)))
         elif new is not None:
             pairs.append(_Pair(name, old, new))
-        if new is None and now_called:
-            pairs.append(_Pair(f"{now_called} (was {name})", old, head[now_called]))
     return pairs, broken
+
+
+def _causes(refused: Mapping[str, Any], files: FileChanges) -> tuple[dict[str, str], ...]:
+    """The problems of a `refused` case, or the rename that they come from."""
+    first = refused["problems"][0]["what"]
+    chosen = [override.lstrip("+") for override in refused["overrides"]]
+    for old in files.renamed:
+        if old in chosen or first.startswith(f"{old} does not exist"):
+            return (files.problem_of(old),)
+    return tuple(refused["problems"])
+
+
+def _refused_in_both(base: Survey, head: Survey) -> list[_Pair]:
+    """Cases that are refused on both sides, although their values could be composed."""
+    both = [(n, base[n], new) for n, new in head.items() if "values" in new and "values" in base.get(n, {})]
+    return [
+        _Pair(n, {**old, "config": old["values"], "plan": {}}, {**new, "config": new["values"], "plan": {}})
+        for n, old, new in both
+        if old["overrides"] == new["overrides"]
+    ]
 
 
 def _is_option(name: str) -> bool:
@@ -106,7 +140,7 @@ def _moved(pair: _Pair, names: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
 
 
 def _changes(
-    pairs: list[_Pair], names: Mapping[str, str], base: Trace, head: Trace
+    pairs: list[_Pair], names: Mapping[str, str], files: FileChanges, base: Trace, head: Trace
 ) -> tuple[tuple[Change, ...], dict[str, tuple[int, ...]]]:
     """All changes, and for each case, by name, the numbers of the changes that touch it."""
     was = {new: old for old, new in names.items()}
@@ -119,8 +153,8 @@ def _changes(
         asked_new.append((pair.new["overrides"], [k for k, (_, new) in pair.moved.items() if new is not ABSENT]))
     traces = dict(zip(one_of_each, zip(base(asked_old), head(asked_new), strict=True), strict=True))
 
-    told: dict[tuple[str, str], _Told] = {}
-    touching: dict[str, list[tuple[str, str]]] = {}
+    told: dict[_Name, _Told] = {}
+    touching: dict[str, list[_Name]] = {}
     for pair in pairs:
         if not pair.moved:
             continue
@@ -141,11 +175,35 @@ def _changes(
             entry.places[1].add(new_places.get(key, ("", ""))[0])
             entry.cases.append(pair.name)
             touching.setdefault(pair.name, []).append(name)
+    told = _choices_told_once(told, files)
     renames = [_Told(new, ABSENT, ABSENT) for new, old in was.items() if not any(k == new for k, _ in told)]
-    ordered = sorted(told.values(), key=lambda t: (-len(t.cases), t.key, repr((t.old, t.new))))
-    numbers = {(t.key, repr((t.old, t.new))): i for i, t in enumerate(ordered, 1)}
+    distinct = {id(t): t for t in told.values()}.values()
+    ordered = sorted(distinct, key=lambda t: (-len(t.cases), t.key, repr((t.old, t.new))))
+    places = {id(t): i for i, t in enumerate(ordered, 1)}
+    numbers = {name: places[id(t)] for name, t in told.items()}
     changes = tuple(t.change(i, was.get(t.key, "")) for i, t in enumerate([*ordered, *renames], 1))
-    return changes, {case: tuple(sorted(numbers[n] for n in touched)) for case, touched in touching.items()}
+    return changes, {case: tuple(sorted({numbers[n] for n in touched})) for case, touched in touching.items()}
+
+
+def _choices_told_once(told: Mapping[_Name, _Told], files: FileChanges) -> dict[_Name, _Told]:
+    """`told`, where all keys that come from another option of a group are one change of the group's choice."""
+    moves: dict[tuple[str, str, str], list[_Name]] = {}
+    for name, one in told.items():
+        if len(one.places[0]) == len(one.places[1]) == 1:
+            (old, new) = (next(iter(side)).removesuffix(".yaml").rpartition("/") for side in one.places)
+            group = old[0].rpartition("conf/")[2]
+            renamed = files.renamed.get(f"{group}={old[2]}") == f"{group}={new[2]}"
+            if old[0] == new[0] and old[2] != new[2] and not renamed:
+                moves.setdefault((group, old[2], new[2]), []).append(name)
+    found = dict(told)
+    for (group, old_option, new_option), names in moves.items():
+        if len(names) > 1:
+            whole = _Told(group, old_option, new_option, told[names[0]].places)
+            for one in map(told.__getitem__, names):
+                whole.follows |= {one.key, *one.follows}
+                whole.cases += [case for case in one.cases if case not in whole.cases]
+            found |= dict.fromkeys(names, whole)
+    return found
 
 
 def _choice_of(key: str, moved: Mapping[str, Any]) -> str | None:

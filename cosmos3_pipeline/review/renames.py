@@ -1,9 +1,9 @@
-"""Tell a rename from a removal and an addition, for keys of the schema and for options of groups."""
+"""Tell a rename from a removal and an addition, for keys of the schema and for files."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from cosmos3_pipeline.review.report import ABSENT
@@ -53,36 +53,18 @@ def _likeness(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
 
 
-def renamed_options(
-    base: Mapping[str, Mapping[str, Any]], head: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
-    """`group=old` -> `group=new` for options with another name or another group on the other side.
+def best_matches(candidates: Iterable[tuple[float, str, str]]) -> dict[str, str]:
+    """Old name -> new name, from (likeness, old, new). The most alike are taken first, and each name once.
 
-    At least half of the values that the option changes in the default run must be the same.
+    At least half of what two files say must be the same for a rename.
     """
-    gone = [n for n, c in base.items() if "=" in n and n not in head and "config" in c]
-    came = [n for n, c in head.items() if "=" in n and n not in base and "config" in c]
-    candidates = []
-    for old in gone:
-        for new in came:
-            alike = _overlap(_own(base, old), _own(head, new))
-            same_group, same_name = (a == b for a, b in zip(old.split("="), new.split("="), strict=True))
-            if alike >= 0.5 and (same_group or same_name):
-                candidates.append((alike + _likeness(old, new), old, new))
     found: dict[str, str] = {}
-    for _, old, new in sorted(candidates, key=lambda c: (-c[0], c[1], c[2])):
-        if old not in found and new not in found.values():
+    for likeness, old, new in sorted(candidates, key=lambda c: (-c[0] - _likeness(c[1], c[2]), c[1], c[2])):
+        if likeness >= 0.5 and old not in found and new not in found.values():
             found[old] = new
     return found
 
 
-def _own(survey: Mapping[str, Mapping[str, Any]], name: str) -> set[str]:
-    """The values that an option changes in the default run, by last part of the key: a node may be renamed."""
-    default = survey.get("default", {}).get("config", {})
-    config: Config = survey[name]["config"]
-    return {f"{k.rpartition('.')[2]}={v!r}" for k, v in config.items() if k not in default or default[k] != v}
-
-
-def _overlap(a: Iterable[str], b: Iterable[str]) -> float:
-    a, b = set(a), set(b)
+def alike(a: Set[str], b: Set[str]) -> float:
+    """The share of what two sets have in common."""
     return len(a & b) / len(a | b) if a | b else 1.0

@@ -45,12 +45,21 @@ def headline(report: Report) -> str:
         (cases(grows("seconds.total", 1)), "slower"),
         (cases(grows("seconds.total", -1)), "faster"),
         (len(report.mended), "compose again"),
-        (len(report.added), "new"),
     ]
     told = [f"{count} {words}" for count, words in counts if count]
     if not told:
         told = ["no case changes in memory, speed or pixels"]
-    return f"Of {report.compared} cases: {', '.join(told)}."
+    return " ".join([f"Of {report.compared} cases: {', '.join(told)}.", *_from_files(report)])
+
+
+def _from_files(report: Report) -> Iterable[str]:
+    """Sentences about what the files alone tell."""
+    if report.renamed:
+        yield f"Renamed: {_names([f'{old} -> {new}' for old, new in report.renamed.items()])}."
+    if report.added or report.added_refused:
+        yield f"New: {_names([*report.added, *report.added_refused])}."
+    if keys := [change.key for change in report.changes if change.runs]:
+        yield f"Hydra's own settings change: {_names(keys)}."
 
 
 def as_text(report: Report) -> str:
@@ -74,10 +83,12 @@ def as_text(report: Report) -> str:
         lines.append(
             f"      in {len(change.cases)} cases: {_names(change.cases)}"
             if change.cases
+            else f"      in {change.runs}"
+            if change.runs
             else "      no value moved"
         )
-    if report.plans:
-        lines += ["", "new", *(f"  {name}: {_plan_words(plan)}" for name, plan in report.plans.items())]
+    if new := _new(report):
+        lines += ["", "new", *(f"  {name}: {words}" for name, words in new)]
     if report.measured:
         lines += ["", "measured", *(f"  {name}: {_pair(name, pair)}" for name, pair in report.measured.items())]
     for title, names in _lists(report):
@@ -109,8 +120,8 @@ def as_markdown(report: Report) -> str:
         head = ["| | key | from | to | in | cases |", "|---|---|---|---|---|---|"]
         lines += ["#### Changes", ""]
         lines += _folded(head, [_change_row(c) for c in report.changes], "more changes")
-    if report.plans:
-        lines += ["#### New", "", *(f"- `{name}`: {_plan_words(plan)}" for name, plan in report.plans.items()), ""]
+    if new := _new(report):
+        lines += ["#### New", "", *(f"- `{name}`: {_escape(words)}" for name, words in new), ""]
     if report.measured:
         rows = [f"- {name}: {_cell(_pair(name, pair))}" for name, pair in report.measured.items()]
         lines += ["#### Measured", "", *rows, ""]
@@ -126,6 +137,14 @@ def _lists(report: Report) -> Iterable[tuple[str, Sequence[str]]]:
         ("refused before and after", report.refused_in_both),
     )
     return [(title, names) for title, names in lists if names]
+
+
+def _new(report: Report) -> list[tuple[str, str]]:
+    """Each new option or case, with when to choose it, and its plan or why it is refused alone."""
+    planned = {name: _plan_words(plan) for name, plan in report.plans.items()}
+    refused = {name: f"refused without more overrides: {what}" for name, what in report.added_refused.items()}
+    words = {**dict.fromkeys(report.added, ""), **planned, **refused}
+    return [(n, " | ".join(filter(None, [report.abouts.get(n, ""), w]))) for n, w in words.items()]
 
 
 def _folded(head: list[str], rows: list[str], what: str) -> list[str]:
@@ -157,14 +176,16 @@ def _change_row(change: Change) -> str:
     key = f"`{change.key}`" + (f" (was `{change.was}`)" if change.was else "")
     if change.follows:
         key += f"<br>moves along: {', '.join(f'`{k}`' for k in change.follows)}"
-    values = [f"`{_value(v)}`" for v in (change.old, change.new)] if change.cases else ["no value moved", ""]
-    cells = [f"[{change.number}]", key, *values, _places(change, quote="`"), _names(change.cases, code=True)]
+    moved = change.cases or change.runs
+    values = [f"`{_value(v)}`" for v in (change.old, change.new)] if moved else ["no value moved", ""]
+    cases = change.runs or _names(change.cases, code=True)
+    cells = [f"[{change.number}]", key, *values, _places(change, quote="`"), cases]
     return f"| {' | '.join(_cell(c) for c in cells)} |"
 
 
 def _change(change: Change, *, quote: str) -> str:
     name = f"{change.key} (was {change.was})" if change.was else change.key
-    if not change.cases:
+    if not (change.cases or change.runs):
         return f"{name}: renamed, every value kept; {_breaks(change)}"
     words = f"{name}: {_value(change.old)} -> {_value(change.new)}"
     words += f"; {_breaks(change)}" if change.was else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class Change:
     was: the key's earlier name if it was renamed. Its value may be the same then.
     places: the files or overrides that set the old and the new value.
     follows: the keys that changed with this key, because they refer to it.
+    runs: for a key of Hydra's own node, which runs read it. No case of a survey does.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Change:
     places: tuple[tuple[str, ...], tuple[str, ...]]
     follows: tuple[str, ...]
     cases: tuple[str, ...]
+    runs: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class Effect:
 
 @dataclass(frozen=True)
 class Broken:
-    """A case that composed before and is refused now. `now_called` is the option that replaced it, if any."""
+    """A case that composed before and is refused now, or an option that is gone.
+
+    `now_called` is the option that replaced it, if any.
+    """
 
     case: str
     problems: tuple[dict[str, str], ...]
@@ -115,6 +121,12 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     # The plans of new cases, by name.
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # When to choose each new option, in the words of its file.
+    abouts: Mapping[str, str] = field(default_factory=dict)
+    # New options that are refused without further overrides, with the reason.
+    added_refused: dict[str, str] = field(default_factory=dict)
+    # Options and whole groups with another name: old -> new.
+    renamed: Mapping[str, str] = field(default_factory=dict)
     # Measurements of two runs, by name: (old, new).
     measured: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -131,7 +143,7 @@ class Report:
 
     @property
     def differs(self) -> bool:
-        told = (self.broken, self.mended, self.added, self.removed, self.changes, self.effects)
+        told = (self.broken, self.mended, self.added, self.added_refused, self.removed, self.changes, self.effects)
         return any((*told, any(old != new for old, new in self.measured.values())))
 
     def exit_code(self, fail_on: str | None) -> int:

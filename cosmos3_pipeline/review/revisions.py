@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +51,11 @@ class Tree:
     running: list[tuple[subprocess.Popen[str], list[str]]]
     errors: Path
 
+    @cached_property
+    def contents(self) -> Contents:
+        """The content of every config of the revision."""
+        return contents(self.conf)
+
     def cases(self) -> dict[str, list[str]]:
         """The revision's checked-in case list: name -> overrides."""
         file = self.root / CASES_FILE
@@ -64,9 +71,11 @@ class Tree:
         paths = [self.plugins, self.root, self.root / "plugins", *([] if other_code else [own])]
         python_path = os.pathsep.join(map(str, paths))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HYDRA_")}
+        if self.label != WORKING_TREE:  # the folder is temporary, so compiled code in it would be of no use
+            environment["PYTHONDONTWRITEBYTECODE"] = "1"
         process = subprocess.Popen(
             [sys.executable, "-P", str(Path(worker.__file__).resolve())],
-            env={**environment, "PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**environment, "PYTHONPATH": python_path},
             cwd=self.root,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -81,7 +90,8 @@ class Tree:
             self.running.append(self._start())
         process, hidden = self.running[0]
         assert process.stdin is not None and process.stdout is not None
-        asked = {"conf": str(self.conf), "name": self.name, "hidden": hidden, "tools": str(TOOLS), **request}
+        own = {"conf": str(self.conf), "root": str(self.root), "name": self.name}
+        asked = {**own, "hidden": hidden, "tools": str(TOOLS), **request}
         try:
             process.stdin.write(json.dumps(asked) + "\n")
             process.stdin.flush()
@@ -116,11 +126,21 @@ class Tree:
 
     def located(self, survey: Mapping[str, Any], broken: Collection[str]) -> dict[str, Any]:
         """`survey`, where problems of the cases `broken` name the file or override with the wrong value."""
-        if not broken:
+        firsts: dict[str, str] = {}  # problems -> the first case that has them
+        for name in broken:
+            firsts.setdefault(repr(survey[name]["problems"]), name)
+        unknown = {why: name for why, name in firsts.items() if not re.search(r"\.yaml:\d", why)}
+        if not unknown:
             return dict(survey)
-        cases = {name: survey[name]["overrides"] for name in broken}
+        cases = {name: survey[name]["overrides"] for name in unknown.values()}
         again = self.ask({"cases": cases, "options": False, "located": True})["cases"]
-        return {name: again[name] if name in cases else case for name, case in survey.items()}
+        found = {why: again[name].get("problems") for why, name in unknown.items()}
+        return {
+            name: {**case, "problems": found.get(repr(case["problems"])) or case["problems"]}
+            if name in broken
+            else case
+            for name, case in survey.items()
+        }
 
     def survey_both(self, base: Tree, touched: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
         """The surveys of `base`, whose code is the same, and of this tree; and the number of untouched cases.
@@ -150,7 +170,7 @@ class Tree:
         """
         if not wanted:
             return []
-        asked = {"conf": str(self.conf), "trace": [[list(o), list(k)] for o, k in wanted]}
+        asked = {"conf": str(self.conf), "root": str(self.root), "trace": [[list(o), list(k)] for o, k in wanted]}
         answers = (by or self).ask(asked)["trace"]
         return [{key: (place, root) for key, (place, root) in answer.items()} for answer in answers]
 
@@ -161,7 +181,7 @@ def touched(base: Tree, head: Tree) -> list[str] | None:
     None if any case may be touched: the code differs, or a folder of the project in the search path. Each revision
     then composes in its own process, which finds its own folder.
     """
-    old, new = contents(base.conf), contents(head.conf)
+    old, new = base.contents, head.contents
     further = [_searched(base, old), _searched(head, new)]
     if base.code() != head.code() or further[0] != further[1]:
         return None

@@ -36,16 +36,6 @@ def side_of_overrides(overrides: Sequence[str]) -> Side:
     return Side(label, {RUN: _case(checked, list(overrides))}, where)
 
 
-def saved_config(words: str | None) -> Path | None:
-    """The config.yaml that `words` name: the file itself, or in a run's folder. None if they are a revision."""
-    if words is None:
-        return None
-    path = Path(words)
-    if path.suffix in (".yaml", ".yml"):
-        return path
-    return path / "config.yaml" if (path / "config.yaml").is_file() else None
-
-
 def measured(old: Path, new: Path) -> dict[str, tuple[Any, Any]]:
     """The measurements of the runs in two folders, by name: (old, new). Empty if a metrics.json is missing."""
     sides = [_metrics(folder / "metrics.json") for folder in (old, new)]

@@ -21,15 +21,16 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import inspect
 import json
+import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
     answer_to, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         request = json.loads(line)
+        os.chdir(request["root"])  # paths in messages begin there
         # An editable installation puts the caller's own tree on the path as well.
         sys.path[:] = [p for p in sys.path if p not in request["hidden"]]
         answers = _trace if "trace" in request else _both if "others" in request else _survey
@@ -48,131 +50,177 @@ def main() -> None:
 
 
 def _survey(request: dict[str, Any]) -> dict[str, Any]:
-    from cosmos3_pipeline.config.plugins import register
-
-    register()
-    flat, compose = _tool(request, "plain").flat, _composing(request)
-    return {"cases": {name: {"overrides": o, **_case(o, flat, compose)} for name, o in _cases(request).items()}}
-
-
-def _cases(request: dict[str, Any]) -> dict[str, list[str]]:
-    """The overrides of every case of a revision."""
-    cases: dict[str, list[str]] = {"default": [], **request["cases"]}
-    if request["options"]:
-        found = list(_tool(request, "options").options(request["conf"], request["name"]))
-        real = _real_models(Path(request["conf"]))
-        cases |= {option: [option, *_beside(option, found, real)] for option in found}
-    return cases
+    side = _Side(request)
+    return {"cases": {name: side.answer(o, side.composed(o)) for name, o in side.cases().items()}}
 
 
 def _both(request: dict[str, Any]) -> dict[str, Any]:
     """Compose the cases of two revisions that `touched` can change, and plan the cases that differ."""
-    from cosmos3_pipeline.config.plugins import register
-    from cosmos3_pipeline.config.source import Source
-
-    register()
-    closure, plain = _tool(request, "closure"), _tool(request, "plain")
-    requests = [request, {**request, **request["others"]}]
-    sides = [_cases(one) for one in requests]
-    sources = [Source(one["conf"], one["name"]) for one in requests]
-    known = [closure.contents_around(Path(one["conf"]), one["name"]) for one in requests]
-    composers = [_composer(source, files) for source, files in zip(sources, known, strict=True)]
-    touched, untouched = set(request["touched"]), 0
+    sides = [_Side(request), _Side({**request, **request["others"]})]
+    both_have = [option for option in sides[0].options if option in sides[1].options]
+    listed = [side.cases(both_have) for side in sides]
+    files_of, touched, untouched = _tool(request, "closure").files_of, set(request["touched"]), 0
     answers: list[dict[str, Any]] = [{}, {}]
-    for name in {**sides[0], **sides[1]}:
-        asked = [side.get(name) for side in sides]
+    for name in {**listed[0], **listed[1]}:
+        asked = [cases.get(name) for cases in listed]
         if None not in asked and not any(
-            closure.files_of(overrides, files, request["name"]) & touched
-            for overrides, files in zip(asked, known, strict=True)
+            files_of(overrides, side.known, request["name"]) & touched
+            for overrides, side in zip(asked, sides, strict=True)
         ):
             untouched += 1
             continue
-        made = [_composed(overrides, compose) for overrides, compose in zip(asked, composers, strict=True)]
-        values = [_values(one, plain) for one in made]
+        made = [None if o is None else side.composed(o) for o, side in zip(asked, sides, strict=True)]
+        values = [side.values(one) for one, side in zip(made, sides, strict=True)]
         if values[0] is not None and values[0] == values[1]:
             untouched += 1
             continue
-        for answer, overrides, one in zip(answers, asked, made, strict=True):
-            if overrides is not None:
-                answer[name] = {"overrides": overrides, **_case(one, plain.flat, _checked)}
+        told: list[Any] = [None, None]
+        for place, side in reversed(list(enumerate(sides))):
+            if (overrides := asked[place]) is not None:
+                # A plan of the base is of use only if the head has one. A mistake in a file of the head does not
+                # depend on what the base's strategies say.
+                refused = "problems" in (told[1] or {})
+                vae = not (refused and asked[1] is not None and sides[1].is_not_plain(asked[1]))
+                told[place] = side.answer(overrides, made[place], planned=not refused, plan_vae=vae)
+                if "problems" in told[place] and values[place] is not None:
+                    told[place]["values"] = values[place]  # what changed is told all the same
+        for answer, one in zip(answers, told, strict=True):
+            answer |= {} if one is None else {name: one}
     return {"sides": answers, "untouched": untouched}
 
 
-Composer = Callable[[list[str]], Any]
+class _Side:
+    """The cases of one revision, composed, checked and planned with the code that this process imports.
 
+    Hydra needs 0.2 s to refuse a composition, and a mistake in a file stops all cases that read the file. So the
+    refusal is remembered with its cause: the key and the value, or the file, that the shortcut could not read.
+    """
 
-def _composer(source: Any, known: Any) -> Composer:
-    """A function that composes overrides over the configs of `source`. `known` has the content of its files."""
-    from cosmos3_pipeline.config.compose import compose
+    def __init__(self, request: dict[str, Any]) -> None:
+        from cosmos3_pipeline.config.plugins import register
 
-    try:
+        register()
+        self._request, self._conf = request, Path(request["conf"])
+        self._flat, self._without_hydra = (getattr(_tool(request, "plain"), n) for n in ("flat", "without_hydra"))
+        self.known = _tool(request, "closure").contents_around(self._conf, request["name"])
+        self.options = self._options() if request["options"] else []
+        self._compose, self._shortcut, self._not_plain = self._composers()
+        self._causes: dict[tuple[str, ...], tuple[str, str]] = {}  # by overrides
+        self._refusals: dict[tuple[str, str], Exception] = {}  # by cause
+
+    def _options(self) -> list[str]:
+        if isinstance(self.known.get(self._request["name"]), list):
+            return list(_tool(self._request, "options").options(str(self._conf), self._request["name"]))
+        # Hydra lists no options if it cannot parse the primary config.
+        paths = [path.rpartition("/") for path in sorted(self.known) if not path.startswith(("hydra/", "_"))]
+        return [f"{group}={option}" for group, _, option in paths if group and not option.startswith("_")]
+
+    def cases(self, beside: list[str] | None = None) -> dict[str, list[str]]:
+        """The overrides of every case. `beside` are the options that may be chosen beside another one."""
+        real = _real_models(self._conf, self.known)
+        others = self.options if beside is None else beside
+        options = {option: [option, *_beside(option, others, real)] for option in self.options}
+        return {"default": [], **self._request["cases"], **options}
+
+    def _composers(self) -> tuple[Any, Any, Any]:
+        """What composes with Hydra in the revision, its shortcut if it has one, and the shortcut's error."""
+        import cosmos3_pipeline
+
+        name, has_shortcut = self._request["name"], importlib.util.find_spec("cosmos3_pipeline.config.shortcut")
+        own = name == "config" and Path(cosmos3_pipeline.__file__).parents[1] == self._conf.parent
+        if own and not has_shortcut:
+            return cosmos3_pipeline.compose, None, ()
+        from cosmos3_pipeline.config.compose import compose
+        from cosmos3_pipeline.config.source import Source
+
+        source = Source(str(self._conf), name)
+        if not has_shortcut:
+            return lambda overrides: compose(overrides, source), None, ()
         from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
-    except ImportError:  # an older revision
-        return lambda overrides: compose(overrides, source)
-    shortcut = Shortcut(source, known)
 
-    def composed(overrides: list[str]) -> Any:
+        return lambda overrides: compose(overrides, source), Shortcut(source, self.known), NotPlain
+
+    def composed(self, overrides: list[str]) -> Any:
+        """The composition of `overrides`, or the error that it raised."""
         try:
-            return shortcut.compose(overrides)
-        except NotPlain:
-            return compose(overrides, source)
+            return self._with_shortcut(overrides)
+        except Exception as error:  # the code of another revision may raise anything
+            self._remember(overrides, error)
+            return error
 
-    return composed
+    def _with_shortcut(self, overrides: list[str]) -> Any:
+        if self._shortcut is None:
+            return self._compose(overrides)
+        try:
+            return self._shortcut.compose(overrides)
+        except self._not_plain as error:
+            cause = getattr(error, "about", ""), repr(getattr(error, "said", None))
+        self._causes[tuple(overrides)] = cause
+        if cause in self._refusals:
+            raise self._refusals[cause]
+        return self._compose(overrides)
+
+    def _remember(self, overrides: list[str], error: Exception) -> None:
+        """Remember `error` for other compositions with the same cause, if its words are about the cause."""
+        cause = self._causes.get(tuple(overrides), ("", ""))
+        names = {cause[0], "=".join(cause[0].rsplit("/", 1))} - {""}  # task/t2v or task=t2v, or a key
+        words = " ".join(re.sub(r"\[\d+\]", "", p.what) for p in getattr(error, "problems", ()))
+        if any(name in words for name in names):
+            self._refusals[cause] = error
+
+    def is_not_plain(self, overrides: list[str]) -> bool:
+        """Whether the shortcut could not compose `overrides`, for example because a file has a mistake."""
+        return tuple(overrides) in self._causes
+
+    def values(self, made: Any) -> dict[str, Any] | None:
+        """The values of a composition, references followed; None if it has errors, which a check will report."""
+        try:
+            found = self._flat(self._without_hydra(made.cfg) if hasattr(made, "cfg") else made.typed())
+        except Exception:  # the code of another revision may raise anything
+            return None
+        assert isinstance(found, dict)
+        return found
+
+    def answer(
+        self, overrides: list[str], made: Any, *, planned: bool = True, plan_vae: bool = True
+    ) -> dict[str, Any]:
+        """The answer for one case: its config, and its plan if `planned`, or the problems that refuse it."""
+        try:
+            cfg = _checked(made, plan_vae)
+            told = {"config": self._flat(cfg), "plan": _plan(cfg) if planned else None}
+        # The code of another revision may raise anything, and the error is the answer for this case.
+        except Exception as error:
+            self._remember(overrides, error)
+            problems = getattr(error, "problems", None) or [getattr(error, "problem", None)]
+            told = {"problems": [_words(problem, error) for problem in problems]}
+        return {"overrides": overrides, **told}
 
 
-def _composed(overrides: list[str] | None, compose: Composer) -> Any:
-    """The composition of `overrides`, or the error that it raised; None without overrides."""
-    try:
-        return None if overrides is None else compose(overrides)
-    except Exception as error:  # the code of another revision may raise anything
-        return error
-
-
-def _values(made: Any, plain: Any) -> dict[str, Any] | None:
-    """The values of a composition, references followed; None if it has errors, which a check will report."""
-    try:
-        found = plain.flat(plain.without_hydra(made.cfg) if hasattr(made, "cfg") else made.typed())
-    except Exception:  # the code of another revision may raise anything
-        return None
-    assert isinstance(found, dict)
-    return found
-
-
-def _checked(made: Any) -> Any:
-    from cosmos3_pipeline.planning.checks import check_composition
-
+def _checked(made: Any, plan_vae: bool) -> Any:
     if isinstance(made, Exception):
         raise made
+    if not (hasattr(made, "typed") or hasattr(made, "cfg")):  # an older revision's compose checks too
+        return made
+    from cosmos3_pipeline.planning.checks import check_composition
+
+    known = inspect.signature(check_composition).parameters  # an older revision always plans the VAE
+    how: dict[str, Any] = {"plan_vae": plan_vae} if "plan_vae" in known else {}
     try:
-        return check_composition(made).config
+        return check_composition(made, **how).config
     except Exception as error:
         if type(error).__name__ != "NotPlain":
             raise
     from cosmos3_pipeline.config.compose import compose
 
-    return check_composition(compose(made.overrides, made.source)).config
+    return check_composition(compose(made.overrides, made.source), **how).config
 
 
-def _composing(request: dict[str, Any]) -> Composer:
-    """A function that composes and checks overrides: the revision's `compose`, or a faster equivalent."""
-    import cosmos3_pipeline
-
-    conf = Path(request["conf"])
-    own = request["name"] == "config" and Path(cosmos3_pipeline.__file__).parents[1] == conf.parent
-    if own and importlib.util.find_spec("cosmos3_pipeline.config.shortcut") is None:
-        return cosmos3_pipeline.compose
-    from cosmos3_pipeline.config.source import Source
-
-    known = _tool(request, "closure").contents_around(conf, request["name"])
-    compose = _composer(Source(str(conf), request["name"]), known)
-    return lambda overrides: _checked(compose(overrides))
-
-
-def _real_models(conf: Path) -> set[str]:
-    """The options of `model` with published weights, which are too large for a laptop."""
+def _real_models(conf: Path, known: Any) -> set[str]:
+    """The options of `model` in `conf` with published weights, which are too large for a laptop."""
     found = set()
     for file in (conf / "model").glob("*.yaml"):
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = known[f"model/{file.stem}"]
+        said = content[1] if isinstance(content, list) else None
         if isinstance(said, dict) and said.get("repo"):
             found.add(file.stem)
     return found
@@ -227,17 +275,6 @@ def _tool(request: dict[str, Any], name: str) -> Any:
     sys.modules[spec.name] = tool  # dataclasses look their module up
     spec.loader.exec_module(tool)
     return tool
-
-
-def _case(asked: Any, flat: Callable[[Any], dict[str, Any]], checked: Callable[[Any], Any]) -> dict[str, Any]:
-    """The answer for one case: its config and plan after `checked`, or the problems that refuse it."""
-    try:
-        cfg = checked(asked)
-        return {"config": flat(cfg), "plan": _plan(cfg)}
-    # The code of another revision may raise anything, and the error is the answer for this case.
-    except Exception as error:
-        problems = getattr(error, "problems", None) or [getattr(error, "problem", None)]
-        return {"problems": [_words(problem, error) for problem in problems]}
 
 
 def _words(problem: Any, error: Exception) -> dict[str, str]:

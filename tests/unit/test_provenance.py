@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -9,6 +12,8 @@ from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.provenance import Provenance, trace
+from cosmos3_pipeline.config.source import Source
+from cosmos3_pipeline.errors import ConfigError
 
 
 def traced(*overrides: str) -> Provenance:
@@ -92,3 +97,34 @@ def test_the_winners_make_the_composed_config(overrides: list[str]) -> None:
             OmegaConf.to_container(composed, enum_to_str=True) if OmegaConf.is_config(composed) else composed
         )
         assert getattr(composed, "value", composed) == getattr(value, "value", value), key
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        pytest.param("task/t2v", "fps: $", "fps: [$", "task/t2v.yaml:21:6 is not valid YAML", id="a bracket"),
+        pytest.param("model/nano", "dtype: ", 'dtype: "', "model/nano.yaml:9:8 is not valid YAML", id="a quote"),
+        pytest.param("topology/cpu_x1", "cfg: 1", "\tcfg: 1", "is not valid YAML", id="a tab"),
+        pytest.param(
+            "task/t2v", "name: t2v", "name: t2v\nname: t2v", "task/t2v.yaml:3:1 is not valid", id="twice"
+        ),
+        pytest.param("config", "extras: {}", "extras: {", "config.yaml:30:9 is not valid YAML", id="the primary"),
+        pytest.param(
+            "task/t2v", "sound: false", "sonud: false", "task.sonud (in FOLDER/task/t2v.yaml:22)", id="a key"
+        ),
+        pytest.param("task/t2v", "sound: false", "sound: soft", "(in FOLDER/task/t2v.yaml:22)", id="a type"),
+        pytest.param("config", "task: t2v", "task: t2w", "FOLDER/config.yaml:7 names it", id="an option"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str, says: str
+) -> None:
+    conf = tmp_path / "kite" / "conf"
+    shutil.copytree(config_dir(), conf)
+    text = (conf / f"{file}.yaml").read_text()
+    assert old in text
+    (conf / f"{file}.yaml").write_text(text.replace(old, new, 1))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        compose([], Source(str(conf)))
+    assert says.replace("FOLDER", "kite/conf") in str(refused.value)

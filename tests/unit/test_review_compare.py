@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from cosmos3_pipeline.review import render
-from cosmos3_pipeline.review.compare import Side, compare
-from cosmos3_pipeline.review.report import Report
+from cosmos3_pipeline.review.compare import Side, Trace, compare
+from cosmos3_pipeline.review.files import FileChanges
+from cosmos3_pipeline.review.report import Change, Report
 from cosmos3_pipeline.review.runs import measured
 
 CONFIG: dict[str, Any] = {
@@ -51,8 +52,8 @@ def trace(wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[st
     return [{key: ("conf/a.yaml", ROOTS.get(key, key)) for key in keys} for _, keys in wanted]
 
 
-def compared(base: dict[str, Any], head: dict[str, Any]) -> Report:
-    return compare(Side("base", base, trace), Side("head", head, trace))
+def compared(base: dict[str, Any], head: dict[str, Any], files: FileChanges | None = None) -> Report:
+    return compare(Side("base", base, trace), Side("head", head, trace), files=files)
 
 
 def test_equal_surveys_say_so() -> None:
@@ -124,14 +125,50 @@ def test_a_renamed_option_is_compared_under_its_new_name_and_its_old_one_is_gone
     own = {"topology.cfg": 1, "topology.ulysses": 8}
     base = {"default": case(), "topology=h200_x4": case(own)}
     head = {"default": case(), "topology=h200x4": case({**own, "vae.parallel_decode": False})}
-    report = compared(base, head)
+    files = FileChanges(renamed={"topology=h200_x4": "topology=h200x4"})
+    report = compared(base, head, files)
     (broken,) = report.broken
     assert (broken.case, broken.now_called) == ("topology=h200_x4", "topology=h200x4")
+    text = render.as_text(report)
+    assert "Renamed: topology=h200_x4 -> topology=h200x4." in text.splitlines()[1]
+    assert "command lines and downstream files that say topology=h200_x4 are refused" in text
     (change,) = report.changes
     assert change.key == "vae.parallel_decode"
     assert change.cases == ("topology=h200x4 (was topology=h200_x4)",)
     assert not report.added
     assert compared({"default": case()}, {"default": case(), "topology=new": case(own)}).added == ("topology=new",)
+
+
+def test_cases_that_a_rename_stops_have_it_as_their_cause() -> None:
+    gone = {
+        "overrides": [],
+        "problems": [{"what": "task=t2i does not exist", "why": "x names it", "works": "t2v"}],
+    }
+    chosen = {"overrides": ["task=t2i"], "problems": [{"what": "task is a node", "why": "", "works": ""}]}
+    base = {"task=t2i": case(), "inherits": case(), "chooses": {**case(), "overrides": ["task=t2i"]}}
+    head = {"task=image": case(), "inherits": gone, "chooses": chosen}
+    report = compared(base, head, FileChanges(renamed={"task=t2i": "task=image"}))
+    ((problems, stopped),) = report.causes
+    assert problems[0]["what"] == "task=t2i is renamed: task=image now"
+    assert {broken.case for broken in stopped} == set(base)
+
+
+def test_what_changed_is_told_of_a_case_that_is_refused_on_both_sides() -> None:
+    sides = [{"a": {**refused("task.image is not set"), "values": {"task.fps": fps}}} for fps in (5, 10)]
+    report = compared(*sides)
+    (change,) = report.changes
+    assert (change.key, change.old, change.new, change.cases) == ("task.fps", 5, 10, ("a",))
+    assert report.refused_in_both == ("a",) and not report.effects and report.exit_code(None) == 1
+
+
+def test_hydras_own_settings_are_changes_without_a_case() -> None:
+    own = Change(0, "hydra.run.dir", "", "a", "b", (("conf/c.yaml",), ("conf/c.yaml",)), (), (), "every run")
+    files = FileChanges(hydra=(own,), new=("hydra/launcher=mine",), abouts={"hydra/launcher=mine": "Choose mine."})
+    report = compared({"a": case()}, {"a": case({"output.crf": 18})}, files)
+    assert [change.number for change in report.changes] == [1, 2] and report.exit_code("plan") == 0
+    for text in (render.as_text(report), render.as_markdown(report)):
+        assert "Hydra's own settings change: hydra.run.dir." in text and "every run" in text
+        assert "Choose mine." in text and "renamed" not in text
 
 
 @pytest.mark.parametrize(
@@ -246,12 +283,43 @@ def test_another_strategy_is_one_change_with_its_settings() -> None:
     assert change.follows == ("vae.decode.cols", "vae.decode.pixels", "vae.decode.rows")
 
 
+def test_another_option_of_a_group_is_one_change() -> None:
+    def of_option(option: str) -> Trace:
+        def where(wanted: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, tuple[str, str]]]:
+            return [{key: (f"conf/weights/{option}.yaml", key) for key in keys} for _, keys in wanted]
+
+        return where
+
+    old, new = ({"weights.placement": name, "weights.layers": count} for name, count in (("a", 0), ("b", 1)))
+    base = Side("base", {"x": case(old), "y": case(old)}, of_option("resident"))
+    report = compare(base, Side("head", {"x": case(new), "y": case(new)}, of_option("auto")))
+    (change,) = report.changes
+    assert (change.key, change.old, change.new) == ("weights", "resident", "auto")
+    assert change.follows == ("weights.layers", "weights.placement") and change.cases == ("x", "y")
+    # The files of a renamed option are no choice, so each edit in them is told by itself.
+    renamed = FileChanges(renamed={"weights=resident": "weights=auto"})
+    head = Side("head", {"x": case(new)}, of_option("auto"))
+    assert {c.key for c in compare(base, head, files=renamed).changes} == {"weights.layers", "weights.placement"}
+
+
+def test_a_mistake_in_a_renamed_option_is_told_beside_the_rename() -> None:
+    files = FileChanges(renamed={"task=t2i": "task=image"})
+    report = compared({"task=t2i": case()}, {"task=image": refused("unknown key task.fsp")}, files)
+    assert [b.problems[0]["what"] for b in report.broken] == [
+        "task=t2i is renamed: task=image now",
+        "unknown key task.fsp",
+    ]
+
+
 def test_a_new_case_says_what_it_does_and_a_rename_whom_it_breaks() -> None:
     new = case({}, {"ranks": 4, "fits": False})
-    report = compared({"default": case()}, {"default": case(), "topology=new": new})
-    assert "topology=new: 4 ranks, cfg 2 x ulysses 2, 30 GB per rank, which DOES NOT FIT, about 60 s, bitwise" in (
-        render.as_text(report)
-    )
+    files = FileChanges(abouts={"topology=new": "Choose it.", "topology=odd": "Choose it not."})
+    head = {"default": case(), "topology=new": new, "topology=odd": refused("no prompt")}
+    report = compared({"default": case()}, head, files)
+    odd = "topology=odd: Choose it not. | refused without more overrides: no prompt"
+    assert odd in render.as_text(report) and not report.refused_in_both
+    words = "Choose it. | 4 ranks, cfg 2 x ulysses 2, 30 GB per rank, which DOES NOT FIT, about 60 s, bitwise"
+    assert f"topology=new: {words}" in render.as_text(report)
     renamed = {**case()["config"], "sampler.start": case()["config"]["sampler.seed"]}
     del renamed["sampler.seed"]
     told = render.as_text(compared({"a": case()}, {"a": {**case(), "config": renamed}}))

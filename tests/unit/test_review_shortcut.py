@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos3_pipeline.config import compose as compose_module
 from cosmos3_pipeline.config import config_dir
 from cosmos3_pipeline.config import shortcut as shortcut_module
 from cosmos3_pipeline.config.closure import contents, contents_around, files_of
@@ -16,7 +17,8 @@ from cosmos3_pipeline.config.shortcut import NotPlain, PlainComposition, Shortcu
 from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check_composition
-from cosmos3_pipeline.review.revisions import Tree, read_cases, touched
+from cosmos3_pipeline.review import worker
+from cosmos3_pipeline.review.revisions import TOOLS, Tree, read_cases, touched
 
 CASES = read_cases(Path(__file__).parents[1] / "golden" / "cases.yaml")
 
@@ -195,3 +197,57 @@ def test_hydra_is_asked_for_the_rest(tmp_path: Path, overrides: list[str], edit:
         file.write_text(file.read_text().replace(edit[1], edit[2], 1))
     with pytest.raises(NotPlain):
         Shortcut(Source(str(conf)), contents(conf)).compose(overrides)
+
+
+MISTAKES = {
+    "no such key": ("task/t2v", "sound: false", "sonud: false", "task.sonud"),
+    "another type": ("task/t2v", "sound: false", "sound: soft", "task.sound"),
+    "a number": ("task/t2v", "condition_keep: first", "condition_keep: 3", "task.condition_keep"),
+    "a broken reference": ("task/t2v", "recommended.fps", "recommended.fsp", "task.fps"),
+    "out of range": ("sampler/unipc", "seed: 0", "seed: -1", "sampler.seed"),
+    "a node": ("model/toy", "  fps: 24", "  fps: {a: 1}", "model.recommended.fps"),
+    "not YAML": ("task/t2v", "fps: ", "fps: [", "task/t2v"),
+    "no such option": ("config", "task: t2v", "task: none_such", "task/none_such"),
+}
+
+
+def edited(conf: Path, path: str, old: str, new: str) -> Path:
+    """A copy of the library's configs in `conf`, where the config at `path` says `new` for `old`."""
+    shutil.copytree(config_dir(), conf)
+    file = conf / f"{path}.yaml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    return conf
+
+
+@pytest.mark.parametrize(("path", "old", "new", "about"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named(tmp_path: Path, path: str, old: str, new: str, about: str) -> None:
+    conf = edited(tmp_path / "conf", path, old, new)
+    with pytest.raises(NotPlain) as raised:
+        Shortcut(Source(str(conf)), contents(conf)).compose([])
+    assert raised.value.about == about
+
+
+@pytest.mark.parametrize("mistake", ["a broken reference", "not YAML", "no such option"])
+def test_hydra_is_asked_once_for_all_cases_with_the_same_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    path, old, new, _ = MISTAKES[mistake]
+    conf = edited(tmp_path / "conf", path, old, new)
+    asked: list[object] = []
+    by_hydra = compose_module.compose
+
+    def counted(overrides: list[str], source: Source) -> object:
+        asked.append(overrides)
+        return by_hydra(overrides, source)
+
+    monkeypatch.setattr(compose_module, "compose", counted)
+    cases = {"default": [], "short": ["sampler.steps=3"], "small": ["task.height=96", "task.width=96"]}
+    both = {"conf": str(config_dir()), "others": {"conf": str(conf), "cases": cases}, "cases": cases}
+    with worker._mistakes_told(located=False):
+        base, head = worker._both(
+            {**both, "name": "config", "options": False, "tools": str(TOOLS), "touched": [path]}
+        )["sides"]
+    assert len(asked) == 1
+    assert all("config" in case for case in base.values()) and head.keys() == cases.keys()
+    assert all(case["problems"] == head["default"]["problems"] for case in head.values())
