@@ -1,0 +1,65 @@
+"""The kernels that the clock takes for an op are those that a rehearsal sees it launch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from cosmos3_pipeline import compose
+from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
+from cosmos3_pipeline.rehearsal.roofline import Roofline
+from cosmos3_pipeline.vae import bound_ops
+from cosmos3_pipeline.vae.program import program_for
+
+
+@pytest.mark.parametrize(("ranks", "near"), [(1, 0.15), (3, 0.1)])
+def test_the_clock_counts_the_kernels_that_a_decode_launches(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, near: float
+) -> None:
+    """The middle one of three ranks has slabs above and below. `near`: what an op's neighbours change."""
+    config = compose(
+        [
+            "model=toy",
+            "task.num_frames=33",
+            "sampler.steps=1",
+            "topology=cpu_x2",
+            "topology.ulysses=1",
+            "topology.cfg=1",
+            f"topology.ranks_per_node={ranks}",
+            f"vae.parallel_decode={str(ranks > 1).lower()}",
+            "vae/decode=spatial_shard",
+        ]
+    )
+    program = program_for("decode", plain(config.model.vae))
+    calls: Counter[tuple[int, bool]] = Counter()
+    running: list[bool] = []
+    launched = 0
+
+    def watched(run: Any) -> Any:
+        def watch(bound: Any, flow: Any) -> None:
+            calls[bound.number, flow.first] += 1
+            running.append(True)
+            run(bound, flow)
+            running.pop()
+
+        return watch
+
+    def counted(*args: Any) -> None:
+        nonlocal launched
+        launched += bool(running)
+        add(*args)
+
+    add = Roofline.add
+    monkeypatch.setattr(Roofline, "add", counted)
+    for bound in bound_ops.BoundOp.__subclasses__():
+        monkeypatch.setattr(bound, "run", watched(bound.run))
+    rehearse_ranks(config, [ranks // 2])
+    said = 0
+    for (number, first), times in calls.items():
+        op = program.ops[number]
+        frames = 1 if first else op.source.frames // program.portions_at(number + 1, first=False)
+        said += times * op.kernels(frames, 0, first=first, cut=ranks > 1)
+    assert said == pytest.approx(launched, rel=near)
