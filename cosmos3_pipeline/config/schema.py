@@ -210,6 +210,13 @@ class ActionRecommendation(Recommendation):
 
 
 @dataclass
+class TransferRecommendation(Recommendation):
+    """The defaults of a transfer. `fps` is the rate of the control clips that the model was trained with."""
+
+    fps: float = ranged(at_least=1, at_most=120)
+
+
+@dataclass
 class Recommended:
     prompt: str = MISSING
     system_prompt: bool | None = MISSING
@@ -217,8 +224,8 @@ class Recommended:
     video: Recommendation = field(default_factory=Recommendation)
     image: Recommendation = field(default_factory=Recommendation)
     action: ActionRecommendation = field(default_factory=ActionRecommendation)
-    transfer: Recommendation = field(default_factory=Recommendation)
-    transfer_wsm: Recommendation = field(default_factory=Recommendation)
+    transfer: TransferRecommendation = field(default_factory=TransferRecommendation)
+    transfer_wsm: TransferRecommendation = field(default_factory=TransferRecommendation)
 
 
 @dataclass
@@ -236,6 +243,7 @@ class TrainedConfig:
 
     when_outside: str = one_of("warn", "refuse", "ignore")
     tasks: list[TaskName] = MISSING
+    controls: list[str] = MISSING
     fps: list[float] = ranged(at_least=1, at_most=1000)
     tiers: list[Tier] = MISSING
     words: list[str] | None = MISSING

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from cosmos3_pipeline.config.schema import Config, TaskName
-from cosmos3_pipeline.config.tasks import clips_of, read_by
+from cosmos3_pipeline.config.tasks import clips_of, controls_of, read_by
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import chunks_of
@@ -25,6 +25,12 @@ def outside(cfg: Config) -> Iterator[Problem]:
             what=f"task={task.name.value} with model={cfg.model.name}",
             why=f"NVIDIA supports {tasks} on this model",
             works=f"task={trained.tasks[0].value}, or another model",
+        )
+    if strange := [name for name in controls_of(task) if name not in trained.controls]:
+        yield Problem(
+            what=f"task.controls.{strange[0]} with model={cfg.model.name}",
+            why=f"the model was trained to follow {', '.join(trained.controls) or 'no control'}",
+            works=f"task.controls.{trained.controls[0]}=FILE" if trained.controls else "another model",
         )
     yield from _strange_words(cfg)
     if action_of(task) is not None:
