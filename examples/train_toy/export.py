@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import flow
+import sound as toy_sound
 import torch
 import vae as toy_vae
 from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer, UniPCMultistepScheduler
@@ -52,17 +53,21 @@ def make_pipeline(vae: AutoencoderKLWan, transformer: Cosmos3OmniTransformer) ->
 
 def export(out: Path) -> None:
     """Write `out/toy`, which `model.path` opens."""
-    vae, transformer = toy_vae.trained_vae(out)[0], flow.make_transformer()
-    further = out / "sizes.pt"
-    transformer.load_state_dict(torch.load(further if further.exists() else out / "flow.pt"))
-    flow.load_latents(out, make_pipeline(vae, transformer), ())  # sets mean and deviation in the VAE's config
+    vae, transformer = toy_vae.trained_vae(out)[0], flow.make_transformer(sound=True)
+    transformer.load_state_dict(torch.load(out / "tasks.pt"))
+    flow.load_latents(out, make_pipeline(vae, transformer), {})  # sets mean and deviation in the VAE's config
     folder = out / "toy"
     shutil.rmtree(folder, ignore_errors=True)
     sizes = {"transformer": flow.DIMENSIONS, "vae": toy_vae.DIMENSIONS}
-    write_checkpoint(folder, LAYOUTS["toy"], transformer={**FIXED, **sizes["transformer"]}, vae=sizes["vae"])
+    numbers = {**FIXED, **sizes["transformer"], **toy_sound.SOUND}
+    write_checkpoint(
+        folder, LAYOUTS["toy"], transformer=numbers, vae=sizes["vae"], sound_tokenizer=toy_sound.DIMENSIONS
+    )
     save_tokenizer(toy_tokenizer(), folder / "text_tokenizer", class_name=LAYOUTS["toy"].tokenizer_class)
     for name, model in (("transformer", transformer), ("vae", vae)):
-        _replace_weights(folder / name, model)
+        _replace_weights(folder / name, model, torch.bfloat16)
+    # An oscillator counts cycles, which bfloat16 rounds too far.
+    _replace_weights(folder / "sound_tokenizer", toy_sound.make_sound_tokenizer(), torch.float32)
     file = folder / "vae" / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     for key in ("latents_mean", "latents_std"):
@@ -72,10 +77,10 @@ def export(out: Path) -> None:
     print(f"{folder}: {total / 1e6:.2f} MB")
 
 
-def _replace_weights(folder: Path, model: nn.Module) -> None:
+def _replace_weights(folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
 
 

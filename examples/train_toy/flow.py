@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import Cosmos3OmniTransformer
 from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import Cosmos3OmniPipeline
 from look import QUESTIONS, answers
 from scenes import Scene, draw_scene, render
+from sound import SOUND
 from torch import Tensor
 
 from cosmos3_pipeline.denoise.pathway import Pathway
@@ -42,6 +44,8 @@ Size = tuple[int, int, int]  # frames, height, width
 TINY, SMALL, LARGE, IMAGE = (9, 64, 64), (17, 96, 96), (17, 96, 160), (1, 160, 160)
 # The number of parts of each size. A part has PART scenes.
 PART = 100
+STATISTICS = "statistics.json"
+ENCODED = 4  # clips that the VAE encodes at once
 PARTS = {TINY: 60, SMALL: 40, LARGE: 40, IMAGE: 40}
 
 
@@ -55,8 +59,10 @@ class Course:
     shifts: tuple[float, ...]  # shifts of the noise levels; the clips of a batch take them in turn
 
     @property
-    def sizes(self) -> set[Size]:
-        return {size for _, weights, _ in self.phases for size in weights}
+    def parts(self) -> dict[Size, int]:
+        """The number of parts of the latents of each size."""
+        sizes = {size for _, weights, _ in self.phases for size in weights}
+        return {size: parts for size, parts in PARTS.items() if size in sizes}
 
 
 # The words are learnt on small clips, which have a seventh of the tokens of the sizes that users ask for.
@@ -79,17 +85,19 @@ class Latents:
     nothing: Tensor  # tokens of the empty prompt
     positions: dict[int, Tensor]  # [3, tokens + T h w], by the number of text tokens
 
-    def by_length(self) -> dict[int, list[int]]:
-        """Clips grouped by the number of tokens of their prompts. A batch is taken from one group."""
-        found: dict[int, list[int]] = {}
-        for index, tokens in enumerate(self.tokens):
-            found.setdefault(len(tokens), []).append(index)
-        return found
+
+def by_length(tokens: Sequence[Tensor]) -> dict[int, list[int]]:
+    """Prompts grouped by the number of their tokens. A batch is taken from one group."""
+    found: dict[int, list[int]] = {}
+    for index, own in enumerate(tokens):
+        found.setdefault(len(own), []).append(index)
+    return found
 
 
-def make_transformer() -> Cosmos3OmniTransformer:
+def make_transformer(*, sound: bool = False) -> Cosmos3OmniTransformer:
+    """The transformer with random weights. The first parts of the training have no sound."""
     torch.manual_seed(0)
-    model = Cosmos3OmniTransformer(**DIMENSIONS, **LATENT)
+    model = Cosmos3OmniTransformer(**DIMENSIONS, **LATENT, **(SOUND if sound else {}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -100,21 +108,34 @@ def make_transformer() -> Cosmos3OmniTransformer:
 
 
 def velocity(
-    model: Cosmos3OmniTransformer, tokens: Tensor, positions: Tensor, z: Tensor, sigma: Tensor, clean: int = 0
-) -> Tensor:
+    model: Cosmos3OmniTransformer,
+    tokens: Tensor,
+    positions: Tensor,
+    z: Tensor,
+    sigma: Tensor,
+    clean: Collection[int] = (),
+    *,
+    control: Tensor | None = None,
+    sound: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """The velocity, noise minus clip, as diffusers' forward computes it for one clip, for each clip of a batch.
 
-    tokens [B, n], positions [3, n + T h w], z [B, 48, T, h, w], sigma [B]. The first `clean` latent frames of z
-    are the condition. `test_train_toy` compares with diffusers.
+    tokens [B, n], positions [3, all tokens], z [B, 48, T, h, w], sigma [B]. The latent frames `clean` of z are the
+    condition. `control`, clean latents of the same shape, is in front of z, and `sound` [B, 4, t] behind it. The
+    second velocity is that of the sound. `test_train_toy` compares with diffusers.
     """
     n, shape = tokens.shape[1], z.shape
     text = model.embed_tokens(tokens)
-    vision = model.proj_in(z.flatten(2).transpose(1, 2))
-    level = model.time_embedder(model.time_proj(1000 * sigma * model.config.timestep_scale))
+    level = model.time_embedder(model.time_proj(1000 * sigma * model.config.timestep_scale))[:, None]
     noisy = torch.ones(shape[2])
-    noisy[:clean] = 0
+    noisy[list(clean)] = 0
     rows = noisy.repeat_interleave(shape[3] * shape[4])
-    vision = vision + rows[None, :, None] * level[:, None]
+    parts = [model.proj_in(z.flatten(2).transpose(1, 2)) + rows[None, :, None] * level]
+    if control is not None:
+        parts.insert(0, model.proj_in(control.flatten(2).transpose(1, 2)))
+    if sound is not None:
+        parts.append(model.audio_proj_in(sound.transpose(1, 2)) + model.audio_modality_embed + level)
+    made = torch.cat(parts, 1)
     cos, sin = model.rotary_emb(position_ids=positions[:, None], device=z.device, dtype=z.dtype)
     for index, layer in enumerate(model.layers):
         und, gen = Pathway.understanding(layer), Pathway.generation(layer)
@@ -123,12 +144,15 @@ def velocity(
         if index < len(model.layers) - 1:  # the last layer's text output is never read
             q = rotate(und.query_norm(q), cos[:, :n], sin[:, :n])
             text = finish(und, text, attend(q, k, v, causal=True))
-        gq, gk, gv = gen.project(vision, model.config.head_dim)
+        gq, gk, gv = gen.project(made, model.config.head_dim)
         gq = rotate(gen.query_norm(gq), cos[:, n:], sin[:, n:])
         gk = rotate(gen.key_norm(gk), cos[:, n:], sin[:, n:])
-        vision = finish(gen, vision, attend(gq, torch.cat((k, gk), 1), torch.cat((v, gv), 1), causal=False))
-    found: Tensor = model.proj_out(model.norm_moe_gen(vision)).transpose(1, 2).reshape(shape)
-    return found * noisy[None, None, :, None, None]
+        made = finish(gen, made, attend(gq, torch.cat((k, gk), 1), torch.cat((v, gv), 1), causal=False))
+    made = model.norm_moe_gen(made)
+    begin = 0 if control is None else len(rows)
+    found = model.proj_out(made[:, begin : begin + len(rows)]).transpose(1, 2).reshape(shape)
+    heard = None if sound is None else model.audio_proj_out(made[:, begin + len(rows) :]).transpose(1, 2)
+    return found * noisy[None, None, :, None, None], heard
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -157,55 +181,91 @@ def tokens_of(pipeline: Cosmos3OmniPipeline, caption: str, size: Size) -> tuple[
     return torch.tensor(both[0]), torch.tensor(both[1])
 
 
-def positions_of(pipeline: Cosmos3OmniPipeline, tokens: int, size: Size) -> Tensor:
-    """Positions of text and vision, as the pipeline packs them."""
+def positions_of(
+    pipeline: Cosmos3OmniPipeline, tokens: int, size: Size, *, control: bool = False, sound: int = 0
+) -> Tensor:
+    """Positions of text and vision, as the pipeline packs them, with a control clip or latent frames of sound."""
     frames, height, width = size
     text = pipeline._prepare_text_segment([0] * tokens, "cpu")
-    vision = pipeline._prepare_vision_segment(
-        torch.empty(1, 1, 1 + (frames - 1) // 4, height // 16, width // 16),
-        has_image_condition=False,
-        mrope_offset=text["vision_start_temporal_offset"],
-        vision_fps=float(FPS),
-        curr=tokens,
-        device="cpu",
-    )
-    return torch.cat((text["text_mrope_ids"], vision["vision_mrope_ids"]), 1)
+    packed = {"mrope_offset": text["vision_start_temporal_offset"], "curr": tokens, "device": "cpu"}
+    clip = torch.empty(1, 1, 1 + (frames - 1) // 4, height // 16, width // 16)
+    vision = pipeline._prepare_vision_segment(clip, has_image_condition=False, vision_fps=float(FPS), **packed)
+    found = [text["text_mrope_ids"], vision["vision_mrope_ids"]]
+    if control:
+        found.append(vision["vision_mrope_ids"])
+    if sound:
+        rate = float(SOUND["sound_latent_fps"])
+        heard = pipeline._prepare_sound_segment(torch.empty(1, sound), sound_fps=rate, **packed)
+        found.append(heard["sound_mrope_ids"])
+    return torch.cat(found, 1)
+
+
+def scenes_of(size: Size, part: int) -> list[Scene]:
+    """The scenes of a part of the latents of `size`."""
+    first = (list(PARTS).index(size) + 1) * 10**6 + part * PART
+    return [draw_scene(seed) for seed in range(first, first + PART)]
 
 
 @torch.no_grad()
-def encode_part(vae: ParallelVAE, size: Size, part: int) -> dict[str, Any]:
-    """PART scenes of `size` as latents in half precision, with their captions."""
-    first = (list(PARTS).index(size) + 1) * 10**6 + part * PART
-    scenes = [draw_scene(seed) for seed in range(first, first + PART)]
-    latents = [vae.encode(render(scene, *size)[None]).latent_dist.mode() for scene in scenes]
-    return {"latents": torch.cat(latents).half(), "captions": [scene.caption for scene in scenes]}
+def encode_part(
+    vae: ParallelVAE, size: Size, part: int, draw: Callable[..., Tensor] = render, frames: slice = slice(None)
+) -> dict[str, Any]:
+    """PART scenes of `size`, drawn by `draw`, as latents in half precision, with their captions.
+
+    Of each clip the latent frames `frames` are kept.
+    """
+    scenes = scenes_of(size, part)
+    clips = torch.stack([draw(scene, *size) for scene in scenes])
+    latents = [vae.encode(few).latent_dist.mode()[:, :, frames].half() for few in clips.split(ENCODED)]
+    return {"latents": torch.cat(latents), "captions": [scene.caption for scene in scenes]}
 
 
-def load_latents(out: Path, pipeline: Cosmos3OmniPipeline, sizes: Iterable[Size]) -> dict[Size, Latents]:
-    """All latents of `sizes`, scaled so that every channel of the LARGE latents has mean 0 and deviation 1.
+def statistics(out: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of the LARGE latents, [48, 1, 1, 1]: from a file, or computed once."""
+    file = out / STATISTICS
+    if not file.exists():
+        made = [load_part(out, "latents", LARGE, part)["latents"].float() for part in range(PARTS[LARGE])]
+        clips = torch.cat(made).transpose(0, 1).flatten(1)
+        found = {"latents_mean": clips.mean(1).tolist(), "latents_std": clips.std(1).tolist()}
+        file.write_text(json.dumps(found), encoding="utf-8")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    mean, deviation = (torch.tensor(found[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, deviation
+
+
+def part_file(out: Path, kind: str, size: Size, part: int) -> Path:
+    return out / f"{kind}_{'x'.join(map(str, size))}_{part}.pt"
+
+
+def load_part(out: Path, kind: str, size: Size, part: int) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(part_file(out, kind, size, part))
+    return found
+
+
+def scaled_latents(out: Path, kind: str, size: Size, parts: int) -> Tensor:
+    """The first parts of `kind`, scaled so that every channel of the LARGE clips has mean 0 and deviation 1."""
+    mean, deviation = statistics(out)
+    latents = torch.cat([load_part(out, kind, size, part)["latents"] for part in range(parts)]).float()
+    return (latents - mean) / deviation
+
+
+def load_latents(out: Path, pipeline: Cosmos3OmniPipeline, parts: Mapping[Size, int]) -> dict[Size, Latents]:
+    """The latents of so many parts of each size, scaled.
 
     Mean and deviation before scaling are written into the config of the pipeline's VAE, as in Cosmos3's.
     """
-    made = {
-        size: [torch.load(out / f"latents_{'x'.join(map(str, size))}_{part}.pt") for part in range(parts)]
-        for size, parts in PARTS.items()
-        if size in {*sizes, LARGE}
-    }
-    clips = torch.cat([part["latents"].float().transpose(0, 1).flatten(1) for part in made[LARGE]], 1)
-    mean, deviation = clips.mean(1), clips.std(1)
-    pipeline.vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
+    mean, deviation = (values.flatten().tolist() for values in statistics(out))
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=deviation)
     sets = {}
-    for size, parts in made.items():
+    for size, count in parts.items():
         tokens, nothing = [], torch.empty(0)
-        for part in parts:
-            for caption in part["captions"]:
+        for part in range(count):
+            for caption in load_part(out, "latents", size, part)["captions"]:
                 own, nothing = tokens_of(pipeline, caption, size)
                 tokens.append(own)
-        latents = torch.cat([part["latents"] for part in parts]).float()
-        latents = (latents - mean.view(-1, 1, 1, 1)) / deviation.view(-1, 1, 1, 1)
         lengths = {len(own) for own in (*tokens, nothing)}
         positions = {length: positions_of(pipeline, length, size) for length in lengths}
-        sets[size] = Latents(latents, tokens, nothing, positions)
+        sets[size] = Latents(scaled_latents(out, "latents", size, count), tokens, nothing, positions)
     return sets
 
 
@@ -215,7 +275,7 @@ def loss_of(model: Cosmos3OmniTransformer, sets: Mapping[Size, Latents], course:
     _, weights, batch = next(phase for phase in reversed(course.phases) if step >= phase[0])
     data = sets[rng.choices(list(weights), list(weights.values()))[0]]
     batch = batch if data.latents.shape[2] < 5 else min(batch, 16)
-    lengths = data.by_length()
+    lengths = by_length(data.tokens)
     length = rng.choices(list(lengths), [len(clips) for clips in lengths.values()])[0]
     chosen = rng.choices(lengths[length], k=batch)
     x = data.latents[chosen]
@@ -225,14 +285,29 @@ def loss_of(model: Cosmos3OmniTransformer, sets: Mapping[Size, Latents], course:
     # One clip in three begins with a photograph, and one in five with five frames of a clip. These latents are
     # clean.
     clean = 0 if x.shape[2] == 1 else rng.choices((0, 1, 2), (7, 5, 3))[0]
+    found, noise, _ = noised(x, course.shifts, range(clean))
+    predicted, _ = velocity(model, tokens, data.positions[tokens.shape[1]], *found, range(clean))
+    return F.mse_loss(predicted[:, :, clean:], (noise - x)[:, :, clean:])
+
+
+def noised(
+    x: Tensor, shifts: Sequence[float], clean: Collection[int], sound: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor] | None]:
+    """The clips `x` at random noise levels, and the noise: (z, sigma), noise, and the same sound with its noise.
+
+    The latent frames `clean` stay.
+    """
+    batch = len(x)
     sigma = torch.sigmoid(torch.randn(batch))
-    shift = torch.tensor(course.shifts).repeat(batch)[:batch]
+    shift = torch.tensor(shifts).repeat(batch)[:batch]
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     noise, level = torch.randn_like(x), sigma.view(-1, 1, 1, 1, 1)
     z = (1 - level) * x + level * noise
-    z[:, :, :clean] = x[:, :, :clean]
-    found = velocity(model, tokens, data.positions[tokens.shape[1]], z, sigma, clean)
-    return F.mse_loss(found[:, :, clean:], (noise - x)[:, :, clean:])
+    z[:, :, list(clean)] = x[:, :, list(clean)]
+    if sound is None:
+        return (z, sigma), noise, None
+    hiss = torch.randn_like(sound)
+    return (z, sigma), noise, ((1 - level[..., 0, 0]) * sound + level[..., 0, 0] * hiss, hiss)
 
 
 @torch.no_grad()
@@ -245,8 +320,9 @@ def sample(
     z = noise
     for now, then in pairwise(levels):
         sigma = now.expand(len(z))
-        without = velocity(model, nothing, positions[1], z, sigma)
-        z = z + (then - now) * (without + GUIDANCE * (velocity(model, tokens, positions[0], z, sigma) - without))
+        without, _ = velocity(model, nothing, positions[1], z, sigma)
+        words, _ = velocity(model, tokens, positions[0], z, sigma)
+        z = z + (then - now) * (without + GUIDANCE * (words - without))
     return z
 
 

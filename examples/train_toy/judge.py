@@ -1,30 +1,39 @@
 """Checks whether the toy shows what its prompts say. It runs the pipeline on prompts that training never drew.
 
     .venv/bin/python examples/train_toy/judge.py --task t2v --prompts 100 --size 160x96
+    .venv/bin/python examples/train_toy/judge.py --task transfer --prompts 30
 
-It leaves the clips in --out, prints the prompts that are wrong, and counts those that are right.
+It leaves the clips in --out, prints the prompts that are wrong, and counts those that are right. Then it
+prints what only this task shows (`measure`). The task `sound` is t2v with sound.
 """
 
 from __future__ import annotations
 
 import argparse
+import wave
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from look import QUESTIONS, answers
+import torch.nn.functional as F
+from look import QUESTIONS, answers, middles
 from PIL import Image
-from scenes import Scene, draw_scene, render
+from scenes import Scene, draw_scene, edges, paths, render, when
+from sound import LATENTS_PER_SECOND, pitch_of
 from torch import Tensor
 
 from cosmos3_pipeline import run
+from cosmos3_pipeline.checkpoint.sound import HOP, SAMPLE_RATE
+from cosmos3_pipeline.stages.likeness import psnr_db
 from cosmos3_pipeline.stages.media import read_frames, write_video
 
 UNSEEN = 2 * 10**9  # seeds from here on are only for judging
 GIVEN_FRAMES = 5  # frames of the input clip of v2v
-FRAMES = {"t2v": 17, "i2v": 17, "v2v": 17, "t2i": 1}
-SIZES = {"t2v": (96, 160), "i2v": (96, 160), "v2v": (96, 160), "t2i": (160, 160)}
+TASKS = ("t2v", "i2v", "v2v", "t2i", "sound", "flf2v", "transfer")
+FRAMES = {task: 1 if task == "t2i" else 17 for task in TASKS}
+SIZES = {task: (160, 160) if task == "t2i" else (96, 160) for task in TASKS}
+FPS = 24
 
 
 def unseen(prompts: int, seed: int = 0) -> list[Scene]:
@@ -39,7 +48,10 @@ def make(
     height, width = size
     out.mkdir(parents=True, exist_ok=True)
     asked = [f"task={task}", f"task.height={height}", f"task.width={width}", *overrides]
-    if task in ("t2v", "t2i"):
+    if task == "sound":
+        asked[0] = "task=t2v"
+        asked += ["task.sound=true", "output.sound=true"]
+    if task in ("t2v", "t2i", "sound"):
         prompts = out / "prompts.txt"
         prompts.write_text("".join(f"{scene.caption}\n" for scene in scenes), encoding="utf-8")
         run([*asked, f"task.prompt_file={prompts}"], out)
@@ -50,21 +62,90 @@ def make(
         folder = out / f"{number:04d}"
         folder.mkdir(exist_ok=True)
         given = _give(task, scene, folder, size)
-        made = run([*asked, f"task.prompt='{scene.caption}'", given], folder)
+        made = run([*asked, f"task.prompt='{scene.caption}'", *given], folder)
         shown.append(_shown(made.picture))
     return shown
 
 
-def _give(task: str, scene: Scene, folder: Path, size: tuple[int, int]) -> str:
-    """Write the input picture or clip of the task, and return the override that names it."""
-    clip = ((render(scene, FRAMES[task], *size) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
-    if task == "i2v":
-        Image.fromarray(clip[0].numpy()).save(folder / "given.png")
-        return f"task.image={folder / 'given.png'}"
+def _give(task: str, scene: Scene, folder: Path, size: tuple[int, int]) -> list[str]:
+    """Write the input pictures or clips of the task, and return the overrides that name them."""
+    draw = edges if task == "transfer" else render
+    clip = ((draw(scene, FRAMES[task], *size) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    if task in ("i2v", "flf2v"):
+        given = {"image": clip[0], "last_image": clip[-1]} if task == "flf2v" else {"image": clip[0]}
+        for key, picture in given.items():
+            Image.fromarray(picture).save(folder / f"given_{key}.png")
+        return [f"task.{key}={folder / f'given_{key}.png'}" for key in given]
     height, width = size
-    with write_video(folder / "given.mp4", height=height, width=width, fps=24, crf=0, preset="fast") as video:
-        video.write(clip[:GIVEN_FRAMES].numpy())
-    return f"task.video={folder / 'given.mp4'}"
+    with write_video(folder / "given.mp4", height=height, width=width, fps=FPS, crf=0, preset="fast") as video:
+        video.write(clip if task == "transfer" else clip[:GIVEN_FRAMES])
+    key = "task.controls.edge" if task == "transfer" else "task.video"
+    return [f"{key}={folder / 'given.mp4'}"]
+
+
+def heard(file: Path) -> np.ndarray:
+    """The samples of a WAV file, [channels, samples]."""
+    with wave.open(str(file)) as sound:
+        return np.frombuffer(sound.readframes(sound.getnframes()), "<i2").reshape(-1, sound.getnchannels()).T
+
+
+def tones_of(samples: np.ndarray) -> np.ndarray:
+    """The loudest pitch in Hz of each ear in each whole latent frame of sound, [2, T]."""
+    whole = samples[:, : samples.shape[1] // HOP * HOP].reshape(len(samples), -1, HOP)
+    bins: np.ndarray = np.abs(np.fft.rfft(whole * np.hanning(HOP), 8 * HOP)).argmax(-1)
+    return bins * (SAMPLE_RATE / (8 * HOP))
+
+
+def off_path(clip: Tensor, scene: Scene) -> Tensor:
+    """The distance in pixels of each shape from where `scene` has it, in each frame, [shapes, frames]."""
+    wanted = [torch.stack(path, 1) for path in paths(scene, when(clip.shape[1]))]
+    off = torch.stack(middles(clip, scene)) - torch.stack(wanted)
+    return (off * torch.tensor(clip.shape[2:])).norm(dim=-1)
+
+
+def pitch_errors(clip: Tensor, scene: Scene, tones: np.ndarray) -> Tensor:
+    """How far each ear's pitch is from that of its shape's height in the picture, in semitones, [2, T]."""
+    rows = [shape[:, 0] for shape in middles(clip, scene)]
+    frames = ((torch.arange(tones.shape[1]) + 0.5) / LATENTS_PER_SECOND * FPS).round().long()
+    wanted = torch.stack([pitch_of(rows[ear][frames.clamp(max=len(rows[ear]) - 1)]) for ear in (0, -1)])
+    return 12 * torch.log2(torch.from_numpy(tones) / wanted)
+
+
+def pitch_follows(clip: Tensor, scene: Scene, tones: np.ndarray) -> float:
+    """The correlation over time of pitch and height in a clip that moves up or down, the lower of both ears."""
+    wanted = tones / 2 ** (pitch_errors(clip, scene, tones).numpy() / 12)
+    return float(min(np.corrcoef(*pair)[0, 1] for pair in zip(tones, wanted, strict=True)))
+
+
+def measure(task: str, scenes: Sequence[Scene], clips: Sequence[Tensor], out: Path) -> list[str]:
+    """Lines with what only this task shows."""
+    both, lines = list(zip(clips, scenes, strict=True)), []
+    if task == "sound":
+        files = sorted(out.glob("line_*/sound.wav"))
+        errors = [pitch_errors(*pair, tones_of(heard(file))) for pair, file in zip(both, files, strict=True)]
+        off = torch.cat([each.abs().flatten() for each in errors])
+        near = ", ".join(f"{(off <= limit).float().mean():.0%} within {limit}" for limit in (1, 2))
+        lines.append(f"pitch: {off.nanmedian():.2f} semitones from the height in the median of 40 ms, {near}")
+        steep = [
+            pitch_follows(*pair, tones_of(heard(file)))
+            for pair, file in zip(both, files, strict=True)
+            if {thing.way for thing in pair[1].things} <= {"up", "down"}
+        ]
+        lines.append(f"pitch and height: correlation {min(steep):.2f} to {max(steep):.2f} in {len(steep)} clips")
+    if task in ("t2v", "i2v", "flf2v", "transfer"):
+        far = torch.stack([off_path(*pair).mean(0) for pair in both])
+        mean, end = far.nanmean(), far[:, -1].nanmean()
+        lines.append(f"shapes: {mean:.1f} pixels from the scene's path, {end:.1f} at its end")
+    if task in ("i2v", "flf2v"):
+        last = [of_last(*pair) for pair in both]
+        lines.append(f"last frame: {sum(last) / len(last):.1f} dB")
+    return lines
+
+
+def of_last(clip: Tensor, scene: Scene) -> float:
+    """PSNR in dB of the last frame."""
+    wanted = (render(scene, clip.shape[1], clip.shape[2], clip.shape[3])[:, -1] + 1) / 2
+    return psnr_db(1, F.mse_loss(clip[:, -1], wanted).item())
 
 
 def _shown(file: Path) -> Tensor:
@@ -75,7 +156,7 @@ def _shown(file: Path) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=FRAMES, default="t2v")
+    parser.add_argument("--task", choices=TASKS, default="t2v")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="other seeds are other prompts")
     parser.add_argument("--size", help="WIDTHxHEIGHT; the task's default without it")
@@ -85,15 +166,15 @@ def main() -> None:
     width, height = map(int, asked.size.split("x")) if asked.size else SIZES[asked.task][::-1]
     scenes = unseen(asked.prompts, asked.seed)
     right = dict.fromkeys(QUESTIONS, 0)
-    for scene, clip in zip(
-        scenes, make(asked.task, scenes, asked.out, (height, width), asked.overrides), strict=True
-    ):
+    clips = make(asked.task, scenes, asked.out, (height, width), asked.overrides)
+    for scene, clip in zip(scenes, clips, strict=True):
         found = answers(clip, scene)
         for question in QUESTIONS:
             right[question] += found[question]
         if wrong := [question for question in QUESTIONS if not found[question]]:
             print(f"{', '.join(wrong)}: {scene.caption}")
     print(f"of {len(scenes)} prompts right:", ", ".join(f"{name} {count}" for name, count in right.items()))
+    print(*measure(asked.task, scenes, clips, asked.out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,26 @@ def answers(clip: Tensor, scene: Scene) -> dict[str, bool]:
     return found
 
 
+def middles(clip: Tensor, scene: Scene) -> list[Tensor]:
+    """Row and column of the middle of each shape in each frame, [frames, 2], as shares of the height and width.
+
+    They are not a number in a frame in which the shape is not seen.
+    """
+    _, _, ground = _ground(clip)
+    size, found = torch.tensor(clip.shape[2:]), []
+    for part, begin in zip(_parts(clip, scene), _begins(clip, scene), strict=True):
+        masks = _inside(part, ground)[0]
+        places = [torch.nonzero(mask).float().mean(0) + begin + 0.5 for mask in masks]
+        found.append(torch.stack(places) / size)
+    return found
+
+
+def _begins(clip: Tensor, scene: Scene) -> list[Tensor]:
+    """First row and column of each of the `_parts`."""
+    sizes = [torch.tensor(part.shape[2:]) for part in _parts(clip, scene)]
+    return [torch.zeros(2), (torch.tensor(clip.shape[2:]) - sizes[-1]).float()][: len(sizes)]
+
+
 def _parts(clip: Tensor, scene: Scene) -> list[Tensor]:
     """For each shape, the part of the picture in which it moves alone."""
     if len(scene.things) == 1:
@@ -50,12 +70,18 @@ def _ground(clip: Tensor) -> tuple[str, bool, Tensor]:
     return name, night, colour
 
 
-def _thing_answers(clip: Tensor, ground: Tensor, thing: Thing) -> dict[str, bool]:
-    frames, height = clip.shape[1:3]
+def _inside(clip: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pixels are not of the background, [frames, height, width], and how many they are in each frame."""
+    height = clip.shape[2]
     shade = 1 - SHADE * (torch.arange(height) + 0.5) / height
     away = (clip - ground[:, None, None, None] * shade[None, None, :, None]).norm(dim=0)
     inside = away > max(0.5 * away.flatten(1).quantile(0.99, dim=1).median().item(), 0.1)
-    sizes = inside.flatten(1).sum(1)
+    return inside, inside.flatten(1).sum(1)
+
+
+def _thing_answers(clip: Tensor, ground: Tensor, thing: Thing) -> dict[str, bool]:
+    frames = clip.shape[1]
+    inside, sizes = _inside(clip, ground)
     if (sizes < 9).any():
         return dict.fromkeys(("colour", "shape", "direction"), False)
     colour = clip[:, inside].median(1).values

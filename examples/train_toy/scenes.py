@@ -27,6 +27,7 @@ OF_TWO = (0.12, 0.14)
 # Directions as (rows, columns).
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 NIGHT = 0.4  # how bright the background is at night
+LINE = 0.5  # pixels from the outline of a shape that are white in a clip of edges
 SHADE = 0.12  # how much darker the background is at the bottom
 
 
@@ -106,19 +107,46 @@ def _thing(
     return Thing(colour, rng.choice(SHAPES), size, way, rng.uniform(*radius), (row, column), travel)
 
 
+def when(frames: int) -> Tensor:
+    """The time of each frame: -0.5 at the first, 0.5 at the last. A single frame is at half time."""
+    return torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+
+
+def paths(scene: Scene, times: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Row and column of the middle of each shape at `times`, as shares of the picture's height and width."""
+    found = []
+    for thing in scene.things:
+        dy, dx = DIRECTIONS[thing.way]
+        found.append(tuple(thing.middle[i] + d * thing.travel * times for i, d in enumerate((dy, dx))))
+    return found
+
+
 def render(scene: Scene, frames: int, height: int, width: int) -> Tensor:
-    """The clip of `scene`, [3, frames, height, width] in -1..1. A single frame shows the scene at half time."""
-    when = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    """The clip of `scene`, [3, frames, height, width] in -1..1."""
     y = (torch.arange(height) + 0.5).view(1, height, 1)
     x = (torch.arange(width) + 0.5).view(1, 1, width)
     clip = scene.ground.view(3, 1, 1, 1) * (1 - SHADE * y / height).expand(frames, height, width)
-    for thing in scene.things:
-        dy, dx = DIRECTIONS[thing.way]
-        py = y - (thing.middle[0] + dy * thing.travel * when).view(frames, 1, 1) * height
-        px = x - (thing.middle[1] + dx * thing.travel * when).view(frames, 1, 1) * width
+    for thing, (row, column) in zip(scene.things, paths(scene, when(frames)), strict=True):
+        py, px = y - row.view(frames, 1, 1) * height, x - column.view(frames, 1, 1) * width
         alpha = (0.5 - outside(thing.shape, py, px, thing.radius * min(height, width))).clamp(0, 1)
         clip = clip + alpha * (torch.tensor(COLOURS[thing.colour]).view(3, 1, 1, 1) - clip)
     return clip * 2 - 1
+
+
+def edges(scene: Scene, frames: int, height: int, width: int) -> Tensor:
+    """The outlines of the shapes of `scene`, white on black, as a control clip. The form is that of `render`."""
+    y, x = torch.arange(height).view(1, height, 1) + 0.5, torch.arange(width).view(1, 1, width) + 0.5
+    line = torch.zeros(frames, height, width, dtype=torch.bool)
+    for thing, (row, column) in zip(scene.things, paths(scene, when(frames)), strict=True):
+        py, px = y - row.view(-1, 1, 1) * height, x - column.view(-1, 1, 1) * width
+        line |= outside(thing.shape, py, px, thing.radius * min(height, width)).abs() < LINE
+    return line.float().expand(3, -1, -1, -1) * 2 - 1
+
+
+def both_ends(scene: Scene, frames: int, height: int, width: int) -> Tensor:
+    """The first frame of the clip of `scene`, and then the last one over and over, as flf2v encodes them."""
+    clip = render(scene, frames, height, width)
+    return torch.cat([clip[:, :1], clip[:, -1:].expand(-1, frames - 1, -1, -1)], 1)
 
 
 def outside(shape: str, py: Tensor, px: Tensor, radius: float) -> Tensor:

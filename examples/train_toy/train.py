@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import flow as toy_flow
+import tasks as toy_tasks
 import torch
 import vae as toy_vae
 from export import export, make_pipeline
 from optim import Optimisers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SAVE_SECONDS = 120.0
+PARTS = ("vae", "decoder", "latents", "flow", "sizes", "task_latents", "tasks", "export")
 
 
 def train(
@@ -127,10 +131,68 @@ def make_latents(out: Path) -> None:
     vae = toy_vae.trained_vae(out)[1]
     for size, parts in toy_flow.PARTS.items():
         for part in range(parts):
-            file = out / f"latents_{'x'.join(map(str, size))}_{part}.pt"
+            file = toy_flow.part_file(out, "latents", size, part)
             if not file.exists():
                 write_whole(toy_flow.encode_part(vae, size, part), file)
                 print(f"{file.name} of {parts}", flush=True)
+
+
+def make_task_latents(out: Path) -> None:
+    """Encode what the new tasks need, and their scenes if `make_latents` did not."""
+    vae = toy_vae.trained_vae(out)[1]
+    for kind, (draw, frames, counts) in toy_tasks.ENCODED.items():
+        for size, parts in counts.items():
+            for part in range(parts):
+                file = toy_flow.part_file(out, kind, size, part)
+                if not file.exists():
+                    write_whole(toy_flow.encode_part(vae, size, part, draw, frames), file)
+                    print(f"{file.name} of {parts}", flush=True)
+
+
+def train_tasks(out: Path, steps: int | None) -> None:
+    steps = steps or toy_tasks.STEPS
+    model = toy_flow.make_transformer(sound=True)
+    # The weights of the last part have none for sound.
+    model.load_state_dict({**model.state_dict(), **torch.load(out / "sizes.pt")})
+    pipeline = make_pipeline(toy_vae.trained_vae(out)[0], model)
+    data = toy_tasks.load(out, pipeline)
+    losses: dict[str, list[float]] = {kind: [] for kind in toy_tasks.KINDS}
+
+    def loss(step: int) -> Tensor:
+        value = toy_tasks.loss_of(model, data, step)
+        losses[toy_tasks.kind_of(step)].append(value.item())
+        return value
+
+    def measure() -> dict[str, float]:
+        means = {kind: sum(values) / max(len(values), 1) for kind, values in losses.items()}
+        for values in losses.values():
+            values.clear()
+        return means
+
+    train(
+        "tasks",
+        model,
+        loss,
+        measure,
+        measure_steps=50,
+        optimisers=Optimisers(model, rate=1e-3, small_rate=1e-3, steps=steps),
+        steps=steps,
+        out=out,
+    )
+
+
+def take(folder: Path, out: Path) -> None:
+    """Take the weights and statistics of an exported toy, so that `out` can be continued from it.
+
+    Weights of sound are left out: `tasks` makes new ones.
+    """
+    for name, file in (("vae", "decoder.pt"), ("transformer", "sizes.pt")):
+        stored = load_file(folder / name / "diffusion_pytorch_model.safetensors")
+        weights = {key: value.float() for key, value in stored.items() if not key.startswith("audio_")}
+        write_whole(weights, out / file)
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    found = {name: config[name] for name in ("latents_mean", "latents_std")}
+    (out / toy_flow.STATISTICS).write_text(json.dumps(found), encoding="utf-8")
 
 
 def train_flow(
@@ -143,7 +205,7 @@ def train_flow(
     pipeline = make_pipeline(vae, model)
     if start is not None:
         model.load_state_dict(torch.load(start))
-    sets = toy_flow.load_latents(out, pipeline, course.sizes)
+    sets = toy_flow.load_latents(out, pipeline, course.parts)
     train(
         name,
         model,
@@ -158,13 +220,16 @@ def train_flow(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("vae", "decoder", "latents", "flow", "sizes", "export"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("outputs/train_toy"))
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="take VAE and transformer of this toy first")
     parser.add_argument("--steps", type=int, help="fewer steps, to try it")
     parser.add_argument("--threads", type=int, default=1, help="more make it no faster")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
+    if options.start is not None:
+        take(options.start, options.out)
     if options.part == "vae":
         train_vae(options.out, options.steps)
     elif options.part == "decoder":
@@ -175,6 +240,10 @@ def main() -> None:
         train_flow(options.out, "flow", toy_flow.WORDS, steps=options.steps)
     elif options.part == "sizes":
         train_flow(options.out, "sizes", toy_flow.SIZES, steps=options.steps, start=options.out / "flow.pt")
+    elif options.part == "task_latents":
+        make_task_latents(options.out)
+    elif options.part == "tasks":
+        train_tasks(options.out, options.steps)
     else:
         export(options.out)
 

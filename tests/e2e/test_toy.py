@@ -21,6 +21,9 @@ PROMPTS = {"t2v": 6, "t2i": 10, "i2v": 5, "v2v": 5}
 # The number of wrong shapes that is allowed. The toy is worst at shapes, see docs/toy.md.
 WRONG_SHAPES = {"t2v": 1, "t2i": 2, "i2v": 1, "v2v": 1}
 
+# The correlation of pitch and height, pixels from the path of the edges, and dB of the last frame.
+FOLLOWS, PATH_OFF, LAST_DB = 0.9, 5.0, 25.0
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, int]], list[Tensor]]:
@@ -47,6 +50,20 @@ def test_prompts(task: str, size: tuple[int, int], made: Callable[..., list[Tens
             right[question] += yes
     assert min(right["colour"], right["background"], right["direction"]) >= PROMPTS[task] - 1, right
     assert right["shape"] >= PROMPTS[task] - WRONG_SHAPES[task], right
+
+
+@pytest.mark.parametrize("task", ["sound", "transfer", "flf2v"])
+def test_what_only_some_tasks_show(task: str, tmp_path: Path) -> None:
+    scene = judge.unseen(1)[0]
+    assert scene.things[0].way == "down"
+    (clip,) = judge.make(task, [scene], tmp_path, (96, 160), ["topology.threads_per_rank=1"])
+    if task == "sound":
+        (file,) = tmp_path.glob("line_*/sound.wav")
+        assert judge.pitch_follows(clip, scene, judge.tones_of(judge.heard(file))) > FOLLOWS
+    elif task == "transfer":
+        assert judge.off_path(clip, scene).mean() < PATH_OFF
+    else:
+        assert judge.of_last(clip, scene) > LAST_DB
 
 
 def test_another_prompt_is_another_clip(made: Callable[..., list[Tensor]]) -> None:

@@ -178,7 +178,6 @@ def test_words_that_the_toy_does_not_know_are_told_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("control", "told"), [("edge", False), ("depth", True)])
 def test_a_control_that_a_model_was_not_trained_for_is_told(control: str, told: bool) -> None:
     asked = ["task=transfer", f"task.controls.{control}=control.mp4", "task.num_frames=17"]
-    asked += ["model.trained.controls=[edge]"]
     said = f"task.controls.{control} with model=toy: the model was trained to follow edge"
     assert any(note.startswith(said) for note in make_plan(compose(asked)).warnings) == told
 

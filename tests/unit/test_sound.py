@@ -269,13 +269,12 @@ def test_a_rehearsal_finds_what_is_planned(more: tuple[str, ...], tmp_path: Path
     ("overrides", "said"),
     [
         (["model=edge"], ("model=edge", "no head for sound", "task.sound=false")),
-        (["model=toy"], ("builtin/toy", "no head for sound", "task.sound=false")),
         (["model=nano", "task=t2i"], ("task=t2i", "one frame", "task=t2v")),
         (["model=super_t2i_4step", "task=t2v"], ("4 steps", "picture alone", "not distilled")),
         (["task.sound=false", "output.sound=true"], ("output.sound=true", "ignored", "output.sound=false")),
         (["model=toy_random", "model.transformer.sound_dim=null"], ("sound_dim=null", "channels", "sound_dim=64")),
     ],
-    ids=["edge", "trained toy", "image", "distilled", "no sound", "no width"],
+    ids=["edge", "image", "distilled", "no sound", "no width"],
 )
 def test_where_sound_is_refused(overrides: list[str], said: tuple[str, str, str]) -> None:
     with pytest.raises(ConfigError) as refused:
