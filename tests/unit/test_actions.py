@@ -229,7 +229,8 @@ def test_chunks_are_diffusers_called_by_hand(
         assert torch.equal(found.frames, expected.frames)
 
 
-@pytest.mark.long
+# On a CPU without bfloat16 instructions diffusers' convolutions take 100 seconds here.
+@pytest.mark.thorough
 def test_half_precision_is_diffusers(checkpoint: CheckpointInfo, folder: Path, tmp_path: Path) -> None:
     overrides, half = asked(folder, "policy", "sampler.steps=1"), torch.bfloat16
     expected = theirs(overrides, reference_pipeline(checkpoint.folder, dtype=half))
