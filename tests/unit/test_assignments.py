@@ -26,6 +26,7 @@ from cosmos3_pipeline.vae.planning import exactness_of, reach
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
+from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 
 LAYOUTS = {
     "wan22": vae_config(WAN22, base_dim=4, decoder_base_dim=4),
@@ -297,6 +298,19 @@ def test_slabs_may_warm_up_while_another_rank_has_the_whole_picture(name: str, d
     for rank, slab in enumerate((Rect(0, 2, 0, 4), Rect(2, 4, 0, 4))):
         blocks.append(Block(ops, (0, last + 1), rank, slab, warm_up=last))
     check(Clip(name, direction, shape), Assignment.of(2, blocks), "float", atol=1e-12)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "direction", "sizes"), [("wan22", "decode", "2 + 3"), ("wan21", "encode", "4 + 1")]
+)
+def test_groups_of_another_size_send_each_other_what_they_need(
+    name: str, direction: Direction, sizes: str
+) -> None:
+    clip = Clip(name, direction, LatentShape(1, 5, 6, 4, element_bytes=8))
+    assignment = PipelineOfShards(2).assign(clip.program, clip.shape, 5)
+    assert f"{sizes} bands" in assignment.note
+    check(clip, assignment, "float", atol=ROUNDING)
 
 
 END = len(program_of("wan22", "decode"))
