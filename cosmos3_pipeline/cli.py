@@ -117,6 +117,8 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     code = 0
     source = Source.of(hydra_main, args)
+    if source is not None and source.groups() != BUILTIN.groups():  # words are read with the built-in options
+        words = []
     try:
         _launch(hydra_main, args, source)
     except ConfigError as error:
@@ -319,7 +321,7 @@ def _corrected(words: Sequence[str]) -> str | None:
     """The command to type instead of one with the arguments `words`, if it is known and can be composed."""
     readings = _read(words)
     meant = [argument for each in readings for argument in each.means or ()]
-    if meant == words or any(each.means is None for each in readings):
+    if meant == list(words) or any(each.means is None for each in readings):
         return None
     if "-m" not in meant and "--multirun" not in meant:
         try:

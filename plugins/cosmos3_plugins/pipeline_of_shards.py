@@ -86,13 +86,16 @@ def _runs(program: Program, shape: LatentShape, ranks: int, groups: int) -> _Run
         first, later = slab_costs(program, shape, bands)
         return [0.0, *accumulate(one + more * other for one, other in zip(first, later, strict=True))]
 
-    step, most = max(1, ranks // _PARTS), min(ranks, shape.rows)
-    sizes = {size for size in range(1, most + 1) if size % step in (0, ranks % step)}
+    most, coarse = min(ranks, shape.rows), max(1, ranks // max(_PARTS, groups))
     even = _divided(ranks, groups, [ranks // groups] * (per == int(per) <= most), len(program), before)
     # A limit saves most of the time. Twice the time of a perfect division nearly always suffices.
     limits = [even[0] / _GAIN] if even[1] else [2 * before(1)[-1] / ranks, math.inf]
-    uneven = (_divided(ranks, groups, sizes, len(program), before, limit)[1] for limit in limits)
-    return next(filter(None, uneven), even[1])
+    for step in (coarse,) if even[1] else (coarse, 1):
+        sizes = {size for size in range(1, most + 1) if size % step in (0, ranks % step)}
+        for limit in limits:
+            if found := _divided(ranks, groups, sizes, len(program), before, limit)[1]:
+                return found
+    return even[1]
 
 
 def _divided(

@@ -172,6 +172,17 @@ def test_groups_use_every_rank_once_and_the_slowest_is_no_slower_than_with_equal
         assert plan.shares[0].ops[1] == len(program), "the root has the last ops"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "groups", "rows"), [(72, 20, 45), (72, 30, 45), (93, 2, 47), (7, 3, 3), (9, 3, 3), (10, 3, 3)]
+)
+def test_groups_are_refused_only_where_ranks_have_no_row(ranks: int, groups: int, rows: int) -> None:
+    shape = LatentShape(1, 3, rows, 8, on_host=False)
+    if ranks > groups * rows:
+        assert f"use {groups * rows} ranks or fewer" in refusal(PipelineOfShards(groups), shape, ranks)
+    else:
+        assert PipelineOfShards(groups).assign(FULL, shape, ranks).ranks == ranks
+
+
 def test_where_the_picture_is_small_a_group_has_few_ranks() -> None:
     shape = LatentShape(1, 9, 45, 80, element_bytes=2, on_host=False)
     ops = [share.ops for share in PipelineOfShards(2).plan(FULL_ENCODER, shape, 8).shares]

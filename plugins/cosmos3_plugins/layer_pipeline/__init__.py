@@ -28,7 +28,7 @@ from cosmos3_pipeline.plugin_api import (
 )
 from cosmos3_plugins.layer_pipeline.cuts import fixed_cuts, moving_cuts, speed_up
 
-__all__ = ["LayerPipeline", "fixed_runs"]
+__all__ = ["LayerPipeline"]
 
 
 @dataclass
@@ -74,12 +74,6 @@ class LayerPipeline(Strategy):
         measured = ", by measured seconds of ops" * bool(self.op_seconds)
         note = f"{chunks} chunks through {ranks} stages{moves}{measured}"
         return Assignment.of(ranks, blocks, note, speed_up=speed_up(program, costs, paths, chunks))
-
-
-def fixed_runs(program: Program, shape: LatentShape, stages: int) -> list[tuple[int, int]]:
-    """The ops [start, stop) of each of `stages` stages, first to last, with cuts that do not move."""
-    edges = [0, *fixed_cuts(program, _costs(program, shape), stages), len(program)]
-    return list(pairwise(edges))
 
 
 def _costs(program: Program, shape: LatentShape, measured: str = "") -> ChunkCosts:
