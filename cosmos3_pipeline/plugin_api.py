@@ -14,6 +14,7 @@ from cosmos3_pipeline.vae.account import account
 from cosmos3_pipeline.vae.assignment import EVERY, Assignment, Block, Rect
 from cosmos3_pipeline.vae.clock import Link
 from cosmos3_pipeline.vae.costs import ChunkCosts, RooflineCosts, op_costs, slab_costs
+from cosmos3_pipeline.vae.line_cuts import LineCuts, line_cuts
 from cosmos3_pipeline.vae.line_times import LineTimes
 from cosmos3_pipeline.vae.lowering import Lowered, lower
 from cosmos3_pipeline.vae.measured import op_seconds
@@ -69,6 +70,7 @@ __all__ = [
     "Found",
     "Frames",
     "LatentShape",
+    "LineCuts",
     "LineTimes",
     "Link",
     "Lowered",
@@ -89,6 +91,7 @@ __all__ = [
     "discover",
     "latent_chunk",
     "latent_shape",
+    "line_cuts",
     "lower",
     "op_costs",
     "op_seconds",

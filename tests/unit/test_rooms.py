@@ -31,6 +31,7 @@ LIGHT = (
         "builder",
         "clock",
         "costs",
+        "line_cuts",
         "line_times",
         "lowering",
         "measured",

@@ -20,6 +20,7 @@ from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.vae.account import account
 from cosmos3_pipeline.vae.assignment import Assignment, Block
 from cosmos3_pipeline.vae.costs import ChunkCosts
+from cosmos3_pipeline.vae.line_cuts import line_cuts
 from cosmos3_pipeline.vae.lowering import lower
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Direction, decoder_program, encoder_program
@@ -27,7 +28,6 @@ from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError
 from cosmos3_pipeline.vae.weights import BoundVae, ModuleWeights
 from cosmos3_plugins.auto import Auto
 from cosmos3_plugins.layer_pipeline import LayerPipeline
-from cosmos3_plugins.layer_pipeline.cuts import fixed_cuts, moving_cuts, speed_up
 from cosmos3_plugins.pipeline_of_shards import PipelineOfShards
 from cosmos3_plugins.replicated import Replicated
 from cosmos3_plugins.spatial_shard import SpatialShard
@@ -206,18 +206,16 @@ def test_moving_cuts_are_an_assignment_for_any_costs(ranks: int, chunks: int, se
     rng = random.Random(seed)
     later = [rng.uniform(0.3, 1.7) * op.flops(LatentShape(1, 2, 8, 8), first=False) for op in DECODER.ops]
     costs = ChunkCosts(tuple(seconds / 4 for seconds in later), tuple(later))
-    fixed = fixed_cuts(DECODER, costs, ranks)
-    paths = moving_cuts(DECODER, costs, fixed, chunks)
-    if paths is None:
-        return
-    edges = [(0,) * chunks, *paths, (len(DECODER),) * chunks]
+    cuts = line_cuts(DECODER, costs, ranks, chunks)
+    edges = [(0,) * chunks, *cuts.paths, (len(DECODER),) * chunks]
     for before, after in pairwise(edges):
         assert all(a < b for a, b in zip(before, after, strict=True)), "a rank without work on a chunk"
         # Its frames of the chunk before must have reached the rank that runs the op next.
         assert all(a <= b for a, b in zip(before[1:], after, strict=False))
-    assert all(DECODER.may_be_cut(cut) for path in paths for cut in path)
-    still = [(cut,) * chunks for cut in fixed]
-    assert speed_up(DECODER, costs, paths, chunks) > speed_up(DECODER, costs, still, chunks)
+    assert all(DECODER.may_be_cut(cut) for path in cuts.paths for cut in path) or not cuts.move
+    fixed = line_cuts(DECODER, costs, ranks, chunks, moving=False)
+    assert not fixed.move
+    assert cuts.speed_up > fixed.speed_up if cuts.move else cuts == fixed
 
 
 def test_two_slabs_at_720p_send_one_column_of_what_each_convolution_reads() -> None:

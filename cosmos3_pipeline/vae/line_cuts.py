@@ -1,4 +1,4 @@
-"""Chooses the cuts between pipeline stages, so that a clip ends early.
+"""Chooses the cuts between the stages of a pipeline, so that a clip ends early. Imports no torch.
 
 Whole ops do not divide evenly between two ranks. If a cut lies before an op on some chunks and behind it on other
 chunks, both ranks are equally busy. There is a second gain. If every chunk is cut alike, late ranks wait for the
@@ -14,8 +14,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
-from cosmos3_pipeline.plugin_api import ChunkCosts, LatentShape, LineTimes, Program
+from cosmos3_pipeline.vae.costs import ChunkCosts
+from cosmos3_pipeline.vae.line_times import LineTimes
+from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.program import Program
 
 # Places are the positions of useful cuts (`Program.may_be_cut`), counted from 0.
 Cuts = tuple[int, ...]  # the ops before which the program is cut, first to last
@@ -45,8 +49,40 @@ _SOONER = 1e-4  # the search takes a variation only with at least this relative 
 _MOST_RANKS = 8
 
 
+class LineCuts(NamedTuple):
+    """Where a program is divided among the stages of a pipeline.
+
+    paths: for each cut, first to last, the op before which it lies on each chunk.
+    speed_up: the pipeline's speed as a multiple of one rank's, if messages take no time.
+    """
+
+    paths: tuple[Path, ...]
+    speed_up: float
+
+    @property
+    def move(self) -> bool:
+        """Whether a cut lies before different ops on different chunks."""
+        return any(len(set(path)) > 1 for path in self.paths)
+
+
+def line_cuts(
+    program: Program, costs: ChunkCosts, ranks: int, chunks: int, *, moving: bool = True, on_host: bool = True
+) -> LineCuts:
+    """The cuts with which `ranks` stages, one op at least in each, end a clip of `chunks` early.
+
+    moving: whether cuts may move from chunk to chunk. They do if the clip then ends so much earlier that it is
+    worth the weights that are held twice (`_MIN_SPEEDUP_PER_EXTRA_WEIGHT`).
+    on_host: whether CPUs compute. The costs of accelerators are less even, so the search tries more there.
+    """
+    fixed = _fixed_cuts(program, costs, ranks)
+    paths = [(cut,) * chunks for cut in fixed]
+    if moving and ranks > 1:
+        paths = _moving_cuts(program, costs, fixed, chunks, on_host=on_host) or paths
+    return LineCuts(tuple(paths), _speed_up(program, costs, paths, chunks))
+
+
 @cache
-def fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
+def _fixed_cuts(program: Program, costs: ChunkCosts, ranks: int) -> Cuts:
     """Cuts with which a clip of `_CHUNKS` ends earliest; if nearly equal, those that send the fewest bytes."""
     latent = LatentShape(1, 2, 1, 1)
     sent = [
@@ -99,7 +135,7 @@ def _ends(program: Program, costs: ChunkCosts) -> list[list[float]]:
 
 
 @cache
-def moving_cuts(
+def _moving_cuts(
     program: Program, costs: ChunkCosts, fixed: Cuts, chunks: int, *, on_host: bool = True
 ) -> list[Path] | None:
     """The path of each cut over a clip of `chunks`; None if moving cuts are not worth it.
@@ -122,7 +158,7 @@ def moving_cuts(
     return best
 
 
-def speed_up(program: Program, costs: ChunkCosts, paths: Sequence[Path], chunks: int) -> float:
+def _speed_up(program: Program, costs: ChunkCosts, paths: Sequence[Path], chunks: int) -> float:
     """Speed of a pipeline with cuts on `paths`, as a multiple of one rank, if messages take no time."""
     return LineTimes(program, costs).of_clip(chunks) / _Line(program, costs, chunks).end(paths)
 

@@ -23,10 +23,10 @@ from cosmos3_pipeline.plugin_api import (
     Program,
     Strategy,
     StrategyError,
+    line_cuts,
     op_costs,
     op_seconds,
 )
-from cosmos3_plugins.layer_pipeline.cuts import fixed_cuts, moving_cuts, speed_up
 
 __all__ = ["LayerPipeline"]
 
@@ -60,20 +60,17 @@ class LayerPipeline(Strategy):
                 f"use {len(program)} ranks or fewer",
             )
         chunks, costs = program.chunks(shape), _costs(program, shape, self.op_seconds)
-        fixed = fixed_cuts(program, costs, ranks)
-        paths = [(cut,) * chunks for cut in fixed]
-        if self.moving_cuts and ranks > 1:
-            paths = moving_cuts(program, costs, fixed, chunks, on_host=shape.on_host) or paths
-        edges = [(0,) * chunks, *paths, (len(program),) * chunks]
+        cuts = line_cuts(program, costs, ranks, chunks, moving=self.moving_cuts, on_host=shape.on_host)
+        edges = [(0,) * chunks, *cuts.paths, (len(program),) * chunks]
         blocks = []
         for stage, (starts, stops) in enumerate(pairwise(edges)):
             blocks += [
                 Block(ops, run, ranks - 1 - stage) for ops, run in _alike(list(zip(starts, stops, strict=True)))
             ]
-        moves = ", with moving cuts" * any(len(set(path)) > 1 for path in paths)
+        moves = ", with moving cuts" * cuts.move
         measured = ", by measured seconds of ops" * bool(self.op_seconds)
         note = f"{chunks} chunks through {ranks} stages{moves}{measured}"
-        return Assignment.of(ranks, blocks, note, speed_up=speed_up(program, costs, paths, chunks))
+        return Assignment.of(ranks, blocks, note, speed_up=cuts.speed_up)
 
 
 def _costs(program: Program, shape: LatentShape, measured: str = "") -> ChunkCosts:
