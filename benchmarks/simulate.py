@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,10 @@ from typing import Any
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.planning.geometry import clip_of
-from cosmos3_pipeline.planning.hardware import accelerator_of
+from cosmos3_pipeline.planning.hardware import vae_rates
 from cosmos3_pipeline.plugin_api import (
     Assignment,
     LatentShape,
-    Link,
     Program,
     RooflineCosts,
     StrategyError,
@@ -85,9 +85,8 @@ class Experiment:
         self.shape = LatentShape(
             1, clip.latent_frames, clip.latent_rows, clip.latent_cols, element_bytes=2, on_host=False
         )
-        self._accelerator = accelerator_of(cfg)
-        self._rate = self._accelerator.flops_per_s[cfg.model.vae_dtype] * self._accelerator.efficiency["vae"]
-        self._node_ranks = node_ranks
+        self._rates = replace(vae_rates(cfg), ranks_per_node=node_ranks)
+        self.links: Links = self._rates.link
 
     def estimated(self, serial_s: float, fixed_share: float) -> OpCosts:
         """Costs by the data sheet, scaled so that one rank takes `serial_s`.
@@ -96,7 +95,7 @@ class Experiment:
         """
 
         def costs(slower: float) -> OpCosts:
-            rates = self._rate / slower, self._accelerator.memory_bytes_per_s / slower
+            rates = self._rates.flops_per_s / slower, self._rates.memory_bytes_per_s / slower
             return RooflineCosts(self.program, self.shape, *rates, fixed_share=fixed_share)
 
         return costs(serial_s / serial_seconds(self.program, self.shape, costs(1.0)))
@@ -115,12 +114,6 @@ class Experiment:
         whole = {**case, "latent_rows": self.shape.rows}  # the measured seconds count for the whole picture
         return MeasuredCosts(whole, serial_s / serial_seconds(self.program, self.shape, MeasuredCosts(whole)))
 
-    def link(self, source: int, target: int) -> Link:
-        """The link between two ranks, within a node or between nodes."""
-        a = self._accelerator
-        apart = source // self._node_ranks != target // self._node_ranks
-        return Link(a.latency_s, a.network_bytes_per_s if apart else a.link_bytes_per_s)
-
     def row(self, name: str, ranks: int, costs: OpCosts) -> list[str]:
         """One line of the table."""
         began = time.process_time()
@@ -133,7 +126,7 @@ class Experiment:
         marks.append(time.process_time())
         tallies = account_repeated(clip)
         marks.append(time.process_time())
-        seconds = clip.total(lambda low: timeline(low, costs, self.link).seconds)
+        seconds = clip.total(lambda low: timeline(low, costs, self.links).seconds)
         marks.append(time.process_time())
         serial = serial_seconds(self.program, self.shape, costs)
         took = [f"{b - a:.2f}" for a, b in pairwise(marks)]
@@ -180,7 +173,7 @@ def main() -> None:
         strategy = discover().strategies[given.strategies[-1]]()
         assignment = strategy.assign(experiment.program, experiment.shape, max(given.ranks))
         lowered = lower(experiment.program, experiment.shape, assignment)
-        traced = timeline(lowered, costs, experiment.link, events=True)
+        traced = timeline(lowered, costs, experiment.links, events=True)
         given.trace.write_text(json.dumps(traced.trace()))
 
 

@@ -21,6 +21,7 @@ from cosmos3_pipeline.vae.measured import op_seconds
 from cosmos3_pipeline.vae.ops import LatentShape, Op
 from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction, Program
+from cosmos3_pipeline.vae.rates import Rates
 from cosmos3_pipeline.vae.search import Found, search
 from cosmos3_pipeline.vae.strategy import (
     Exactness,
@@ -80,6 +81,7 @@ __all__ = [
     "Pixels",
     "Program",
     "RankShare",
+    "Rates",
     "Rect",
     "RooflineCosts",
     "Runner",

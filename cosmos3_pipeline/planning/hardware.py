@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cosmos3_pipeline.config.schema import Config, Device, Dtype
+from cosmos3_pipeline.vae.rates import Rates
 
 GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 
@@ -60,4 +61,18 @@ def accelerator_of(cfg: Config) -> Accelerator:
         latency_s=node.latency_us * MICRO,
         launch_s=node.launch_us * MICRO,
         efficiency={"transformer": node.transformer_efficiency, "vae": node.vae_efficiency},
+    )
+
+
+def vae_rates(cfg: Config) -> Rates:
+    """The rates of one rank of `cfg` at the VAE."""
+    accelerator = accelerator_of(cfg)
+    return Rates(
+        flops_per_s=accelerator.flops_per_s[cfg.model.vae_dtype] * accelerator.efficiency["vae"],
+        memory_bytes_per_s=accelerator.memory_bytes_per_s,
+        link_bytes_per_s=accelerator.link_bytes_per_s,
+        network_bytes_per_s=accelerator.network_bytes_per_s,
+        latency_s=accelerator.latency_s,
+        launch_s=accelerator.launch_s,
+        ranks_per_node=cfg.topology.ranks_per_node,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from typing import Any
 
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, Placement
@@ -12,12 +13,15 @@ from cosmos3_pipeline.denoise.shards import Grid
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.planning.checks import check
 from cosmos3_pipeline.planning.geometry import replica_ranks
+from cosmos3_pipeline.planning.hardware import vae_rates
 from cosmos3_pipeline.planning.plan import Plan
 from cosmos3_pipeline.planning.sampling import guidance_of
+from cosmos3_pipeline.planning.vae import directions, shape_of
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
-from cosmos3_pipeline.vae.program import program_for
+from cosmos3_pipeline.vae.program import Direction, program_for
+from cosmos3_pipeline.vae.search import search as search_vae
 from cosmos3_pipeline.vae.search import variants
-from cosmos3_pipeline.vae.strategy import OwnRunner, Strategy
+from cosmos3_pipeline.vae.strategy import Exactness, OwnRunner, Strategy
 
 
 @dataclass(frozen=True)
@@ -38,19 +42,39 @@ class Candidate:
         return self.plan is not None and self.plan.fits
 
 
-def search(cfg: Config) -> list[Candidate]:
-    """Every layout of the ranks of `cfg`: those that fit, then those that do not fit, then those refused.
+@dataclass(frozen=True)
+class _Choice:
+    """A layout: ranks on `topology.cfg`, the grid of the sequence, the weights, a strategy for each direction."""
 
-    Faster layouts come first, then those with less memory, then those that send less. A layout that does not fit
-    with resident weights is also tried with each other placement.
+    guidance: int
+    grid: Grid
+    placement: Placement
+    vae: Mapping[Direction, Strategy | None]
+
+
+def search(cfg: Config) -> list[Candidate]:
+    """Layouts of the ranks of `cfg`: those that fit, then those that do not fit, then those refused.
+
+    Faster layouts come first, then those with less memory, then those that send less. Denoising and the VAE do not
+    overlap, so their times add. Every division of denoising is therefore tried with the fastest strategy of the
+    VAE, and then the best division with every strategy. A layout that does not fit with resident weights is also
+    tried with each other placement.
     """
-    found = []
-    for choice in _choices(cfg):
-        found.append(_candidate(cfg, *choice, Placement.resident))
-        if not found[-1].refused and not found[-1].usable:
+    ways = {direction: _ways(cfg, direction) for direction in directions(cfg)}
+    first = {direction: strategies[0] for direction, strategies in ways.items()}
+    found = list[tuple[_Choice, Candidate]]()
+    for guidance, grid in _layouts(cfg):
+        choices = [_Choice(guidance, grid, Placement.resident, first)]
+        found.append((choices[0], _candidate(cfg, choices[0])))
+        if not found[-1][1].refused and not found[-1][1].usable:
             placements = [*[Placement.sharded] * (replica_ranks(cfg.topology) > 1), Placement.streamed]
-            found += [_candidate(cfg, *choice, placement) for placement in placements]
-    return sorted(found, key=_order)
+            choices = [replace(choices[0], placement=placement) for placement in placements]
+            found += [(choice, _candidate(cfg, choice)) for choice in choices]
+    best, _ = min(found, key=lambda one: _order(one[1]))
+    for direction, (_, *others) in ways.items():
+        choices = [replace(best, vae={**first, direction: other}) for other in others]
+        found += [(choice, _candidate(cfg, choice)) for choice in choices]
+    return sorted((candidate for _, candidate in found), key=_order)
 
 
 def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str, ...]]:
@@ -61,28 +85,45 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float, int, int, tuple[str
     return False, not plan.fits, candidate.seconds, plan.peak_bytes, sent, candidate.overrides
 
 
-def _choices(cfg: Config) -> Iterator[tuple[int, Grid, Strategy | None]]:
-    """Every way to use the ranks of a clip: (ranks on `cfg`, grid of the sequence, decode strategy or None).
+def _layouts(cfg: Config) -> Iterator[tuple[int, Grid]]:
+    """Every way to denoise with the ranks of a clip: (ranks on `cfg`, grid of the sequence).
 
     If `cfg` x `ulysses` is less than all ranks, the other ranks are left without denoising work, or they form the
     `cp` grid that sends the fewest bytes.
     """
     ranks = replica_ranks(cfg.topology)
     guidance = range(1, len(guidance_of(cfg.task, cfg.sampler).passes) + 1)
-    layouts = list[tuple[int, Grid]]()
     for g, u in product(guidance, range(1, ranks + 1)):
         groups, rest = divmod(ranks, g * u)
         if not rest:
-            layouts += [(g, Grid(u)), *[(g, _grid(cfg, u, groups))] * (groups > 1)]
-    program = program_for("decode", plain(cfg.model.vae))
-    # None runs the reference, so the reference is not tried again as a strategy.
-    classes = [cls for name, cls in discover().strategies.items() if name != REFERENCE]
-    strategies: list[Strategy | None] = [None]
-    if ranks > 1:
-        strategies += [cls() for cls in classes if issubclass(cls, OwnRunner) and "decode" in cls.directions]
-        strategies += variants(classes, program, ranks)
-    for (g, grid), strategy in product(layouts, strategies):
-        yield g, grid, strategy
+            yield g, Grid(u)
+            if groups > 1:
+                yield g, _grid(cfg, u, groups)
+
+
+def _ways(cfg: Config, direction: Direction) -> list[Strategy | None]:
+    """The strategies for a direction, the fastest first, in the order of `vae.search`; None: its flag is off.
+
+    Those that this search leaves out come last: they refuse the clip, are not exact enough, or have their own
+    runner.
+    """
+    ranks, strategies = replica_ranks(cfg.topology), discover().strategies
+    if ranks == 1:
+        return [None]
+    program, shape, rates = program_for(direction, plain(cfg.model.vae)), shape_of(cfg, direction), vae_rates(cfg)
+    found = search_vae(
+        strategies.values(),
+        program,
+        shape,
+        ranks,
+        costs=rates.costs(program, shape),
+        links=rates.link,
+        required=Exactness(cfg.vae.required_exactness),
+    )
+    ways = [one.strategy for one in found]
+    ways += [one for one in variants(strategies.values(), program, ranks) if one not in ways]
+    ways += [cls() for cls in strategies.values() if issubclass(cls, OwnRunner) and direction in cls.directions]
+    return [None if one.name == REFERENCE else one for one in ways]
 
 
 def _grid(cfg: Config, ulysses: int, groups: int) -> Grid:
@@ -95,31 +136,32 @@ def _grid(cfg: Config, ulysses: int, groups: int) -> Grid:
     return min((Grid(ulysses, groups // n, n) for n in range(1, groups + 1) if groups % n == 0), key=heads)
 
 
-def _candidate(
-    cfg: Config, guidance: int, grid: Grid, strategy: Strategy | None, placement: Placement
-) -> Candidate:
+def _candidate(cfg: Config, choice: _Choice) -> Candidate:
+    grid, placement = choice.grid, choice.placement
     overrides = [f"weights={placement.value}"]
     stay = None if placement is Placement.streamed else 0
     if stay is None:
         overrides.append("weights.resident_layers=null")
-    overrides += [f"topology.cfg={guidance}", f"topology.ulysses={grid.ulysses}"]
+    overrides += [f"topology.cfg={choice.guidance}", f"topology.ulysses={grid.ulysses}"]
     cp = [grid.rows, grid.columns]
     if cp != cfg.topology.cp:
         overrides.append(f"topology.cp=[{grid.rows},{grid.columns}]")
-    decode = cfg.vae.decode
-    if strategy is None:
-        overrides.append("vae.parallel_decode=false")
-    else:
-        settings, default = asdict(strategy), type(strategy)()  # type: ignore[call-overload]
-        overrides += ["vae.parallel_decode=true", f"vae/decode={strategy.name}"]
-        changed = {key: value for key, value in settings.items() if value != getattr(default, key)}
-        overrides += [f"vae.decode.{key}={value}" for key, value in changed.items()]
-        decode = {"_target_": discover().target(strategy.name), **settings}
+    vae = cfg.vae
+    for direction, strategy in choice.vae.items():
+        changes: dict[str, Any] = {f"parallel_{direction}": strategy is not None}
+        overrides.append(f"vae.parallel_{direction}={str(strategy is not None).lower()}")
+        if strategy is not None:
+            settings, default = asdict(strategy), type(strategy)()  # type: ignore[call-overload]
+            changed = {key: value for key, value in settings.items() if value != getattr(default, key)}
+            overrides += [f"vae/{direction}={strategy.name}"]
+            overrides += [f"vae.{direction}.{key}={value}" for key, value in changed.items()]
+            changes[direction] = {"_target_": discover().target(strategy.name), **settings}
+        vae = replace(vae, **changes)
     tried = replace(
         cfg,
-        topology=replace(cfg.topology, cfg=guidance, cp=cp, ulysses=grid.ulysses),
+        topology=replace(cfg.topology, cfg=choice.guidance, cp=cp, ulysses=grid.ulysses),
         weights=replace(cfg.weights, placement=placement, resident_layers=stay),
-        vae=replace(cfg.vae, parallel_decode=strategy is not None, decode=decode),
+        vae=vae,
     )
     try:
         return Candidate(tuple(overrides), check(tried).plan())

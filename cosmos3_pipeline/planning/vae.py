@@ -11,11 +11,12 @@ from cosmos3_pipeline.config.schema import Config, Device, Dtype, TaskName, VaeC
 from cosmos3_pipeline.denoise.cost import Wire
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import chunks_of, clean_frames, clip_of, encoded_of, replica_ranks
-from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
+from cosmos3_pipeline.planning.hardware import vae_rates
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
+from cosmos3_pipeline.vae.rates import ClipSeconds, Rates
 from cosmos3_pipeline.vae.strategy import Planned, Strategy, StrategyPlan
 
 ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -23,11 +24,15 @@ ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
 @dataclass(frozen=True)
 class VaeStage:
-    """One direction of the VAE over the ranks of a clip."""
+    """One direction of the VAE over the ranks of a clip.
+
+    clocked: its seconds by the clock; None for an `OwnRunner`, which has no actions.
+    """
 
     program: Program
     shape: LatentShape
     plan: StrategyPlan
+    clocked: ClipSeconds | None
 
     @property
     def traffic_bytes(self) -> int:
@@ -40,35 +45,38 @@ class VaeStage:
             first += later * (rest + sum(op.target.elements(self.shape, first=False) for op in self.program.ops))
         return first * self.shape.element_bytes
 
-    @property
-    def fill(self) -> float:
-        """Critical path divided by the busiest rank's FLOPs. It is above 1 if ranks wait."""
-        return self.plan.until_end / max(share.flops for share in self.plan.shares)
+    def bounds(self, rank: int, rates: Rates) -> dict[str, float]:
+        """Estimated seconds of `rank` for each bound alone: compute, memory, link.
 
-    def bounds(
-        self, rank: int, accelerator: Accelerator, dtype: Dtype, *, crosses_nodes: bool
-    ) -> dict[str, float]:
-        """Estimated seconds of `rank` for each bound alone: compute, memory, link."""
+        The clock says when the clip ends. The longer bound of compute and memory has all of this time except for
+        the messages, also the time in which the rank waits for others.
+        """
         share = self.plan.shares[rank]
-        rate = accelerator.flops_per_s[dtype] * accelerator.efficiency["vae"]
         part = share.flops / self.program.flops(self.shape)
+        compute = share.flops / rates.flops_per_s
+        memory = self.traffic_bytes * part / rates.memory_bytes_per_s
+        if self.clocked is None:
+            fill = self.plan.until_end / max(each.flops for each in self.plan.shares)
+            link = rates.link(0, len(self.plan.shares) - 1)
+            wire = share.sent_bytes / link.bytes_per_s + share.sent_messages * link.latency_s
+            return {"compute": fill * compute, "memory": fill * memory, "link": wire}
+        working = self.clocked.seconds - self.clocked.on_links
         return {
-            "compute": self.fill * share.flops / rate,
-            "memory": self.fill * self.traffic_bytes * part / accelerator.memory_bytes_per_s,
-            "link": accelerator.wire_seconds(share.sent_bytes, share.sent_messages, crosses_nodes=crosses_nodes),
+            "compute": working if compute >= memory else min(compute, working),
+            "memory": working if memory > compute else min(memory, working),
+            "link": self.clocked.on_links,
         }
 
     def stage(self, cfg: Config, rank: int, *, weights: int, text: int, inputs: int) -> RankStage:
         """The stage on `rank`, which also holds bytes of `weights`, prompts (`text`) and `inputs`."""
         share = self.plan.shares[rank]
-        crosses = len(self.plan.shares) > cfg.topology.ranks_per_node
         return RankStage(
             flops=share.flops,
             weight_bytes=weights,
             text_bytes=text,
             activation_bytes=share.activation_bytes + inputs,
             sent=Wire(share.sent_bytes, share.sent_messages),
-            seconds=self.bounds(rank, accelerator_of(cfg), cfg.model.vae_dtype, crosses_nodes=crosses),
+            seconds=self.bounds(rank, vae_rates(cfg)),
             share={
                 "ops": list(share.ops),
                 "rows": list(share.rows),
@@ -132,29 +140,39 @@ def strategy_of(cfg: Config, direction: Direction) -> Strategy:
     return built
 
 
-def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
-    """The plan of `strategy` for the clip of `cfg`. Encoding ends with the last conditioned latent frame.
-
-    Raises Refusal if the strategy cannot divide this clip, or if no VAE can have the numbers of `cfg`.
-    """
+def shape_of(cfg: Config, direction: Direction) -> LatentShape:
+    """The latent that is decoded or encoded. Encoding ends with the last conditioned latent frame."""
     clip = encoded_of(cfg) if direction == "encode" else clip_of(cfg)
-    shape = LatentShape(
+    return LatentShape(
         *(1, clip.latent_frames, clip.latent_rows, clip.latent_cols, ELEMENT_BYTES[cfg.model.vae_dtype]),
         on_host=cfg.topology.device == Device.cpu,
     )
-    ranks = replica_ranks(cfg.topology)
-    key = repr((direction, plain(cfg.model.vae), shape, ranks, type(strategy), strategy))
+
+
+def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
+    """The plan of `strategy` for the clip of `cfg`.
+
+    Raises Refusal if the strategy cannot divide this clip, or if no VAE can have the numbers of `cfg`.
+    """
+    shape, ranks, rates = shape_of(cfg, direction), replica_ranks(cfg.topology), vae_rates(cfg)
+    key = repr((direction, plain(cfg.model.vae), shape, ranks, rates, type(strategy), strategy))
     if key not in _made:
         program = program_for(direction, plain(cfg.model.vae))
-        plan = strategy.plan(program, shape, ranks)
-        given = strategy
+        stage = _stage(program, shape, strategy.plan(program, shape, ranks), rates)
+        plan, given = stage.plan, strategy
         if plan.assignment is not None and type(strategy).runner is Strategy.runner:
             given = Planned(plan.assignment, shape, strategy.name)
         if len(_made) == MOST_MADE:
             _made.clear()
-        _made[key] = VaePlan(program, shape, plan, given)
+        _made[key] = VaePlan(program, shape, plan, stage.clocked, given)
     planned = _made[key]
     return _in_chunks(cfg, direction, planned)
+
+
+def _stage(program: Program, shape: LatentShape, plan: StrategyPlan, rates: Rates) -> VaeStage:
+    """The stage of `plan`, which needs its lowered clip no longer."""
+    clocked = None if plan.clip is None else rates.of_clip(plan.clip)
+    return VaeStage(program, shape, replace(plan, clip=None), clocked)
 
 
 def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
@@ -163,8 +181,8 @@ def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
 
     def another(**changes: Any) -> VaeStage:
         other = replace(shape, **changes)
-        ranks = len(planned.plan.shares)
-        return VaeStage(planned.program, other, planned.strategy.plan(planned.program, other, ranks))
+        plan = planned.strategy.plan(planned.program, other, len(planned.plan.shares))
+        return _stage(planned.program, other, plan, vae_rates(cfg))
 
     if direction == "decode":
         if chunks.count == 1 or not chunks.overlap:

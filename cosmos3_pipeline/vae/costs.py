@@ -39,7 +39,7 @@ _PART_OF_A_BLOCK = 1.04
 # Factors for a convolution that computes two frames at a time: its products, the weights that it reads, its passes
 # over input and output (most of them for sums and differences of frames), and its calls.
 _PAIR_PRODUCTS, _PAIR_WEIGHTS, _PAIR_PASSES, _PAIR_CALLS = 2 / 3, 5 / 3, 3.3, 2
-# FLOPs in the time in which an accelerator reads or writes one byte. For an H200 of `conf/topology`: 331 TFLOP/s
+# FLOPs in the time in which an accelerator reads or writes one byte. For an H200 of `conf/topology`: 346 TFLOP/s
 # of convolutions and 4.8 TB/s. With 140 instead, a pipeline of four H200 would end 1.5% later.
 _FLOPS_PER_BYTE = 70.0
 # How often an accelerator reads or writes a frame that an op keeps: it is read, written to the front of the next

@@ -56,7 +56,9 @@ def plan_of(
     until_end = flops_until_end(clip)
     note = _note(assignment.note, assignment.speed_up or program.flops(shape) / until_end, assignment.ranks)
     exactness = exactness_of(lowered)
-    return StrategyPlan(strategy.name, program.direction, exactness, tuple(shares), note, assignment, until_end)
+    return StrategyPlan(
+        strategy.name, program.direction, exactness, tuple(shares), note, assignment, until_end, clip
+    )
 
 
 def _is_for(ranks: int, strategy: Strategy, assignment: Assignment) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosmos3_pipeline.distributed.comm import Comm
+    from cosmos3_pipeline.vae.lowering import Repeated
     from cosmos3_pipeline.vae.pixels import Pixels
     from cosmos3_pipeline.vae.weights import BoundVae
 
@@ -101,6 +102,7 @@ class StrategyPlan:
     assignment: the assignment; None for an `OwnRunner`.
     until_end: FLOPs on the critical path, which are those of the slowest rank and of the work for which it waits.
     They decide when the clip ends if messages take no time.
+    clip: the lowered assignment, for the clock; None for an `OwnRunner`, or if nobody needs it any more.
     """
 
     strategy: str
@@ -110,6 +112,7 @@ class StrategyPlan:
     note: str
     assignment: Assignment | None
     until_end: float
+    clip: Repeated | None = field(default=None, repr=False, compare=False)
 
 
 class Runner(Protocol):

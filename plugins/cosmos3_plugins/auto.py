@@ -16,9 +16,8 @@ from cosmos3_pipeline.plugin_api import (
     Exactness,
     Found,
     LatentShape,
-    Link,
     Program,
-    RooflineCosts,
+    Rates,
     Strategy,
     StrategyError,
     discover,
@@ -33,11 +32,11 @@ _LEAST = 1e-6  # the least value of a rate, of memory, and of ranks
 
 @dataclass
 class Auto(Strategy):
-    """`require`: the least exactness to choose from. The rest are the figures of one rank's accelerator and links.
+    """`require`: the least exactness to choose from. The rest are figures of `topology`, in its units.
 
-    The figures have the units of `topology.accelerator`. The defaults are for one CPU core per rank and all ranks
-    on one machine. A strategy that computes another picture, such as `tiled`, is never chosen, so users must name
-    it. A strategy that needs more than `memory_gb` on a rank is chosen only if all strategies do.
+    CPU ranks share the memory of their node and its speed. The defaults are for one CPU core per rank and all
+    ranks on one machine. A strategy that computes another picture, such as `tiled`, is never chosen, so users must
+    name it. A strategy that needs more than `memory_gb` on a rank is chosen only if all strategies do.
     """
 
     require: str = "bitwise"
@@ -45,12 +44,13 @@ class Auto(Strategy):
     bf16_tflops: float = 0.2
     efficiency: float = 1.0
     memory_gb: float = math.inf
-    memory_gb_per_s: float = 10.0
+    memory_gb_per_s: float = 80.0
     link_gb_per_s: float = 2.0
     network_gb_per_s: float = 1.0
     latency_us: float = 100.0
     launch_us: float = 0.0
     ranks_per_node: int = 8
+    threads_per_rank: int = 1
 
     name: ClassVar[str] = "auto"
     exactness: ClassVar[Exactness] = (
@@ -76,11 +76,15 @@ class Auto(Strategy):
                     f"give at least {least}",
                 )
         required = min(Exactness(self.require), Exactness.ROUNDING, key=list(Exactness).index)
-        tflops = self.bf16_tflops if shape.element_bytes == 2 else self.fp32_tflops
-        rates = _TERA * tflops * self.efficiency, _GIGA * self.memory_gb_per_s
-        costs = RooflineCosts(program, shape, *rates, launch_s=_MICRO * self.launch_us)
+        rates = self._rates(shape)
         found = search(
-            discover().strategies.values(), program, shape, ranks, costs=costs, links=self._link, required=required
+            discover().strategies.values(),
+            program,
+            shape,
+            ranks,
+            costs=rates.costs(program, shape),
+            links=rates.link,
+            required=required,
         )
         if not found:
             raise StrategyError(
@@ -102,14 +106,25 @@ class Auto(Strategy):
         for number, one in enumerate(found):
             shares = one.strategy.plan(program, shape, ranks).shares
             peaks.append(max(share.weight_bytes + share.activation_bytes for share in shares))
-            if peaks[-1] <= _GIGA * self.memory_gb:
+            if peaks[-1] <= _GIGA * self.memory_gb / self._sharing(shape):
                 return found[number:]
         return [found[peaks.index(min(peaks))]]
 
-    def _link(self, source: int, target: int) -> Link:
-        apart = source // self.ranks_per_node != target // self.ranks_per_node
-        rate = self.network_gb_per_s if apart else self.link_gb_per_s
-        return Link(self.latency_us * _MICRO, rate * _GIGA)
+    def _sharing(self, shape: LatentShape) -> int:
+        """How many ranks share the memory that `memory_gb` is about."""
+        return self.ranks_per_node if shape.on_host else 1
+
+    def _rates(self, shape: LatentShape) -> Rates:
+        tflops = self.bf16_tflops if shape.element_bytes == 2 else self.fp32_tflops
+        return Rates(
+            flops_per_s=_TERA * tflops * self.efficiency * (self.threads_per_rank if shape.on_host else 1),
+            memory_bytes_per_s=_GIGA * self.memory_gb_per_s / self._sharing(shape),
+            link_bytes_per_s=_GIGA * self.link_gb_per_s,
+            network_bytes_per_s=_GIGA * self.network_gb_per_s,
+            latency_s=_MICRO * self.latency_us,
+            launch_s=_MICRO * self.launch_us,
+            ranks_per_node=self.ranks_per_node,
+        )
 
 
 def _called(strategy: Strategy) -> str:

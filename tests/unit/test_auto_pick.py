@@ -42,17 +42,24 @@ def test_it_keeps_to_what_is_required_and_says_why(require: Exactness, ranks: in
 
 
 @pytest.mark.long
-def test_it_estimates_as_the_plan_does() -> None:
-    """`auto` decodes as fast as the fastest layout of `plan.search` that divides denoising in the same way."""
-    cfg = compose(["model=nano", "topology=h200_x4", "vae/decode=auto", "vae.required_exactness=rounding"])
-    plan = make_plan(cfg)
-    layout = {f"topology.cfg={cfg.topology.cfg}", f"topology.ulysses={cfg.topology.ulysses}"}
-    assert not any("vae/decode=auto" in c.overrides for c in search(cfg))
-    same = [c for c in search(cfg) if c.plan is not None and layout <= set(c.overrides)]
-    fastest = min(same, key=lambda c: c.plan.seconds["decode"] if c.plan else 0.0)
-    assert fastest.plan is not None
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=nano", "topology=h200_x4"],
+        ["model=nano", "topology=h100_x8_nodes", "task.num_frames=29"],
+        ["topology=cpu_x4", "topology.threads_per_rank=2"],
+    ],
+    ids=lambda overrides: overrides[1],
+)
+def test_it_the_plan_and_the_search_agree(overrides: list[str]) -> None:
+    """They have one clock and the same figures: `auto` picks the fastest that `plan.search` finds."""
+    cfg = compose([*overrides, "vae.parallel_decode=true", "vae/decode=auto", "vae.required_exactness=rounding"])
+    plan, found = make_plan(cfg), search(cfg)
+    assert not any("vae/decode=auto" in candidate.overrides for candidate in found)
+    fastest = min(candidate.plan.seconds["decode"] for candidate in found if candidate.plan)
     assert plan.strategies["decode"] == "auto"
-    assert plan.seconds["decode"] == pytest.approx(fastest.plan.seconds["decode"])
+    assert plan.seconds["decode"] == pytest.approx(fastest)
+    assert f": about {fastest:.3g} s" in plan.strategy_notes["decode"]
 
 
 def test_an_exactness_that_there_is_not() -> None:

@@ -13,8 +13,8 @@ from vae_models import WAN22, vae_config
 
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.shortcut import composition_of
-from cosmos3_pipeline.planning.geometry import clip_of
-from cosmos3_pipeline.planning.hardware import accelerator_of
+from cosmos3_pipeline.planning.hardware import vae_rates
+from cosmos3_pipeline.planning.vae import shape_of
 from cosmos3_pipeline.vae.account import account
 from cosmos3_pipeline.vae.assignment import EVERY, Assignment, Block, Rect
 from cosmos3_pipeline.vae.clock import FlopCosts, Link, flops_until_end, timeline
@@ -221,20 +221,11 @@ def test_chunks_that_repeat_are_counted(name: str, rows: int, cols: int, program
 def seconds_on(program: Program, ranks: int, exactness: Exactness) -> float:
     """Seconds of the fastest assignment for 189 frames of 1280 x 720. The costs are those of topology=h200_x4."""
     config = composition_of(["model=nano", "topology=h200_x4"]).typed()
-    clip, accelerator = clip_of(config), accelerator_of(config)
-    size = (clip.latent_frames, clip.latent_rows, clip.latent_cols)
-    shape = LatentShape(1, *size, element_bytes=2, on_host=False)
-    rate = accelerator.flops_per_s[config.model.vae_dtype] * accelerator.efficiency["vae"]
-    costs = RooflineCosts(program, shape, rate, accelerator.memory_bytes_per_s, launch_s=accelerator.launch_s)
-    best, *_ = search(
-        discover().strategies.values(),
-        program,
-        shape,
-        ranks,
-        costs=costs,
-        links=lambda source, target: Link(accelerator.launch_s, accelerator.link_bytes_per_s),
-        required=exactness,
-    )
+    shape, rates = shape_of(config, "decode"), vae_rates(config)
+    rates = replace(rates, latency_s=rates.launch_s, ranks_per_node=ranks)
+    costs = rates.costs(program, shape)
+    classes = discover().strategies.values()
+    best, *_ = search(classes, program, shape, ranks, costs=costs, links=rates.link, required=exactness)
     assert best.exactness.satisfies(exactness)
     return best.seconds
 

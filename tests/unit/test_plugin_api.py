@@ -16,7 +16,7 @@ PROMISED = {
     *("EVERY", "Assignment", "Block", "Rect", "LatentShape", "Op", "Program", "Direction"),
     *("Strategy", "StrategyError", "StrategyPlan", "RankShare", "Exactness", "OwnRunner", "Runner"),
     *("ChunkCosts", "LineTimes", "RooflineCosts", "Link", "op_costs", "op_seconds", "slab_costs"),
-    *("LineCuts", "line_cuts"),
+    *("LineCuts", "line_cuts", "Rates"),
     *("Found", "search", "discover", "Lowered", "lower", "account"),
     *("BoundVae", "Comm", "Pending", "Execution", "Flow", "Frames", "Pixels"),
     *("as_pixels", "latent_chunk", "latent_shape", "picture_chunk"),

@@ -38,7 +38,7 @@ LIGHT = (
         "ops",
         "planning",
     ),
-    *("plugins", "program", "search", "strategy"),
+    *("plugins", "program", "rates", "search", "strategy"),
 )
 FILES = sorted(p for p in LIBRARY.rglob("*.py") if p.parent != LIBRARY)
 
