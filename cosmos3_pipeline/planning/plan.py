@@ -21,7 +21,7 @@ from cosmos3_pipeline.planning.chunks import Chunks
 from cosmos3_pipeline.planning.denoising import Denoising
 from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, encoded_of, replica_ranks, tokens_beside
 from cosmos3_pipeline.planning.hardware import Accelerator, accelerator_of
-from cosmos3_pipeline.planning.sampling import caches
+from cosmos3_pipeline.planning.sampling import caches, passes_of_steps
 from cosmos3_pipeline.planning.sound import sound_stage
 from cosmos3_pipeline.planning.stage import RankStage
 from cosmos3_pipeline.planning.text import text_tokens_of
@@ -71,7 +71,7 @@ class RankPlan:
 class Plan:
     """The plan of a composition. It is made once, shown, saved, and sent to the ranks, which carry it out.
 
-    exactness: of each stage, relative to the same run on one rank. A `cache` makes denoising approximate.
+    exactness: of each stage, relative to the same run on one rank with every guidance pass in every step.
     vae: the directions that the task runs, each with its strategy.
     unused: the strategy of a direction that the task does not run. The VAE is built with both strategies.
     other_tokens: the number of control, sound and action tokens.
@@ -170,7 +170,7 @@ def make_plan(
     # On a CPU, PyTorch's order of summing a waveform depends on the number of threads.
     threads = cfg.topology.threads_per_rank if cfg.topology.device == Device.cpu else 1
     exactness["sound"] = exactness["denoise"] if threads == 1 else "rounding"
-    if caches(cfg):
+    if caches(cfg) or len(set(passes_of_steps(cfg))) > 1:
         exactness["denoise"] = exactness["sound"] = "approximate"
     decoded = max((rank.stages["decode"].total_seconds for rank in ranks if "decode" in stages), default=0)
     makes_video = cfg.task.modality != "image" and "decode" in stages

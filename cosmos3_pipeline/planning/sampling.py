@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from cosmos3_pipeline.checkpoint.schedule import TRAIN_TIMESTEPS, timesteps_of
@@ -20,6 +20,24 @@ from cosmos3_pipeline.planning.geometry import Clip, stretches_of
 def caches(cfg: Config) -> bool:
     """Whether a cache may spare passes. Which passes it spares depends on the latents."""
     return cfg.sampler.cache.name is not CacheName.none
+
+
+def skipping(cfg: Config) -> tuple[str, ...]:
+    """The overrides with which this run skips passes, as on a command line."""
+    intervals = {
+        "sampler.guidance_interval": cfg.sampler.guidance_interval,
+        "task.control_guidance_interval": cfg.task.control_guidance_interval,
+    }
+    found = [
+        f"{key}=[{low:g},{high:g}]" for key, interval in intervals.items() if interval for low, high in [interval]
+    ]
+    return (*found, f"sampler/cache={cfg.sampler.cache.name.value}") if caches(cfg) else tuple(found)
+
+
+def with_every_pass(cfg: Config) -> Config:
+    """`cfg` without the settings that `skipping` names."""
+    sampler = replace(cfg.sampler, cache=CacheConfig(), guidance_interval=None)
+    return replace(cfg, sampler=sampler, task=replace(cfg.task, control_guidance_interval=None))
 
 
 def guidance_of(task: TaskConfig, sampler: SamplerConfig) -> Guidance:

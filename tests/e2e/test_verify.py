@@ -14,11 +14,13 @@ from conftest import SMALL, launch, make_photo
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cosmos3_pipeline import compose
+from cosmos3_pipeline import compose, run
 from cosmos3_pipeline.errors import ConfigError
 from cosmos3_pipeline.jobs.verify import check_verify
 from cosmos3_pipeline.jobs.verify.distance import Distance, exactness_of
 from cosmos3_pipeline.jobs.verify.picture import Row
+from cosmos3_pipeline.stages.likeness import psnr_db
+from cosmos3_pipeline.stages.media import read_frames
 from cosmos3_pipeline.vae.strategy import Exactness
 
 LYING_PLUGIN = '''
@@ -87,6 +89,28 @@ def test_encode_is_verified_where_the_task_has_an_input(tmp_path: Path) -> None:
     seen = [(check["direction"], check["strategy"], check["passed"]) for check in report["checks"]]
     names = ("layer_pipeline", "spatial_shard")
     assert sorted(seen) == sorted((d, name, True) for d in ("encode", "decode") for name in names)
+
+
+def test_a_run_that_skips_passes_is_compared_with_every_pass(tmp_path: Path) -> None:
+    skips = ["sampler/cache=seacache", "sampler.cache.threshold=2.0", "sampler.guidance_interval=[900,1000]"]
+    asked = [*SMALL, "sampler.steps=4", "sampler.flow_shift=3.0", "topology=cpu_x1"]
+    asked = list({one.partition("=")[0]: one for one in asked}.values())
+    run([*asked, *skips, "job=verify"], tmp_path / "verify")
+    (check,) = json.loads((tmp_path / "verify" / "verify.json").read_text())["checks"]
+    clips, latents, computed = [], [], []
+    for name, more in (("every", []), ("some", skips)):
+        made = run([*asked, *more, "output.latents=true", "output.crf=0"], tmp_path / name)
+        latents.append(load_file(made.folder / "latents.safetensors")["latents"])
+        clips.append(np.stack(read_frames(tmp_path / name / "video.mp4", frames=9)[0]))
+        computed.append(made.metrics["denoise"]["passes"]["computed"])
+    assert check["passes"] == {"every pass": computed[0], "run": computed[1]}
+    assert sum(computed[1].values()) < sum(computed[0].values()) == 8
+    off = np.linalg.norm(latents[1] - latents[0]) / np.linalg.norm(latents[0])
+    assert check["latents_distance"] == pytest.approx(off, rel=1e-4) and off > 0.01
+    assert (check["direction"], check["declared"], check["reached"]) == ("denoise", "approximate", "approximate")
+    seen = psnr_db(255, np.square(clips[1].astype(float) - clips[0]).mean())
+    assert check["levels"]["psnr_db"] == pytest.approx(seen, abs=1.0)  # a file of H.264 has other colours
+    assert check["settings"] == {} and all(one in check["strategy"] for one in (skips[0], skips[2]))
 
 
 def test_a_strategy_that_misses_its_declaration_ends_with_exit_code_1(tmp_path: Path) -> None:
@@ -221,7 +245,7 @@ def test_the_picture_shows_the_worst_frame_amplified() -> None:
     other = [frame.clone() for frame in reference]
     other[1][2, 3, 0] += 5
     other[2][0, 0] += 2
-    row = Row.worst("some", list(zip(reference, other, strict=True)))
+    row = Row.worst("some", "other", list(zip(reference, other, strict=True)))
     difference, factor = row.amplified()
     assert (row.index, factor) == (1, 51)
     assert difference[2, 3, 0] == 255 and difference.sum() == 255

@@ -154,7 +154,7 @@ def test_a_plan_has_every_chunk_of_the_actions(folder: Path) -> None:
 def test_strategies_are_verified_on_the_first_chunk_of_actions(folder: Path) -> None:
     asked_for = in_chunks(folder, f"task.prompt={WORDS}", "sampler.steps=1", "job=verify", "vae=parallel")
     prepared = prepare(composition_of([*asked_for, "topology=cpu_x1"]))
-    vae, latents = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), Silent())
+    vae, latents, *_ = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), Silent())
     assert vae.picture is not None and vae.picture.shape == (1, 3, 1, 192, 320)
     assert latents.shape == (1, 48, 3, 8, 13) and latents.std() > 0.3
 

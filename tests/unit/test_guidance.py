@@ -142,6 +142,7 @@ def test_a_run_computes_the_passes_that_are_planned(tmp_path: Path) -> None:
     prepared = prepare(composition_of([*SMALL, "sampler.flow_shift=3.0", INTERVAL]))
     assert prepared.plan.passes == {"cond": 5, "uncond": 3}
     assert "5 steps, 3 of them guided: 8 passes" in str(prepared.plan)
+    assert prepared.plan.exactness["denoise"] == "approximate"
     generate(prepared, tmp_path)
     found = json.loads((tmp_path / "metrics.json").read_text())["denoise"]
     assert found["passes"] == {"computed": prepared.plan.passes, "cached": {}}

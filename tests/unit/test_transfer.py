@@ -239,7 +239,7 @@ def test_strategies_are_verified_on_the_first_chunk(clips: dict[str, Path], tmp_
     asked += ["job=verify", "vae=parallel", "topology=cpu_x1", "output.control=true", "sampler.seed=3"]
     prepared = prepare(composition_of(asked))
     assert prepared.verification is not None and prepared.plan.chunks.count == 3
-    vae, latents = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), reporter=Silent())
+    vae, latents, *_ = inputs(prepared.config, prepared.plan, torch.device("cpu"), RankMesh(), reporter=Silent())
     given, _ = read_frames(clips["depth"], frames=9)
     processor = VideoProcessor(vae_scale_factor=16)
     assert vae.picture is not None

@@ -1,4 +1,4 @@
-"""`job=verify`: runs strategies on the same latents and checks their declared exactness. Imports no torch."""
+"""`job=verify`: checks the declared exactness of strategies and of skipped passes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cosmos3_pipeline.config.schema import Config, JobName
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.ranks import on_ranks
 from cosmos3_pipeline.planning.geometry import chunks_of, clip_of
+from cosmos3_pipeline.planning.sampling import skipping
 from cosmos3_pipeline.planning.units import quantity
 from cosmos3_pipeline.planning.vae import VaePlan, directions, is_parallel, reference, settings_of, vae_plan
 from cosmos3_pipeline.vae.plugins import discover
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 REPORT_FILE = "verify.json"
 PICTURE_FILE = "verify.png"
 EXAMPLE = "verify.strategies=[layer_pipeline]"
+DENOISE = "denoise"  # the place of a direction in the report of a run that skips passes
+EVERY_PASS, REFERENCE = (
+    "every pass",
+    "replicated",
+)  # what such a run and a strategy are compared with
 
 
 class VerifyFailed(SystemExit):
@@ -45,10 +51,14 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Verification:
-    """The strategies that a job verifies, and the reference of each direction that they use."""
+    """The strategies that a job verifies, and the reference of each direction that is compared.
+
+    With `skipping`, the overrides by which the run skips passes, its clip is compared with the clip of every pass.
+    """
 
     chosen: tuple[Chosen, ...]
     references: dict[Direction, VaePlan]
+    skipping: tuple[str, ...]
 
 
 def check_verify(cfg: Config) -> Verification | None:
@@ -71,13 +81,17 @@ def check_verify(cfg: Config) -> Verification | None:
             chosen.append(_planned(cfg, direction, node))
         except ConfigError as error:
             found.extend(error.problems)
-    if not picked and not found:
+    # An inverse dynamics has no clip to decode, and latents of a file are not denoised.
+    skips = skipping(cfg) if cfg.verify.latents is None and "decode" in directions(cfg) else ()
+    if not picked and not skips and not found:
         found.append(_nothing(cfg))
     if cfg.verify.latents is not None:
         found.extend(_latents(cfg, cfg.verify.latents))
     _raise(found)
-    references = {d: vae_plan(cfg, d, reference()) for d in dict.fromkeys(direction for direction, _ in picked)}
-    return Verification(tuple(chosen), references)
+    compared = dict.fromkeys(direction for direction, _ in picked)
+    if skips:
+        compared["decode"] = None
+    return Verification(tuple(chosen), {d: vae_plan(cfg, d, reference()) for d in compared}, skips)
 
 
 def _raise(found: Sequence[Problem]) -> None:
@@ -242,15 +256,23 @@ def show(output: Path) -> None:
         table.add_column(column)
     for column in ("max", "mean", "PSNR dB", "SSIM", "seconds", "peak MB per rank", "sent"):
         table.add_column(column, justify="right")
+    blank = [""] * 4
     for direction, alone in report["reference"].items():
-        blank = [""] * 4
-        table.add_row(direction, "replicated", "", "the reference", *blank, *_cost_cells(alone), style="dim")
+        table.add_row(direction, REFERENCE, "", "the reference", *blank, *_cost_cells(alone), style="dim")
         for check in report["checks"]:
             if check["direction"] == direction:
                 table.add_row(*_cells(check), *_cost_cells(check))
+    skipped = [check for check in report["checks"] if check["direction"] == DENOISE]
+    for check in skipped:
+        table.add_row(DENOISE, EVERY_PASS, "", "the reference", style="dim")
+        table.add_row(*_cells(check))
     console = Console(markup=False)
     console.print(table)
-    console.print("max and mean difference: of 255 levels for decode, in the latents' own scale for encode")
+    console.print("max and mean difference: of 255 levels, for encode in the latents' own scale")
+    for check in skipped:
+        computed, every = (sum(check["passes"][one].values()) for one in ("run", EVERY_PASS))
+        away = f"latents {check['latents_distance']:.3g} of their norm away"
+        console.print(f"{check['strategy']}: {computed} of {every} passes computed, {away}")
     files = [REPORT_FILE] + [PICTURE_FILE] * (output / PICTURE_FILE).is_file()
     console.print(" ".join(str(output / name) for name in files), soft_wrap=True, highlight=False)
     missed = [check for check in report["checks"] if not check["passed"]]
@@ -260,7 +282,7 @@ def show(output: Path) -> None:
 
 
 def _cells(check: dict[str, Any]) -> list[str | Text]:
-    found = check["levels"] if check["direction"] == "decode" else check["values"]
+    found = check["levels"] or check["values"]
     verdict = check["reached"] or "another picture"
     colour = "green" if check["passed"] else "red"
     return [

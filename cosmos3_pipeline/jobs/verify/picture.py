@@ -1,4 +1,4 @@
-"""verify.png: for each strategy the reference's frame, its own worst frame, and their difference, amplified."""
+"""verify.png: for each comparison the frame that differs most, of both sides, and the amplified difference."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ GAP_PIXELS = 4
 
 @dataclass(frozen=True)
 class Row:
-    """The frame number `index` of a strategy, which differs most from the reference. Both are uint8 [H, W, 3]."""
+    """The frame number `index` of `name`, which differs most from that of `beside`. Both are uint8 [H, W, 3]."""
 
-    strategy: str
+    name: str
+    beside: str
     index: int
     reference: NDArray[np.uint8]
     frame: NDArray[np.uint8]
 
     @classmethod
-    def worst(cls, strategy: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
+    def worst(cls, name: str, beside: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
         """The pair of frames that differs most. The first frame of each pair is the reference's."""
         errors = [float((a.double() - b.double()).square().sum()) for a, b in pairs]
         index = int(np.argmax(errors))
-        return cls(strategy, index, pairs[index][0].numpy(), pairs[index][1].numpy())
+        return cls(name, beside, index, pairs[index][0].numpy(), pairs[index][1].numpy())
 
     def amplified(self) -> tuple[NDArray[np.uint8], int]:
         """The difference times a whole factor that makes its largest value nearly white, and this factor."""
@@ -50,9 +51,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for place, row in enumerate(rows):
         difference, factor = row.amplified()
         top = place * line
-        caption = f"frame {row.index}: replicated | {row.strategy} | difference x {factor}"
+        names = f"frame {row.index}: {row.beside} | {row.name}"
+        caption = f"{names} | difference x {factor}"
         if not difference.any():
-            caption = f"frame {row.index}: replicated | {row.strategy} | no difference in any frame"
+            caption = f"{names} | no difference in any frame"
         pen.text((2, top + 1), caption, fill="black")
         for column, panel in enumerate((row.reference, row.frame, difference)):
             left = column * (width + GAP_PIXELS)

@@ -1,11 +1,14 @@
-"""One rank of `job=verify`: takes the input that a run gives the VAE, and runs every strategy on it."""
+"""One rank of `job=verify`: takes the input that a run gives the VAE, and runs every strategy on it.
+
+If the run skips passes, the clip is also denoised with every pass, and both clips are compared.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,17 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosmos3_pipeline.config.schema import Config
+from cosmos3_pipeline.denoise.guidance import PassCounts
 from cosmos3_pipeline.distributed.device import numerics
 from cosmos3_pipeline.distributed.mesh import REPLICA, RankMesh
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.jobs.metrics import versions
 from cosmos3_pipeline.jobs.rank import checkpoint_of, rank_of, reporter_of, torch_dtype
-from cosmos3_pipeline.jobs.verify import PICTURE_FILE, REPORT_FILE, Verification
+from cosmos3_pipeline.jobs.verify import EVERY_PASS, PICTURE_FILE, REPORT_FILE, Verification
 from cosmos3_pipeline.jobs.verify.picture import draw
-from cosmos3_pipeline.jobs.verify.trial import Trial
+from cosmos3_pipeline.jobs.verify.trial import Trial, check_skipping
 from cosmos3_pipeline.models.loading import Components
 from cosmos3_pipeline.planning.geometry import modalities_of
 from cosmos3_pipeline.planning.plan import Plan
+from cosmos3_pipeline.planning.sampling import with_every_pass
 from cosmos3_pipeline.planning.vae import reference
 from cosmos3_pipeline.stages.build import build_stages
 from cosmos3_pipeline.stages.chunked import ChunkedStage
@@ -45,13 +50,13 @@ def verify_rank(config: Config, plan: Plan, verification: Verification, output: 
     """
     with rank_of(config, plan, output) as (device, mesh, directory), torch.no_grad():
         reporter = reporter_of(mesh)
-        vae, latents = inputs(config, plan, device, mesh, reporter)
-        given = {"encode": vae.picture, "decode": latents}
-        comm = mesh.new_comm(REPLICA)
-        references, checks, rows = {}, [], []
+        given = inputs(config, plan, device, mesh, reporter)
+        vae, comm = given.vae, mesh.new_comm(REPLICA)
+        references: dict[str, Any] = {}
+        checks, rows = [], []
         with reporter.track("strategies", len(verification.chosen)) as advance:
             for direction, alone in verification.references.items():
-                tensor = given[direction]
+                tensor = vae.picture if direction == "encode" else given.latents
                 assert tensor is not None, f"the task gives the VAE nothing to {direction}"
                 trial = Trial(direction, tensor, vae.autoencoder, comm, alone)
                 references[direction] = trial.reference.cost
@@ -61,6 +66,15 @@ def verify_rank(config: Config, plan: Plan, verification: Verification, output: 
                         checks.append(check)
                         rows += [] if row is None else [row]
                         advance()
+        if verification.skipping:
+            # `trial` is that of decode, which is the last direction. Its reference is the clip of this run.
+            every = inputs(with_every_pass(config), plan, device, mesh, reporter)
+            clip = Trial("decode", every.latents, vae.autoencoder, comm, verification.references["decode"])
+            check, row = check_skipping(verification.skipping, clip.reference, trial.reference)
+            off = (every.denoised - given.denoised).norm() / every.denoised.norm()
+            passes = {"run": dict(given.passes.computed), EVERY_PASS: dict(every.passes.computed)}
+            checks.append({**check, "passes": passes, "latents_distance": float(off)})
+            rows += [] if row is None else [row]
         if comm.is_root:
             report = {
                 "schema_version": SCHEMA_VERSION,
@@ -91,10 +105,20 @@ class ListeningVae(ParallelVAE):
         return super().encode(x, return_dict)
 
 
-def inputs(
-    config: Config, plan: Plan, device: torch.device, mesh: RankMesh, reporter: Reporter
-) -> tuple[ListeningVae, Tensor]:
-    """The VAE, and the latents that a run of `config` gives it to decode. `vae.picture` is its input to encode.
+class Inputs(NamedTuple):
+    """What a run gives its VAE: `vae.picture` to encode, and `latents`, which are `denoised` in the VAE's scale.
+
+    `passes` are those that denoising has taken.
+    """
+
+    vae: ListeningVae
+    latents: Tensor
+    denoised: Tensor
+    passes: PassCounts
+
+
+def inputs(config: Config, plan: Plan, device: torch.device, mesh: RankMesh, reporter: Reporter) -> Inputs:
+    """Run the stages of `config` before decode. All ranks call it together.
 
     For a clip in chunks, picture and latents are those of the first chunk. For a transfer, the picture is the last
     control clip.
@@ -136,4 +160,4 @@ def inputs(
     problem = problem_of(program, latents, dtype=vae.dtype, device=device, one_clip=True)
     if problem is not None:
         raise Refusal(problem.what, problem.why, problem.works)
-    return vae, latents
+    return Inputs(vae, latents, context.state.get("latents").float(), context.passes)

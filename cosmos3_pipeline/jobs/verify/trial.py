@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosmos3_pipeline.distributed.comm import Comm
 from cosmos3_pipeline.jobs.metrics import peak_bytes, reset_peak
-from cosmos3_pipeline.jobs.verify import Chosen
+from cosmos3_pipeline.jobs.verify import DENOISE, EVERY_PASS, REFERENCE, Chosen
 from cosmos3_pipeline.jobs.verify.distance import PICTURE_RANGE, Distance, exactness_of
 from cosmos3_pipeline.jobs.verify.picture import Row
 from cosmos3_pipeline.planning.vae import VaePlan
@@ -75,14 +75,8 @@ class Trial:
         if len(set(digests)) > 1:
             others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             reached, missed = None, f"ranks {others} have other latents than rank 0"
-        elif reached is None or not reached.satisfies(plan.exactness):
-            missed = (
-                f"it declares {plan.exactness} and is {reached or 'another picture'}: "
-                f"{found.psnr:.1f} dB, at most {found.max_abs:.3g} off on a range of {found.value_range:.3g}"
-            )
-        decodes = self._direction == "decode"
-        levels = distance(self.reference.frames, result.frames, LEVELS) if decodes else None
-        pairs = list(zip(self.reference.frames, result.frames, strict=True))
+        else:
+            missed = missed_by(plan.exactness, reached, found)
         check = {
             "direction": self._direction,
             "strategy": plan.strategy,
@@ -92,11 +86,10 @@ class Trial:
             "passed": missed is None,
             "missed": missed,
             "values": _numbers(found),
-            "levels": None if levels is None else _numbers(levels),
-            "ssim": sum(ssim(a.numpy(), b.numpy()) for a, b in pairs) / len(pairs) if pairs else None,
             **result.cost,
         }
-        return check, Row.worst(plan.strategy, pairs) if pairs else None
+        likeness, row = compared(plan.strategy, REFERENCE, self.reference, result)
+        return check | likeness, row
 
     @property
     def _range(self) -> float:
@@ -170,6 +163,51 @@ class Trial:
         for chunk in runner.stream(z, pixels=pixels):
             if self._comm.is_root:
                 yield chunk.cpu()
+
+
+def check_skipping(settings: Sequence[str], every: Result, result: Result) -> tuple[dict[str, Any], Row | None]:
+    """The report's entry for a run that skips passes by `settings`, and its row of verify.png.
+
+    `every` is the clip of the same run with every pass. Only the root has frames to compare.
+    """
+    if not every.values:
+        return {}, None
+    found, name = distance(every.values, result.values, PICTURE_RANGE), " ".join(settings)
+    reached, declared = exactness_of(found), Exactness.APPROXIMATE
+    missed = missed_by(declared, reached, found)
+    check = {
+        "direction": DENOISE,
+        "strategy": name,
+        "settings": {},
+        "declared": declared.value,
+        "reached": None if reached is None else reached.value,
+        "passed": missed is None,
+        "missed": missed,
+        "values": _numbers(found),
+    }
+    likeness, row = compared(name, EVERY_PASS, every, result)
+    return check | likeness, row
+
+
+def missed_by(declared: Exactness, reached: Exactness | None, found: Distance) -> str | None:
+    """Why a result at the distance `found` misses its declaration. None if it is as exact as declared."""
+    if reached is not None and reached.satisfies(declared):
+        return None
+    return (
+        f"it declares {declared} and is {reached or 'another picture'}: "
+        f"{found.psnr:.1f} dB, at most {found.max_abs:.3g} off on a range of {found.value_range:.3g}"
+    )
+
+
+def compared(name: str, beside: str, reference: Result, result: Result) -> tuple[dict[str, Any], Row | None]:
+    """The likeness of the frames that a run streams, and the row of verify.png. Without frames both are empty."""
+    pairs = list(zip(reference.frames, result.frames, strict=True))
+    if not pairs:
+        return {"levels": None, "ssim": None}, None
+    return {
+        "levels": _numbers(distance(reference.frames, result.frames, LEVELS)),
+        "ssim": sum(ssim(a.numpy(), b.numpy()) for a, b in pairs) / len(pairs),
+    }, Row.worst(name, beside, pairs)
 
 
 def distance(reference: list[Tensor], other: list[Tensor], value_range: float) -> Distance:
