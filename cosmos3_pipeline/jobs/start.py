@@ -226,12 +226,14 @@ def _files(cfg: Config) -> Iterator[Problem]:
     for key, file in files.items():
         path = Path(file).expanduser()
         if not path.is_file():
-            there = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+            folder = path if path.is_dir() else path.parent
+            there = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+            inside = f"a file in it, such as {path / there[0]}" if path.is_dir() and there else None
             kind = "is a folder" if path.is_dir() else "is no regular file"
             yield Problem(
                 what=f"{key}={'@' * (key in words)}{file} is not a file",
                 why=f"{path.absolute()} {kind if path.exists() else 'does not exist'}",
-                works=did_you_mean(path.name, there, otherwise="the path of a file that exists"),
+                works=inside or did_you_mean(path.name, there, otherwise="the path of a file that exists"),
             )
 
 

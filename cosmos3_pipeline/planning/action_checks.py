@@ -183,7 +183,7 @@ def _actions(task: TaskConfig, action: ActionTask) -> int:
     if action.predicts or task.actions is None or action.domain is None:
         return action.chunk_size
     try:
-        return len(read_actions(task.actions, action))
+        return len(read_actions(task.actions, action, task.fps))
     except Refusal as refusal:
         raise ConfigError([refusal.problem]) from refusal
 

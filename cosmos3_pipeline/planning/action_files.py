@@ -19,22 +19,23 @@ UNITS = (
 )
 
 
-def read_actions(path: str, action: ActionTask) -> list[list[float]]:
+def read_actions(path: str, action: ActionTask, fps: float) -> list[list[float]]:
     """The actions of `task.actions`, one row of numbers for each.
 
     The file is a `.npy` array [actions, width], the same array as JSON lists, or the `actions.json` of a run. It
-    holds one or more whole chunks.
+    holds one or more whole chunks. `fps` is the rate of the video, which shows one frame for each action.
 
     Raises:
         Refusal: the file is missing or holds no such array, its rows are not a whole number of chunks, it has
-            another number of columns than the domain, or a value is NaN, infinite or beyond `LARGEST`.
+            another number of columns than the domain, an `actions.json` names another domain or rate, or a value
+            is NaN, infinite or beyond `LARGEST`.
     """
     file, named = Path(path).expanduser().absolute(), f"task.actions={path}"
     works = f"a .npy or .json file of {action.chunk_size} x {action.width} numbers, or of several such chunks"
     if not file.is_file():
         why = f"{file} {'is a folder' if file.is_dir() else 'does not exist'}"
         raise Refusal(what=f"{named} is not a file", why=why, works=works)
-    rows = _of_npy(file, named, works) if file.suffix == ".npy" else _of_json(file, named, works, action)
+    rows = _of_npy(file, named, works) if file.suffix == ".npy" else _of_json(file, named, works, action, fps)
     found = (len(rows), *({len(row) for row in rows} or {0}))
     if found[1:] != (action.width,):
         columns = " and ".join(str(count) for count in sorted(found[1:]))
@@ -92,7 +93,7 @@ def _of_npy(file: Path, named: str, works: str) -> list[list[float]]:
     return rows
 
 
-def _of_json(file: Path, named: str, works: str, action: ActionTask) -> list[list[float]]:
+def _of_json(file: Path, named: str, works: str, action: ActionTask, fps: float) -> list[list[float]]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -104,6 +105,13 @@ def _of_json(file: Path, named: str, works: str, action: ActionTask) -> list[lis
                 what=f"{named} has actions of {domain} with task.domain={action.domain}",
                 why="each embodiment has columns and weights of its own",
                 works=f"task.domain={domain}" if domain in EMBODIMENTS else works,
+            )
+        rate = found.get("fps", fps)
+        if rate != fps:
+            raise Refusal(
+                what=f"{named} has {rate} actions per second with task.fps={fps:g}",
+                why="an action lasts one frame, so the motion would have another speed",
+                works=f"task.fps={rate}",
             )
         found = found.get("actions")
     if not _is_rows(found):

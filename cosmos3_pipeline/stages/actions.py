@@ -152,7 +152,7 @@ class ActionDenoiseStage(DenoiseStage):
         action, raw_actions = self._action, None
         if not action.predicts:
             assert self._task.actions is not None
-            rows = read_actions(self._task.actions, action)
+            rows = read_actions(self._task.actions, action, context.fps)
             if len(rows) + 1 != context.num_frames:
                 raise Refusal(
                     what=f"task.actions={self._task.actions} is another file than when the run was planned",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from fractions import Fraction
@@ -306,6 +307,8 @@ BAD_ACTIONS: dict[str, tuple[Any, str]] = {
     "complex": (np.zeros((CHUNK, 10), np.complex64), "holds complex64"),
     "three axes": (np.zeros((1, CHUNK, 10), np.float32), "[1, 8, 10]"),
     "NaN": (np.where(np.arange(80).reshape(8, 10) == 13, np.nan, 0.0), "in row 1"),
+    "NaN in JSON": (json.dumps([[0.0] * 10] * 7 + [[math.nan] * 10]), "in row 7"),
+    "another rate": (json.dumps({"fps": 30, "actions": [[0.0] * 10] * CHUNK}), "task.fps=30"),
     "objects": (np.array([[{}]], dtype=object), "no array of NumPy"),
     "words": ("[[1, 2", "is no JSON"),
     "a number": ("3", "no rows of numbers"),
@@ -332,7 +335,7 @@ def test_what_a_policy_leaves_goes_into_forward_dynamics(folder: Path, tmp_path:
     assert action is not None
     rows = ACTIONS.astype(float).tolist()
     (tmp_path / "actions.json").write_text(actions_report(action, 5.0, rows))
-    assert read_actions(str(tmp_path / "actions.json"), action) == rows
+    assert read_actions(str(tmp_path / "actions.json"), action, 5.0) == rows
     report = json.loads((tmp_path / "actions.json").read_text())
     assert report["columns"][-1] == "gripper" and len(report["columns"]) == action.width
     assert report["units"].startswith("normalised")
