@@ -1,10 +1,11 @@
 """Checks whether the toy shows what its prompts say. It runs the pipeline on prompts that training never drew.
 
     .venv/bin/python examples/train_toy/judge.py --task t2v --prompts 100 --size 160x96
-    .venv/bin/python examples/train_toy/judge.py --task transfer --prompts 30
+    .venv/bin/python examples/train_toy/judge.py --task i2v --sound --prompts 24
+    .venv/bin/python examples/train_toy/judge.py --task transfer --edges opencv --frames 33
 
 It leaves the clips in --out, prints the prompts that are wrong, and counts those that are right. Then it
-prints what only this task shows (`measure`). The task `sound` is t2v with sound.
+prints what only this task shows (`measure`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from cosmos3_pipeline.stages.media import read_frames, write_video
 
 UNSEEN = 2 * 10**9  # seeds from here on are only for judging
 GIVEN_FRAMES = 5  # frames of the input clip of v2v
-TASKS = ("t2v", "i2v", "v2v", "t2i", "sound", "flf2v", "transfer")
+TASKS = ("t2v", "i2v", "v2v", "t2i", "flf2v", "transfer")
 FRAMES = {task: 1 if task == "t2i" else 17 for task in TASKS}
+CHUNK = 17  # frames of a chunk of transfer, of which a later chunk begins with the last frame of the previous one
+SOUND = ("task.sound=true", "output.sound=true")
 SIZES = {task: (160, 160) if task == "t2i" else (96, 160) for task in TASKS}
 FPS = 24
 
@@ -42,35 +45,44 @@ def unseen(prompts: int, seed: int = 0) -> list[Scene]:
 
 
 def make(
-    task: str, scenes: Sequence[Scene], out: Path, size: tuple[int, int], overrides: Sequence[str]
+    task: str,
+    scenes: Sequence[Scene],
+    out: Path,
+    size: tuple[int, int],
+    overrides: Sequence[str],
+    *,
+    frames: int | None = None,
+    opencv: bool = False,
 ) -> list[Tensor]:
-    """The pipeline's clip for each scene, [3, frames, height, width] in 0..1. Files go to `out`."""
+    """The pipeline's clip for each scene, [3, frames, height, width] in 0..1. Files go to `out`.
+
+    A transfer may have more `frames` than a chunk. With `opencv` its edges are made from a clip of the scene.
+    """
     height, width = size
     out.mkdir(parents=True, exist_ok=True)
     asked = [f"task={task}", f"task.height={height}", f"task.width={width}", *overrides]
-    if task == "sound":
-        asked[0] = "task=t2v"
-        asked += ["task.sound=true", "output.sound=true"]
-    if task in ("t2v", "t2i", "sound"):
+    frames = frames or FRAMES[task]
+    if task in ("t2v", "t2i"):
         prompts = out / "prompts.txt"
         prompts.write_text("".join(f"{scene.caption}\n" for scene in scenes), encoding="utf-8")
         run([*asked, f"task.prompt_file={prompts}"], out)
         folders = sorted(out.glob("line_*"))
-        return [_shown(folder / ("image.png" if task == "t2i" else "video.mp4")) for folder in folders]
+        name = "image.png" if task == "t2i" else "video.mp4"
+        return [_shown(folder / name, frames) for folder in folders]
     shown = []
     for number, scene in enumerate(scenes):
         folder = out / f"{number:04d}"
         folder.mkdir(exist_ok=True)
-        given = _give(task, scene, folder, size)
+        given = _give(task, scene, folder, size, frames, opencv)
         made = run([*asked, f"task.prompt='{scene.caption}'", *given], folder)
-        shown.append(_shown(made.picture))
+        shown.append(_shown(made.picture, frames))
     return shown
 
 
-def _give(task: str, scene: Scene, folder: Path, size: tuple[int, int]) -> list[str]:
+def _give(task: str, scene: Scene, folder: Path, size: tuple[int, int], frames: int, opencv: bool) -> list[str]:
     """Write the input pictures or clips of the task, and return the overrides that name them."""
-    draw = edges if task == "transfer" else render
-    clip = ((draw(scene, FRAMES[task], *size) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    draw = edges if task == "transfer" and not opencv else render
+    clip = ((draw(scene, frames, *size) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     if task in ("i2v", "flf2v"):
         given = {"image": clip[0], "last_image": clip[-1]} if task == "flf2v" else {"image": clip[0]}
         for key, picture in given.items():
@@ -79,8 +91,9 @@ def _give(task: str, scene: Scene, folder: Path, size: tuple[int, int]) -> list[
     height, width = size
     with write_video(folder / "given.mp4", height=height, width=width, fps=FPS, crf=0, preset="fast") as video:
         video.write(clip if task == "transfer" else clip[:GIVEN_FRAMES])
-    key = "task.controls.edge" if task == "transfer" else "task.video"
-    return [f"{key}={folder / 'given.mp4'}"]
+    if task == "transfer" and not opencv:
+        return [f"task.controls.edge={folder / 'given.mp4'}"]
+    return [f"task.video={folder / 'given.mp4'}", *(["task.controls.edge=from_video"] if opencv else [])]
 
 
 def heard(file: Path) -> np.ndarray:
@@ -120,8 +133,7 @@ def pitch_follows(clip: Tensor, scene: Scene, tones: np.ndarray) -> float:
 def measure(task: str, scenes: Sequence[Scene], clips: Sequence[Tensor], out: Path) -> list[str]:
     """Lines with what only this task shows."""
     both, lines = list(zip(clips, scenes, strict=True)), []
-    if task == "sound":
-        files = sorted(out.glob("line_*/sound.wav"))
+    if files := sorted(out.glob("*/sound.wav")):
         errors = [pitch_errors(*pair, tones_of(heard(file))) for pair, file in zip(both, files, strict=True)]
         off = torch.cat([each.abs().flatten() for each in errors])
         near = ", ".join(f"{(off <= limit).float().mean():.0%} within {limit}" for limit in (1, 2))
@@ -134,8 +146,11 @@ def measure(task: str, scenes: Sequence[Scene], clips: Sequence[Tensor], out: Pa
         lines.append(f"pitch and height: correlation {min(steep):.2f} to {max(steep):.2f} in {len(steep)} clips")
     if task in ("t2v", "i2v", "flf2v", "transfer"):
         far = torch.stack([off_path(*pair).mean(0) for pair in both])
-        mean, end = far.nanmean(), far[:, -1].nanmean()
-        lines.append(f"shapes: {mean:.1f} pixels from the scene's path, {end:.1f} at its end")
+        # The frames that each chunk adds; all frames where there is one chunk.
+        chunks = far[:, :1], *far[:, 1:].split(CHUNK - 1, dim=1)
+        added = torch.cat(chunks[:2], 1), *chunks[2:]
+        mean, end = ", ".join(f"{part.nanmean():.1f}" for part in added), far[:, -1].nanmean()
+        lines.append(f"shapes: {mean} pixels from the scene's path (by chunk), {end:.1f} at its end")
     if task in ("i2v", "flf2v"):
         last = [of_last(*pair) for pair in both]
         lines.append(f"last frame: {sum(last) / len(last):.1f} dB")
@@ -148,10 +163,9 @@ def of_last(clip: Tensor, scene: Scene) -> float:
     return psnr_db(1, F.mse_loss(clip[:, -1], wanted).item())
 
 
-def _shown(file: Path) -> Tensor:
-    image = file.suffix == ".png"
-    frames = [Image.open(file)] if image else read_frames(file, frames=FRAMES["t2v"])[0]
-    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(3, 0, 1, 2) / 255
+def _shown(file: Path, frames: int) -> Tensor:
+    shown = [Image.open(file)] if file.suffix == ".png" else read_frames(file, frames=frames)[0]
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in shown])).permute(3, 0, 1, 2) / 255
 
 
 def main() -> None:
@@ -160,13 +174,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="other seeds are other prompts")
     parser.add_argument("--size", help="WIDTHxHEIGHT; the task's default without it")
+    parser.add_argument("--sound", action="store_true", help="a video with sound; its pitch is judged too")
+    parser.add_argument("--edges", choices=("drawn", "opencv"), default="drawn", help="of the task transfer")
+    parser.add_argument("--frames", type=int, help="of the task transfer, by chunks of 17")
     parser.add_argument("--out", type=Path, default=Path("outputs/judge_toy"))
     parser.add_argument("overrides", nargs="*", help="for the run, such as topology.threads_per_rank=1")
     asked = parser.parse_args()
     width, height = map(int, asked.size.split("x")) if asked.size else SIZES[asked.task][::-1]
     scenes = unseen(asked.prompts, asked.seed)
     right = dict.fromkeys(QUESTIONS, 0)
-    clips = make(asked.task, scenes, asked.out, (height, width), asked.overrides)
+    overrides = [*asked.overrides, *(SOUND if asked.sound else ())]
+    how = {"frames": asked.frames, "opencv": asked.edges == "opencv"}
+    clips = make(asked.task, scenes, asked.out, (height, width), overrides, **how)
     for scene, clip in zip(scenes, clips, strict=True):
         found = answers(clip, scene)
         for question in QUESTIONS:

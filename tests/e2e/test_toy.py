@@ -16,6 +16,8 @@ import judge
 from look import QUESTIONS, answers
 
 pytestmark = pytest.mark.ranks
+# The thresholds below were set with results of seed 0. This seed was chosen afterwards; no run before had used it.
+SEED = 2026
 # Prompts of one file are one run; a picture or a clip to begin from is a run each.
 PROMPTS = {"t2v": 6, "t2i": 10, "i2v": 5, "v2v": 5}
 # The number of wrong shapes that is allowed. The toy is worst at shapes, see docs/toy.md.
@@ -32,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, 
     @cache
     def make(task: str, size: tuple[int, int]) -> list[Tensor]:
         folder = tmp_path_factory.mktemp("toy")
-        return judge.make(task, judge.unseen(PROMPTS[task]), folder, size, ["topology.threads_per_rank=1"])
+        return judge.make(task, judge.unseen(PROMPTS[task], SEED), folder, size, ["topology.threads_per_rank=1"])
 
     return make
 
@@ -44,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[int, 
 )
 def test_prompts(task: str, size: tuple[int, int], made: Callable[..., list[Tensor]]) -> None:
     right = dict.fromkeys(QUESTIONS, 0)
-    for scene, clip in zip(judge.unseen(PROMPTS[task]), made(task, size), strict=True):
+    for scene, clip in zip(judge.unseen(PROMPTS[task], SEED), made(task, size), strict=True):
         assert clip.shape == (3, judge.FRAMES[task], *size)
         for question, yes in answers(clip, scene).items():
             right[question] += yes
@@ -52,15 +54,17 @@ def test_prompts(task: str, size: tuple[int, int], made: Callable[..., list[Tens
     assert right["shape"] >= PROMPTS[task] - WRONG_SHAPES[task], right
 
 
-@pytest.mark.parametrize("task", ["sound", "transfer", "flf2v"])
-def test_what_only_some_tasks_show(task: str, tmp_path: Path) -> None:
-    scene = judge.unseen(1)[0]
-    assert scene.things[0].way == "down"
-    (clip,) = judge.make(task, [scene], tmp_path, (96, 160), ["topology.threads_per_rank=1"])
-    if task == "sound":
+@pytest.mark.parametrize("shows", ["sound", "edges", "last frame"])
+def test_what_only_some_runs_show(shows: str, tmp_path: Path) -> None:
+    # The pitch follows a shape that moves up or down.
+    scene = next(one for one in judge.unseen(20, SEED) if one.things[0].way in ("up", "down"))
+    task = {"sound": "t2v", "edges": "transfer", "last frame": "flf2v"}[shows]
+    more = judge.SOUND if shows == "sound" else ()
+    (clip,) = judge.make(task, [scene], tmp_path, (96, 160), ["topology.threads_per_rank=1", *more])
+    if shows == "sound":
         (file,) = tmp_path.glob("line_*/sound.wav")
         assert judge.pitch_follows(clip, scene, judge.tones_of(judge.heard(file))) > FOLLOWS
-    elif task == "transfer":
+    elif shows == "edges":
         assert judge.off_path(clip, scene).mean() < PATH_OFF
     else:
         assert judge.of_last(clip, scene) > LAST_DB
@@ -68,6 +72,6 @@ def test_what_only_some_tasks_show(task: str, tmp_path: Path) -> None:
 
 def test_another_prompt_is_another_clip(made: Callable[..., list[Tensor]]) -> None:
     """That the answers can be wrong: the clips of some prompts, asked for others."""
-    asked = zip(made("t2v", (96, 160)), judge.unseen(PROMPTS["t2v"], seed=1), strict=True)
+    asked = zip(made("t2v", (96, 160)), judge.unseen(PROMPTS["t2v"], SEED + 1), strict=True)
     right = [answers(clip, other) for clip, other in asked if len(other.things) == 1]
     assert sum(all(found.values()) for found in right) <= 1
