@@ -7,10 +7,12 @@ the process after `GRACE_SECONDS`. Standard library only, because this module is
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,6 +33,7 @@ _stopped_by: int | None = None  # the signal that has arrived
 _listens = False
 _unwinds = False  # whether an exception in the main thread now ends the process in order
 _told = False
+_code = 1  # the exit code of this process, once it is known
 _leftovers = set[Path]()
 
 # Process ids of the other ranks on this machine, by rank, as far as they are known. All end with the same parent,
@@ -65,20 +68,25 @@ def on_signals() -> None:
     threading.Thread(target=_end_in_time, args=(heard,), name="cosmos3-stopping", daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+        # Registered before all others, so it runs after them.
+        atexit.register(_leave)
 
 
 def stoppable(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code. If a signal arrives, print one line and end the process."""
-    global _unwinds
+    global _unwinds, _code
     _unwinds = True
     try:
-        code = main()
+        _code = code = main()
         sys.stdout.flush()  # else the interpreter would print a traceback when it ends
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise
         # As other programs end when `head` has what it wants: without a word.
         end(128 + signal.SIGPIPE)
+    except SystemExit as left:
+        _code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        raise
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         tell_stopped(number)
@@ -151,6 +159,18 @@ def inherited_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _leave() -> None:
+    """End a rank of torchrun without the interpreter's own shutdown.
+
+    The shutdown stops all threads, also the one that ends the process with its agent. Then it collects torch's
+    objects, which takes seconds on a busy machine.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    end(_code)
+
+
 def end_with_parent(
     others: Callable[[], Iterable[int]] = neighbours.values, leftovers: Iterable[Path] = ()
 ) -> None:
@@ -198,7 +218,8 @@ def _end_in_time(heard: int) -> None:
 def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: Iterable[Path]) -> None:
     # The system's parent of a forked child is the fork server. multiprocessing knows which process started it.
     starter = parent_process()
-    while os.getppid() == parent:
+    orphan = starter is None and _agent_has_gone()
+    while not orphan and os.getppid() == parent:
         if starter is None:
             time.sleep(LOOK_SECONDS)
         elif connection.wait([starter.sentinel], LOOK_SECONDS):
@@ -208,3 +229,19 @@ def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: I
         time.sleep(LOOK_SECONDS)  # local rank 0 has files to remove, so it gets time to end itself
     _leftovers.update(leftovers)
     end(1, doomed)
+
+
+def _agent_has_gone() -> bool:
+    """Whether torchrun's agent had ended before this process asked for its parent, which then is another process.
+
+    The agent keeps the store of its ranks, so a store that cannot be reached has gone with its agent.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, KeyError, ValueError):  # not known; `world_problems` tells what is wrong with the variables
+        return False
+    return False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,9 +92,43 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     assert run.returncode == 143
 
 
-def started(code: str, begun: Path) -> subprocess.Popen[str]:
+# An object that the interpreter's shutdown would wait for, as it collects torch's.
+COLLECTED = """
+def work():
+    sys.kept = Kept()
+    print("ready", flush=True)
+class Kept:
+    def __del__(self, sleep=time.sleep):
+        sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("    sys.exit(3)\n", 3), ("    raise KeyError(4)\n", 1)])
+def test_a_rank_of_torchrun_ends_without_the_shutdown_that_stops_its_watch(
+    end: str, code: int, tmp_path: Path
+) -> None:
+    work = COLLECTED.replace("class", f"{end}class")
+    run = started(BEGIN + work + STOPPABLE, tmp_path / "begun", TORCHELASTIC_RUN_ID="x")
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == code and ("KeyError: 4" in err) == (code == 1)
+
+
+def test_a_rank_whose_agent_ended_before_it_looked_ends(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))  # and does not listen
+        agent = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost"}
+        run = subprocess.run(
+            [sys.executable, "-c", BEGIN + IN_ORDER + STOPPABLE, str(tmp_path / "begun")],
+            env={**os.environ, **agent, "MASTER_PORT": str(listener.getsockname()[1])},
+            timeout=60,
+        )
+    assert run.returncode == 1 and not (tmp_path / "begun").exists()
+
+
+def started(code: str, begun: Path, **environ: str) -> subprocess.Popen[str]:
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(begun)],
+        env={**os.environ, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
