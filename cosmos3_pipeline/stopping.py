@@ -18,16 +18,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The time for the main thread to end in order. A scheduler often kills after ten seconds.
 GRACE_SECONDS = 4.0
 # The interval at which a process checks whether its parent has ended.
 LOOK_SECONDS = 0.5
+# The time after which a signal comes once more, whose exception was dropped.
+AGAIN_SECONDS = 0.05
 
 _stopped_by: int | None = None  # the signal that has arrived
 _listens = False
@@ -68,8 +71,8 @@ def on_signals() -> None:
     threading.Thread(target=_end_in_time, args=(heard,), name="cosmos3-stopping", daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-        # Registered before all others, so it runs after them.
-        atexit.register(_leave)
+    sys.unraisablehook = partial(_raise_again, sys.unraisablehook)
+    atexit.register(_leave)  # before all others are registered, so it runs after them
 
 
 def stoppable(main: Callable[[], int]) -> int:
@@ -160,11 +163,17 @@ def inherited_blocked() -> Iterator[None]:
 
 
 def _leave() -> None:
-    """End a rank of torchrun without the interpreter's own shutdown.
+    """Prepare for the interpreter's own shutdown, which collects torch's objects for seconds on a busy machine.
 
-    The shutdown stops all threads, also the one that ends the process with its agent. Then it collects torch's
-    objects, which takes seconds on a busy machine.
+    The shutdown gives signals back their default action, so a late signal would end a run that is done without a
+    word and without its exit code. It also stops all threads, among them the thread that ends a rank of torchrun
+    with its agent, so such a rank leaves without the shutdown.
     """
+    for number in SIGNALS:
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, signal.SIG_IGN)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -205,6 +214,19 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         tell_stopped(number)
         end(128 + number)
     raise Stopped(number)
+
+
+def _raise_again(others: Callable[[sys.UnraisableHookArgs], Any], swallowed: sys.UnraisableHookArgs) -> None:
+    """Let the signal come once more, because the interpreter drops an exception that a `__del__` has raised."""
+    global _stopped_by
+    if not isinstance(swallowed.exc_value, Stopped):
+        others(swallowed)
+        return
+    _stopped_by = None
+    # Later, because this function is a part of the same call that cannot raise.
+    again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), swallowed.exc_value.number))
+    again.daemon = True
+    again.start()
 
 
 def _end_in_time(heard: int) -> None:

@@ -53,6 +53,20 @@ def work():
         except BaseException:  # the signal has come before the call
             pass
 """
+# The handler runs in a call that cannot raise, as in one of the collector's.
+DROPPED = """
+def work():
+    class Kept:
+        def __del__(self):
+            print("ready", flush=True)
+            while stopping._stopped_by is None:
+                pass
+    try:
+        Kept()
+        time.sleep(60)
+    finally:
+        begun.unlink()
+"""
 STOPPABLE = "\nstopping.on_signals()\nsys.exit(stopping.stoppable(main))\n"
 EARLY = "\nstopping.on_signals()\nmain()\n"
 IGNORED = (
@@ -66,6 +80,7 @@ IGNORED = (
         (IN_ORDER, STOPPABLE, signal.SIGTERM, 143, "tidied up"),
         (IN_ORDER, STOPPABLE, signal.SIGINT, 130, "tidied up"),
         (SWALLOWS, STOPPABLE, signal.SIGHUP, 129, "ready"),
+        (DROPPED, STOPPABLE, signal.SIGTERM, 143, None),
         (DEAF, STOPPABLE, signal.SIGTERM, 143, None),
         (IN_ORDER, EARLY, signal.SIGTERM, 143, ""),
     ],
@@ -111,6 +126,13 @@ def test_a_rank_of_torchrun_ends_without_the_shutdown_that_stops_its_watch(
     run = started(BEGIN + work + STOPPABLE, tmp_path / "begun", TORCHELASTIC_RUN_ID="x")
     _, err = run.communicate(timeout=60)
     assert run.returncode == code and ("KeyError: 4" in err) == (code == 1)
+
+
+def test_a_signal_in_the_shutdown_changes_nothing(tmp_path: Path) -> None:
+    """The work is done by then."""
+    signals = COLLECTED.replace("sleep=time.sleep", "kill=signal.raise_signal").replace("sleep(600)", "kill(15)")
+    run = started(BEGIN + signals + STOPPABLE, tmp_path / "begun")
+    assert run.communicate(timeout=60)[1] == "" and run.returncode == 0
 
 
 def test_a_rank_whose_agent_ended_before_it_looked_ends(tmp_path: Path) -> None:
