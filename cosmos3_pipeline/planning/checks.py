@@ -18,7 +18,7 @@ from cosmos3_pipeline.checkpoint.weights import transformer_weights
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.overrides import typed_settings
-from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.plain import flat, plain
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement, TaskName
 from cosmos3_pipeline.config.shortcut import PlainComposition
@@ -83,6 +83,7 @@ def check_composition(
         config = composition.typed(changes)
         found.extend(_model(config))
         found.extend(_ranks_in_all(config))
+        found.extend(_no_text(config))
         found.extend(no_paths := [*_no_paths(config)])
         found.extend(unread_settings(config, composition, changes or {}))
         try:
@@ -227,6 +228,18 @@ def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
                 adapter.check_fits(weights)
         except Refusal as refusal:
             yield refusal.problem
+
+
+def _no_text(cfg: Config) -> Iterator[Problem]:
+    """Problems of values whose bytes are no UTF-8. Python hands such bytes of a command line on as surrogates."""
+    for key, value in flat(cfg).items():
+        shown = str(value).encode("utf-8", "backslashreplace").decode()
+        if shown != str(value):
+            yield Problem(
+                what=f"{key}={shown[:60]} is no text",
+                why="its bytes are not UTF-8, and the files of a run are",
+                works=f"{key} in UTF-8, such as from a terminal with LC_ALL=C.UTF-8; a file can be renamed",
+            )
 
 
 def _no_paths(cfg: Config) -> Iterator[Problem]:
