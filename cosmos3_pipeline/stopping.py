@@ -7,30 +7,36 @@ the process after `GRACE_SECONDS`. Standard library only, because this module is
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The time for the main thread to end in order. A scheduler often kills after ten seconds.
 GRACE_SECONDS = 4.0
 # The interval at which a process checks whether its parent has ended.
 LOOK_SECONDS = 0.5
+# The time after which a signal comes once more, whose exception was dropped.
+AGAIN_SECONDS = 0.05
 
 _stopped_by: int | None = None  # the signal that has arrived
 _listens = False
 _unwinds = False  # whether an exception in the main thread now ends the process in order
 _told = False
+_code = 1  # the exit code of this process, once it is known
 _leftovers = set[Path]()
 
 # Process ids of the other ranks on this machine, by rank, as far as they are known. All end with the same parent,
@@ -65,20 +71,25 @@ def on_signals() -> None:
     threading.Thread(target=_end_in_time, args=(heard,), name="cosmos3-stopping", daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+    sys.unraisablehook = partial(_raise_again, sys.unraisablehook)
+    atexit.register(_leave)  # before all others are registered, so it runs after them
 
 
 def stoppable(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code. If a signal arrives, print one line and end the process."""
-    global _unwinds
+    global _unwinds, _code
     _unwinds = True
     try:
-        code = main()
+        _code = code = main()
         sys.stdout.flush()  # else the interpreter would print a traceback when it ends
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise
         # As other programs end when `head` has what it wants: without a word.
         end(128 + signal.SIGPIPE)
+    except SystemExit as left:
+        _code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        raise
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         tell_stopped(number)
@@ -151,6 +162,24 @@ def inherited_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _leave() -> None:
+    """Prepare for the interpreter's own shutdown, which collects torch's objects for seconds on a busy machine.
+
+    The shutdown gives signals back their default action, so a late signal would end a run that is done without a
+    word and without its exit code. It also stops all threads, among them the thread that ends a rank of torchrun
+    with its agent, so such a rank leaves without the shutdown.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, signal.SIG_IGN)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    end(_code)
+
+
 def end_with_parent(
     others: Callable[[], Iterable[int]] = neighbours.values, leftovers: Iterable[Path] = ()
 ) -> None:
@@ -187,6 +216,19 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
+def _raise_again(others: Callable[[sys.UnraisableHookArgs], Any], swallowed: sys.UnraisableHookArgs) -> None:
+    """Let the signal come once more, because the interpreter drops an exception that a `__del__` has raised."""
+    global _stopped_by
+    if not isinstance(swallowed.exc_value, Stopped):
+        others(swallowed)
+        return
+    _stopped_by = None
+    # Later, because this function is a part of the same call that cannot raise.
+    again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), swallowed.exc_value.number))
+    again.daemon = True
+    again.start()
+
+
 def _end_in_time(heard: int) -> None:
     while (number := os.read(heard, 1)[0]) not in SIGNALS:
         pass
@@ -198,7 +240,8 @@ def _end_in_time(heard: int) -> None:
 def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: Iterable[Path]) -> None:
     # The system's parent of a forked child is the fork server. multiprocessing knows which process started it.
     starter = parent_process()
-    while os.getppid() == parent:
+    orphan = starter is None and _agent_has_gone()
+    while not orphan and os.getppid() == parent:
         if starter is None:
             time.sleep(LOOK_SECONDS)
         elif connection.wait([starter.sentinel], LOOK_SECONDS):
@@ -208,3 +251,19 @@ def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: I
         time.sleep(LOOK_SECONDS)  # local rank 0 has files to remove, so it gets time to end itself
     _leftovers.update(leftovers)
     end(1, doomed)
+
+
+def _agent_has_gone() -> bool:
+    """Whether torchrun's agent had ended before this process asked for its parent, which then is another process.
+
+    The agent keeps the store of its ranks, so a store that cannot be reached has gone with its agent.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, KeyError, ValueError):  # not known; `world_problems` tells what is wrong with the variables
+        return False
+    return False

@@ -331,15 +331,15 @@ def rank_stopped(rng: random.Random, place: Place) -> Found:
     """A rank that never goes on is named after the time that the run was given."""
     topology, rank, moment = rng.choice(TOPOLOGIES[1:]), rng.choice((0, 1)), rng.choice(list(MOMENTS)[3:5])
     run = place.start(topology, *LONG, "topology.patience_seconds=4")
-    run.wait_until(moment, rng.uniform(0, 0.4))
+    there = run.wait_until(moment, rng.uniform(0, 0.4))
     since = time.monotonic()
     ranks = run.ranks()
     if rank < len(ranks):
         with suppress(ProcessLookupError):
             os.kill(ranks[rank], signal.SIGSTOP)
     run.ends(HANGS_SECONDS)  # the other rank has to come first, and torchrun waits 30 s for a stopped one
-    wrong = wrongs(place, run, [1])
-    if not re.search(r"rank \d of 2 (gives no sign of life|has not come)", run.ours()):
+    wrong = wrongs(place, run, [1] if there else [0])
+    if there and not re.search(r"rank \d of 2 (gives no sign of life|has not come)", run.ours()):
         wrong.append("no rank is named")
     return of("rank stopped", f"rank {rank}, {topology}, {moment}", place, run, wrong, since)
 

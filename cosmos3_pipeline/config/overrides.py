@@ -67,6 +67,24 @@ def check_no_sweep(overrides: Sequence[str]) -> None:
         raise ConfigError(found)
 
 
+def typed_settings(overrides: Sequence[str]) -> dict[str, str]:
+    """The overrides by the dotted keys, or the groups, that they set. A node is set by the keys in it."""
+    found = dict[str, str]()
+    for override in filter(None, map(parsed, overrides)):
+        if not override.is_delete() and override.input_line is not None:
+            keys = _keys_below(override.key_or_group, override.value())
+            found |= dict.fromkeys(keys, override.input_line.lstrip("+"))
+    return found
+
+
+def _keys_below(key: str, value: object) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield key
+        return
+    for name, inner in value.items():
+        yield from _keys_below(f"{key}.{name}", inner)
+
+
 def asks_for_sweep(overrides: Sequence[str]) -> bool:
     """Whether `hydra.mode=MULTIRUN`, which does the same as -m, is among the overrides."""
     return any(override.partition("=")[::2] == ("hydra.mode", "MULTIRUN") for override in overrides)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from cosmos3_pipeline import stopping
+from cosmos3_pipeline.distributed.machine import can_wait
 
 # A socket's buffer takes this many bytes at once, so a small message leaves before its receiver is ready.
 SMALL_BYTES = 192 << 10
@@ -186,7 +187,7 @@ class Links:
             stopping.leftover(Path(folder)),
             socket.socket(socket.AF_UNIX) as listener,
         ):
-            here = _can_wait()
+            here = can_wait()
             address = _listening(listener, str(Path(folder) / "rank"), size) if here else ""
             store.set(f"address/{rank}", address)
             for peer in range(rank):
@@ -258,15 +259,6 @@ class Links:
         for link in self._links.values():
             link.close()
         self._links.clear()
-
-
-def _can_wait() -> bool:
-    """Whether `select.poll` works here; a container may forbid it. Then gloo is used instead of links."""
-    try:
-        select.poll().poll(0)
-    except (AttributeError, OSError):
-        return False
-    return True
 
 
 def _listening(listener: socket.socket, address: str, size: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -94,6 +95,15 @@ def _elsewhere(file: str | None) -> str:
     # An output folder below /tmp was named by the user; our own temporary files there have "cosmos3" in their
     # name.
     return "TMPDIR=FOLDER" if file.startswith(temporary) and "cosmos3" in file else "hydra.run.dir=FOLDER"
+
+
+def can_wait() -> bool:
+    """Whether `select.poll` works here, which a container may forbid."""
+    try:
+        select.poll().poll(0)
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def can_fork_ranks() -> bool:

@@ -21,6 +21,8 @@ from cosmos3_pipeline.config.schema import Config, Device
 from cosmos3_pipeline.distributed.machine import can_fork_ranks, told_as_fault
 from cosmos3_pipeline.stages.files import remove_partial, write_whole
 
+LAUNCHER = "COSMOS3_LAUNCHER"  # tells a fork server the process id of its launcher, see `distributed.forked`
+
 
 def on_ranks(cfg: Config, output: Path, entry: str, *payload: Any, own_process: bool = False) -> None:
     """Save `cfg` in `output` and call `entry(cfg, *payload, output)` on every rank. `payload` must pickle.
@@ -68,5 +70,9 @@ def import_for_ranks(entry: str) -> None:
     if parent_process() is None:  # in a child process, the folder of the server's socket belongs to the parent
         stopping.add_leftover(Path(util.get_temp_dir()))
     resource_tracker.ensure_running()  # first, because starting it unblocks signals
-    with stopping.inherited_blocked():
-        forkserver.ensure_running()
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        with stopping.inherited_blocked():
+            forkserver.ensure_running()
+    finally:
+        del os.environ[LAUNCHER]

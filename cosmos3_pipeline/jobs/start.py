@@ -21,6 +21,7 @@ from cosmos3_pipeline.config.schema import Config, Device, JobName, TaskConfig, 
 from cosmos3_pipeline.config.shortcut import PlainComposition
 from cosmos3_pipeline.config.tasks import GIVEN, WORDS, clips_of, controls_of, paths_of
 from cosmos3_pipeline.distributed import host
+from cosmos3_pipeline.distributed.machine import can_wait
 from cosmos3_pipeline.distributed.world import NO_WORLD, world_problems
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.jobs.action_inputs import check_action_inputs
@@ -301,6 +302,12 @@ def _world(cfg: Config) -> Iterator[Problem]:
             why=f"topology.nodes={topology.nodes} x topology.ranks_per_node={topology.ranks_per_node} = {ranks}",
             works=f"topology.ranks_per_node={max(world // topology.nodes, 1)}, or torchrun --nproc-per-node "
             f"{topology.ranks_per_node}; {NO_WORLD}",
+        )
+    if ranks > 1 and not can_wait():
+        yield Problem(
+            what=f"{ranks} ranks on a machine that forbids the system call poll",
+            why="ranks find each other by torch's store, whose connections wait with poll",
+            works="topology=cpu_x1, or a container whose seccomp profile allows poll, as Docker's own does",
         )
     if topology.nodes > 1 and "RANK" not in os.environ:
         yield Problem(

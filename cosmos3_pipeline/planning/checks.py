@@ -17,25 +17,22 @@ from cosmos3_pipeline.checkpoint.lora import read_adapter
 from cosmos3_pipeline.checkpoint.weights import transformer_weights
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config.compose import Composition
-from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.overrides import typed_settings
+from cosmos3_pipeline.config.plain import flat, plain
 from cosmos3_pipeline.config.provenance import Provenance
 from cosmos3_pipeline.config.schema import Config, JobName, Placement, TaskName
 from cosmos3_pipeline.config.shortcut import PlainComposition
-from cosmos3_pipeline.config.tasks import (
-    FROM_VIDEO,
-    MADE,
-    controls_of,
-    paths_of,
-)
+from cosmos3_pipeline.config.tasks import paths_of
 from cosmos3_pipeline.denoise.checks import PASSES, check_layout, check_tokens
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
 from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, grid_of, nearest_multiple, replica_ranks
-from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan, make_plan
+from cosmos3_pipeline.planning.plan import Plan, make_plan
 from cosmos3_pipeline.planning.sampling import check_cache, check_interval, check_steps, passes_of
 from cosmos3_pipeline.planning.task_checks import TASK_CHECKS
 from cosmos3_pipeline.planning.trained import outside
 from cosmos3_pipeline.planning.transfer import transfer_problems
+from cosmos3_pipeline.planning.unread import unread_settings, value_of
 from cosmos3_pipeline.planning.vae import (
     VaePlan,
     directions,
@@ -86,13 +83,15 @@ def check_composition(
         config = composition.typed(changes)
         found.extend(_model(config))
         found.extend(_ranks_in_all(config))
+        found.extend(_no_text(config))
         found.extend(no_paths := [*_no_paths(config)])
-        found.extend(_unread_settings(config, composition.overrides or ()))
+        found.extend(unread_settings(config, composition, changes or {}))
         try:
             adopted = None if no_paths else adopt_checkpoint(config)
         except Refusal as refusal:
             found.append(refusal.problem)
         else:
+            found.extend(() if adopted is None else _replaced_settings(composition, adopted))
             found.extend(() if found else _adapters(config, adopted))  # wrong numbers give wrong weights
     if not found:
         numbers = {**(changes or {}), **(adopted.numbers if adopted is not None else {})}
@@ -108,24 +107,16 @@ def check_composition(
     raise ConfigError(located(found, composition))
 
 
-def _unread_settings(cfg: Config, overrides: Sequence[str]) -> Iterator[Problem]:
-    """Command-line settings of a strategy whose flag is off, or of a control that is read from a file."""
-    for name, key in MADE.items():
-        set_here = any(override.lstrip("+").startswith(f"task.{key}=") for override in overrides)
-        if set_here and cfg.task.name is TaskName.transfer and controls_of(cfg.task).get(name) != FROM_VIDEO:
+def _replaced_settings(composition: Composition | PlainComposition, adopted: Adopted) -> Iterator[Problem]:
+    """Typed numbers of a model that the checkpoint replaces by its own."""
+    typed, config = typed_settings(composition.overrides or ()), composition.typed()
+    for key, number in adopted.numbers.items():
+        if key in typed and value_of(config, key) != number:
             yield Problem(
-                what=f"task.{key}={getattr(cfg.task, key)} without task.controls.{name}=from_video",
-                why="a control clip that is a file is taken as it is, so it would be ignored",
-                works=f"task.controls.{name}=from_video with task.video=clip.mp4, or no task.{key}",
+                what=f"{typed[key]} with model.path={config.model.path}",
+                why=f"the checkpoint says {'null' if number is None else number}, and a run takes its numbers",
+                works=f"no {key}, or model=toy_random, which is made with the numbers of the config",
             )
-    for direction in DIRECTIONS:
-        for override in overrides:
-            if override.lstrip("+").startswith(f"vae.{direction}.") and not is_parallel(cfg.vae, direction):
-                yield Problem(
-                    what=f"{override} with vae.parallel_{direction}=false",
-                    why=f"without the flag every rank {direction}s the whole, so the setting would be ignored",
-                    works=f"vae.parallel_{direction}=true beside it",
-                )
 
 
 def check(cfg: Config, plan_vae: bool = True) -> Checked:
@@ -237,6 +228,18 @@ def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
                 adapter.check_fits(weights)
         except Refusal as refusal:
             yield refusal.problem
+
+
+def _no_text(cfg: Config) -> Iterator[Problem]:
+    """Problems of values whose bytes are no UTF-8. Python hands such bytes of a command line on as surrogates."""
+    for key, value in flat(cfg).items():
+        shown = str(value).encode("utf-8", "backslashreplace").decode()
+        if shown != str(value):
+            yield Problem(
+                what=f"{key}={shown[:60]} is no text",
+                why="its bytes are not UTF-8, and the files of a run are",
+                works=f"{key} in UTF-8, such as from a terminal with LC_ALL=C.UTF-8; a file can be renamed",
+            )
 
 
 def _no_paths(cfg: Config) -> Iterator[Problem]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cosmos3_pipeline.config.schema import Config, TaskName
+from cosmos3_pipeline.config.schema import Config, TaskConfig, TaskName
 from cosmos3_pipeline.config.tasks import (
     ALL_GIVEN,
-    CLIP,
     FRAMES,
     GIVEN,
-    read_by,
     readers,
 )
 from cosmos3_pipeline.errors import Problem
@@ -63,30 +61,16 @@ def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
             why=f"the defaults of {name} are those for {modality}s",
             works=f"no task.modality{', or task=t2i' if task.modality == 'image' else ''}",
         )
-    yield from _input_settings(cfg)
+    yield from _background(task)
     yield from _words(cfg)
 
 
-def _input_settings(cfg: Config) -> Iterator[Problem]:
-    """Problems of the settings for reading a picture or a clip."""
-    task, name = cfg.task, cfg.task.name.value
+def _background(task: TaskConfig) -> Iterator[Problem]:
     if len(task.background) != 3 or not all(0 <= value <= 255 for value in task.background):
         yield Problem(
             what=f"task.background={task.background} is no colour",
             why="a colour is red, green and blue, each 0 to 255",
             works="task.background=[255,255,255]",
-        )
-    elif not read_by(task.name) and task.background != [255, 255, 255]:
-        yield Problem(
-            what=f"task.background={task.background} with task={name}",
-            why="no picture is read that could be transparent, so it would be ignored",
-            works="no task.background",
-        )
-    if CLIP not in read_by(task.name) and not task.resample:
-        yield Problem(
-            what=f"task.resample=false with task={name}",
-            why="no clip is read, so it would be ignored",
-            works="no task.resample",
         )
 
 

@@ -236,7 +236,9 @@ def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
         return [*["model=nano"] * ("nano" in real), "topology=h200_x4"]
     if group == "topology" and not name.startswith("cpu") and "nano" in real:
         return ["model=nano"]
-    return []
+    # A strategy is refused if its flag is off.
+    on = {"vae/encode": "vae=parallel", "vae/decode": "vae=parallel_decode"}.get(group)
+    return [on] if on in options else []
 
 
 @contextmanager

@@ -48,8 +48,12 @@ REFUSALS = [
     pytest.param(
         ["task=i2v", "task.background=[1,2]"], "task.background=[1, 2]", "=[255,255,255]", id="no colour"
     ),
-    pytest.param(["task.background=[0,0,0]"], "task.background=[0, 0, 0]", "no task.background", id="no picture"),
+    pytest.param(["task.background=[0,0,0]"], "task.background=[0,0,0]", "no task.background", id="no picture"),
     pytest.param(["task=i2v", "task.resample=false"], "task.resample=false", "no task.resample", id="no clip"),
+    pytest.param(["task.prompt='caf\udce9'"], r"task.prompt=caf\udce9 is no text", "in UTF-8", id="no UTF-8"),
+    pytest.param(
+        ["task=i2v", "task.image='caf\udce9.png'"], r"task.image=caf\udce9.png", "in UTF-8", id="a path without"
+    ),
     pytest.param(["task.sound=null"], "task.sound is given null", "task.sound=true", id="null"),
     pytest.param(["sampler.seed=null"], "sampler.seed is given null", "sampler.seed=1", id="null for a number"),
     pytest.param(["task.controls=x"], "task.controls is given x", "task.controls.KEY=VALUE", id="text for a node"),

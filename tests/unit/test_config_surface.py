@@ -26,6 +26,10 @@ OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml
 
 # What an option needs beside the defaults.
 NEEDS = {"weights/sharded": ["topology=cpu_x2"], **{f"task/{name}": needs for name, needs in TASK_NEEDS.items()}}
+for direction in ("encode", "decode"):
+    flag = [f"vae.parallel_{direction}=true", "task=v2v"]
+    NEEDS |= {f"vae/{direction}/{file.stem}": flag for file in (CONF / "vae" / direction).glob("*.yaml")}
+    NEEDS[f"vae/{direction}/pipeline_of_shards"] = [*flag, "topology=cpu_x2"]
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cosmos3_pipeline.config.shortcut import composition_of
-from cosmos3_pipeline.distributed import host, links, machine, world
+from cosmos3_pipeline.distributed import host, machine, world
 from cosmos3_pipeline.errors import ConfigError, Fault
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.stages.files import write_whole
@@ -122,13 +122,18 @@ def test_numbers_of_the_host_are_a_luxury(tmp_path: Path, monkeypatch: pytest.Mo
     assert host.available_bytes() == 600 < memory
 
 
-def test_ranks_that_may_not_poll_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_may_not_poll_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden() -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    assert links._can_wait()
+    asked = ["model=toy_random", "task=t2i", "task.height=32", "task.width=32"]
+    two = [*asked, "topology=cpu_x2"]
+    prepare(composition_of(two))
     monkeypatch.setattr(select, "poll", forbidden)
-    assert not links._can_wait()
+    prepare(composition_of(asked))
+    prepare(composition_of([*two, "job=plan"]))
+    with pytest.raises(ConfigError, match="2 ranks on a machine that forbids the system call poll"):
+        prepare(composition_of(two))
 
 
 def test_the_fork_server_needs_a_short_folder(monkeypatch: pytest.MonkeyPatch) -> None:

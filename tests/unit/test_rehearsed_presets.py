@@ -119,7 +119,8 @@ def every_two() -> list[Any]:
 @pytest.mark.parametrize(("task", "vae", "weights"), every_two())
 def test_a_task_with_a_vae_and_weights(task: str, vae: str, weights: str, tmp_path: Path) -> None:
     chosen = [*TASK_NEEDS.get(task, []), f"task={task}", "topology=cpu_x2", f"vae={vae}", f"weights={weights}"]
-    check([*chosen, *given_to(task, tmp_path), *in_tiles(f"vae={vae}")])
+    tiles = in_tiles(f"vae={vae}") if task != "inverse_dynamics" else []  # which decodes nothing
+    check([*chosen, *given_to(task, tmp_path), *tiles])
 
 
 @pytest.mark.thorough

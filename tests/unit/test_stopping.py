@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,20 @@ def work():
         except BaseException:  # the signal has come before the call
             pass
 """
+# The handler runs in a call that cannot raise, as in one of the collector's.
+DROPPED = """
+def work():
+    class Kept:
+        def __del__(self):
+            print("ready", flush=True)
+            while stopping._stopped_by is None:
+                pass
+    try:
+        Kept()
+        time.sleep(60)
+    finally:
+        begun.unlink()
+"""
 STOPPABLE = "\nstopping.on_signals()\nsys.exit(stopping.stoppable(main))\n"
 EARLY = "\nstopping.on_signals()\nmain()\n"
 IGNORED = (
@@ -64,6 +80,7 @@ IGNORED = (
         (IN_ORDER, STOPPABLE, signal.SIGTERM, 143, "tidied up"),
         (IN_ORDER, STOPPABLE, signal.SIGINT, 130, "tidied up"),
         (SWALLOWS, STOPPABLE, signal.SIGHUP, 129, "ready"),
+        (DROPPED, STOPPABLE, signal.SIGTERM, 143, None),
         (DEAF, STOPPABLE, signal.SIGTERM, 143, None),
         (IN_ORDER, EARLY, signal.SIGTERM, 143, ""),
     ],
@@ -90,9 +107,50 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     assert run.returncode == 143
 
 
-def started(code: str, begun: Path) -> subprocess.Popen[str]:
+# An object that the interpreter's shutdown would wait for, as it collects torch's.
+COLLECTED = """
+def work():
+    sys.kept = Kept()
+    print("ready", flush=True)
+class Kept:
+    def __del__(self, sleep=time.sleep):
+        sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("    sys.exit(3)\n", 3), ("    raise KeyError(4)\n", 1)])
+def test_a_rank_of_torchrun_ends_without_the_shutdown_that_stops_its_watch(
+    end: str, code: int, tmp_path: Path
+) -> None:
+    work = COLLECTED.replace("class", f"{end}class")
+    run = started(BEGIN + work + STOPPABLE, tmp_path / "begun", TORCHELASTIC_RUN_ID="x")
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == code and ("KeyError: 4" in err) == (code == 1)
+
+
+def test_a_signal_in_the_shutdown_changes_nothing(tmp_path: Path) -> None:
+    """The work is done by then."""
+    signals = COLLECTED.replace("sleep=time.sleep", "kill=signal.raise_signal").replace("sleep(600)", "kill(15)")
+    run = started(BEGIN + signals + STOPPABLE, tmp_path / "begun")
+    assert run.communicate(timeout=60)[1] == "" and run.returncode == 0
+
+
+def test_a_rank_whose_agent_ended_before_it_looked_ends(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))  # and does not listen
+        agent = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost"}
+        run = subprocess.run(
+            [sys.executable, "-c", BEGIN + IN_ORDER + STOPPABLE, str(tmp_path / "begun")],
+            env={**os.environ, **agent, "MASTER_PORT": str(listener.getsockname()[1])},
+            timeout=60,
+        )
+    assert run.returncode == 1 and not (tmp_path / "begun").exists()
+
+
+def started(code: str, begun: Path, **environ: str) -> subprocess.Popen[str]:
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(begun)],
+        env={**os.environ, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
