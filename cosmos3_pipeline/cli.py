@@ -37,7 +37,7 @@ from cosmos3_pipeline.config.compose import (
     compose,
 )
 from cosmos3_pipeline.config.help import help_text
-from cosmos3_pipeline.config.mistakes import Reading, in_a_shell, read
+from cosmos3_pipeline.config.mistakes import USUAL_FPS, Reading, in_a_shell, read
 from cosmos3_pipeline.config.overrides import asks_for_sweep, check_no_sweep, check_overrides, mistaken
 from cosmos3_pipeline.config.plugins import register
 from cosmos3_pipeline.config.schema import JobName
@@ -311,24 +311,35 @@ def _arguments(words: Sequence[str]) -> Namespace:
     return parser.parse_args()
 
 
-def _read(arguments: Sequence[str]) -> list[Reading]:
-    """The meaning of the words of a command line."""
+def _read(arguments: Sequence[str], fps: float = USUAL_FPS) -> list[Reading]:
+    """The meaning of the words of a command line. With `fps` a duration becomes a number of frames."""
     sweep = any(word in ("-m", "--multirun") for word in arguments) or asks_for_sweep(arguments)
-    return read(arguments, BUILTIN.groups(), flags=_flags(), sweep=sweep)
+    return read(arguments, BUILTIN.groups(), flags=_flags(), sweep=sweep, fps=fps)
 
 
-def _corrected(words: Sequence[str]) -> str | None:
-    """The command to type instead of one with the arguments `words`, if it is known and can be composed."""
+def _corrected(words: Sequence[str], works: Sequence[str] = ()) -> str | None:
+    """The command to type instead of one with the arguments `words`, if it is known and can be composed.
+
+    `works` tells what would work for each problem. Where the words mean what they say, it changes their keys.
+    """
     readings = _read(words)
     meant = [argument for each in readings for argument in each.means or ()]
-    if meant == list(words) or any(each.means is None for each in readings):
+    if any(each.means is None for each in readings):
         return None
+    if meant == list(words):
+        instead = {each.partition("=")[0]: each for each in works if re.fullmatch(r"[\w.]+=[^\s,]+", each)}
+        words = [instead.get(word.partition("=")[0], word) for word in words]
+        if len(instead) < len(works) or meant == words:
+            return None
+        meant = list(words)
     if "-m" not in meant and "--multirun" not in meant:
         try:
-            if [*problems(compose([each for each in meant if not each.startswith("-") and "=" in each]))]:
+            composed = compose([each for each in meant if not each.startswith("-") and "=" in each])
+            if [*problems(composed)]:
                 return None
         except ConfigError:
             return None
+        meant = [a for each in _read(words, composed.typed().task.fps) for a in each.means or ()]
     return " ".join([_command_name(), *map(in_a_shell, meant)])
 
 
@@ -448,6 +459,6 @@ def _refused(error: ConfigError, words: Sequence[str] = ()) -> int:
     count = len(error.problems)
     print(f"refused: {count} problem{'s' * (count > 1)} in the configuration\n", file=sys.stderr)
     print(error, file=sys.stderr)
-    if command := _corrected(words):
+    if command := _corrected(words, [problem.works for problem in error.problems]):
         print(f"\nto copy: {command}", file=sys.stderr)
     return REFUSED

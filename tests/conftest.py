@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +18,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 # Threads of a run that waits for its turn on a busy processor would spin away the others' time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Plans that reviews keep: the tests share them, and leave the user's alone.
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"cosmos3_tests_{os.getuid()}")
 
 # The same examples every time, however slow the machine; `--hypothesis-profile search` looks for others.
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]

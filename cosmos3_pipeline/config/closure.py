@@ -126,5 +126,13 @@ def named(entry: Any, folder: str, chosen: Mapping[str, str]) -> list[str]:
     return found
 
 
+def chosen_as(known: Contents, config_name: str) -> dict[str, str]:
+    """The words that choose a group of the primary config: its name, or `group@package` if the list says so."""
+    entries = [
+        str(words).split()[-1] for e in defaults(known.get(config_name)) if isinstance(e, dict) for words in e
+    ]
+    return {words.partition("@")[0]: words for words in entries}
+
+
 def _absolute(path: str, folder: str) -> str:
     return path.lstrip("/") if path.startswith("/") or not folder else f"{folder}/{path}"

@@ -6,8 +6,9 @@ python before any launch.py, and for an alias. They pass Hydra a command line th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+
+from cosmos3_pipeline.config.arguments import Arguments
 
 USAGE = 3
 
@@ -82,14 +83,9 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 def main(arguments: Sequence[str]) -> int:
     """Print the script for a shell; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "cosmos3 completion", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("cosmos3 completion", DESCRIPTION, usage=USAGE)
     parser.add_argument("shell", choices=SCRIPTS)
-    try:
-        asked = parser.parse_args(arguments)
-    except SystemExit as exit_:
-        return USAGE if exit_.code else 0
+    asked = parser.parse(arguments)
     print(SCRIPTS[asked.shell], end="")
     return 0
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain, not_yaml
 from cosmos3_pipeline.config.kinds import schema_keys
+from cosmos3_pipeline.config.mistakes import USUAL_FPS
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import as_said, plain, without_hydra
 from cosmos3_pipeline.config.plugins import register
@@ -191,10 +192,19 @@ def as_config_error(error: Exception, overrides: Sequence[str], source: Source =
             raise error
         return ConfigError(found)
     keys = [*schema_keys(), *_chosen_settings(overrides, source)]
-    problem = explain(error, keys, overrides, source.groups(), source.place)
+    problem = explain(error, keys, overrides, source.groups(), source.place, lambda: _fps(overrides, source))
     if problem is None:
         raise error
     return ConfigError([problem])
+
+
+def _fps(overrides: Sequence[str], source: Source) -> float:
+    """The frame rate that `overrides` give, whatever number of frames they ask for."""
+    try:
+        others = [override for override in overrides if not override.startswith("task.num_frames=")]
+        return compose(others, source).typed().task.fps
+    except ConfigError:
+        return USUAL_FPS
 
 
 def _chosen_settings(overrides: Sequence[str], source: Source) -> list[str]:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from cosmos3_pipeline.config.kinds import kind_of
-from cosmos3_pipeline.config.mistakes import beside, keys_meant, written
+from cosmos3_pipeline.config.mistakes import USUAL_FPS, beside, keys_meant, written
 from cosmos3_pipeline.errors import Problem, did_you_mean
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 
@@ -76,11 +76,15 @@ def settings_of_others(key: str) -> list[str]:
 _NOT_MERGED = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
 
 
-def wrong_kind(key: str, wrong: str, where: str, cause: str = "") -> Problem:
-    """The problem of a value of the wrong kind for `key`. `wrong` tells the value, `cause` why it is wrong."""
+def wrong_kind(key: str, wrong: str, where: str, fps: Callable[[], float], cause: str = "") -> Problem:
+    """The problem of a value of the wrong kind for `key`. `wrong` tells the value, `cause` why it is wrong.
+
+    `fps` gives the frame rate of the command line, for a duration in place of a number of frames.
+    """
     kind = kind_of(key)
     said = re.search(r"\(from \+*[\w.]+=(.*)\)$", where)
-    typed = None if kind is None else (said and written(kind, said.group(1), key)) or kind.example
+    rate = fps() if key == "task.num_frames" else USUAL_FPS
+    typed = None if kind is None else (said and written(kind, said.group(1), key, rate)) or kind.example
     works = f"a value of the type that --cfg job shows for {key}"
     if "[" in key:
         works = f"{key.partition('[')[0]}=[...] with such values"
@@ -122,10 +126,12 @@ def explain(
     overrides: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     place: Place = lambda path, _: f"{path}.yaml",
+    fps: Callable[[], float] = lambda: USUAL_FPS,
 ) -> Problem | None:
     """The problem behind an error of Hydra or OmegaConf while composing; None for an error of anything else.
 
     `keys` are all dotted keys of the schema, and `groups` the options of every group. Both are for "did you mean".
+    `fps` gives the frame rate of the command line.
     """
     if isinstance(error, MissingConfigException):
         return _missing_option(error, groups, overrides, place)
@@ -154,10 +160,14 @@ def explain(
     if match := re.search(r"Key '[^']+' not in|Key '[^']+' is not in struct", cause):
         return unknown_key(full_key or match.group(0), keys, where=where)
     if match := re.search(r"(Value .+? (?:of type .+? )?(?:could not be|is not).+|Invalid value .+)", cause):
-        return wrong_kind(full_key or "a key", "has a value of the wrong type", where, match.group(1).rstrip("."))
+        return wrong_kind(
+            full_key or "a key", "has a value of the wrong type", where, fps, match.group(1).rstrip(".")
+        )
     if (match := _NOT_MERGED.search(text)) and (full_key or match.group(1)):
         key, value = match.groups()
-        return wrong_kind(full_key if full_key.startswith(key) else key, f"is given {value or 'nothing'}", where)
+        return wrong_kind(
+            full_key if full_key.startswith(key) else key, f"is given {value or 'nothing'}", where, fps
+        )
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.+)'", text):
         key, value = match.groups()
         return Problem(

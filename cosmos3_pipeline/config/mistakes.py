@@ -1,20 +1,22 @@
 """What a mistyped command line most likely means.
 
 `read` takes the words of a command line in order, and says which arguments they mean. The rules hold for every
-key, because they know the groups, and the kind of value that each key takes. Two tables have the words of other
-tools. Right arguments stay as they are.
+key, because they know the groups, and the kind of value that each key takes. `other_words`
+has the words of other tools. Right arguments stay as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import re
 import shlex
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +26,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from cosmos3_pipeline.config.kinds import Kind, kind_of, schema_keys
+from cosmos3_pipeline.config.other_words import ALONE, FILES, OTHER_NAMES, OTHER_VALUES, SIZES
 from cosmos3_pipeline.errors import nearest
 
 # The options of every config group, see `Source.groups`.
@@ -31,37 +34,7 @@ Groups = Mapping[str, Sequence[str]]
 
 NO_GROUPS: Groups = MappingProxyType({})
 
-# What other tools call a key of ours, in lower case with underscores.
-OTHER_NAMES = {
-    **dict.fromkeys(("num_inference_steps", "inference_steps", "num_steps", "n_steps"), "sampler.steps"),
-    **dict.fromkeys(("cfg_scale", "guidance", "scale"), "sampler.guidance_scale"),
-    **dict.fromkeys(("shift", "flowshift"), "sampler.flow_shift"),
-    **dict.fromkeys(("frames", "n_frames", "video_length", "duration", "seconds"), "task.num_frames"),
-    **dict.fromkeys(("frame_rate", "framerate", "frames_per_second"), "task.fps"),
-    **dict.fromkeys(("size", "resolution"), "task.height"),
-    **dict.fromkeys(
-        ("gpus", "num_gpus", "n_gpus", "devices", "num_devices", "ranks", "topology.ranks", "nproc_per_node"),
-        "topology.ranks_per_node",
-    ),
-    **dict.fromkeys(("ckpt", "checkpoint", "model_path", "checkpoint_path", "model_id"), "model.path"),
-    **dict.fromkeys(
-        ("output_dir", "output_path", "output_file", "out", "outdir", "save_path", "output.path", "output.dir"),
-        "hydra.run.dir",
-    ),
-}
-# What other tools call an option or a value of ours.
-OTHER_VALUES = {
-    **dict.fromkeys(("bf16", "half", "float16", "fp16"), "bfloat16"),
-    **dict.fromkeys(("fp32", "float", "full"), "float32"),
-    **dict.fromkeys(("offload", "cpu_offload"), "streamed"),
-    **dict.fromkeys(("gpu",), "cuda"),
-    **dict.fromkeys(("nvenc",), "h264_nvenc"),
-    **dict.fromkeys(("fsdp",), "sharded"),
-}
-# A word alone that means a flag or a job.
-ALONE = {"help": "--help", "run": "job=generate", "sweep": "-m", "multirun": "-m"}
-# The sizes that the names of a resolution mean, as width x height.
-SIZES = {"480p": "832x480", "720p": "1280x720"}
+USUAL_FPS = 24.0  # of a command line whose own rate is unknown
 
 TYPOGRAPHIC = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'"})
 _TRUE, _FALSE = ("true", "yes", "on", "y", "enabled", "enable", "1"), ("false", "no", "off", "n", "disabled", "0")
@@ -69,6 +42,9 @@ _ASSIGNMENT = re.compile(r"\s*([\[+~]*[\w./@-]+)\s*(?:=+|:=)\s*(.*?)\s*", re.DOT
 # Characters that a shell changes inside double quotes.
 _OF_THE_SHELL = re.compile(r"[$`\\!]")
 
+PLUS = "a plus adds what is not there yet, and this is there already"
+NULL = "no value is written null in Hydra, and None would be a text of four letters"
+ONLY_A_NAME = "the key holds a name only, and the other values come with an option of the group"
 SPACE = "a shell ends an argument at a space"
 EQUALS = "a value follows its key after one =, without spaces"
 ALONE_WHY = "a word alone sets nothing"
@@ -90,12 +66,15 @@ class Reading:
     why: str = ""
 
 
-def read(arguments: Sequence[str], groups: Groups, *, flags: Mapping[str, bool], sweep: bool) -> list[Reading]:
+def read(
+    arguments: Sequence[str], groups: Groups, *, flags: Mapping[str, bool], sweep: bool, fps: float = USUAL_FPS
+) -> list[Reading]:
     """The arguments of a command line in order, each with what it means.
 
-    `flags` are Hydra's flags, with whether a value follows. `sweep` is whether -m was given.
+    `flags` are Hydra's flags, with whether a value follows. `sweep` is whether -m was given. `fps` is the frame
+    rate with which a duration in seconds becomes a number of frames.
     """
-    reader = _Reader(groups, flags, sweep)
+    reader = _Reader(groups, flags, sweep, fps)
     found, rest = [], list(arguments)
     while rest:
         found.append(reader.first(rest))
@@ -156,8 +135,8 @@ def keys_meant(word: str, known: Sequence[str]) -> list[str]:
     node, _, leaf = snake.replace("/", ".").rpartition(".")
     same = _least_nested(leaf, known)
     other = OTHER_NAMES.get(snake) or (None if same else OTHER_NAMES.get(leaf))
-    if other is not None and (other in known or other.startswith("hydra.")):
-        return [other]
+    if other is not None:
+        return [other] if other in known or other.startswith("hydra.") else []
     nodes = {k.rpartition(".")[0] for k in known}
     meant = node if node in nodes else nearest(node, nodes)
     if (node or not same) and meant is not None and (found := nearest(leaf, beside(meant, known))):
@@ -201,8 +180,8 @@ def fits(kind: Kind | None, value: object) -> bool:
 
 
 class _Reader:
-    def __init__(self, groups: Groups, flags: Mapping[str, bool], sweep: bool) -> None:
-        self._groups, self._flags, self._sweep = groups, flags, sweep
+    def __init__(self, groups: Groups, flags: Mapping[str, bool], sweep: bool, fps: float) -> None:
+        self._groups, self._flags, self._sweep, self._fps = groups, flags, sweep, fps
 
     def first(self, rest: Sequence[str]) -> Reading:
         """The reading of the words at the start of `rest`."""
@@ -235,23 +214,30 @@ class _Reader:
             words.append(rest[count])
             count += 1
         key = key_meant(name.strip("-"), self._groups)
-        if key is None or ("." not in key + name and key not in self._groups):
-            return Reading((rest[0],), None, "there is no such flag, and no key of this name")
-        if not words and (kind := kind_of(key)) is not None and kind.hint is bool:
+        if not words and (key is None or ((kind := kind_of(key)) is not None and kind.hint is bool)):
             words = ["true"]
         means = self._argument(name.strip("-"), " ".join(words)) if words else None
+        if means is None and (key is None or ("." not in key + name and key not in self._groups)):
+            return Reading((rest[0],), None, "there is no such flag, and no key of this name")
         return Reading(tuple(rest[:count]), means, DASHES)
 
     def _alone(self, rest: Sequence[str]) -> Reading:
         """A word without =, such as `plan`, `model.nano` or `model` before `nano`."""
         word = rest[0]
         if word.startswith("~"):
-            kind = kind_of(word[1:]) if word[1:] in self._groups else None
-            return Reading((word,), (word,)) if kind is None else Reading((word,), (), "every run reads its keys")
+            kind = kind_of(word[1:])
+            own = kind is None or typing.get_origin(kind.hint) is dict  # nodes with keys of the user's own
+            return Reading((word,), (word,)) if own else Reading((word,), (), "every run reads it")
         group = key_meant(word, self._groups)
         after = rest[1] if rest[1:2] and _is_bare(rest[1]) and group in self._groups else ""
         if after and (option := self._option(str(group), after)):
             return Reading(tuple(rest[:2]), option, EQUALS)
+        kind = kind_of(group) if group is not None and group not in self._groups else None
+        if kind is not None and not kind.is_node:
+            if rest[1:2] and _is_bare(rest[1]) and not rest[1].startswith("-"):
+                return Reading(tuple(rest[:2]), self._argument(word, rest[1]), EQUALS)
+            if kind.hint is bool:
+                return Reading((word,), (f"{group}=true",), ALONE_WHY)
         if " " in word.strip() or re.search(r":\s", word):
             key, colon, value = word.partition(":")
             sure = re.fullmatch(r"[\w./]+", key) and (key in self._groups or kind_of(key) is not None)
@@ -262,7 +248,9 @@ class _Reader:
                 return Reading((word,), option, EQUALS)
             return Reading((word,), (text_argument("task.prompt", word),), ALONE_WHY)
         if word.lower() in ALONE:
-            return Reading((word,), (ALONE[word.lower()],), ALONE_WHY)
+            return Reading((word,), ALONE[word.lower()], ALONE_WHY)
+        if file := FILES.get(PurePath(word).suffix.lower()):
+            return Reading((word,), (f"{file}={word}",), ALONE_WHY)
         if option := self._option("", word):
             return Reading((word,), option, ALONE_WHY)
         if match := re.fullmatch(r"([\w./]*\w)([./:])(.+)", word):
@@ -298,10 +286,11 @@ class _Reader:
                     tuple(rest[:count]), (f"{meant}={','.join(re.findall(r'[0-9.]+', spoken))}",), SPACE
                 )
             return Reading(tuple(rest[:count]), self._argument(bare, spoken), SPACE)
+        parts = re.split(r"[,;&]\s*(?=[\w./]+=)", typed)  # "model=nano;job=plan"
         if meant in self._groups and " " in value:  # "job=plan model nano"
-            inner = read(
-                [f"{key}={value.split()[0]}", *value.split()[1:]], self._groups, flags={}, sweep=self._sweep
-            )
+            parts = [f"{key}={value.split()[0]}", *value.split()[1:]]
+        if len(parts) > 1 and (meant in self._groups or all(map(self._is_named, parts))):
+            inner = read(parts, self._groups, flags={}, sweep=self._sweep, fps=self._fps)
             if all(one.means for one in inner):
                 return Reading(tuple(rest[:count]), tuple(a for one in inner for a in one.means or ()), EQUALS)
         if count == 1 and self._is_right(typed, meant, kind):
@@ -315,6 +304,11 @@ class _Reader:
             means = ("-m", f"{meant}={value}")
         return Reading(tuple(rest[:count]), means, why or self._why(typed, key, value))
 
+    def _is_named(self, argument: str) -> bool:
+        """Whether a group or a key of the schema is before the equals sign."""
+        key = argument.partition("=")[0]
+        return key in self._groups or kind_of(key) is not None
+
     def _is_right(self, argument: str, meant: str | None, kind: Kind | None) -> bool:
         """Whether Hydra and OmegaConf accept the argument as it is, as far as names and kinds tell."""
         override = parsed(argument)
@@ -323,6 +317,8 @@ class _Reader:
         key = override.key_or_group
         if override.is_hydra_override() or key.split(".")[0] in ("hydra", "extras"):
             return True
+        if override.is_add() and meant == key and key not in self._groups:
+            return False
         if key in self._groups:
             values = override.value()
             names = [str(v) for v in values] if isinstance(values, list) else [str(values)]
@@ -333,21 +329,52 @@ class _Reader:
             return self._sweep and meant == key
         if isinstance(override.value(), str) and key.replace(".", "/") in self._groups:
             return False
+        if self._why_not_as_text(key, override.value()):
+            return False
         return meant == key and fits(kind, override.value())
+
+    def _why_not_as_text(self, key: str, value: object) -> str:
+        """Why a text that Hydra and OmegaConf accept sets something else than people mean; "" if it does not."""
+        kind = kind_of(key)
+        if value == "None" and kind is not None and kind.optional:
+            return NULL
+        return ONLY_A_NAME if key.endswith(".name") and value in self._groups.get(key[:-5], ()) else ""
 
     def _why(self, typed: str, key: str, value: str) -> str:
         if typed.translate(TYPOGRAPHIC) != typed and parsed(typed) is None:
             return QUOTES
-        if key.startswith("+") and key.lstrip("+") in self._groups:
-            return "a plus adds what is not there yet, and this group has an option already"
-        if parsed(typed) is not None:
-            return ""
+        plain = key.lstrip("+")
+        if plain in self._groups if key.startswith("++") else key.startswith("+") and self._is_named(plain):
+            return PLUS
+        if (override := parsed(typed)) is not None:
+            is_one = not override.is_delete() and not override.is_sweep_override()
+            return self._why_not_as_text(key, override.value()) if is_one else ""
         if not re.match(r"[\w./+~@-]+=(?!=)", typed):
             return EQUALS
         return TILDE if value.startswith("~") else SYNTAX
 
     def _argument(self, key: str, value: str) -> tuple[str, ...] | None:
         """The right arguments for a key and a value as they were typed."""
+        return self._set(key, value) or self._as_flag(key, value) or self._beside(key, value)
+
+    def _as_flag(self, key: str, value: str) -> tuple[str, ...] | None:
+        """The choice of the option that `key` names: `vae=tiled` for `vae.tiling=true`."""
+        node, _, word = key.replace("-", "_").lower().rpartition(".")
+        if value.lower() not in _TRUE or (node and node not in self._groups):
+            return None
+        return self._option(node, word)
+
+    def _beside(self, key: str, value: str) -> tuple[str, ...] | None:
+        """The one other key below the same node that has `value` among its names."""
+        node, _, _ = key.rpartition(".")
+        keys = [other for other in schema_keys() if node and other.startswith(f"{node}.")]
+        kinds = {other: kind for other in keys if (kind := kind_of(other)) is not None}
+        found = [
+            f"{other}={name}" for other, kind in kinds.items() for name in _words_of(value) if name in _names(kind)
+        ]
+        return (found[0],) if len(found) == 1 else None
+
+    def _set(self, key: str, value: str) -> tuple[str, ...] | None:
         value = value.translate(TYPOGRAPHIC)
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
             value = value[1:-1]
@@ -367,9 +394,13 @@ class _Reader:
         if meant == "hydra.run.dir":
             return (f"{meant}={PurePath(value).with_suffix('')}",)
         kind = kind_of(meant)
+        if meant.endswith(".name") and value in self._groups.get(meant[:-5], ()):
+            return (f"{meant[:-5]}={value}",)
         if (node := meant.replace(".", "/")) in self._groups:
             return self._option(node, value)
-        made = None if kind is None else written(kind, value, meant)
+        if kind is not None and kind.hint in (int, float) and (several := _several(value)):
+            return (*([] if self._sweep else ["-m"]), f"{meant}={several}")
+        made = None if kind is None else written(kind, value, meant, self._fps)
         return None if made is None else (made if made.startswith(f"{meant}=") else f"{meant}={made}",)
 
     def _option(self, group: str, value: str) -> tuple[str, ...] | None:
@@ -384,26 +415,55 @@ class _Reader:
         if not names:
             return None
         word = _folded(PurePath(names[0].removesuffix(".yaml")).name.lower().removeprefix("cosmos3"))
-        word = _folded(OTHER_VALUES.get(names[0].lower(), word))
+        # Also `h100_x8` for `8xH100`, and the name of another tool.
+        words = [word, re.sub(r"^(\d+)x(.+)$", r"\2x\1", word), *map(_folded, _words_of(names[0])[1:])]
 
         def exact(where: str) -> str | None:
-            return next((option for option in self._groups[where] if _folded(option) == word), None)
+            known = {_folded(option): option for option in self._groups[where]}
+            return next((known[each] for each in words if each in known), None)
 
+        options = self._groups.get(group, ())
         if group in self._groups and (option := exact(group)):
             return (f"{group}={option}",)
+        if begins := [option for option in options if len(word) > 2 and _folded(option).startswith(word)]:
+            return (f"{group}={nearest(word, begins) or begins[0]}",)
         below = [other for other in self._groups if group and other.startswith(f"{group}/") and exact(other)]
         anywhere = [other for other in self._groups if "/" not in other and exact(other)]
         for other in [*below[:1], *(anywhere if len(anywhere) == 1 else [])]:
             return (f"{other}={exact(other)}",)
-        near = nearest(word, self._groups.get(group, ()))
+        near = nearest(word, options)
         if near is not None:
             return (f"{group}={near}",)
         return self._argument("output_file", value) if group == "output" else None
 
 
-def written(kind: Kind, text: str, key: str) -> str | None:
+def _several(text: str) -> str | None:
+    """How several numbers are swept over: `range(1,6)` for `1-5`, and `1,2` for `[1,2]`."""
+    if match := re.fullmatch(r"(\d+)(?:-|\.\.+|:)(\d+)", text):
+        return f"range({match[1]},{int(match[2]) + 1})"
+    match = re.fullmatch(r"\[([\d.,\s]+)\]", text)
+    return re.sub(r"\s", "", match[1]) if match else None
+
+
+def _words_of(value: str) -> list[str]:
+    """`value` in lower case with underscores, and what it means if it is the word of another tool."""
+    word = re.sub(r"[-\s]+", "_", value.strip().lower())
+    return [word, OTHER_VALUES[word]] if word in OTHER_VALUES else [word]
+
+
+def _names(kind: Kind) -> Sequence[str]:
+    """The names that a key of this kind takes; none if it takes other values."""
+    if isinstance(kind.hint, type) and issubclass(kind.hint, Enum):
+        return list(kind.hint.__members__)
+    found: Sequence[str] = kind.limits.get("one_of", ())
+    return found
+
+
+def written(kind: Kind, text: str, key: str, fps: float = USUAL_FPS) -> str | None:
     """How the value `text` is written for a key of this kind, such as [2,2] for `2,2`; None if it cannot be."""
     text = text.strip()
+    if text == "None" and kind.optional:
+        return "null"
     bare = text.rstrip(",;").strip("\"' ")
     if typing.get_origin(kind.hint) is list:
         inner = typing.get_args(kind.hint)[0]
@@ -415,18 +475,14 @@ def written(kind: Kind, text: str, key: str) -> str | None:
         words = re.split(r"[,;x\s]+" if inner in (int, float) else r"[,;\s]+", bare.strip("[](){} "))
         made = [written(Kind(inner, False, {}), word, key) for word in words if word]
         return None if None in made or not made else f"[{','.join(map(str, made))}]"
-    names = kind.limits.get("one_of")
-    if isinstance(kind.hint, type) and issubclass(kind.hint, Enum):
-        names = list(kind.hint.__members__)
-    if names is not None:
-        last = bare.rpartition(".")[2].lower()
-        word = OTHER_VALUES.get(last, last)
-        return word if word in names else nearest(word, names)
+    if names := _names(kind):
+        words = _words_of(bare.rpartition(".")[2])
+        return next((word for word in words if word in names), None) or nearest(words[-1], names)
     if kind.hint is bool:
         low = bare.lower()
         return "true" if low in _TRUE else "false" if low in _FALSE else None
     if kind.hint in (int, float):
-        return _number(kind, bare, key)
+        return _number(kind, bare, key, fps)
     if kind.hint is str:
         if text.startswith("~/"):
             text = os.path.expanduser(text)
@@ -437,7 +493,9 @@ def written(kind: Kind, text: str, key: str) -> str | None:
     return None
 
 
-def _number(kind: Kind, text: str, key: str) -> str | None:
+def _number(kind: Kind, text: str, key: str, fps: float) -> str | None:
+    if text.lower() == "random" and kind.hint is int:
+        return str(_drawn(kind.limits.get("at_least", 0), min(kind.limits.get("at_most", 2**31), 2**31)))
     if re.fullmatch(r"\d{1,3}([,_ ]\d{3})+", text):
         text = re.sub(r"[,_ ]", "", text)
     if kind.hint is float:
@@ -447,10 +505,16 @@ def _number(kind: Kind, text: str, key: str) -> str | None:
         return None
     number = float(match[1])
     if key == "task.num_frames" and match[2].lower() in ("s", "sec", "secs", "seconds"):
-        number = round(number * 24) // 4 * 4 + 1  # a clip has 4 n + 1 frames; 24 per second is usual
+        number = round(number * fps) // 4 * 4 + 1  # a clip has 4 n + 1 frames
     if kind.hint is int:
         return str(round(number))
     return f"{number:g}"
+
+
+@cache
+def _drawn(low: int, high: int) -> int:
+    """A number that stays the same in all parts of an answer."""
+    return random.randint(low, high)
 
 
 def _is_bare(word: str) -> bool:

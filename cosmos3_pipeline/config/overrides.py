@@ -100,6 +100,8 @@ def mistaken(reading: Reading) -> Problem:
     if not works:
         key = key_meant(first.lstrip("-~"))
         works = f"{key}=VALUE" if key is not None else "key=value or group=option; see --help"
+        if reading.means == ():
+            works = f"the command without {first}" + (f", or {key}=VALUE" if key is not None else "")
     what = " ".join(reading.typed)
     if why == SYNTAX:
         key, _, value = first.partition("=")

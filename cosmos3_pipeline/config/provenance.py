@@ -148,14 +148,14 @@ def trace_with(loader: ConfigLoader, overrides: Sequence[str], config_name: str,
         loaded = loader._load_single_config(default, repository)
         source, lines = _origin(default.config_path, default.package or "", repository)
         because = _because(default, defaults, repository)
-        for key, value in _leaves(OmegaConf.to_container(loaded.config, enum_to_str=True), ""):
+        for key, value in leaves(OmegaConf.to_container(loaded.config, enum_to_str=True), ""):
             if not key.startswith("hydra."):
                 offers.setdefault(key, []).append(Offer(value, source, lines.get(key, 0), because))
     for override in defaults.config_overrides:
         if override.is_hydra_override() or override.is_delete():
             continue
         assert override.input_line is not None
-        for key, value in _leaves(override.value(), override.key_or_group):
+        for key, value in leaves(override.value(), override.key_or_group):
             offers.setdefault(key, []).append(Offer(value, override.input_line))
     return Provenance(offers, cfg)
 
@@ -250,11 +250,11 @@ def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
         yield from _lines(value, f"{prefix}{key.value}.")
 
 
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Dotted keys and raw values of plain containers: lists whole, `???` and defaults lists left out."""
     if isinstance(node, dict):
         for name, inner in node.items():
             if key or name != "defaults":
-                yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+                yield from leaves(inner, f"{key}.{name}" if key else str(name))
     elif node != MISSING:
         yield key, node

@@ -35,7 +35,7 @@ from cosmos3_pipeline.config.compose import Composition, compose
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import SCHEMA_GROUP, register, settings_schema
-from cosmos3_pipeline.config.provenance import NESTED, Provenance, trace_with
+from cosmos3_pipeline.config.provenance import NESTED, Offer, Provenance, for_people, leaves, trace_with
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.vae.plugins import REFERENCE
@@ -149,6 +149,39 @@ class Shortcut:
 
     def compose(self, overrides: Sequence[str]) -> PlainComposition:
         """The composition of `overrides`. Raises NotPlain."""
+        files, settings = self._listed(overrides)
+        values: dict[str, Any] = {}
+        for path, package in files:
+            _merge(values, _below(package, self._said(path)))
+        for key, value in settings:
+            # Hydra refuses a new key without `+`, and decides how an enum is written into words.
+            if isinstance(value, dict) or "${" in str(value) or not _has(values, key):
+                raise NotPlain
+            _set(values, key, value)
+        return PlainComposition(values, _config(values), overrides, self._source)
+
+    def traced(self, overrides: Sequence[str]) -> Provenance:
+        """The file or override of every value, without lines and reasons. Raises NotPlain."""
+        files, settings = self._listed(overrides)
+        offers = {key: [Offer(value, "the schema (schema)")] for key, value in _schema_leaves().items()}
+        for path, package in files:
+            file = Path(self._source.main or "") / f"{path}.yaml"
+            own = path in self._known
+            if own and not file.is_file():  # it is in another folder of the search path
+                raise NotPlain
+            source = for_people(file, file.parents[path.count("/")]) if own else f"the schema ({path})"
+            for key, value in leaves(_below(package, self._said(path)), ""):
+                offers.setdefault(key, []).append(Offer(value, source))
+        for (key, value), override in zip(settings, self._setting(overrides), strict=True):
+            offers.setdefault(key, []).append(Offer(value, override))
+        return Provenance(offers, self.compose(overrides).merged())
+
+    def _setting(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides that set a key and choose no option."""
+        return [one for one in overrides if one.partition("=")[0].partition("@")[0] not in self._groups]
+
+    def _listed(self, overrides: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, Any]]]:
+        """The configs to merge, each with its package, and the keys that `overrides` set. Raises NotPlain."""
         if self._source.name not in self._known:
             raise NotPlain
         choices: dict[str, Any] = {}
@@ -162,26 +195,19 @@ class Shortcut:
                 or override.is_sweep_override()
             ):
                 raise NotPlain
-            if override.package is not None or key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            if key == "hydra" or key.startswith(("hydra.", "hydra/")):
                 raise NotPlain
             if key in self._groups:
+                if override.package is not None:
+                    key = f"{key}@{override.package}"
                 if key in choices:
                     raise NotPlain
                 choices[key] = value
+            elif override.package is not None:
+                raise NotPlain
             else:
                 settings.append((key, value))
-        values: dict[str, Any] = {}
-        for path, package in _DefaultsList(self._known, self._source.name, choices).files:
-            said: Any = self._said(path)
-            for part in reversed(package.split(".") if package else []):
-                said = {part: said}
-            _merge(values, said)
-        for key, value in settings:
-            # Hydra refuses a new key without `+`, and decides how an enum is written into words.
-            if isinstance(value, dict) or "${" in str(value) or not _has(values, key):
-                raise NotPlain
-            _set(values, key, value)
-        return PlainComposition(values, _config(values), overrides, self._source)
+        return _DefaultsList(self._known, self._source.name, choices).files, settings
 
     def _said(self, path: str) -> dict[str, Any]:
         """The values of the config at `path`: a file's without its defaults list, or a plugin's settings."""
@@ -196,6 +222,18 @@ class Shortcut:
 @functools.lru_cache(maxsize=4096)
 def _parsed(overrides: tuple[str, ...]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _below(package: str, said: Any) -> Any:
+    """`said` at the dotted key `package`; "" is the root."""
+    for part in reversed(package.split(".") if package else []):
+        said = {part: said}
+    return said
+
+
+@functools.cache
+def _schema_leaves() -> dict[str, Any]:
+    return dict(leaves(OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True), ""))
 
 
 def _body(path: str, content: Any) -> dict[str, Any]:
@@ -236,17 +274,19 @@ class _DefaultsList:
         if set(self._choices) - self._met or len(set(self.files)) != len(self.files):
             raise NotPlain  # a choice of an unused group, or a file that is merged twice
 
-    def _walk(self, path: str, folder: str, package: str) -> list[tuple[str, str]]:
+    def _walk(self, path: str, folder: str, package: str, *, explicit: bool = False) -> list[tuple[str, str]]:
+        """The files of the config at `path`. `explicit`: its entry has a package, which wins over its header."""
         content = self._known.get(path)
         if content is None:
             if path == "schema" and not package:
                 return []  # the schema has types only, which `_config` checks
             return [(path, package)]  # a plugin's settings
         body, (header, _) = _body(path, content), content
-        if header:
-            if header != ["# @package _global_"] or path == self._primary:
-                raise NotPlain
-            package = ""
+        if header and not explicit:
+            said = re.fullmatch(r"# @package (_global_|[a-z]\w*(?:\.[a-z]\w*)*)", header[0])
+            if said is None or len(header) > 1 or path == self._primary:
+                raise NotPlain(path, header)
+            package = said[1].removeprefix("_global_")
         entries = body.get("defaults", [])
         if not entries:
             return [(path, package)]
@@ -270,8 +310,8 @@ class _DefaultsList:
                 return []
             if not isinstance(option, str) or "${" in option or "/" in option:
                 raise NotPlain
-            path = f"{group}/{option}"
-        return self._walk(path, path.rpartition("/")[0], package)
+            path = f"{group.partition('@')[0]}/{option}"
+        return self._walk(path, path.rpartition("/")[0], package, explicit="@" in (group or ""))
 
     def _children(self, entries: list[Any], folder: str, package: str) -> list[tuple[Any, str, str | None] | None]:
         """The configs of the entries: None for `_self_`, else path, package, and the group if it is an option."""
@@ -290,12 +330,17 @@ class _DefaultsList:
                 if kind == "override":
                     overridden = True
                     self._override(group, option, folder, package)
-                elif kind or overridden or "@" in group or group.startswith("/"):
+                elif kind or overridden or group.startswith("/"):
                     raise NotPlain
                 else:
+                    group, at, where = group.partition("@")
                     name = f"{folder}/{group}" if folder else group
                     below = ".".join([*([package] if package else []), *group.split("/")])
-                    if below != name.replace("/", "."):
+                    if at:
+                        if package or not re.fullmatch(r"[a-z]\w*", where) or where == below:
+                            raise NotPlain
+                        name, below = f"{name}@{where}", where
+                    elif below != name.replace("/", "."):
                         raise NotPlain  # the group is chosen by another key
                     children.append((option, below, name))
             else:
@@ -318,10 +363,13 @@ class _DefaultsList:
             return
         own = path.replace("/", ".")
         below = group.lstrip("/").replace("/", ".")
-        merged_into = where if at else f"_global_.{package}.{below}" if package else f"_global_.{below}"
-        if merged_into != f"_global_.{own}" or path in self._met:
+        if at and package and not where.startswith("_global_."):
             raise NotPlain
-        self._choices.setdefault(path, option)
+        into = where.removeprefix("_global_.") if at else f"{package}.{below}" if package else below
+        key = path if into == own else f"{path}@{into}"
+        if key in self._met:
+            raise NotPlain
+        self._choices.setdefault(key, option)
 
 
 def _merge(into: dict[str, Any], said: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.errors import Refusal
@@ -32,15 +32,13 @@ disks, memory and a cluster before the real one is downloaded.
 
 def main(arguments: Sequence[str]) -> int:
     """Run `cosmos3 make-checkpoint` with `arguments` and return the exit code: 0, or 2 for a Refusal."""
-    parser = argparse.ArgumentParser(
-        "cosmos3 make-checkpoint", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("cosmos3 make-checkpoint", DESCRIPTION, usage=REFUSED)
     layouts = "; ".join(f"{name}: {layout.what}" for name, layout in LAYOUTS.items())
     parser.add_argument("--layout", required=True, choices=LAYOUTS, help=layouts)
     parser.add_argument("--full-size", action="store_true", help="the real numbers of layers, heads and channels")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write; must not exist, or be empty")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse(arguments)
     try:
         make(asked.folder.expanduser(), asked.layout, full_size=asked.full_size, dtype=asked.dtype)
     except Refusal as refusal:

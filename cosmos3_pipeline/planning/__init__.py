@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cosmos3_pipeline.config.schema import Config
+    from cosmos3_pipeline.planning.checks import Checked
 
-__all__ = ["plan_of"]
+__all__ = ["plan_of", "summary_of"]
 
 
 def plan_of(cfg: Config) -> dict[str, Any]:
@@ -18,3 +19,10 @@ def plan_of(cfg: Config) -> dict[str, Any]:
     from cosmos3_pipeline.planning.plan import as_dict, make_plan
 
     return as_dict(make_plan(cfg))
+
+
+def summary_of(checked: Checked) -> dict[str, Any]:
+    """The plan's numbers that a review compares, see `planning.summary`. It uses the VAE's plans of the check."""
+    from cosmos3_pipeline.planning.summary import summary
+
+    return summary(checked.plan())

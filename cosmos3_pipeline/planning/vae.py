@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import build_strategy
@@ -18,6 +19,8 @@ from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
 from cosmos3_pipeline.vae.rates import ClipSeconds, Rates
 from cosmos3_pipeline.vae.strategy import Planned, Strategy, StrategyPlan
+
+Stage = TypeVar("Stage", bound="VaeStage")
 
 ELEMENT_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
@@ -156,17 +159,16 @@ def vae_plan(cfg: Config, direction: Direction, strategy: Strategy) -> VaePlan:
     """
     shape, ranks, rates = shape_of(cfg, direction), replica_ranks(cfg.topology), vae_rates(cfg)
     key = repr((direction, plain(cfg.model.vae), shape, ranks, rates, type(strategy), strategy))
-    if key not in _made:
+
+    def planned() -> VaePlan:
         program = program_for(direction, plain(cfg.model.vae))
         stage = _stage(program, shape, strategy.plan(program, shape, ranks), rates)
         plan, given = stage.plan, strategy
         if plan.assignment is not None and type(strategy).runner is Strategy.runner:
             given = Planned(plan.assignment, shape, strategy.name)
-        if len(_made) == MOST_MADE:
-            _made.clear()
-        _made[key] = VaePlan(program, shape, plan, stage.clocked, given)
-    planned = _made[key]
-    return _in_chunks(cfg, direction, planned)
+        return VaePlan(program, shape, plan, stage.clocked, given)
+
+    return _in_chunks(cfg, direction, _made_once(key, planned), key)
 
 
 def _stage(program: Program, shape: LatentShape, plan: StrategyPlan, rates: Rates) -> VaeStage:
@@ -175,14 +177,18 @@ def _stage(program: Program, shape: LatentShape, plan: StrategyPlan, rates: Rate
     return VaeStage(program, shape, replace(plan, clip=None), clocked)
 
 
-def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
-    """`planned`, with the further stages that a clip in chunks needs."""
+def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan, key: str) -> VaePlan:
+    """`planned`, which is kept under `key`, with the further stages that a clip in chunks needs."""
     shape, chunks = planned.shape, chunks_of(cfg)
 
     def another(**changes: Any) -> VaeStage:
         other = replace(shape, **changes)
-        plan = planned.strategy.plan(planned.program, other, len(planned.plan.shares))
-        return _stage(planned.program, other, plan, vae_rates(cfg))
+
+        def stage() -> VaeStage:
+            plan = planned.strategy.plan(planned.program, other, len(planned.plan.shares))
+            return _stage(planned.program, other, plan, vae_rates(cfg))
+
+        return _made_once(f"{other} {key}", stage)
 
     if direction == "decode":
         if chunks.count == 1 or not chunks.overlap:
@@ -196,6 +202,15 @@ def _in_chunks(cfg: Config, direction: Direction, planned: VaePlan) -> VaePlan:
     return replace(planned, beginnings=(first, later if chunks.count > 1 else None))
 
 
-# Plans by everything that they depend on. The jobs of a sweep and the cases of a review share many plans.
+def _made_once(key: str, make: Callable[[], Stage]) -> Stage:
+    if key not in made:
+        if len(made) >= MOST_MADE:
+            made.clear()
+        made[key] = make()
+    return cast(Stage, made[key])
+
+
+# Stages by everything that they depend on. The jobs of a sweep and the cases of a review share many of them. A
+# review puts a mapping here that keeps them for later reviews.
 MOST_MADE = 64
-_made: dict[str, VaePlan] = {}
+made: MutableMapping[str, VaeStage] = {}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.report import run_page, sweep_page
 
 USAGE = 3
@@ -23,14 +23,9 @@ Exit code: 0 written, 3 there is neither.
 
 def main(arguments: Sequence[str]) -> int:
     """Run `cosmos3 report` with `arguments` and return the exit code."""
-    parser = argparse.ArgumentParser(
-        "cosmos3 report", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("cosmos3 report", DESCRIPTION, usage=USAGE)
     parser.add_argument("folder", type=Path)
-    try:
-        folder = parser.parse_args(arguments).folder.absolute()
-    except SystemExit as exit_:
-        return USAGE if exit_.code else 0
+    folder = parser.parse(arguments).folder.absolute()
     if (folder / "sweep.json").is_file():
         print(sweep_page(folder))
     elif (folder / "metrics.json").is_file():

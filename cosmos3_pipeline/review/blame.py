@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.config.provenance import Link, Provenance
@@ -26,15 +26,10 @@ Which file or override set the value of KEY, and what each file of the defaults 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `cosmos3 blame` with `arguments`; returns the exit code: 0, or 3 if there is no such key."""
-    parser = argparse.ArgumentParser(
-        "cosmos3 blame", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("cosmos3 blame", DESCRIPTION, usage=USAGE)
     parser.add_argument("key", help="a key such as sampler.steps, or a node such as topology")
     parser.add_argument("overrides", nargs="*", help="as for a run")
-    try:
-        asked = parser.parse_args(arguments)
-    except SystemExit as exit_:  # argparse ends with 2, which means a refused composition here
-        return USAGE if exit_.code else 0
+    asked = parser.parse(arguments)
     try:
         traced = compose(asked.overrides).traced()
     except ConfigError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.review import files, render
 from cosmos3_pipeline.review.compare import Side, compare
 from cosmos3_pipeline.review.report import Report
@@ -35,9 +35,7 @@ Exit code: 0 same, 1 differs, 2 a case stopped composing or planning, 3 the comp
 def main(arguments: Sequence[str]) -> int:
     """Run `cosmos3 diff` with `arguments`, print the report and return the exit code."""
     options, *lists = _split(arguments)
-    parser = argparse.ArgumentParser(
-        "cosmos3 diff", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("cosmos3 diff", DESCRIPTION, usage=USAGE)
     parser.add_argument("base", nargs="?", help="a revision or a saved config.yaml (default: HEAD)")
     parser.add_argument("head", nargs="?", help="the other one (default: the working tree)")
     parser.add_argument("--conf", default="conf", help="the folder of the project's configs (default: conf)")
@@ -48,10 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         choices=("plan", "invalid", "exactness"),
         help="exit with 1 only when a plan changes, never, or when a stage becomes less exact; 2 stays",
     )
-    try:
-        asked = parser.parse_args(options)
-    except SystemExit as exit_:  # argparse ends with 2, which means something else here
-        return USAGE if exit_.code else 0
+    asked = parser.parse(options)
     try:
         report = _report(asked.base, asked.head, lists, asked.conf, asked.config_name)
     except ReviewError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos3_pipeline.config.closure import Contents, defaults, first_line, named
+from cosmos3_pipeline.config.closure import Contents, chosen_as, defaults, first_line, named
 from cosmos3_pipeline.review.renames import alike, best_matches
 from cosmos3_pipeline.review.report import ABSENT, Change
 
@@ -80,32 +80,33 @@ def compared(old: Contents, new: Contents, conf: Path, shown: str, primary: str)
         for b in came
         if a.rpartition("/")[0] == b.rpartition("/")[0] or a.rpartition("/")[2] == b.rpartition("/")[2]
     )
-    renamed = {_option(a): _option(b) for a, b in moved.items()}
+    before, now = (chosen_as(known, primary) for known in (old, new))
+    renamed = {_option(a, before): _option(b, now) for a, b in moved.items()}
     added = [path for path in came if path not in moved.values()]
     return FileChanges(
         renamed=renamed,
-        groups=_groups(old, new, moved, primary),
-        still={_option(path): files for path in moved if (files := tuple(_naming(path, new, shown)))},
-        gone=tuple(_option(path) for path in gone if path.startswith("hydra/")),
-        new=tuple(_option(path) for path in added if path.startswith("hydra/")),
-        abouts={_option(path): first_line(conf / f"{path}.yaml") for path in added},
+        groups=_groups(old, new, moved, now),
+        still={_option(path, before): files for path in moved if (files := tuple(_naming(path, new, shown)))},
+        gone=tuple(_option(path, before) for path in gone if path.startswith("hydra/")),
+        new=tuple(_option(path, now) for path in added if path.startswith("hydra/")),
+        abouts={_option(path, now): first_line(conf / f"{path}.yaml") for path in added},
         hydra=tuple(_hydra(old, new, moved, shown, primary)),
     )
 
 
-def _option(path: str) -> str:
-    return "=".join(path.rsplit("/", 1))
+def _option(path: str, chosen: Mapping[str, str]) -> str:
+    group, _, name = path.rpartition("/")
+    return f"{chosen.get(group, group)}={name}"
 
 
-def _groups(old: Contents, new: Contents, moved: Mapping[str, str], primary: str) -> dict[str, str]:
-    entries = [str(words).split()[-1] for e in defaults(new.get(primary)) if isinstance(e, dict) for words in e]
-    chosen_as, found = {words.partition("@")[0]: words for words in entries}, {}
+def _groups(old: Contents, new: Contents, moved: Mapping[str, str], chosen: Mapping[str, str]) -> dict[str, str]:
+    found = {}
     for group in {path.rpartition("/")[0] for path in moved}:
         options = [path.removeprefix(f"{group}/") for path in old if path.rpartition("/")[0] == group]
         to = {moved.get(f"{group}/{option}", "").removesuffix(f"/{option}") for option in options}
         if len(to) == 1 and to != {group} and not any(path.startswith(f"{group}/") for path in new):
             found[group] = to.pop()
-    return {group: chosen_as.get(to, to) for group, to in found.items() if to}
+    return {group: chosen.get(to, to) for group, to in found.items() if to}
 
 
 def _naming(path: str, known: Contents, shown: str) -> Iterator[str]:
@@ -126,7 +127,7 @@ def _hydra(old: Contents, new: Contents, moved: Mapping[str, str], shown: str, p
             values = before.get(key, ABSENT), after.get(key, ABSENT)
             if values[0] != values[1]:
                 places = (f"{shown}/{was}.yaml",), (f"{shown}/{path}.yaml",)
-                runs = "every run" if path == primary else f"runs with {_option(path)}"
+                runs = "every run" if path == primary else f"runs with {_option(path, chosen_as(new, primary))}"
                 yield Change(0, key, "", *values, places, (), (), runs)
 
 

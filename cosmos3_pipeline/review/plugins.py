@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.vae.plugins import ENTRY_POINT_GROUP, discover
 
 BROKEN = 1  # exit code when a plugin cannot be used
@@ -22,13 +22,8 @@ Exit code: 0 all can be used, 1 at least one is broken.
 
 def main(arguments: Sequence[str]) -> int:
     """Run `cosmos3 plugins` with `arguments` and return the exit code."""
-    parser = argparse.ArgumentParser(
-        "cosmos3 plugins", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    try:
-        parser.parse_args(arguments)
-    except SystemExit as exit_:
-        return USAGE if exit_.code else 0
+    parser = Arguments("cosmos3 plugins", DESCRIPTION, usage=USAGE)
+    parser.parse(arguments)
     found, console = discover(), Console(markup=False)
     table = Table(title=f"{len(found.strategies)} strategies", title_justify="left")
     for column in ("name", "directions", "exactness", "class"):

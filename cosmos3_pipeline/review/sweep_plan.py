@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.source import BUILTIN
 from cosmos3_pipeline.config.sweep import jobs_of
@@ -34,19 +34,13 @@ Exit code: 0 all can run, 2 at least one would be refused, 3 the sweep cannot be
 
 def main(arguments: Sequence[str]) -> int:
     """Run `cosmos3 sweep-plan` with `arguments` and return the exit code."""
-    parser = argparse.ArgumentParser(
-        "cosmos3 sweep-plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("cosmos3 sweep-plan", DESCRIPTION, usage=USAGE)
     parser.add_argument("overrides", nargs="*", help="as for a run with -m, after --")
     parser.add_argument("--format", choices=("text", "json"), default="text")
-    try:
-        asked = parser.parse_args(arguments)
-    except SystemExit as exit_:  # argparse ends with 2, which means a refused job here
-        return USAGE if exit_.code else 0
-    overrides = [o for o in asked.overrides if o not in ("-m", "--multirun")]
+    asked = parser.parse([word for word in arguments if word not in ("-m", "--multirun")])
     try:
         with BUILTIN.opened() as loader:
-            listed = jobs_of(overrides, loader)
+            listed = jobs_of(asked.overrides, loader)
         jobs = [plan_job(job) for job in listed]
     except ConfigError as error:
         print(error, file=sys.stderr)

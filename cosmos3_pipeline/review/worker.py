@@ -2,8 +2,9 @@
 
 `revisions.py` starts this script with the revision's tree first on the import path. It reads requests from
 standard input and writes answers to standard output, one JSON text per line. It needs only two functions of the
-revision: `cosmos3_pipeline.compose(overrides)`, and `plan_of(cfg)` of the package that plans, if there is one. The
-work with Hydra is done by the caller's modules in the folder `tools`, which is the caller's `config/`.
+revision: `cosmos3_pipeline.compose(overrides)`, and `plan_of(cfg)` of the package that plans, if there is one.
+What else it uses makes it faster, and older revisions lack some of it. The work with Hydra is done by the
+caller's modules in the folder `tools`, which is the caller's `config/`.
 
     request  {"conf": folder, "name": primary config, "hidden": [path], "tools": folder,
               "cases": {name: overrides}, "options": bool}, and "located": whether problems name their origin
@@ -43,10 +44,28 @@ def main() -> None:
         os.chdir(request["root"])  # paths in messages begin there
         # An editable installation puts the caller's own tree on the path as well.
         sys.path[:] = [p for p in sys.path if p not in request["hidden"]]
+        _keep_plans()
         answers = _trace if "trace" in request else _both if "others" in request else _survey
         with _mistakes_told(located=request.get("located", False)):
             answer = answers(request)
         print(json.dumps(answer), file=answer_to, flush=True)
+
+
+def _keep_plans() -> None:
+    """Keep the plans of the VAE on disk, apart for each version of the code that makes them."""
+    try:
+        from cosmos3_pipeline.planning import vae
+        from cosmos3_pipeline.vae.plugins import discover
+    except ImportError:  # an older revision
+        return
+    kept = _module(Path(__file__).with_name("kept.py"))
+    if not hasattr(vae, "made") or isinstance(vae.made, kept.Kept):
+        return
+    names = {"cosmos3_pipeline", *(cls.__module__.partition(".")[0] for cls in discover().strategies.values())}
+    # A package without a file has its folders in `__path__`.
+    folders = {Path(folder) for name in names for folder in getattr(sys.modules[name], "__path__", ())}
+    if all(hasattr(sys.modules[name], "__path__") for name in names):  # a module alone has no folder of its own
+        vae.made = kept.Kept(kept.kept_in(), folders)
 
 
 def _survey(request: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +129,10 @@ class _Side:
 
     def _options(self) -> list[str]:
         if isinstance(self.known.get(self._request["name"]), list):
-            return list(_tool(self._request, "options").options(str(self._conf), self._request["name"]))
+            named = _tool(self._request, "closure").chosen_as(self.known, self._request["name"])
+            found = _tool(self._request, "options").options(str(self._conf), self._request["name"])
+            parts = [option.partition("=") for option in found]
+            return [f"{named.get(group, group)}={name}" for group, _, name in parts]
         # Hydra lists no options if it cannot parse the primary config.
         paths = [path.rpartition("/") for path in sorted(self.known) if not path.startswith(("hydra/", "_"))]
         return [f"{group}={option}" for group, _, option in paths if group and not option.startswith("_")]
@@ -186,8 +208,9 @@ class _Side:
     ) -> dict[str, Any]:
         """The answer for one case: its config, and its plan if `planned`, or the problems that refuse it."""
         try:
-            cfg = _checked(made, plan_vae)
-            told = {"config": self._flat(cfg), "plan": _plan(cfg) if planned else None}
+            checked = _checked(made, plan_vae)
+            cfg = getattr(checked, "config", checked)
+            told = {"config": self._flat(cfg), "plan": _plan(checked, cfg) if planned else None}
         # The code of another revision may raise anything, and the error is the answer for this case.
         except Exception as error:
             self._remember(overrides, error)
@@ -197,6 +220,7 @@ class _Side:
 
 
 def _checked(made: Any, plan_vae: bool) -> Any:
+    """The checked composition; only its config if an older revision's `compose` has checked it already."""
     if isinstance(made, Exception):
         raise made
     if not (hasattr(made, "typed") or hasattr(made, "cfg")):  # an older revision's compose checks too
@@ -206,13 +230,13 @@ def _checked(made: Any, plan_vae: bool) -> Any:
     known = inspect.signature(check_composition).parameters  # an older revision always plans the VAE
     how: dict[str, Any] = {"plan_vae": plan_vae} if "plan_vae" in known else {}
     try:
-        return check_composition(made, **how).config
+        return check_composition(made, **how)
     except Exception as error:
         if type(error).__name__ != "NotPlain":
             raise
     from cosmos3_pipeline.config.compose import compose
 
-    return check_composition(compose(made.overrides, made.source), **how).config
+    return check_composition(compose(made.overrides, made.source), **how)
 
 
 def _real_models(conf: Path, known: Any) -> set[str]:
@@ -228,7 +252,8 @@ def _real_models(conf: Path, known: Any) -> set[str]:
 
 def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
     """Further overrides for planning `option`. Alone it could be a 16B model on a laptop, or a toy on 8 GPUs."""
-    group, _, name = option.partition("=")
+    words, _, name = option.partition("=")
+    group = words.rpartition("@")[2]  # a group's package is its old name, if it was renamed
     if group == "model" and name in real:
         others = [other for other in options if other.startswith("topology=h")]
         return ["topology=h200_x4"] if "topology=h200_x4" in others else others[:1]
@@ -271,12 +296,18 @@ def _mistakes_told(*, located: bool) -> Iterator[None]:
 
 def _tool(request: dict[str, Any], name: str) -> Any:
     """The caller's module `name`, even if the revision has a module of that name."""
-    spec = importlib.util.spec_from_file_location(f"_{name}", Path(request["tools"]) / f"{name}.py")
+    return _module(Path(request["tools"]) / f"{name}.py")
+
+
+def _module(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_{file.stem}", file)
     assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # dataclasses look their module up
-    spec.loader.exec_module(tool)
-    return tool
+    if spec.name in sys.modules:
+        return sys.modules[spec.name]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def _words(problem: Any, error: Exception) -> dict[str, str]:
@@ -303,7 +334,10 @@ def _raised_in(error: Exception) -> list[str]:
     return []
 
 
-def _plan(cfg: Any) -> dict[str, Any] | None:
+def _plan(checked: Any, cfg: Any) -> dict[str, Any] | None:
+    planning: Any = importlib.import_module("cosmos3_pipeline.planning") if checked is not cfg else None
+    if hasattr(planning, "summary_of"):
+        return dict(planning.summary_of(checked))
     for room in ("planning", "plan"):  # the name today, and the name in older revisions
         try:
             plan_of = getattr(importlib.import_module(f"cosmos3_pipeline.{room}"), "plan_of", None)
@@ -319,26 +353,31 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
     register()
     conf, name = Path(request["conf"]), request["name"]
     provenance, known = _tool(request, "provenance"), _tool(request, "closure").contents_around(conf, name)
+    quick = _quick_trace(conf, name, known)
     answers = []
     for overrides, keys in request["trace"]:
-        cfg = _merged(overrides, conf, name, known)
-        traced = provenance.trace(overrides, conf, config_name=name, cfg=cfg)
+        traced = quick(overrides) or provenance.trace(overrides, conf, config_name=name)
         chains = {key: traced.chain(key) for key in keys}
         answers.append({key: [c[-1].winner.source, c[-1].key] for key, c in chains.items() if c})
     return {"trace": answers}
 
 
-def _merged(overrides: list[str], conf: Path, name: str, known: Any) -> Any:
-    """The composed config of `overrides` if the shortcut can compose it; else None."""
+def _quick_trace(conf: Path, name: str, known: Any) -> Any:
+    """What traces overrides without Hydra, or answers None if it cannot."""
     try:
         from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
         from cosmos3_pipeline.config.source import Source
     except ImportError:  # an older revision
-        return None
-    try:
-        return Shortcut(Source(str(conf), name), known).compose(overrides).merged()
-    except NotPlain:
-        return None
+        return lambda overrides: None
+    shortcut = Shortcut(Source(str(conf), name), known)
+
+    def trace(overrides: list[str]) -> Any:
+        try:
+            return shortcut.traced(overrides) if hasattr(shortcut, "traced") else None
+        except NotPlain:
+            return None
+
+    return trace
 
 
 if __name__ == "__main__":

@@ -57,4 +57,6 @@ def test_zsh() -> None:
 def test_the_command_prints_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     for name, script in completion.SCRIPTS.items():
         assert completion.main([name]) == 0 and capsys.readouterr().out == script
-    assert completion.main(["tcsh"]) == completion.USAGE
+    with pytest.raises(SystemExit) as ended:
+        completion.main(["tcsh"])
+    assert ended.value.code == completion.USAGE

@@ -183,12 +183,56 @@ def meant(typed: str) -> str | None:
         pytest.param("vae=tiled,replicated", "-m|vae=tiled,replicated", id="sweep without -m"),
         pytest.param("-m|sampler.seed=1,|2", "-m|sampler.seed=1,2", id="space in a sweep"),
         pytest.param("output=video.mp4", "hydra.run.dir=video", id="file for a folder"),
+        pytest.param("topology.accelerator=cuda", "topology.device=cuda", id="value of the key beside"),
+        pytest.param("sampler.scheduler=euler|mode=txt2img", "sampler=unipc|task=t2i", id="group of another tool"),
+        pytest.param("weights=cpu|offload=true", "weights=streamed|weights=streamed", id="option of another tool"),
+        pytest.param("vae.parallel=true|vae.tiling=True", "vae=parallel|vae=tiled", id="option as a flag"),
+        pytest.param("--enable-model-cpu-offload|--dry-run", "weights=streamed|job=plan", id="flag for an option"),
+        pytest.param("vae.tiling=false", None, id="no option for off"),
+        pytest.param("--tensor-parallel-size|4", "topology.ulysses=4", id="flag of another tool"),
+        pytest.param("prompt|a kite|seed|42", "task.prompt=a kite|sampler.seed=42", id="key before its value"),
+        pytest.param("task.sound", "task.sound=true", id="key alone"),
+        pytest.param("launch.py|a.jpg|b.mp4", "task.image=a.jpg|task.video=b.mp4", id="file alone"),
+        pytest.param("+sampler.seed=4|++task.fps=8", "sampler.seed=4|++task.fps=8", id="plus for a key"),
+        pytest.param("~task.image", "", id="deleted key"),
+        pytest.param(
+            "-m|sampler.seed=1-5|task.fps=[8,16]", "-m|sampler.seed=range(1,6)|task.fps=8,16", id="range"
+        ),
+        pytest.param("sampler.seed=1..3", "-m|sampler.seed=range(1,4)", id="range without -m"),
+        pytest.param("topology=8xH100|topology=cpu", "topology=h100_x8|topology=cpu_x4", id="part of an option"),
+        pytest.param("model=nano;job=plan", "model=nano|job=plan", id="semicolon"),
+        pytest.param("task.prompt=a=b, c=d", 'task.prompt="a=b, c=d"', id="equals in a text"),
+        pytest.param("model.name=nano", "model=nano", id="name of an option"),
+        pytest.param("task.negative_prompt=None", "task.negative_prompt=null", id="None"),
         pytest.param("xyzzy", None, id="no meaning"),
         pytest.param("vae.decode=none", None, id="no option"),
     ],
 )
 def test_a_mistyped_command_line_means(typed: str, right: str | None) -> None:
     assert meant(typed) == right
+
+
+@pytest.mark.parametrize(
+    ("typed", "command"),
+    [
+        pytest.param("task.num_frames=5s|task.fps=16", "task.num_frames=81 task.fps=16", id="seconds at a rate"),
+        pytest.param("task.fps=1000|model=nano", "task.fps=120 model=nano", id="out of range"),
+        pytest.param("sampler.steps=twenty", None, id="a word for a number"),
+    ],
+)
+def test_the_command_to_copy_depends_on_the_rest(
+    typed: str, command: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cosmos3"])
+    with pytest.raises(ConfigError) as refused:
+        check_composition(compose(typed.split("|")))
+    found = cli._corrected(typed.split("|"), [problem.works for problem in refused.value.problems])
+    assert found == (command and f"cosmos3 {command}")
+    assert command is None or refused.value.problems[0].works == command.split()[0]
+
+
+def test_a_random_seed_is_one_number_in_the_whole_answer() -> None:
+    assert meant("sampler.seed=random") == meant("seed=random") != "sampler.seed=random"
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_hydra_composes_what_is_not_plain(overrides: list[str], plain: bool) -> 
         assert chains[0] == chains[1]
 
 
+def test_origins_are_those_that_hydra_tells() -> None:
+    overrides = ["topology=h200_x4", "model=nano", "sampler.steps=3", "vae/decode=tiled"]
+    traced, by_hydra = Shortcut(BUILTIN, contents(config_dir())).traced(overrides), compose(overrides).traced()
+    assert by_hydra is not None and traced.keys == by_hydra.keys
+    for key in traced.keys:
+        ends = [one.chain(key)[-1] for one in (traced, by_hydra)]
+        assert len({(end.key, end.winner.source) for end in ends}) == 1, key
+
+
 FILMS = """
 defaults: [_self_, config, override topology: box, override model: little]
 hydra: {searchpath: [pkg://cosmos3_pipeline.conf]}
@@ -92,6 +101,28 @@ def test_another_repositorys_configs_stand_before_the_librarys(tmp_path: Path) -
     # Only the library's primary config names the group, and still a choice in it is seen.
     assert "sampler/mine" in files_of(["sampler=mine"], known, "films")
     assert "sampler/mine" not in files_of(["sampler=mine"], contents(tmp_path), "films")
+
+
+def test_a_group_may_have_a_package(tmp_path: Path) -> None:
+    """The group `weights` is renamed to `placement@weights`, and a file says its package itself."""
+    conf = tmp_path / "conf"
+    shutil.copytree(config_dir(), conf)
+    (conf / "weights").rename(conf / "placement")
+    for file, old, new in (
+        ("config", "- weights:", "- placement@weights:"),
+        ("placement/streamed", "placement: streamed", "placement: streamed\n# moved"),
+        ("topology/cpu_x4", "\n  - _self_", "\n  - override /placement@_global_.weights: streamed\n  - _self_"),
+        ("sampler/unipc", "# ", "# @package sampler\n# "),
+    ):
+        text = (conf / f"{file}.yaml").read_text()
+        assert old in text
+        (conf / f"{file}.yaml").write_text(text.replace(old, new, 1))
+    source = Source(str(conf))
+    shortcut = Shortcut(source, contents(conf))
+    for overrides in [], ["placement@weights=streamed"], ["topology=cpu_x4"]:
+        assert repr(shortcut.compose(overrides).typed()) == repr(compose(overrides, source).typed()), overrides
+    with pytest.raises(NotPlain):
+        shortcut.compose(["placement=streamed"])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +208,7 @@ Edit = tuple[str, str, str]  # file, old, new
         pytest.param([], ("sampler/unipc", "seed: 0", "seed: ???"), id="a value is missing"),
         pytest.param([], ("sampler/unipc", "cache: none", "cache@_global_.cache: none"), id="another package"),
         pytest.param([], ("sampler/unipc", "cache: none", "override /job: plan"), id="of another package"),
-        pytest.param([], ("topology/cpu_x1", "# ", "# @package topology\n# "), id="a header"),
+        pytest.param([], ("topology/cpu_x1", "# ", "# @package _group_\n# "), id="a header"),
         pytest.param(
             ["experiment=sglang_27037"],
             ("experiment/sglang_27037", "# @package", "# Words.\n# @package"),

@@ -78,7 +78,10 @@ def test_what_the_command_line_needs_imports_nothing_heavy() -> None:
 
 
 def test_only_config_and_the_command_line_know_hydra_and_omegaconf() -> None:
-    """Below them there are typed dataclasses. The kit asks OmegaConf whether it can hold a plugin's settings."""
+    """Below them there are typed dataclasses.
+
+    A tracker is a callback of Hydra. The kit asks OmegaConf whether it can hold a plugin's settings.
+    """
     knowing = [
         LIBRARY / "config",
         LIBRARY / "trackers",
