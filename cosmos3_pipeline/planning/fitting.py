@@ -14,7 +14,7 @@ from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import chunks_of, replica_ranks
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
-from cosmos3_pipeline.vae.strategy import Exactness
+from cosmos3_pipeline.vae.strategy import Exactness, OwnRunner
 
 # Largest difference of log(width / height) between a suggested size and the size that was asked for.
 SAME_RATIO = 0.1
@@ -89,7 +89,9 @@ def _decodes(cfg: Config) -> Iterator[tuple[str, Config]]:
     found = discover()
     required = Exactness(cfg.vae.required_exactness)
     for name, cls in found.strategies.items():
-        if name != REFERENCE and "decode" in cls.directions and cls.exactness.satisfies(required):
+        if name == REFERENCE or not (issubclass(cls, OwnRunner) or cls().variants(replica_ranks(cfg.topology))):
+            continue  # `auto` only chooses among the others
+        if "decode" in cls.directions and cls.exactness.satisfies(required):
             settings = {"_target_": found.target(name), **asdict(cls())}  # type: ignore[call-overload]
             vae = replace(cfg.vae, parallel_decode=True, decode=settings)
             yield f"vae.parallel_decode=true vae/decode={name}", replace(cfg, vae=vae)

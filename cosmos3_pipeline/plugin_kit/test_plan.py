@@ -16,9 +16,11 @@ from cosmos3_pipeline.config.plugins import settings_schema
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.plugin_kit.cases import CASES, DIRECTIONS, Case
 from cosmos3_pipeline.plugin_kit.subject import Subject
+from cosmos3_pipeline.vae.clock import flops_until_end
+from cosmos3_pipeline.vae.planning import assigned, plan_of
 from cosmos3_pipeline.vae.plugins import ENTRY_POINT_GROUP
 from cosmos3_pipeline.vae.program import Direction
-from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError, StrategyPlan
+from cosmos3_pipeline.vae.strategy import Exactness, OwnRunner, Strategy, StrategyError, StrategyPlan
 
 MANY_RANKS = (16, 1000)
 
@@ -113,6 +115,16 @@ def test_plans_are_whole(case: Case, ranks: int, strategy: Strategy) -> None:
         assert sum(share.flops for share in plan.shares) >= program.flops(case.shape)
         weights = sum(share.weight_bytes for share in plan.shares)
         assert weights >= program.weight_elements() * case.shape.element_bytes
+
+
+def test_plans_are_those_of_its_assignments(case: Case, ranks: int, strategy: Strategy) -> None:
+    if isinstance(strategy, OwnRunner):
+        pytest.skip("an OwnRunner declares its plan")
+    for direction, plan in plans(strategy, case, ranks):
+        program = case.program(direction)
+        computed = plan_of(strategy, program, case.shape, assigned(strategy, program, case.shape, ranks), ranks)
+        assert plan == computed, "its `plan` is not what its blocks take; only an OwnRunner declares a plan"
+        assert plan.clip is not None and flops_until_end(plan.clip) == plan.until_end, "its clip is another"
 
 
 def test_plans_depend_on_their_arguments_alone(case: Case, several: int, strategy: Strategy) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 
+from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.vae.account import account_repeated
 from cosmos3_pipeline.vae.assignment import Assignment, AssignmentError, Block, Layout, Tile, whole_picture
 from cosmos3_pipeline.vae.clock import flops_until_end
@@ -21,6 +22,24 @@ from cosmos3_pipeline.vae.strategy import (
     StrategyPlan,
 )
 
+_ROUNDED = 1e-6  # sums of costs are rounded
+
+
+def assigned(strategy: Strategy, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+    """What `strategy` assigns. Raises StrategyError also if its code fails: a plugin must not end others' work."""
+    try:
+        assignment = strategy.assign(program, shape, ranks)
+    except Refusal:
+        raise
+    except Exception as error:
+        raise StrategyError(
+            f"{strategy.name} failed: {type(error).__name__}: {error}",
+            "its `assign` has a fault",
+            "use another strategy, or mend the plugin",
+        ) from error
+    _is_for(ranks, strategy, assignment)
+    return assignment
+
 
 def plan_of(
     strategy: Strategy, program: Program, shape: LatentShape, assignment: Assignment, ranks: int
@@ -30,7 +49,6 @@ def plan_of(
     Raises StrategyError if the blocks are no assignment, if a rank has no work, or if the result is less exact
     than the strategy promises.
     """
-    _is_for(ranks, strategy, assignment)
     with named(strategy):
         clip = lower_repeated(program, shape, assignment)
     lowered = clip.short
@@ -70,6 +88,12 @@ def _is_for(ranks: int, strategy: Strategy, assignment: Assignment) -> None:
             f"{strategy.name} returned {given}",
             f"it was asked for an assignment for {ranks} ranks",
             f"mend its `assign`: return Assignment.of({ranks}, blocks)",
+        )
+    if assignment.speed_up and assignment.speed_up > ranks * (1 + _ROUNDED):
+        raise StrategyError(
+            f"{strategy.name} says that {ranks} ranks are {assignment.speed_up:.4g} times as fast as one",
+            "they do the same work",
+            "mend its `assign`: leave speed_up out, or give the one that its costs allow",
         )
     if wrong := [block for block in assignment.blocks if not isinstance(block, Block)]:
         raise StrategyError(

@@ -10,7 +10,7 @@ from cosmos3_pipeline.vae.assignment import Assignment
 from cosmos3_pipeline.vae.clock import FlopCosts, Links, OpCosts, timeline
 from cosmos3_pipeline.vae.lowering import lower_repeated
 from cosmos3_pipeline.vae.ops import LatentShape
-from cosmos3_pipeline.vae.planning import exactness_of
+from cosmos3_pipeline.vae.planning import assigned, check, exactness_of
 from cosmos3_pipeline.vae.program import Program
 from cosmos3_pipeline.vae.strategy import Exactness, OwnRunner, Strategy
 
@@ -32,7 +32,10 @@ def variants(strategies: Iterable[type[Strategy]], program: Program, ranks: int)
     """
     for cls in strategies:
         if program.direction in cls.directions and not issubclass(cls, OwnRunner):
-            yield from cls().variants(ranks)
+            try:
+                yield from cls().variants(ranks)
+            except Exception:  # a plugin must not end the search; its own plan says what is wrong with it
+                yield cls()
 
 
 def search(
@@ -47,18 +50,20 @@ def search(
 ) -> list[Found]:
     """The assignments of `strategies` for a clip of `shape`, fastest first; at equal speed, the more exact first.
 
-    Strategies that refuse the clip are left out, and so are results less exact than `required`. Without `costs`
-    the time of an op is its FLOPs.
+    Strategies that refuse the clip are left out, and so are results less exact than `required`, and every
+    approximate result, because users must choose these by name. Without `costs` the time of an op is its FLOPs.
     """
+    required = min(required, Exactness.ROUNDING, key=list(Exactness).index)
     found: list[tuple[tuple[float, int, int], Found]] = []
     for number, strategy in enumerate(variants(strategies, program, ranks)):
         try:
-            assignment = strategy.assign(program, shape, ranks)
+            assignment = assigned(strategy, program, shape, ranks)
             clip = lower_repeated(program, shape, assignment)
+            check(strategy, clip.short)
         except Refusal:
-            continue  # it cannot do this clip on this number of ranks
+            continue  # it cannot do this clip on this number of ranks, or promises what its blocks do not have
         exactness = exactness_of(clip.short)
-        if not exactness.satisfies(required) or any(not clip.short.ops(rank) for rank in range(ranks)):
+        if not exactness.satisfies(required):
             continue
         seconds = clip.total(lambda lowered: timeline(lowered, costs or FlopCosts(lowered), links).seconds)
         order = (seconds, list(Exactness).index(exactness), number)

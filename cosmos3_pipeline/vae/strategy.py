@@ -156,9 +156,9 @@ class Strategy(ABC):
 
     def plan(self, program: Program, shape: LatentShape, ranks: int) -> StrategyPlan:
         """The work, memory and messages of each rank. Raises StrategyError."""
-        from cosmos3_pipeline.vae.planning import plan_of
+        from cosmos3_pipeline.vae.planning import assigned, plan_of
 
-        return plan_of(self, program, shape, self.assign(program, shape, ranks), ranks)
+        return plan_of(self, program, shape, assigned(self, program, shape, ranks), ranks)
 
     def runner(self, vae: BoundVae, comm: Comm, direction: Direction) -> Runner:
         """The runner of `direction` on this rank. It binds weights when it gets the first clip."""

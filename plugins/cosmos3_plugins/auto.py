@@ -75,7 +75,7 @@ class Auto(Strategy):
                     "times are what is to be done divided by it" if least else "no message arrives before it left",
                     f"give at least {least}",
                 )
-        required = min(Exactness(self.require), Exactness.ROUNDING, key=list(Exactness).index)
+        required = Exactness(self.require)
         rates = self._rates(shape)
         found = search(
             discover().strategies.values(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from vae_models import WAN22, vae_config
@@ -10,10 +12,16 @@ from vae_models import WAN22, vae_config
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.planning.plan import make_plan
 from cosmos3_pipeline.planning.search import search
+from cosmos3_pipeline.vae.assignment import Assignment, Block
+from cosmos3_pipeline.vae.costs import RooflineCosts
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.program import Program, decoder_program, encoder_program
-from cosmos3_pipeline.vae.strategy import Exactness, StrategyError
+from cosmos3_pipeline.vae.search import search as search_vae
+from cosmos3_pipeline.vae.strategy import Exactness, Strategy, StrategyError
 from cosmos3_plugins.auto import Auto
+from cosmos3_plugins.layer_pipeline import LayerPipeline
+from cosmos3_plugins.replicated import Replicated
+from cosmos3_plugins.spatial_shard import SpatialShard
 
 DECODER, ENCODER = decoder_program(vae_config(WAN22)), encoder_program(vae_config(WAN22))
 LONG, IMAGE = LatentShape(1, 33, 22, 40), LatentShape(1, 1, 22, 40)
@@ -65,3 +73,55 @@ def test_it_the_plan_and_the_search_agree(overrides: list[str]) -> None:
 def test_an_exactness_that_there_is_not() -> None:
     with pytest.raises(StrategyError, match=r"auto\.require=perfect"):
         Auto(require="perfect").plan(DECODER, LONG, 2)
+
+
+class Faulty(Strategy):
+    name = "faulty"
+    exactness = Exactness.BITWISE
+
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        return 1 // 0  # type: ignore[return-value]
+
+
+class FaultyVariants(Faulty):
+    def variants(self, ranks: int) -> Iterable[Strategy]:
+        raise KeyError(ranks)
+
+
+class Boasts(SpatialShard):
+    name, exactness = "boasts", Exactness.BITWISE
+
+    def variants(self, ranks: int) -> Iterable[SpatialShard]:
+        return [self]
+
+
+class Hurries(LayerPipeline):
+    name = "hurries"
+
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        return replace(super().assign(program, shape, ranks), speed_up=1000.0)
+
+
+class Forgets(Strategy):
+    """Drops the context before each rank's chunks."""
+
+    name = "forgets"
+    exactness = Exactness.APPROXIMATE
+
+    def assign(self, program: Program, shape: LatentShape, ranks: int) -> Assignment:
+        ops, chunks = (0, len(program)), program.chunks(shape)
+        edges = [chunks * rank // ranks for rank in range(ranks + 1)]
+        return Assignment.of(
+            ranks, [Block(ops, run, rank, warm_up=int(rank > 0)) for rank, run in enumerate(pairwise(edges))]
+        )
+
+
+@pytest.mark.parametrize("bad", [Faulty, FaultyVariants, Boasts, Hurries, Forgets])
+def test_a_bad_plugin_ends_no_search_and_leads_none(bad: type[Strategy]) -> None:
+    good = [Replicated, LayerPipeline]
+    rates = {"costs": RooflineCosts(DECODER, LONG, 1e11, 1e12), "links": None, "required": Exactness.APPROXIMATE}
+    found = search_vae([bad, *good], DECODER, LONG, 2, **rates)
+    assert [one.strategy.name for one in found] == ["layer_pipeline", "replicated"]
+    if bad is not Forgets:
+        with pytest.raises(StrategyError, match=f"{bad.name} (failed: ZeroDivisionError|declares|says)"):
+            bad().plan(DECODER, LONG, 2)
