@@ -29,8 +29,7 @@ def test_the_clock_counts_the_kernels_that_a_decode_launches(
             "topology.ulysses=1",
             "topology.cfg=1",
             f"topology.ranks_per_node={ranks}",
-            f"vae.parallel_decode={str(ranks > 1).lower()}",
-            "vae/decode=spatial_shard",
+            *(["vae.parallel_decode=true", "vae/decode=spatial_shard"] if ranks > 1 else ["vae=replicated"]),
         ]
     )
     program = program_for("decode", plain(config.model.vae))

@@ -165,7 +165,8 @@ def test_an_encoder_that_the_machine_lacks_is_refused() -> None:
     asked = ("model=toy_random", "output.encoder=h264_nvenc")
     with pytest.raises(ConfigError, match="h264_nvenc"):  # before a folder is made
         prepare(composition_of(asked))
-    prepare(composition_of((*asked, "task=t2i")))  # an image has no such encoder
+    with pytest.raises(ConfigError, match="it is for the file of a video"):
+        prepare(composition_of((*asked, "task=t2i")))
 
 
 def test_quality_and_preset_are_heard(tmp_path: Path) -> None:
