@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cosmos3_pipeline.config.arguments import Arguments
-from cosmos3_pipeline.config.compose import compose
 from cosmos3_pipeline.config.plain import plain
+from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS, Layout
 from cosmos3_pipeline.planning.units import quantity
@@ -109,7 +109,8 @@ def _write(
 def numbers_of(layout: Layout, *, full_size: bool) -> dict[str, Any]:
     """Numbers of `transformer`, `vae` and `sound_tokenizer`: the layout's, or in small with the toy's sizes."""
     own, nano, toy = (
-        plain(compose([f"model={option}"]).typed().model) for option in (layout.option, "nano", "toy_random")
+        plain(composition_of([f"model={option}"]).typed().model)
+        for option in (layout.option, "nano", "toy_random")
     )
     numbers = {}
     for part in ("transformer", "vae", "sound_tokenizer"):

@@ -27,8 +27,8 @@ class Chosen(random.Random):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("launcher killed", ("2 ranks", "in its work")),
         ("signal to the launcher", ("one process", "in its work", signal.SIGTERM)),
+        ("launcher killed", ("2 ranks", "in its work")),
     ],
 )
 def test_a_run_ends_well(kind: str, told: tuple[Any, ...], tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_saved_config_is_the_same_again(folder: Path) -> None:
     assert prepare(Composition.of_saved(config)).config.task == config.task
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.long
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("task", TASKS)

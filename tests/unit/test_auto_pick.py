@@ -54,8 +54,8 @@ def test_it_keeps_to_what_is_required_and_says_why(require: Exactness, ranks: in
     "overrides",
     [
         ["model=nano", "topology=h200_x4"],
-        ["model=nano", "topology=h100_x8_nodes", "task.num_frames=29"],
         ["topology=cpu_x4", "topology.threads_per_rank=2"],
+        pytest.param(["model=nano", "topology=h100_x8_nodes", "task.num_frames=29"], marks=pytest.mark.thorough),
     ],
     ids=lambda overrides: overrides[1],
 )

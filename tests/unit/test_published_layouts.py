@@ -108,7 +108,8 @@ def test_what_is_not_run_is_refused_by_its_true_name(name: str, layout: Callable
         assert re.search(said, part), part
 
 
-@pytest.mark.parametrize("file", ["transformer/config.json", "hf_quant_config.json", "weights"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("file", ["weights", "transformer/config.json", "hf_quant_config.json"])
 def test_quantized_weights_are_found_by_any_trace(file: str, tmp_path: Path) -> None:
     """Whichever of the three traces of a quantizer is left, the others removed."""
     folder = make_layout(tmp_path / "fp8", "fp8")

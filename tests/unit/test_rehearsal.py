@@ -97,6 +97,7 @@ def test_steps_that_are_alike_are_run_once() -> None:
     assert many.peak_bytes == few.peak_bytes
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_ranks_can_be_chosen() -> None:
     found = rehearsed("topology=cpu_x4", ranks=[0, 3])
@@ -153,6 +154,7 @@ def test_streamed_layers_wait_in_pinned_memory_and_are_copied() -> None:
     assert rank.stages["denoise"].copied_bytes == pytest.approx(brought, rel=0.2)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_pinned_memory_that_is_not_planned_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlacedTransformer, "_pinned", pinned_twice(PlacedTransformer._pinned))
@@ -170,6 +172,7 @@ def pinned_twice(pinned: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return twice
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_checkpoint_that_is_here_is_rehearsed_with_its_own_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,6 +234,7 @@ def changed_exchange(change: Callable[[Comm, list[Region], list[Region]], None])
     return changed
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_message_one_element_short_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def shorten(comm: Comm, sends: list[Region], receives: list[Region]) -> None:
@@ -244,6 +248,7 @@ def test_a_message_one_element_short_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert any("which receives" in finding.text for finding in found.findings)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_halo_one_row_short_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def shorten(comm: Comm, sends: list[Region], receives: list[Region]) -> None:
@@ -272,6 +277,7 @@ def test_a_message_that_nobody_receives_is_found(monkeypatch: pytest.MonkeyPatch
     assert any("nobody receives" in finding.text for finding in found.findings)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_message_that_nobody_sends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def waits_for_more(comm: Comm, sends: list[Region], receives: list[Region]) -> None:
@@ -385,6 +391,7 @@ def test_the_same_ring_in_batches_is_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert not faults(rehearsed(*ULYSSES))
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_rank_that_asks_two_groups_in_another_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[int, list[Comm]] = {}
@@ -430,6 +437,7 @@ def test_what_could_not_be_replayed_is_said() -> None:
     assert "ulysses 0-1" not in note
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_buffer_that_is_kept_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Tensor] = []
@@ -507,6 +515,7 @@ def test_what_every_step_leaves_is_found_by_its_line(monkeypatch: pytest.MonkeyP
     assert "kept.append(x[:8].clone())" in finding.text
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_synchronization_in_every_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ParallelTransformer, "hidden", planted_in_layers(lambda x: torch.cuda.synchronize()))
@@ -532,6 +541,7 @@ def test_a_copy_from_the_host_in_every_step_is_found(monkeypatch: pytest.MonkeyP
     assert any("from the host" in finding.text for finding in found.findings)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 def test_a_wait_for_every_frame_outside_of_the_decoder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = DecodeStage._decode

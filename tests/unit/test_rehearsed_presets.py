@@ -166,6 +166,7 @@ def test_a_model_makes_an_image(model: str) -> None:
     assert found.findings == ()
 
 
+@pytest.mark.thorough
 def test_the_experiment_of_sglang_at_full_size() -> None:
     found = rehearse_ranks(compose(["experiment=sglang_27037"]), [0])
     assert found.findings == ()

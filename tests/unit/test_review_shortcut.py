@@ -30,8 +30,13 @@ def every_option() -> list[list[str]]:
     return [[choice for choice in row if choice is not None] for row in zip_longest(*columns)]
 
 
+PARTS = 4
+
+
+@pytest.mark.sampled(1)
 @pytest.mark.long
-def test_it_is_what_hydra_composes() -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_it_is_what_hydra_composes(part: int) -> None:
     asked = [[], *every_option(), *(CASES[name] for name in ("super_four_steps_h200_x4", "toy_from_clip"))]
     asked += [
         ["task.prompt='a ${model.name}, 5'", "sampler.guidance_scale=4"],
@@ -41,7 +46,7 @@ def test_it_is_what_hydra_composes() -> None:
     ]
     shortcut = Shortcut(BUILTIN, contents(config_dir()))
     by_hydra = []
-    for overrides in asked:
+    for overrides in asked[part::PARTS]:
         try:
             made = repr(shortcut.compose(overrides).typed())
         except NotPlain:

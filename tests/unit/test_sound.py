@@ -311,7 +311,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.long
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_checkpoint_that_cannot_make_sound_is_refused_before_work(kind: str, tmp_path: Path) -> None:
