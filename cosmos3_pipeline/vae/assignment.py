@@ -183,12 +183,14 @@ def layouts(program: Program, shape: LatentShape, assignment: Assignment) -> tup
     known: dict[Layout, Layout] = {}
     for first, last in pairwise(edges):
         active = [b for b in assignment.blocks if b.chunks[0] <= first < b.chunks[1]]
-        layout = _layout(program, shape, active, first)
+        layout = _layout(program, shape, assignment.blocks, active, first)
         found += [known.setdefault(layout, layout)] * (last - first)
     return tuple(found)
 
 
-def _layout(program: Program, shape: LatentShape, active: Sequence[Block], chunk: int) -> Layout:
+def _layout(
+    program: Program, shape: LatentShape, given: Sequence[Block], active: Sequence[Block], chunk: int
+) -> Layout:
     edges = sorted({0, len(program), *(e for b in active for e in b.ops)})
     starting: Mapping[int, list[Block]] = defaultdict(list)
     for block in active:
@@ -197,11 +199,14 @@ def _layout(program: Program, shape: LatentShape, active: Sequence[Block], chunk
     running: list[Block] = []
     for start, stop in pairwise(edges):
         running = [b for b in running if b.ops[1] > start] + starting[start]
-        spans.append(_span(shape, start, stop, running, chunk))
+        spans.append(_span(shape, start, stop, running, chunk, given))
     return tuple(spans)
 
 
-def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], chunk: int) -> Span:
+def _span(
+    shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], chunk: int, given: Sequence[Block]
+) -> Span:
+    """The tiles of ops that the same `blocks` compute. `given` are all blocks, of which a refusal names one."""
     working = [b for b in blocks if chunk >= b.chunks[0] + b.warm_up]
     tiles = [_tile(b, shape) for b in working]
     where = f"ops {start} to {stop - 1} of chunk {chunk}"
@@ -220,10 +225,14 @@ def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], ch
                 )
     missing = shape.rows * shape.cols * unit**2 - sum(rect.area for rect in rects)
     if missing:
-        near = f"; nearest is {working[0]}" if working else ""
+        near = min(
+            working or given,
+            key=lambda b: _distance(b.ops, start) + _distance(b.chunks, chunk),
+            default="no block",
+        )
         raise AssignmentError(
             f"no rank computes {where} on {missing / unit**2:g} of {shape.rows * shape.cols} latent pixels",
-            f"every op has to run on the whole picture of every chunk{near}",
+            f"every op has to run on the whole picture of every chunk; nearest is {near}",
             "let the blocks tile ops x chunks x picture",
         )
     warming: list[Tile] = []
@@ -238,6 +247,10 @@ def _span(shape: LatentShape, start: int, stop: int, blocks: Sequence[Block], ch
                 )
             warming.append(tile)
     return Span(start, stop, tuple(tiles[i] for i in order), tuple(warming))
+
+
+def _distance(within: tuple[int, int], place: int) -> int:
+    return max(within[0] - place, place - within[1] + 1, 0)
 
 
 def _tile(block: Block, shape: LatentShape) -> Tile:
