@@ -227,7 +227,7 @@ def _span(
     if missing:
         near = min(
             working or given,
-            key=lambda b: _distance(b.ops, start) + _distance(b.chunks, chunk),
+            key=lambda b: (_distance(b.chunks, chunk), _distance(b.ops, start)),
             default="no block",
         )
         raise AssignmentError(
