@@ -10,8 +10,8 @@ import math
 # Float32 elements in one block of the fused norm and activation: half a megabyte, so that a block stays in a
 # core's second-level cache during all passes.
 NORM_BLOCK_ELEMENTS = 1 << 17
-# An accelerator computes a norm of at most this many elements in one kernel: it takes less time than two launches
-# (32 MB at 4.8 TB/s are 7 us), so the rows that other ranks wait for need not come first.
+# An accelerator computes a norm of at most this many elements in one kernel: it takes less time than the launch of
+# another (32 MB at 4.8 TB/s are 7 us), so the rows that other ranks wait for need not come first.
 ONE_KERNEL_ELEMENTS = 1 << 23
 # A convolution computes two frames at a time if two output frames have at least this many FLOPs and a frame has at
 # least this many pixels. With fewer FLOPs, the four calls cost more than the arithmetic that they save. With fewer

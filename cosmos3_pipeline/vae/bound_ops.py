@@ -173,23 +173,26 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def _edges_first(height: int, width: int, margins: Margins) -> tuple[list[_Part], list[_Part]]:
     """Split a slab into (rows, columns): the edges that neighbours read as their halo, and the rest."""
-    top, bottom = min(margins.bottom, height), max(height - margins.top, min(margins.bottom, height))
-    left, right = min(margins.right, width), max(width - margins.left, min(margins.right, width))
-    everywhere, between = slice(0, width), slice(top, bottom)
-    edges = [
-        (slice(0, top), everywhere),
-        (slice(bottom, height), everywhere),
-        (between, slice(0, left)),
-        (between, slice(right, width)),
-    ]
-    return [part for part in edges if _area(part)], [
-        part for part in [(between, slice(left, right))] if _area(part)
-    ]
+    rows, between = _edges(height, margins.bottom, margins.top)
+    cols, inner = _edges(width, margins.right, margins.left)
+    edges = [*((part, slice(0, width)) for part in rows), *((between, part) for part in cols if _length(between))]
+    return edges, [(between, inner)] if _length(between) and _length(inner) else []
 
 
-def _area(part: _Part) -> int:
-    rows, cols = part
-    return int((rows.stop - rows.start) * (cols.stop - cols.start))
+def _edges(length: int, before: int, behind: int) -> tuple[list[slice], slice]:
+    """The first `before` and the last `behind` of `length` rows, and the rows between.
+
+    The first row and the last one are one slice, because one kernel then computes both.
+    """
+    start = min(before, length)
+    stop = max(length - behind, start)
+    if before == behind == 1 and length > 1:
+        return [slice(0, length, length - 1)], slice(start, stop)
+    return [part for part in (slice(0, start), slice(stop, length)) if _length(part)], slice(start, stop)
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 class Conv(BoundOp[ops.Conv]):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cosmos3_pipeline.distributed.accelerator import Region
 from cosmos3_pipeline.distributed.comm import Comm, Pending
 from cosmos3_pipeline.vae.assignment import Rect, Tile, whole_picture
 from cosmos3_pipeline.vae.bound_ops import BoundOp, Flow
@@ -43,7 +44,23 @@ Clip = Callable[[int, Rect], Tensor]  # (chunk, rectangle) -> the input of the p
 BoundOps = Mapping[int, BoundOp[Op]]
 
 
-_Regions = list[tuple[tuple[slice, ...], int]]  # (region of a buffer, the rank that it is sent to or comes from)
+_Index = tuple[slice, ...]
+
+
+class _Strips(NamedTuple):
+    """One region of a buffer, or two parallel rows or columns, which one kernel copies; the rank of each.
+
+    along: the dimension in which the two lie apart.
+    """
+
+    where: _Index
+    ranks: tuple[int, ...]
+    along: int | None = None
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The regions as one view of `buffer`: [regions, B, T, H, W, C]."""
+        view = buffer[self.where].unsqueeze(0)
+        return view if self.along is None else view.transpose(0, self.along + 1)
 
 
 class TileExchange:
@@ -59,7 +76,7 @@ class TileExchange:
         self._lowered = lowered
         self._tile = tile
         self._comm = comm
-        self._regions: dict[tuple[int, Margins], tuple[_Regions, _Regions]] = {}
+        self._strips: dict[tuple[int, Margins], tuple[list[_Strips], list[_Strips]]] = {}
 
     @property
     def cuts(self) -> bool:
@@ -77,19 +94,35 @@ class TileExchange:
         if halo is None:  # the input was assembled together with its margins
             return _nothing
         margins = frames.room.margins
-        known = self._regions.get((op, margins))
+        known = self._strips.get((op, margins))
         if known is None:  # cached, because computing the regions takes nearly as long as sending a halo
             core, _ = self._lowered.input_rect(op, self._tile)
             top, left = core.top - margins.top, core.left - margins.left
-            known = self._regions[op, margins] = (
-                [(_region(rect, top, left), rank) for rect, rank in halo.sends],
-                [(_region(rect, top, left), rank) for rect, rank in halo.receives],
+            known = self._strips[op, margins] = (
+                _strips([(_region(rect, top, left), rank) for rect, rank in halo.sends]),
+                _strips([(_region(rect, top, left), rank) for rect, rank in halo.receives]),
             )
-        padded = frames.chunk
-        sends, receives = known
-        return self._comm.exchange(
-            [(padded[where], rank) for where, rank in sends], [(padded[where], rank) for where, rank in receives]
-        ).wait
+        sends, receives, landings = list[Region](), list[Region](), list[tuple[Tensor, Tensor]]()
+        for strips in known[0]:
+            view = strips.of(frames.chunk)
+            parts = view if view[0].is_contiguous() else view.contiguous()
+            sends += zip(parts, strips.ranks, strict=True)
+        for strips in known[1]:
+            view = strips.of(frames.chunk)
+            parts = view
+            if not view[0].is_contiguous():
+                parts = torch.empty_like(view, memory_format=torch.contiguous_format)
+                landings.append((view, parts))
+            receives += zip(parts, strips.ranks, strict=True)
+        pending = self._comm.exchange(sends, receives)
+
+        def wait() -> None:
+            pending.wait()
+            while landings:  # each is freed at once
+                view, landing = landings.pop()
+                view.copy_(landing)
+
+        return wait
 
     def gather(self, op: int, part: Tensor) -> Tensor:
         halo = self.halos.get(op)
@@ -407,6 +440,36 @@ def _region(rect: Rect, top: int, left: int) -> tuple[slice, ...]:
     """The index of `rect` in a buffer [B, T, H, W, C] whose first pixel is at (`top`, `left`)."""
     rows, cols = slice(rect.top - top, rect.bottom - top), slice(rect.left - left, rect.right - left)
     return slice(None), slice(None), rows, cols
+
+
+def _strips(regions: Sequence[tuple[_Index, int]]) -> list[_Strips]:
+    """The regions in strips: two rows or columns of the same extent together."""
+    found, left = list[_Strips](), list(regions)
+    # Two messages to one rank keep their order.
+    may_pair = len({rank for _, rank in left}) == len(left)
+    while left:
+        where, rank = left.pop(0)
+        others = [(other, along) for other in left if may_pair and (along := _apart(where, other[0]))]
+        if not others:
+            found.append(_Strips(where, (rank,)))
+            continue
+        (other, along), index = others[0], list(where)
+        left.remove(other)
+        (near, first), (far, second) = sorted([(where[along].start, rank), (other[0][along].start, other[1])])
+        index[along] = slice(near, far + 1, far - near)
+        found.append(_Strips(tuple(index), (first, second), along))
+    return found
+
+
+def _apart(a: _Index, b: _Index) -> int:
+    """The dimension, rows (2) or columns (3), in which `a` and `b` are lines of the same extent; 0 if in none.
+
+    They are two lines: a tile of one row sends the same row up and down.
+    """
+    for dim, same in ((2, 3), (3, 2)):
+        if a != b and a[same] == b[same] and all(part[dim].stop - part[dim].start == 1 for part in (a, b)):
+            return dim
+    return 0
 
 
 def _around(core: Rect, m: Margins) -> Rect:

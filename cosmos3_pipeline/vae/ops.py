@@ -348,7 +348,7 @@ class Conv(Op):
 
     def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
         """On a whole picture the norm before it copies the kept frames."""
-        copied = 2 * (frames > 1) * bool(self.margins) + (2 - first) * bool(self.cached_frames)
+        copied = (frames > 1) * bool(self.margins) + (2 - first) * bool(self.cached_frames)
         return 1 + copied * cut
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
@@ -369,7 +369,7 @@ class NormSilu(Op):
 
     def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
         """On a large slab the rows that others read are computed apart. They are copied to be sent."""
-        return (1 if elements <= ONE_KERNEL_ELEMENTS else 3) + 2 * (frames > 1) if cut else 1
+        return (1 if elements <= ONE_KERNEL_ELEMENTS else 2) + (frames > 1) if cut else 1
 
     def scratch_bytes(self, work: Work) -> int:
         """Float32 bytes of one block of rows or frames on a CPU; an accelerator's kernel needs none."""
@@ -534,7 +534,7 @@ class SpatialUp(Op):
     def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
         """Four convolutions, each with a copy or sum for each frame in time; on a slab also a copy with zeros."""
         copies = 1 if self.duplicates is None or first else self.duplicates.factor_t
-        return 4 * (1 + copies) + (3 + 4 * (frames > 1)) * cut
+        return 4 * (1 + copies) + (3 + 2 * (frames > 1)) * cut
 
     def scratch_bytes(self, work: Work) -> int:
         """Bytes of one quarter of the output, and of the values that are added to it if they must be copied.

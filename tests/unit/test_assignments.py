@@ -219,6 +219,20 @@ def test_so_may_be_rows_and_columns(given: tuple[Clip, Assignment], pixels: Pixe
     check(clip, assignment, "float" if clip.direction == "encode" else pixels, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_a_slab_with_neighbours_on_every_side_sends_opposite_edges_together(direction: Direction) -> None:
+    """The middle one of nine slabs of several sizes."""
+    clip = Clip("wan22", direction, LatentShape(1, 3, 4, 5, 8))
+    slabs = [Rect(*rows, *cols) for rows in ((0, 1), (1, 3), (3, 4)) for cols in ((0, 2), (2, 4), (4, 5))]
+    every = (0, len(clip.program)), (0, clip.program.chunks(clip.shape))
+    check(
+        clip,
+        Assignment.of(9, [Block(*every, rank, slab) for rank, slab in enumerate(slabs)]),
+        "float",
+        atol=ROUNDING,
+    )
+
+
 def kept_at_the_end(clip: Clip, assignment: Assignment) -> int:
     """Elements of temporal caches that are still alive after the last action of some rank."""
     lowered = lower(clip.program, clip.shape, assignment)

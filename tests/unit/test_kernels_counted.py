@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -11,15 +12,24 @@ from cosmos3_pipeline import compose
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.jobs.rehearse.rank import rehearse_ranks
 from cosmos3_pipeline.rehearsal.roofline import Roofline
-from cosmos3_pipeline.vae import bound_ops
+from cosmos3_pipeline.vae import bound_ops, ops
 from cosmos3_pipeline.vae.program import program_for
 
 
-@pytest.mark.parametrize(("ranks", "near"), [(1, 0.15), (3, 0.1)])
+@pytest.mark.parametrize(
+    ("ranks", "one_kernel", "near"),
+    [(1, 1, 0.15), (3, 1, 0.1), (3, 0, 0.1)],
+    ids=["alone", "slab", "slab of large norms"],
+)
 def test_the_clock_counts_the_kernels_that_a_decode_launches(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, near: float
+    monkeypatch: pytest.MonkeyPatch, ranks: int, one_kernel: int, near: float
 ) -> None:
-    """The middle one of three ranks has slabs above and below. `near`: what an op's neighbours change."""
+    """The middle one of three ranks has slabs above and below. `near`: what an op's neighbours change.
+
+    one_kernel: whether a norm of any size is one kernel, or computes first the edges that neighbours wait for.
+    """
+    for module in (ops, bound_ops):
+        monkeypatch.setattr(module, "ONE_KERNEL_ELEMENTS", one_kernel * sys.maxsize)
     config = compose(
         [
             "model=toy",
@@ -60,5 +70,5 @@ def test_the_clock_counts_the_kernels_that_a_decode_launches(
     for (number, first), times in calls.items():
         op = program.ops[number]
         frames = 1 if first else op.source.frames // program.portions_at(number + 1, first=False)
-        said += times * op.kernels(frames, 0, first=first, cut=ranks > 1)
+        said += times * op.kernels(frames, 1, first=first, cut=ranks > 1)
     assert said == pytest.approx(launched, rel=near)
