@@ -178,6 +178,11 @@ class DenoiseCost:
         return self.step([one.number for one in self.passes])
 
 
+def _node_of(place: int, per_node: int) -> int:
+    """The node of a replica's rank. A test tries ranks in other orders."""
+    return place // per_node
+
+
 def denoise_costs(
     model: Dimensions,
     *,
@@ -203,7 +208,7 @@ def denoise_costs(
     for cfg_rank, rank in product(range(cfg), range(grid.ranks)):
         own_passes = [(number, passes[number]) for number in owned[cfg_rank]]
         places = range(cfg_rank * grid.ranks, (cfg_rank + 1) * grid.ranks)
-        nodes = tuple(place // (per_node or cfg * grid.ranks) for place in places)
+        nodes = tuple(_node_of(place, per_node or cfg * grid.ranks) for place in places)
         once = model.num_hidden_layers - 1  # the text's last layer needs only keys and values
         clip_flops, texts, costed = 0, dict[bool, TextCost](), []
         first, embed_flops, predicted, whole = own_passes[0][1].stretches, 0, 0, 0
