@@ -340,6 +340,7 @@ class VaeConfig:
     parallel_encode: bool = MISSING
     parallel_decode: bool = MISSING
     required_exactness: str = one_of("bitwise", "rounding", "approximate")
+    kernels: str = one_of("own", "diffusers")
     encode: Settings = MISSING
     decode: Settings = MISSING
 

@@ -36,15 +36,21 @@ def read_actions(path: str, action: ActionTask, fps: float) -> list[list[float]]
         why = f"{file} {'is a folder' if file.is_dir() else 'does not exist'}"
         raise Refusal(what=f"{named} is not a file", why=why, works=works)
     rows = _of_npy(file, named, works) if file.suffix == ".npy" else _of_json(file, named, works, action, fps)
-    found = (len(rows), *({len(row) for row in rows} or {0}))
-    if found[1:] != (action.width,):
-        columns = " and ".join(str(count) for count in sorted(found[1:]))
+    if not rows:
+        raise Refusal(
+            what=f"{named} has no actions",
+            why="the video has one frame for each action, after the frame of task.image or task.video",
+            works=works,
+        )
+    widths = tuple(sorted({len(row) for row in rows}))
+    if widths != (action.width,):
+        columns = " and ".join(str(count) for count in widths)
         raise Refusal(
             what=f"{named} has {columns} columns with task.domain={action.domain}",
             why=f"an action of {action.domain} has {action.width} numbers",
-            works=_other_domains(found[1:]) or works,
+            works=_other_domains(widths) or works,
         )
-    if not rows or len(rows) % action.chunk_size:
+    if len(rows) % action.chunk_size:
         raise Refusal(
             what=f"{named} has {len(rows)} actions with task.chunk_size={action.chunk_size}",
             why="the last chunk would lack some, and diffusers would repeat the last action until it is full",
@@ -57,7 +63,7 @@ def read_actions(path: str, action: ActionTask, fps: float) -> list[list[float]]
                 why="actions are normalised numbers of about 1; every pixel of the clip would be lost with it",
                 works=works,
             )
-    return rows
+    return [[float(value) for value in row] for row in rows]
 
 
 def _other_chunks(rows: int, action: ActionTask) -> str | None:
@@ -78,10 +84,9 @@ def _of_npy(file: Path, named: str, works: str) -> list[list[float]]:
     import numpy as np
 
     try:
-        array = np.load(file, allow_pickle=False)
-        assert isinstance(array, np.ndarray)
-    except (OSError, ValueError, EOFError, AssertionError) as error:
-        why = str(error) or "it holds several arrays"
+        array = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError) as error:
+        why = "it was not written by numpy.save as one array of numbers, or it ends too early"
         raise Refusal(what=f"{named} is no array of NumPy", why=why, works=works) from error
     if array.dtype.kind not in "fiu" or array.ndim != 2:
         raise Refusal(
@@ -120,7 +125,8 @@ def _of_json(file: Path, named: str, works: str, action: ActionTask, fps: float)
             why="actions are a list with one list of numbers for each, or an actions.json of a run",
             works=works,
         )
-    return [[float(value) for value in row] for row in found]
+    rows: list[list[float]] = found
+    return rows
 
 
 def _is_rows(found: Any) -> bool:

@@ -42,7 +42,7 @@ from cosmos3_pipeline.planning.vae import (
     vae_plan,
 )
 from cosmos3_pipeline.planning.writing import PRESETS
-from cosmos3_pipeline.vae.plugins import REFERENCE
+from cosmos3_pipeline.vae.of_diffusers import OfDiffusers
 from cosmos3_pipeline.vae.program import Direction
 from cosmos3_pipeline.vae.strategy import Exactness
 
@@ -353,22 +353,39 @@ def _weights(cfg: Config, clip: Clip) -> Iterator[Problem]:
 def _vae(cfg: Config, direction: Direction) -> VaePlan:
     """The plan of a direction. Raises ConfigError if its strategy refuses, or is not exact enough."""
     required = Exactness(cfg.vae.required_exactness)
-    switched_on = is_parallel(cfg.vae, direction)
-    name = settings_of(cfg.vae, direction)["_target_"].rpartition(".")[2] if switched_on else REFERENCE
-    named = f"vae.{direction}={name}"
+    if is_parallel(cfg.vae, direction):
+        named = f"vae.{direction}={settings_of(cfg.vae, direction)['_target_'].rpartition('.')[2]}"
+        exact = f"vae/{direction}=layer_pipeline"
+    else:
+        named, exact = f"vae.kernels={cfg.vae.kernels}", "vae.kernels=own"
     try:
         planned = vae_plan(cfg, direction, strategy_of(cfg, direction))
     except Refusal as refusal:
         raise ConfigError([replace(refusal.problem, what=f"{named}: {refusal.problem.what}")]) from refusal
-    if switched_on and not planned.plan.exactness.satisfies(required):
+    if not planned.plan.exactness.satisfies(required):
         problem = Problem(
             what=f"{named} is {planned.plan.exactness} with vae.required_exactness={required}",
             why=f"its output is not {required} equal to that of one rank",
-            works=f"vae/{direction}=layer_pipeline, which is bitwise, or "
-            f"vae.required_exactness={planned.plan.exactness}",
+            works=f"{exact}, which is bitwise, or vae.required_exactness={planned.plan.exactness}",
         )
         raise ConfigError([problem])
     return planned
+
+
+def _kernels(cfg: Config, clip: Clip) -> Iterator[Problem]:
+    parallel = [key for key in ("parallel_encode", "parallel_decode") if getattr(cfg.vae, key)]
+    if cfg.vae.kernels == OfDiffusers.name and parallel:
+        yield Problem(
+            what=f"vae.kernels=diffusers with {' and '.join(f'vae.{key}=true' for key in parallel)}",
+            why="diffusers' VAE runs whole on every rank, and a strategy divides the kernels of this package",
+            works="vae=diffusers, or vae.kernels=own",
+        )
+    if cfg.vae.kernels == OfDiffusers.name and cfg.job.name == JobName.rehearse:
+        yield Problem(
+            what="vae.kernels=diffusers with job=rehearse",
+            why="a rehearsal compares a run with its plan, which only estimates the memory of diffusers' VAE",
+            works="vae=replicated, or job=generate",
+        )
 
 
 def _job(cfg: Config) -> Iterator[Problem]:
@@ -390,7 +407,17 @@ def _output(cfg: Config) -> Iterator[Problem]:
         )
 
 
-CHECKS = (*TASK_CHECKS, transfer_problems, check_steps, check_interval, check_cache, _ranks, _layout, _weights)
+CHECKS = (
+    *TASK_CHECKS,
+    transfer_problems,
+    check_steps,
+    check_interval,
+    check_cache,
+    _ranks,
+    _layout,
+    _weights,
+    _kernels,
+)
 
 
 def refused(action: Callable[[], object]) -> Iterator[Problem]:

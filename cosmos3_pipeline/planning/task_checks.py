@@ -178,7 +178,9 @@ def _sound(cfg: Config, clip: Clip) -> Iterator[Problem]:
 
 def _distilled(cfg: Config, clip: Clip) -> Iterator[Problem]:
     """Problems of settings that a distilled checkpoint fixes, so that a run cannot choose them."""
-    if cfg.model.distilled_sigmas is None or action_of(cfg.task) is not None:  # `check_actions` refuses it
+    # Actions and transfer are refused by `check_actions` and `transfer_problems`, with any settings.
+    fits_no_task = action_of(cfg.task) is not None or cfg.task.name is TaskName.transfer
+    if cfg.model.distilled_sigmas is None or fits_no_task:
         return
     sampler, topology, steps = cfg.sampler, cfg.topology, len(cfg.model.distilled_sigmas)
     checkpoint = f"a checkpoint distilled to {steps} steps"

@@ -16,8 +16,6 @@ def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
     if cfg.task.name is not TaskName.transfer:
         yield from _unread(cfg)
         return
-    yield from _controls(cfg)
-    yield from _chunks(cfg)
     if cfg.model.distilled_sigmas is not None:
         yield Problem(
             what=f"task=transfer with model={cfg.model.name}, which is distilled",
@@ -25,6 +23,8 @@ def transfer_problems(cfg: Config, clip: Clip) -> Iterator[Problem]:
             works="a model that is not distilled, such as model=nano",
         )
         return
+    yield from _controls(cfg)
+    yield from _chunks(cfg)
     task, topology = cfg.task, cfg.topology
     passes = len(guidance_of(cfg.task, cfg.sampler).passes)
     if topology.cfg > passes:

@@ -14,6 +14,7 @@ from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import chunks_of, clean_frames, clip_of, encoded_of, replica_ranks
 from cosmos3_pipeline.planning.hardware import vae_rates
 from cosmos3_pipeline.planning.stage import RankStage
+from cosmos3_pipeline.vae.of_diffusers import OfDiffusers
 from cosmos3_pipeline.vae.ops import LatentShape
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 from cosmos3_pipeline.vae.program import Direction, Program, program_for
@@ -135,9 +136,9 @@ def reference() -> Strategy:
 
 
 def strategy_of(cfg: Config, direction: Direction) -> Strategy:
-    """The strategy of `direction`: the configured one if its flag is on, else the reference."""
+    """The strategy of `direction`: the configured one if its flag is on, else the reference or diffusers' VAE."""
     if not is_parallel(cfg.vae, direction):
-        return reference()
+        return OfDiffusers() if cfg.vae.kernels == OfDiffusers.name else reference()
     built = build_strategy(settings_of(cfg.vae, direction))
     assert isinstance(built, Strategy)
     return built

@@ -112,6 +112,17 @@ class BoundVae:
             self._programs[direction] = program_for(direction, self._config)
         return self._programs[direction]
 
+    def autoencoder(self, direction: Direction) -> Any:
+        """diffusers' `AutoencoderKLWan` with the weights of `direction`; its other half has none."""
+        from diffusers import AutoencoderKLWan
+
+        with torch.device("meta"):
+            autoencoder = AutoencoderKLWan.from_config(self._config)
+        names = [weight.name for op in self.program(direction).ops for weight in op.weights]
+        weights = self._source.load(names, dtype=self.dtype, device=self.device)
+        autoencoder.load_state_dict(weights, strict=False, assign=True)
+        return autoencoder.eval().requires_grad_(False)
+
     def bind(self, direction: Direction, numbers: Iterable[int]) -> dict[int, BoundOp[Op]]:
         """The ops `numbers` of `direction`, with their weights, which are read here."""
         if takes_host_path(self.device):

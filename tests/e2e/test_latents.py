@@ -1,4 +1,8 @@
-"""The command line gives the latents of diffusers' own pipeline, for a checkpoint of any size."""
+"""The command line gives the latents of diffusers' own pipeline, for a checkpoint of any size.
+
+A condition that the VAE of this package encodes differs by rounding, which guidance multiplies. With
+`vae=diffusers` the condition is equal.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v", "t2i"])
-def test_latents_are_diffusers(task: str, folder: Path, generate: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "vae"),
+    [
+        ("t2v", "replicated"),
+        ("i2v", "replicated"),
+        ("i2v", "diffusers"),
+        ("v2v", "diffusers"),
+        ("t2i", "diffusers"),
+    ],
+)
+def test_latents_are_diffusers(
+    task: str, vae: str, folder: Path, generate: Callable[..., Path], tmp_path: Path
+) -> None:
     inputs, given = [], {}
     if task == "i2v":
         photo = make_photo(tmp_path / "photo.png")
@@ -40,6 +55,7 @@ def test_latents_are_diffusers(task: str, folder: Path, generate: Callable[..., 
         f"task={task}",
         *inputs,
         f"model.path={folder}",
+        f"vae={vae}",
         f"task.prompt='{PROMPT}'",
         f"task.num_frames={frames}",
         "sampler.steps=3",
@@ -67,5 +83,7 @@ def test_latents_are_diffusers(task: str, folder: Path, generate: Callable[..., 
     ).video
     latents = load_file(output / "latents.safetensors")["latents"]
     assert latents.shape == expected.shape and latents.std() > 0.3
-    # The text's keys and values are computed in a pass of their own, so sums round differently.
-    assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
+    # The text's keys and values are computed in a pass of their own. Measured 0, and 9e-6 for v2v;
+    # the tolerance is also for processors whose matrix kernels round by the number of rows.
+    scale = expected.abs().max() if inputs and vae == "replicated" else 1
+    assert (latents - expected).abs().max() < 1e-5 * scale

@@ -303,7 +303,12 @@ BAD_ACTIONS: dict[str, tuple[Any, str]] = {
     "in other chunks": (np.zeros((20, 10), np.float32), "task.chunk_size=4"),
     "in no chunks": (np.zeros((21, 10), np.float32), "8 x 10 numbers, or of several such chunks"),
     "shorter": (np.zeros((4, 10), np.float32), "task.chunk_size=4"),
-    "empty": (np.zeros((0, 10), np.float32), "8 x 10 numbers"),
+    "empty": (np.zeros((0, 10), np.float32), "has no actions"),
+    "empty JSON": ("[]", "has no actions"),
+    "rows of several widths": (json.dumps([[0.0] * 10, [0.0]] * 4), "has 1 and 10 columns"),
+    "beyond any float": (json.dumps([[0] * 9 + [10**400]] * CHUNK), "in row 0"),
+    "no NumPy file": (b"1, 2, 3", "written by numpy.save"),
+    "cut off": (b"\x93NUMPY\x01\x00v\x00", "written by numpy.save"),
     "complex": (np.zeros((CHUNK, 10), np.complex64), "holds complex64"),
     "three axes": (np.zeros((1, CHUNK, 10), np.float32), "[1, 8, 10]"),
     "NaN": (np.where(np.arange(80).reshape(8, 10) == 13, np.nan, 0.0), "in row 1"),
@@ -324,6 +329,8 @@ def test_actions_that_do_not_fit_are_refused(case: str, folder: Path, tmp_path: 
     file = tmp_path / ("actions.json" if isinstance(content, str) else "actions.npy")
     if isinstance(content, str):
         file.write_text(content)
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
     else:
         np.save(file, content, allow_pickle=True)
     assert said in refusal(asked(folder, "forward_dynamics", f"task.actions={file}"))
