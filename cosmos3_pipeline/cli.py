@@ -227,7 +227,8 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
         )
     if rank not in (None, "0"):
         # Only rank 0 may make an output directory, so the other ranks compose without Hydra's run.
-        jobs.follow(prepare(compose(args.overrides, source or BUILTIN)))
+        with told_as_fault("the folder of the run"):
+            jobs.follow(prepare(compose(args.overrides, source or BUILTIN)))
         return
     folders_exist(args)
     if args.multirun or asks_for_sweep(args.overrides):

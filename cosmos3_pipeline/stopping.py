@@ -78,15 +78,24 @@ def on_signals() -> None:
 def stoppable(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code. If a signal arrives, print one line and end the process."""
     global _unwinds, _code
-    _unwinds = True
+    _unwinds, code = True, 0
     try:
         _code = code = main()
         sys.stdout.flush()  # else the interpreter would print a traceback when it ends
-    except BrokenPipeError:
-        if not _is_unread(sys.stdout):
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            if not _is_unread(sys.stdout):
+                raise
+            # As other programs end when `head` has what it wants: without a word.
+            end(128 + signal.SIGPIPE)
+        from cosmos3_pipeline.distributed.machine import output_problem
+
+        problem = output_problem(str(error))
+        if problem is None:
             raise
-        # As other programs end when `head` has what it wants: without a word.
-        end(128 + signal.SIGPIPE)
+        if not code:  # else `main` has told it
+            print(f"the run has stopped\n\n{problem}", file=sys.stderr, flush=True)
+        end(code or 1)
     except SystemExit as left:
         _code = left.code if isinstance(left.code, int) else int(left.code is not None)
         raise

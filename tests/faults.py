@@ -89,7 +89,14 @@ class Place:
             process = subprocess.Popen(
                 [*command, *overrides, *ranks, f"hydra.run.dir={folder}"],
                 cwd=REPOSITORY,
-                env={**os.environ, MARK: mark, "TMPDIR": str(self.temporary), "COLUMNS": "200"},
+                # With FORCE_COLOR bars are drawn into the files as on a terminal, so they tell what the run does.
+                env={
+                    **os.environ,
+                    MARK: mark,
+                    "TMPDIR": str(self.temporary),
+                    "COLUMNS": "200",
+                    "FORCE_COLOR": "1",
+                },
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
@@ -199,7 +206,7 @@ MOMENTS: dict[str, Callable[[Run], bool]] = {
     "while it imports": lambda run: time.monotonic() - run.started > 0.5,
     "with its folder": lambda run: run.output.is_dir(),
     "with its ranks": lambda run: len(run.ranks()) >= (1 if run.topology == "one process" else 2),
-    "in its work": lambda run: "denoise:" in run.said(),
+    "in its work": lambda run: "denoising steps" in run.said(),
     "with a file begun": lambda run: writes(run, "video.mp4.*"),
     "with its video": lambda run: writes(run, "video.mp4"),
     "at its end": lambda run: writes(run, "metrics.json"),
@@ -224,8 +231,10 @@ def wrongs(place: Place, run: Run, codes: Sequence[int], *, killed: bool = False
         time.sleep(0.05)
     if left and code is not None:
         found.append(f"{len(left)} processes stay")
-    if "Traceback (most recent call last)" in run.ours():
+    # A traceback without a line of ours is of an interpreter that was still starting.
+    if re.search(r"Traceback \(most recent call last\)[\s\S]*cosmos3_pipeline/", run.ours()):
         found.append("traceback")
+    found += [f"said: {line[-160:]}" for line in run.ours().splitlines() if "leaked" in line]
     found += [f"half a file: {words}" for words in half_files(run.output, partial=not killed)]
     # PyTorch makes the folder of its compiler's cache in every process that imports it, and keeps it.
     files = {file.name for file in place.temporary.glob("*") if not file.name.startswith("torchinductor_")}

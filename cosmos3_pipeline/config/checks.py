@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, divides_nothing, unknown_key
-from cosmos3_pipeline.config.kinds import schema_keys
+from cosmos3_pipeline.config.kinds import kind_of, schema_keys
 from cosmos3_pipeline.config.plugins import settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
@@ -80,16 +80,29 @@ def _missing(key: str) -> Problem:
     )
 
 
-def _reference(node: DictConfig, name: str, key: str) -> Iterator[Problem]:
-    """A problem if a value refers to a key that does not exist."""
+def _reference(node: DictConfig | ListConfig, name: Any, key: str) -> Iterator[Problem]:
+    """A problem if a value, or an item of a list, refers to a key that does not exist or holds another kind."""
     try:
-        node[name]
+        value = node[name]
     except OmegaConfBaseException as error:
-        why = str(error).splitlines()[0]
+        why = str(error).splitlines()[0][:300]
         missing = re.search(r"Interpolation key '([^']+)' not found", why)
         near = nearest(missing.group(1), schema_keys()) if missing else None
         works = f"did you mean ${{{near}}}?" if near else "see --cfg job for what there is to refer to"
         yield Problem(what=f"{key} cannot be resolved", why=why, works=works)
+        return
+    # OmegaConf compares the kinds of plain values, but not of lists and nodes.
+    if OmegaConf.is_interpolation(node, name) and value is not None and (kind := kind_of(key)) is not None:
+        is_list, is_dict = (typing.get_origin(kind.hint) is each for each in (list, dict))
+        wanted = ListConfig if is_list else DictConfig if is_dict or kind.is_node else object
+        if not isinstance(value, wanted):
+            works = f"{key}={kind.example}" if kind.example else f"no {key}"
+            yield Problem(what=f"{key} refers to {_said(value)}", why=f"it must be {kind}", works=works)
+            return
+    if isinstance(value, ListConfig):
+        for place in range(len(value)):
+            if not OmegaConf.is_missing(value, place):
+                yield from _reference(value, place, f"{key}[{place}]")
 
 
 def _value(node: DictConfig, name: str, key: str, limits: typing.Mapping[str, Any]) -> Iterator[Problem]:

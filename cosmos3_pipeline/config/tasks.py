@@ -79,7 +79,7 @@ MADE = {"edge": "edge_threshold", "blur": "blur_strength"}
 
 def controls_of(task: TaskConfig) -> dict[str, str]:
     """The controls that are set, by name: a file, or `FROM_VIDEO`."""
-    return {name: file for name in CONTROLS if (file := getattr(task.controls, name))}
+    return {name: file for name in CONTROLS if (file := getattr(task.controls, name)) is not None}
 
 
 def clips_of(task: TaskConfig) -> dict[str, str]:

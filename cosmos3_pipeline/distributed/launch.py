@@ -121,6 +121,10 @@ def _rank(
 ) -> None:
     """One rank, in its own process: runs `entry`, then writes to `folder` that it is done, or its error."""
     os.environ.update(environ)
+    # diffusers' progress bars make a lock for processes. A killed rank would leave its file in /dev/shm until
+    # multiprocessing warns of "leaked semaphore objects". With this method the lock has no file. A rank starts no
+    # processes.
+    multiprocessing.set_start_method("fork", force=True)
     rank, ranks = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     _pid_file(folder, rank).write_text(str(os.getpid()))
     others = [_pid_file(folder, other) for other in range(ranks) if other != rank]

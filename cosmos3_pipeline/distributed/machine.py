@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,13 +58,29 @@ def machine_problem(error: BaseException, place: str = "the folder of the run") 
     )
 
 
+def output_problem(words: str) -> Problem | None:
+    """The problem of a standard output that takes nothing more, else None. It prints a line break to find out."""
+    try:
+        os.write(sys.__stdout__.fileno(), b"\n")  # type: ignore[union-attr]
+    except (AttributeError, ValueError):  # closed, or none
+        return None
+    except OSError:
+        works = "the same command with its output on a terminal, or in a file on a disk with space"
+        return Problem("standard output cannot be written", words, works)
+    return None
+
+
 def _of_number(number: int, file: str | bytes | int | None, words: str, place: str) -> Problem:
     name = None if file is None or isinstance(file, int) else os.fsdecode(file)
     place = name or place
+    # Python names no file in the error of a stream.
+    if name is None and number in (*_FULL, errno.EFBIG, errno.EIO) and (problem := output_problem(words)):
+        return problem
     if number in _FULL:
         return Problem(f"{place} has no space left", words, f"space there, or another place: {_elsewhere(name)}")
     if number == errno.EFBIG:
-        return Problem(f"{place} may not grow", f"{words} (a limit of this shell)", "ulimit -f unlimited")
+        file = name or "a file"
+        return Problem(f"{file} may not grow", f"{words} (a limit of this shell)", "ulimit -f unlimited")
     if number in (errno.EMFILE, errno.ENFILE):
         return Problem(
             "no more files can be opened", words, "ulimit -n 1024 or more, or fewer ranks on one machine"

@@ -163,15 +163,17 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
 def encode_together(run: Run, prompts: Sequence[str]) -> None:
     """Encode the prompts of all clips in one pass over the text weights. A wrong prompt fails in `make_clips`."""
     found: list[Prompt] = []
-    for prompt in prompts:
-        config = replace(run.config, task=replace(run.config.task, prompt=prompt))
-        text = build_stages(config, run.plan, run.stages)["text"]
-        if not isinstance(text, TextStage):
-            return  # a replaced stage encodes prompts in its own way
-        context = context_of(run, config, Path())
-        with suppress(ValueError):  # `make_clips` reports it in the turn of this line
-            text.tokenize(context)
-            found += text.prompts(context)
+    with reporter_of(run.mesh).track("prompts read", len(prompts)) as advance:
+        for prompt in prompts:
+            config = replace(run.config, task=replace(run.config.task, prompt=prompt))
+            text = build_stages(config, run.plan, run.stages)["text"]
+            if not isinstance(text, TextStage):
+                return  # a replaced stage encodes prompts in its own way
+            context = context_of(run, config, Path())
+            with suppress(ValueError):  # `make_clips` reports it in the turn of this line
+                text.tokenize(context)
+                found += text.prompts(context)
+            advance()
     run.components.encode_texts(found, wait=True)
 
 

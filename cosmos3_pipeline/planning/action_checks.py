@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from cosmos3_pipeline.config.schema import Config, TaskConfig, TaskName
@@ -53,14 +53,15 @@ def settled(cfg: Config) -> dict[str, Any]:
     }
 
 
-def by_hand(keys: dict[str, Any], literal: Callable[[str], Any]) -> Iterator[Problem]:
+def by_hand(keys: dict[str, Any], literal: Callable[[str], Any], typed: Container[str]) -> Iterator[Problem]:
     """A problem for each of the settled `keys` that the user set to another value.
 
-    `literal` returns the value that the user set for a key.
+    `literal` returns the value that the user or an option set for a key, and `typed` are the keys of the command
+    line. An empty list in an option is a value to be filled in.
     """
     for key, value in keys.items():
         given = literal(key)
-        if given not in (None, [], value):
+        if given not in (None, value) and (given != [] or key in typed):
             yield Problem(
                 what=f"{key}={given} with a task that has actions",
                 why=f"the picture, task.resolution_tier, task.chunk_size and the actions decide it: it is {value}",

@@ -98,7 +98,7 @@ def check_composition(
         try:
             config = composition.typed(numbers)
             of_picture = settled(config)
-            found.extend(by_hand(of_picture, composition.literal))
+            found.extend(by_hand(of_picture, composition.literal, typed_settings(composition.overrides or ())))
             checked = check(composition.typed({**numbers, **of_picture}) if of_picture else config, plan_vae)
             if not found:
                 return replace(checked, adopted=adopted)

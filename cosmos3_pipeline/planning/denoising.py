@@ -241,13 +241,18 @@ class Denoising:
         """Peak bytes of a text layer: it computes the longest prompt while the other prompts wait."""
         cost, ranks = self.costs[place], self.grid.ulysses
         rank = cost.sequence_rank % ranks
-        prompts = sorted(text.tokens for text in cost.texts for _ in range(self._times(text)))
-        longest = even_rows(prompts.pop(), ranks)
+        prompts = Counter[int]()  # how many have so many tokens
+        for text in cost.texts:
+            prompts[text.tokens] += self._times(text)
+        longest = even_rows(max(prompts), ranks)
         if self.size.num_hidden_layers == 1:  # the only layer makes keys and values alone
             keys = 3 * self.size.num_key_value_heads * self.size.head_dim
             return longest[rank] * (2 * self.size.hidden_size + keys) * self.element_bytes
-        waiting = sum(even_rows(tokens, ranks)[rank] * self.size.hidden_size for tokens in prompts)
-        waiting += sum(2 * tokens * self.size.head_dim for tokens in prompts)
+        prompts[max(prompts)] -= 1
+        waiting = sum(
+            times * (even_rows(tokens, ranks)[rank] * self.size.hidden_size + 2 * tokens * self.size.head_dim)
+            for tokens, times in prompts.items()
+        )
         held = waiting * self.element_bytes
         held += self._layer_bytes(Grid(ranks), longest, rank, before=0, passes=1, on_cpu=on_cpu)
         if self.prompts == 1 or on_cpu:  # the peak is before the last layer's keys and values are made

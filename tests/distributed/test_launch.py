@@ -40,6 +40,11 @@ def tell_where_ranks_meet(folder: str) -> None:
     (Path(folder) / f"rank{os.environ['RANK']}").write_text(os.environ["MASTER_ADDR"])
 
 
+def make_a_lock(folder: str) -> None:
+    lock = multiprocessing.RLock()
+    (Path(folder) / "name").write_text(str(lock._semlock.name))  # type: ignore[attr-defined]
+
+
 def break_one(folder: str, how: str) -> None:
     with joined_world(device="cpu", threads=1):
         (Path(folder) / f"pid{dist.get_rank()}").write_text(str(os.getpid()))
@@ -72,6 +77,12 @@ def test_ranks_meet_without_the_name_of_the_machine(tmp_path: Path) -> None:
     """That of a container may have no address, and then they would wait until the rendezvous gives up."""
     run_ranks(tell_where_ranks_meet, str(tmp_path), ranks=2)
     assert {(tmp_path / f"rank{r}").read_text() for r in range(2)} == {"localhost"}
+
+
+def test_a_lock_of_a_rank_has_no_file_that_a_kill_would_leave(tmp_path: Path) -> None:
+    """diffusers' progress bars make such locks."""
+    run_ranks(make_a_lock, str(tmp_path), ranks=1)
+    assert (tmp_path / "name").read_text() == "None"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

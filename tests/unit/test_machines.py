@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import select
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_the_environment_is_a_whole_world_or_none(changes: dict[str, str | None]
         (OSError(errno.EMFILE, "Too many open files"), "no more files", "ulimit -n"),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "no more processes", "ulimit -u"),
         (OSError(errno.EFBIG, "File too large", "/out/a"), "/out/a may not grow", "ulimit -f"),
+        (OSError(errno.EFBIG, "File too large"), "a file may not grow", "ulimit -f"),
         (RuntimeError("bind. code: -24, name: EMFILE, message: too many"), "no more files", "ulimit -n"),
         (RuntimeError("can't start new thread"), "no more processes or threads", "threads_per_rank=1"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 12"), "gives no more memory", "fewer ranks"),
@@ -72,6 +74,17 @@ def test_what_a_machine_refuses_is_a_fault_in_three_parts(error: Exception, what
         raise error
     problem = fault.value.problem
     assert what in problem.what and problem.why and works in problem.works
+
+
+@pytest.mark.parametrize("file", [None, "/out/a.mp4"])
+def test_a_full_standard_output_is_told_from_a_full_disk(
+    file: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "__stdout__", full)
+        problem = machine.machine_problem(OSError(errno.ENOSPC, "No space left on device", file), "/out")
+    assert problem is not None
+    assert problem.what == (f"{file} has no space left" if file else "standard output cannot be written")
 
 
 def test_what_is_our_own_stays_a_traceback() -> None:
@@ -156,6 +169,7 @@ def test_more_threads_than_a_machine_can_use_are_refused(monkeypatch: pytest.Mon
     [
         (["task=transfer", "task.controls.edge=no.mp4"], "task.controls.edge=no.mp4 is not a file"),
         (["task=i2v", "task.image=no.jpg"], "task.image=no.jpg is not a file"),
+        (["task=transfer", "task.controls.edge="], "task.controls.edge= is not a file"),
         (["task.prompt_file=no.txt"], "task.prompt_file=no.txt is not a file"),
         (["task=i2v", f"task.image={'x' * 300}"], "cannot be looked for"),
         (["task=i2v", 'task.image="~nobody-here/x"'], "cannot be looked for"),

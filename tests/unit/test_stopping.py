@@ -147,6 +147,21 @@ def test_a_rank_whose_agent_ended_before_it_looked_ends(tmp_path: Path) -> None:
     assert run.returncode == 1 and not (tmp_path / "begun").exists()
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_an_output_that_takes_nothing_is_told_in_three_parts(flush: bool, tmp_path: Path) -> None:
+    work = f"def work():\n    print('a table', flush={flush})\n"
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", BEGIN + work + STOPPABLE, str(tmp_path / "begun")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "standard output cannot be written" in run.stderr and "works: " in run.stderr
+
+
 def started(code: str, begun: Path, **environ: str) -> subprocess.Popen[str]:
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(begun)],
