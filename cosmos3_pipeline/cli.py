@@ -302,7 +302,13 @@ def _arguments(words: Sequence[str]) -> Namespace:
 
     def refuse(message: str) -> NoReturn:
         why = "Hydra has no such flag, or the flag takes another value"
-        raise ConfigError([Problem(what=message, why=why, works="key=value or group=option; see --help")])
+        works = "key=value or group=option; see --help"
+        if match := re.match(r"argument (--[\w-]+)", message):
+            choices = re.search(r"choose from '?(\w+)", message)
+            works = f"{match[1]} {choices[1] if choices else 'VALUE'}"
+        elif flags := re.findall(r"--[\w-]+", message.partition("could match")[2]):
+            works = " or ".join(flags)
+        raise ConfigError([Problem(what=message, why=why, works=works)])
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
@@ -328,8 +334,9 @@ def _corrected(words: Sequence[str], works: Sequence[str] = ()) -> str | None:
     if any(each.means is None for each in readings):
         return None
     if meant == list(words):
-        instead = {each.partition("=")[0]: each for each in works if re.fullmatch(r"[\w.]+=[^\s,]+", each)}
-        words = [instead.get(word.partition("=")[0], word) for word in words]
+        found = [re.fullmatch(r"(?:did you mean )?'?(\+?([\w./]+)=[^\s,?']+)'?\??", each) for each in works]
+        instead = {match[2]: match[1] for match in found if match}
+        words = [instead.get(word.lstrip("+").partition("=")[0], word) for word in words]
         if len(instead) < len(works) or meant == words:
             return None
         meant = list(words)

@@ -8,13 +8,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from cosmos3_pipeline.config.kinds import kind_of
-from cosmos3_pipeline.config.mistakes import USUAL_FPS, beside, keys_meant, written
-from cosmos3_pipeline.errors import Problem, did_you_mean
+from cosmos3_pipeline.config.mistakes import (
+    NO_GROUPS,
+    USUAL_FPS,
+    Groups,
+    as_meant,
+    beside,
+    in_a_shell,
+    keys_meant,
+    other_name,
+    written,
+)
+from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 
 # The packages of Hydra's plugins, by the option that each provides.
@@ -25,51 +36,69 @@ PACKAGES = {
 }
 # The nodes that hold a strategy's settings, which the schema does not list.
 STRATEGY_NODES = ("vae.encode", "vae.decode")
+# The nodes of Hydra whose keys come with a plugin.
+PLUGIN_NODES = ("hydra.launcher", "hydra.sweeper")
 
 
-def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> Problem:
+def unknown_key(key: str, known: Iterable[str], *, where: str = "", groups: Groups = NO_GROUPS) -> Problem:
     """The problem of a dotted key that the schema does not have. `where` names the file or override with the key.
 
-    The problem suggests the key that is meant (`keys_meant`), or lists the node's keys if none is near. The search
-    for a strategy's setting looks only in the strategy's settings.
+    The problem suggests the key that is meant (`keys_meant`) or all that the override means, and lists the node's
+    keys if neither is known. The search for a strategy's setting looks only in the strategy's settings.
     """
     node, _, leaf = key.rpartition(".")
+    override = typed_in(where)
+    value = override.partition("=")[2]
     if node.partition(".")[0] == "extras":
         return Problem(
             what=f"{key} is not there yet{where}",
             why="extras has the keys that you add, and a plus adds one",
-            works=f"+{key}=VALUE",
+            works=in_a_shell(f"+{key}={value or 'VALUE'}"),
         )
     known = [k for k in known if not key.startswith(f"{k}.")]
     if node in STRATEGY_NODES:
         known = [k for k in known if k.startswith(f"{node}.")]
     if others := settings_of_others(key):
-        chosen = " or ".join(f"{node.replace('.', '/')}={name}" for name in others)
+        group = node.replace(".", "/")
         return Problem(
             what=f"unknown key {key}{where}",
-            why=f"{leaf} is a setting of {' and '.join(others)}, not of the strategy that is chosen",
-            works=f"{chosen} beside it",
+            why=f"{leaf} is a setting of {' and '.join(others)}, and {group} is another option",
+            works=f"{' or '.join(f'{group}={name}' for name in others)} beside it",
         )
     siblings = beside(node, known)
-    near = " or ".join(keys_meant(key, known))
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
-    size = re.search(rf"{re.escape(key)}=(\d+)[x,*](\d+)", where)
-    if size and {f"{node}.width", f"{node}.height"} <= set(known):
-        listed = f"{node}.width={size.group(1)} {node}.height={size.group(2)}"
+    near, meant = keys_meant(key, known), as_meant(override, groups)
+    if meant is None:
+        near = [k for k in near if not value or not other_name(k, value)]
+    elif not near or in_a_shell(f"{near[0]}={value}") != meant:
+        near = [meant]
     return Problem(
         what=f"unknown key {key}{where}",
         why="nothing reads it, so it would be ignored",
-        works=f"did you mean {near}?" if near and not size else listed,
+        works=f"did you mean {' or '.join(near)}?" if near else listed,
     )
 
 
+def typed_in(where: str) -> str:
+    """The override that `where` names, as in ` (from task.promt=kite)`; "" if it names a file or nothing."""
+    match = re.search(r"\(from \+*([\w./]+=.*)\)$", where, re.DOTALL)
+    return match[1] if match else ""
+
+
 def settings_of_others(key: str) -> list[str]:
-    """The strategies that have the setting in `key`, such as `vae.decode.groups`; none for any other key."""
+    """The options with the setting in `key`, such as `vae.decode.groups` or `hydra.launcher.n_jobs`.
+
+    None for a key of a node that is no strategy, launcher or sweeper.
+    """
     node, _, setting = key.rpartition(".")
-    if node not in STRATEGY_NODES:
+    if node in STRATEGY_NODES:
+        strategies = discover().strategies.items()
+        return [name for name, cls in strategies if setting in {f.name for f in fields(typing.cast(Any, cls))}]
+    if node not in PLUGIN_NODES:
         return []
-    strategies = discover().strategies.items()
-    return [name for name, cls in strategies if setting in {f.name for f in fields(typing.cast(Any, cls))}]
+    store, group = ConfigStore.instance(), node.replace(".", "/")
+    names = [name for name in store.list(group) if setting in store.load(f"{group}/{name}").node]
+    return [name.removesuffix(".yaml") for name in names]
 
 
 # Hydra could not merge a value and does not say why.
@@ -82,9 +111,9 @@ def wrong_kind(key: str, wrong: str, where: str, fps: Callable[[], float], cause
     `fps` gives the frame rate of the command line, for a duration in place of a number of frames.
     """
     kind = kind_of(key)
-    said = re.search(r"\(from \+*[\w.]+=(.*)\)$", where)
+    said = typed_in(where).partition("=")[2]
     rate = fps() if key == "task.num_frames" else USUAL_FPS
-    typed = None if kind is None else (said and written(kind, said.group(1), key, rate)) or kind.example
+    typed = None if kind is None else (said and written(kind, said, key, rate)) or kind.example
     works = f"a value of the type that --cfg job shows for {key}"
     if "[" in key:
         works = f"{key.partition('[')[0]}=[...] with such values"
@@ -152,13 +181,13 @@ def explain(
         key = match.group(1)
         if full_key not in key:  # the key is in a node of a list
             key = f"{key}[...].{full_key}"
-        return unknown_key(key, keys, where=where)
+        return unknown_key(key, keys, where=where, groups=groups)
     if "missing mandatory value" in cause:
         return Problem(
             what=f"{full_key} is not set{where}", why="it has no default", works=f"a value for {full_key}"
         )
     if match := re.search(r"Key '[^']+' not in|Key '[^']+' is not in struct", cause):
-        return unknown_key(full_key or match.group(0), keys, where=where)
+        return unknown_key(full_key or match.group(0), keys, where=where, groups=groups)
     if match := re.search(r"(Value .+? (?:of type .+? )?(?:could not be|is not).+|Invalid value .+)", cause):
         return wrong_kind(
             full_key or "a key", "has a value of the wrong type", where, fps, match.group(1).rstrip(".")
@@ -208,9 +237,12 @@ def _missing_option(
 ) -> Problem:
     name = error.missing_cfg_file or ""
     group, _, option = name.rpartition("/")
+    # `model=nvidia/Cosmos3-Nano` names an option with a slash
+    asked = [override.lstrip("+").partition("=") for override in overrides]
+    group, option = next(((g, o) for g, _, o in asked if f"{g}/{o}" == name), (group, option))
     # Hydra gives no options if another file's defaults list names the missing one.
     options = [o for o in error.options or groups.get(group, ()) if not o.startswith("_")]
-    typed = f"{group}={option}" in [override.lstrip("+") for override in overrides]
+    typed = (group, "=", option) in asked
     # Hydra names the primary config even if the choice comes from elsewhere, so its line is looked for.
     match = None if typed else re.search(r"In '(?!hydra/)([^']+)'", str(error))
     where = place(match.group(1), f"defaults.{option}") if match else ""
@@ -229,10 +261,16 @@ def _missing_option(
             why=f"the options of {group} are: {', '.join(options)}",
             works=f"pip install {PACKAGES[option]}",
         )
+    if not group:
+        what, why = f"--config-name {option}", f"no folder of configs has {option}.yaml"
+        return Problem(what, why, "the name of a file in a folder that --info searchpath lists, without .yaml")
+    near = nearest(option, options)
+    meant = as_meant(f"{group}={option}", groups) or (near and f"{group}={near}")
+    otherwise = f"one of {', '.join(options)}" if options else "see --help"
     return Problem(
-        what=f"{group or 'config'}={option} does not exist",
+        what=f"{group}={option} does not exist",
         why=f"{named}the options of {group} are: {', '.join(options)}" if options else f"no file provides {name}",
-        works=did_you_mean(option, options, otherwise=f"one of {', '.join(options)}" if options else "see --help"),
+        works=f"did you mean {meant}?" if meant else otherwise,
     )
 
 

@@ -100,6 +100,12 @@ def in_a_shell(argument: str) -> str:
     return shlex.quote(argument)
 
 
+def as_meant(override: str, groups: Groups) -> str | None:
+    """How the mended `override` is typed in a shell; None if it is right, or if its meaning is unknown."""
+    means = read([override], groups, flags={}, sweep=True)[0].means if override else None
+    return " ".join(map(in_a_shell, means)) if means and means != (override,) else None
+
+
 def as_typed(key: str, value: str) -> str:
     """The argument to type in a shell so that `key` gets the text `value`, whatever characters it has."""
     return in_a_shell(text_argument(key, value))
@@ -139,6 +145,8 @@ def keys_meant(word: str, known: Sequence[str]) -> list[str]:
         return [other] if other in known or other.startswith("hydra.") else []
     nodes = {k.rpartition(".")[0] for k in known}
     meant = node if node in nodes else nearest(node, nodes)
+    if nearest(node, known) == "extras":  # its keys are the user's own
+        return [f"extras.{leaf}"]
     if (node or not same) and meant is not None and (found := nearest(leaf, beside(meant, known))):
         return [f"{meant}.{found}" if meant else found]
     return same or _least_nested(nearest(leaf, (k.rpartition(".")[2] for k in known)), known)
@@ -217,6 +225,9 @@ class _Reader:
         if not words and (key is None or ((kind := kind_of(key)) is not None and kind.hint is bool)):
             words = ["true"]
         means = self._argument(name.strip("-"), " ".join(words)) if words else None
+        if means is None and (near := nearest(name, self._flags)) is not None:
+            meant = self._flag(near + equals + value, rest)
+            return Reading(meant.typed, meant.means, f"the flag is {near}")
         if means is None and (key is None or ("." not in key + name and key not in self._groups)):
             return Reading((rest[0],), None, "there is no such flag, and no key of this name")
         return Reading(tuple(rest[:count]), means, DASHES)
@@ -388,7 +399,8 @@ class _Reader:
             value += "s"
         meant = key_meant(key, self._groups)
         if meant is None:
-            return self._option("", value)
+            above = key.rpartition(".")[0].replace(".", "/")
+            return self._option(above if above in self._groups else "", value)
         if meant in self._groups:
             return self._option(meant, value)
         if meant == "hydra.run.dir":
@@ -405,6 +417,12 @@ class _Reader:
 
     def _option(self, group: str, value: str) -> tuple[str, ...] | None:
         """The choice of `value` in `group`, else in a group below it, else in the only group that has it."""
+        if group == "model" and re.fullmatch(r"(?!model/)[\w.-]+/[\w.-]+", value):  # a repository of the hub
+            made = self._option("model", value.partition("/")[2])
+            return (*made, f"model.path={value}") if made and made[0].startswith("model=") else None
+        if value.lower() in (*_TRUE, *_FALSE) and "none" in self._groups.get(group, ()):
+            chosen = [each for each in self._groups[group] if (each == "none") == (value.lower() in _FALSE)]
+            return (f"{group}={chosen[0]}",) if len(chosen) == 1 else None
         names = [each for each in value.strip(" ,;\"'").split(",") if each]
         if len(names) > 1:
             found = [self._option(group, name) for name in names]
@@ -459,6 +477,12 @@ def _names(kind: Kind) -> Sequence[str]:
     return found
 
 
+def other_name(key: str, value: str) -> bool:
+    """Whether `key` takes some names only, and `value` means none of them."""
+    kind = kind_of(key)
+    return kind is not None and bool(_names(kind)) and written(kind, value, key) is None
+
+
 def written(kind: Kind, text: str, key: str, fps: float = USUAL_FPS) -> str | None:
     """How the value `text` is written for a key of this kind, such as [2,2] for `2,2`; None if it cannot be."""
     text = text.strip()
@@ -480,7 +504,7 @@ def written(kind: Kind, text: str, key: str, fps: float = USUAL_FPS) -> str | No
         return next((word for word in words if word in names), None) or nearest(words[-1], names)
     if kind.hint is bool:
         low = bare.lower()
-        return "true" if low in _TRUE else "false" if low in _FALSE else None
+        return "true" if low in _TRUE else "false" if low in _FALSE else nearest(low, ("true", "false"))
     if kind.hint in (int, float):
         return _number(kind, bare, key, fps)
     if kind.hint is str:
@@ -503,7 +527,7 @@ def _number(kind: Kind, text: str, key: str, fps: float) -> str | None:
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([a-zA-Z%]*)", text)
     if match is None:
         return None
-    number = float(match[1])
+    number = float(match[1]) * (1000 if match[2] in ("k", "K") else 1)
     if key == "task.num_frames" and match[2].lower() in ("s", "sec", "secs", "seconds"):
         number = round(number * fps) // 4 * 4 + 1  # a clip has 4 n + 1 frames
     if kind.hint is int:

@@ -26,7 +26,7 @@ from cosmos3_pipeline.config.mistakes import (
     parsed,
     read,
 )
-from cosmos3_pipeline.errors import ConfigError, Problem, nearest
+from cosmos3_pipeline.errors import ConfigError, Problem
 
 _SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
 
@@ -44,7 +44,7 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
             problems.append(mistaken(reading if reading.why else replace(reading, why=SYNTAX)))
             continue
         means = None if reading.means == reading.typed else reading.means
-        problems += [*_sweep_alone(override, sweep, means), *_group_as_key(override, groups)]
+        problems += [*_sweep_alone(override, sweep, means), *_group_as_key(override, groups, means)]
         problems += [*_no_option(override, groups), *_nothing_set(override), *_no_truth(override)]
         if override.key_or_group in groups and not override.is_hydra_override():
             problems += _doubled(override, chosen)
@@ -98,7 +98,7 @@ def mistaken(reading: Reading) -> Problem:
     if words and why == SPACE:
         why = f"{SPACE}, so {words[0]!r} stands alone and is no key=value"
     if not works:
-        key = key_meant(first.lstrip("-~"))
+        key = first if first.startswith("hydra.") else key_meant(first.lstrip("-~"))
         works = f"{key}=VALUE" if key is not None else "key=value or group=option; see --help"
         if reading.means == ():
             works = f"the command without {first}" + (f", or {key}=VALUE" if key is not None else "")
@@ -136,7 +136,7 @@ def _sweep_alone(override: Override, sweep: bool, means: Sequence[str] | None) -
     )
 
 
-def _group_as_key(override: Override, groups: Groups) -> Iterator[Problem]:
+def _group_as_key(override: Override, groups: Groups, means: Sequence[str] | None) -> Iterator[Problem]:
     """A problem of a group written as a key: `vae.decode=tiled` or `decode=tiled` for `vae/decode=tiled`."""
     key, value = override.key_or_group, override.value()
     if not isinstance(value, str) or key in groups:
@@ -149,7 +149,7 @@ def _group_as_key(override: Override, groups: Groups) -> Iterator[Problem]:
         yield Problem(
             what=f"{override.input_line} sets a whole node",
             why=f"{' and '.join(meant)} is a group of options, which are chosen with a slash",
-            works=" or ".join(_choices(group, groups[group], value) for group in meant),
+            works=" ".join(means or ()) or " or ".join(_choices(group, groups[group]) for group in meant),
         )
 
 
@@ -200,10 +200,8 @@ def _no_truth(override: Override) -> Iterator[Problem]:
         )
 
 
-def _choices(group: str, options: Sequence[str], value: str) -> str:
-    """The choice of the option of `group` that is nearest to `value`, or of every option if none is near."""
-    near = nearest(value, options)
-    return " or ".join(f"{group}={option}" for option in ([near] if near else options))
+def _choices(group: str, options: Sequence[str]) -> str:
+    return " or ".join(f"{group}={option}" for option in options)
 
 
 def _doubled(override: Override, chosen: dict[str, str]) -> Iterator[Problem]:

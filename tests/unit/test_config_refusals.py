@@ -127,7 +127,7 @@ REFUSALS = [
         id="steps at one timestep",
     ),
     pytest.param(["task.modality=smell"], "task.modality", "video", id="unknown choice"),
-    pytest.param(["model=suepr"], "model=suepr", "did you mean super?", id="unknown option"),
+    pytest.param(["model=suepr"], "model=suepr", "did you mean model=super?", id="unknown option"),
     pytest.param(["vae/decode=layerpipeline"], "vae/decode", "layer_pipeline", id="unknown strategy"),
     pytest.param(["vae/decode=replicated"], "vae/decode=replicated", "vae=replicated", id="reference as strategy"),
     pytest.param(
@@ -157,7 +157,7 @@ REFUSALS = [
     pytest.param(["experiment=none_such"], "experiment=none_such", "sglang_27037", id="unknown experiment"),
     pytest.param(["+task.zoom=2"], "unknown key task.zoom", "task", id="added key"),
     pytest.param(["++sampler.sed=2"], "unknown key sampler.sed", "did you mean sampler.seed?", id="forced key"),
-    pytest.param(["+extra.node=2"], "unknown key extra.node", "", id="added node"),
+    pytest.param(["+extra.node=2"], "unknown key extra.node", "did you mean extras.node?", id="added node"),
     pytest.param(["+vae.decode.depth=2"], "unknown key vae.decode.depth", "", id="added strategy key"),
     pytest.param(
         ["vae.decode.op_second=x"], "vae.decode.op_second", "mean vae.decode.op_seconds?", id="misspelt setting"
