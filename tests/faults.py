@@ -231,8 +231,9 @@ def wrongs(place: Place, run: Run, codes: Sequence[int], *, killed: bool = False
         time.sleep(0.05)
     if left and code is not None:
         found.append(f"{len(left)} processes stay")
-    # A traceback without a line of ours is of an interpreter that was still starting.
-    if re.search(r"Traceback \(most recent call last\)[\s\S]*cosmos3_pipeline/", run.ours()):
+    # Until the import of `stopping` is done, a traceback is that of an interpreter that was still starting.
+    said = re.sub(r"Traceback \(most.*\n.*launch\.py.*\n +from cosmos3_pipeline import stopping\n", "", run.ours())
+    if re.search(r"Traceback \(most recent call last\)[\s\S]*cosmos3_pipeline/", said):
         found.append("traceback")
     found += [f"said: {line[-160:]}" for line in run.ours().splitlines() if "leaked" in line]
     found += [f"half a file: {words}" for words in half_files(run.output, partial=not killed)]

@@ -126,7 +126,10 @@ def _rank(
     # processes.
     multiprocessing.set_start_method("fork", force=True)
     rank, ranks = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    _pid_file(folder, rank).write_text(str(os.getpid()))
+    try:
+        _pid_file(folder, rank).write_text(str(os.getpid()))
+    except FileNotFoundError:
+        stopping.end(1)  # the launcher has removed the folder: it ended while this process was forked
     others = [_pid_file(folder, other) for other in range(ranks) if other != rank]
     stopping.end_with_parent(lambda: [int(file.read_text()) for file in others if file.is_file()], leftovers)
     stopping.reset_signals()
