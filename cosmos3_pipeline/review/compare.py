@@ -8,7 +8,17 @@ from typing import Any
 
 from cosmos3_pipeline.review.files import FileChanges
 from cosmos3_pipeline.review.renames import renamed_keys
-from cosmos3_pipeline.review.report import ABSENT, Broken, Change, Effect, Report, growth, strength
+from cosmos3_pipeline.review.report import (
+    ABSENT,
+    TOTALS,
+    Broken,
+    Change,
+    Effect,
+    Report,
+    direction,
+    strength,
+    weaker,
+)
 
 Survey = Mapping[str, Mapping[str, Any]]
 # For each (overrides, keys): key -> (where its value was written, the key that was written there).
@@ -248,15 +258,11 @@ def _effects(pairs: Iterable[_Pair], numbers: Mapping[str, tuple[int, ...]]) -> 
         if not fields and pixels == SAME:
             continue
         touched = numbers.get(pair.name, ())
-        key = repr((touched, pixels, [(name, _kind(values)) for name, values in fields.items()]))
+        # Cases are told together if the reader would judge them alike; the ranges of their numbers are told.
+        totals = [direction(fields.get(name, (None, None))) for name in TOTALS]
+        key = repr((touched, pixels, weaker(fields), fields.get("fits"), totals))
         grouped.setdefault(key, Effect(touched, pixels, {})).cases[pair.name] = fields
     return tuple(sorted(grouped.values(), key=Effect.badness))
-
-
-def _kind(pair: tuple[Any, Any]) -> Any:
-    """The key by which cases are reported together: the direction of a number, or the values themselves."""
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
-    return growth(pair) > 0 if numbers else pair
 
 
 SAME = "same pixels"

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cosmos3_pipeline.planning.units import quantity
-from cosmos3_pipeline.review.report import Change, Effect, Report, growth
+from cosmos3_pipeline.review.report import TOTALS, Change, Effect, Report, growth
 
 SHOWN_CASES = 4  # case names shown before "and N more"
-UNMOVED = 0.001  # the headline leaves out a change that is a smaller share of the value
 OPEN_ROWS = 8  # rows of a markdown table before the rest is folded
 # The plan's fields that have a column of their own. All other fields are listed in one column.
-COLUMNS = {"memory per rank": "memory.peak_bytes", "seconds": "seconds.total"}
-TOTALS = set(COLUMNS.values())
+COLUMNS = dict(zip(("memory per rank", "seconds"), TOTALS, strict=True))
 
 
 def as_json(report: Report) -> str:
@@ -32,24 +30,25 @@ def headline(report: Report) -> str:
     def cases(wanted: Callable[[Effect], bool]) -> int:
         return sum(len(effect.cases) for effect in effects if wanted(effect))
 
-    def grows(field: str, sign: int) -> Callable[[Effect], bool]:
-        return lambda effect: effect.growth(field) * sign > UNMOVED
+    def moves(field: str, sign: int) -> int:
+        return sum(effect.moves(field, sign) for effect in effects)
 
     counts = [
         (len(report.broken), "stopped composing"),
         (cases(lambda e: e.exactness_weaker), "less exact"),
         (cases(lambda e: e.stops_fitting), "no longer fit"),
         (cases(lambda e: e.pixels.startswith("another picture")), "with another picture"),
-        (cases(grows("memory.peak_bytes", 1)), "with more memory"),
-        (cases(grows("memory.peak_bytes", -1)), "with less memory"),
-        (cases(grows("seconds.total", 1)), "slower"),
-        (cases(grows("seconds.total", -1)), "faster"),
+        (moves("memory.peak_bytes", 1), "with more memory"),
+        (moves("memory.peak_bytes", -1), "with less memory"),
+        (moves("seconds.total", 1), "slower"),
+        (moves("seconds.total", -1), "faster"),
         (len(report.mended), "compose again"),
     ]
     told = [f"{count} {words}" for count, words in counts if count]
     if not told:
         told = ["no case changes in memory, speed or pixels"]
-    return " ".join([f"Of {report.compared} cases: {', '.join(told)}.", *_from_files(report)])
+    of = "The case" if report.compared == 1 else f"Of {report.compared} cases"
+    return " ".join([f"{of}: {', '.join(told)}.", *_from_files(report)])
 
 
 def _from_files(report: Report) -> Iterable[str]:
@@ -70,18 +69,19 @@ def as_text(report: Report) -> str:
         lines += ["", f"STOPPED COMPOSING  {cases}", *(f"  {line}" for line in _problem_lines(problems))]
     for effect in report.effects:
         everywhere = len(effect.cases) == report.compared and len(effect.cases) > SHOWN_CASES
-        cases = f"all {report.compared} cases" if everywhere else _names(list(effect.cases), every=True)
+        each = _each(effect)
+        count = f"{len(effect.cases)} cases, listed below" if each else _names(list(effect.cases), every=True)
+        cases = f"all {report.compared} cases" if everywhere else count
         lines += ["", cases, f"  pixels: {effect.pixels}"]
         lines += [f"  {name}: {_range(name, effect)}" for name in effect.fields]
-        if len(effect.cases) > 1 and TOTALS & set(effect.fields):
-            lines += [f"    {case}: {_totals(fields)}" for case, fields in effect.cases.items()]
+        lines += [f"    {_names(names, every=True)}: {words}" for words, names in each.items()]
         lines.append(f"  because of {_because(effect)}")
     if report.changes:
         lines += ["", "changes"]
     for change in report.changes:
         lines.append(f"  [{change.number}] {_change(change, quote='')}")
         lines.append(
-            f"      in {len(change.cases)} cases: {_names(change.cases)}"
+            f"      in {len(change.cases)} case{'s' * (len(change.cases) > 1)}: {_names(change.cases)}"
             if change.cases
             else f"      in {change.runs}"
             if change.runs
@@ -164,12 +164,20 @@ def _row(effect: Effect) -> str:
 
 def _each_case(report: Report) -> list[str]:
     """The numbers of each case in a folded table, for consequences that several cases share."""
-    told = [(case, fields) for e in report.effects if len(e.cases) > 1 for case, fields in e.cases.items()]
-    rows = [f"| `{case}` | {_totals(fields)} |" for case, fields in told if TOTALS & set(fields)]
+    told = [(words, names) for e in report.effects for words, names in _each(e).items()]
+    rows = [f"| {_names(names, every=True, code=True)} | {_cell(words)} |" for words, names in told]
     if not rows:
         return []
     lines = ["<details><summary>memory and seconds of each case</summary>", "", "| case | |", "|---|---|"]
     return [*lines, *rows, "", "</details>", ""]
+
+
+def _each(effect: Effect) -> dict[str, list[str]]:
+    """The cases of an effect that several share, by the words for their memory and seconds; none for one case."""
+    found: dict[str, list[str]] = {}
+    for case, fields in effect.cases.items() if len(effect.cases) > 1 else ():
+        found.setdefault(_totals(fields) or "the same memory and seconds", []).append(case)
+    return found if found.keys() - {"the same memory and seconds"} else {}
 
 
 def _change_row(change: Change) -> str:
@@ -249,12 +257,19 @@ def _growth(share: float) -> str:
 
 def _range(name: str, effect: Effect) -> str:
     """A field's old and new value, or the range of its changes if they differ from case to case."""
-    pairs = effect.pairs(name)
-    if all(pair == pairs[0] for pair in pairs):
-        return _pair(name, pairs[0])
+    found = effect.pairs(name)
+    pairs = [pair for place, pair in enumerate(found) if pair not in found[:place]]
+    where = f" (in {len(found)} of the {len(effect.cases)} cases)" if len(found) < len(effect.cases) else ""
+    if len(pairs) == 1:
+        return _pair(name, pairs[0]) + where
+    if all(old is None and isinstance(new, int | float) for old, new in pairs):
+        low, high = (quantity(name, end(new for _, new in pairs)) for end in (min, max))
+        return f"- -> {low} to {high}{where}"
+    if not any(map(growth, pairs)):  # words, not numbers
+        return "; ".join(_pair(name, pair) for pair in pairs) + where
     moves = sorted(growth(pair) for pair in pairs)
     low, high = _growth(moves[0]), _growth(moves[-1])
-    return low if low == high else f"{low} to {high}"
+    return (low if low == high else f"{low} to {high}") + where
 
 
 def _totals(fields: Mapping[str, tuple[Any, Any]]) -> str:

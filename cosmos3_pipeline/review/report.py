@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
+UNMOVED = 0.001  # a change that is a smaller share of the value does not count
+# The numbers of a plan that say most about a run.
+TOTALS = ("memory.peak_bytes", "seconds.total")
 STRENGTH = ("bitwise", "rounding", "approximate")  # exactness of a stage, strongest first
 
 
@@ -56,8 +59,8 @@ class Effect:
 
     @property
     def fields(self) -> list[str]:
-        """The fields that differ. They are the same in every case."""
-        return list(next(iter(self.cases.values())))
+        """The fields that differ in any case."""
+        return list(dict.fromkeys(name for fields in self.cases.values() for name in fields))
 
     def pairs(self, field: str) -> list[tuple[Any, Any]]:
         """(old, new) of a field in every case."""
@@ -66,12 +69,15 @@ class Effect:
     @property
     def exactness_weaker(self) -> bool:
         """Whether a stage is less exact than before. A new stage does not count."""
-        pairs = [pair for name in self.fields if name.startswith("exactness.") for pair in self.pairs(name)]
-        return any(old in STRENGTH and strength(new) > strength(old) for old, new in pairs)
+        return any(map(weaker, self.cases.values()))
 
     @property
     def stops_fitting(self) -> bool:
         return (True, False) in self.pairs("fits")
+
+    def moves(self, field: str, sign: int) -> int:
+        """In how many cases a field grows (`sign` is 1) or shrinks (-1) by a share that counts."""
+        return sum(direction(pair) == sign for pair in self.pairs(field))
 
     def growth(self, field: str) -> float:
         """The largest growth of a field in any case, as a share of its old value; negative if all shrank."""
@@ -181,3 +187,15 @@ def growth(pair: tuple[Any, Any]) -> float:
         return 0.0
     old, new = pair
     return float((new - old) / old) if old else float(new > 0)
+
+
+def direction(pair: tuple[Any, Any]) -> int:
+    """1 if a number grew, -1 if it shrank, 0 if it moved by less than `UNMOVED`."""
+    share = growth(pair)
+    return 0 if abs(share) <= UNMOVED else 1 if share > 0 else -1
+
+
+def weaker(fields: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether a stage of a case is less exact than before. A new stage does not count."""
+    pairs = [pair for name, pair in fields.items() if name.startswith("exactness.")]
+    return any(old in STRENGTH and strength(new) > strength(old) for old, new in pairs)

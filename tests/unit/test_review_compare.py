@@ -210,6 +210,19 @@ def test_going_back_from_approximate_is_another_picture_too() -> None:
     assert report.effects[0].pixels == "equal up to rounding (denoise is rounding)"
 
 
+def test_cases_that_are_judged_alike_are_told_together() -> None:
+    sound = {"seconds.total": 61.0, "seconds.sound": 1.0, "exactness.sound": "bitwise"}
+    plans = {"a": sound, "b": sound, "c": {**sound, "seconds.sound": 3.0, "memory.sound_bytes": 10}}
+    plans["d"] = {"seconds.total": 50.0}
+    head = {name: case({"task.sound": True}, plan) for name, plan in plans.items()}
+    report = compared({name: case() for name in head}, head)
+    assert [list(effect.cases) for effect in report.effects] == [["a", "b", "c"], ["d"]]
+    text = render.as_text(report)
+    assert "3 slower, 1 faster" in text
+    assert "seconds.sound: - -> 1 s to 3 s" in text and "10 B (in 1 of the 3 cases)" in text
+    assert text.count("a, b, c: seconds 60 s -> 61 s (+1.7%)") == 1
+
+
 def test_the_worst_consequence_comes_first() -> None:
     base = {name: case() for name in ("slow", "big", "full", "loose")}
     head = {

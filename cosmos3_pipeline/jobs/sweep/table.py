@@ -156,7 +156,7 @@ def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
     for key in keys:
         made.add_column(key, overflow="fold")
     for column in shown:
-        made.add_column(column.name, justify="right")
+        made.add_column(column.name, justify="right", overflow="fold")
     if any(job["status"] != "done" for job in jobs):
         made.add_column("")
     for job in jobs:
