@@ -6,7 +6,7 @@
 # make hooks lint and spelling before every commit
 # make wheel builds the wheel, and makes the toy's video with it in an empty environment and directory
 # make interop  what is too large for the tests' environment: ray as a launcher, MLflow and other trackers
-# make fuzz  every value of tests/config_fuzz.py on every key of the schema (half an hour of one core)
+# make fuzz  every value of tests/config_fuzz.py on every key of the schema (one to two hours of one core)
 # make bench measures the VAE and the denoiser beside others, and writes docs/performance.md (two hours)
 # make faults 300 runs that are hit by signals, stopped, started twice or over, and docs/reliability.md
 .PHONY: env run test thorough quick lint docs hooks wheel fuzz interop bench faults clean

@@ -62,6 +62,9 @@ def on_signals() -> None:
     if _listens:
         return
     _listens = True
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`; the next file that is opened would take its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as this process
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)

@@ -205,7 +205,7 @@ MOMENTS: dict[str, Callable[[Run], bool]] = {
     "at its start": lambda run: time.monotonic() - run.started > 0.15,
     "while it imports": lambda run: time.monotonic() - run.started > 0.5,
     "with its folder": lambda run: run.output.is_dir(),
-    "with its ranks": lambda run: len(run.ranks()) >= (1 if run.topology == "one process" else 2),
+    "with its ranks": lambda run: run.output.is_dir() if run.topology == "one process" else len(run.ranks()) >= 2,
     "in its work": lambda run: "denoising steps" in run.said(),
     "with a file begun": lambda run: writes(run, "video.mp4.*"),
     "with its video": lambda run: writes(run, "video.mp4"),

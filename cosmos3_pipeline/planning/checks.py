@@ -165,6 +165,14 @@ def _model(cfg: Config) -> Iterator[Problem]:
             why="a head for sound needs the channels of a sound latent",
             works="model.transformer.sound_dim=64, as published, or model.transformer.sound_gen=false",
         )
+    heads, keys = model.transformer.num_attention_heads, model.transformer.num_key_value_heads
+    if heads % keys:
+        yield Problem(
+            what=f"model.transformer.num_attention_heads={heads} with "
+            f"model.transformer.num_key_value_heads={keys}",
+            why="each key/value head serves equally many attention heads",
+            works=f"model.transformer.num_attention_heads={nearest_multiple(heads, keys)}",
+        )
     yield from _scale(cfg)
     if path is None and cfg.model.repo is None and cfg.model.distilled_sigmas is not None:
         yield Problem(

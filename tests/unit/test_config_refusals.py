@@ -63,6 +63,12 @@ REFUSALS = [
         "task.condition_latent_frames=[...]",
         id="null in a list",
     ),
+    pytest.param(
+        ["model=toy_random", "model.transformer.num_attention_heads=1"],
+        "model.transformer.num_attention_heads=1 with",
+        "model.transformer.num_attention_heads=4",
+        id="heads that share no keys evenly",
+    ),
     pytest.param(["topology.cp=${model}"], "topology.cp refers to", "topology.cp=[1]", id="a node for a list"),
     pytest.param(["task.controls=${task.fps}"], "task.controls refers to 24", "no task.controls", id="for a node"),
     pytest.param(

@@ -162,6 +162,17 @@ def test_an_output_that_takes_nothing_is_told_in_three_parts(flush: bool, tmp_pa
     assert "standard output cannot be written" in run.stderr and "works: " in run.stderr
 
 
+def test_an_output_that_is_closed_is_no_error(tmp_path: Path) -> None:
+    work = "def work():\n    print('a table', sys.stdout.isatty(), flush=True)\n"
+    run = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" "$2" >&-', sys.executable, BEGIN + work + STOPPABLE, str(tmp_path / "begun")],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def started(code: str, begun: Path, **environ: str) -> subprocess.Popen[str]:
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(begun)],
