@@ -62,7 +62,8 @@ def unowned(target: str, key: str) -> Problem:
     return Problem(
         what=f"{key} is built from {target}",
         why=f"no installed strategy plugin owns it{'; ' + broken if broken else ''}",
-        works=" or ".join(f"{name} ({plugins.target(name)})" for name in plugins.strategies),
+        works=" or ".join(f"{name} ({plugins.target(name)})" for name in plugins.strategies)
+        + f"; or pip install again the package that has {target.partition('.')[0]}, if its entry point is new",
     )
 
 
