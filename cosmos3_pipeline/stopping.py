@@ -22,7 +22,10 @@ from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from cosmos3_pipeline.errors import Problem
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The time for the main thread to end in order. A scheduler often kills after ten seconds.
@@ -62,9 +65,7 @@ def on_signals() -> None:
     if _listens:
         return
     _listens = True
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, as by `>&-`; the next file that is opened would take its number
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as this process
+    _open_closed_streams()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
@@ -91,9 +92,7 @@ def stoppable(main: Callable[[], int]) -> int:
                 raise
             # As other programs end when `head` has what it wants: without a word.
             end(128 + signal.SIGPIPE)
-        from cosmos3_pipeline.distributed.machine import output_problem
-
-        problem = output_problem(str(error))
+        problem = stdout_problem(str(error))
         if problem is None:
             raise
         if not code:  # else `main` has told it
@@ -119,6 +118,33 @@ def _is_unread(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(stream, 0)  # an error is told always
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def stdout_problem(words: str) -> Problem | None:
+    """The problem of a standard output that takes nothing more, else None. It prints a line break to find out.
+
+    `words` are those of the error that a write has raised.
+    """
+    from cosmos3_pipeline.errors import Problem
+
+    try:
+        os.write(sys.__stdout__.fileno(), b"\n")  # type: ignore[union-attr]
+    except (AttributeError, ValueError):  # closed, or none
+        return None
+    except OSError:
+        works = "the same command with its output on a terminal, or in a file on a disk with space"
+        return Problem("standard output cannot be written", words, works)
+    return None
+
+
+def _open_closed_streams() -> None:
+    """Open the null device in place of a stream that was closed, as by `>&-`.
+
+    Otherwise the next file that is opened would take the stream's number, and prints would go into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as this process
 
 
 def tell_stopped(number: int) -> None:

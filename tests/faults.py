@@ -266,9 +266,18 @@ def half_files(output: Path, *, partial: bool) -> Iterator[str]:
 
 
 def of(kind: str, what: str, place: Place, run: Run, wrong: list[str], since: float) -> Found:
-    said = run.ours().strip().splitlines()
+    said = portable(run.ours(), place.folder).strip().splitlines()
     return Found(
         kind, what, run.process.poll(), round(time.monotonic() - since, 1), wrong, "\n".join(said[-6:])[-800:]
+    )
+
+
+def portable(text: str, folder: Path) -> str:
+    """`text` without the paths of this machine, because the results are kept in the repository."""
+    return (
+        text.replace(str(folder), "PLACE")
+        .replace(sys.base_prefix, "PYTHON")
+        .replace(str(REPOSITORY), "REPOSITORY")
     )
 
 

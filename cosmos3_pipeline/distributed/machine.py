@@ -7,13 +7,13 @@ import os
 import re
 import select
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cosmos3_pipeline.errors import Fault, Problem
+from cosmos3_pipeline.stopping import stdout_problem
 
 LEAST_FREE_BYTES = 1 << 20  # a picture, its plan and its metrics take less
 MOST_ADDRESS_BYTES = 104  # limit for the address of a Unix socket on macOS; Linux allows a few more
@@ -58,23 +58,11 @@ def machine_problem(error: BaseException, place: str = "the folder of the run") 
     )
 
 
-def output_problem(words: str) -> Problem | None:
-    """The problem of a standard output that takes nothing more, else None. It prints a line break to find out."""
-    try:
-        os.write(sys.__stdout__.fileno(), b"\n")  # type: ignore[union-attr]
-    except (AttributeError, ValueError):  # closed, or none
-        return None
-    except OSError:
-        works = "the same command with its output on a terminal, or in a file on a disk with space"
-        return Problem("standard output cannot be written", words, works)
-    return None
-
-
 def _of_number(number: int, file: str | bytes | int | None, words: str, place: str) -> Problem:
     name = None if file is None or isinstance(file, int) else os.fsdecode(file)
     place = name or place
     # Python names no file in the error of a stream.
-    if name is None and number in (*_FULL, errno.EFBIG, errno.EIO) and (problem := output_problem(words)):
+    if name is None and number in (*_FULL, errno.EFBIG, errno.EIO) and (problem := stdout_problem(words)):
         return problem
     if number in _FULL:
         return Problem(f"{place} has no space left", words, f"space there, or another place: {_elsewhere(name)}")

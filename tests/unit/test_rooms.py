@@ -40,7 +40,8 @@ LIGHT = (
     ),
     *("plugins", "program", "rates", "search", "strategy"),
 )
-FILES = sorted(p for p in LIBRARY.rglob("*.py") if p.parent != LIBRARY)
+# The other files of the library's own folder, such as cli.py, use every room.
+FILES = sorted(p for p in LIBRARY.rglob("*.py") if p.parent != LIBRARY or p.stem in ROOMS)
 
 
 def imported(file: Path, *, top_level: bool) -> set[str]:
@@ -58,7 +59,7 @@ def imported(file: Path, *, top_level: bool) -> set[str]:
 
 def test_imports_point_to_earlier_rooms() -> None:
     for file in FILES:
-        room = file.relative_to(LIBRARY).parts[0]
+        room = file.relative_to(LIBRARY).parts[0].removesuffix(".py")
         assert room in ROOMS
         for name in imported(file, top_level=False):
             if name.startswith("cosmos3_pipeline."):
