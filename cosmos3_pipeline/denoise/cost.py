@@ -218,8 +218,8 @@ def denoise_costs(
             own = _own_tokens(one.stretches, start_of(rows, rank), part.own)
             predicted = sum(stretch.noisy(start, stop) * stretch.channels for stretch, start, stop in own)
             whole = sum(stretch.noisy(0, stretch.tokens) * stretch.channels for stretch in one.stretches)
-            projected = sum((stop - start) * stretch.channels for stretch, start, stop in own)
-            embedding = 2 * model.hidden_size * projected + _noise_level_flops(model, one.stretches)
+            entering = sum((stop - start) * stretch.channels for stretch, start, stop in own)
+            embedding = 2 * model.hidden_size * entering + _noise_level_flops(model, one.stretches)
             group = Grid(grid.ulysses)
             prompt = _Part(
                 model,
@@ -244,7 +244,7 @@ def denoise_costs(
             )
             clip_flops += angles * (part.asking if grid.groups == 1 else part.asking + part.asked)
             layer = part.project_flops + part.finish_flops + part.attend_flops(text)
-            flops = model.num_hidden_layers * layer + 2 * model.hidden_size * projected
+            flops = model.num_hidden_layers * layer + 2 * model.hidden_size * predicted
             sent = (part.to_heads + part.to_rows) * model.num_hidden_layers
             if one.stretches == first:
                 embed_flops = embedding

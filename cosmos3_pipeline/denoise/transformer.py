@@ -205,10 +205,10 @@ class ParallelTransformer:
         """
         start, found = 0, []
         for share in prepared.shares:
-            velocity = share.items.modality.project_out(
-                self._model, hidden[start : start + share.own], share.items
-            )
-            found.append((velocity if share.own_noisy is None else velocity[share.own_noisy]).reshape(-1))
+            noisy = hidden[start : start + share.own]
+            if share.own_noisy is not None:
+                noisy = noisy[share.own_noisy]
+            found.append(share.items.modality.project_out(self._model, noisy, share.items).reshape(-1))
             start += share.own
         return found[0] if len(found) == 1 else torch.cat(found)
 
