@@ -8,12 +8,15 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from io import FileIO, TextIOWrapper
 from multiprocessing import util
 from pathlib import Path
 
 from limits import HANGS
+
+from cosmos3_pipeline.vae.plugins import discover
 
 # One server for all that the tests of this process fork, see distributed/ranks.py.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -23,9 +26,14 @@ CONTEXT.set_forkserver_preload(
 
 
 def run_forked(
-    script: Path, *args: str, cwd: Path, env: dict[str, str], timeout: float = HANGS
+    script: Path,
+    *args: str,
+    cwd: Path,
+    env: dict[str, str],
+    timeout: float = HANGS,
+    meanwhile: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` gives for `python script *args`, as text.
+    """What `subprocess.run` gives for `python script *args`, as text. `meanwhile` is called while the script runs.
 
     What is imported already does not see `env` where a module reads it once. A run's own ranks are forked as well.
     """
@@ -33,11 +41,14 @@ def run_forked(
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = CONTEXT.Process(target=_run, args=(str(script), args, str(cwd), env, str(out), str(err)))
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        try:
+            meanwhile(process.pid)
+            process.join(timeout)
+            if process.exitcode is None:
+                raise subprocess.TimeoutExpired([str(script), *args], timeout, out.read_text(), err.read_text())
+        finally:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired([str(script), *args], timeout, out.read_text(), err.read_text())
         return subprocess.CompletedProcess(
             [str(script), *args], process.exitcode, out.read_text(), err.read_text()
         )
@@ -51,6 +62,9 @@ def _run(script: str, args: tuple[str, ...], cwd: str, env: dict[str, str], out:
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     _plain_streams()
     sys.argv = [script, *args]
+    if new := [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]:
+        sys.path[:0] = new
+        discover.cache_clear()  # they may have plugins
     spawn = util.spawnv_passfds
     util.spawnv_passfds = lambda *asked: _fork_server(*asked) or spawn(*asked)
     runpy.run_path(script, run_name="__main__")

@@ -29,11 +29,18 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["COSMOS3_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def launch(*args: str, timeout: float = HANGS, **env: str) -> subprocess.CompletedProcess[str]:
-    """`python launch.py *args` from the checkout: a new interpreter where `env` is given, otherwise a warm one."""
+def launch(
+    *args: str, timeout: float = HANGS, meanwhile: Callable[[int], None] = lambda pid: None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`python launch.py *args` from the checkout: a warm interpreter, unless `env` has more than a PYTHONPATH.
+
+    `meanwhile` is called with the process of a warm one while it runs.
+    """
     environ = {**os.environ, "COLUMNS": "200", **env}
-    if not env:
-        return run_forked(Path("launch.py"), *args, cwd=REPOSITORY, env=environ, timeout=timeout)
+    if not env.keys() - {"PYTHONPATH"}:
+        return run_forked(
+            Path("launch.py"), *args, cwd=REPOSITORY, env=environ, timeout=timeout, meanwhile=meanwhile
+        )
     return subprocess.run(
         [sys.executable, "launch.py", *args],
         cwd=REPOSITORY,

@@ -87,27 +87,16 @@ def test_parallel_decode_gives_the_same_frames(generate: Callable[..., Path], on
 
 
 def test_a_rank_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    output = tmp_path / "killed"
-    run = subprocess.Popen(
-        [
-            sys.executable,
-            "launch.py",
-            *SMALL,
-            "sampler.steps=500",
-            "sampler.flow_shift=1",
-            "topology=cpu_x2",
-            f"hydra.run.dir={output}",
-        ],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    ranks = wait_for_ranks(run.pid, 2)
-    os.kill(ranks[1], signal.SIGKILL)
-    _, errors = run.communicate(timeout=HANGS)
-    assert run.returncode == 1
-    assert "signal 9" in errors
+    output, ranks = tmp_path / "killed", list[int]()
+
+    def kill_one(run: int) -> None:
+        ranks.extend(wait_for_ranks(run, 2))
+        os.kill(ranks[1], signal.SIGKILL)
+
+    endless = ("sampler.steps=500", "sampler.flow_shift=1", "topology=cpu_x2", f"hydra.run.dir={output}")
+    done = launch(*SMALL, *endless, meanwhile=kill_one)
+    assert done.returncode == 1
+    assert "signal 9" in done.stderr
     assert not [p for p in output.iterdir() if p.suffix in (".mp4", ".png") or ".partial" in p.name]
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks)
 
