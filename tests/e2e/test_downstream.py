@@ -61,13 +61,12 @@ def test_an_error_names_its_file(python: Path, tmp_path: Path) -> None:
     own = tmp_path / "own" / "experiment"
     own.mkdir(parents=True)
     (own / "wrong.yaml").write_text("# @package _global_\ntask:\n  num_frames: 6\n")
-    for module in (False, True):
-        refused = films(python, tmp_path, "topology=box", "experiment=wrong", "--config-dir", "own", module=module)
-        assert refused.returncode == 2
-        assert "set:   task.num_frames by own/experiment/wrong.yaml:3" in refused.stderr
-    assert "did you mean experiment=long?" in films(python, tmp_path, "experiment=lnog").stderr
-    theirs = films(python, tmp_path, "topology=cpu_x2", "sampler.guidance_scale=1")
-    assert "topology.cfg by cosmos3_pipeline/conf/topology/cpu_x2.yaml" in theirs.stderr
+    asked = ("topology=cpu_x2", "sampler.guidance_scale=1", "experiment=wrong", "--config-dir", "own")
+    refused = films(python, tmp_path, *asked)
+    assert refused.returncode == 2
+    assert "set:   task.num_frames by own/experiment/wrong.yaml:3" in refused.stderr
+    assert "topology.cfg by cosmos3_pipeline/conf/topology/cpu_x2.yaml" in refused.stderr
+    assert "did you mean experiment=long?" in films(python, tmp_path, "experiment=lnog", module=True).stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "own"]  # nothing was started
 
 

@@ -262,7 +262,7 @@ REFUSED_AT_THE_START = [
 ]
 
 
-@pytest.mark.sampled(45)
+@pytest.mark.sampled(30)
 @pytest.mark.long
 @pytest.mark.parametrize(("overrides", "what", "works"), REFUSALS)
 def test_refused_in_three_parts(overrides: list[str], what: str, works: str) -> None:
@@ -295,15 +295,15 @@ def test_every_problem_is_told_at_once() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("overrides", [[], ["vae=parallel_decode", "topology=cpu_x4"], ["task.height=100"]])
-def test_composing_and_refusing_import_no_torch(overrides: list[str]) -> None:
+def test_composing_and_refusing_import_no_torch() -> None:
     code = (
         "import sys\n"
         "from cosmos3_pipeline import compose\n"
-        f"try: compose({overrides!r})\n"
-        "except ValueError: pass\n"
+        "for overrides in [], ['vae=parallel_decode', 'topology=cpu_x4'], ['task.height=100']:\n"
+        "    try: compose(overrides)\n"
+        "    except ValueError: print('refused')\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'av', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
