@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, SMALL, metrics
+from counted_processes import ONCE, counting_in, counts
 from limits import HANGS
 
 from cosmos3_pipeline.review.revisions import git
@@ -31,23 +33,30 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def cosmos3(installed: Path, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def cosmos3(installed: Path, cwd: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = installed / "bin" / "cosmos3"
+    path = os.pathsep.join([*filter(None, [env.get("PYTHONPATH")]), str(installed)])
     return subprocess.run(
         [sys.executable, str(command), *args],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        env={**os.environ, **env, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=HANGS,
     )
 
 
-def test_the_command_runs_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
-    done = cosmos3(installed, tmp_path, *SMALL, "topology=cpu_x2", "hydra.run.dir=out")
+def test_the_command_runs_from_an_empty_directory_and_its_ranks_are_given_what_was_decided(
+    installed: Path, tmp_path: Path
+) -> None:
+    empty, counting = tmp_path / "empty", counting_in(tmp_path)
+    counting["PYTHONPATH"] = counting["PYTHONPATH"].partition(os.pathsep)[0]  # nothing of a checkout
+    empty.mkdir()
+    done = cosmos3(installed, empty, *SMALL, "topology=cpu_x2", "vae/decode=auto", "hydra.run.dir=out", **counting)
     assert done.returncode == 0, done.stderr
-    assert metrics(tmp_path / "out")["vae"]["decode"]["strategy"] == "layer_pipeline"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert metrics(empty / "out")["vae"]["decode"]["strategy"] == "auto"
+    assert sorted(p.name for p in empty.iterdir()) == ["out"]
+    assert counts(counting) == [ONCE, Counter(rank=1), Counter(rank=1)]
 
 
 def test_configs_and_plugins_come_from_the_installation(installed: Path, tmp_path: Path) -> None:
