@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
@@ -111,6 +111,7 @@ def as_typed(key: str, value: str) -> str:
     return in_a_shell(text_argument(key, value))
 
 
+@lru_cache(maxsize=4096)  # reading one takes a millisecond, and a review asks for the same ones again
 def parsed(argument: str) -> Override | None:
     """The override that Hydra reads; None if the argument is none."""
     try:

@@ -165,10 +165,14 @@ def _origin(config_path: str, package: str, repository: CachingConfigRepository)
     file = file_of(config_path, repository)
     if file is None:
         return f"the schema ({config_path})", {}
+    return _name(config_path, repository), lines_of(file, package)
+
+
+def lines_of(file: Path, package: str) -> dict[str, int]:
+    """The line of each key of a config's `file`, which is merged into `package`."""
     prefix = "" if package in ("", "_global_") else f"{package}."
     root = yaml.compose(file.read_text(encoding="utf-8"), yaml.CSafeLoader)
-    lines = dict(_lines(root, prefix)) if root is not None else {}
-    return _name(config_path, repository), lines
+    return dict(_lines(root, prefix)) if root is not None else {}
 
 
 def file_of(config_path: str, repository: CachingConfigRepository) -> Path | None:

@@ -15,7 +15,6 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -35,7 +34,15 @@ from cosmos3_pipeline.config.compose import Composition, compose
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.plugins import SCHEMA_GROUP, register, settings_schema
-from cosmos3_pipeline.config.provenance import NESTED, Offer, Provenance, for_people, leaves, trace_with
+from cosmos3_pipeline.config.provenance import (
+    NESTED,
+    Offer,
+    Provenance,
+    for_people,
+    leaves,
+    lines_of,
+    trace_with,
+)
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.config.source import BUILTIN, Source
 from cosmos3_pipeline.vae.plugins import REFERENCE
@@ -69,13 +76,18 @@ class PlainComposition:
     values: dict[str, Any]
     config: Config
     overrides: Sequence[str]
-    source: Source
+    made_by: Shortcut
+
+    @property
+    def source(self) -> Source:
+        """Where the configs are."""
+        return self.made_by.source
 
     def typed(self, changes: Mapping[str, Any] | None = None) -> Config:
         """The same config as `Composition.typed`. Hydra's is asked if `changes` are not plain."""
         if not changes:
             return self.config
-        values = deepcopy(self.values)
+        values = _copied(self.values)
         try:
             for key, value in changes.items():
                 _set(values, key, value.name if isinstance(value, Enum) else value)
@@ -101,9 +113,12 @@ class PlainComposition:
         return OmegaConf.create(self.values)
 
     def traced(self) -> Provenance | None:
-        """The origin of every value, by reading the defaults lists with Hydra."""
-        with self.source.opened() as loader:
-            return trace_with(loader, self.overrides, self.source.name, self.merged())
+        """The origin of every value. Hydra reads the defaults lists if the files are not plain."""
+        try:
+            return self.made_by.traced(self.overrides)
+        except NotPlain:
+            with self.source.opened() as loader:
+                return trace_with(loader, self.overrides, self.source.name, self.merged())
 
 
 # How a run is asked for: overrides as on the command line, a checked config, or a config that Hydra composed.
@@ -142,7 +157,7 @@ class Shortcut:
     """Composes over the configs of `source`. `known` is the content of its files and its search path's."""
 
     def __init__(self, source: Source, known: Contents) -> None:
-        self._source, self._known = source, known
+        self.source, self._known = source, known
         self._groups = {path.rpartition("/")[0] for path in known} | {f"vae/{d}" for d in ("encode", "decode")}
         if source.further:
             self._known = {}  # files of another folder are not in `known`
@@ -158,20 +173,21 @@ class Shortcut:
             if isinstance(value, dict) or "${" in str(value) or not _has(values, key):
                 raise NotPlain
             _set(values, key, value)
-        return PlainComposition(values, _config(values), overrides, self._source)
+        return PlainComposition(values, _config(values), overrides, self)
 
     def traced(self, overrides: Sequence[str]) -> Provenance:
-        """The file or override of every value, without lines and reasons. Raises NotPlain."""
+        """The file and line, or the override, of every value, but not why a file was read. Raises NotPlain."""
         files, settings = self._listed(overrides)
         offers = {key: [Offer(value, "the schema (schema)")] for key, value in _schema_leaves().items()}
         for path, package in files:
-            file = Path(self._source.main or "") / f"{path}.yaml"
+            file = Path(self.source.main or "") / f"{path}.yaml"
             own = path in self._known
             if own and not file.is_file():  # it is in another folder of the search path
                 raise NotPlain
             source = for_people(file, file.parents[path.count("/")]) if own else f"the schema ({path})"
+            lines = lines_of(file, package) if own else {}
             for key, value in leaves(_below(package, self._said(path)), ""):
-                offers.setdefault(key, []).append(Offer(value, source))
+                offers.setdefault(key, []).append(Offer(value, source, lines.get(key, 0)))
         for (key, value), override in zip(settings, self._setting(overrides), strict=True):
             offers.setdefault(key, []).append(Offer(value, override))
         return Provenance(offers, self.compose(overrides).merged())
@@ -182,7 +198,7 @@ class Shortcut:
 
     def _listed(self, overrides: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, Any]]]:
         """The configs to merge, each with its package, and the keys that `overrides` set. Raises NotPlain."""
-        if self._source.name not in self._known:
+        if self.source.name not in self._known:
             raise NotPlain
         choices: dict[str, Any] = {}
         settings: list[tuple[str, Any]] = []
@@ -207,14 +223,14 @@ class Shortcut:
                 raise NotPlain
             else:
                 settings.append((key, value))
-        return _DefaultsList(self._known, self._source.name, choices).files, settings
+        return _DefaultsList(self._known, self.source.name, choices).files, settings
 
     def _said(self, path: str) -> dict[str, Any]:
         """The values of the config at `path`: a file's without its defaults list, or a plugin's settings."""
         if path not in self._known:
             return _settings(path)
         body = _body(path, self._known[path])
-        if path != self._source.name and "searchpath" in (body.get("hydra") or {}):
+        if path != self.source.name and "searchpath" in (body.get("hydra") or {}):
             raise NotPlain
         return {key: value for key, value in body.items() if key not in ("defaults", "hydra")}
 
@@ -400,6 +416,11 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise NotPlain
     _merge(node, {last: value})
+
+
+def _copied(node: Any) -> Any:
+    """The nodes of merged values, copied. Nothing changes the values and lists in them."""
+    return {key: _copied(inner) for key, inner in node.items()} if isinstance(node, dict) else node
 
 
 def _refers(value: Any) -> bool:

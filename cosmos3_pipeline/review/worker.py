@@ -19,6 +19,7 @@ caller's modules in the folder `tools`, which is the caller's `config/`.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import importlib.util
@@ -100,7 +101,8 @@ def _both(request: dict[str, Any]) -> dict[str, Any]:
                 # depend on what the base's strategies say.
                 refused = "problems" in (told[1] or {})
                 vae = not (refused and asked[1] is not None and sides[1].is_not_plain(asked[1]))
-                told[place] = side.answer(overrides, made[place], planned=not refused, plan_vae=vae)
+                how = {"planned": not refused, "plan_vae": vae}
+                told[place] = side.answer_once(overrides, made[place], values[place], **how)
                 if "problems" in told[place] and values[place] is not None:
                     told[place]["values"] = values[place]  # what changed is told all the same
         for answer, one in zip(answers, told, strict=True):
@@ -126,6 +128,8 @@ class _Side:
         self._compose, self._shortcut, self._not_plain = self._composers()
         self._causes: dict[tuple[str, ...], tuple[str, str]] = {}  # by overrides
         self._refusals: dict[tuple[str, str], Exception] = {}  # by cause
+        self._answers: dict[str, dict[str, Any]] = {}  # by values
+        self._groups = {option.partition("=")[0] for option in self.options if "/" not in option}
 
     def _options(self) -> list[str]:
         if isinstance(self.known.get(self._request["name"]), list):
@@ -203,6 +207,17 @@ class _Side:
         assert isinstance(found, dict)
         return found
 
+    def answer_once(
+        self, overrides: list[str], made: Any, values: dict[str, Any] | None, *, planned: bool, plan_vae: bool
+    ) -> dict[str, Any]:
+        """As `answer`, made once for all cases with the same `values`: many options are the default ones."""
+        # A check may also ask which keys, and which options below a node, were typed.
+        typed = [one for one in overrides if one.partition("=")[0] not in self._groups]
+        key = repr((sorted((values or {}).items()), typed, planned, plan_vae))
+        if values is None or key not in self._answers:
+            self._answers[key] = self.answer(overrides, made, planned=planned, plan_vae=plan_vae)
+        return {**self._answers[key], "overrides": overrides}
+
     def answer(
         self, overrides: list[str], made: Any, *, planned: bool = True, plan_vae: bool = True
     ) -> dict[str, Any]:
@@ -270,15 +285,20 @@ def _beside(option: str, options: list[str], real: set[str]) -> list[str]:
 def _mistakes_told(*, located: bool) -> Iterator[None]:
     """Look up the file or override behind a mistake once for all cases that have it, or never if not `located`.
 
-    The look-up is slow: Hydra needs a quarter of a second for it.
+    A checkpoint is also read once for all cases.
+
+    The look-up is slow if Hydra has to do it: a quarter of a second.
     """
     try:
+        from cosmos3_pipeline.checkpoint import adopt
+        from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
         from cosmos3_pipeline.config.shortcut import read_each_file_once
         from cosmos3_pipeline.planning import checks
     except ImportError:  # an older revision
         yield
         return
     read_each_file_once()
+    vars(adopt)["inspect_checkpoint"] = functools.cache(inspect_checkpoint)
     locate, known = checks.located, dict[str, Any]()
 
     def located_once(problems: Any, composition: Any) -> Any:
@@ -292,6 +312,7 @@ def _mistakes_told(*, located: bool) -> Iterator[None]:
         yield
     finally:
         checks.located = locate
+        vars(adopt)["inspect_checkpoint"] = inspect_checkpoint
 
 
 def _tool(request: dict[str, Any], name: str) -> Any:
