@@ -72,13 +72,15 @@ def _write(folder: Path, title: str, jobs: Sequence[Mapping[str, Any]], *, basel
     )
     keys = table.varied(jobs)
     columns, rows = cells(jobs)
+    shown = pictures(folder, jobs)
     made = environment.get_template("page.html").render(
         title=title,
         jobs=jobs,
         names={job["job"]: name_of(job, keys) for job in jobs},
         columns=columns,
         rows=rows,
-        pictures=pictures(folder, jobs),
+        pictures=shown,
+        first_pair=first_pair(jobs, [picture["job"] for picture in shown], baseline),
         plots=plots(jobs, {job["job"]: f"{job['job']}" for job in jobs}),
         diffs=diffs(jobs, baseline),
         baseline=baseline,
@@ -160,6 +162,24 @@ def pictures(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, 
             source = file.relative_to(folder.absolute()).as_posix() if inside else file.as_uri()
         found.append({"job": job["job"], "source": source, "video": file.suffix == ".mp4"})
     return found
+
+
+def first_pair(jobs: Sequence[Mapping[str, Any]], shown: Sequence[int], baseline: int) -> tuple[int, int, bool]:
+    """The two jobs whose difference is `shown` first, and whether all pictures are surely equal.
+
+    They are the baseline and the job that differs most from it, by PSNR. Pictures that cannot be compared, such as
+    those of another size, come after all others. Without a picture of the baseline they are the first two.
+    """
+    others = [job for job in shown if job != baseline]
+    likeness = {job["job"]: job.get("likeness") or {} for job in jobs}
+    if baseline not in shown or not others:
+        first, second = shown[:2] if len(shown) > 1 else (baseline, baseline)
+        return first, second, False
+    compared = [job for job in others if likeness[job].get("psnr_db") is not None]
+    farthest = min(compared, key=lambda job: likeness[job]["psnr_db"]) if compared else others[0]
+    # Frames that differ without a PSNR are equal in the files, which the page shows.
+    equal = not compared and all(likeness[job].get("kind") in ("identical", "differs") for job in others)
+    return baseline, farthest, equal
 
 
 def diffs(jobs: Sequence[Mapping[str, Any]], baseline: int) -> dict[str, str]:

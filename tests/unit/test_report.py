@@ -75,6 +75,42 @@ def test_large_pictures_stay_beside_the_page(folder: Path, monkeypatch: pytest.M
     assert 'src="0/image.png"' in page_of(folder)
 
 
+LOW, HIGH = {"kind": "differs", "psnr_db": 20.0}, {"kind": "differs", "psnr_db": 50.0}
+SAME, IN_THE_FILE = {"kind": "identical"}, {"kind": "differs", "psnr_db": None}
+
+
+@pytest.mark.parametrize(
+    ("likenesses", "shown", "first"),
+    [
+        ([SAME, HIGH, {"kind": "reference"}, LOW], [0, 1, 2, 3], (2, 3, False)),
+        ([SAME, HIGH, {"kind": "reference"}, LOW], [0, 1, 2], (2, 1, False)),
+        ([SAME, IN_THE_FILE, {"kind": "reference"}], [0, 1, 2], (2, 0, True)),
+        ([{"kind": "other size"}, SAME, {"kind": "reference"}], [0, 1, 2], (2, 0, False)),
+        ([None, None, None], [0, 1], (0, 1, False)),  # the baseline failed
+        ([SAME, HIGH, {"kind": "reference"}], [2], (2, 2, False)),
+    ],
+    ids=["the farthest", "with a picture", "all equal", "another size", "no reference", "one picture"],
+)
+def test_the_difference_begins_with_the_job_that_differs_most(
+    likenesses: list[dict[str, object] | None], shown: list[int], first: tuple[int, int, bool]
+) -> None:
+    jobs = [{"job": number, "likeness": one} for number, one in enumerate(likenesses)]
+    assert report.first_pair(jobs, shown, baseline=2) == first
+
+
+def test_the_page_selects_the_first_pair_and_says_if_all_are_equal(folder: Path) -> None:
+    page = page_of(folder)
+    for pick, job in (("one", "0"), ("other", "1")):
+        listed = page.partition(f'<select id="{pick}">')[2].partition("</select>")[0]
+        assert re.findall('value="(.)" selected', listed) == [job]
+    assert "pictures of all jobs are equal" not in page
+    found = json.loads((folder / "sweep.json").read_text())
+    for job in found["jobs"]:
+        job |= {"likeness": {"kind": "identical"}} if job["job"] == 1 else {}
+    (folder / "sweep.json").write_text(json.dumps(found))
+    assert "pictures of all jobs are equal" in page_of(folder)
+
+
 def test_many_jobs_are_compared_with_the_baseline_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "PAIRS", 1)
     leave_run(folder / "4", 3, "c")
