@@ -64,9 +64,8 @@ def _from_files(report: Report) -> Iterable[str]:
 def as_text(report: Report) -> str:
     """The report for a terminal: everything, the worst first."""
     lines = [f"{report.base} -> {report.head}", headline(report), *report.notes]
-    for problems, stopped in report.causes:
-        cases = _names([broken.case for broken in stopped])
-        lines += ["", f"STOPPED COMPOSING  {cases}", *(f"  {line}" for line in _problem_lines(problems))]
+    for stopped, reasons in _stopped(report):
+        lines += ["", f"STOPPED COMPOSING  {_names(stopped)}", *(f"  {line}" for line in reasons)]
     for effect in report.effects:
         everywhere = len(effect.cases) == report.compared and len(effect.cases) > SHOWN_CASES
         each = _each(effect)
@@ -107,9 +106,9 @@ def as_markdown(report: Report) -> str:
     lines += [f"> {note}" for note in report.notes]
     if report.broken:
         lines += ["#### Stopped composing", ""]
-        for problems, stopped in report.causes:
-            lines += [f"- {_names([f'`{broken.case}`' for broken in stopped])}"]
-            lines += [f"  - {_escape(line)}" for line in _problem_lines(problems)]
+        for stopped, reasons in _stopped(report):
+            lines += [f"- {_names(stopped, code=True)}"]
+            lines += [f"  - {_escape(line)}" for line in reasons]
         lines.append("")
     if report.effects:
         head = ["| cases | pixels | memory per rank | seconds | also | because |", "|---|---|---|---|---|---|"]
@@ -128,6 +127,39 @@ def as_markdown(report: Report) -> str:
     for title, names in _lists(report):
         lines += [f"**{title}:** {', '.join(f'`{n}`' for n in names)}", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _stopped(report: Report) -> list[tuple[list[str], list[str]]]:
+    """The cases that one value stopped, and lines with the reasons; the value that stopped most cases first.
+
+    A value may have several reasons: `task.sound=true` is refused with images and with transfer. The value is told
+    once, and each reason with its cases.
+    """
+    values: dict[str, list[tuple[Sequence[Mapping[str, str]], list[str]]]] = {}
+    for problems, stopped in report.causes:
+        refused = {(problem["what"].partition(" with ")[0], problem.get("set", "")) for problem in problems}
+        value = repr(refused) if len(refused) == 1 else repr(problems)
+        values.setdefault(value, []).append((problems, [broken.case for broken in stopped]))
+    found = []
+    for reasons in values.values():
+        lines = _problem_lines(reasons[0][0]) if len(reasons) == 1 else _reason_lines(reasons)
+        found.append(([case for _, cases in reasons for case in cases], lines))
+    return sorted(found, key=lambda one: -len(one[0]))
+
+
+def _reason_lines(reasons: Sequence[tuple[Sequence[Mapping[str, str]], list[str]]]) -> list[str]:
+    """A value that is refused for several reasons, and each reason with its cases."""
+    told: dict[tuple[str, str, str], list[str]] = {}
+    for problems, cases in reasons:
+        for problem in problems:
+            beside = problem["what"].partition(" with ")[2]
+            told.setdefault((beside, problem["why"], problem["works"]), []).extend(cases)
+    first = reasons[0][0][0]
+    lines = [first["what"].partition(" with ")[0]]
+    lines += [f"set: {first['set']}"] if first.get("set") else []
+    for (beside, why, works), cases in told.items():
+        lines += [f"with {beside} ({_names(cases)}): {why}; works: {works}"]
+    return lines
 
 
 def _lists(report: Report) -> Iterable[tuple[str, Sequence[str]]]:

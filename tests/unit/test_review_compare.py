@@ -287,6 +287,34 @@ def test_one_cause_is_told_once_with_all_the_cases_that_it_stopped() -> None:
     assert len(report.as_dict()["broken"]) == 9  # for programs each by itself
 
 
+def test_a_value_that_is_refused_for_several_reasons_is_told_once_with_the_cases_of_each() -> None:
+    def with_sound(*others: str) -> dict[str, Any]:
+        problems = [
+            {
+                "what": f"task.sound=true with {o}",
+                "why": f"{o} is silent",
+                "works": "none",
+                "set": "task.sound by a:1",
+            }
+            for o in others
+        ]
+        return {"overrides": [], "problems": problems}
+
+    head = {
+        "a": with_sound("task=t2i"),
+        "b": with_sound("task=policy"),
+        "c": with_sound("task=t2i", "model=edge"),
+        "d": refused("height=100"),
+    }
+    report = compared({name: case() for name in head}, head)
+    for text in (render.as_text(report), render.as_markdown(report)):
+        assert text.count("task.sound=true") == text.count("task.sound by a:1") == 1
+        assert "with task=t2i (a, c): task=t2i is silent; works: none" in text
+        assert "with task=policy (b):" in text and "with model=edge (c):" in text
+        assert text.index("task.sound=true") < text.index("height=100")
+    assert "STOPPED COMPOSING  a, b, c\n" in render.as_text(report)
+
+
 def test_another_strategy_is_one_change_with_its_settings() -> None:
     old = {"vae.decode._target_": "a.A", "vae.decode.rows": 2, "vae.decode.cols": 3}
     new = {"vae.decode._target_": "b.B", "vae.decode.pixels": 9}
