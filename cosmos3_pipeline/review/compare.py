@@ -10,6 +10,7 @@ from cosmos3_pipeline.review.files import FileChanges
 from cosmos3_pipeline.review.renames import renamed_keys
 from cosmos3_pipeline.review.report import (
     ABSENT,
+    COMPRESSED,
     TOTALS,
     Broken,
     Change,
@@ -291,7 +292,7 @@ def picture(
     if loose:
         return f"equal up to rounding ({'; '.join(loose)})"
     if any(k in FILE_ONLY for k in moved):
-        return "same frames, compressed differently"
+        return COMPRESSED
     return SAME
 
 

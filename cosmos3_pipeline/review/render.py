@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cosmos3_pipeline.planning.units import quantity
-from cosmos3_pipeline.review.report import TOTALS, Change, Effect, Report, growth
+from cosmos3_pipeline.review.report import COMPRESSED, TOTALS, Change, Effect, Report, growth
 
 SHOWN_CASES = 4  # case names shown before "and N more"
 OPEN_ROWS = 8  # rows of a markdown table before the rest is folded
@@ -40,6 +40,7 @@ def headline(report: Report) -> str:
         (cases(lambda e: e.pixels.startswith("another picture")), "with another picture"),
         (moves("memory.peak_bytes", 1), "with more memory"),
         (moves("memory.peak_bytes", -1), "with less memory"),
+        (cases(lambda e: e.pixels == COMPRESSED), "with the same frames, compressed differently"),
         (moves("seconds.total", 1), "slower"),
         (moves("seconds.total", -1), "faster"),
         (len(report.mended), "compose again"),
@@ -48,7 +49,18 @@ def headline(report: Report) -> str:
     if not told:
         told = ["no case changes in memory, speed or pixels"]
     of = "The case" if report.compared == 1 else f"Of {report.compared} cases"
-    return " ".join([f"{of}: {', '.join(told)}.", *_from_files(report)])
+    return " ".join([f"{of}: {', '.join(told)}.", *_changed(report), *_from_files(report)])
+
+
+def _changed(report: Report) -> Iterable[str]:
+    """A sentence with the changed keys, and with their values if these are the same in all cases."""
+    values: dict[str, set[str]] = {}
+    for change in report.changes:
+        if change.cases:
+            moved = f"{change.key} from {_value(change.old)} to {_value(change.new)}"
+            values.setdefault(change.key, set()).add(moved)
+    if values:
+        yield f"Changed: {_names([moved.pop() if len(moved) == 1 else key for key, moved in values.items()])}."
 
 
 def _from_files(report: Report) -> Iterable[str]:
@@ -69,7 +81,8 @@ def as_text(report: Report) -> str:
     for effect in report.effects:
         everywhere = len(effect.cases) == report.compared and len(effect.cases) > SHOWN_CASES
         each = _each(effect)
-        count = f"{len(effect.cases)} cases, listed below" if each else _names(list(effect.cases), every=True)
+        few = len(effect.cases) <= OPEN_ROWS
+        count = f"{len(effect.cases)} cases, listed below" if each else _names(list(effect.cases), every=few)
         cases = f"all {report.compared} cases" if everywhere else count
         lines += ["", cases, f"  pixels: {effect.pixels}"]
         lines += [f"  {name}: {_range(name, effect)}" for name in effect.fields]

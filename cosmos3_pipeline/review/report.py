@@ -10,6 +10,7 @@ SCHEMA_VERSION = 1
 UNMOVED = 0.001  # a change that is a smaller share of the value does not count
 # The numbers of a plan that say most about a run.
 TOTALS = ("memory.peak_bytes", "seconds.total")
+COMPRESSED = "same frames, compressed differently"  # the effect of a setting of the encoder
 STRENGTH = ("bitwise", "rounding", "approximate")  # exactness of a stage, strongest first
 
 

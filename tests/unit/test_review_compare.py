@@ -87,7 +87,7 @@ def test_what_stopped_composing_comes_first() -> None:
     (broken,) = report.broken
     assert broken.case == "b" and broken.problems[0]["what"] == "height=100"
     for text in (render.as_text(report), render.as_markdown(report)):
-        assert text.index("height=100") < text.index("output.crf")
+        assert text.index("height=100") < text.index("[1]")
     mended = compared({"b": refused("x")}, {"b": case()})
     assert mended.mended == ("b",) and mended.exit_code(None) == 1
     both = compared({"b": refused("x"), "a": case()}, {"b": refused("y"), "a": case()})
@@ -285,6 +285,16 @@ def test_one_cause_is_told_once_with_all_the_cases_that_it_stopped() -> None:
     assert text.count("cannot be resolved") == 1 and "case0, case1, case2, case3 and 5 more" in text
     assert render.as_markdown(report).count("cannot be resolved") == 1
     assert len(report.as_dict()["broken"]) == 9  # for programs each by itself
+
+
+def test_the_headline_says_what_changed_and_what_only_the_encoder_does() -> None:
+    moved = {"output.crf": 20}
+    report = compared({name: case() for name in "ab"}, {name: case(moved) for name in "ab"})
+    assert render.headline(report) == (
+        "Of 2 cases: 2 with the same frames, compressed differently. Changed: output.crf from 17 to 20."
+    )
+    apart = compared({name: case() for name in "ab"}, {"a": case(moved), "b": case({"output.crf": 30})})
+    assert render.headline(apart).endswith(" Changed: output.crf.")
 
 
 def test_a_value_that_is_refused_for_several_reasons_is_told_once_with_the_cases_of_each() -> None:
