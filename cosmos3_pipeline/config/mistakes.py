@@ -398,9 +398,11 @@ class _Reader:
             return (f"task.width={size[1]}", f"task.height={size[2]}") if size else None
         if leaf in ("duration", "seconds") and re.fullmatch(r"\d+", value):
             value += "s"
+        above = key.rpartition(".")[0].replace(".", "/")
+        if leaf in ("strategy", "method") and above in self._groups:
+            return self._option(above, value)
         meant = key_meant(key, self._groups)
         if meant is None:
-            above = key.rpartition(".")[0].replace(".", "/")
             return self._option(above if above in self._groups else "", value)
         if meant in self._groups:
             return self._option(meant, value)

@@ -78,6 +78,7 @@ def test_the_words_reach_the_config(words: str) -> None:
         ("weights=offload", "did you mean weights=streamed?"),
         ("weights.offload=true", "did you mean weights=streamed?"),
         ("vae.decode.name=tiled", "did you mean vae/decode=tiled?"),
+        ("vae.decode.strategy=tiled", "did you mean vae/decode=tiled?"),
         ("output.format=gif", "the keys of output are: "),
         ("extras.tags=[kite]", "'+extras.tags=[kite]'"),
         ("output.report=ture", "output.report=true"),
