@@ -277,7 +277,7 @@ def _rank(
     cfg_rank, sequence_rank = divmod(place, grid.ranks)
     on_cpu = topology.device == Device.cpu
     shares = {name: stage.plan.shares[in_replica] for name, stage in stages.items()}
-    vae = {name: share.weight_bytes for name, share in shares.items()}
+    vae = {name: share.held_bytes for name, share in shares.items()}
     text = denoising.text_bytes(place)
     waiting = denoising.waiting_bytes(place) if on_cpu else 0
     # The encoder stays after its stage. Decoder and transformer stay from the second clip or chunk on.
@@ -303,10 +303,10 @@ def _rank(
         )
     if "decode" in stages:
         after = encoder + vae["decode"] + kept
-        # The denoised latents, in fp32 and in the VAE's dtype. Every rank holds both throughout.
-        latents = denoising.latent_elements * (FP32_BYTES + ELEMENT_BYTES[cfg.model.vae_dtype])
+        # Every rank holds the denoised latents throughout.
+        latents = denoising.latent_elements * FP32_BYTES
         held = text if denoising.chunks > 1 else waiting
-        planned["decode"] = _decoded(cfg, stages["decode"], in_replica, weights=after, text=held, inputs=latents)
+        planned["decode"] = _decoded(cfg, stages["decode"], in_replica, weights=after, text=held, latents=latents)
     return RankPlan(
         rank=rank,
         node=rank // topology.ranks_per_node,
@@ -318,7 +318,7 @@ def _rank(
         weight_bytes={
             "text": cost.text_bytes,
             "transformer": cost.vision_bytes - (cost.text_read if weights.keep_text else 0),
-            "vae": sum(vae.values()),
+            "vae": sum(share.weight_bytes for share in shares.values()),
             **({"sound": planned["sound"].weight_bytes - before_sound} if cfg.task.sound else {}),
         },
         host_bytes=cost.host_bytes,
@@ -338,9 +338,13 @@ def _encoded(cfg: Config, encode: VaePlan, rank: int, *, weights: int, text: int
     return planned
 
 
-def _decoded(cfg: Config, decode: VaePlan, rank: int, *, weights: int, text: int, inputs: int) -> RankStage:
-    """The decode stage of all chunks. Rank 0 sends the other ranks the first frames of the next chunk."""
-    planned = decode.stage(cfg, rank, weights=weights, text=text, inputs=inputs)
+def _decoded(cfg: Config, decode: VaePlan, rank: int, *, weights: int, text: int, latents: int) -> RankStage:
+    """The decode stage of all chunks. Rank 0 sends the other ranks the first frames of the next chunk.
+
+    latents: bytes of the latents in fp32. Once the weights are loaded, they are also held in the VAE's dtype.
+    """
+    inputs = latents + latents // FP32_BYTES * ELEMENT_BYTES[cfg.model.vae_dtype]
+    planned = decode.stage(cfg, rank, weights=weights, text=text, inputs=inputs, before=latents)
     chunks = chunks_of(cfg)
     if decode.for_the_next is None:
         return planned.times(chunks.count)

@@ -71,14 +71,24 @@ class VaeStage:
             "link": self.clocked.on_links,
         }
 
-    def stage(self, cfg: Config, rank: int, *, weights: int, text: int, inputs: int) -> RankStage:
-        """The stage on `rank`, which also holds bytes of `weights`, prompts (`text`) and `inputs`."""
+    def stage(
+        self, cfg: Config, rank: int, *, weights: int, text: int, inputs: int, before: int | None = None
+    ) -> RankStage:
+        """The stage on `rank`, which also holds bytes of `weights`, prompts (`text`) and `inputs`.
+
+        `before` are the bytes that it holds instead of `inputs` while it loads the weights, if they differ.
+        """
         share = self.plan.shares[rank]
+        ops = self.program.ops[slice(*share.ops)]
+        # While an op's weights are brought into the form of its kernels, they are in memory twice.
+        loading = self.shape.element_bytes * max(op.weight_elements for op in ops)
         return RankStage(
             flops=share.flops,
             weight_bytes=weights,
             text_bytes=text,
-            activation_bytes=share.activation_bytes + inputs,
+            activation_bytes=max(
+                share.activation_bytes + inputs, loading + (inputs if before is None else before)
+            ),
             sent=Wire(share.sent_bytes, share.sent_messages),
             seconds=self.bounds(rank, vae_rates(cfg)),
             share={

@@ -15,11 +15,8 @@ from cosmos3_pipeline.planning.units import quantity
 # too low lets a run fail with out of memory.
 MEMORY_TOLERANCE = 0.05
 MEMORY_TOLERANCE_BELOW = 0.1
-# How far the FLOPs of a stage may differ from the plan. An upsampling computes one row and one column more than is
-# planned. This adds to the VAE's FLOPs at most a fifth of the share that a row and a column have in a rank's
-# picture.
+# How far the FLOPs of a stage may differ from the plan.
 FLOPS_TOLERANCE = 0.01
-UPSAMPLING_SHARE = 0.2
 # Unplanned copies from the host, such as the schedule's numbers, may take at most this share of the kernels'
 # roofline time.
 COPIES_SHARE = 0.2
@@ -278,8 +275,7 @@ def _pinned(found: RankFound, planned: int) -> Iterator[Finding]:
 def _left(found: RankFound, planned: Mapping[str, RankStage]) -> Iterator[Finding]:
     """Memory still held after the last frame, beyond the weights and the latents, which are small.
 
-    A task without frames is not checked, because no stage's plan says what should be left. The kernel of an
-    upsampling becomes four smaller kernels, which take 16/9 of their planned bytes.
+    A task without frames is not checked, because no stage's plan says what should be left.
     """
     decode = planned.get("decode")
     if decode is None:
@@ -307,7 +303,7 @@ def _held(stage: StageFound, planned: RankStage, *, at_least: float) -> Iterator
 
 def _computed(stage: StageFound, planned: RankStage) -> Iterator[tuple[str, str]]:
     """FLOPs that are not as planned."""
-    if planned.flops and abs(stage.flops / planned.flops - 1) > _flops_tolerance(planned):
+    if planned.flops and abs(stage.flops / planned.flops - 1) > FLOPS_TOLERANCE:
         most = "; ".join(f"{quantity('flops', k.flops)} by {k.name} at {k.place}" for k in stage.costliest[:2])
         yield (
             "flops",
@@ -322,11 +318,3 @@ def _sent(stage: StageFound, planned: Wire) -> Iterator[tuple[str, str]]:
         yield "bytes", f"sends {stage.sent_bytes:,} bytes; {planned.bytes:,} are planned"
     if stage.sent_messages != planned.messages:
         yield "messages", f"sends {stage.sent_messages:,} messages; {planned.messages:,} are planned"
-
-
-def _flops_tolerance(planned: RankStage) -> float:
-    if "rows" not in planned.share:
-        return FLOPS_TOLERANCE
-    (top, bottom), (left, right) = planned.share["rows"], planned.share["cols"]
-    edges: float = 1 / (bottom - top) + 1 / (right - left)
-    return FLOPS_TOLERANCE + UPSAMPLING_SHARE * edges

@@ -41,5 +41,6 @@ def vae_latents(context: RunContext) -> Tensor:
     latents, dtype = context.state.get("latents"), pipeline.vae.dtype
     mean = pipeline._vae_latents_mean.to(device=latents.device, dtype=dtype)
     inv_std = pipeline._vae_latents_inv_std.to(device=latents.device, dtype=dtype)
-    z: Tensor = latents.to(dtype) / inv_std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
-    return z
+    # In place, because these tensors may be larger than all that a rank holds to decode.
+    z: Tensor = latents.to(dtype, copy=True)
+    return z.div_(inv_std.view(1, -1, 1, 1, 1)).add_(mean.view(1, -1, 1, 1, 1))

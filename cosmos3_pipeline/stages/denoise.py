@@ -28,10 +28,14 @@ WORKFLOWS: Mapping[frozenset[str], type[SequentialPipelineBlocks]] = {
     VISION_ALONE: Cosmos3VisionCoreDenoiseStep,
     frozenset({"vision", "sound"}): Cosmos3VisionSoundCoreDenoiseStep,
 }
-# Tensors that the workflows leave in the state and that no later stage reads.
+# What the workflows leave in the state and no later stage reads: tensors of the size of the latents, and several
+# numbers for each token.
 LEFT_OVER = (
     *("vision_tokens", "velocity_vision", "vision_conditioning_latents"),
     *("sound_tokens", "velocity_sound", "sound_scheduler"),
+    *("cond_vision_segment", "uncond_vision_segment", "vision_timesteps"),
+    *("cond_sound_segment", "uncond_sound_segment", "sound_timesteps"),
+    *("cond_position_ids", "uncond_position_ids"),
 )
 
 
@@ -68,7 +72,7 @@ class DenoiseStage:
             state.set("generator", torch.Generator("cpu").manual_seed(self._sampler.seed))
             with context.reporter.track(self.title(context), self._sampler.steps) as advance:
                 self.workflow(context, advance)(context.components.pipeline, state)
-            # These tensors have the size of the latents and are not read again. Decoding needs their memory.
+            # Decoding needs their memory.
             context.components.scheduler().set_timesteps(1)  # drops the outputs of earlier steps
             for name in LEFT_OVER:
                 state.set(name, None)

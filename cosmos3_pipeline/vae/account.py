@@ -37,9 +37,10 @@ from cosmos3_pipeline.vae.ops import NO_ROOM, Room, Work
 class Tally:
     """The work of one rank for one clip.
 
-    flops: as `Op.flops`.
+    flops: as `Op.flops` and `Op.dropped_flops`.
     sent_bytes, sent_messages: the payload that the rank sends, as the ledger counts it. A decode counts the
     pictures of `decode_stream`, one byte per value.
+    folded_bytes: what folded kernels take beyond `weight_bytes`.
     peak_bytes: the most bytes of tensors alive at once, without weights and buffers of the convolution library.
     """
 
@@ -47,6 +48,7 @@ class Tally:
     sent_bytes: int = 0
     sent_messages: int = 0
     weight_bytes: int = 0
+    folded_bytes: int = 0
     peak_bytes: int = 0
 
 
@@ -144,8 +146,9 @@ class Runs:
                 peak = max(peak, self._op(walked, frames, number, following, work, forgets=number in run.forgets))
             whole = work.whole if work.cut_rows or work.cut_cols else None
             ops = self._program.ops[run.start : run.stop]
-            flops = sum(op.flops(work.latent, first=work.first, whole=whole) for op in ops) // work.portions
-            self._known[key] = _After(walked.pattern(), walked.room, frames, peak, flops)
+            flops = sum(op.flops(work.latent, first=work.first, whole=whole) for op in ops)
+            flops += sum(op.dropped_flops(work.latent, first=work.first) for op in ops)
+            self._known[key] = _After(walked.pattern(), walked.room, frames, peak, flops // work.portions)
         return self._known[key]
 
     def _op(
@@ -161,11 +164,8 @@ class Runs:
                 taken = [work.elements(op.source, wanted)]
                 peak = sum(alive.values()) + taken[0] + sum(kept.values())
                 flow.at, flow.room = taken, wanted
-        if op.keeps(first=work.first):
-            if forgets:
-                kept.pop(number, None)
-            else:
-                kept[number] = self.kept_elements(number, work)
+        if op.keeps(first=work.first) and not forgets:
+            kept[number] = self.kept_elements(number, work)
         closed = flow.shortcuts.pop() if op.closes else None
         alive = {id(t): t[0] for t in (flow.at, *flow.shortcuts, *([closed] if closed else []))}
         scratch = op.scratch_bytes(work)
@@ -186,7 +186,10 @@ class Runs:
             out, room = [work.elements(op.target)], NO_ROOM
         alive[id(out)] = out[0]
         flow.at, flow.room = out, room
-        return max(peak, sum(alive.values()) + sum(kept.values())) * self._element + scratch
+        during = sum(alive.values()) + sum(kept.values())
+        if forgets:
+            kept.pop(number, None)  # the op has read them
+        return max(peak * self._element, during * self._element + scratch)
 
     def room(self, number: int, work: Work) -> Room:
         """The room that op `number` wants around its input."""
@@ -243,7 +246,9 @@ class Walk:
         for action in self._low.actions[self._rank]:
             self._do[type(action)](action)
         ops = self._program.ops
-        self._tally.weight_bytes = self._element * sum(ops[op].weight_elements for op in self._low.ops(self._rank))
+        own = [ops[op] for op in self._low.ops(self._rank)]
+        self._tally.weight_bytes = self._element * sum(op.weight_elements for op in own)
+        self._tally.folded_bytes = self._element * sum(op.folded_elements for op in own)
         return self._tally
 
     # ------------------------------------------------------------------------------------------------- live bytes
@@ -365,25 +370,42 @@ class Walk:
         self._tally.sent_messages += len(sizes)
         if send.forgets:
             self._forget_frames(send.tile, send.messages[0].op)
-        self._leaving.append([max(message.due for message in send.messages), sum(sizes)])
-        if not send.copies and send.tile in self._flows:
-            for message in send.messages:
-                self._hold_chunk_of(message, send.tile)
-        self._peak(self._beside())
+        self._leaving.append([max(message.due for message in send.messages), 0])
+        sent: dict[int, int] = {}  # bytes of the flow's tensors that leave without a copy
+        for message, nbytes in zip(send.messages, sizes, strict=True):
+            tensor = self._sent_in_place(message, send)
+            # An activation whose shortcut has just begun is sent twice, but is in memory once.
+            if id(tensor) not in sent:
+                self._leaving[-1][1] += nbytes
+                if tensor is not None:
+                    sent[id(tensor)] = nbytes + self._hold_chunk_of(message, tensor[0] * self._element, nbytes)
+        self._peak(self._beside() - sum(sent.values()))
 
-    def _hold_chunk_of(self, message: Message, tile: Tile) -> None:
-        """Count the whole chunk while a portion of a shortcut is in flight, because it is a view of the chunk."""
-        scale = self._low.value_scale(message.value, message.op) if message.value > 0 else 0
-        if not scale or message.rect != tile.at(scale):  # a rectangle smaller than the tile is copied
-            return
-        key, nbytes = (message.chunk, message.value, message.op), self._low.message_bytes(message)
-        shortcut = self._flows[tile].shortcuts[self._program.shortcuts(message.op).index(message.value - 1)]
-        more = max(0, shortcut[0] * self._element - nbytes)
+    def _sent_in_place(self, message: Message, send: Send) -> list[int] | None:
+        """The activation or shortcut of the tile if `message` is sent out of its memory, not out of a copy."""
+        if message.value < 0 or send.copies or send.tile not in self._flows:
+            return None
+        if message.rect != send.tile.at(self._low.value_scale(message.value, message.op)):
+            return None
+        flow = self._flows[send.tile]
+        if message.value == 0:
+            return flow.at if flow.room == NO_ROOM else None
+        return flow.shortcuts[self._program.shortcuts(message.op).index(message.value - 1)]
+
+    def _hold_chunk_of(self, message: Message, chunk: int, nbytes: int) -> int:
+        """Count all bytes of the `chunk` while a portion of a shortcut leaves, because it is a view of the chunk.
+
+        Returns what this adds to the `nbytes` of the message.
+        """
+        if message.value == 0:
+            return 0
+        key, more = (message.chunk, message.value, message.op), max(0, chunk - nbytes)
         if more and key in self._portions_sent:
             before, counted = self._portions_sent[key]
             before[1] -= counted
         self._leaving[-1][1] += more
         self._portions_sent[key] = self._leaving[-1], nbytes
+        return more
 
     def _emit(self, emit: Emit) -> None:
         b, t, _, _, c = self._low.value_shape(RESULT, len(self._program), emit.chunk, emit.part)

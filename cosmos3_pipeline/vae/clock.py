@@ -99,7 +99,11 @@ class FlopCosts:
     def __init__(self, lowered: Lowered) -> None:
         self._rows = lowered.shape.rows
         self._flops = {
-            first: [op.flops(lowered.shape, first=first) for op in lowered.program.ops] for first in (True, False)
+            first: [
+                op.flops(lowered.shape, first=first) + op.dropped_flops(lowered.shape, first=first)
+                for op in lowered.program.ops
+            ]
+            for first in (True, False)
         }
 
     def seconds(self, op: int, rows: float, *, first: bool) -> float:

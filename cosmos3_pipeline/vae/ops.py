@@ -231,7 +231,13 @@ class Op:
 
     @property
     def weight_elements(self) -> int:
+        """Elements of its weights in a checkpoint."""
         return sum(w.elements for w in self.weights)
+
+    @property
+    def folded_elements(self) -> int:
+        """Elements that the executor holds beyond `weight_elements`, because it folds its kernel into others."""
+        return 0
 
     @property
     def moves_memory(self) -> bool:
@@ -282,6 +288,10 @@ class Op:
     def module_flops(self, latent: LatentShape, *, first: bool) -> int:
         """As `flops`, in the algorithm of `AutoencoderKLWan`. Never less, because it also multiplies zeros."""
         return self.flops(latent, first=first)
+
+    def dropped_flops(self, latent: LatentShape, *, first: bool) -> int:
+        """FLOPs beside `flops`, of outputs on the tile `latent` that the executor computes and drops."""
+        return 0
 
     def _pixels(self, latent: LatentShape, *, first: bool) -> int:
         return math.prod(self.target.shape(latent, first=first)[:4])
@@ -549,8 +559,18 @@ class SpatialUp(Op):
             part += work.elements(added.kept) // added.kept.channels * self.target.channels
         return part * work.element_bytes
 
+    @property
+    def folded_elements(self) -> int:
+        """Four 2 x 2 kernels take the place of one 3 x 3 kernel."""
+        return (4 * 4 - 9) * self.source.channels * self.target.channels
+
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         return 2 * 4 * self.source.channels * self.target.channels * self._pixels(latent, first=first)
+
+    def dropped_flops(self, latent: LatentShape, *, first: bool) -> int:
+        """Each convolution computes a row and a column too many, because it pads both sides alike."""
+        b, t, h, w, c = self.source.shape(latent, first=first)
+        return 4 * 2 * 4 * c * self.target.channels * b * t * (h + w + 1)
 
     def module_flops(self, latent: LatentShape, *, first: bool) -> int:
         return 2 * 9 * self.source.channels * self.target.channels * self._pixels(latent, first=first)

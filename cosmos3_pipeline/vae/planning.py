@@ -69,6 +69,7 @@ def plan_of(
                 sent_bytes=tally.sent_bytes,
                 sent_messages=tally.sent_messages,
                 runs=_runs(lowered, rank),
+                folded_bytes=tally.folded_bytes,
             )
         )
     until_end = flops_until_end(clip)

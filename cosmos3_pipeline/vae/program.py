@@ -74,12 +74,14 @@ class Program:
         return 1 + (latent_frames - 1) * self.temporal
 
     def flops(self, latent: LatentShape, start: int = 0, stop: int | None = None) -> int:
-        """FLOPs of the ops [start, stop) over the whole clip."""
+        """FLOPs of the ops [start, stop) over the whole clip, with those of dropped outputs."""
+
+        def of_chunk(first: bool) -> int:
+            ops = self.ops[start:stop]
+            return sum(op.flops(latent, first=first) + op.dropped_flops(latent, first=first) for op in ops)
+
         later = self.chunks(latent) - 1
-        return sum(
-            op.flops(latent, first=True) + (later and later * op.flops(latent, first=False))
-            for op in self.ops[start:stop]
-        )
+        return of_chunk(True) + (later and later * of_chunk(False))
 
     def weight_elements(self, start: int = 0, stop: int | None = None) -> int:
         """Elements of the weights of the ops [start, stop)."""

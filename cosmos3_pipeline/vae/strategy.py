@@ -73,12 +73,13 @@ class RankShare:
 
     ops: [start, stop) from the first op that it runs to the last.
     rows, cols: the latent rows and columns [start, stop) of its tiles.
-    flops: as `Op.flops`, over the clip.
-    weight_bytes: weights of all ops that it runs on at least one chunk.
+    flops: as `Op.flops` and `Op.dropped_flops`, over the clip.
+    weight_bytes: weights of all ops that it runs on at least one chunk, as it reads them.
     activation_bytes: peak memory without the weights.
     sent_bytes, sent_messages: the payload that it sends, as the ledger counts it. A decode counts `decode_stream`;
     `decode` adds one broadcast of the float picture by the root, unless every rank computes the picture.
     runs: the ops [start, stop) on each chunk; empty if they are the same on all chunks.
+    folded_bytes: what the weights take beyond `weight_bytes` as the executor holds them (`Op.folded_elements`).
     """
 
     rank: int
@@ -91,6 +92,12 @@ class RankShare:
     sent_bytes: int
     sent_messages: int
     runs: tuple[tuple[int, int], ...] = ()
+    folded_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """The weights in the form in which the rank holds them."""
+        return self.weight_bytes + self.folded_bytes
 
 
 @dataclass(frozen=True)

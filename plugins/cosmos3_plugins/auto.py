@@ -105,7 +105,7 @@ class Auto(Strategy):
         peaks = []
         for number, one in enumerate(found):
             shares = one.strategy.plan(program, shape, ranks).shares
-            peaks.append(max(share.weight_bytes + share.activation_bytes for share in shares))
+            peaks.append(max(share.held_bytes + share.activation_bytes for share in shares))
             if peaks[-1] <= _GIGA * self.memory_gb / self._sharing(shape):
                 return found[number:]
         return [found[peaks.index(min(peaks))]]

@@ -82,6 +82,23 @@ def test_the_toy_is_as_planned(overrides: tuple[str, ...]) -> None:
 
 
 @pytest.mark.long
+def test_ranks_with_a_single_op_are_as_planned() -> None:
+    """Nothing hides a wrong count there: weights loaded, latents, messages in flight, dropped outputs.
+
+    Of the toy's 84 ranks those of the first op, a convolution onto a shortcut in small and in large pictures, the
+    begin of a shortcut, and an upsampling.
+    """
+    chosen = ["topology=cpu_x2", "topology.ulysses=1", "topology.cfg=1", "topology.ranks_per_node=84"]
+    found = rehearsed(*chosen, "vae/decode=layer_pipeline", "task.num_frames=33", ranks=[83, 65, 24, 23, 35])
+    assert not [finding for finding in found.findings if finding.kind != "messages"]
+    for rank in found.ranks:
+        planned, counted = found.plan.ranks[rank.rank].stages["decode"], rank.stages["decode"]
+        (start, stop) = planned.share["ops"]
+        assert stop - start == 1
+        assert counted.flops == planned.flops
+        assert counted.peak_bytes == pytest.approx(planned.peak_bytes, rel=0.02)
+
+
 def test_a_condition_is_encoded_from_the_real_photograph(tmp_path: Path) -> None:
     Image.new("RGB", (160, 96), "red").save(tmp_path / "photo.png")
     found = rehearsed("task=i2v", f"task.image={tmp_path / 'photo.png'}")

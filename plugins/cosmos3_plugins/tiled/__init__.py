@@ -113,6 +113,7 @@ class Tiled(OwnRunner):
             cols=cols,
             flops=sum(program.flops(part) for part in own),
             weight_bytes=program.weight_elements() * element,
+            folded_bytes=sum(op.folded_elements for op in program.ops) * element,
             activation_bytes=self._peak(program, shape, tiling, own, root=rank == 0),
             sent_bytes=sent,
             sent_messages=messages,
