@@ -137,7 +137,7 @@ def _is_taken(got: Any, value: str) -> bool:
     said = yaml.safe_load(value.replace(":", ": "))
     got = got.name if isinstance(got, Enum) else got
     if isinstance(got, str):
-        return got in (value, value.strip("'"), str(_number(value)))
+        return got in (value, value.strip("'"))
     if isinstance(got, bool):
         return said in (got, int(got))
     if isinstance(got, int | float):

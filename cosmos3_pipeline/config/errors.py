@@ -118,7 +118,7 @@ def wrong_kind(key: str, wrong: str, where: str, fps: Callable[[], float], cause
     if "[" in key:
         works = f"{key.partition('[')[0]}=[...] with such values"
     elif typed is not None:
-        works = f"{key}={typed}"
+        works = in_a_shell(typed) if typed.startswith(f"{key}=") else f"{key}={typed}"
     elif kind is not None and kind.is_node:
         works = f"a key of it, as in {key}.KEY=VALUE"
     return Problem(

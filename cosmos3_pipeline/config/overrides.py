@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from hydra.core.override_parser.types import Override, ValueType
 
-from cosmos3_pipeline.config.kinds import kind_of
+from cosmos3_pipeline.config.errors import STRATEGY_NODES
+from cosmos3_pipeline.config.kinds import Kind, kind_of
 from cosmos3_pipeline.config.mistakes import (
     ALONE_WHY,
     DASHES,
@@ -29,6 +32,13 @@ from cosmos3_pipeline.config.mistakes import (
 from cosmos3_pipeline.errors import ConfigError, Problem
 
 _SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
+# Sweeps whose values stand in the override as they were typed.
+_CHOICES_SWEPT = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP)
+# Hydra's own texts, with which a run names its folder: `hydra.run.dir=2026_12_02` would be the folder 20261202.
+_HYDRAS_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
+_HYDRAS_TEXT = Kind(str, False, {})
+# A quoted text, or what stands between the brackets, commas and colons of a value.
+_PIECE = re.compile(r"""'[^']*'|"[^"]*"|[^\[\](){},:'"]+""")
 
 
 def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = False) -> None:
@@ -46,6 +56,7 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
         means = None if reading.means == reading.typed else reading.means
         problems += [*_sweep_alone(override, sweep, means), *_group_as_key(override, groups, means)]
         problems += [*_no_option(override, groups), *_nothing_set(override), *_no_truth(override)]
+        problems += _other_text(override)
         if override.key_or_group in groups and not override.is_hydra_override():
             problems += _doubled(override, chosen)
     if problems:
@@ -72,17 +83,28 @@ def typed_settings(overrides: Sequence[str]) -> dict[str, str]:
     found = dict[str, str]()
     for override in filter(None, map(parsed, overrides)):
         if not override.is_delete() and override.input_line is not None:
-            keys = _keys_below(override.key_or_group, override.value())
-            found |= dict.fromkeys(keys, override.input_line.lstrip("+"))
+            leaves = _leaves(override.key_or_group, override.value())
+            found |= {key: override.input_line.lstrip("+") for key, _ in leaves}
     return found
 
 
-def _keys_below(key: str, value: object) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield key
+def _leaves(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """The dotted keys that `key=value` sets, with their values. A list, or an empty node, is one value."""
+    if not isinstance(value, dict) or not value:
+        yield key, value
         return
     for name, inner in value.items():
-        yield from _keys_below(f"{key}.{name}", inner)
+        yield from _leaves(f"{key}.{name}", inner)
+
+
+def _single(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """As `_leaves`, but with each item of a list by itself, as in `model.lora[0].path`."""
+    for leaf, inner in _leaves(key, value):
+        if not isinstance(inner, list):
+            yield leaf, inner
+            continue
+        for place, item in enumerate(inner):
+            yield from _single(f"{leaf}[{place}]", item)
 
 
 def asks_for_sweep(overrides: Sequence[str]) -> bool:
@@ -179,14 +201,49 @@ def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
 
 
 def _nothing_set(override: Override) -> Iterator[Problem]:
-    """A problem of `task={}`: Hydra would merge it, and nothing would change."""
-    key = override.key_or_group
-    if override.value() == {} and (kind := kind_of(key)) is not None and kind.is_node:
-        yield Problem(
-            what=f"{override.input_line} sets nothing",
-            why=f"{key} is {kind}, and its other keys stay as they are, so it would be ignored",
-            works=f"a key of it, as in {key}.KEY=VALUE",
-        )
+    """A problem of `task={}`, also inside another value: Hydra would merge it, and nothing would change."""
+    for key, value in _leaves(override.key_or_group, override.value()):
+        kind = kind_of(key)
+        if value != {} or kind is None:
+            continue
+        if kind.is_node or key in STRATEGY_NODES or typing.get_origin(kind.hint) is dict:
+            yield Problem(
+                what=f"{override.input_line} sets nothing",
+                why=f"{key} is {'a node with keys' if kind.hint is Any else kind}; {{}} has none, and those "
+                "that are set stay as they are, so it would be ignored",
+                works=f"a key of it, as in {key}.KEY=VALUE, or the command without it",
+            )
+
+
+def _other_text(override: Override) -> Iterator[Problem]:
+    """A problem of `task.prompt=true`: Hydra reads a truth value or a number, and its text is another, `True`."""
+    if override.is_delete() or override.input_line is None:
+        return
+    typed = override.input_line.partition("=")[2]
+    values = [override.value()]
+    if override.is_sweep_override():
+        values = [*override.sweep_iterator()] if override.value_type in _CHOICES_SWEPT else []
+    pieces = {piece.strip() for piece in _PIECE.findall(typed)}
+    for key, value in (leaf for each in values for leaf in _single(override.key_or_group, each)):
+        if not isinstance(value, int | float) or str(value) in pieces:
+            continue
+        kind = _HYDRAS_TEXT if key in _HYDRAS_TEXTS else kind_of(key)
+        if kind is not None and kind.hint is str and "one_of" not in kind.limits:
+            yield Problem(
+                what=f"{override.input_line} would set the text {value}",
+                why=f"{key} is {kind}, but without quotes Hydra reads a truth value or a number here, and writes "
+                "it in its own way",
+                works=in_a_shell(f"{override.get_key_element()}={_PIECE.sub(_quoted, typed)}"),
+            )
+            return
+
+
+def _quoted(piece: re.Match[str]) -> str:
+    """`piece` of a value in quotes, if Hydra would read something else than its text."""
+    override = parsed(f"text={piece[0].strip()}")
+    value = None if override is None else override.value()
+    is_other = isinstance(value, int | float) and str(value) != piece[0].strip()
+    return f'"{piece[0].strip()}"' if is_other else piece[0]
 
 
 def _no_truth(override: Override) -> Iterator[Problem]:

@@ -78,6 +78,22 @@ REFUSALS = [
         id="a text in a list of numbers",
     ),
     pytest.param(["task={}"], "task={} sets nothing", "task.KEY=VALUE", id="no keys"),
+    pytest.param(["vae.decode={}"], "vae.decode={} sets nothing", "vae.decode.KEY=VALUE", id="no settings"),
+    pytest.param(["task={controls: {}}"], "sets nothing", "task.controls.KEY=VALUE", id="no keys in a node"),
+    pytest.param(["extras={}"], "extras={} sets nothing", "extras.KEY=VALUE", id="no keys of one's own"),
+    pytest.param(["task.prompt=true"], "set the text True", """'task.prompt="true"'""", id="truth for a text"),
+    pytest.param(["task.prompt=1e3"], "set the text 1000.0", """'task.prompt="1e3"'""", id="number for a text"),
+    pytest.param(["++task.prompt=NaN"], "set the text nan", """'++task.prompt="NaN"'""", id="nan for a text"),
+    pytest.param(["hydra.run.dir=2026_12"], "the text 202612", """dir="2026_12"'""", id="number for a folder"),
+    pytest.param(
+        ["model.lora=[{path: 1_0, weight: 1_0}]"],
+        "set the text 10",
+        """'model.lora=[{path:"1_0", weight:"1_0"}]'""",
+        id="number for a text in a list",
+    ),
+    pytest.param(
+        ["task.prompt=null"], "task.prompt is given null", """'task.prompt="null"'""", id="null for text"
+    ),
     pytest.param(["task=[]"], "task=[] chooses no option", "task=NAME", id="no option"),
     pytest.param(["output.latents=7"], "output.latents=7", "output.latents=true", id="number for a bool"),
     pytest.param(
@@ -286,6 +302,11 @@ def test_a_plan_needs_no_inputs_but_a_run_does(overrides: list[str], what: str, 
 
 def test_a_fraction_is_in_range() -> None:
     assert compose(["sampler.guidance_scale=6.5", "task.fps=23.976"]).sampler.guidance_scale == 6.5
+
+
+@pytest.mark.parametrize("text", ["42", "-1.5", "True", "yes", "off", "0x10", "007", "1e3x"])
+def test_an_unquoted_text_arrives_as_typed(text: str) -> None:
+    assert compose([f"task.prompt={text}"]).task.prompt == text
 
 
 def test_every_problem_is_told_at_once() -> None:
