@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo
 from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.planning.text import LONGEST_TRAINED
 
 # A tokenizer with 150,000 tokens loads in a second or two and encodes a sentence in milliseconds.
 LOAD_SECONDS = 120.0
@@ -21,8 +22,6 @@ WORDS = tuple(
     " ".join(f"{noun} number {count} of {count + 7}," for count in range(1, 9)) + " and that is all."
     for noun in ("kite", "harbour")
 )
-# The longest text, in tokens, on which the transformer was trained. No sentence of plain words is so long.
-LONGEST_SENTENCE = 4096
 START_OF_PICTURE = "<|vision_start|>"
 MARKERS = ("<|im_start|>", "<|im_end|>")
 
@@ -61,10 +60,10 @@ def load_tokenizer(checkpoint: CheckpointInfo) -> Any:
             f"the chat template in {folder} writes {text[:60]!r}... for the prompt {WORDS[0][:40]!r}...",
             "the words of the prompt are not all in it, so the picture would not be of them",
         )
-    if len(first) > LONGEST_SENTENCE:
+    if len(first) > LONGEST_TRAINED:  # no sentence of plain words is so long
         raise _broken(
             f"the chat template in {folder} writes {len(first)} tokens for one sentence",
-            f"Cosmos3 was trained with {LONGEST_SENTENCE} at most",
+            f"Cosmos3 was trained with {LONGEST_TRAINED} at most",
         )
     check_tokens([*first, *second, *special], checkpoint)
     return tokenizer

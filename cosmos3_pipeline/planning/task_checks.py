@@ -14,6 +14,7 @@ from cosmos3_pipeline.config.tasks import (
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import Clip, clean_frames, nearest_multiple
+from cosmos3_pipeline.planning.text import BYTES_PER_TOKEN, LONGEST_TEXT, LONGEST_TRAINED, too_long
 
 
 def _task(cfg: Config, clip: Clip) -> Iterator[Problem]:
@@ -83,6 +84,13 @@ def _words(cfg: Config) -> Iterator[Problem]:
             what="task.prompt is empty",
             why="the model is told what to show by words only",
             works=f"task.prompt='{cfg.model.recommended.prompt}', or no task.prompt, which takes these words",
+        )
+    for name in too_long(task):
+        yield Problem(
+            what=f"{name} has more than {LONGEST_TEXT} characters",
+            why=f"the models were trained with texts of {LONGEST_TRAINED} tokens at most, and an English token is "
+            f"about {BYTES_PER_TOKEN} characters",
+            works=f"a text of about {LONGEST_TRAINED * BYTES_PER_TOKEN} characters, or fewer",
         )
     if task.prompt_file is not None and task.prompt != cfg.model.recommended.prompt:
         yield Problem(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,20 +95,25 @@ def read_words(words: str) -> str:
     """`words`. If they are `@file`, the text of that file without the white space around it.
 
     Raises:
-        Refusal: the file does not exist or is no UTF-8 text.
+        Refusal: the file does not exist, is no UTF-8 text, or holds NUL.
     """
     return _text_of(words[1:], named=words).strip() if words.startswith("@") else words
 
 
 def _text_of(file: str, *, named: str) -> str:
+    path, what = Path(file).expanduser(), f"{named} is not a file of words"
+    in_utf16 = f"if it is in UTF-16: iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > words.txt"
     try:
-        return Path(file).expanduser().read_text(encoding=WORDS_ENCODING)
+        text = path.read_text(encoding=WORDS_ENCODING)
     except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(
-            what=f"{named} is not a file of words",
-            why=str(error),
-            works="a UTF-8 text or JSON file, or the words themselves, in task.prompt without @ in front",
-        ) from error
+        works = "a UTF-8 text or JSON file, or the words themselves, in task.prompt without @ in front"
+        content = error.object if isinstance(error, UnicodeDecodeError) else b""
+        if b"\0" in content or content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            works = in_utf16
+        raise Refusal(what, str(error), works) from error
+    if "\0" in text:  # UTF-16 without a byte order mark decodes as UTF-8
+        raise Refusal(what, "it holds the character NUL, which no text has", in_utf16)
+    return text
 
 
 def read_lines(file: str) -> dict[int, str]:

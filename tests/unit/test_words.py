@@ -19,6 +19,7 @@ from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs import prompts
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.geometry import Clip
+from cosmos3_pipeline.planning.text import LONGEST_TEXT, prompts_of
 from cosmos3_pipeline.stages.words import Words, prompt_of, read_lines, read_words, words_for
 
 CLIP = clip_of(720, 1280, 189)
@@ -116,6 +117,23 @@ def test_lines_of_a_file_are_words(tmp_path: Path) -> None:
         read_lines(str(file))
 
 
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        pytest.param(b"a\nb\n", {1: "a", 2: "b"}, id="LF"),
+        pytest.param(b"a\r\nb\r\n", {1: "a", 2: "b"}, id="CRLF"),
+        pytest.param(b"a\rb\r", {1: "a", 2: "b"}, id="CR"),
+        pytest.param(b"a\rb\r\n\nc\n\rd", {1: "a", 2: "b", 4: "c", 6: "d"}, id="mixed, no end"),
+        pytest.param("a\u2028b\x85c\nd".encode(), {1: "a\u2028b\x85c", 2: "d"}, id="separators of Unicode"),
+        pytest.param(b"a\x0cb\x0bc\x1cd\n", {1: "a\x0cb\x0bc\x1cd"}, id="form feed"),
+    ],
+)
+def test_line_ends_of_every_system_end_a_prompt(content: bytes, lines: dict[int, str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert read_lines(str(tmp_path / "prompts.txt")) == lines
+    assert prompts_of(task_config(prompt_file=str(tmp_path / "prompts.txt"))) == [*lines.values()]
+
+
 @pytest.mark.parametrize("words", [each for each in AWKWARD if each != "???"])
 def test_words_that_were_interpolated_once_are_not_a_second_time(words: str, tmp_path: Path) -> None:
     config = compose([])
@@ -135,11 +153,31 @@ def test_the_closing_table_shows_any_words(tmp_path: Path, capsys: pytest.Captur
     assert "a [/bold] kite" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given", ["task.prompt=@{}", "task.negative_prompt=@{}", "task.prompt_file={}"])
-def test_a_file_that_is_no_text_is_refused_before_anything_starts(given: str, tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_bytes("ein Drachen".encode("utf-16"))
-    with pytest.raises(ConfigError, match="not a file of words"):
+GIVEN_FILES = ("task.prompt=@{}", "task.negative_prompt=@{}", "task.prompt_file={}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+@pytest.mark.parametrize("given", GIVEN_FILES)
+def test_a_file_that_is_no_text_is_refused_before_anything_starts(
+    given: str, encoding: str, tmp_path: Path
+) -> None:
+    (tmp_path / "words.txt").write_bytes("ein grüner Drachen".encode(encoding))
+    works = "UTF-8 text" if encoding == "latin-1" else "iconv -f UTF-16"
+    with pytest.raises(ConfigError, match=f"not a file of words[\\s\\S]*works: .*{works}"):
         prepare(composition_of([given.format(tmp_path / "words.txt")]))
+
+
+@pytest.mark.parametrize("start", ["", '{"scene": "'])
+@pytest.mark.parametrize("given", GIVEN_FILES)
+def test_a_text_that_no_model_was_trained_with_is_refused(given: str, start: str, tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text(f"{start}{'a' * (LONGEST_TEXT - len(start))}")
+    compose([given.format(file)])
+    file.write_text(f"kite\n{start}{'a' * 20 * LONGEST_TEXT}\n")
+    with pytest.raises(ConfigError, match="has more than 65536 characters") as caught:
+        compose([given.format(file)])
+    assert str(caught.value).startswith("line 2 of" if "prompt_file" in given else given.format(file))
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("topology", ["cpu_x1", "cpu_x2"])
