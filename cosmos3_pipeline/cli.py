@@ -99,6 +99,7 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
     """The exit code of `launch`. Prints the errors."""
     words = sys.argv[1:]
     if "--version" in words:  # Hydra's parser would print the version of Hydra
+        stopping.stdout_needed()
         print(f"cosmos3_pipeline {__version__}")
         return 0
     try:
@@ -106,6 +107,8 @@ def _code_of(hydra_main: Callable[[], None]) -> int:
         args = _arguments(words)
     except ConfigError as error:
         return _refused(error, words)
+    if args.help or args.hydra_help or args.info or args.cfg or args.shell_completion:
+        stopping.stdout_needed()
     plugins = register()
     set_up_terminal()
     os.environ.setdefault(*SPIN)
@@ -240,6 +243,12 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
         sys.argv.insert(1, f"hydra.sweep.dir={resumed[-1]}")  # the folder for the files of Hydra and of the jobs
     sweeps = args.multirun or asks_for_sweep(args.overrides)
     if args.shell_completion and any(override.startswith("query=") for override in args.overrides):
+        if "COMP_LINE" not in os.environ:
+            what, why = (
+                " ".join(["-sc", *args.overrides]),
+                "a shell asks so while it completes, with COMP_LINE set",
+            )
+            raise ConfigError([Problem(what, why, "cosmos3 completion bash, whose script does it; or zsh, fish")])
         with redirect_stdout(StringIO()) as choices:
             hydra_main()
         print(cleaned(choices.getvalue()))

@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from io import TextIOWrapper
 
+from cosmos3_pipeline import stopping
+
 # By name, the module whose `main` takes the arguments and returns the exit code. Hydra does not read them.
 COMMANDS = {
     "diff": "review.command",
@@ -17,11 +19,15 @@ COMMANDS = {
     "completion": "config.completion",
     "make-checkpoint": "models.make_checkpoint",
 }
+# The commands that write files. The others do nothing but print.
+WRITERS = ("report", "make-checkpoint")
 
 
 def run() -> int:
     """Run the command that this process was asked for, and return its exit code."""
     set_up_terminal()
+    if sys.argv[1] not in WRITERS:
+        stopping.stdout_needed()
     code: int = import_module(f"cosmos3_pipeline.{COMMANDS[sys.argv[1]]}").main(sys.argv[2:])
     return code
 

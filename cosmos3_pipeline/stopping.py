@@ -8,8 +8,10 @@ the process after `GRACE_SECONDS`. Standard library only, because this module is
 from __future__ import annotations
 
 import atexit
+import errno
+import io
+import logging
 import os
-import select
 import shutil
 import signal
 import socket
@@ -22,7 +24,7 @@ from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 if TYPE_CHECKING:
     from cosmos3_pipeline.errors import Problem
@@ -65,7 +67,7 @@ def on_signals() -> None:
     if _listens:
         return
     _listens = True
-    _open_closed_streams()
+    guard_streams()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
@@ -79,28 +81,95 @@ def on_signals() -> None:
     atexit.register(_leave)  # before all others are registered, so it runs after them
 
 
+class _Stdout(io.FileIO):
+    """The standard output, which remembers an error of a write. Hydra's and others' loggers drop such an error."""
+
+    error: ClassVar[OSError | None] = None
+    closed_by_caller: ClassVar[bool] = False
+
+    def write(self, content: Any, /) -> int:
+        """Write bytes. Raises OSError."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            _Stdout.error = error
+            raise
+
+
+class _Stderr(io.FileIO):
+    """The standard error, which drops what cannot be written: no stream is left to say so."""
+
+    def write(self, content: Any, /) -> int:
+        """Write bytes, or do as if."""
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def guard_streams() -> None:
+    """Make the standard streams survive what takes nothing: a full disk, or a stream that the caller has closed.
+
+    The null device takes the place of a closed stream, as by `>&-`. Otherwise the next file that is opened would
+    take the stream's number, and prints would go into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as this process
+            _Stdout.closed_by_caller |= name == "stdout"
+    # Loggers drop errors of their streams anyway, and would print a traceback for each.
+    logging.raiseExceptions = False
+    for name, kind in (("stdout", _Stdout), ("stderr", _Stderr)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # else a test, or a notebook, has its own
+            stream.flush()
+            raw: Any = kind(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                raw if stream.write_through else io.BufferedWriter(raw),  # the first with PYTHONUNBUFFERED
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, text)
+
+
+def stdout_needed() -> None:
+    """Tell at the end of this process that its standard output was closed, because it does nothing but print."""
+    if _Stdout.closed_by_caller:
+        _Stdout.error = OSError(errno.EBADF, "it was closed by the shell or the program that started this")
+
+
+def stdout_problem() -> Problem | None:
+    """The problem of a standard output that takes nothing more, else None."""
+    from cosmos3_pipeline.errors import Problem
+
+    if _Stdout.error is None:
+        return None
+    why = _Stdout.error.strerror or str(_Stdout.error)
+    works = "the same command with its output on a terminal, or in a file on a disk with space"
+    return Problem("standard output cannot be written", why, works)
+
+
 def stoppable(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code. If a signal arrives, print one line and end the process."""
+    """Run `main` and return its exit code. If a signal arrives, print one line and end the process.
+
+    A standard output that took not all makes an exit code of 1 from 0, and is told in three parts.
+    """
     global _unwinds, _code
     _unwinds, code = True, 0
     try:
         _code = code = main()
         sys.stdout.flush()  # else the interpreter would print a traceback when it ends
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            if not _is_unread(sys.stdout):
-                raise
-            # As other programs end when `head` has what it wants: without a word.
-            end(128 + signal.SIGPIPE)
-        problem = stdout_problem(str(error))
-        if problem is None:
+        if _Stdout.error is None or error.errno != _Stdout.error.errno:
             raise
-        if not code:  # else `main` has told it
-            print(f"the run has stopped\n\n{problem}", file=sys.stderr, flush=True)
-        end(code or 1)
     except SystemExit as left:
-        _code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        raise
+        _code = code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        with suppress(OSError):
+            sys.stdout.flush()
+        if _Stdout.error is None:
+            raise
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         tell_stopped(number)
@@ -110,41 +179,14 @@ def stoppable(main: Callable[[], int]) -> int:
         end(128 + number)
     finally:
         _unwinds = False
+    if isinstance(_Stdout.error, BrokenPipeError):
+        # As other programs end when `head` has what it wants: without a word.
+        end(128 + signal.SIGPIPE)
+    if (problem := stdout_problem()) is not None:
+        if not code:  # else `main` has told it, or worse
+            print(f"the run has stopped\n\n{problem}", file=sys.stderr, flush=True)
+        end(code or 1)
     return code
-
-
-def _is_unread(stream: TextIO) -> bool:
-    """Whether `stream` is a pipe that no process reads any more."""
-    poll = select.poll()
-    poll.register(stream, 0)  # an error is told always
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def stdout_problem(words: str) -> Problem | None:
-    """The problem of a standard output that takes nothing more, else None. It prints a line break to find out.
-
-    `words` are those of the error that a write has raised.
-    """
-    from cosmos3_pipeline.errors import Problem
-
-    try:
-        os.write(sys.__stdout__.fileno(), b"\n")  # type: ignore[union-attr]
-    except (AttributeError, ValueError):  # closed, or none
-        return None
-    except OSError:
-        works = "the same command with its output on a terminal, or in a file on a disk with space"
-        return Problem("standard output cannot be written", words, works)
-    return None
-
-
-def _open_closed_streams() -> None:
-    """Open the null device in place of a stream that was closed, as by `>&-`.
-
-    Otherwise the next file that is opened would take the stream's number, and prints would go into it.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as this process
 
 
 def tell_stopped(number: int) -> None:

@@ -121,6 +121,7 @@ def _rank(
 ) -> None:
     """One rank, in its own process: runs `entry`, then writes to `folder` that it is done, or its error."""
     os.environ.update(environ)
+    stopping.guard_streams()
     # diffusers' progress bars make a lock for processes. A killed rank would leave its file in /dev/shm until
     # multiprocessing warns of "leaked semaphore objects". With this method the lock has no file. A rank starts no
     # processes.

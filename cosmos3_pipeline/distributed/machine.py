@@ -62,7 +62,7 @@ def _of_number(number: int, file: str | bytes | int | None, words: str, place: s
     name = None if file is None or isinstance(file, int) else os.fsdecode(file)
     place = name or place
     # Python names no file in the error of a stream.
-    if name is None and number in (*_FULL, errno.EFBIG, errno.EIO) and (problem := stdout_problem(words)):
+    if name is None and number in (*_FULL, errno.EFBIG, errno.EIO) and (problem := stdout_problem()):
         return problem
     if number in _FULL:
         return Problem(f"{place} has no space left", words, f"space there, or another place: {_elsewhere(name)}")

@@ -6,11 +6,11 @@ import errno
 import os
 import resource
 import select
-import sys
 from pathlib import Path
 
 import pytest
 
+from cosmos3_pipeline import stopping
 from cosmos3_pipeline.config.shortcut import composition_of
 from cosmos3_pipeline.distributed import host, machine, world
 from cosmos3_pipeline.errors import ConfigError, Fault
@@ -80,9 +80,9 @@ def test_what_a_machine_refuses_is_a_fault_in_three_parts(error: Exception, what
 def test_a_full_standard_output_is_told_from_a_full_disk(
     file: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "__stdout__", full)
-        problem = machine.machine_problem(OSError(errno.ENOSPC, "No space left on device", file), "/out")
+    error = OSError(errno.ENOSPC, "No space left on device", file)
+    monkeypatch.setattr(stopping._Stdout, "error", None if file else error)
+    problem = machine.machine_problem(error, "/out")
     assert problem is not None
     assert problem.what == (f"{file} has no space left" if file else "standard output cannot be written")
 

@@ -173,6 +173,24 @@ def test_an_output_that_is_closed_is_no_error(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
+# What only prints, with an output that takes nothing, or none.
+@pytest.mark.parametrize(
+    ("arguments", "redirected", "code", "said"),
+    [
+        ("--info config", ">/dev/full", 1, "standard output cannot be written"),  # Hydra's logger prints it
+        ("--version", ">&-", 1, "it was closed by the shell"),
+        ("job=nope", "2>/dev/full", 2, ""),
+    ],
+)
+def test_a_command_that_prints_ends_well_without_its_streams(
+    arguments: str, redirected: str, code: int, said: str
+) -> None:
+    command = f"{sys.executable} -m cosmos3_pipeline {arguments} {redirected}"
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert run.returncode == code
+    assert said in run.stderr and "Traceback" not in run.stderr and (not said or "works: " in run.stderr)
+
+
 def started(code: str, begun: Path, **environ: str) -> subprocess.Popen[str]:
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(begun)],
