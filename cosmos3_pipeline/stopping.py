@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -43,6 +44,9 @@ _unwinds = False  # whether an exception in the main thread now ends the process
 _told = False
 _code = 1  # the exit code of this process, once it is known
 _leftovers = set[Path]()
+_remover: subprocess.Popen[bytes] | None = None
+# The time for ranks to read each other's process ids from a folder that a killed launcher leaves.
+REMOVE_SECONDS = 2.0
 
 # Process ids of the other ranks on this machine, by rank, as far as they are known. All end with the same parent,
 # but a suspended process cannot end itself.
@@ -202,22 +206,46 @@ def tell_stopped(number: int) -> None:
 
 @contextmanager
 def leftover(path: Path) -> Iterator[None]:
-    """Remove the file or folder `path` if the process ends inside the block, because it would be half-written."""
-    _leftovers.add(path)
+    """Remove the file or folder `path` if the process ends inside the block, because it would be half-written.
+
+    After `on_signals` this is also true of a process that is killed.
+    """
+    add_leftover(path)
     try:
         yield
     finally:
         _leftovers.discard(path)
+        _tell_remover(b"-", path)
 
 
 def add_leftover(path: Path) -> None:
     """Remove the file or folder `path` if this process ends early."""
     _leftovers.add(path)
+    _tell_remover(b"+", path)
 
 
-def leftovers() -> list[Path]:
-    """The files and folders that `end` would remove now."""
-    return list(_leftovers)
+def _tell_remover(sign: bytes, path: Path) -> None:
+    """Tell the process that removes leftovers about one of them. It is started for the first."""
+    global _remover
+    if not _listens or (_remover is None and sign != b"+"):
+        return
+    with suppress(OSError):  # the machine starts no more processes, or somebody has killed or suspended it
+        if _remover is None:
+            program = str(Path(__file__).with_name("remover.py"))
+            nowhere = subprocess.DEVNULL  # a pipe of this process would otherwise stay open as long
+            _remover = subprocess.Popen(
+                [sys.executable, "-I", "-S", program, str(REMOVE_SECONDS)],
+                stdin=subprocess.PIPE,
+                stdout=nowhere,
+                stderr=nowhere,
+                bufsize=0,
+                cwd="/",
+                start_new_session=True,  # so that a signal to all processes of a terminal does not reach it
+            )
+            assert _remover.stdin is not None
+            os.set_blocking(_remover.stdin.fileno(), False)
+        assert _remover.stdin is not None
+        _remover.stdin.write(sign + os.fsencode(path.absolute()) + b"\0")
 
 
 def reset_signals() -> None:
@@ -260,14 +288,9 @@ def _leave() -> None:
     end(_code)
 
 
-def end_with_parent(
-    others: Callable[[], Iterable[int]] = neighbours.values, leftovers: Iterable[Path] = ()
-) -> None:
-    """End this process soon after its parent, however the parent ended.
-
-    `others` are processes to end too. `leftovers` are the parent's files to remove, if the parent could not.
-    """
-    arguments = (os.getppid(), others, leftovers)
+def end_with_parent(others: Callable[[], Iterable[int]] = neighbours.values) -> None:
+    """End this process soon after its parent, however the parent ended. `others` are processes to end too."""
+    arguments = (os.getppid(), others)
     threading.Thread(target=_watch_parent, args=arguments, name="cosmos3-parent", daemon=True).start()
 
 
@@ -317,7 +340,7 @@ def _end_in_time(heard: int) -> None:
     end(128 + number)
 
 
-def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: Iterable[Path]) -> None:
+def _watch_parent(parent: int, others: Callable[[], Iterable[int]]) -> None:
     # The system's parent of a forked child is the fork server. multiprocessing knows which process started it.
     starter = parent_process()
     orphan = starter is None and _agent_has_gone()
@@ -329,7 +352,6 @@ def _watch_parent(parent: int, others: Callable[[], Iterable[int]], leftovers: I
     doomed = list(others())
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(LOOK_SECONDS)  # local rank 0 has files to remove, so it gets time to end itself
-    _leftovers.update(leftovers)
     end(1, doomed)
 
 

@@ -218,8 +218,8 @@ def clip_for(moment: str) -> Sequence[str]:
     return SMALL if moment in ("with a file begun", "with its video", "at its end") else LONG
 
 
-def wrongs(place: Place, run: Run, codes: Sequence[int], *, killed: bool = False) -> list[str]:
-    """What is wrong with how `run` has ended. `killed`: whoever writes, so that its unfinished file may stay."""
+def wrongs(place: Place, run: Run, codes: Sequence[int]) -> list[str]:
+    """What is wrong with how `run` has ended."""
     found = []
     code = run.process.poll()
     if code is None:
@@ -236,20 +236,19 @@ def wrongs(place: Place, run: Run, codes: Sequence[int], *, killed: bool = False
     if re.search(r"Traceback \(most recent call last\)[\s\S]*cosmos3_pipeline/", said):
         found.append("traceback")
     found += [f"said: {line[-160:]}" for line in run.ours().splitlines() if "leaked" in line]
-    found += [f"half a file: {words}" for words in half_files(run.output, partial=not killed)]
+    found += [f"half a file: {words}" for words in half_files(run.output)]
     # PyTorch makes the folder of its compiler's cache in every process that imports it, and keeps it.
     files = {file.name for file in place.temporary.glob("*") if not file.name.startswith("torchinductor_")}
-    if files and not killed:
+    if files:
         found.append(f"left in TMPDIR: {', '.join(sorted(files))}")
     return found
 
 
-def half_files(output: Path, *, partial: bool) -> Iterator[str]:
+def half_files(output: Path) -> Iterator[str]:
     """The files of a run that do not open, or are not named as whole."""
     for file in output.rglob("*") if output.is_dir() else ():
         if ".partial" in file.name:
-            if partial:
-                yield file.name
+            yield file.name
         elif file.name == "video.mp4" and file.is_file():
             try:
                 with av.open(str(file)) as container:
@@ -310,15 +309,14 @@ def signal_to_the_launcher(rng: random.Random, place: Place) -> Found:
 
 @kind
 def launcher_killed(rng: random.Random, place: Place) -> Found:
-    """The memory killer or a scheduler: no process stays."""
+    """The memory killer or a scheduler: nothing stays, because another process removes it."""
     topology, moment = rng.choice(TOPOLOGIES), rng.choice(list(MOMENTS))
     run = place.start(topology, *clip_for(moment))
     run.wait_until(moment, rng.uniform(0, 0.4))
     since = time.monotonic()
     run.process.kill()
     run.process.wait()
-    early = moment in ("at its start", "while it imports", "with its folder")
-    wrong = wrongs(place, run, [-signal.SIGKILL, 0], killed=topology != "2 ranks" or early)
+    wrong = wrongs(place, run, [-signal.SIGKILL, 0])
     return of("launcher killed", f"{topology}, {moment}", place, run, wrong, since)
 
 
@@ -336,13 +334,10 @@ def signal_to_a_rank(rng: random.Random, place: Place) -> Found:
         with suppress(ProcessLookupError):
             os.kill(ranks[rank], number)
     ended = run.ends(40 if topology == "torchrun" else GONE_SECONDS)
-    wrong = wrongs(place, run, [0, 1], killed=topology == "torchrun" and number not in SOFT)
+    wrong = wrongs(place, run, [0, 1])
     if ended and topology == "2 ranks" and not done(run) and not re.search(r"rank \d of 2 failed", run.ours()):
         wrong.append("no rank is named")
     return of("signal to a rank", f"{number.name} to rank {rank}, {topology}, {moment}", place, run, wrong, since)
-
-
-SOFT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @kind
@@ -411,7 +406,7 @@ def run_in_an_old_folder(rng: random.Random, place: Place) -> Found:
         again.process.send_signal(number)
         again.ends(40 if topology == "torchrun" else GONE_SECONDS)
     codes = [0] if number is None else [0, 1, -number, 128 + number]
-    wrong = wrongs(place, again, codes, killed=number == signal.SIGKILL)
+    wrong = wrongs(place, again, codes)
     if number is None and (again.output / "video.mp4").exists():
         wrong.append("the older video is beside the picture")
     names = [again.output / name for name in ("config.yaml", "metrics.json")]

@@ -69,20 +69,20 @@ def run_ranks(entry: Callable[..., None], *payload: Any, ranks: int, device: str
     # joblib's own method, which Python does not know.
     start_method = "forkserver" if device == "cpu" and can_fork_ranks() else "spawn"
     multiprocessing.set_start_method(start_method, force=True)
-    with TemporaryDirectory(prefix="cosmos3_ranks_", ignore_cleanup_errors=True) as name:
+    with (
+        TemporaryDirectory(prefix="cosmos3_ranks_", ignore_cleanup_errors=True) as name,
+        stopping.leftover(Path(name)),
+    ):
         folder = Path(name)
         # Ranks connect to localhost, because this machine's host name may have no address.
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         processes: list[BaseProcess] = []
-        with stopping.leftover(folder):
-            leftovers = stopping.leftovers()  # the ranks remove them if this process is killed
-            try:
-                for rank in range(ranks):
-                    environ = _environ(rank, ranks, store.port)
-                    processes.append(_started(environ, folder, leftovers, entry, payload))
-                _watch(processes, folder)
-            finally:
-                _end(processes)
+        try:
+            for rank in range(ranks):
+                processes.append(_started(_environ(rank, ranks, store.port), folder, entry, payload))
+            _watch(processes, folder)
+        finally:
+            _end(processes)
 
 
 def _environ(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -116,9 +116,7 @@ def _started(environ: dict[str, str], *arguments: Any) -> BaseProcess:
     return process
 
 
-def _rank(
-    environ: Mapping[str, str], folder: Path, leftovers: list[Path], entry: Callable[..., None], payload: Any
-) -> None:
+def _rank(environ: Mapping[str, str], folder: Path, entry: Callable[..., None], payload: Any) -> None:
     """One rank, in its own process: runs `entry`, then writes to `folder` that it is done, or its error."""
     os.environ.update(environ)
     stopping.guard_streams()
@@ -132,7 +130,7 @@ def _rank(
     except FileNotFoundError:
         stopping.end(1)  # the launcher has removed the folder: it ended while this process was forked
     others = [_pid_file(folder, other) for other in range(ranks) if other != rank]
-    stopping.end_with_parent(lambda: [int(file.read_text()) for file in others if file.is_file()], leftovers)
+    stopping.end_with_parent(lambda: [int(file.read_text()) for file in others if file.is_file()])
     stopping.reset_signals()
     Links.folder = str(folder)
     Life.tell = lambda silent, problem: _leave(folder, rank, Raised(silent, Fault.__name__, str(problem)))

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from cosmos3_pipeline import stopping
 from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.shortcut import composition_of
@@ -67,9 +68,10 @@ def make(folder: Path, name: str, *, full_size: bool, dtype: str) -> None:
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
-        _write(partial, folder, layout, numbers, full_size=full_size, dtype=dtype)
-        partial.chmod(0o755)
-        partial.rename(folder)
+        with stopping.leftover(partial):
+            _write(partial, folder, layout, numbers, full_size=full_size, dtype=dtype)
+            partial.chmod(0o755)
+            partial.rename(folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
+from cosmos3_pipeline import stopping
 from cosmos3_pipeline.errors import Refusal
 from cosmos3_pipeline.models.layouts import LATENTS_MEAN, LATENTS_STD, LAYOUTS
 from cosmos3_pipeline.models.maker import write_checkpoint
@@ -61,8 +62,9 @@ def toy_checkpoint(
             works="the environment variable COSMOS3_CACHE set to a folder that can be written",
         ) from error
     try:
-        write_toy(partial, transformer=transformer, vae=vae, sound_tokenizer=sound_tokenizer)
-        _rename_unless_there(partial, folder)
+        with stopping.leftover(partial):
+            write_toy(partial, transformer=transformer, vae=vae, sound_tokenizer=sound_tokenizer)
+            _rename_unless_there(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from cosmos3_pipeline import config
+from cosmos3_pipeline import config, stopping
 from cosmos3_pipeline.config.closure import Contents, contents, search_path
 from cosmos3_pipeline.review import worker
 
@@ -223,7 +223,10 @@ def checked_out(
     `conf` is the folder of the project's configs, and `name` the primary config.
     """
     project = project_root(repository, conf, name)
-    with TemporaryDirectory(prefix="cosmos3_review_") as temporary:
+    with (
+        TemporaryDirectory(prefix="cosmos3_review_") as temporary,
+        stopping.leftover(Path(temporary)),
+    ):
         root = project
         if revision is not None:
             root = Path(temporary) / "tree"

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def work():
     finally:
         begun.unlink()
 """
+# Two things are not whole when it is killed, and another is.
+KILLED = """
+def work():
+    stopping.REMOVE_SECONDS = 0.0
+    whole, folder = begun.with_name("whole"), begun.with_name("folder")
+    folder.mkdir()
+    with stopping.leftover(whole):
+        whole.touch()
+    with stopping.leftover(folder), stopping.leftover(folder / "file"):
+        (folder / "file").touch()
+        print("ready", flush=True)
+        time.sleep(60)
+"""
 STOPPABLE = "\nstopping.on_signals()\nsys.exit(stopping.stoppable(main))\n"
 EARLY = "\nstopping.on_signals()\nmain()\n"
 IGNORED = (
@@ -96,6 +110,27 @@ def test_a_signal_ends_a_process_in_one_line(
     assert said is None or out.strip() == said
     assert err.strip() == f"stopped by {number.name}; nothing half-written is left"
     assert not begun.exists()
+
+
+@pytest.mark.parametrize("start", [STOPPABLE, EARLY])
+def test_what_a_killed_process_had_begun_is_removed(start: str, tmp_path: Path) -> None:
+    run = started(BEGIN + KILLED + start, tmp_path / "begun")
+    run.kill()
+    run.communicate(timeout=60)  # and does not wait for the process that removes it
+    while [file.name for file in tmp_path.iterdir()] != ["whole"]:
+        time.sleep(0.01)
+
+
+def test_a_remover_that_is_killed_changes_nothing(tmp_path: Path) -> None:
+    work = """
+def work():
+    stopping._remover.kill()
+    stopping._remover.wait()
+    with stopping.leftover(begun.with_name("more")):
+        print("ready", flush=True)
+"""
+    run = started(BEGIN + work + STOPPABLE, tmp_path / "begun")
+    assert run.communicate(timeout=60) == ("", "") and run.returncode == 0
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
