@@ -1,7 +1,8 @@
 """A process that outlives the process which starts it, because nothing else can remove files after SIGKILL.
 
-`stopping` starts this file without the package, so that the start takes 10 ms of CPU time. On standard input `+path`
-names a file or folder to remove, and `-path` one to keep, each ended by NUL. The input ends with the other process.
+`stopping` starts this file without the package, so that the start takes 10 ms of CPU time. On standard input
+`+path` names a file or folder to remove, and `-path` one to keep, each ended by NUL. The input ends with the other
+process.
 """
 
 from __future__ import annotations

@@ -210,12 +210,13 @@ MOMENTS: dict[str, Callable[[Run], bool]] = {
     "with a file begun": lambda run: writes(run, "video.mp4.*"),
     "with its video": lambda run: writes(run, "video.mp4"),
     "at its end": lambda run: writes(run, "metrics.json"),
+    "after its ranks": lambda run: writes(run, "metrics.json") and not run.ranks(),
 }
 
 
 def clip_for(moment: str) -> Sequence[str]:
     """The overrides of a run that is hit at `moment`."""
-    return SMALL if moment in ("with a file begun", "with its video", "at its end") else LONG
+    return SMALL if moment in ("with a file begun", "with its video", "at its end", "after its ranks") else LONG
 
 
 def wrongs(place: Place, run: Run, codes: Sequence[int]) -> list[str]:
