@@ -23,6 +23,7 @@ from cosmos3_pipeline.config.mistakes import (
     in_a_shell,
     keys_meant,
     other_name,
+    parsed,
     written,
 )
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
@@ -48,7 +49,7 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "", groups: Grou
     """
     node, _, leaf = key.rpartition(".")
     override = typed_in(where)
-    value = override.partition("=")[2]
+    value = override.partition("=")[2] if override.startswith(f"{key}=") else ""
     if node.partition(".")[0] == "extras":
         return Problem(
             what=f"{key} is not there yet{where}",
@@ -101,31 +102,52 @@ def settings_of_others(key: str) -> list[str]:
     return [name.removesuffix(".yaml") for name in names]
 
 
+# The Python type of a value that could not be converted, in OmegaConf's messages about it, and in our words.
+_TYPE_TOLD = re.compile(r"(?:of type '|\(type |assigned: |\S \((?=\w+\) is not a valid))(\w+)")
+_IN_WORDS = {
+    **{"bool": "a truth value", "int": "a whole number", "float": "a number with a fraction", "str": "a text"},
+    **{"list": "a list", "dict": "a node with keys"},
+    **{"ListConfig": "a list", "DictConfig": "a node with keys"},
+}
 # Hydra could not merge a value and does not say why.
 _NOT_MERGED = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
 
 
 def wrong_kind(key: str, wrong: str, where: str, fps: Callable[[], float], cause: str = "") -> Problem:
-    """The problem of a value of the wrong kind for `key`. `wrong` tells the value, `cause` why it is wrong.
+    """The problem of a value of the wrong kind for `key`. `wrong` tells the value, `cause` is OmegaConf's message.
 
     `fps` gives the frame rate of the command line, for a duration in place of a number of frames.
     """
     kind = kind_of(key)
     said = typed_in(where).partition("=")[2]
     rate = fps() if key == "task.num_frames" else USUAL_FPS
-    typed = None if kind is None else (said and written(kind, said, key, rate)) or kind.example
-    works = f"a value of the type that --cfg job shows for {key}"
+    works = f"a value of the type that --cfg {'hydra' if key.startswith('hydra.') else 'job'} shows for {key}"
+    if kind is None:
+        return Problem(f"{key} {wrong}{where}", cause or "the key has another type", works)
+    typed = (said and written(kind, said, key, rate)) or kind.example
     if "[" in key:
         works = f"{key.partition('[')[0]}=[...] with such values"
     elif typed is not None:
         works = in_a_shell(typed) if typed.startswith(f"{key}=") else f"{key}={typed}"
-    elif kind is not None and kind.is_node:
+    elif kind.is_node:
         works = f"a key of it, as in {key}.KEY=VALUE"
-    return Problem(
-        what=f"{key} {wrong}{where}",
-        why="; ".join(filter(None, [cause, "" if kind is None else f"{key} is {kind}"])) or "it is another type",
-        works=works,
-    )
+    elif typing.get_origin(kind.hint) is dict:
+        works = f"a key of your own in it, as in +{key}.KEY=VALUE"
+    why, found = f"{key} is {kind}", _type_of(key, where, cause)
+    if found is not None and not (found == "a text" and kind.names):  # a wrong name is a text, too
+        why = f"that is {found}, and {why}"
+    return Problem(f"{key} {wrong}{where}", why, works)
+
+
+def _type_of(key: str, where: str, cause: str) -> str | None:
+    """In words, the type of a value that `where` or `cause` tells."""
+    if match := _TYPE_TOLD.search(cause):
+        return _IN_WORDS.get(match[1])
+    override = parsed(typed_in(where))
+    if override is None or override.key_or_group != key or override.is_sweep_override():
+        return None
+    value = override.value()
+    return _IN_WORDS.get("str" if isinstance(value, str) else type(value).__name__)
 
 
 # (path of a config such as `task/t2v`, dotted key) -> the file and line for people: `conf/task/t2v.yaml:14`.
@@ -179,7 +201,9 @@ def explain(
         )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        if full_key not in key:  # the key is in a node of a list
+        if full_key.startswith(f"{key}."):  # the key is in a node, as in task={promt:kite}
+            key = full_key
+        elif full_key not in key:  # the key is in a node of a list
             key = f"{key}[...].{full_key}"
         return unknown_key(key, keys, where=where, groups=groups)
     if "missing mandatory value" in cause:

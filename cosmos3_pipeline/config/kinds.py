@@ -6,7 +6,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -37,6 +37,14 @@ class Kind:
     def is_node(self) -> bool:
         """Whether the value is a node with keys."""
         return dataclasses.is_dataclass(self.hint)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names that the key takes; none if it takes other values."""
+        if isinstance(self.hint, type) and issubclass(self.hint, Enum):
+            return list(self.hint.__members__)
+        found: Sequence[str] = self.limits.get("one_of", ())
+        return found
 
 
 @cache
@@ -123,6 +131,10 @@ def _example(hint: Any, limits: Mapping[str, Any]) -> str | None:
         step = limits.get("multiple_of", 1)
         return str(max(low, step) if hint is int else float(max(low, min(1, limits.get("at_most", 1)))))
     if typing.get_origin(hint) is list:
-        inner = _example(typing.get_args(hint)[0], limits)
+        (item,) = typing.get_args(hint)
+        if dataclasses.is_dataclass(item):
+            first = dataclasses.fields(item)[0]
+            return f"[{{{first.name}:{_example(typing.get_type_hints(item)[first.name], first.metadata)}}}]"
+        inner = _example(item, limits)
         return None if inner is None else f"[{inner}]"
     return "TEXT" if hint is str else None

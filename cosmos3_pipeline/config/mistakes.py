@@ -382,7 +382,7 @@ class _Reader:
         keys = [other for other in schema_keys() if node and other.startswith(f"{node}.")]
         kinds = {other: kind for other in keys if (kind := kind_of(other)) is not None}
         found = [
-            f"{other}={name}" for other, kind in kinds.items() for name in _words_of(value) if name in _names(kind)
+            f"{other}={name}" for other, kind in kinds.items() for name in _words_of(value) if name in kind.names
         ]
         return (found[0],) if len(found) == 1 else None
 
@@ -472,18 +472,10 @@ def _words_of(value: str) -> list[str]:
     return [word, OTHER_VALUES[word]] if word in OTHER_VALUES else [word]
 
 
-def _names(kind: Kind) -> Sequence[str]:
-    """The names that a key of this kind takes; none if it takes other values."""
-    if isinstance(kind.hint, type) and issubclass(kind.hint, Enum):
-        return list(kind.hint.__members__)
-    found: Sequence[str] = kind.limits.get("one_of", ())
-    return found
-
-
 def other_name(key: str, value: str) -> bool:
     """Whether `key` takes some names only, and `value` means none of them."""
     kind = kind_of(key)
-    return kind is not None and bool(_names(kind)) and written(kind, value, key) is None
+    return kind is not None and bool(kind.names) and written(kind, value, key) is None
 
 
 def written(kind: Kind, text: str, key: str, fps: float = USUAL_FPS) -> str | None:
@@ -496,13 +488,13 @@ def written(kind: Kind, text: str, key: str, fps: float = USUAL_FPS) -> str | No
         inner = typing.get_args(kind.hint)[0]
         if dataclasses.is_dataclass(inner):
             first = dataclasses.fields(inner)[0].name
-            return (
-                None if not kind_of(f"{key}[0].{first}") or re.search(r"[\[{]", bare) else f"[{{{first}:{bare}}}]"
-            )
+            override = parsed(f"{first}={bare}") if bare and kind_of(f"{key}[0].{first}") else None
+            is_text = override is not None and isinstance(override.value(), str)
+            return f"[{{{first}:{bare}}}]" if is_text else None
         words = re.split(r"[,;x\s]+" if inner in (int, float) else r"[,;\s]+", bare.strip("[](){} "))
         made = [written(Kind(inner, False, {}), word, key) for word in words if word]
         return None if None in made or not made else f"[{','.join(map(str, made))}]"
-    if names := _names(kind):
+    if names := kind.names:
         words = _words_of(bare.rpartition(".")[2])
         return next((word for word in words if word in names), None) or nearest(words[-1], names)
     if kind.hint is bool:

@@ -14,6 +14,11 @@ from cosmos3_pipeline.jobs.start import prepare
 
 NAMES = "vae.encode._target_ and vae.decode._target_ name strategies"
 REFUSALS = [
+    pytest.param(["task={promt:x}"], "unknown key task.promt ", "task.prompt?", id="misspelt key in a node"),
+    pytest.param(["extras={mine:x}"], "extras.mine is not there", "+extras.mine=VALUE", id="no plus"),
+    pytest.param(["extras=x"], "extras is given x", "+extras.KEY=VALUE", id="text for keys of one's own"),
+    pytest.param(["model.lora=true"], "model.lora", "model.lora=[{path:TEXT}]", id="truth for a list of nodes"),
+    pytest.param(["hydra.run.dir=[a]"], "hydra.run.dir is given [a]", "--cfg hydra", id="list for Hydra's text"),
     pytest.param(["task.promt=x"], "unknown key task.promt", "did you mean task.prompt?", id="misspelt key"),
     pytest.param(["sampler.prompt=x"], "sampler.prompt", "did you mean task.prompt?", id="key of another node"),
     pytest.param(["vea=replicated"], "vea", "did you mean vae?", id="misspelt group"),
@@ -258,6 +263,26 @@ REFUSALS = [
     pytest.param(["model.path=conf"], "model_index.json", "model_index.json", id="not a checkpoint"),
     pytest.param(["output.preset=slwo"], "output.preset=slwo", "did you mean slow?", id="unknown codec preset"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "why"),
+    [
+        ("task.height=true", "that is a truth value, and task.height is a whole number from 16 to 16384"),
+        ("task.fps={a:1}", "that is a node with keys, and task.fps is a number from 1 to 120"),
+        ("task.height=1.5", "that is a number with a fraction, and task.height is a whole"),
+        ("task={height:tall}", "that is a text, and task.height is a whole"),
+        ("task.prompt=[1]", "that is a list, and task.prompt is a text"),
+        ("task.fps=null", "why:   task.fps is a number from 1 to 120"),
+        ("topology.device=tpu", "why:   topology.device is one of cpu, cuda"),
+        ("topology.device=[]", "that is a list, and topology.device is one of cpu, cuda"),
+        ("model.lora=1.5", "that is a number with a fraction, and model.lora is a list, of which each"),
+    ],
+)
+def test_a_value_of_another_type_is_told_by_both_types(typed: str, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([typed])
+    assert why in str(caught.value)
 
 
 REFUSED_AT_THE_START = [
