@@ -146,6 +146,25 @@ def test_colours_that_cannot_be_converted_are_refused(kind: bytes, data: bytes, 
         read_picture(with_chunk(tmp_path / "a.png", kind, data))
 
 
+def test_colours_are_read_where_a_png_states_them(tmp_path: Path) -> None:
+    """Behind long texts, and not in them. Primaries without a gamma are ignored, as by viewers."""
+    adobe = struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)
+    text, file = b"workflow\0" + b"cICP\x09\x10" * 20000, tmp_path / "a.png"
+    Image.fromarray(quarters()).save(file)
+    assert read_picture(with_chunk(with_chunk(file, b"cHRM", adobe), b"tEXt", text))[1] == []
+    Image.fromarray(quarters()).save(file)
+    with pytest.raises(Refusal, match="transfer 16"):  # a chunk is put before those that are there
+        read_picture(with_chunk(with_chunk(file, b"cICP", bytes([9, 16, 0, 1])), b"tEXt", text))
+    Image.fromarray(quarters()).save(file)
+    with pytest.raises(Refusal, match="cHRM"):
+        read_picture(with_chunk(with_chunk(file, b"cHRM", adobe), b"gAMA", struct.pack(">I", 45455)))
+
+
+def test_inks_without_a_profile_are_told(tmp_path: Path) -> None:
+    Image.fromarray(quarters()).convert("CMYK").save(tmp_path / "a.jpg")
+    assert [change.kind for change in read_picture(tmp_path / "a.jpg")[1]] == ["colours"]
+
+
 def test_metadata_that_pillow_stumbles_over_does_no_harm(tmp_path: Path) -> None:
     workflow = PngImagePlugin.PngInfo()
     workflow.add_text("workflow", "x" * (2 << 20), zip=True)

@@ -26,6 +26,10 @@ SAME_COLOUR = 2
 # Code points of ITU-T H.273 for SDR, and unspecified. 8-bit pictures with these codes are shown as they are.
 SDR_TRANSFERS = {1, 2, 4, 5, 6, 7, 11, 12, 13, 14, 15}
 SDR_PRIMARIES = {1, 2, 5, 6, 7}
+# White, red, green and blue of sRGB, as x and y each, in the order of the PNG chunk cHRM.
+SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+LEAST_CHROMATICITY = 0.01  # a difference that is no rounding
+SHORT_CHUNK = 64  # bytes of a PNG's chunk; cICP has 4
 SRGB_GAMMA = 1 / 2.2  # as the PNG chunk gAMA states it
 
 
@@ -80,18 +84,37 @@ def _refuse_other_depths(image: Image.Image, file: Path) -> None:
 def _refuse_other_codings(file: Path, kind: str | None) -> None:
     """Refuse HDR and wide gamuts that are stated without a profile, because Pillow does not read them."""
     found = None
-    head = file.open("rb").read(1 << 16) if kind in ("AVIF", "PNG") else b""
-    if kind == "PNG" and (at := head.find(b"cICP")) >= 0:
-        found = head[at + 4], head[at + 5]
-    elif kind == "AVIF" and (at := head.find(b"colrnclx")) >= 0:
-        found = int.from_bytes(head[at + 8 : at + 10]), int.from_bytes(head[at + 10 : at + 12])
+    if kind == "PNG":
+        chunk = _png_header(file).get(b"cICP", b"")
+        found = (chunk[0], chunk[1]) if len(chunk) == 4 else None
+    elif kind == "AVIF":
+        with file.open("rb") as opened:
+            head = opened.read(1 << 16)
+        if (at := head.find(b"colrnclx")) >= 0:
+            found = int.from_bytes(head[at + 8 : at + 10]), int.from_bytes(head[at + 10 : at + 12])
     if found is not None and not (found[0] in SDR_PRIMARIES and found[1] in SDR_TRANSFERS):
-        raise Refusal(
-            what=f"{file} has colours that are coded for another screen (H.273 primaries {found[0]}, transfer "
-            f"{found[1]})",
-            why="read as sRGB they would be other colours, and without a profile they are not converted",
-            works="the picture saved as sRGB, or with an ICC profile",
-        )
+        raise _other_screen(file, f"H.273 primaries {found[0]}, transfer {found[1]}")
+
+
+def _other_screen(file: Path, coding: str) -> Refusal:
+    return Refusal(
+        what=f"{file} has colours that are coded for another screen ({coding})",
+        why="read as sRGB they would be other colours, and without a profile they are not converted",
+        works="the picture saved as sRGB, or with an ICC profile",
+    )
+
+
+def _png_header(file: Path) -> dict[bytes, bytes]:
+    """The short chunks of a PNG before its pixels. Texts of any length may be between them."""
+    found = dict[bytes, bytes]()
+    with file.open("rb") as opened:
+        opened.seek(8)
+        while len(head := opened.read(8)) == 8 and head[4:] != b"IDAT":
+            length = int.from_bytes(head[:4])
+            if length <= SHORT_CHUNK:
+                found[head[4:]] = opened.read(length)
+            opened.seek(4 + (0 if length <= SHORT_CHUNK else length), 1)
+    return found
 
 
 def _as_shown(image: Image.Image, background: RGB) -> tuple[Image.Image, list[Change]]:
@@ -108,8 +131,11 @@ def _as_shown(image: Image.Image, background: RGB) -> tuple[Image.Image, list[Ch
         shown, change = _converted(shown, profile)
         found.append(change)
     elif gamma and "srgb" not in image.info and image.format == "PNG":
+        _refuse_other_primaries(image)
         shown, change = _with_gamma(shown.convert("RGB"), gamma)
         found.append(change)
+    elif shown.mode == "CMYK":
+        found.append(Change("colours", "converted to sRGB from inks (CMYK) without a colour profile"))
     shown = shown.convert("RGB")
     if alpha is not None:
         shown.putalpha(alpha)
@@ -160,6 +186,13 @@ def _with_gamma(image: Image.Image, gamma: float) -> tuple[Image.Image, Change |
     if _furthest(image, corrected) <= SAME_COLOUR:
         return image, None
     return corrected, Change("colours", f"converted to sRGB from a gamma of {gamma:g}")
+
+
+def _refuse_other_primaries(image: Image.Image) -> None:
+    """Refuse a PNG that states a gamma and other primaries. Viewers ignore primaries without a gamma."""
+    stated = image.info.get("chromaticity", SRGB_CHROMATICITY)
+    if max(abs(one - other) for one, other in zip(stated, SRGB_CHROMATICITY, strict=True)) > LEAST_CHROMATICITY:
+        raise _other_screen(Path(image.filename), "primaries of the chunk cHRM")  # type: ignore[attr-defined]
 
 
 def _furthest(one: Image.Image, other: Image.Image) -> int:
