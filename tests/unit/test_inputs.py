@@ -427,3 +427,26 @@ def test_a_clip_that_promises_a_billion_frames_is_refused(tmp_path: Path) -> Non
     path.write_bytes(data)
     with pytest.raises(Refusal, match="is not a video that can be read"):
         read_frames(path, frames=1)
+
+
+def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
+    file, noise = tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 255, (12, 48, 64, 3), np.uint8)
+    with av.open(str(file), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=24, width=64, height=48, pix_fmt="yuv420p")
+        for frame in (*map(av.VideoFrame.from_ndarray, noise), None):
+            container.mux(stream.encode(frame))
+    assert read_frames(file, frames=12)[1] == []
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 300] = b"\x55" * 300
+    file.write_bytes(content)
+    assert [change.kind for change in read_frames(file, frames=12)[1]] == ["damaged"]
+
+
+def test_the_cover_of_music_is_no_clip(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as container:
+        stream = container.add_stream("mjpeg", rate=1, width=64, height=48, pix_fmt="yuvj420p")
+        stream.disposition = av.stream.Disposition.attached_pic
+        for frame in (av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8)), None):
+            container.mux(stream.encode(frame))
+    with pytest.raises(Refusal, match="no video stream"):
+        read_frames(tmp_path / "a.m4a", frames=1)

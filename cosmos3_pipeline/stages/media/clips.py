@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import av
 from av.error import FFmpegError
+from av.stream import Disposition
 from PIL import Image
 
 from cosmos3_pipeline.errors import Refusal
@@ -228,7 +229,7 @@ def _source(file: Path, key: str) -> _Source:
 
 def _stream(container: Any, file: Path, key: str) -> Any:
     stream = container.streams.best("video")
-    if stream is None:
+    if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
         raise _no_video(file, key, "there is no video stream in it")
     return stream
 

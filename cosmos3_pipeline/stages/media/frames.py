@@ -49,6 +49,8 @@ def picture_of(
     picture = Image.fromarray(array)
     if frame.interlaced_frame:
         changes.append(Change("interlaced", "it is interlaced, and a frame shows both of its moments at once"))
+    if frame.is_corrupt:
+        changes.append(Change("damaged", "it is damaged, and a frame shows what could be decoded"))
     if transparent:
         picture, change = laid_on(picture, background)
         changes.append(change)
