@@ -1,6 +1,6 @@
 """A process that outlives the process which starts it, because nothing else can remove files after SIGKILL.
 
-`stopping` starts this file without the package, so that the start takes 10 ms of CPU time. On standard input
+`stopping` starts this file without the package, so that the start takes 25 ms of CPU time. On standard input
 `+path` names a file or folder to remove, and `-path` one to keep, each ended by NUL. The input ends with the other
 process.
 """
