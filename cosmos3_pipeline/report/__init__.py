@@ -79,6 +79,7 @@ def _write(folder: Path, title: str, jobs: Sequence[Mapping[str, Any]], *, basel
         names={job["job"]: name_of(job, keys) for job in jobs},
         columns=columns,
         rows=rows,
+        reasons=table.reasons(jobs),
         pictures=shown,
         first_pair=first_pair(jobs, [picture["job"] for picture in shown], baseline),
         plots=plots(jobs, {job["job"]: f"{job['job']}" for job in jobs}),

@@ -15,6 +15,7 @@ from cosmos3_pipeline import report
 from cosmos3_pipeline.errors import ConfigError, Problem
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.report.command import main
+from cosmos3_pipeline.report.plots import ticks
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -53,6 +54,31 @@ def test_what_was_refused_and_what_failed_is_told(folder: Path) -> None:
     assert "job 3 refused: sampler.seed=-1" in page and "works: sampler.seed=0" in page
     assert "<p>why: seeds count from 0" in page  # the summary has said what is wrong
     assert "job 2 failed: RuntimeError: the disk is full" in page
+
+
+def test_jobs_with_one_reason_are_told_once(folder: Path) -> None:
+    found = json.loads((folder / "sweep.json").read_text())
+    found["jobs"].append({**found["jobs"][3], "job": 4, "overrides": ["sampler.seed=-1", "task.fps=8"]})
+    (folder / "sweep.json").write_text(json.dumps(found))
+    page = page_of(folder)
+    assert "job 3, 4 refused: sampler.seed=-1" in page and page.count("why: seeds count from 0") == 1
+    assert page.count(">refused</td>") == 2
+
+
+def test_only_jobs_without_repeats_have_times_of_one_run(folder: Path) -> None:
+    assert "of one run each" in page_of(folder)
+    found = json.loads((folder / "sweep.json").read_text())
+    found["jobs"].append({**found["jobs"][0], "job": 4})
+    (folder / "sweep.json").write_text(json.dumps(found))
+    assert "of one run each" not in page_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("highest", "labels"),
+    [(0, [0]), (0.004, [0, 0.001, 0.002, 0.003, 0.004]), (7.14, [0, 2, 4, 6, 8]), (93, [0, 20, 40, 60, 80, 100])],
+)
+def test_the_labels_of_an_axis_are_even(highest: float, labels: list[float]) -> None:
+    assert ticks(highest) == labels
 
 
 def test_words_of_a_prompt_stay_words(folder: Path) -> None:

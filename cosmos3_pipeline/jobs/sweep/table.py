@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from rich.table import Table
-from rich.text import Text
 
 from cosmos3_pipeline.config.schema import JobName
 from cosmos3_pipeline.jobs.measured import measured
@@ -126,8 +125,10 @@ class Column(NamedTuple):
 def columns(jobs: Sequence[Mapping[str, Any]]) -> list[Column]:
     """The columns beside the overrides. A column is shown only if some job has a value in it."""
     stages = [stage for stage in STAGES if any(_counts(job, stage) for job in jobs)]
-    known = [_column(f"{stage} s", _seconds_of(stage), "{:.2f}".format) for stage in stages]
-    known += [
+    all_done = all(job["status"] == "done" for job in jobs)
+    known = [
+        _column("status", lambda job: None if all_done else job["status"], str),
+        *(_column(f"{stage} s", _seconds_of(stage), "{:.2f}".format) for stage in stages),
         _column("total s", _of_a_run("total_seconds"), "{:.2f}".format),
         _column("spread s", _of_a_run("spread"), lambda pair: f"{pair[0]:.2f} to {pair[1]:.2f}"),
         _column("planned s", _planned("seconds.total"), "{:.4g}".format),
@@ -157,25 +158,22 @@ def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
         made.add_column(key, overflow="fold")
     for column in shown:
         made.add_column(column.name, justify="right", overflow="fold")
-    if any(job["status"] != "done" for job in jobs):
-        made.add_column("")
     for job in jobs:
         given = assignments(job["overrides"])
-        ended = Text("" if job["status"] == "done" else job["status"], style="red")
         own = [given.get(key, "") for key in keys]
-        made.add_row(str(job["job"]), *own, *(column.text(job) for column in shown), ended)
+        texts = (column.text(job) for column in shown)
+        made.add_row(str(job["job"]), *own, *texts, style=None if job["status"] == "done" else "red")
     return made
 
 
-def reasons(jobs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The reasons why jobs are not done, each reason once, with the numbers of its jobs."""
-    told: dict[str, list[str]] = {}
+def reasons(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Why jobs are not done: each reason once, after the numbers of its jobs, with the first of these jobs."""
+    told: dict[str, list[Mapping[str, Any]]] = {}
     for job in jobs:
         if job["status"] != "done":
-            told.setdefault(f"{job['status']}: {job['reason']}" if job["reason"] else job["status"], []).append(
-                str(job["job"])
-            )
-    return (f"job {', '.join(numbers)} {reason}" for reason, numbers in told.items())
+            reason = f"{job['status']}: {job['reason']}" if job["reason"] else job["status"]
+            told.setdefault(reason, []).append(job)
+    return {f"job {', '.join(str(job['job']) for job in alike)} {why}": alike[0] for why, alike in told.items()}
 
 
 def _counts(job: Mapping[str, Any], stage: str) -> bool:
