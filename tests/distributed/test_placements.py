@@ -272,7 +272,7 @@ def test_the_prompts_of_a_file_take_what_is_planned(ulysses: int, folder: Path, 
         twice = stages["text"].text_bytes - one["waiting"]
         assert 0 < twice < one["waiting"] / 3
         # The plan is that of any clip: from the second on the decoder's weights are there, which are not here.
-        decoder = plan.vae["decode"].plan.shares[rank].weight_bytes
+        decoder = plan.vae["decode"].plan.shares[rank].held_bytes
         for name, beside in (("text", 0), ("denoise", decoder)):
             assert stages[name].peak_bytes - twice - beside == pytest.approx(one[name], rel=0.05), name
         assert one["left"] == 0  # who was waited for has been taken
