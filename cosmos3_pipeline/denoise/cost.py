@@ -2,8 +2,7 @@
 
 The costs are exact: tests compare them with counted operations and with the ledgers of real ranks. FLOPs are those
 of matrix products; a multiplication and an addition count one each. Causal attention counts as full attention, as
-in `FlopCounterMode`. One case is not counted: a single rank on a CPU with several threads embeds the timestep for
-every noisy token instead of once (see `ParallelTransformer.embed`).
+in `FlopCounterMode`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from itertools import product
 from typing import Protocol
 
 from cosmos3_pipeline.denoise.guidance import shares_of
-from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, Grid, HeadShare, even_rows, head_shares, start_of
+from cosmos3_pipeline.denoise.shards import Grid, HeadShare, even_rows, head_shares, level_rows, start_of
 
 TIMESTEP_CHANNELS = 256  # width of the sinusoidal embedding that enters the model's `time_embedder`
 COMBINED_BYTES = 4  # the guided velocity is combined in fp32 before the sequence is gathered
@@ -151,7 +150,7 @@ class DenoiseCost:
     gather: Wire
 
     def step(self, numbers: Collection[int]) -> StepCost:
-        """The cost of a step with the passes `numbers`."""
+        """The cost of a step with those of the passes `numbers` that are this rank's own."""
         own = [one for one in self.passes if one.number in numbers]
         return StepCost(
             passes=len(own),
@@ -172,11 +171,6 @@ class DenoiseCost:
             cfg += one.cfg * times
         return StepCost(passes, flops, sequence, cfg)
 
-    @property
-    def full_step(self) -> StepCost:
-        """The cost of a step with all passes."""
-        return self.step([one.number for one in self.passes])
-
 
 def _node_of(place: int, per_node: int) -> int:
     """The node of a replica's rank. A test tries ranks in other orders."""
@@ -192,6 +186,7 @@ def denoise_costs(
     element_bytes: int,
     per_node: int | None = None,
     nested: bool = False,
+    on_host: bool = False,
 ) -> tuple[DenoiseCost, ...]:
     """The cost of each rank of a replica; the rank in the `grid` varies fastest. Spare ranks repeat one of these.
 
@@ -201,8 +196,9 @@ def denoise_costs(
     `passes` are the guidance passes in diffusers' order; `element_bytes` is the size of the transformer's dtype.
     The layout must pass `check_layout`. With `nested`, passes may have different stretches. Then the velocity of
     each pass is gathered before the passes are combined (see `ParallelTransferDenoiser`). Otherwise the passes are
-    combined before the gather.
+    combined before the gather. `on_host` says that the ranks compute on a CPU.
     """
+    at_most = level_rows(grid.ranks, on_host=on_host)
     shares = head_shares(model.num_attention_heads, model.num_key_value_heads, grid.ulysses) * grid.groups
     owned, costs = shares_of(len(passes), cfg), []
     for cfg_rank, rank in product(range(cfg), range(grid.ranks)):
@@ -219,7 +215,7 @@ def denoise_costs(
             predicted = sum(stretch.noisy(start, stop) * stretch.channels for stretch, start, stop in own)
             whole = sum(stretch.noisy(0, stretch.tokens) * stretch.channels for stretch in one.stretches)
             entering = sum((stop - start) * stretch.channels for stretch, start, stop in own)
-            embedding = 2 * model.hidden_size * entering + _noise_level_flops(model, one.stretches)
+            embedding = 2 * model.hidden_size * entering + _noise_level_flops(model, one.stretches, at_most)
             group = Grid(grid.ulysses)
             prompt = _Part(
                 model,
@@ -354,15 +350,15 @@ def _own_tokens(stretches: Sequence[Stretch], first: int, count: int) -> list[tu
     return found
 
 
-def _noise_level_flops(model: Dimensions, stretches: Sequence[Stretch]) -> int:
-    """FLOPs of embedding a step's noise level: one small matrix of at most `BLOCK_ROWS` rows for all tokens.
+def _noise_level_flops(model: Dimensions, stretches: Sequence[Stretch], at_most: int | None) -> int:
+    """FLOPs of embedding a step's noise level: one matrix of `at_most` rows for all tokens.
 
-    A modality with fewer noisy tokens than `BLOCK_ROWS` needs a smaller matrix, which is computed in addition.
+    A modality with fewer noisy tokens needs a smaller matrix, which is computed in addition.
     """
     noisy: Counter[str] = Counter()
     for stretch in stretches:
         noisy[stretch.modality] += stretch.noisy(0, stretch.tokens)
-    rows = {min(tokens, BLOCK_ROWS) for tokens in noisy.values()} - {0}
+    rows = {min(tokens, at_most or tokens) for tokens in noisy.values()} - {0}
     return 2 * model.hidden_size * sum(rows) * (TIMESTEP_CHANNELS + model.hidden_size)
 
 

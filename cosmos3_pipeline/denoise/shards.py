@@ -28,6 +28,16 @@ def even_rows(rows: int, ranks: int) -> tuple[int, ...]:
     return tuple(shares)
 
 
+def level_rows(ranks: int, *, on_host: bool) -> int | None:
+    """How many equal rows the embedding of a noise level is computed with; None for one row per noisy token.
+
+    diffusers embeds the level for every noisy token. A block of rows gives the same bits, but one row does not. On
+    a CPU the bits may also depend on the number of rows, by the width and the number of threads. One rank alone
+    therefore takes as many rows as diffusers there.
+    """
+    return None if ranks == 1 and on_host else BLOCK_ROWS
+
+
 # On a CPU, the allocator maps, zeroes and unmaps an MLP intermediate of several MB in every call, which costs up
 # to a sixth of the MLP's time. Intermediates of about MLP_PART_BYTES stay in the heap and the cache. Fewer rows
 # than MLP_PART_ROWS at once would cost as much again, because each call packs the weights.

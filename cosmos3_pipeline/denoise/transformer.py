@@ -26,7 +26,7 @@ from cosmos3_pipeline.denoise.exchange import Exchange, OwnHeads
 from cosmos3_pipeline.denoise.layers import Layers, LoadedLayers
 from cosmos3_pipeline.denoise.modalities import Items
 from cosmos3_pipeline.denoise.pathway import Pathway, normalise
-from cosmos3_pipeline.denoise.shards import BLOCK_ROWS, even_rows, start_of
+from cosmos3_pipeline.denoise.shards import even_rows, level_rows, start_of
 from cosmos3_pipeline.denoise.texts import EncodedText
 from cosmos3_pipeline.distributed.host_path import takes_host_path
 from cosmos3_pipeline.errors import Refusal
@@ -159,14 +159,12 @@ class ParallelTransformer:
         noisy = sum(share.noisy_rows)
         if not noisy:
             return hidden
-        # diffusers embeds the timestep for every noisy token. A block of BLOCK_ROWS rows gives the same bits, but
-        # one row does not. With several threads a CPU also rounds the last rows of a product differently, so that
-        # the same bits need as many rows as diffusers has.
-        threaded = self._exchange.ranks == 1 and takes_host_path(hidden) and torch.get_num_threads() > 1
-        rows = noisy if threaded else min(noisy, BLOCK_ROWS)
+        at_most = level_rows(self._exchange.ranks, on_host=takes_host_path(hidden))
+        rows = min(noisy, at_most or noisy)
         if rows not in levels:
             levels[rows] = self._noise_level(timestep, rows).to(hidden.dtype)
-        level = levels[rows] if threaded else levels[rows][:1]
+        # All rows are meant to be equal; where they are not, each token has its own as in diffusers.
+        level = levels[rows] if at_most is None else levels[rows][:1]
         if share.own_noisy is None:
             return hidden.add_(level)
         return hidden.index_add_(0, share.own_noisy, level.expand(len(share.own_noisy), -1))

@@ -88,6 +88,7 @@ class Denoising:
             element_bytes=element_bytes,
             per_node=cfg.topology.ranks_per_node,
             nested=cfg.task.name is TaskName.transfer,
+            on_host=cfg.topology.device == Device.cpu,
         )
         return cls(
             size=size,

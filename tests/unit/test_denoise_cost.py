@@ -63,6 +63,7 @@ def test_flops_and_cache_are_exact(
         TransformerSize.of(pipeline.transformer.config, latent_channels=48),
         passes=passes if guidance_scale != 1.0 else passes[:1],
         element_bytes=4,
+        on_host=True,
     )
     monkeypatch.setattr(ParallelTransformer, "prepare", remember)
     denoiser = Counted()
@@ -81,7 +82,8 @@ def test_flops_and_cache_are_exact(
     )
     once = sum(text.flops for text in cost.texts) + cost.clip_flops
     cached = sum(text.cache_bytes for text in cost.texts)
-    assert denoiser.flops == [once + cost.full_step.flops, cost.full_step.flops, cost.full_step.flops]
+    step = cost.step(range(3))
+    assert denoiser.flops == [once + step.flops, step.flops, step.flops]
     assert sum(prepared.text.nbytes for prepared in kept) == cached
     stored = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -91,4 +93,4 @@ def test_flops_and_cache_are_exact(
     }
     assert sum(stored.values()) == cached
     assert all(text.sequence == Wire() for text in cost.texts)
-    assert cost.full_step.sequence == cost.full_step.cfg == Wire()
+    assert step.sequence == step.cfg == Wire()

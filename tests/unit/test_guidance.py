@@ -64,6 +64,7 @@ def test_a_step_without_the_negative_pass_costs_what_is_planned() -> None:
         TransformerSize.of(pipeline.transformer.config, latent_channels=48),
         passes=[PassTokens(19, stretches), PassTokens(7, stretches, negative=True)],
         element_bytes=4,
+        on_host=True,
     )
     denoiser = Counted(guidance_interval=(700, 1000))
     all_latents(denoiser, pipeline, "vision", prompt_ids=PROMPTS, steps=STEPS)

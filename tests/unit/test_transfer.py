@@ -301,6 +301,25 @@ def refusals(*overrides: str) -> str:
             id="given frames of nothing",
         ),
         pytest.param(
+            [
+                "task.controls.edge={edge}",
+                "task.video={video}",
+                "task.num_first_chunk_conditional_frames=17",
+            ],
+            ["first chunk of 17 frames", "num_first_chunk_conditional_frames=16 at most"],
+            id="a first chunk that is given",
+        ),
+        pytest.param(
+            [
+                "task.controls.edge={edge}",
+                "task.video={video}",
+                "task.num_frames=9",
+                "task.num_first_chunk_conditional_frames=12",
+            ],
+            ["first chunk of 9 frames", "num_first_chunk_conditional_frames=8 at most"],
+            id="a short clip that is given",
+        ),
+        pytest.param(
             ["task.controls.edge={edge}", "task.num_conditional_frames=17"],
             ["task.num_conditional_frames=17 with task.num_video_frames_per_chunk=17", "makes no new ones"],
             id="an overlap without end",
