@@ -36,6 +36,7 @@ from cosmos3_pipeline.plugin_api import (
 from cosmos3_pipeline.vae.account import account_repeated
 from cosmos3_pipeline.vae.clock import Links, OpCosts, timeline
 from cosmos3_pipeline.vae.lowering import lower, lower_repeated
+from cosmos3_pipeline.vae.ops import WHOLE, Sides
 from cosmos3_pipeline.vae.program import program_for
 
 SERIAL_S = 8.93  # published: the decode of experiment=sglang_27037 on one H200
@@ -54,7 +55,7 @@ class MeasuredCosts:
             for first in (True, False)
         }
 
-    def seconds(self, op: int, rows: float, *, first: bool) -> float:
+    def seconds(self, op: int, rows: float, sides: Sides = WHOLE, *, first: bool) -> float:
         """As `clock.OpCosts.seconds`."""
         return self._whole[first][op] * rows / self._rows
 

@@ -27,17 +27,18 @@ from cosmos3_pipeline.vae.lowering import (
     Send,
     Yield,
 )
+from cosmos3_pipeline.vae.ops import WHOLE, Sides
 from cosmos3_pipeline.vae.program import Program
 
 
 class OpCosts(Protocol):
     """Seconds of the ops of a program on one rank."""
 
-    def seconds(self, op: int, rows: float, *, first: bool) -> float:
+    def seconds(self, op: int, rows: float, sides: Sides = WHOLE, *, first: bool) -> float:
         """Seconds of op `op` for one chunk of `rows` latent rows of the clip's full width.
 
         `first`: the clip's first chunk, which has one frame everywhere. A narrower tile counts as fewer rows of
-        the full width.
+        the full width. `sides`: where other tiles lie.
         """
         ...
 
@@ -106,7 +107,7 @@ class FlopCosts:
             for first in (True, False)
         }
 
-    def seconds(self, op: int, rows: float, *, first: bool) -> float:
+    def seconds(self, op: int, rows: float, sides: Sides = WHOLE, *, first: bool) -> float:
         return self._flops[first][op] * rows / self._rows
 
 
@@ -164,7 +165,7 @@ class _Clock:
         self._flights: dict[Any, _Flight] = {}
         self._results: list[float] = []
         self._events: list[tuple[int, str, float, float]] | None = [] if events else None
-        self._sums: dict[tuple[float, bool, int], list[float]] = {}
+        self._sums: dict[tuple[float, Sides, bool, int], list[float]] = {}
         self._halo_numbers: dict[Any, list[int]] = {}
         self._halos: dict[Any, _HaloTimes] = {}
         self._posts: dict[
@@ -227,7 +228,7 @@ class _Clock:
         portions = self._low.portions(run.chunk, run.part)
         tile = run.tile
         rows = tile.rect.area / tile.unit**2 / self._low.shape.cols
-        sums = self._sums_of(rows, portions, first=run.chunk == 0)
+        sums = self._sums_of(rows, self._low.sides(tile), portions, first=run.chunk == 0)
         begin, at = rank.now, run.start
         for op in self._halo_ops(run):
             if op > run.start:
@@ -253,12 +254,12 @@ class _Clock:
         if self._events is not None:
             self._events.append((number, f"chunk {run.chunk}: ops {run.start}-{run.stop - 1}", begin, rank.now))
 
-    def _sums_of(self, rows: float, portions: int, *, first: bool) -> list[float]:
+    def _sums_of(self, rows: float, sides: Sides, portions: int, *, first: bool) -> list[float]:
         """Cumulative seconds before each op, for one portion of `rows` rows."""
-        key = (rows, first, portions)
+        key = (rows, sides, first, portions)
         if key not in self._sums:
             ops = range(len(self._program))
-            each = [self._costs.seconds(op, rows, first=first) / portions for op in ops]
+            each = [self._costs.seconds(op, rows, sides, first=first) / portions for op in ops]
             self._sums[key] = [0.0, *accumulate(each)]
         return self._sums[key]
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from cosmos3_pipeline.vae.ops import LatentShape, Op, Work
+from cosmos3_pipeline.vae.ops import WHOLE, LatentShape, Op, Sides, Work
 from cosmos3_pipeline.vae.program import Program
 
 # With this many latent pixels (512 x 512 of the video) or more, costs are proportional to the picture's size,
@@ -98,9 +98,10 @@ def slab_costs(program: Program, shape: LatentShape, bands: int) -> ChunkCosts:
         uneven = [larger * of_op * bands / shape.rows for of_op in rows]
         return ChunkCosts(*(tuple(c * u for c, u in zip(part, uneven, strict=True)) for part in costs))
     roofline = RooflineCosts(program, shape, 1.0, 1 / _FLOPS_PER_BYTE, launch_s=_FLOPS_PER_LAUNCH)
+    sides = Sides(above=bands > 1, below=bands > 2, others=bands - 1)
     return ChunkCosts(
         *(
-            tuple(roofline.seconds(op, of_op, first=first) for op, of_op in enumerate(rows))
+            tuple(roofline.seconds(op, of_op, sides, first=first) for op, of_op in enumerate(rows))
             for first in (True, False)
         )
     )
@@ -147,7 +148,7 @@ class RooflineCosts:
         self._rows = shape.rows
         self._fixed_share = fixed_share
         self._program, self._shape, self._launch_s = program, shape, launch_s
-        self._launches = dict[tuple[int, float, bool], float]()  # seconds, by op, rows and first
+        self._launches = dict[tuple[int, float, Sides, bool], float]()  # seconds, by op, rows, sides and first
         self._whole = {}
         for first in (True, False):
             self._whole[first] = [
@@ -172,19 +173,20 @@ class RooflineCosts:
         convolving = max(computing, touched / elements_per_s) if computing else 0.0
         return convolving + moved / elements_per_s
 
-    def seconds(self, op: int, rows: float, *, first: bool) -> float:
+    def seconds(self, op: int, rows: float, sides: Sides = WHOLE, *, first: bool) -> float:
         """As `clock.OpCosts.seconds`."""
         shrinking = (1 - self._fixed_share) * rows / self._rows
         seconds = self._whole[first][op] * (self._fixed_share + shrinking)
         if not seconds or not self._launch_s:
             return seconds
-        if (op, rows, first) not in self._launches:
-            self._launches[op, rows, first] = self._launch_s * self._kernels(op, rows, first=first)
-        return max(seconds, self._launches[op, rows, first])
+        key = op, rows, sides, first
+        if key not in self._launches:
+            self._launches[key] = self._launch_s * self._kernels(op, rows, sides, first=first)
+        return max(seconds, self._launches[key])
 
-    def _kernels(self, number: int, rows: float, *, first: bool) -> int:
+    def _kernels(self, number: int, rows: float, sides: Sides, *, first: bool) -> int:
         """The kernels of one op for one chunk of `rows` latent rows."""
         op, portions = self._program.ops[number], self._program.portions_at(number + 1, first=first)
         frames = 1 if first else op.source.frames // portions
         elements = op.source.elements(self._shape, first=first) / portions * rows / self._rows
-        return portions * op.kernels(frames, elements, first=first, cut=rows < self._rows)
+        return portions * op.kernels(frames, elements, sides, first=first)

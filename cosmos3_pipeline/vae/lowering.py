@@ -36,7 +36,7 @@ from cosmos3_pipeline.vae.assignment import (
     read_by,
     whole_picture,
 )
-from cosmos3_pipeline.vae.ops import LatentShape
+from cosmos3_pipeline.vae.ops import WHOLE, LatentShape, Sides
 from cosmos3_pipeline.vae.program import Program
 
 # `Message.value` for a temporal cache and for the finished picture. Other values are indices of `Program.carried`:
@@ -319,6 +319,31 @@ class Lowered:
             known = core, read_by(self.program.ops[op], core, whole_picture(self.shape, spec.scale))
             self._inputs[op, tile] = known
         return known
+
+    def sides(self, tile: Tile) -> Sides:
+        """Where the other tiles of its picture lie beside `tile`."""
+        if tile not in self._sides:
+            self._sides[tile] = self._sides_of(tile)
+        return self._sides[tile]
+
+    def _sides_of(self, tile: Tile) -> Sides:
+        whole, rect = whole_picture(self.shape, tile.unit), tile.rect
+        if rect == whole:
+            return WHOLE
+        tiles = next(
+            span.tiles for layout in set(self.layouts) for span in layout if tile in (*span.tiles, *span.warming)
+        )
+        return Sides(
+            above=rect.top > whole.top,
+            below=rect.bottom < whole.bottom,
+            left=rect.left > whole.left,
+            right=rect.right < whole.right,
+            others=len(tiles) - 1,
+        )
+
+    @cached_property
+    def _sides(self) -> dict[Tile, Sides]:
+        return {}
 
     @cached_property
     def _inputs(self) -> dict[tuple[int, Tile], tuple[Rect, Rect]]:

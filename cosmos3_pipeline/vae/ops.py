@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from cosmos3_pipeline.vae.blocking import NORM_BLOCK_ELEMENTS, ONE_KERNEL_ELEMENTS, makes_frame_pairs, pair_band
 
@@ -65,6 +65,62 @@ class Margins:
 
 
 NO_MARGINS = Margins()
+_ALL_AROUND = Margins(1, 1, 1, 1)
+
+
+class Sides(NamedTuple):
+    """Where other tiles lie beside a tile, and how many `others` the picture has."""
+
+    above: bool = False
+    below: bool = False
+    left: bool = False
+    right: bool = False
+    others: int = 0
+
+    @property
+    def cut_rows(self) -> bool:
+        return self.above or self.below
+
+    @property
+    def cut_cols(self) -> bool:
+        return self.left or self.right
+
+    def sent(self, margins: Margins, frames: int) -> int:
+        """The kernels that copy what other tiles read of `frames` frames. `margins`: of the op that reads them."""
+        m = margins
+        return _strips(
+            bool(self.above and m.bottom),
+            bool(self.below and m.top),
+            bool(self.left and m.right),
+            bool(self.right and m.left),
+            frames,
+        )
+
+    def received(self, margins: Margins, frames: int) -> int:
+        """The kernels that copy received `margins` of `frames` frames to their places."""
+        m = margins
+        return _strips(
+            bool(self.above and m.top),
+            bool(self.below and m.bottom),
+            bool(self.left and m.left),
+            bool(self.right and m.right),
+            frames,
+        )
+
+
+WHOLE = Sides()
+
+
+def _strips(above: bool, below: bool, left: bool, right: bool, frames: int) -> int:
+    """How many kernels copy a halo on these sides. One kernel copies two parallel rows, columns, or corners.
+
+    Rows and corners of one frame are contiguous, so they are sent and received in place.
+    """
+    rows, cols = above or below, left or right
+    if frames == 1:
+        return int(cols)
+    corners = left + right if above and below else int(rows and cols)
+    return rows + cols + corners
 
 
 @dataclass(frozen=True)
@@ -267,12 +323,8 @@ class Op:
         """
         return self.source.elements(latent, first=first) + self.target.elements(latent, first=first)
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
-        """About how many kernels an accelerator launches for `frames` frames with `elements` values of its input.
-
-        cut: whether it computes a slab with another slab above and below. Rows of one frame are sent and received
-        in place. Rows of several frames are not contiguous, so they are copied.
-        """
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
+        """About how many kernels an accelerator launches for `frames` frames of `elements` values of its input."""
         return 1
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
@@ -356,10 +408,10 @@ class Conv(Op):
     def cached_frames(self) -> int:
         return self.kernel[0] - 1
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
         """On a whole picture the norm before it copies the kept frames."""
-        copied = (frames > 1) * bool(self.margins) + (2 - first) * bool(self.cached_frames)
-        return 1 + copied * cut
+        kept = (2 - first) * bool(self.cached_frames)
+        return 1 + sides.received(self.margins, frames) + kept * bool(sides.others)
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         taps = math.prod(self.kernel[1:]) * (1 if first else self.kernel[0])
@@ -377,9 +429,13 @@ class NormSilu(Op):
     leaves_room: ClassVar[bool] = True
     memory_passes: ClassVar[float] = 2.0
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
-        """On a large slab the rows that others read are computed apart. They are copied to be sent."""
-        return (1 if elements <= ONE_KERNEL_ELEMENTS else 2) + (frames > 1) if cut else 1
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
+        """On a large tile the rows and columns that others read are computed apart. They are copied to be sent.
+
+        The zeros at the picture's edge, which take another kernel on the outermost tiles, are not counted.
+        """
+        apart = (elements > ONE_KERNEL_ELEMENTS) * (sides.cut_rows + sides.cut_cols)
+        return 1 + apart + sides.sent(_ALL_AROUND, frames)
 
     def scratch_bytes(self, work: Work) -> int:
         """Float32 bytes of one block of rows or frames on a CPU; an accelerator's kernel needs none."""
@@ -397,9 +453,13 @@ class Attention(Op):
 
     reads_whole: ClassVar[bool] = True
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
-        """Its norm, three products, the attention and the sum; on a slab also a copy of the gathered frames."""
-        return 6 + cut
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
+        """Its norm, three products, the attention and the sum; on a tile also the copies to gather the frames.
+
+        Rows of one frame are received in place.
+        """
+        received = sides.others if frames > 1 or sides.cut_cols else 0
+        return 6 + bool(sides.others) + received
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
         """For the norm, and for the sum with its input."""
@@ -443,7 +503,7 @@ class TimeUp(Op):
     def keeps(self, *, first: bool) -> bool:
         return not first
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
         """Three copies into the buffer and out of it, the convolution, and the interleaving."""
         return 0 if first else 5
 
@@ -481,7 +541,7 @@ class TimeDown(Op):
     def passes(self, *, first: bool) -> bool:
         return first
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
         """Copies into the buffer and out of it, and the convolution."""
         return 2 if first else 4
 
@@ -539,12 +599,13 @@ class SpatialUp(Op):
 
     @property
     def margins(self) -> Margins:
-        return Margins(1, 1, 1, 1)
+        return _ALL_AROUND
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
-        """Four convolutions, each with a copy or sum for each frame in time; on a slab also a copy with zeros."""
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
+        """Four convolutions, each with a copy or sum for each frame in time; on a tile also a copy with zeros."""
         copies = 1 if self.duplicates is None or first else self.duplicates.factor_t
-        return 4 * (1 + copies) + (3 + 2 * (frames > 1)) * cut
+        halo = sides.sent(self.margins, frames) + sides.received(self.margins, frames)
+        return 4 * (1 + copies) + bool(sides.others) + 2 * (sides.cut_rows + sides.cut_cols) + halo
 
     def scratch_bytes(self, work: Work) -> int:
         """Bytes of one quarter of the output, and of the values that are added to it if they must be copied.
@@ -590,9 +651,10 @@ class SpatialDown(Op):
         """Always with margins, because a convolution cannot pad only one side; the zeros are in the buffer."""
         return Room(0, self.margins)
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
-        """The copy into a buffer with zeros, and the convolution."""
-        return 4 if not cut else 3 + 2 * (frames > 1)
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
+        """The copy into a buffer with zeros below and on the right, and the convolution."""
+        zeros = 2 - sides.below - sides.right
+        return 2 + zeros + sides.sent(self.margins, frames) + sides.received(self.margins, frames)
 
     def moved_elements(self, latent: LatentShape, *, first: bool) -> int:
         """For the copy into a buffer with the zeros."""
@@ -619,7 +681,7 @@ class ShortcutBegin(Op):
     def opens(self) -> TensorSpec:
         return self.kept
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
         """The convolution, if it has one."""
         return int(self.moves_memory)
 
@@ -656,7 +718,7 @@ class AverageDown(Op):
         """Whether an output averages more than one value, or takes the value from another place."""
         return self.factor_t * self.factor_s > 1 or self.kept.channels != self.target.channels
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
         """The sum, and for means the copy in groups and the means."""
         return 3 if self.averages else 1
 
@@ -688,6 +750,6 @@ class Unpatchify(Op):
 
     patch: int
 
-    def kernels(self, frames: int, elements: float, *, first: bool, cut: bool) -> int:
+    def kernels(self, frames: int, elements: float, sides: Sides, *, first: bool) -> int:
         """The copy and the clamping."""
         return 2

@@ -20,7 +20,7 @@ from cosmos3_pipeline.vae.assignment import EVERY, Assignment, Block, Rect
 from cosmos3_pipeline.vae.clock import FlopCosts, Link, flops_until_end, timeline
 from cosmos3_pipeline.vae.costs import RooflineCosts
 from cosmos3_pipeline.vae.lowering import Lowered, lower, lower_repeated
-from cosmos3_pipeline.vae.ops import LatentShape, NormSilu
+from cosmos3_pipeline.vae.ops import WHOLE, LatentShape, NormSilu, Sides
 from cosmos3_pipeline.vae.plugins import discover
 from cosmos3_pipeline.vae.program import Direction, Program, decoder_program, encoder_program, program_for
 from cosmos3_pipeline.vae.search import search
@@ -44,7 +44,7 @@ class Given:
     def __init__(self, later: Sequence[float], first: Sequence[float] | None = None) -> None:
         self._whole = {True: later if first is None else first, False: later}
 
-    def seconds(self, op: int, rows: float, *, first: bool) -> float:
+    def seconds(self, op: int, rows: float, sides: Sides = WHOLE, *, first: bool) -> float:
         return self._whole[first][op] * rows / SHAPE.rows
 
 
