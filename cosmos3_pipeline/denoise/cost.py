@@ -186,7 +186,7 @@ def denoise_costs(
     element_bytes: int,
     per_node: int | None = None,
     nested: bool = False,
-    on_host: bool = False,
+    on_host: bool,
 ) -> tuple[DenoiseCost, ...]:
     """The cost of each rank of a replica; the rank in the `grid` varies fastest. Spare ranks repeat one of these.
 

@@ -70,6 +70,7 @@ def prepare(composition: Composition | PlainComposition, *, fetch: bool = True) 
     _raise([*check_objective(prepared.config), *check_rehearse(prepared.config)])
     if job == JobName.rehearse:
         _raise([*_inputs(prepared.config)])  # it reads no weights, and the config is for another machine
+        _raise([*_contents(prepared)])
     elif job == JobName.plan:
         _raise([*_files(prepared.config)])  # a plan needs no file, but files that are named must exist
     else:

@@ -115,11 +115,13 @@ def _chunks(cfg: Config) -> Iterator[Problem]:
             works=f"task.num_conditional_frames=1, or {frames - 1} at most",
         )
     given, first = task.num_first_chunk_conditional_frames or 0, min(frames, task.num_frames or frames)
+    longer = (task.num_frames or frames + 1) > frames
     if given >= first > 1:
         yield Problem(
             what=f"task.num_first_chunk_conditional_frames={given} with a first chunk of {first} frames",
             why="nothing of a chunk is left to make when all of its frames are given",
-            works=f"task.num_first_chunk_conditional_frames={first - 1} at most, or more frames in a chunk",
+            works=f"task.num_first_chunk_conditional_frames={first - 1} at most"
+            + (", or a larger task.num_video_frames_per_chunk" if longer else ""),
         )
     if task.num_frames == 1:
         yield Problem(

@@ -94,26 +94,37 @@ def length_of(task: TaskConfig) -> int:
 
 
 def control_problems(task: TaskConfig) -> Iterator[Problem]:
-    """Reasons why the control clips of a transfer cannot be followed together. Their files must exist."""
+    """Reasons why the clips of a transfer cannot be followed together. Their files must exist."""
     for name, file in controls_of(task).items():
         if file == FROM_VIDEO and (problem := missing_opencv(f"task.controls.{name}")):
             yield problem
+    given = task.num_first_chunk_conditional_frames or 0
+    files = clips_of(task)
+    video_too = {"task.video": task.video} if given and task.video else {}
     looks = {}
-    for key, file in clips_of(task).items():
+    for key, file in (files | video_too).items():
         try:
             looks[key] = look_at(file, fps=_rate(task), key=key)
         except Refusal as refusal:
             yield refusal.problem
-    if not looks:
+    if given and (video := looks.get("task.video")) and video.frames < given:
+        yield Problem(
+            what=f"task.num_first_chunk_conditional_frames={given} with task.video of {video.frames} frames",
+            why="the first chunk begins with so many of its frames",
+            works=f"task.num_first_chunk_conditional_frames={video.frames} at most, or a longer clip",
+        )
+    read = [key for key in files if key in looks]
+    if not read:
         return
-    first, reference = next(iter(looks.items()))
-    for key, look in looks.items():
-        if task.num_frames is not None and look.frames < task.num_frames:
-            yield Problem(
-                what=f"task.num_frames={task.num_frames} with {key} of {look.frames} frames",
-                why="the control says what each frame shows, and there is none after its end",
-                works=f"task.num_frames={look.frames}, or null for as many as the control has",
-            )
+    first, reference = read[0], looks[read[0]]
+    if task.num_frames is not None and reference.frames < task.num_frames:
+        yield Problem(
+            what=f"task.num_frames={task.num_frames} with {first} of {reference.frames} frames",
+            why="the control says what each frame shows, and there is none after its end",
+            works=f"task.num_frames={reference.frames}, or null for as many as the control has",
+        )
+    for key in read[1:]:
+        look = looks[key]
         if look.frames != reference.frames:
             yield Problem(
                 what=f"{key} has {look.frames} frames and {first} {reference.frames}",

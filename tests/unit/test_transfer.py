@@ -280,6 +280,20 @@ def refusals(*overrides: str) -> str:
             id="another length",
         ),
         pytest.param(
+            ["task.controls.edge={edge}", "task.controls.depth={short}", "job=rehearse"],
+            ["task.controls.depth has 7 frames and task.controls.edge 20"],
+            id="another length in a rehearsal",
+        ),
+        pytest.param(
+            [
+                "task.controls.edge={edge}",
+                "task.video={short}",
+                "task.num_first_chunk_conditional_frames=8",
+            ],
+            ["task.num_first_chunk_conditional_frames=8 with task.video of 7 frames", "frames=7 at most"],
+            id="more frames than the video has",
+        ),
+        pytest.param(
             ["task.controls.edge={edge}", "task.controls.depth={wide}"],
             ["task.controls.depth is 2.000 times as wide as high", "of the same shape"],
             id="another shape",
@@ -306,7 +320,7 @@ def refusals(*overrides: str) -> str:
                 "task.video={video}",
                 "task.num_first_chunk_conditional_frames=17",
             ],
-            ["first chunk of 17 frames", "num_first_chunk_conditional_frames=16 at most"],
+            ["first chunk of 17 frames", "frames=16 at most, or a larger task.num_video_frames_per_chunk"],
             id="a first chunk that is given",
         ),
         pytest.param(
@@ -316,7 +330,7 @@ def refusals(*overrides: str) -> str:
                 "task.num_frames=9",
                 "task.num_first_chunk_conditional_frames=12",
             ],
-            ["first chunk of 9 frames", "num_first_chunk_conditional_frames=8 at most"],
+            ["first chunk of 9 frames", "task.num_first_chunk_conditional_frames=8 at most\n"],
             id="a short clip that is given",
         ),
         pytest.param(
@@ -359,9 +373,10 @@ def test_what_cannot_be_followed_is_refused(
     files["wide"] = str(write_clip(tmp_path / "wide.mp4", frames=20, phase=0, size=(160, 80)))
     files["broken"] = str(tmp_path / "broken.mp4")
     Path(files["broken"]).write_bytes(b"no video")
-    told = refusals(*(one.format(**files) for one in overrides))
+    told = refusals(*(one.format(**files) for one in overrides)) + "\n"
     for words in said:
         assert words in told
+    assert "task.num_frames=20 with" not in told  # which nobody set
 
 
 def test_a_video_is_as_long_as_its_control(clips: dict[str, Path]) -> None:
