@@ -248,6 +248,24 @@ def _tell_remover(sign: bytes, path: Path) -> None:
         _remover.stdin.write(sign + os.fsencode(path.absolute()) + b"\0")
 
 
+def _forget_parents_leftovers() -> None:
+    """In a forked process: what the parent left unfinished is the parent's to remove, and so is its remover.
+
+    A process that closes inherited files would otherwise write to another file or socket of the same number.
+    """
+    global _remover
+    _leftovers.clear()
+    if _remover is not None:
+        assert _remover.stdin is not None
+        with suppress(OSError):
+            _remover.stdin.close()
+        _remover.returncode = 0  # it is not a child of this process, so nobody has to wait for it
+        _remover = None
+
+
+os.register_at_fork(after_in_child=_forget_parents_leftovers)
+
+
 def reset_signals() -> None:
     """Let a signal end this process at once. Its parent sees the signal, and cleans up."""
     for number in SIGNALS:

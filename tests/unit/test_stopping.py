@@ -133,6 +133,24 @@ def work():
     assert run.communicate(timeout=60) == ("", "") and run.returncode == 0
 
 
+def test_a_forked_process_writes_nothing_to_its_parents_remover(tmp_path: Path) -> None:
+    """It may have closed the pipe, and then another file of its own has the same number."""
+    work = """
+def work():
+    print("ready", flush=True)
+    number, other = stopping._remover.stdin.fileno(), begun.with_name("other")
+    child = os.fork()
+    if not child:
+        os.closerange(3, 64)
+        os.dup2(os.open(other, os.O_WRONLY | os.O_CREAT), number)
+        with stopping.leftover(begun.with_name("more")):
+            os._exit(len(stopping._leftovers))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), other.stat().st_size)
+"""
+    run = started(BEGIN + "import os\n" + work + STOPPABLE, tmp_path / "begun")
+    assert run.communicate(timeout=60) == ("1 0\n", "") and run.returncode == 0
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     """As `nohup` asks for."""
     run = started(BEGIN + IN_ORDER + IGNORED, tmp_path / "begun")
