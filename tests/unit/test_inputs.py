@@ -429,17 +429,23 @@ def test_a_clip_that_promises_a_billion_frames_is_refused(tmp_path: Path) -> Non
         read_frames(path, frames=1)
 
 
-def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mpeg2video"])
+def test_a_damaged_clip_is_told(tmp_path: Path, codec: str) -> None:
+    """Zeros end a frame early in every codec. Other bytes can be a valid picture, and no decoder notices."""
     file, noise = tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 255, (12, 48, 64, 3), np.uint8)
-    with av.open(str(file), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=24, width=64, height=48, pix_fmt="yuv420p")
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=24, width=64, height=48, pix_fmt="yuv420p")
         for frame in (*map(av.VideoFrame.from_ndarray, noise), None):
             container.mux(stream.encode(frame))
     assert read_frames(file, frames=12)[1] == []
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 300] = b"\x55" * 300
-    file.write_bytes(content)
-    assert [change.kind for change in read_frames(file, frames=12)[1]] == ["damaged"]
+    with av.open(str(file)) as container:
+        stored = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = file.read_bytes()
+    for pos, size in stored:
+        damaged = bytearray(content)
+        damaged[pos + size // 2 : pos + size] = bytes(size - size // 2)
+        file.write_bytes(damaged)
+        assert [change.kind for change in read_frames(file, frames=12)[1]] == ["damaged"]
 
 
 def test_the_cover_of_music_is_no_clip(tmp_path: Path) -> None:
