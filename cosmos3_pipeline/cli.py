@@ -277,7 +277,15 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
 
 
 def _repeat(args: Namespace) -> None:
-    """Sweep over the repeats of `sweep.repeats` outermost, so that every job runs once before any runs again."""
+    """Sweep over the repeats of `sweep.repeats` outermost, so that every job runs once before any runs again.
+
+    Raises ConfigError if the user sets the number of a repeat.
+    """
+    for override in args.overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == table.REPEAT:
+            why = "it counts the runs of a job from 0, and the sweep sets it"
+            raise ConfigError([Problem(what=override, why=why, works=f"{table.REPEATS}={value or 5}")])
     counts = [o.partition("=")[2] for o in args.overrides if o.startswith(f"{table.REPEATS}=")]
     if counts and counts[-1].isdecimal() and int(counts[-1]) > 1:
         turns = f"{table.REPEAT}={','.join(map(str, range(int(counts[-1]))))}"

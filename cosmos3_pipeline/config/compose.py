@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain, not_yaml
 from cosmos3_pipeline.config.kinds import schema_keys
-from cosmos3_pipeline.config.mistakes import USUAL_FPS
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import as_said, plain, without_hydra
 from cosmos3_pipeline.config.plugins import register
@@ -192,19 +191,21 @@ def as_config_error(error: Exception, overrides: Sequence[str], source: Source =
             raise error
         return ConfigError(found)
     keys = [*schema_keys(), *_chosen_settings(overrides, source)]
-    problem = explain(error, keys, overrides, source.groups(), source.place, lambda: _fps(overrides, source))
+    problem = explain(error, keys, overrides, source.groups(), source.place, partial(_usual, overrides, source))
     if problem is None:
         raise error
     return ConfigError([problem])
 
 
-def _fps(overrides: Sequence[str], source: Source) -> float:
-    """The frame rate that `overrides` give, whatever number of frames they ask for."""
+def _usual(overrides: Sequence[str], source: Source, wrong: str, key: str) -> Any:
+    """The value of `key` where no override sets `wrong`; None if it has none, or if a file sets `wrong`."""
+    others = [override for override in overrides if override.lstrip("+").partition("=")[0] != wrong]
+    if others == list(overrides):
+        return None  # composing would fail with the same error
     try:
-        others = [override for override in overrides if not override.startswith("task.num_frames=")]
-        return compose(others, source).typed().task.fps
-    except ConfigError:
-        return USUAL_FPS
+        return OmegaConf.select(compose(others, source).cfg, key, throw_on_missing=False)
+    except (ConfigError, OmegaConfBaseException):
+        return None
 
 
 def _chosen_settings(overrides: Sequence[str], source: Source) -> list[str]:

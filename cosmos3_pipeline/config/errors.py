@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
@@ -22,8 +24,8 @@ from cosmos3_pipeline.config.mistakes import (
     beside,
     in_a_shell,
     keys_meant,
-    other_name,
     parsed,
+    useless,
     written,
 )
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
@@ -56,7 +58,8 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "", groups: Grou
             why="extras has the keys that you add, and a plus adds one",
             works=in_a_shell(f"+{key}={value or 'VALUE'}"),
         )
-    known = [k for k in known if not key.startswith(f"{k}.")]
+    hydras = node.partition(".")[0] == "hydra"
+    known = [k for k in (_hydras_keys() if hydras else known) if not key.startswith(f"{k}.")]
     if node in STRATEGY_NODES:
         known = [k for k in known if k.startswith(f"{node}.")]
     if others := settings_of_others(key):
@@ -68,10 +71,10 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "", groups: Grou
         )
     siblings = beside(node, known)
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
-    near, meant = keys_meant(key, known), as_meant(override, groups)
-    if meant is None:
-        near = [k for k in near if not value or not other_name(k, value)]
-    elif not near or in_a_shell(f"{near[0]}={value}") != meant:
+    near, meant = keys_meant(key, known), None if hydras else as_meant(override, groups)
+    if meant is None or (near and meant == in_a_shell(f"{near[0]}={value}")):
+        near = [k for k in near if not value or not useless(k, value)]
+    else:
         near = [meant]
     return Problem(
         what=f"unknown key {key}{where}",
@@ -97,9 +100,28 @@ def settings_of_others(key: str) -> list[str]:
         return [name for name, cls in strategies if setting in {f.name for f in fields(typing.cast(Any, cls))}]
     if node not in PLUGIN_NODES:
         return []
+    return [option for option, settings in _of_plugins(node) if setting in settings]
+
+
+def _of_plugins(node: str) -> Iterator[tuple[str, list[str]]]:
+    """The installed options of a node of Hydra's plugins, each with its settings."""
     store, group = ConfigStore.instance(), node.replace(".", "/")
-    names = [name for name in store.list(group) if setting in store.load(f"{group}/{name}").node]
-    return [name.removesuffix(".yaml") for name in names]
+    for name in store.list(group):
+        if name.endswith(".yaml"):  # else it is a group below this one
+            yield name.removesuffix(".yaml"), [*map(str, store.load(f"{group}/{name}").node)]
+
+
+def _hydras_keys() -> list[str]:
+    """The dotted keys of Hydra's own node, and those of the plugins that are installed."""
+    own = _keys_below("hydra", OmegaConf.to_container(OmegaConf.structured(HydraConf)))
+    others = (f"{node}.{key}" for node in PLUGIN_NODES for _, keys in _of_plugins(node) for key in keys)
+    return sorted({*own, *others})
+
+
+def _keys_below(path: str, value: object) -> Iterator[str]:
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield f"{path}.{name}"
+        yield from _keys_below(f"{path}.{name}", inner)
 
 
 # The Python type of a value that could not be converted, in OmegaConf's messages about it, and in our words.
@@ -113,18 +135,22 @@ _IN_WORDS = {
 _NOT_MERGED = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
 
 
-def wrong_kind(key: str, wrong: str, where: str, fps: Callable[[], float], cause: str = "") -> Problem:
+def wrong_kind(key: str, wrong: str, where: str, usual: Usual, cause: str = "") -> Problem:
     """The problem of a value of the wrong kind for `key`. `wrong` tells the value, `cause` is OmegaConf's message.
 
-    `fps` gives the frame rate of the command line, for a duration in place of a number of frames.
+    A duration in place of a number of frames needs the usual frame rate. For a number that nobody can guess the
+    usual one is proposed.
     """
     kind = kind_of(key)
     said = typed_in(where).partition("=")[2]
-    rate = fps() if key == "task.num_frames" else USUAL_FPS
+    rate = (usual(key, "task.fps") or USUAL_FPS) if key == "task.num_frames" else USUAL_FPS
     works = f"a value of the type that --cfg {'hydra' if key.startswith('hydra.') else 'job'} shows for {key}"
     if kind is None:
         return Problem(f"{key} {wrong}{where}", cause or "the key has another type", works)
-    typed = (said and written(kind, said, key, rate)) or kind.example
+    typed = said and written(kind, said, key, rate)
+    if not typed and kind.hint in (int, float) and (number := usual(key, key)) is not None:
+        typed = f"{number:g}" if kind.hint is float else str(number)
+    typed = typed or kind.example
     if "[" in key:
         works = f"{key.partition('[')[0]}=[...] with such values"
     elif typed is not None:
@@ -150,6 +176,8 @@ def _type_of(key: str, where: str, cause: str) -> str | None:
     return _IN_WORDS.get("str" if isinstance(value, str) else type(value).__name__)
 
 
+# (a key with a wrong value, a key) -> the second key's value without the first key's override; None if unknown.
+Usual = Callable[[str, str], Any]
 # (path of a config such as `task/t2v`, dotted key) -> the file and line for people: `conf/task/t2v.yaml:14`.
 Place = Callable[[str, str], str]
 
@@ -177,12 +205,12 @@ def explain(
     overrides: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     place: Place = lambda path, _: f"{path}.yaml",
-    fps: Callable[[], float] = lambda: USUAL_FPS,
+    usual: Usual = lambda wrong, key: None,
 ) -> Problem | None:
     """The problem behind an error of Hydra or OmegaConf while composing; None for an error of anything else.
 
     `keys` are all dotted keys of the schema, and `groups` the options of every group. Both are for "did you mean".
-    `fps` gives the frame rate of the command line.
+    `usual` composes the command line without one of its overrides.
     """
     if isinstance(error, MissingConfigException):
         return _missing_option(error, groups, overrides, place)
@@ -214,12 +242,12 @@ def explain(
         return unknown_key(full_key or match.group(0), keys, where=where, groups=groups)
     if match := re.search(r"(Value .+? (?:of type .+? )?(?:could not be|is not).+|Invalid value .+)", cause):
         return wrong_kind(
-            full_key or "a key", "has a value of the wrong type", where, fps, match.group(1).rstrip(".")
+            full_key or "a key", "has a value of the wrong type", where, usual, match.group(1).rstrip(".")
         )
     if (match := _NOT_MERGED.search(text)) and (full_key or match.group(1)):
         key, value = match.groups()
         return wrong_kind(
-            full_key if full_key.startswith(key) else key, f"is given {value or 'nothing'}", where, fps
+            full_key if full_key.startswith(key) else key, f"is given {value or 'nothing'}", where, usual
         )
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.+)'", text):
         key, value = match.groups()

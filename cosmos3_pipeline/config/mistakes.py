@@ -1,13 +1,14 @@
-"""What a mistyped command line most likely means.
+"""Finds the command line that a mistyped one most likely means.
 
 `read` takes the words of a command line in order, and says which arguments they mean. The rules hold for every
-key, because they know the groups, and the kind of value that each key takes. `other_words`
-has the words of other tools. Right arguments stay as they are.
+key, because they know the groups, and the kind of value that each key takes. `other_words` has the words of other
+tools. Right arguments stay as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from cosmos3_pipeline.config.kinds import Kind, kind_of, schema_keys
-from cosmos3_pipeline.config.other_words import ALONE, FILES, OTHER_NAMES, OTHER_VALUES, SIZES
+from cosmos3_pipeline.config.other_words import ALONE, FILES, FOLDER, OTHER_NAMES, OTHER_VALUES, SIZES
 from cosmos3_pipeline.errors import nearest
 
 # The options of every config group, see `Source.groups`.
@@ -405,9 +406,12 @@ class _Reader:
         if meant is None:
             return self._option(above if above in self._groups else "", value)
         if meant in self._groups:
-            return self._option(meant, value)
-        if meant == "hydra.run.dir":
-            return (f"{meant}={PurePath(value).with_suffix('')}",)
+            option = self._option(meant, value)
+            if option is not None or meant != "output":
+                return option
+            meant = FOLDER  # a file to write, as in output=kite.mp4
+        if meant == FOLDER:
+            return (f"{meant}={PurePath(value).with_suffix('')}",) if PurePath(value).name else None
         kind = kind_of(meant)
         if meant.endswith(".name") and value in self._groups.get(meant[:-5], ()):
             return (f"{meant[:-5]}={value}",)
@@ -453,15 +457,14 @@ class _Reader:
         for other in [*below[:1], *(anywhere if len(anywhere) == 1 else [])]:
             return (f"{other}={exact(other)}",)
         near = nearest(word, options)
-        if near is not None:
-            return (f"{group}={near}",)
-        return self._argument("output_file", value) if group == "output" else None
+        return None if near is None else (f"{group}={near}",)
 
 
 def _several(text: str) -> str | None:
     """How several numbers are swept over: `range(1,6)` for `1-5`, and `1,2` for `[1,2]`."""
     if match := re.fullmatch(r"(\d+)(?:-|\.\.+|:)(\d+)", text):
-        return f"range({match[1]},{int(match[2]) + 1})"
+        first, last = int(match[1]), int(match[2])
+        return f"range({first},{last + 1})" if first <= last else f"range({first},{last - 1},-1)"
     match = re.fullmatch(r"\[([\d.,\s]+)\]", text)
     return re.sub(r"\s", "", match[1]) if match else None
 
@@ -472,10 +475,14 @@ def _words_of(value: str) -> list[str]:
     return [word, OTHER_VALUES[word]] if word in OTHER_VALUES else [word]
 
 
-def other_name(key: str, value: str) -> bool:
-    """Whether `key` takes some names only, and `value` means none of them."""
+def useless(key: str, value: str) -> bool:
+    """Whether `value` means no name that `key` takes, or is a truth value for a key that takes others."""
     kind = kind_of(key)
-    return kind is not None and bool(kind.names) and written(kind, value, key) is None
+    if kind is None or kind.is_node:
+        return False
+    if kind.names:
+        return written(kind, value, key) is None
+    return kind.hint is not bool and value.lower() in ("true", "false")
 
 
 def written(kind: Kind, text: str, key: str, fps: float = USUAL_FPS) -> str | None:
@@ -519,10 +526,16 @@ def _number(kind: Kind, text: str, key: str, fps: float) -> str | None:
         text = re.sub(r"[,_ ]", "", text)
     if kind.hint is float:
         text = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text)
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([a-zA-Z%]*)", text)
+    if re.fullmatch(r"[\dOolI]*\d[\dOolI]*|[Oo]", text):  # letters that look like digits
+        text = text.translate(str.maketrans("OolI", "0011"))
+    if fraction := re.fullmatch(r"(\d+)/([1-9]\d*)", text):  # as a container states a frame rate
+        text = f"{int(fraction[1]) / int(fraction[2]):g}"
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([a-zA-Z%]*)", text)
     if match is None:
         return None
     number = float(match[1]) * (1000 if match[2] in ("k", "K") else 1)
+    if not math.isfinite(number):
+        return None
     if key == "task.num_frames" and match[2].lower() in ("s", "sec", "secs", "seconds"):
         number = round(number * fps) // 4 * 4 + 1  # a clip has 4 n + 1 frames
     if kind.hint is int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# What other tools call a key of ours, in lower case with underscores.
+FOLDER = "hydra.run.dir"  # the key of a run's folder
+# Names of other tools for a key of ours, in lower case with underscores.
 OTHER_NAMES = {
     **dict.fromkeys(("num_inference_steps", "inference_steps", "num_steps", "n_steps"), "sampler.steps"),
     **dict.fromkeys(("cfg_scale", "guidance", "scale"), "sampler.guidance_scale"),
@@ -22,6 +23,9 @@ OTHER_NAMES = {
         "topology.ulysses",
     ),
     **dict.fromkeys(("dtype", "torch_dtype", "precision"), "model.dtype"),
+    **dict.fromkeys(("codec", "vcodec", "video_codec"), "output.encoder"),
+    **dict.fromkeys(("audio", "generate_audio", "enable_sound"), "task.sound"),
+    **{"quality": "output.crf", "output.wav": "output.sound"},
     **dict.fromkeys(("scheduler", "solver"), "sampler"),
     **dict.fromkeys(("mode", "task_type"), "task"),
     **dict.fromkeys(("ckpt", "checkpoint", "model_path", "checkpoint_path", "model_id"), "model.path"),
@@ -38,10 +42,10 @@ OTHER_NAMES = {
             "output.path",
             "output.dir",
         ),
-        "hydra.run.dir",
+        FOLDER,
     ),
 }
-# What other tools call an option or a value of ours.
+# Names of other tools for an option or a value of ours.
 OTHER_VALUES = {
     **dict.fromkeys(("bf16", "half", "float16", "fp16"), "bfloat16"),
     **dict.fromkeys(("fp32", "float", "full"), "float32"),
@@ -51,6 +55,7 @@ OTHER_VALUES = {
     ),
     **dict.fromkeys(("gpu",), "cuda"),
     **dict.fromkeys(("nvenc",), "h264_nvenc"),
+    **dict.fromkeys(("h264", "x264", "avc"), "libx264"),
     **dict.fromkeys(("fsdp",), "sharded"),
     **dict.fromkeys(("tiling", "enable_tiling", "vae_tiling", "enable_vae_tiling"), "tiled"),
     **dict.fromkeys(("parallel_vae", "use_parallel_vae", "parallel_vae_decode"), "parallel"),

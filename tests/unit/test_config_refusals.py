@@ -60,7 +60,7 @@ REFUSALS = [
         ["task=i2v", "task.image='caf\udce9.png'"], r"task.image=caf\udce9.png", "in UTF-8", id="a path without"
     ),
     pytest.param(["task.sound=null"], "task.sound is given null", "task.sound=true", id="null"),
-    pytest.param(["sampler.seed=null"], "sampler.seed is given null", "sampler.seed=1", id="null for a number"),
+    pytest.param(["sampler.seed=null"], "sampler.seed is given null", "sampler.seed=0", id="null for a number"),
     pytest.param(["task.controls=x"], "task.controls is given x", "task.controls.KEY=VALUE", id="text for a node"),
     pytest.param(
         ["task.condition_latent_frames=[null]"],

@@ -1,4 +1,4 @@
-"""What people type, and what they are told to type instead; what they are told is tried as well."""
+"""Command lines with mistakes, and the commands that are proposed for them. The proposals are run as well."""
 
 from __future__ import annotations
 
@@ -83,6 +83,20 @@ def test_the_words_reach_the_config(words: str) -> None:
         ("extras.tags=[kite]", "'+extras.tags=[kite]'"),
         ("output.report=ture", "output.report=true"),
         ("task.width=1.5k", "task.width=1500"),
+        ("sampler.steps=2O", "sampler.steps=20"),
+        ("sampler.steps=1e3", "sampler.steps=1000"),
+        ("sampler.steps=thirty", "sampler.steps=20"),
+        ("sampler.steps=thirty|task=i2v|sampler.steps=4|task.image=a.png", "sampler.steps=20"),
+        ("task.fps=24000/1001", "task.fps=23.976"),
+        ("output.crf=high", "output.crf=17"),
+        ("output.lossless=true", "the keys of output are: "),
+        ("output.video=true", "the keys of output are: "),
+        ("output.codec=h264", "did you mean output.encoder=libx264?"),
+        ("output=kite.mp4", "did you mean hydra.run.dir=kite?"),
+        ("output.dir=", "did you mean hydra.run.dir?"),
+        ("hydra.sweep.dirs=x", "did you mean hydra.sweep.dir?"),
+        ("hydra.sweeper.n_trails=3", "did you mean hydra.sweeper.n_trials?"),
+        ("hydra.xyzzy=3", "the keys of hydra are: "),
     ],
 )
 def test_a_mistake_is_answered_with_what_to_type(typed: str, works: str) -> None:
@@ -148,6 +162,16 @@ def test_what_is_no_flag_and_no_command_is_told_before_anything_else(
     assert "=" not in works or told.endswith(f"to copy: cosmos3 {works}")
 
 
+def test_the_number_of_a_repeat_is_not_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cosmos3", "-m", "sweep.repeat=3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.REFUSED
+    assert "works: sweep.repeats=3" in capsys.readouterr().err
+
+
 def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["cosmos3", "--version"])
     assert cli._code_of(pytest.fail) == 0
@@ -177,6 +201,7 @@ def meant(typed: str) -> str | None:
         pytest.param("task/prompt=kite", "task.prompt=kite", id="slash for dot"),
         pytest.param("topology.cp=2,2", "topology.cp=[2,2]", id="list without brackets"),
         pytest.param("topology.cp=[2,2", "topology.cp=[2,2]", id="one bracket"),
+        pytest.param("-m|sampler.seed=6..4", "-m|sampler.seed=range(6,3,-1)", id="numbers downwards"),
         pytest.param("sampler.steps==4", "sampler.steps=4", id="two equals"),
         pytest.param("model = nano", "model=nano", id="spaces in an argument"),
         pytest.param("model|=|nano|sampler.steps=|4", "model=nano|sampler.steps=4", id="spaces in a shell"),
