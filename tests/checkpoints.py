@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
-from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS
+from cosmos3_pipeline.checkpoint.weights import Part
 from cosmos3_pipeline.models.layouts import LAYOUTS
 from cosmos3_pipeline.models.loading import load_scheduler, load_vae
 from cosmos3_pipeline.models.make_checkpoint import numbers_of
 from cosmos3_pipeline.models.maker import write_checkpoint
 from cosmos3_pipeline.models.reading import read_tensors
 from cosmos3_pipeline.models.tokenizer import load_tokenizer
+
+# The parts of a transformer that every task reads.
+TRANSFORMER_PARTS = (Part.TEXT, Part.VISION)
 
 
 def make_layout(folder: Path, name: str, **settings: Any) -> Path:

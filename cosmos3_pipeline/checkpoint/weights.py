@@ -32,8 +32,6 @@ class Part(StrEnum):
     NOTHING = "nothing"
 
 
-# The parts of a transformer that every task reads.
-TRANSFORMER_PARTS = (Part.TEXT, Part.VISION)
 VISION_ALONE = frozenset({"vision"})
 
 

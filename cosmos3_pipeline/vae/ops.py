@@ -337,10 +337,6 @@ class Op:
         """
         return 0
 
-    def module_flops(self, latent: LatentShape, *, first: bool) -> int:
-        """As `flops`, in the algorithm of `AutoencoderKLWan`. Never less, because it also multiplies zeros."""
-        return self.flops(latent, first=first)
-
     def dropped_flops(self, latent: LatentShape, *, first: bool) -> int:
         """FLOPs beside `flops`, of outputs on the tile `latent` that the executor computes and drops."""
         return 0
@@ -415,10 +411,6 @@ class Conv(Op):
 
     def flops(self, latent: LatentShape, *, first: bool, whole: LatentShape | None = None) -> int:
         taps = math.prod(self.kernel[1:]) * (1 if first else self.kernel[0])
-        return 2 * taps * self.source.channels * self.target.channels * self._pixels(latent, first=first)
-
-    def module_flops(self, latent: LatentShape, *, first: bool) -> int:
-        taps = math.prod(self.kernel)
         return 2 * taps * self.source.channels * self.target.channels * self._pixels(latent, first=first)
 
 
@@ -632,9 +624,6 @@ class SpatialUp(Op):
         """Each convolution computes a row and a column too many, because it pads both sides alike."""
         b, t, h, w, c = self.source.shape(latent, first=first)
         return 4 * 2 * 4 * c * self.target.channels * b * t * (h + w + 1)
-
-    def module_flops(self, latent: LatentShape, *, first: bool) -> int:
-        return 2 * 9 * self.source.channels * self.target.channels * self._pixels(latent, first=first)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import FILE, contents, make_adapter, merge, write
-from checkpoints import make_layout
+from checkpoints import TRANSFORMER_PARTS, make_layout
 from diffusers import Cosmos3OmniTransformer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from cosmos3_pipeline.checkpoint.lora import read_adapters
-from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, Part, slabs_of
+from cosmos3_pipeline.checkpoint.weights import Part, slabs_of
 from cosmos3_pipeline.config import compose as composing
 from cosmos3_pipeline.config.schema import LoraConfig
 from cosmos3_pipeline.errors import ConfigError, Fault, Refusal
@@ -229,7 +229,7 @@ def renamed(old: str, new: str) -> dict[str, Tensor]:
 
 
 AGAIN = "save_lora_adapter"
-# What is in the file -> what the refusal says of it: what, why and works.
+# The tensors of a file, and words of the refusal's what, why and works.
 REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, str, str]]] = {
     "no lora": ({"proj_in.weight": torch.ones(2, 2)}, ("holds proj_in.weight", "no tensor", AGAIN)),
     "empty": ({}, ("holds no tensor", "two matrices", AGAIN)),

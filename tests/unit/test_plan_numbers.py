@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import TRANSFORMER_PARTS
 from cosmos_models import denoise_with, tiny_pipeline
 from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
 
 from cosmos3_pipeline import compose
-from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.denoise import ParallelLoopDenoiser, cost
 from cosmos3_pipeline.planning.denoising import Denoising

@@ -54,6 +54,16 @@ def configs(draw: Any, *, halvings: int = 3) -> dict[str, Any]:
     )
 
 
+def module_flops(op: ops.Op, latent: LatentShape, *, first: bool) -> int:
+    """As `op.flops`, in the algorithm of `AutoencoderKLWan`, which also multiplies zeros."""
+    flops = op.flops(latent, first=first)
+    if isinstance(op, ops.SpatialUp):  # a 3 x 3 kernel in the place of four 2 x 2 kernels
+        return flops * 9 // 4
+    if isinstance(op, ops.Conv) and first:
+        return flops * op.kernel[0]
+    return flops
+
+
 def meta_vae(config: dict[str, Any]) -> AutoencoderKLWan:
     with torch.device("meta"):
         return AutoencoderKLWan(**config)
@@ -132,7 +142,7 @@ def check_ops(program: Program, seen: Seen, latent: LatentShape, chunks: int) ->
                 continue
             wanted = op.opens if op.opens is not None else op.target
             assert shape == wanted.shape(latent, first=first), (op, chunk)
-            assert flops == op.module_flops(latent, first=first), (op, chunk)
+            assert flops == module_flops(op, latent, first=first), (op, chunk)
             compared += 1
     assert compared > len(program.ops) // 3
 
@@ -218,7 +228,7 @@ def test_wan22_has_the_published_size() -> None:
 def test_the_first_chunk_is_cheaper_than_in_the_modules() -> None:
     program = decoder_program(vae_config(WAN22))
     image = LatentShape(1, 1, 4, 4)
-    modules = sum(op.module_flops(image, first=True) for op in program.ops)
+    modules = sum(module_flops(op, image, first=True) for op in program.ops)
     assert program.flops(image) < 0.4 * modules
 
 

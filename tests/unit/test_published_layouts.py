@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from checkpoints import drop, edit, make_layout, open_whole
+from checkpoints import TRANSFORMER_PARTS, drop, edit, make_layout, open_whole
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
 from PIL import Image
 from toy_runs import PROMPT, clip_of, components, context_of, task_config
@@ -20,7 +20,7 @@ from toy_runs import PROMPT, clip_of, components, context_of, task_config
 from cosmos3_pipeline import compose
 from cosmos3_pipeline.checkpoint.files import NEGATIVE_PROMPT
 from cosmos3_pipeline.checkpoint.inspect import inspect_checkpoint
-from cosmos3_pipeline.checkpoint.weights import TRANSFORMER_PARTS, transformer_weights, vae_weights
+from cosmos3_pipeline.checkpoint.weights import transformer_weights, vae_weights
 from cosmos3_pipeline.config.schema import SamplerConfig
 from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS
@@ -92,7 +92,7 @@ def test_latents_are_diffusers_own(name: str, task: str, layout: Callable[[str],
     assert (ours - expected).abs().max().item() <= 1e-5
 
 
-# What must be said of each layout that is not run, in three parts.
+# Layouts that are not run, with words of the refusal's what, why and works.
 REFUSED = {
     "fp8": ("quantized .modelopt FP8_FP8 FP8", "float32, bfloat16 and float16", "unquantized"),
     "int4": ("quantized .auto-round 4", "float32, bfloat16 and float16", "unquantized"),
