@@ -9,7 +9,8 @@ from io import TextIOWrapper
 
 from cosmos3_pipeline import stopping
 
-# By name, the module whose `main` takes the arguments and returns the exit code. Hydra does not read them.
+# For each command, the module whose `main` takes the arguments and returns the exit code. These commands do not
+# reach Hydra.
 COMMANDS = {
     "diff": "review.command",
     "blame": "review.blame",

@@ -188,7 +188,7 @@ def run_workflow(
     distilled_sigmas: list[float] | None = None,
     **inputs: Any,
 ) -> Any:
-    """What one of diffusers' denoise workflows leaves in its state, with the denoiser replaced unless None."""
+    """The state after one of diffusers' denoise workflows. `denoiser` replaces its own, unless it is None."""
     if denoiser is not None:
         workflow.sub_blocks["denoise"].sub_blocks["denoiser"] = denoiser
     modular = workflow.init_pipeline()
@@ -216,7 +216,7 @@ class SwitchedGuidance(Cosmos3LoopDenoiser):  # type: ignore[misc] # diffusers i
         return found
 
 
-# What a run may denoise besides vision, by diffusers' workflow of it.
+# The modalities that a run denoises, with diffusers' workflow for them.
 MODALITIES = {
     "vision": Cosmos3VisionCoreDenoiseStep,
     "sound": Cosmos3VisionSoundCoreDenoiseStep,

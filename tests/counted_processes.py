@@ -60,7 +60,7 @@ def counting_in(folder: Path) -> dict[str, str]:
 
 
 def counts(counting: dict[str, str]) -> list[Counter[str]]:
-    """What each process did, in the order in which they began."""
+    """For each process, in the order in which they began, how often it did what is counted."""
     processes: dict[str, Counter[str]] = {}
     for line in Path(counting["COSMOS3_COUNT"]).read_text().splitlines():
         process, _, word = line.partition(" ")

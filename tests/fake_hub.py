@@ -18,7 +18,7 @@ COMMIT, OTHER = "a" * 40, "b" * 40
 
 @dataclass
 class Answer:
-    """What the hub says instead of giving a file or a list."""
+    """An answer of the hub in place of a file or a list."""
 
     status: int
     code: str | None = None  # X-Error-Code, by which huggingface_hub tells the reasons apart

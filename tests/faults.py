@@ -81,7 +81,7 @@ class Place:
         self.temporary.mkdir(exist_ok=True)
         command = [sys.executable, "launch.py"]
         if topology == "torchrun":
-            # What torchrun says of itself is not ours to judge: its ranks have files of their own.
+            # The ranks write to files of their own, because only their output is judged, not torchrun's.
             command = [*TORCHRUN, "--log-dir", str(logs / "ranks"), "--redirects", "3", "launch.py"]
         ranks = [] if topology == "one process" else ["topology=cpu_x2"]
         folder = self.folder / output
@@ -153,7 +153,7 @@ class Run:
         return found
 
     def wait_until(self, moment: str, delay: float) -> bool:
-        """Wait for `moment` and `delay` seconds more; whether the run was still there then."""
+        """Wait for `moment`, then `delay` seconds. Return whether the run is still alive after that."""
         happens = MOMENTS[moment]
         end = time.monotonic() + HANGS_SECONDS
         while self.process.poll() is None and not happens(self) and time.monotonic() < end:
@@ -176,7 +176,7 @@ class Run:
         )
 
     def ours(self) -> str:
-        """What is ours of it."""
+        """The part of the output that our own code wrote."""
         if self.topology != "torchrun":
             return (self.logs / "err").read_text(errors="replace")
         return "\n".join(file.read_text(errors="replace") for file in self.logs.rglob("*.log"))
@@ -220,7 +220,7 @@ def clip_for(moment: str) -> Sequence[str]:
 
 
 def wrongs(place: Place, run: Run, codes: Sequence[int]) -> list[str]:
-    """What is wrong with how `run` has ended."""
+    """The faults in how `run` has ended."""
     found = []
     code = run.process.poll()
     if code is None:
@@ -394,7 +394,7 @@ def two_runs_in_a_folder(rng: random.Random, place: Place) -> Found:
 
 @kind
 def run_in_an_old_folder(rng: random.Random, place: Place) -> Found:
-    """What an older run has left is not there beside the files of one that is broken off."""
+    """A run that is broken off in the folder of an older run leaves no files of the older run beside its own."""
     topology = rng.choice(TOPOLOGIES)
     place.start(rng.choice(TOPOLOGIES[:2]), *SMALL).ends(HANGS_SECONDS)
     since = time.monotonic()
@@ -462,7 +462,7 @@ def campaign(seed: int, count: int, kinds: Sequence[str] = (), *, tell: Callable
 
 
 def table(found: Sequence[Found]) -> str:
-    """What was found, by kind, in Markdown."""
+    """The numbers of cases and faults, by kind, as a table in Markdown."""
     rows = [
         "| fault | cases | hang | processes stay | traceback | half a file | other |",
         "|---|--:|--:|--:|--:|--:|--:|",

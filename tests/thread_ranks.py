@@ -75,7 +75,7 @@ class World:
 
 
 class ThreadComm:
-    """What a strategy's runner needs of a `Comm`."""
+    """The methods of `Comm` that a strategy's runner calls, between threads."""
 
     def __init__(self, world: World, rank: int) -> None:
         self.rank, self.size, self._world = rank, world.size, world

@@ -33,9 +33,11 @@ def run_forked(
     timeout: float = HANGS,
     meanwhile: Callable[[int], None] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` gives for `python script *args`, as text. `meanwhile` is called while the script runs.
+    """Run `python script *args` as `subprocess.run` does, with its output as text, in a process forked from this.
 
-    What is imported already does not see `env` where a module reads it once. A run's own ranks are forked as well.
+    `meanwhile` is called while the script runs.
+
+    A module that is imported already does not read `env` again. A run's own ranks are forked as well.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

@@ -58,10 +58,10 @@ WORDS = ("prompt", "negative_prompt")
 
 def readers(given: Given) -> list[str]:
     """The names of the tasks that read this file."""
-    return [task.value for task in GIVEN if given in read_by(task)]
+    return [task.value for task in GIVEN if given in inputs_of(task)]
 
 
-def read_by(task: TaskName) -> tuple[Given, ...]:
+def inputs_of(task: TaskName) -> tuple[Given, ...]:
     """The files that a task reads: needed files, files of which it needs one, and optional files."""
     return (*GIVEN[task], *EITHER.get(task, ()), *OPTIONAL.get(task, ()))
 

@@ -210,14 +210,14 @@ def denoise_costs(
         first, embed_flops, predicted, whole = own_passes[0][1].stretches, 0, 0, 0
         for number, one in own_passes:
             rows = even_rows(one.rows, grid.ranks)
-            part = _Part(model, grid, rows, rank, shares, element_bytes, nodes)
-            own = _own_tokens(one.stretches, start_of(rows, rank), part.own)
+            shard = _Shard(model, grid, rows, rank, shares, element_bytes, nodes)
+            own = _own_tokens(one.stretches, start_of(rows, rank), shard.own)
             predicted = sum(stretch.noisy(start, stop) * stretch.channels for stretch, start, stop in own)
             whole = sum(stretch.noisy(0, stretch.tokens) * stretch.channels for stretch in one.stretches)
             entering = sum((stop - start) * stretch.channels for stretch, start, stop in own)
             embedding = 2 * model.hidden_size * entering + _noise_level_flops(model, one.stretches, at_most)
             group = Grid(grid.ulysses)
-            prompt = _Part(
+            prompt = _Shard(
                 model,
                 group,
                 even_rows(one.text, group.ranks),
@@ -238,16 +238,16 @@ def denoise_costs(
                 cache_bytes=cache * element_bytes,
                 sequence=prompt.keys_to_heads + (prompt.to_heads + prompt.to_rows) * once,
             )
-            clip_flops += angles * (part.asking if grid.groups == 1 else part.asking + part.asked)
-            layer = part.project_flops + part.finish_flops + part.attend_flops(text)
+            clip_flops += angles * (shard.asking if grid.groups == 1 else shard.asking + shard.asked)
+            layer = shard.project_flops + shard.finish_flops + shard.attend_flops(text)
             flops = model.num_hidden_layers * layer + 2 * model.hidden_size * predicted
-            sent = (part.to_heads + part.to_rows) * model.num_hidden_layers
+            sent = (shard.to_heads + shard.to_rows) * model.num_hidden_layers
             if one.stretches == first:
                 embed_flops = embedding
             else:
                 flops += embedding
             if nested:
-                sent += part.to_all(predicted * element_bytes)
+                sent += shard.to_all(predicted * element_bytes)
             costed.append(PassCost(number, flops, sent))
         costs.append(
             DenoiseCost(
@@ -258,14 +258,14 @@ def denoise_costs(
                 clip_flops=clip_flops,
                 embed_flops=embed_flops,
                 velocity=_to_each((whole if nested else predicted) * element_bytes, cfg - 1),
-                gather=Wire() if nested else part.to_all(predicted * COMBINED_BYTES),
+                gather=Wire() if nested else shard.to_all(predicted * COMBINED_BYTES),
             )
         )
     return tuple(costs)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Shard:
     """One rank's shard of a sequence in one layer of its pathway."""
 
     model: Dimensions

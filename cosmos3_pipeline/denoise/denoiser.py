@@ -238,7 +238,7 @@ def _noisy(loop: Loop, latents: Mapping[str, list[Tensor]]) -> list[Tensor]:
 
 
 def _fields(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What diffusers' packing steps provide for the guidance pass `name`, including fields of all passes."""
+    """The outputs of diffusers' packing steps for the guidance pass `name`, including those for all passes."""
     found = {field: value for field, value in inputs.items() if field.partition("_")[0] not in (COND, UNCOND)}
     for field, value in inputs.items():
         whose, _, own = field.partition("_")

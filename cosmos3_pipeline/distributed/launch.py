@@ -51,7 +51,7 @@ _OF_GLOO = "gloo/transport"  # gloo's errors about a lost connection name this s
 
 @dataclass(frozen=True)
 class Raised:
-    """What ended a rank: the name of its exception, the text for the user, and the rank to blame."""
+    """The reason why a rank ended: the name of its exception, the text for the user, and the rank to blame."""
 
     rank: int
     kind: str

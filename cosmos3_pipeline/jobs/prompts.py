@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Line:
+class PromptLine:
     """One line of the prompt file; numbers count from 1. `failed` says why the line has no picture, else None."""
 
     number: int
@@ -36,7 +36,7 @@ def line_folder(directory: Path, number: int) -> Path:
     return directory / f"line_{number:04d}"
 
 
-def write_index(directory: Path, lines: Mapping[int, Line]) -> None:
+def write_index(directory: Path, lines: Mapping[int, PromptLine]) -> None:
     """Write prompts.json: every line in order, with its folder and, if it failed, the reason."""
     listed = [asdict(lines[number]) for number in sorted(lines)]
     write_whole(directory / INDEX_FILE, json.dumps({"schema_version": SCHEMA_VERSION, "lines": listed}, indent=2))

@@ -32,7 +32,7 @@ from cosmos3_pipeline.errors import Fault
 from cosmos3_pipeline.jobs.log import also_to, is_kept
 from cosmos3_pipeline.jobs.metrics import SCHEMA_VERSION, Meter, combine, held_bytes, kernels, versions
 from cosmos3_pipeline.jobs.origin import Origin
-from cosmos3_pipeline.jobs.prompts import Line, line_folder, write_index
+from cosmos3_pipeline.jobs.prompts import PromptLine, line_folder, write_index
 from cosmos3_pipeline.models.loading import CheckpointVae, Components, open_checkpoint
 from cosmos3_pipeline.planning.geometry import modalities_of, replica_ranks
 from cosmos3_pipeline.planning.plan import DIRECTIONS, Plan
@@ -140,7 +140,7 @@ def rank_of(config: Config, plan: Plan, output: str | None) -> Iterator[tuple[to
 def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
     """Make one clip per line of the prompt file. Replicas take lines in turn. A failed line stops no other."""
     lines = read_lines(prompt_file)
-    done: list[Line] = []
+    done: list[PromptLine] = []
     own = dict(list(lines.items())[run.mesh.rank("dp") :: run.mesh.size("dp")])
     encode_together(run, list(own.values()))
     for number, prompt in own.items():
@@ -154,7 +154,7 @@ def make_clips(run: Run, prompt_file: str, directory: Path) -> None:
         # An error of one line (its words, its latents) is reported with the line. A lost rank still ends the run.
         except ValueError as error:
             failed = str(error)
-        done.append(Line(number, prompt, folder.name, failed))
+        done.append(PromptLine(number, prompt, folder.name, failed))
     everything = everyones(done)
     if run.shows:
         write_index(directory, {line.number: line for part in everything for line in part})

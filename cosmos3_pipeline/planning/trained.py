@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from cosmos3_pipeline.config.schema import Config, TaskName
-from cosmos3_pipeline.config.tasks import clips_of, controls_of, read_by
+from cosmos3_pipeline.config.tasks import clips_of, controls_of, inputs_of
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.actions import action_of
 from cosmos3_pipeline.planning.geometry import chunks_of
@@ -66,7 +66,7 @@ def outside(cfg: Config) -> Iterator[Problem]:
 def words_of_another(cfg: Config) -> Iterator[Problem]:
     """A problem if the model's example prompt is used with a photograph or clip of the user."""
     task = cfg.task
-    given = next((f"task.{one.key}" for one in read_by(task.name) if getattr(task, one.key) is not None), None)
+    given = next((f"task.{one.key}" for one in inputs_of(task.name) if getattr(task, one.key) is not None), None)
     given = given or next(iter(clips_of(task)), None)
     if given is not None and task.prompt == cfg.model.recommended.prompt and task.prompt_file is None:
         yield Problem(

@@ -17,7 +17,7 @@ from cosmos3_pipeline.config.overrides import typed_settings
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.schema import Config, TaskName
 from cosmos3_pipeline.config.shortcut import PlainComposition
-from cosmos3_pipeline.config.tasks import CLIP, FROM_VIDEO, MADE, clips_of, controls_of, read_by
+from cosmos3_pipeline.config.tasks import CLIP, FROM_VIDEO, MADE, clips_of, controls_of, inputs_of
 from cosmos3_pipeline.errors import Problem
 from cosmos3_pipeline.planning.actions import ACTION_TASKS
 from cosmos3_pipeline.planning.vae import directions, is_parallel
@@ -49,12 +49,12 @@ def _task(*names: TaskName) -> Callable[[Config], str | None]:
 def _no_clip(cfg: Config) -> str | None:
     """The task, if it reads no clip: its inputs are none, or a photograph."""
     task = cfg.task
-    needs_none = CLIP not in read_by(task.name) or (task.name in ACTION_TASKS and task.image is not None)
+    needs_none = CLIP not in inputs_of(task.name) or (task.name in ACTION_TASKS and task.image is not None)
     return f"task={task.name.value}" if needs_none and not clips_of(task) else None
 
 
 def _no_picture(cfg: Config) -> str | None:
-    return None if read_by(cfg.task.name) or clips_of(cfg.task) else f"task={cfg.task.name.value}"
+    return None if inputs_of(cfg.task.name) or clips_of(cfg.task) else f"task={cfg.task.name.value}"
 
 
 def _no_control_made(name: str) -> Callable[[Config], str | None]:

@@ -1,4 +1,4 @@
-"""What one rank observes when a rank raises, a reader closes the stream, or the plan refuses. Runs in a rank."""
+"""Observes on one rank that a rank raises, a reader closes the stream, or the plan refuses. Runs in a rank."""
 
 from __future__ import annotations
 

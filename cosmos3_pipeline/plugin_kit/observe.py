@@ -1,4 +1,4 @@
-"""What one rank observes on one case: results, messages, weights. Runs in a rank."""
+"""Observes one case on one rank: results, messages, weights. Runs in a rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEED, OTHER_SEED = 5, 6
 
 
 @dataclass
-class Part:
+class Call:
     """One call on one rank.
 
     error: the traceback of the exception.
@@ -58,11 +58,11 @@ class Part:
 class Seen:
     """All observations of one rank.
 
-    parts: decode, again, stream and encode, if strategy and case support them; the first failure ends the list.
+    calls: decode, again, stream and encode, if strategy and case support them; the first failure ends the list.
     weights: for each direction, (bytes of weights that the strategy loaded, bytes that the plan says).
     """
 
-    parts: dict[str, Part] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -81,12 +81,12 @@ def observe(subject: Subject, case: Case) -> Seen:
     weights = _CountingWeights(model)
     vae = vae_with(strategy, model, weights=weights)
 
-    def held(name: str, call: Callable[[ParallelVAE, Tensor], Tensor], given: Tensor) -> Tensor:
+    def held(name: str, run: Callable[[ParallelVAE, Tensor], Tensor], given: Tensor) -> Tensor:
         """Make one call and compare its result with the reference."""
-        expected = call(reference, given)
-        expected32 = None if exact is None else call(exact, given)
-        part, (result,) = _make(seen, name, vae, lambda: [call(vae, given)])
-        _hold(part, result, expected, expected32, picture=name != "encode")
+        expected = run(reference, given)
+        expected32 = None if exact is None else run(exact, given)
+        call, (result,) = _make(seen, name, vae, lambda: [run(vae, given)])
+        _hold(call, result, expected, expected32, picture=name != "encode")
         return result
 
     # After a failed call the ranks may be at different points, so no further call is made.
@@ -97,9 +97,9 @@ def observe(subject: Subject, case: Case) -> Seen:
             other = case.latents(OTHER_SEED)
             picture = held("again", decode, other)
             if case.batch == 1:
-                part, chunks = _make(seen, "stream", vae, lambda: vae.decode_stream(other.to(vae.dtype)))
+                call, chunks = _make(seen, "stream", vae, lambda: vae.decode_stream(other.to(vae.dtype)))
                 if chunks:
-                    _hold_stream(part, chunks, to_uint8(picture)[0])
+                    _hold_stream(call, chunks, to_uint8(picture)[0])
         if "encode" in strategy.directions:
             held("encode", encode, case.picture(SEED))
         if case == CLIP:
@@ -108,9 +108,9 @@ def observe(subject: Subject, case: Case) -> Seen:
                     _weigh(seen, vae, direction, case)
         names: tuple[tuple[str, Direction], ...] = (("stream", "decode"), ("encode", "encode"))
         for name, direction in names:
-            if name in seen.parts:
+            if name in seen.calls:
                 share = vae.plan(direction, case.shape).shares[vae.comm.rank]
-                seen.parts[name].planned = (share.sent_bytes, share.sent_messages)
+                seen.calls[name].planned = (share.sent_bytes, share.sent_messages)
                 wanted = {weight.name for weight in case.program(direction).weights()}
                 seen.weights[direction] = (weights.taken(wanted), share.weight_bytes)
     return seen
@@ -119,15 +119,15 @@ def observe(subject: Subject, case: Case) -> Seen:
 def _weigh(seen: Seen, vae: ParallelVAE, direction: Direction, case: Case) -> None:
     """Record the peak of live bytes on this rank, and the plan's prediction of it."""
     given = (case.latents(SEED) if direction == "decode" else case.picture(SEED)).to(vae.dtype)
-    part = seen.parts[f"alive in {direction}"] = Part()
+    call = seen.calls[f"alive in {direction}"] = Call()
     with LiveBytes([given, *vae.autoencoder.state_dict().values()]) as live:
         if direction == "decode":
             for frames in vae.decode_stream(given):
                 del frames
         else:
             encode(vae, given)
-    part.counted = (live.peak, 0)
-    part.planned = (vae.plan(direction, case.shape).shares[vae.comm.rank].activation_bytes, 0)
+    call.counted = (live.peak, 0)
+    call.planned = (vae.plan(direction, case.shape).shares[vae.comm.rank].activation_bytes, 0)
 
 
 def vae_with(strategy: Strategy, model: AutoencoderKLWan, *, weights: WeightSource | None = None) -> ParallelVAE:
@@ -152,57 +152,57 @@ def encode(vae: ParallelVAE, x: Tensor) -> Tensor:
 
 
 class _Failed(Exception):
-    """A call failed; its `Part` has the error."""
+    """A call failed; its `Call` has the error."""
 
 
 def _make(
-    seen: Seen, name: str, vae: ParallelVAE, call: Callable[[], Iterable[Tensor]]
-) -> tuple[Part, list[Tensor]]:
+    seen: Seen, name: str, vae: ParallelVAE, run: Callable[[], Iterable[Tensor]]
+) -> tuple[Call, list[Tensor]]:
     """Make a call and record its result and messages, or its exception. Raises _Failed after an exception."""
-    part = seen.parts[name] = Part()
+    call = seen.calls[name] = Call()
     before = vae.ledger.snapshot()
-    with _recorded_collectives() as part.collectives:
+    with _recorded_collectives() as call.collectives:
         try:
-            tensors = list(call())
+            tensors = list(run())
         # A strategy may raise any exception, which is part of the observation.
         except Exception as error:
-            part.error = traceback.format_exc()
+            call.error = traceback.format_exc()
             raise _Failed from error
     counted = vae.ledger.since(before)
-    part.counted = (counted.sent_bytes, counted.sent_messages)
-    part.wire = {kind: (count.bytes, count.calls) for kind, count in counted.counts.items()}
-    part.shapes = [tuple(tensor.shape) for tensor in tensors]
-    part.digest = hashlib.sha256(b"".join(_bytes(tensor) for tensor in tensors)).hexdigest()
-    return part, tensors
+    call.counted = (counted.sent_bytes, counted.sent_messages)
+    call.wire = {kind: (count.bytes, count.calls) for kind, count in counted.counts.items()}
+    call.shapes = [tuple(tensor.shape) for tensor in tensors]
+    call.digest = hashlib.sha256(b"".join(_bytes(tensor) for tensor in tensors)).hexdigest()
+    return call, tensors
 
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _hold(part: Part, result: Tensor, expected: Tensor, expected32: Tensor | None, *, picture: bool) -> None:
+def _hold(call: Call, result: Tensor, expected: Tensor, expected32: Tensor | None, *, picture: bool) -> None:
     if result.shape != expected.shape or result.dtype != expected.dtype:
         return  # `reached` stays None, and the test reports the shapes
     value_range = PICTURE_RANGE if picture else float(expected.max() - expected.min())
     found = _distance(expected, result, value_range)
-    part.max_abs, part.psnr, part.equal = found.max_abs, found.psnr, found.equal
+    call.max_abs, call.psnr, call.equal = found.max_abs, found.psnr, found.equal
     if expected32 is None:
-        part.reached = exactness_of(found)
+        call.reached = exactness_of(found)
     else:
-        part.reached = exactness_of(
+        call.reached = exactness_of(
             found,
             float32=_distance(expected32, result, value_range),
             reference_float32=_distance(expected32, expected, value_range),
         )
 
 
-def _hold_stream(part: Part, chunks: list[Tensor], expected: Tensor) -> None:
+def _hold_stream(call: Call, chunks: list[Tensor], expected: Tensor) -> None:
     if any(chunk.dtype != torch.uint8 or chunk.shape[1:] != expected.shape[1:] for chunk in chunks):
         return
     frames = torch.cat(chunks)
     if frames.shape == expected.shape:
         found = _distance(expected, frames, 255.0)
-        part.max_abs, part.psnr, part.equal = found.max_abs, found.psnr, found.equal
+        call.max_abs, call.psnr, call.equal = found.max_abs, found.psnr, found.equal
 
 
 def _distance(reference: Tensor, other: Tensor, value_range: float) -> Distance:

@@ -6,7 +6,7 @@ import pytest
 
 from cosmos3_pipeline.plugin_kit.cases import CASES, CLIP, DIRECTIONS, Case, honours, refuses
 from cosmos3_pipeline.plugin_kit.faults import Outcome, break_one_rank, leave_early, refuse
-from cosmos3_pipeline.plugin_kit.observe import Observed, Part, Seen
+from cosmos3_pipeline.plugin_kit.observe import Call, Observed, Seen
 from cosmos3_pipeline.plugin_kit.ranks import run_on_ranks
 from cosmos3_pipeline.plugin_kit.subject import Subject
 from cosmos3_pipeline.plugin_kit.test_plan import assert_three_parts
@@ -19,16 +19,16 @@ MOST_ALIVE, LEAST_ALIVE = 1.1, 0.75
 SMALL_BYTES = 8 << 10
 
 
-def parts_of(observed: Observed, case: Case, ranks: int, *names: str) -> list[list[Part]]:
-    """For each of the parts `names` that exist, the observations of every rank. Fails if any call raised."""
+def calls_of(observed: Observed, case: Case, ranks: int, *names: str) -> list[list[Call]]:
+    """For each of the calls `names` that exist, the observations of every rank. Fails if any call raised."""
     seen = seen_by(observed, case, ranks)
     for rank, one in enumerate(seen):
-        for name, part in one.parts.items():
-            assert part.error is None, f"{name} on rank {rank} of {ranks} raised:\n{part.error}"
-    tried = [name for name in names if name in seen[0].parts]
+        for name, call in one.calls.items():
+            assert call.error is None, f"{name} on rank {rank} of {ranks} raised:\n{call.error}"
+    tried = [name for name in names if name in seen[0].calls]
     if not tried:
         pytest.skip("the strategy does not declare it, or the clip is not for it")
-    return [[rank.parts[name] for rank in seen] for name in tried]
+    return [[rank.calls[name] for rank in seen] for name in tried]
 
 
 def seen_by(observed: Observed, case: Case, ranks: int) -> list[Seen]:
@@ -42,23 +42,23 @@ def seen_by(observed: Observed, case: Case, ranks: int) -> list[Seen]:
 def test_the_result_is_as_exact_as_declared(
     name: Direction, case: Case, ranks: int, strategy: Strategy, observed: Observed
 ) -> None:
-    for parts in parts_of(observed, case, ranks, *((name, "again") if name == "decode" else (name,))):
+    for calls in calls_of(observed, case, ranks, *((name, "again") if name == "decode" else (name,))):
         # The plan of a clip may promise more than the class does.
         promised = strategy.plan(case.program(name), case.shape, ranks).exactness
-        for rank, part in enumerate(parts):
-            assert part.reached is not None and part.reached.satisfies(promised), (
-                f"rank {rank} of {ranks}: declared {promised}, reached {part.reached or 'nothing'}: "
-                f"{part.psnr:.1f} dB, at most {part.max_abs:.3g} off, shape {part.shapes}"
+        for rank, call in enumerate(calls):
+            assert call.reached is not None and call.reached.satisfies(promised), (
+                f"rank {rank} of {ranks}: declared {promised}, reached {call.reached or 'nothing'}: "
+                f"{call.psnr:.1f} dB, at most {call.max_abs:.3g} off, shape {call.shapes}"
             )
-        assert len({part.digest for part in parts}) == 1, "the ranks have different results"
+        assert len({call.digest for call in calls}) == 1, "the ranks have different results"
 
 
 def test_the_stream_has_the_decoded_frames_in_order_on_the_root_alone(
     case: Case, ranks: int, strategy: Strategy, observed: Observed
 ) -> None:
-    ((root, *others),) = parts_of(observed, case, ranks, "stream")
-    for rank, part in enumerate(others, 1):
-        assert part.shapes == [], f"rank {rank} yields frames too"
+    ((root, *others),) = calls_of(observed, case, ranks, "stream")
+    for rank, call in enumerate(others, 1):
+        assert call.shapes == [], f"rank {rank} yields frames too"
     program = case.program("decode")
     size = (case.rows * program.spatial, case.cols * program.spatial, 3)
     assert {shape[1:] for shape in root.shapes} == {size}
@@ -72,15 +72,15 @@ def test_the_stream_has_the_decoded_frames_in_order_on_the_root_alone(
 
 @pytest.mark.parametrize("name", ["stream", "encode"])
 def test_it_sends_what_it_planned(name: str, case: Case, ranks: int, observed: Observed) -> None:
-    (parts,) = parts_of(observed, case, ranks, name)
-    counted = {rank: part.counted for rank, part in enumerate(parts)}
-    assert counted == {rank: part.planned for rank, part in enumerate(parts)}, "(bytes, messages) sent and planned"
+    (calls,) = calls_of(observed, case, ranks, name)
+    counted = {rank: call.counted for rank, call in enumerate(calls)}
+    assert counted == {rank: call.planned for rank, call in enumerate(calls)}, "(bytes, messages) sent and planned"
 
 
 @pytest.mark.parametrize("name", ["decode", "encode"])
 def test_every_message_is_received(name: str, case: Case, several: int, observed: Observed) -> None:
-    for parts in parts_of(observed, case, several, *((name, "stream") if name == "decode" else (name,))):
-        wire = {kind: [part.wire.get(kind, (0, 0)) for part in parts] for kind in ("send", "recv")}
+    for calls in calls_of(observed, case, several, *((name, "stream") if name == "decode" else (name,))):
+        wire = {kind: [call.wire.get(kind, (0, 0)) for call in calls] for kind in ("send", "recv")}
         sent, received = (tuple(map(sum, zip(*counts, strict=True))) for counts in wire.values())
         assert sent == received, "(bytes, messages) sent and received between all ranks"
 
@@ -89,9 +89,9 @@ def test_every_message_is_received(name: str, case: Case, several: int, observed
 def test_collectives_are_called_alike_on_every_rank(
     name: str, case: Case, several: int, observed: Observed
 ) -> None:
-    for parts in parts_of(observed, case, several, *((name, "stream") if name == "decode" else (name,))):
-        for rank, part in enumerate(parts[1:], 1):
-            assert part.collectives == parts[0].collectives, f"rank {rank} and rank 0 call other collectives"
+    for calls in calls_of(observed, case, several, *((name, "stream") if name == "decode" else (name,))):
+        for rank, call in enumerate(calls[1:], 1):
+            assert call.collectives == calls[0].collectives, f"rank {rank} and rank 0 call other collectives"
 
 
 def test_it_reads_the_weights_that_it_planned(case: Case, ranks: int, observed: Observed) -> None:
@@ -102,9 +102,9 @@ def test_it_reads_the_weights_that_it_planned(case: Case, ranks: int, observed: 
 
 @pytest.mark.parametrize("name", ["alive in decode", "alive in encode"])
 def test_it_holds_as_much_as_it_planned(name: str, ranks: int, observed: Observed) -> None:
-    (parts,) = parts_of(observed, CLIP, ranks, name)
-    for rank, part in enumerate(parts):
-        alive, planned = part.counted[0], part.planned[0]
+    (calls,) = calls_of(observed, CLIP, ranks, name)
+    for rank, call in enumerate(calls):
+        alive, planned = call.counted[0], call.planned[0]
         assert alive <= MOST_ALIVE * planned + SMALL_BYTES, f"rank {rank}: {alive} bytes alive, {planned} planned"
         assert alive >= LEAST_ALIVE * planned - SMALL_BYTES, f"rank {rank}: {alive} bytes alive, {planned} planned"
 

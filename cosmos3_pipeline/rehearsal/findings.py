@@ -64,7 +64,7 @@ ALLOWED_WAITS = {
 
 
 @dataclass(frozen=True)
-class Line:
+class SourceLine:
     """A line of the source: its place, its text, and an amount, which is bytes or a count."""
 
     place: str
@@ -100,7 +100,7 @@ class StageFound:
     """
 
     peak_bytes: int
-    holders: tuple[Line, ...]
+    holders: tuple[SourceLine, ...]
     sent_bytes: int
     sent_messages: int
     kernels: int
@@ -110,9 +110,9 @@ class StageFound:
     kinds: dict[str, dict[str, float]]
     costliest: tuple[KernelFound, ...]
     copied_bytes: int
-    waits: tuple[Line, ...]
-    repeated: tuple[Line, ...]
-    left: tuple[Line, ...]
+    waits: tuple[SourceLine, ...]
+    repeated: tuple[SourceLine, ...]
+    left: tuple[SourceLine, ...]
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ class RankFound:
     stages: dict[str, StageFound]
     second_clip: dict[str, StageFound] = field(default_factory=dict)
     left_bytes: int = 0
-    left: tuple[Line, ...] = ()
+    left: tuple[SourceLine, ...] = ()
     pinned_bytes: int = 0
-    waits_between: tuple[Line, ...] = ()
-    misplaced: tuple[Line, ...] = ()
+    waits_between: tuple[SourceLine, ...] = ()
+    misplaced: tuple[SourceLine, ...] = ()
     raised: str | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""What two folders of configs say differently, read from the files alone: renames, new options, `hydra`."""
+"""Differences between two folders of configs that the files alone show: renames, new options, `hydra`."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _hydra(old: Contents, new: Contents, moved: Mapping[str, str], shown: str, p
 
 
 def _hydra_leaves(path: str, content: Any) -> dict[str, Any]:
-    """What the config at `path` says to Hydra: keys below `hydra`, choices of Hydra's options, its package."""
+    """Hydra's settings in the config at `path`: keys below `hydra`, choices of Hydra's options, its package."""
     header, body = content if isinstance(content, list) else ([], None)
     if not isinstance(body, dict):
         return {}
@@ -152,7 +152,7 @@ def _hydra_leaves(path: str, content: Any) -> dict[str, Any]:
 
 
 def _leaves_of(content: Any) -> set[str]:
-    """What a file says, as a set of texts: its keys with their values, and the entries of its defaults list."""
+    """A file's content as a set of texts: its keys with their values, and the entries of its defaults list."""
     if not isinstance(content, list):
         return set(str(content).splitlines())
     header, body = content

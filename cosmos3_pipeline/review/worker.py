@@ -149,7 +149,7 @@ class _Side:
         return {"default": [], **self._request["cases"], **options}
 
     def _composers(self) -> tuple[Any, Any, Any]:
-        """What composes with Hydra in the revision, its shortcut if it has one, and the shortcut's error."""
+        """The revision's `compose` with Hydra, its shortcut if it has one, and the shortcut's error."""
         import cosmos3_pipeline
 
         name, has_shortcut = self._request["name"], importlib.util.find_spec("cosmos3_pipeline.config.shortcut")
@@ -384,7 +384,7 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quick_trace(conf: Path, name: str, known: Any) -> Any:
-    """What traces overrides without Hydra, or answers None if it cannot."""
+    """A function that traces overrides without Hydra, and returns None if it cannot."""
     try:
         from cosmos3_pipeline.config.shortcut import NotPlain, Shortcut
         from cosmos3_pipeline.config.source import Source

@@ -28,8 +28,8 @@ WORKFLOWS: Mapping[frozenset[str], type[SequentialPipelineBlocks]] = {
     VISION_ALONE: Cosmos3VisionCoreDenoiseStep,
     frozenset({"vision", "sound"}): Cosmos3VisionSoundCoreDenoiseStep,
 }
-# What the workflows leave in the state and no later stage reads: tensors of the size of the latents, and several
-# numbers for each token.
+# Entries that the workflows leave in the state and that no later stage reads: tensors of the size of the latents,
+# and several numbers for each token.
 LEFT_OVER = (
     *("vision_tokens", "velocity_vision", "vision_conditioning_latents"),
     *("sound_tokens", "velocity_sound", "sound_scheduler"),

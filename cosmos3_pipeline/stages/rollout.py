@@ -56,7 +56,7 @@ class RolloutStage(ChunkedStage):
 
 @dataclass(frozen=True)
 class _Rollout:
-    """A `ChunkMaker`."""
+    """Makes the chunks of a rollout, see `ChunkMaker`."""
 
     task: TaskConfig
     sampler: SamplerConfig

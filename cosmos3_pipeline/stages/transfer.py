@@ -96,7 +96,7 @@ class TransferStage(ChunkedStage):
 
 @dataclass(frozen=True)
 class _Transfer:
-    """A `ChunkMaker`. `writer`, if there is one, writes the controls."""
+    """Makes the chunks of a transfer, see `ChunkMaker`. `writer`, if there is one, writes the controls."""
 
     task: TaskConfig
     sampler: SamplerConfig

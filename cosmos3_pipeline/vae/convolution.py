@@ -43,7 +43,8 @@ _SHAPES = 2
 _WIDE_ELEMENTS = 1 << 16
 _WIDE_BY_WEIGHTS = 1
 
-# What is reordered: all taps, the first or last tap, or the two sums of taps that both frames of a pair use.
+# The weights that are reordered: all taps, the first or last tap, or the two sums of taps that both frames of a
+# pair use.
 _WHOLE, _FIRST, _LAST, _SUM, _DIFFERENCE = "whole", "first", "last", "sum", "difference"
 _OF_PAIRS = (_FIRST, _SUM, _DIFFERENCE, _LAST)
 

@@ -29,11 +29,11 @@ _FLOPS_PER_WEIGHT = 60
 _CACHED_WEIGHTS = 1 << 20
 # FLOPs in the time in which one element of an activation is read or written.
 _FLOPS_PER_ELEMENT = 50.0
-# FLOPs in the fixed time of an op, 0.2 ms. In this time the op makes its calls, and loads its code and small
+# The fixed time of an op, 0.2 ms, in FLOPs. In this time the op makes its calls, and loads its code and small
 # weights, because earlier ops have evicted them from the caches.
 _CALL_FLOPS = 20_000_000
-# A convolution computes output channels in blocks of _CHANNEL_BLOCK. If the last block is not full, its cost is
-# multiplied by _PART_OF_A_BLOCK.
+# A convolution computes output channels in blocks of `_CHANNEL_BLOCK`. If the last block is not full, its cost is
+# multiplied by `_PART_OF_A_BLOCK`.
 _CHANNEL_BLOCK = 16
 _PART_OF_A_BLOCK = 1.04
 # Factors for a convolution that computes two frames at a time: its products, the weights that it reads, its passes

@@ -26,7 +26,7 @@ _ROUNDED = 1e-6  # sums of costs are rounded
 
 
 def assigned(strategy: Strategy, program: Program, shape: LatentShape, ranks: int) -> Assignment:
-    """What `strategy` assigns. Raises StrategyError also if its code fails: a plugin must not end others' work."""
+    """The assignment of `strategy`. Raises StrategyError also if its code fails, so that others are planned."""
     try:
         assignment = strategy.assign(program, shape, ranks)
     except Refusal:

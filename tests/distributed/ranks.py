@@ -53,7 +53,7 @@ def run_on_ranks(
 
 
 def _forced() -> dict[str, str]:
-    """What the test says of the way of tensors; a process forked from the server would not know it."""
+    """The transport that the test forces. A process forked from the server has the server's environment."""
     return {FORCED: os.environ[FORCED]} if FORCED in os.environ else {}
 
 

@@ -107,7 +107,7 @@ def sent(ledger: Ledger, before: Ledger) -> Wire:
 
 @contextmanager
 def wire_of_the_plan(mesh: RankMesh, model: str, clip: str) -> Iterator[None]:
-    """What the run in this block sends over both axes is, byte for byte, what the plan says."""
+    """Check that the run in this block sends exactly the planned bytes over both axes."""
     words, (height, width, num_frames), clean = CLIPS[clip]
     config = tiny_pipeline(**MODELS[model]).transformer.config
     stretch = Stretch(

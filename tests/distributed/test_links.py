@@ -79,7 +79,7 @@ def test_messages_arrive_whole_and_in_order(ranks: int, apart: tuple[int, ...], 
     assert run_on_ranks(_everyone_to_everyone, ranks, apart, slots) == [True] * ranks
 
 
-# What halos, rows of a whole and columns look like: (shape of a whole, its part), small and large.
+# Shapes of messages, small and large, as (shape of the whole tensor, part that is sent): halos, rows, columns.
 PARTS = [
     ((1, 2, 6, 40, 3), (slice(None), slice(None), slice(1, 2))),
     ((1, 2, 6, 40, 3), (slice(None), slice(None), slice(None), slice(4, 5))),

@@ -1,4 +1,4 @@
-"""What a rank takes on the host while it loads: what it keeps, and little more, on one rank and on four."""
+"""The host memory of a rank that loads: little more than what it keeps, on one rank and on four."""
 
 from __future__ import annotations
 

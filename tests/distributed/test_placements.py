@@ -233,7 +233,7 @@ PROMPTS = ("a red kite 1", "a red kite 2", "a red kite 1", "a red kite 3")
 
 
 def prompt_file(rank: int, folder: str, ulysses: int) -> dict[str, Any]:
-    """What is alive while the prompts of four clips are encoded together, and while the first is denoised."""
+    """The live bytes while the prompts of four clips are encoded together, and while the first is denoised."""
     torch.set_num_threads(1)
     mesh = RankMesh.build(ulysses=ulysses)
     parts = components(inspect_checkpoint(folder), dtype=torch.bfloat16, weights=RESIDENT, mesh=mesh)

@@ -1,6 +1,6 @@
-"""Whatever goes wrong, every rank hears of it, and nobody waits for a rank that will not answer.
+"""After a fault every rank ends with its reason, and none waits for a rank that has ended.
 
-A rank that waited would do so for longer than `run_on_ranks` gives it.
+A rank that waited would exceed the time limit of `run_on_ranks`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BAD_INPUTS = {
 
 
 def _refused(rank: int) -> dict[str, tuple[str, str]]:
-    """What became of each kind of bad input, one after another with the same VAE."""
+    """The error for each kind of bad input, given one after another to the same VAE."""
     vae, z, holed = _vae(), _latent(), _latent()
     holed[0, 0, 2, 1, 1] = float("nan")
     calls = {

@@ -18,7 +18,7 @@ GOOD = "cosmos3_plugins.replicated:Replicated"
 
 @pytest.fixture
 def undiscovered() -> Iterator[None]:
-    """What is discovered in the test is forgotten after it."""
+    """Discover plugins anew in the test, and again after it."""
     discover.cache_clear()
     yield
     discover.cache_clear()

@@ -58,7 +58,7 @@ def point_to_lfs(file: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
 
-# What is done to a whole folder -> what the refusal says.
+# Each changes a whole folder. The refusal contains the words.
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-folder": (lambda f: shutil.rmtree(f), "does not exist"),
     "a-file": (lambda f: (shutil.rmtree(f), f.write_text("")), "is a file"),

@@ -137,7 +137,7 @@ def template(words: str) -> Callable[[Path], object]:
 
 
 Damage = Callable[[Path], object]
-# What is done to a whole folder -> what the refusal says, file or tensor among it.
+# Each changes a whole folder. The refusal contains the words, which name the file or the tensor.
 FILES: dict[str, tuple[Damage, str]] = {
     "index a pipe": (lambda f: pipe(f / "model_index.json"), "model_index.json is a pipe"),
     "config a device": (lambda f: device(f / TRANSFORMER), "config.json is a device"),

@@ -58,14 +58,15 @@ def line(program: Program, cut: int, frames: int = 3) -> Lowered:
 # Two ranks: 2 seconds for the one op of the first stage, 3 for all of the second.
 TWO_STAGES = line(DECODER, 1)
 TWO_STAGE_COSTS = Given([2.0] + [3.0 / (END - 1)] * (END - 1))
-CROSSING = account(TWO_STAGES)[1].sent_bytes // 3  # what crosses the cut behind the first op with one chunk
+CROSSING = account(TWO_STAGES)[1].sent_bytes // 3  # bytes of one chunk that cross the cut behind the first op
 ONE_SECOND = Link(latency_s=0.5, bytes_per_s=CROSSING)
 
 
 def test_two_stages_by_hand() -> None:
     found = timeline(TWO_STAGES, TWO_STAGE_COSTS, lambda a, b: ONE_SECOND)
-    # Chunk 0 is made by 2, there at 3.5, done at 6.5. Chunk 1 is made by 4 and there at 5.5, chunk 2 made by 6;
-    # the root takes chunk 1 up at 6.5, expects chunk 2 from then on, and has it at 8.
+    # Chunk 0 leaves the first stage at 2, arrives at the root at 3.5 and is finished at 6.5. Chunk 1 leaves at 4
+    # and arrives at 5.5. Chunk 2 leaves at 6. The root starts chunk 1 at 6.5, and from then on it can receive
+    # chunk 2, which arrives at 8.
     assert found.results == pytest.approx((6.5, 9.5, 12.5))
     assert found.seconds == pytest.approx(12.5)
     assert found.busy_s == pytest.approx((9.0, 6.0))
@@ -77,13 +78,13 @@ def test_without_links_messages_take_no_time() -> None:
 
 
 def test_two_stages_by_hand_with_portions() -> None:
-    # The first op of those that see portions is the last of the first stage, which takes 2 seconds for a chunk and
-    # no time for what comes before; each of the two portions is half a second under way, and 1.5 at the root.
+    # The last op of the first stage is the first that sees portions. It takes 2 seconds for a chunk, and the ops
+    # before it take no time. Each of the two portions travels for 0.5 s and takes 1.5 s at the root.
     stop = PORTIONED.portions_from + 1
     costs = Given([0.0] * (stop - 1) + [2.0] + [3.0 / (END - stop)] * (END - stop))
     link = Link(latency_s=0.5, bytes_per_s=float("inf"))
     found = timeline(line(PORTIONED, stop, frames=2), costs, lambda a, b: link)
-    # The first frame is there at 2.5 and done at 5.5. The portions of the next chunk are made by 3 and 4.
+    # The first frame arrives at 2.5 and is finished at 5.5. The portions of the next chunk leave at 3 and 4.
     assert found.results == pytest.approx((5.5, 7.0, 8.5))
     assert found.busy_s == pytest.approx((6.0, 4.0))
 
@@ -206,7 +207,7 @@ def test_one_rank_takes_the_sum_of_its_ops(program: Program) -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(12, 6), (11, 10), (45, 80)], ids=str)
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_chunks_that_repeat_are_counted(name: str, rows: int, cols: int, program: Program) -> None:
-    """What each further chunk adds is what the clip takes that is lowered chunk by chunk."""
+    """The time of chunks that repeat is the same as if every chunk of the clip were lowered."""
     shape = LatentShape(1, 1 + 19 * program.latents_per_chunk, rows, cols)
     assignment = STRATEGIES[name].assign(program, shape, 4)
     clip, whole = lower_repeated(program, shape, assignment), lower(program, shape, assignment)

@@ -16,7 +16,7 @@ from cosmos3_pipeline import compose
 from cosmos3_pipeline.config.schema import TopologyConfig
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
-# What SLURM, Kubernetes and the user set on the second of two machines.
+# The variables that SLURM, Kubernetes and a user set on the second of two machines.
 SET = {
     "CHECKPOINT": "/data/Cosmos3-Super",
     **{"NODE_RANK": "1", "MASTER_ADDR": "host0", "JOB_COMPLETION_INDEX": "1"},

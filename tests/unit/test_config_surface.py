@@ -24,7 +24,7 @@ LIBRARY = Path(__file__).parents[2]
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF)
 
 
-# What an option needs beside the defaults.
+# The overrides that an option needs beside the defaults.
 NEEDS = {"weights/sharded": ["topology=cpu_x2"], **{f"task/{name}": needs for name, needs in TASK_NEEDS.items()}}
 for direction in ("encode", "decode"):
     flag = [f"vae.parallel_{direction}=true", "task=v2v"]

@@ -258,7 +258,7 @@ def without_list(folder: Path) -> None:
     edit(folder / SCHEDULER, fixed_step_sampler_config={"sample_type": "sde"})
 
 
-# What is done to a whole folder -> what the refusal says.
+# Each changes a whole folder. The refusal contains the words.
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "steps nowhere": (
         lambda f: (without_list(f), drop(f / MODULAR_INDEX, "distilled_sigmas")),

@@ -20,14 +20,15 @@ from cosmos3_plugins.replicated import Replicated
 
 pytestmark = pytest.mark.ranks
 
-# Shares of what buffers take. Where something small comes to lie among the freed ones a few of the 24 are mapped
-# anew even where all are kept; a page more than theirs may be mapped where none is.
+# Bounds for the share of the buffers' pages that are mapped anew. If freed buffers are kept, a few of the 24 are
+# still mapped anew, because small allocations come to lie between them. If none is kept, the share is near 1.
 FEW, ALL = 0.25, 0.95
 
-# For a process of its own: which share of their pages is mapped anew while four buffers are taken and freed
-# repeatedly, of a size that glibc would keep if it were told to, and of one that it would always map: by default,
-# and where large ones are kept. Then how many MiB a buffer takes that is to live long and fits into no freed one,
-# how many of them stay when it is freed, and whether the next large ones are kept as before.
+# Runs in a process of its own, because it changes settings of glibc. It takes and frees four buffers repeatedly
+# and prints the share of their pages that is mapped anew, for a size that glibc can be told to keep and for one
+# that it always maps, by default and with large buffers kept. Then it takes a long-lived buffer that fits into no
+# freed one. It prints the MiB that this buffer takes, the MiB that stay when it is freed, and whether large
+# buffers are kept after that as before.
 CODE = """
 import ctypes
 import os

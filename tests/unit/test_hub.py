@@ -101,7 +101,7 @@ def at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
 
 
 def forget() -> None:
-    """What a new process would not know."""
+    """Forget what a new process would not know."""
     hub_module._fetched.cache_clear()
     hub_module._say.cache_clear()
     huggingface_hub.close_session()

@@ -1,4 +1,4 @@
-"""What is in a picture or a clip is shown as viewers show it, or refused; what reading changed is told."""
+"""Pictures and clips are read as viewers show them, or refused. Each change that reading makes is told."""
 
 from __future__ import annotations
 

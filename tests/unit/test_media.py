@@ -215,7 +215,7 @@ def test_frame_rates_are_fractions(fps: float, rate: tuple[int, int]) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photograph_is_upright(orientation: int, tmp_path: Path) -> None:
     upright = Image.fromarray(pictures(1, 30, 40)[0])
-    # What a camera stores for each orientation tag, so that applying the tag gives `upright`.
+    # By orientation tag, how a camera turns `upright` before it stores it.
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,

@@ -1,4 +1,4 @@
-"""What a strategy package imports is one module, and what is in that module stays."""
+"""A strategy package imports one module. The names in that module stay."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def test_strategies_that_ship_with_the_library_pass(name: str) -> None:
     assert len(outcomes.passed) > 20
 
 
-# What is broken: the tests that must find it, on one clip where they have several, and words that show that it was
-# found for this reason.
+# For each fault of a plugin the tests that must find it, on one clip where they have several, and words of the
+# failure that show that it was found for this reason.
 # Their ranks wait for each other.
 WAITING = ("as_exact and 2-image-decode", "raises_stops_all and root-encode")
 BROKEN = {

@@ -337,7 +337,7 @@ def planted_in_gather(extra: Callable[[Comm, Tensor], object]) -> Any:
 
 
 def faults(found: Rehearsed) -> list[str]:
-    """What is wrong with the messages of all ranks together."""
+    """The findings about the messages of all ranks together."""
     return [finding.text for finding in found.findings if finding.kind == "messages" and finding.rank is None]
 
 
@@ -669,7 +669,7 @@ def tracker() -> Tracker:
 
 
 def works_of(used: Tracker) -> dict[str, Work]:
-    """What was launched, by the names of kernels."""
+    """The kernels that were launched, by name."""
     return {kernel.name: work for kernel, work in used.roofline.works.items()}
 
 
@@ -694,7 +694,7 @@ def test_a_kernel_takes_what_bounds_it() -> None:
 
 @pytest.mark.parametrize(("into", "read"), [("into", 8000), ("out", 4000)])
 def test_an_op_of_another_library_is_one_kernel(into: str, read: int) -> None:
-    """What it changes it may read as well, unless it calls it `out`."""
+    """A tensor that the op changes counts as read too, unless the op names it `out`."""
     used = tracker()
     with torch.library._scoped_library("rehearsed", "FRAGMENT") as library:
         library.define(f"scaled(Tensor x, Tensor(a!) {into}) -> Tensor")

@@ -177,7 +177,7 @@ def test_the_experiment_of_sglang_at_full_size() -> None:
     for name, stage in rank.stages.items():
         assert stage.flops == pytest.approx(planned[name].flops, rel=0.001)
         assert stage.peak_bytes == pytest.approx(planned[name].peak_bytes, rel=0.02)
-    # What the plan's seconds have and the roofline has not: efficiencies that published runs have shown.
+    # The plan's seconds contain efficiencies that published runs have shown. The roofline has none.
     assert 0.5 < rank.stages["denoise"].roofline_seconds / planned["denoise"].total_seconds < 1
 
 

@@ -34,7 +34,7 @@ PLAN: dict[str, Any] = {
     "exactness.denoise": "bitwise",
     "exactness.decode": "bitwise",
 }
-# Which key a value is written under, where it is not its own.
+# Values that are written under another key than their own, with that key.
 ROOTS = {"stages.denoise.steps": "sampler.steps"}
 
 

@@ -1,4 +1,4 @@
-"""What a review reads from files alone: renames, new options, and Hydra's own node."""
+"""Changes that a review finds in the files alone: renames, new options, and Hydra's own node."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ ROOMS = (
     *("rehearsal", "jobs", "trackers", "review", "report", "plugin_kit"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "safetensors", "av", "numpy"}
-# What plans without torch.
+# The packages that plan without torch.
 LIGHT = (
     *(
         "account",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# What is started says `ready` on its stdout when the signal may come.
+# A started program prints `ready` when the signal may come.
 BEGIN = """
 import signal, sys, time
 from pathlib import Path
@@ -226,7 +226,7 @@ def test_an_output_that_is_closed_is_no_error(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-# What only prints, with an output that takes nothing, or none.
+# Commands that only print. Their output is full or closed.
 @pytest.mark.parametrize(
     ("arguments", "redirected", "code", "said"),
     [

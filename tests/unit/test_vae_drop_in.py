@@ -190,7 +190,7 @@ def test_a_call_that_needs_gradients_is_refused() -> None:
     assert not vae.eval().training and not any(p.requires_grad for p in vae.requires_grad_(False).parameters())
 
 
-# What the public names of AutoencoderKLWan do here, for those that are refused with what the message must name.
+# The public names of AutoencoderKLWan that are refused here, with a word that the message must contain.
 TILED = "cosmos3_plugins.tiled"
 REFUSED = {
     "enable_tiling": TILED,

@@ -1,4 +1,4 @@
-"""What the strategies decide, and that each holds what it planned. Ranks are threads."""
+"""The strategies' assignments. Each strategy keeps to its plan. Ranks are threads."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_a_checkpoint_without_one_has_an_empty_one() -> None:
     assert (given.negative_prompt, given.negative_prompt_from) == ("", "none, because the checkpoint has none")
 
 
-# What has a meaning to OmegaConf, to `@file`, or to a table.
+# Prompts with characters that have a meaning to OmegaConf, to `@file` or to a table.
 AWKWARD = [
     "kite ${oc.env:HOME}",
     "costs ${100}",
@@ -146,7 +146,7 @@ def test_words_that_were_interpolated_once_are_not_a_second_time(words: str, tmp
 def test_the_closing_table_shows_any_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for number, line in enumerate(AWKWARD, 1):
-        found[number] = prompts.Line(number, line, f"line_{number:04d}", f"[/dim] {line}")
+        found[number] = prompts.PromptLine(number, line, f"line_{number:04d}", f"[/dim] {line}")
     prompts.write_index(tmp_path, found)
     with pytest.raises(prompts.PromptsFailed):
         prompts.show(tmp_path)

@@ -20,9 +20,9 @@ from cosmos3_pipeline.planning.geometry import grid_of, replica_ranks
 from cosmos3_pipeline.planning.plan import Plan, RankPlan, make_plan
 from cosmos3_pipeline.rehearsal.findings import (
     KernelFound,
-    Line,
     RankFound,
     Rehearsed,
+    SourceLine,
     StageFound,
     findings_of,
     rehearsed_ranks,
@@ -265,8 +265,8 @@ def _found(measured: Measured) -> StageFound:
     )
 
 
-def _lines(counted: Iterable[tuple[Place, int]]) -> tuple[Line, ...]:
-    return tuple(Line(place.name, place.text, amount) for place, amount in counted)
+def _lines(counted: Iterable[tuple[Place, int]]) -> tuple[SourceLine, ...]:
+    return tuple(SourceLine(place.name, place.text, amount) for place, amount in counted)
 
 
 def _notes(config: Config, script: Script) -> Iterable[str]:

@@ -106,7 +106,7 @@ class ListeningVae(ParallelVAE):
 
 
 class Inputs(NamedTuple):
-    """What a run gives its VAE: `vae.picture` to encode, and `latents`, which are `denoised` in the VAE's scale.
+    """The inputs of a run's VAE: `vae.picture` to encode, and `latents`, which are `denoised` in the VAE's scale.
 
     `passes` are those that denoising has taken.
     """
