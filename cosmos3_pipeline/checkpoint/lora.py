@@ -70,7 +70,8 @@ class Adapter:
 
     def check_fits(self, weights: Iterable[Weight]) -> None:
         """Raise Refusal unless the adapter fits a transformer with these weights."""
-        linear = {weight.name: weight.shape for weight in weights if _is_linear(weight)}
+        known_weights = [weight for weight in weights if _is_linear(weight)]
+        linear = {weight.name: weight.shape for weight in known_weights}
         strangers = [name for name in self.added if name not in linear]
         if strangers:
             module, known = _module(strangers[0]), [_module(name) for name in linear]
@@ -79,6 +80,13 @@ class Adapter:
                 + (f" and {len(strangers) - 1} more that are not there" if len(strangers) > 1 else ""),
                 why="this checkpoint's transformer has no linear layer of that name, so it would be ignored",
                 works=did_you_mean(module, known, otherwise="an adapter that was trained on this model"),
+            )
+        unread = {weight.name for weight in known_weights if weight.part is Part.NOTHING}
+        if unread.issuperset(self.added):
+            raise Refusal(
+                what=f"{self.key}: {self.file} changes only {', '.join(map(_module, self.added))}",
+                why="no run reads these layers, so the adapter would change nothing",
+                works=f"an adapter that changes other layers, or no {self.key}",
             )
         for name, low_rank in self.added.items():
             shape = low_rank.up.shape[0], low_rank.down.shape[1]

@@ -46,9 +46,16 @@ def condition_frames(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], l
         Refusal: the frames cannot be read, see `read_frames`.
     """
     assert task.video is not None
+    given = task.condition_latent_frames
+
+    def fewer(found: int) -> str | None:
+        within = [str(frame) for frame in given if frame * clip.temporal < found]
+        return f"task.condition_latent_frames=[{','.join(within)}]" if within else None
+
     return read_frames(
         task.video,
-        frames=max(task.condition_latent_frames) * clip.temporal + 1,
+        frames=max(given) * clip.temporal + 1,
+        fewer=fewer,
         keep=task.condition_keep.value,
         fps=task.fps if task.resample else None,
         size=(clip.width, clip.height),
@@ -68,9 +75,15 @@ def observation(task: TaskConfig, frames: int) -> tuple[list[Image.Image], str, 
         picture, changes = read_picture(task.image, background=background_of(task))
         return [picture], "task.image", changes
     assert task.video is not None
+
+    def fewer(found: int) -> str | None:
+        steps = (found - 1) // 4 * 4  # a latent frame shows 4 frames, and an action leads from a frame to the next
+        return f"task.chunk_size={steps}" if steps else None
+
     pictures, changes = read_frames(
         task.video,
         frames=frames,
+        fewer=fewer,
         keep=task.condition_keep.value,
         fps=task.fps if task.resample else None,
         background=background_of(task),

@@ -237,6 +237,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, str, str]]] = {
         renamed("to_q", "to_qq"),
         ("changes layers.0.self_attn.to_qq", "no linear layer", f"did you mean {Q}"),
     ),
+    "unread": (
+        {"lm_head.lora_A.weight": torch.ones(4, 128), "lm_head.lora_B.weight": torch.ones(512, 4)},
+        ("changes only lm_head", "change nothing", "changes other layers"),
+    ),
     "embedding": (renamed(Q, "embed_tokens"), ("embed_tokens", "no linear layer", "trained on this model")),
     "other layer": (renamed("layers.0", "layers.99"), ("layers.99.self_attn", "no linear layer", "did you mean")),
     "other shape": (

@@ -78,12 +78,14 @@ def read_frames(
     size: tuple[int, int] | None = None,
     background: RGB = WHITE,
     key: str = "task.video",
+    fewer: Callable[[int], str | None] = lambda found: None,
 ) -> tuple[list[Image.Image], list[Change]]:
     """The `first` or `last` (`keep`) `frames` frames of a clip as RGB pictures, and the changes made to them.
 
     With `fps` the frames are chosen by their time stamps, at moments 1/fps seconds apart. Without `fps` they are
     consecutive frames of the file, at any rate. With `size`, width and height in pixels, each is scaled and
-    cropped to fill that size. No other frames are kept in memory. A refusal names `key`.
+    cropped to fill that size. No other frames are kept in memory. A refusal names `key`, and the setting that
+    `fewer` gives for the number of frames that were found; None if no setting takes so few.
 
     Raises:
         Refusal: no such file, not a video, colours that cannot be converted, or a clip of fewer frames.
@@ -102,7 +104,7 @@ def read_frames(
     if not pictures:
         raise _no_video(file, key, "no frame of it can be decoded")
     if len(pictures) < frames:
-        raise _too_short(source, len(pictures), frames, fps)
+        raise _too_short(source, len(pictures), frames, fps, fewer(len(pictures)))
     if fps is not None and numbers != list(range(numbers[0], numbers[0] + frames)):
         changes["rate"] = _other_rate(source, fps)
     return pictures, list(changes.values())
@@ -328,11 +330,10 @@ def _no_video(file: Path, key: str, why: str) -> Refusal:
     )
 
 
-def _too_short(source: _Source, found: int, frames: int, fps: float | None) -> Refusal:
+def _too_short(source: _Source, found: int, frames: int, fps: float | None, fewer: str | None) -> Refusal:
     at = "" if fps is None else f" at {fps:g} frames per second"
     return Refusal(
         what=f"{source.key}={source.file} has {found} frame{'s' * (found != 1)}{at}, {frames} are needed",
         why="latent frame k shows the frames up to 4k; diffusers would repeat the last frame, a standstill",
-        works=f"a longer clip, or fewer of its frames: latent frames up to {(found - 1) // 4} "
-        "(task.condition_latent_frames of v2v, a quarter of task.chunk_size with actions)",
+        works="a longer clip" + (f", or {fewer}" if fewer else ""),
     )
