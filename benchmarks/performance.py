@@ -102,7 +102,7 @@ def vae_rows(report: Mapping[str, Any]) -> Iterator[Sequence[str]]:
                 yield (
                     *(size, ours, str(row["ranks"]), other, clock),
                     *(f"{target}x" if target else "", spread(busy), f"{peak:.0%}" if peak else ""),
-                    exactness(row["checked"][0]),
+                    exactness(row["checked"][0], case["call"]),
                 )
 
 

@@ -234,6 +234,7 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
             jobs.follow(prepare(compose(args.overrides, source or BUILTIN)))
         return
     folders_exist(args)
+    _no_repeat(args.overrides)
     if args.multirun or asks_for_sweep(args.overrides):
         _repeat(args)
     if args.resolve and args.cfg is None:
@@ -276,16 +277,18 @@ def _launch(hydra_main: Callable[[], None], args: Namespace, source: Source | No
             running.run(composition, getattr(hydra_main, "__wrapped__"))  # noqa: B009 - untyped
 
 
-def _repeat(args: Namespace) -> None:
-    """Sweep over the repeats of `sweep.repeats` outermost, so that every job runs once before any runs again.
-
-    Raises ConfigError if the user sets the number of a repeat.
-    """
-    for override in args.overrides:
+def _no_repeat(overrides: Sequence[str]) -> None:
+    """Refuse the number of a repeat, which a sweep gives to its jobs. Raises ConfigError."""
+    for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key == table.REPEAT:
             why = "it counts the runs of a job from 0, and the sweep sets it"
-            raise ConfigError([Problem(what=override, why=why, works=f"{table.REPEATS}={value or 5}")])
+            works = f"-m {table.REPEATS}={value if value.isdecimal() else 5}"
+            raise ConfigError([Problem(what=override, why=why, works=works)])
+
+
+def _repeat(args: Namespace) -> None:
+    """Sweep over the repeats of `sweep.repeats` outermost, so that every job runs once before any runs again."""
     counts = [o.partition("=")[2] for o in args.overrides if o.startswith(f"{table.REPEATS}=")]
     if counts and counts[-1].isdecimal() and int(counts[-1]) > 1:
         turns = f"{table.REPEAT}={','.join(map(str, range(int(counts[-1]))))}"

@@ -35,9 +35,8 @@ def run_forked(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python script *args` as `subprocess.run` does, with its output as text, in a process forked from this.
 
-    `meanwhile` is called while the script runs.
-
-    A module that is imported already does not read `env` again. A run's own ranks are forked as well.
+    `meanwhile` is called while the script runs. A module that is imported already does not read `env` again. A
+    run's own ranks are forked as well.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

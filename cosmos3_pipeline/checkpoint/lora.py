@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ VARIANTS = (
 # Values of init_lora_weights. Any other start of a training changes the model's weights too, so it is refused.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 SAVED_AGAIN = "the adapter as diffusers' `transformer.save_lora_adapter(FOLDER)` writes it"
+READ = tuple(part for part in Part if part is not Part.NOTHING)  # by some run
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 
 
@@ -68,10 +69,10 @@ class Adapter:
     file: Path
     added: Mapping[str, LowRank]
 
-    def check_fits(self, weights: Iterable[Weight]) -> None:
-        """Raise Refusal unless the adapter fits a transformer with these weights."""
-        known_weights = [weight for weight in weights if _is_linear(weight)]
-        linear = {weight.name: weight.shape for weight in known_weights}
+    def check_fits(self, weights: Iterable[Weight], *, read: Collection[Part] = READ) -> None:
+        """Raise Refusal unless the adapter fits a transformer with these weights, of which a run reads `read`."""
+        layers = [weight for weight in weights if _is_linear(weight)]
+        linear = {weight.name: weight.shape for weight in layers}
         strangers = [name for name in self.added if name not in linear]
         if strangers:
             module, known = _module(strangers[0]), [_module(name) for name in linear]
@@ -81,12 +82,14 @@ class Adapter:
                 why="this checkpoint's transformer has no linear layer of that name, so it would be ignored",
                 works=did_you_mean(module, known, otherwise="an adapter that was trained on this model"),
             )
-        unread = {weight.name for weight in known_weights if weight.part is Part.NOTHING}
-        if unread.issuperset(self.added):
+        used = {weight.name for weight in layers if weight.part in read}
+        if used.isdisjoint(self.added):
+            first, *others = map(_module, self.added)
             raise Refusal(
-                what=f"{self.key}: {self.file} changes only {', '.join(map(_module, self.added))}",
-                why="no run reads these layers, so the adapter would change nothing",
-                works=f"an adapter that changes other layers, or no {self.key}",
+                what=f"{self.key}: {self.file} changes only {first}"
+                + (f" and {len(others)} more" if others else ""),
+                why="this run does not read what it changes, so the adapter would have no effect",
+                works=f"a task that reads it, an adapter of other layers, or no {self.key}",
             )
         for name, low_rank in self.added.items():
             shape = low_rank.up.shape[0], low_rank.down.shape[1]

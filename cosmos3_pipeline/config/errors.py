@@ -22,10 +22,10 @@ from cosmos3_pipeline.config.mistakes import (
     Groups,
     as_meant,
     beside,
+    cannot_take,
     in_a_shell,
     keys_meant,
     parsed,
-    useless,
     written,
 )
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
@@ -73,7 +73,7 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "", groups: Grou
     listed = f"the keys of {node} are: {', '.join(siblings)}" if siblings and node else "see --cfg job"
     near, meant = keys_meant(key, known), None if hydras else as_meant(override, groups)
     if meant is None or (near and meant == in_a_shell(f"{near[0]}={value}")):
-        near = [k for k in near if not value or not useless(k, value)]
+        near = [k for k in near if not value or not cannot_take(k, value)]
     else:
         near = [meant]
     return Problem(
@@ -149,7 +149,7 @@ def wrong_kind(key: str, wrong: str, where: str, usual: Usual, cause: str = "") 
         return Problem(f"{key} {wrong}{where}", cause or "the key has another type", works)
     typed = said and written(kind, said, key, rate)
     if not typed and kind.hint in (int, float) and (number := usual(key, key)) is not None:
-        typed = f"{number:g}" if kind.hint is float else str(number)
+        typed = str(number)
     typed = typed or kind.example
     if "[" in key:
         works = f"{key.partition('[')[0]}=[...] with such values"

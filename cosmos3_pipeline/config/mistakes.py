@@ -475,7 +475,7 @@ def _words_of(value: str) -> list[str]:
     return [word, OTHER_VALUES[word]] if word in OTHER_VALUES else [word]
 
 
-def useless(key: str, value: str) -> bool:
+def cannot_take(key: str, value: str) -> bool:
     """Whether `value` means no name that `key` takes, or is a truth value for a key that takes others."""
     kind = kind_of(key)
     if kind is None or kind.is_node:

@@ -268,7 +268,7 @@ def _contents(prepared: Prepared) -> Iterator[Problem]:
     if task.negative_prompt is not None:
         checks.append(partial(words.read_words, task.negative_prompt))
     if action_of(task) is not None:
-        checks.append(partial(inputs.observation, task, encoded_of(prepared.config).num_frames))
+        checks.append(partial(inputs.observation, task, encoded_of(prepared.config).num_frames, clip.temporal))
     elif task.last_image is not None:
         checks.append(partial(inputs.both_ends, task, clip))
     elif task.image is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from cosmos3_pipeline.checkpoint.adopt import Adopted, adopt_checkpoint
 from cosmos3_pipeline.checkpoint.hub import is_hub_id
 from cosmos3_pipeline.checkpoint.lora import read_adapter
-from cosmos3_pipeline.checkpoint.weights import transformer_weights
+from cosmos3_pipeline.checkpoint.weights import Part, generation_parts, transformer_weights
 from cosmos3_pipeline.config import checks as structure
 from cosmos3_pipeline.config.compose import Composition
 from cosmos3_pipeline.config.overrides import typed_settings
@@ -26,7 +26,15 @@ from cosmos3_pipeline.config.tasks import paths_of
 from cosmos3_pipeline.denoise.checks import PASSES, check_layout, check_tokens
 from cosmos3_pipeline.errors import ConfigError, Problem, Refusal, did_you_mean
 from cosmos3_pipeline.planning.action_checks import by_hand, check_actions, settled
-from cosmos3_pipeline.planning.geometry import Clip, chunks_of, clip_of, grid_of, nearest_multiple, replica_ranks
+from cosmos3_pipeline.planning.geometry import (
+    Clip,
+    chunks_of,
+    clip_of,
+    grid_of,
+    modalities_of,
+    nearest_multiple,
+    replica_ranks,
+)
 from cosmos3_pipeline.planning.plan import Plan, make_plan
 from cosmos3_pipeline.planning.sampling import check_cache, check_interval, check_steps, passes_of
 from cosmos3_pipeline.planning.task_checks import TASK_CHECKS
@@ -221,6 +229,7 @@ def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
         numbers = {**plain(cfg.model.transformer), "latent_channel": cfg.model.vae.z_dim}
         weights = list(transformer_weights(numbers))
     seen: dict[Path, int] = {}
+    read = (Part.TEXT, *generation_parts(modalities_of(cfg)))
     for number, asked in enumerate(cfg.model.lora):
         try:
             adapter = read_adapter(asked, number)
@@ -233,7 +242,7 @@ def _adapters(cfg: Config, adopted: Adopted | None) -> Iterator[Problem]:
                 )
                 continue
             if weights is not None:
-                adapter.check_fits(weights)
+                adapter.check_fits(weights, read=read)
         except Refusal as refusal:
             yield refusal.problem
 

@@ -78,7 +78,7 @@ class ActionEncodeStage:
             clip, action = context.clip, self._action
             conditioned = action.conditioned(clip.temporal)
             frames = conditioned[-1] * clip.temporal + 1
-            pictures, key, context.inputs[key] = observation(self._task, frames)
+            pictures, key, context.inputs[key] = observation(self._task, frames, clip.temporal)
             vae, pipeline = context.components.vae(encoder=True), context.components.pipeline
             pixels, size, height, width = pipeline._prepare_action_video_conditioning(
                 pictures, action.tier, frames, device=HOST, dtype=vae.dtype

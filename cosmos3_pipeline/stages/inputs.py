@@ -63,10 +63,11 @@ def condition_frames(task: TaskConfig, clip: Clip) -> tuple[list[Image.Image], l
     )
 
 
-def observation(task: TaskConfig, frames: int) -> tuple[list[Image.Image], str, list[Change]]:
+def observation(task: TaskConfig, frames: int, temporal: int) -> tuple[list[Image.Image], str, list[Change]]:
     """The pictures that condition a task with actions, in their own size, their config key, and their changes.
 
-    They are `task.image`, or the first or last `frames` frames of `task.video` (`task.condition_keep`).
+    They are `task.image`, or the first or last `frames` frames of `task.video` (`task.condition_keep`). A latent
+    frame shows `temporal` frames.
 
     Raises:
         Refusal: the pictures cannot be read, or the video has fewer frames.
@@ -77,7 +78,7 @@ def observation(task: TaskConfig, frames: int) -> tuple[list[Image.Image], str, 
     assert task.video is not None
 
     def fewer(found: int) -> str | None:
-        steps = (found - 1) // 4 * 4  # a latent frame shows 4 frames, and an action leads from a frame to the next
+        steps = (found - 1) // temporal * temporal  # an action leads from a frame to the next
         return f"task.chunk_size={steps}" if steps else None
 
     pictures, changes = read_frames(

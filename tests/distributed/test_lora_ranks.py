@@ -97,7 +97,7 @@ def test_latents_are_those_of_diffusers_with_the_same_adapters(
     assert (expected - without).abs().max() > 0.1
     for found in run_on_ranks(latents, ulysses, folder, adapters, torch.float32, ulysses):
         for name, made in found.items():
-            assert (made - expected).abs().max().item() <= 1e-5, name
+            assert (made - expected).abs().max() <= (0 if ulysses == 1 else 5e-6 * expected.abs().max()), name
             assert torch.equal(made, found["resident"]), name
 
 

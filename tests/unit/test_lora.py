@@ -28,6 +28,7 @@ from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.models import reading
 from cosmos3_pipeline.models.passing import SlabFiles
 from cosmos3_pipeline.models.reading import read_tensors
+from cosmos3_pipeline.planning.checks import check_composition
 from cosmos3_pipeline.plugin_kit.live_bytes import LiveBytes
 from cosmos3_pipeline.review.compare import picture
 
@@ -239,7 +240,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, str, str]]] = {
     ),
     "unread": (
         {"lm_head.lora_A.weight": torch.ones(4, 128), "lm_head.lora_B.weight": torch.ones(512, 4)},
-        ("changes only lm_head", "change nothing", "changes other layers"),
+        ("changes only lm_head", "no effect", "of other layers"),
     ),
     "embedding": (renamed(Q, "embed_tokens"), ("embed_tokens", "no linear layer", "trained on this model")),
     "other layer": (renamed("layers.0", "layers.99"), ("layers.99.self_attn", "no linear layer", "did you mean")),
@@ -333,6 +334,19 @@ def test_what_no_run_reads_may_be_changed(root: Path, tmp_path: Path) -> None:
     names = {name.removesuffix(".lora_A.weight") for name in contents(root / "patterned")[0]}
     read = {one.weight.name for one in opened(root).parts("transformer", READ)}
     assert {name for name in names if f"{name}.weight" not in read} >= {"lm_head", "layers.3.self_attn.to_q"}
+
+
+def test_what_this_run_does_not_read_may_not_be_all_that_changes(tmp_path: Path) -> None:
+    heads = {f"audio_proj_out.lora_{name}.weight": torch.ones(4, 4) for name in "AB"}
+    lora = f"model.lora=[{{path: {write(tmp_path / 'adapter', heads)}}}]"
+    works = {}
+    for sound in ("true", "false"):
+        with pytest.raises(ConfigError) as refused:
+            check_composition(composing.compose(["model=toy_random", f"task.sound={sound}", lora]))
+        (problem,) = refused.value.problems
+        works[sound] = problem.why
+    assert "this run does not read" in works["false"]
+    assert "the adapter is another model's" in works["true"]  # its matrices are too small
 
 
 PATHS = {

@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from toy_runs import clip_of, task_config
 
 from cosmos3_pipeline.config.schema import Encoder
 from cosmos3_pipeline.config.shortcut import composition_of
@@ -22,6 +23,7 @@ from cosmos3_pipeline.errors import ConfigError, Refusal
 from cosmos3_pipeline.jobs.start import prepare
 from cosmos3_pipeline.planning.writing import IN_FLIGHT, LOOKAHEAD
 from cosmos3_pipeline.stages.files import whole_file
+from cosmos3_pipeline.stages.inputs import condition_frames
 from cosmos3_pipeline.stages.likeness import PEAK, psnr_db
 from cosmos3_pipeline.stages.media import (
     check_encoder,
@@ -342,6 +344,17 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         ):
             with pytest.raises(Refusal, match=said):
                 read_frames(path, frames=5, keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("asked", "works"),
+    [([0, 1, 2], r"or task.condition_latent_frames=\[0,1\]$"), ([2], "works: a longer clip$")],
+)
+def test_a_short_clip_is_told_the_latent_frames_that_it_has(tmp_path: Path, asked: list[int], works: str) -> None:
+    file = write(tmp_path / "clip.mp4", pictures(7))
+    task = task_config(video=str(file), condition_latent_frames=asked)
+    with pytest.raises(Refusal, match=works):
+        condition_frames(task, clip_of(32, 32, 13))
 
 
 def test_likeness_of_two_files(tmp_path: Path) -> None:

@@ -162,14 +162,15 @@ def test_what_is_no_flag_and_no_command_is_told_before_anything_else(
     assert "=" not in works or told.endswith(f"to copy: cosmos3 {works}")
 
 
+@pytest.mark.parametrize("flags", [[], ["-m"]])
 def test_the_number_of_a_repeat_is_not_typed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["cosmos3", "-m", "sweep.repeat=3"])
+    monkeypatch.setattr(sys, "argv", ["cosmos3", *flags, "sweep.repeat=3"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == cli.REFUSED
-    assert "works: sweep.repeats=3" in capsys.readouterr().err
+    assert "works: -m sweep.repeats=3" in capsys.readouterr().err
 
 
 def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

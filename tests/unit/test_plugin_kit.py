@@ -63,10 +63,10 @@ def test_strategies_that_ship_with_the_library_pass(name: str) -> None:
     assert len(outcomes.passed) > 20
 
 
+# The tests that must find a plugin whose ranks wait for each other.
+WAITING = ("as_exact and 2-image-decode", "raises_stops_all and root-encode")
 # For each fault of a plugin the tests that must find it, on one clip where they have several, and words of the
 # failure that show that it was found for this reason.
-# Their ranks wait for each other.
-WAITING = ("as_exact and 2-image-decode", "raises_stops_all and root-encode")
 BROKEN = {
     "OneBitOff": ("as_exact and 2-clip", "declared bitwise, reached rounding"),
     "RanksDisagree": ("as_exact and 2-clip", "rank 1 of 2: declared bitwise, reached nothing"),

@@ -23,7 +23,7 @@ ROOMS = (
     *("rehearsal", "jobs", "trackers", "review", "report", "plugin_kit"),
 )
 HEAVY = {"torch", "diffusers", "transformers", "safetensors", "av", "numpy"}
-# The packages that plan without torch.
+# The modules of the VAE that plan without torch.
 LIGHT = (
     *(
         "account",
