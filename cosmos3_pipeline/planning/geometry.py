@@ -13,7 +13,7 @@ from cosmos3_pipeline.config.schema import Config, TaskName, TopologyConfig
 from cosmos3_pipeline.config.tasks import controls_planned
 from cosmos3_pipeline.denoise.cost import Stretch
 from cosmos3_pipeline.denoise.shards import Grid
-from cosmos3_pipeline.planning.actions import action_of
+from cosmos3_pipeline.planning.actions import ACTION_TASKS, action_of
 from cosmos3_pipeline.planning.chunks import Chunks
 
 
@@ -134,8 +134,12 @@ def tokens_beside(cfg: Config) -> dict[str, int]:
 
 
 def modalities_of(cfg: Config) -> frozenset[str]:
-    """The modalities of the sequence: vision, and sound or action if the task has them."""
-    return frozenset(stretch.modality for stretch in stretches_of(cfg))
+    """The modalities of the sequence: vision, and sound or action if the task has them.
+
+    They are those of an unchecked config, too, such as one with sound for a model that has no head for it.
+    """
+    asked = {"vision": True, "sound": cfg.task.sound, "action": cfg.task.name in ACTION_TASKS}
+    return frozenset(modality for modality, wanted in asked.items() if wanted)
 
 
 def nearest_multiple(value: int, step: int) -> int:

@@ -349,6 +349,21 @@ def test_what_this_run_does_not_read_may_not_be_all_that_changes(tmp_path: Path)
     assert "the adapter is another model's" in works["true"]  # its matrices are too small
 
 
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["model=edge", "task.sound=true"], "no head for sound"),
+        # Weights that are known are compared with the adapter's before the task is checked.
+        (["model=toy_random", "task=policy", "task.view_point=null"], "this run does not read"),
+    ],
+)
+def test_a_wrong_task_beside_an_adapter_is_refused(mistake: list[str], said: str, tmp_path: Path) -> None:
+    heads = {f"audio_proj_out.lora_{name}.weight": torch.ones(4, 4) for name in "AB"}
+    lora = f"model.lora=[{{path: {write(tmp_path / 'adapter', heads)}}}]"
+    with pytest.raises(ConfigError, match=said):
+        check_composition(composing.compose([*mistake, lora]))
+
+
 PATHS = {
     "missing": ("plane", ("no such file", "does not exist", "did you mean plain")),
     "hub": ("owner/name", ("owner/name", "id of the hub", "hf download owner/name")),
