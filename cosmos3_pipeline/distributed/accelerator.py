@@ -163,7 +163,11 @@ class AcceleratorGroup:
 
 def _backend(store: Store, rank: int, size: int, device: torch.device, patience: timedelta) -> Any:
     if device.type == "cpu":
-        return dist.ProcessGroupGloo(store, rank, size, timeout=patience)
+        gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout=patience)
+        # gloo may return while another rank still connects. If this rank failed at once, the other would report a
+        # closed connection and not this rank's error.
+        gloo.barrier(c10d.BarrierOptions()).wait()
+        return gloo
     nccl: Any = c10d.ProcessGroupNCCL  # missing in PyTorch builds for CPU
     # When a peer aborts, PyTorch's own thread would end this process before it could report the reason. The watch
     # reports the reason and ends the waits instead.
