@@ -66,9 +66,16 @@ class ConfigError(Portable, ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The word of `known` that is nearest to `word`, or None if none is near."""
+    """The word of `known` that is nearest to `word`, or None if none is near.
+
+    A word of at least three letters that begins one name alone is short for this name.
+    """
+    names = sorted(set(known))
+    begun = [name for name in names if len(word) >= 3 and name.startswith(word)]
+    if len(begun) == 1:
+        return begun[0]
     # in a short name, two swapped letters already reduce the similarity by a third
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6 if len(word) < 5 else 0.75)
+    found = difflib.get_close_matches(word, names, n=1, cutoff=0.6 if len(word) < 5 else 0.75)
     return found[0] if found else None
 
 

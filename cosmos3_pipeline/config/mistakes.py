@@ -201,7 +201,7 @@ class _Reader:
         if _is_bare(word) and rest[1:2] and rest[1].startswith("="):
             count = 2 + (rest[1] == "=" and len(rest) > 2)
             return self._assigned(rest, count, EQUALS)
-        if word.endswith("=") and rest[1:2] and _is_bare(rest[1]):
+        if word.endswith("=") and rest[1:2] and _is_bare(rest[1]) and not re.match("--?[a-z]", rest[1]):
             return self._assigned(rest, 2, EQUALS)
         if _is_bare(word):
             return self._alone(rest)

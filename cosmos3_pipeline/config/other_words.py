@@ -60,10 +60,10 @@ OTHER_VALUES = {
     **dict.fromkeys(("tiling", "enable_tiling", "vae_tiling", "enable_vae_tiling"), "tiled"),
     **dict.fromkeys(("parallel_vae", "use_parallel_vae", "parallel_vae_decode"), "parallel"),
     **dict.fromkeys(("euler", "ddim", "ddpm", "dpm++", "dpmsolver++", "flow_match_euler"), "unipc"),
-    **dict.fromkeys(("text2video", "text_to_video", "txt2vid"), "t2v"),
+    **dict.fromkeys(("text2video", "text_to_video", "txt2vid", "video"), "t2v"),
     **dict.fromkeys(("image2video", "image_to_video", "img2vid"), "i2v"),
     **dict.fromkeys(("video2video", "video_to_video", "vid2vid"), "v2v"),
-    **dict.fromkeys(("text2image", "text_to_image", "txt2img"), "t2i"),
+    **dict.fromkeys(("text2image", "text_to_image", "txt2img", "image", "picture"), "t2i"),
     **dict.fromkeys(("dryrun", "dry_run"), "plan"),
 }
 # A word alone that means a flag, a job, or nothing.

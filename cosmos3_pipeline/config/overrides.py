@@ -29,6 +29,7 @@ from cosmos3_pipeline.config.mistakes import (
     parsed,
     read,
 )
+from cosmos3_pipeline.config.tasks import WORDS
 from cosmos3_pipeline.errors import ConfigError, Problem
 
 _SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
@@ -36,6 +37,7 @@ _SWEEPS = re.compile(r"^(glob|choice|range|interval|shuffle|sort)\(.*\)$")
 _CHOICES_SWEPT = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP)
 # Hydra's own texts, with which a run names its folder: `hydra.run.dir=2026_12_02` would be the folder 20261202.
 _HYDRAS_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
+_HYDRAS_FOLDERS = _HYDRAS_TEXTS[:2]
 _HYDRAS_TEXT = Kind(str, False, {})
 # A quoted text, or what stands between the brackets, commas and colons of a value.
 _PIECE = re.compile(r"""'[^']*'|"[^"]*"|[^\[\](){},:'"]+""")
@@ -56,7 +58,7 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
         means = None if reading.means == reading.typed else reading.means
         problems += [*_sweep_alone(override, sweep, means), *_group_as_key(override, groups, means)]
         problems += [*_no_option(override, groups), *_nothing_set(override), *_no_truth(override)]
-        problems += _other_text(override)
+        problems += [*_other_text(override), *_no_words(override)]
         if override.key_or_group in groups and not override.is_hydra_override():
             problems += _doubled(override, chosen)
     if problems:
@@ -236,6 +238,22 @@ def _other_text(override: Override) -> Iterator[Problem]:
                 works=in_a_shell(f"{override.get_key_element()}={_PIECE.sub(_quoted, typed)}"),
             )
             return
+
+
+def _no_words(override: Override) -> Iterator[Problem]:
+    """A problem of `model.path=`, as an empty variable of a shell leaves it. As a path it would be this folder."""
+    if override.is_delete() or override.is_sweep_override():
+        return
+    for key, value in _single(override.key_or_group, override.value()):
+        kind = _HYDRAS_TEXT if key in _HYDRAS_TEXTS else kind_of(key)
+        if value != "" or kind is None or kind.hint is not str or key.removeprefix("task.") in WORDS:
+            continue
+        meant = f"{key}=. for this folder" if key in _HYDRAS_FOLDERS else f"{key}=TEXT"
+        yield Problem(
+            what=f"{override.input_line} sets an empty text",
+            why=f"{key} is {kind}; an empty variable of a shell looks like this",
+            works=f"{meant}, or the command without {override.key_or_group}",
+        )
 
 
 def _quoted(piece: re.Match[str]) -> str:

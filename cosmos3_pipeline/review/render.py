@@ -296,7 +296,9 @@ def _pair(name: str, pair: tuple[Any, Any]) -> str:
 
 
 def _growth(share: float) -> str:
-    """`+12.5%`, or `14.2x` from three times the old value on."""
+    """`+12.5%`, or `14.2x` from three times the old value on. A small difference is not written as none."""
+    if 0 < abs(share) < 0.0005:
+        return f"{'+' if share > 0 else '-'}<0.1%"
     return f"{share:+.1%}" if share < 2 else f"{1 + share:.1f}x"
 
 

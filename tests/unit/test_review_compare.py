@@ -81,6 +81,11 @@ def test_the_same_change_in_many_cases_is_told_once_with_what_follows_it() -> No
         assert words in render.as_markdown(report)
 
 
+def test_a_small_difference_is_not_written_as_none() -> None:
+    report = compared({"a": case()}, {"a": case({"sampler.steps": 36}, {"seconds.total": 60.001})})
+    assert "60 s -> 60 s (+<0.1%)" in render.as_text(report)
+
+
 def test_what_stopped_composing_comes_first() -> None:
     report = compared({"a": case(), "b": case()}, {"a": case({"output.crf": 20}), "b": refused("height=100")})
     assert report.exit_code(None) == report.exit_code("invalid") == 2
