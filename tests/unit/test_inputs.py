@@ -16,7 +16,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image, ImageCms, PngImagePlugin
 
 from cosmos3_pipeline.errors import Refusal
-from cosmos3_pipeline.stages.media import read_frames, read_picture
+from cosmos3_pipeline.stages.media import each_frame, read_frames, read_picture
 
 # Top left, top right, bottom left, bottom right, each of 8x8 pixels.
 QUARTERS = ((220, 30, 30), (30, 200, 30), (30, 30, 220), (240, 240, 240))
@@ -446,6 +446,33 @@ def test_a_damaged_clip_is_told(tmp_path: Path, codec: str) -> None:
         damaged[pos + size // 2 : pos + size] = bytes(size - size // 2)
         file.write_bytes(damaged)
         assert [change.kind for change in read_frames(file, frames=12)[1]] == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4")]
+)
+def test_a_clip_whose_end_is_missing_is_told(name: str, codec: str, tmp_path: Path) -> None:
+    """As a broken download leaves it. Its first frames are all there."""
+    file, noise = tmp_path / name, np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), np.uint8)
+    with av.open(str(file), "w", options={"movflags": "faststart"} if name == "a.mp4" else {}) as container:
+        stream = container.add_stream(codec, rate=24, width=64, height=48, pix_fmt="yuv420p")
+        stream.codec_context.gop_size = 4
+        for frame in (*map(av.VideoFrame.from_ndarray, noise), None):
+            container.mux(stream.encode(frame))
+
+    def changes() -> dict[str, list[str]]:
+        every = [change for _, found in each_frame(file, fps=24, size=(64, 48)) for change in found]
+        given = {keep: read_frames(file, frames=5, keep=keep, fps=24)[1] for keep in ("first", "last")}
+        return {way: [one.said for one in found] for way, found in {**given, "every": every}.items()}
+
+    assert changes() == {"first": [], "last": [], "every": []}
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * 0.6)])
+    told = changes()
+    assert told["first"] == []
+    for way in ("last", "every"):
+        assert sum("its end is missing: its header says 1.00 s" in said for said in told[way]) == 1
+    with pytest.raises(Refusal, match="its end is missing"):
+        read_frames(file, frames=24)
 
 
 def test_the_cover_of_music_is_no_clip(tmp_path: Path) -> None:

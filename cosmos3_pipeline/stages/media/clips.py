@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
@@ -34,6 +36,7 @@ READING = {
     "protocol_whitelist": "file",
     "max_pixels": str(MOST_PIXELS),
 }
+MISSING_FRAMES = 2  # a file whose header promises more frames after its last one is told to be cut off
 TIE = 1e-6  # seconds: if two frames are equally near to a moment, the earlier frame is taken
 # Packets of these formats say when a frame is decoded, not when it is shown.
 WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu")
@@ -57,7 +60,7 @@ class _Source:
 
     ends: the end of the last frame, in seconds. rate: frames per second on average. timed: the packets say when
     frames are shown. counted_rate: frames per second of a file without such times. pixel: width over height of a
-    stored pixel.
+    stored pixel. missing: what the user is told about a file that ends before its header says, or None.
     """
 
     file: Path
@@ -67,6 +70,7 @@ class _Source:
     counted_rate: float
     pixel: Fraction
     timed: bool
+    missing: Change | None
 
 
 def read_frames(
@@ -107,6 +111,8 @@ def read_frames(
         raise _too_short(source, len(pictures), frames, fps, fewer(len(pictures)))
     if fps is not None and numbers != list(range(numbers[0], numbers[0] + frames)):
         changes["rate"] = _other_rate(source, fps)
+    if keep == "last" and source.missing is not None:
+        changes["missing"] = source.missing
     return pictures, list(changes.values())
 
 
@@ -131,6 +137,8 @@ def each_frame(
             picture, changes = _filled(one.frame, source, size, background)
             if fps is not None and before is not None and one.number != before + 1:
                 changes.append(_other_rate(source, fps))
+            if before is None and source.missing is not None:
+                changes.append(source.missing)
             before = one.number
             yield picture, changes
     except FFmpegError as error:
@@ -218,15 +226,47 @@ def _source(file: Path, key: str) -> _Source:
         stream = _stream(container, file, key)
         rate = float(stream.average_rate or stream.guessed_rate or 24)
         begins = (container.start_time or 0) / av.time_base
+        ends = begins + (container.duration or 0) / av.time_base
+        counted_rate = float(stream.guessed_rate or rate)
+        timed = container.format.name not in WITHOUT_TIMES
+        stated = _stated_end(stream) if timed else stream.frames / counted_rate  # zero if the header has no count
+        readable = _last_packet_ends(container, stream, stated) if timed and stated else ends
         return _Source(
             file=file,
             key=key,
-            ends=begins + (container.duration or 0) / av.time_base,
+            ends=ends,
             rate=rate,
-            counted_rate=float(stream.guessed_rate or rate),
+            counted_rate=counted_rate,
             pixel=stream.sample_aspect_ratio or Fraction(1),
-            timed=container.format.name not in WITHOUT_TIMES,
+            timed=timed,
+            missing=_missing(readable, stated) if stated - readable > MISSING_FRAMES / rate else None,
         )
+
+
+def _stated_end(stream: Any) -> float:
+    """When the last frame of the stream ends by the header of the file, in seconds; 0 if it does not say so."""
+    if stream.duration is not None:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    duration = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # MKV and WebM
+    return 3600 * int(duration[1]) + 60 * int(duration[2]) + float(duration[3]) if duration else 0.0
+
+
+def _last_packet_ends(container: Any, stream: Any, stated: float) -> float:
+    """When the last frame in the file ends, in seconds. Reads the whole file only if its end is missing."""
+    ends = 0.0
+    for start in (stated, 0.0):
+        with suppress(FFmpegError):  # decoding tells what is wrong with the file
+            container.seek(int(start * av.time_base))
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None:
+                    ends = max(ends, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if ends:
+            break
+    return ends
+
+
+def _missing(readable: float, stated: float) -> Change:
+    return Change("missing", f"its end is missing: its header says {stated:.2f} s, and {readable:.2f} s are there")
 
 
 def _stream(container: Any, file: Path, key: str) -> Any:
@@ -319,6 +359,8 @@ def _shown_every(
 def _reason(error: FFmpegError) -> str:
     if isinstance(error, av.error.ArgumentError):  # FFmpeg's error for a format outside of the list
         return f"it is none of {', '.join(FORMATS.values())}"
+    if isinstance(error, av.error.InvalidDataError):
+        return "it is damaged, cut off, or no video: FFmpeg finds invalid data in it"
     return str(error)
 
 
@@ -334,6 +376,7 @@ def _too_short(source: _Source, found: int, frames: int, fps: float | None, fewe
     at = "" if fps is None else f" at {fps:g} frames per second"
     return Refusal(
         what=f"{source.key}={source.file} has {found} frame{'s' * (found != 1)}{at}, {frames} are needed",
-        why="latent frame k shows the frames up to 4k; diffusers would repeat the last frame, a standstill",
+        why="latent frame k shows the frames up to 4k; diffusers would repeat the last frame, a standstill"
+        + (f"; {source.missing.said}" if source.missing is not None else ""),
         works="a longer clip" + (f", or {fewer}" if fewer else ""),
     )

@@ -20,7 +20,7 @@ LEAST_CUT = 0.001
 class Change:
     """One change that reading made to the picture of a file: `said` in words, and `kind` for programs.
 
-    Kinds: background, colours, cropped, first_picture, interlaced, orientation, pixels, rate.
+    Kinds: background, colours, cropped, damaged, first_picture, interlaced, missing, orientation, pixels, rate.
     """
 
     kind: str
