@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, launch
 
-pytest.importorskip("ray", reason="make interop installs it")
+pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="make interop installs it")
 pytestmark = pytest.mark.ranks
 
 

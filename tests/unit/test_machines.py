@@ -169,7 +169,7 @@ def test_more_threads_than_a_machine_can_use_are_refused(monkeypatch: pytest.Mon
     [
         (["task=transfer", "task.controls.edge=no.mp4"], "task.controls.edge=no.mp4 is not a file"),
         (["task=i2v", "task.image=no.jpg"], "task.image=no.jpg is not a file"),
-        (["task=transfer", "task.controls.edge="], "task.controls.edge= is not a file"),
+        (["task=transfer", "task.controls.edge="], "task.controls.edge= sets an empty text"),
         (["task.prompt_file=no.txt"], "task.prompt_file=no.txt is not a file"),
         (["task=i2v", f"task.image={'x' * 300}"], "cannot be looked for"),
         (["task=i2v", 'task.image="~nobody-here/x"'], "cannot be looked for"),

@@ -138,6 +138,7 @@ def test_a_forked_process_writes_nothing_to_its_parents_remover(tmp_path: Path) 
     work = """
 def work():
     print("ready", flush=True)
+    warnings.simplefilter("ignore")  # later Pythons warn of a fork beside a thread, such as the remover's
     number, other = stopping._remover.stdin.fileno(), begun.with_name("other")
     child = os.fork()
     if not child:
@@ -147,7 +148,7 @@ def work():
             os._exit(len(stopping._leftovers))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), other.stat().st_size)
 """
-    run = started(BEGIN + "import os\n" + work + STOPPABLE, tmp_path / "begun")
+    run = started(BEGIN + "import os, warnings\n" + work + STOPPABLE, tmp_path / "begun")
     assert run.communicate(timeout=60) == ("1 0\n", "") and run.returncode == 0
 
 

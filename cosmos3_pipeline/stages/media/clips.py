@@ -216,8 +216,8 @@ def _filled(
 def _other_rate(source: _Source, fps: float) -> Change:
     """The note that tells the user: frames of the clip are skipped or repeated to reach `fps`."""
     uneven = f"{source.rate:.4g}" == f"{fps:.4g}"
-    has = "its frames are not evenly spaced" if uneven else f"it has {source.rate:.4g} frames per second"
-    return Change("rate", f"{has}, and {fps:g} a second are taken by their time stamps")
+    has = "its frames are not evenly spaced" if uneven else f"it has {source.rate:.4g} per second"
+    return Change("rate", f"{has}, and {fps:g} frames per second are taken by their time stamps")
 
 
 def _source(file: Path, key: str) -> _Source:
