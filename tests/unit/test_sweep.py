@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 from sweep_folders import leave_run
 
 from cosmos3_pipeline.cli import let_a_grid_end_with_a_refusal
@@ -128,6 +129,34 @@ def test_a_plan_and_a_prompt_file_have_rows(tmp_path: Path) -> None:
 def test_only_what_varies_is_a_column() -> None:
     jobs = [{"overrides": o} for o in (["a=1", "b=2", "+x=3"], ["a=1", "b=3"], ["~c", "a=1", "b=3"])]
     assert table.varied(jobs) == ["b", "x", "~c"]
+
+
+def a_run(number: int) -> dict[str, Any]:
+    planned = {"seconds.total": 61.02, "memory.peak_bytes": 12_200_000, "exactness.decode": "bitwise"}
+    seconds = {"text": 5.25, "denoise": 40.5, "decode": 11.08, "export": 4.01}
+    likeness = {"kind": "differs", "psnr_db": 15.89, "ssim": 0.6808} if number else {"kind": "reference"}
+    return {
+        **{"job": number, "overrides": [f"sampler.steps={number}", f"vae={'parallel' * 3}"], "kind": "generate"},
+        **{"status": "done", "objective": None, "planned": planned, "total_seconds": 60.84, "seconds": seconds},
+        **{"beyond_bytes": 70_700_000, "sent_bytes": 123_000_000, "likeness": likeness},
+    }
+
+
+@pytest.mark.parametrize("width", [*range(50, 190, 10)])
+def test_a_narrow_table_leaves_columns_out_and_breaks_no_word(width: int) -> None:
+    jobs = [a_run(number) for number in range(3)]
+    made, left_out = table.table(jobs, width)
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(made)
+    lines = captured.get().splitlines()
+    assert all(len(line) <= width for line in lines)
+    columns = table.columns(jobs)
+    assert set(left_out) <= {column.name for column in columns} and "total s" not in left_out
+    for column in columns:
+        for job in jobs if column.name not in left_out else ():
+            assert f" {column.text(job)} " in next(line for line in lines if f"│ {job['job']:>3} " in line)
+    assert (not left_out) == (width >= 150)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,14 @@ class Sweep:
         write_whole(self.folder / INDEX, json.dumps(content, indent=2, allow_nan=False))
         console = Console(markup=False)
         shown = table.merged(rows)
-        console.print(table.table(shown))
+        made, left_out = table.table(shown, console.width)
+        console.print(made)
+        if left_out:
+            console.print(
+                f"too narrow for: {', '.join(left_out)}; the page and {INDEX} have them",
+                style="dim",
+                highlight=False,
+            )
         for reason in table.reasons(rows):
             console.print(reason, style="red", highlight=False, soft_wrap=True)
         measured = [row for row in shown if row["kind"] == "generate" and row["status"] == "done"]

@@ -17,6 +17,13 @@ from cosmos3_pipeline.stages import STAGES
 
 RESUME, REPEATS, REPEAT = "sweep.resume", "sweep.repeats", "sweep.repeat"
 SHOWN_SHARE = 0.05  # a stage has a column if it takes more than this share of a run's seconds
+# The columns that a narrow terminal does without, the first to go first. The page and sweep.json have them all.
+DISPENSABLE = (
+    *("SSIM", "planned memory", "sent", "planned s", *(f"{stage} s" for stage in STAGES)),
+    *("spread s", "exactness", "PSNR dB", "picture", "memory"),
+)
+KEY_WIDTH = 13  # least characters of a key's column; longer names and values are folded
+BORDER = 3  # characters between two columns
 BROKEN_OFF = "broken off"  # the status of a job without an outcome: it was stopped, or never started
 
 
@@ -149,21 +156,30 @@ def _column(name: str, value: Callable[[Mapping[str, Any]], Any], text: Callable
     return Column(name, lambda job: "" if value(job) is None else text(value(job)), value)
 
 
-def table(jobs: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows as a table for a terminal."""
-    keys, shown = varied(jobs), columns(jobs)
-    made = Table(title="sweep", title_justify="left")
-    made.add_column("job", justify="right")
-    for key in keys:
-        made.add_column(key, overflow="fold")
-    for column in shown:
-        made.add_column(column.name, justify="right", overflow="fold")
-    for job in jobs:
-        given = assignments(job["overrides"])
-        own = [given.get(key, "") for key in keys]
-        texts = (column.text(job) for column in shown)
-        made.add_row(str(job["job"]), *own, *texts, style=None if job["status"] == "done" else "red")
-    return made
+def table(jobs: Sequence[Mapping[str, Any]], width: int) -> tuple[Table, list[str]]:
+    """The rows as a table for a terminal of `width` characters, and the columns that do not fit."""
+    keys, known, given = varied(jobs), columns(jobs), [assignments(job["overrides"]) for job in jobs]
+    cells = {"job": [str(job["job"]) for job in jobs]}
+    cells |= {key: [one.get(key, "") for one in given] for key in keys}
+    cells |= {column.name: [column.text(job) for job in jobs] for column in known}
+    # Only keys and their values may be broken within a word.
+    wanted = {name: max(map(len, [name, *texts])) for name, texts in cells.items()}
+    least = {name: max(map(len, [*name.split(), *texts])) for name, texts in cells.items()}
+    least |= {key: min(KEY_WIDTH, wanted[key]) for key in keys}
+    left_out = list[str]()
+    for name in DISPENSABLE:
+        if name in least and sum(least.values()) + BORDER * len(least) >= width:
+            left_out.append(name)
+            del least[name]
+    made, spare = Table(title="sweep", title_justify="left"), width - 1 - sum(least.values()) - BORDER * len(least)
+    for name, narrow in least.items():
+        more = max(min(wanted[name] - narrow, spare), 0)
+        spare -= more
+        # rich does not keep to a least width when it makes a table narrower, but it keeps to a width
+        made.add_column(name, justify="left" if name in keys else "right", overflow="fold", width=narrow + more)
+    for row, job in zip(zip(*(cells[name] for name in least), strict=True), jobs, strict=True):
+        made.add_row(*row, style=None if job["status"] == "done" else "red")
+    return made, left_out
 
 
 def reasons(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
