@@ -1,9 +1,11 @@
 """Run Cosmos3 from a composed config: `python launch.py [group=option ...] [key=value ...]`."""
 
-from cosmos3_pipeline import stopping
+from cosmos3_pipeline import commands, stopping
 
 if __name__ == "__main__":
-    stopping.on_signals()  # before the imports, which take a while
+    # before the imports, which take a while, or fail
+    stopping.on_signals()
+    commands.check_environment()
 
 import hydra
 from omegaconf import DictConfig

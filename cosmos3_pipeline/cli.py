@@ -46,7 +46,7 @@ from cosmos3_pipeline.config.sweep import compositions_of
 from cosmos3_pipeline.distributed.failure import RankFailed
 from cosmos3_pipeline.distributed.machine import machine_problem, output_problems, told_as_fault
 from cosmos3_pipeline.distributed.world import NO_WORLD, world_problems
-from cosmos3_pipeline.errors import ConfigError, Fault, Problem, Refusal, nearest
+from cosmos3_pipeline.errors import REFUSED, ConfigError, Fault, Problem, Refusal, nearest
 from cosmos3_pipeline.jobs import sweep
 from cosmos3_pipeline.jobs.folder import claimed, clear
 from cosmos3_pipeline.jobs.log import kept
@@ -58,7 +58,6 @@ from cosmos3_pipeline.planning.checks import check_composition
 
 __all__ = ["launch", "main", "run"]
 
-REFUSED = 2  # exit code if the composition is refused before any work starts
 FAILED = 1
 # Flags of Hydra that take the next argument as their value. `INFOS` are the values that may follow --info.
 FLAGS_WITH_VALUE = {

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+REFUSED = 2  # the exit code if what was asked for is refused before any work starts
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -43,14 +43,14 @@ _listens = False
 _unwinds = False  # whether an exception in the main thread now ends the process in order
 _told = False
 _code = 1  # the exit code of this process, once it is known
-_leftovers = set[Path]()
+_leftovers: set[Path] = set()
 _remover: subprocess.Popen[bytes] | None = None
 # The time for ranks to read each other's process ids from a folder that a killed launcher leaves.
 REMOVE_SECONDS = 2.0
 
 # Process ids of the other ranks on this machine, by rank, as far as they are known. All end with the same parent,
 # but a suspended process cannot end itself.
-neighbours = dict[int, int]()
+neighbours: dict[int, int] = {}
 
 
 class Stopped(KeyboardInterrupt):

@@ -18,9 +18,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosmos3_pipeline.config.compose import Composition
-from cosmos3_pipeline.config.errors import STRATEGY_NODES, divides_nothing, unknown_key
+from cosmos3_pipeline.config.errors import divides_nothing, unknown_key
 from cosmos3_pipeline.config.kinds import kind_of, schema_keys
-from cosmos3_pipeline.config.plugins import settings_schema, unowned
+from cosmos3_pipeline.config.plugins import STRATEGY_NODES, settings_schema, unowned
 from cosmos3_pipeline.config.schema import Config
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
 from cosmos3_pipeline.vae.plugins import REFERENCE, Plugins, discover

@@ -18,11 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cosmos3_pipeline.config.errors import STRATEGY_NODES, explain, not_yaml
+from cosmos3_pipeline.config.errors import explain, not_yaml
 from cosmos3_pipeline.config.kinds import schema_keys
 from cosmos3_pipeline.config.overrides import check_overrides
 from cosmos3_pipeline.config.plain import as_said, plain, without_hydra
-from cosmos3_pipeline.config.plugins import register
+from cosmos3_pipeline.config.plugins import STRATEGY_NODES, register
 from cosmos3_pipeline.config.provenance import Provenance, trace_with
 from cosmos3_pipeline.config.schema import Config, TaskConfig
 from cosmos3_pipeline.config.source import BUILTIN, Source

@@ -28,6 +28,7 @@ from cosmos3_pipeline.config.mistakes import (
     parsed,
     written,
 )
+from cosmos3_pipeline.config.plugins import STRATEGY_NODES
 from cosmos3_pipeline.errors import Problem, did_you_mean, nearest
 from cosmos3_pipeline.vae.plugins import REFERENCE, discover
 
@@ -37,8 +38,6 @@ PACKAGES = {
     **{"submitit_local": "hydra-submitit-launcher", "submitit_slurm": "hydra-submitit-launcher"},
     **{"optuna": "hydra-optuna-sweeper", "ax": "hydra-ax-sweeper", "nevergrad": "hydra-nevergrad-sweeper"},
 }
-# The nodes that hold a strategy's settings, which the schema does not list.
-STRATEGY_NODES = ("vae.encode", "vae.decode")
 # The nodes of Hydra whose keys come with a plugin.
 PLUGIN_NODES = ("hydra.launcher", "hydra.sweeper")
 

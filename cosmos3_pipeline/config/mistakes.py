@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 
 from cosmos3_pipeline.config.kinds import Kind, kind_of, schema_keys
 from cosmos3_pipeline.config.other_words import ALONE, FILES, FOLDER, OTHER_NAMES, OTHER_VALUES, SIZES
+from cosmos3_pipeline.config.plugins import STRATEGY_NODES
 from cosmos3_pipeline.errors import nearest
 
 # The options of every config group, see `Source.groups`.
@@ -238,7 +239,8 @@ class _Reader:
         """A word without =, such as `plan`, `model.nano` or `model` before `nano`."""
         word = rest[0]
         if word.startswith("~"):
-            kind = kind_of(word[1:])
+            node = word[1:].replace("/", ".")
+            kind = kind_of(node if node in STRATEGY_NODES else word[1:])
             own = kind is None or typing.get_origin(kind.hint) is dict  # nodes with keys of the user's own
             return Reading((word,), (word,)) if own else Reading((word,), (), "every run reads it")
         group = key_meant(word, self._groups)
@@ -340,7 +342,7 @@ class _Reader:
             return not added and (self._sweep if swept else all(n in self._groups[key] for n in names))
         if override.is_sweep_override():
             return self._sweep and meant == key
-        if isinstance(override.value(), str) and key.replace(".", "/") in self._groups:
+        if not isinstance(override.value(), dict) and key.replace(".", "/") in self._groups:
             return False
         if self._why_not_as_text(key, override.value()):
             return False
@@ -430,6 +432,10 @@ class _Reader:
         if value.lower() in (*_TRUE, *_FALSE) and "none" in self._groups.get(group, ()):
             chosen = [each for each in self._groups[group] if (each == "none") == (value.lower() in _FALSE)]
             return (f"{group}={chosen[0]}",) if len(chosen) == 1 else None
+        above, _, leaf = group.rpartition("/")
+        if value.lower() in (*_TRUE, *_FALSE):  # the flag beside the strategy, as in vae.decode=true
+            flag = f"{above}.parallel_{leaf}"
+            return (f"{flag}={str(value.lower() in _TRUE).lower()}",) if kind_of(flag) is not None else None
         names = [each for each in value.strip(" ,;\"'").split(",") if each]
         if len(names) > 1:
             found = [self._option(group, name) for name in names]
@@ -456,8 +462,10 @@ class _Reader:
         anywhere = [other for other in self._groups if "/" not in other and exact(other)]
         for other in [*below[:1], *(anywhere if len(anywhere) == 1 else [])]:
             return (f"{other}={exact(other)}",)
-        near = nearest(word, options)
-        return None if near is None else (f"{group}={near}",)
+        for where in (group, above):
+            if (near := nearest(word, self._groups.get(where, ()))) is not None:
+                return (f"{where}={near}",)
+        return None
 
 
 def _several(text: str) -> str | None:

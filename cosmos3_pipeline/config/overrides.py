@@ -14,7 +14,6 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, ValueType
 
-from cosmos3_pipeline.config.errors import STRATEGY_NODES
 from cosmos3_pipeline.config.kinds import Kind, kind_of
 from cosmos3_pipeline.config.mistakes import (
     ALONE_WHY,
@@ -29,6 +28,7 @@ from cosmos3_pipeline.config.mistakes import (
     parsed,
     read,
 )
+from cosmos3_pipeline.config.plugins import STRATEGY_NODES
 from cosmos3_pipeline.config.tasks import WORDS
 from cosmos3_pipeline.errors import ConfigError, Problem
 
@@ -57,7 +57,7 @@ def check_overrides(overrides: Sequence[str], groups: Groups, *, sweep: bool = F
             continue
         means = None if reading.means == reading.typed else reading.means
         problems += [*_sweep_alone(override, sweep, means), *_group_as_key(override, groups, means)]
-        problems += [*_no_option(override, groups), *_nothing_set(override), *_no_truth(override)]
+        problems += [*_no_option(override, groups, means), *_nothing_set(override), *_no_truth(override)]
         problems += [*_other_text(override), *_no_words(override)]
         if override.key_or_group in groups and not override.is_hydra_override():
             problems += _doubled(override, chosen)
@@ -122,7 +122,9 @@ def mistaken(reading: Reading) -> Problem:
     if words and why == SPACE:
         why = f"{SPACE}, so {words[0]!r} stands alone and is no key=value"
     if not works:
-        key = first if first.startswith("hydra.") else key_meant(first.lstrip("-~"))
+        bare = first.lstrip("-~")
+        named = bare.startswith("hydra.") or bare.replace("/", ".") in STRATEGY_NODES
+        key = bare if named else key_meant(bare)
         works = f"{key}=VALUE" if key is not None else "key=value or group=option; see --help"
         if reading.means == ():
             works = f"the command without {first}" + (f", or {key}=VALUE" if key is not None else "")
@@ -163,7 +165,7 @@ def _sweep_alone(override: Override, sweep: bool, means: Sequence[str] | None) -
 def _group_as_key(override: Override, groups: Groups, means: Sequence[str] | None) -> Iterator[Problem]:
     """A problem of a group written as a key: `vae.decode=tiled` or `decode=tiled` for `vae/decode=tiled`."""
     key, value = override.key_or_group, override.value()
-    if not isinstance(value, str) or key in groups:
+    if isinstance(value, dict) or key in groups or override.is_delete():
         return
     meant = [
         group for group in groups if "/" in group and key in (group.replace("/", "."), group.rpartition("/")[2])
@@ -177,7 +179,7 @@ def _group_as_key(override: Override, groups: Groups, means: Sequence[str] | Non
         )
 
 
-def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
+def _no_option(override: Override, groups: Groups, means: Sequence[str] | None) -> Iterator[Problem]:
     """A problem of a number, true, false or null as an option's name, also among several names."""
     group = override.key_or_group
     is_group = group in groups or (override.is_hydra_override() and "/" in group)
@@ -194,11 +196,12 @@ def _no_option(override: Override, groups: Groups) -> Iterator[Problem]:
         text = (override.input_line or group).partition("=")[2]
         options = groups.get(group, [])
         near = [option for option in options if text in option] or options
-        unset = f", or ~{group} for none" if None in values else ""
+        needed = group.replace("/", ".") in STRATEGY_NODES
+        unset = f", or ~{group} for none" if None in values and not needed else ""
         yield Problem(
             what=f"{override.input_line} is no option of the group {group}",
             why="an option is chosen by its name, and its name is never a number, true, false or null",
-            works=(" or ".join(f"{group}={option}" for option in near) or f"{group}=NAME, see --info") + unset,
+            works=(" ".join(means or ()) or _choices(group, near) or f"{group}=NAME, see --info") + unset,
         )
 
 

@@ -22,6 +22,8 @@ from cosmos3_pipeline.vae.plugins import REFERENCE, Plugins, discover, path_of
 
 # Options in this hidden group carry a plugin's schema; the YAML files in conf/vae/{encode,decode} extend them.
 SCHEMA_GROUP = "_strategy"
+# The nodes that hold a strategy's settings, which the schema does not list.
+STRATEGY_NODES = ("vae.encode", "vae.decode")
 
 
 @functools.cache

@@ -16,11 +16,10 @@ from cosmos3_pipeline import stopping
 from cosmos3_pipeline.config.arguments import Arguments
 from cosmos3_pipeline.config.plain import plain
 from cosmos3_pipeline.config.shortcut import composition_of
-from cosmos3_pipeline.errors import Refusal
+from cosmos3_pipeline.errors import REFUSED, Refusal
 from cosmos3_pipeline.models.layouts import LAYOUTS, Layout
 from cosmos3_pipeline.planning.units import quantity
 
-REFUSED = 2
 DESCRIPTION = """\
 Write a checkpoint of random weights in the layout of a published one: the same folders, files, keys and shards.
 It makes a lively picture that shows nothing. Small by default; --full-size has the real numbers and shapes, to try
